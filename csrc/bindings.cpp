@@ -1,0 +1,155 @@
+// Binds the extension nla_engine._C. Only binds: names, pointers as integers, the GIL and the exceptions.
+#include <pybind11/pybind11.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <string>
+
+#include "crc32c.hpp"
+#include "encode.hpp"
+#include "shard.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+// The bytes of any C-contiguous buffer (numpy array, bytes, memoryview), held while this lives. Made under the GIL.
+class Bytes {
+  public:
+    explicit Bytes(const py::object& object) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    }
+    Bytes(const Bytes&) = delete;
+    Bytes& operator=(const Bytes&) = delete;
+    ~Bytes() { PyBuffer_Release(&view_); }
+    const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
+    size_t size() const { return static_cast<size_t>(view_.len); }
+
+  private:
+    Py_buffer view_;
+};
+
+py::bytes build_shard(const py::object& data, int64_t chunk_bytes, int64_t chunks_per_shard) {
+    const Bytes bytes(data);
+    const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, bytes.size());
+    const auto size = static_cast<Py_ssize_t>(layout.shard_bytes(bytes.size()));
+    auto shard = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, size));
+    if (!shard) throw py::error_already_set();
+    auto* out = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(shard.ptr()));
+    py::gil_scoped_release unlocked;
+    nla::build_shard(layout, bytes.data(), bytes.size(), out);
+    return shard;
+}
+
+void write_shard(const py::object& path, const py::object& data, int64_t chunk_bytes, int64_t chunks_per_shard) {
+    const auto encoded = py::reinterpret_steal<py::bytes>([&] {
+        PyObject* bytes = nullptr;
+        if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw py::error_already_set();
+        return bytes;
+    }());
+    const std::string name = encoded;
+    const Bytes bytes(data);
+    const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, bytes.size());
+    py::gil_scoped_release unlocked;
+    nla::write_shard(layout, bytes.data(), bytes.size(), name);
+}
+
+uint32_t checksum(const py::object& data, bool portable) {
+    const Bytes bytes(data);
+    py::gil_scoped_release unlocked;
+    return portable ? nla::crc32c_portable(bytes.data(), bytes.size()) : nla::crc32c(bytes.data(), bytes.size());
+}
+
+void raise_os_error(std::exception_ptr pointer) {
+    try {
+        if (pointer) std::rethrow_exception(pointer);
+    } catch (const nla::FileError& error) {
+        errno = error.error;
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.path.c_str());
+    }
+}
+
+#ifdef NLA_WITH_CUDA
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+nla::CodecShape codec_shape(const std::string& name, int d, int block, int group) {
+    const auto kind = name == "bf16"   ? nla::CodecKind::bf16
+                      : name == "int8" ? nla::CodecKind::int8
+                      : name == "int4" ? nla::CodecKind::int4
+                                       : throw py::value_error("codec '" + name + "' is unknown");
+    return {kind, d, block, group};
+}
+
+nla::FloatKind float_kind(const std::string& name) {
+    return name == "float32"    ? nla::FloatKind::float32
+           : name == "bfloat16" ? nla::FloatKind::bfloat16
+           : name == "float16"  ? nla::FloatKind::float16
+                                : throw py::value_error("dtype '" + name + "' is not float32, bfloat16 or float16");
+}
+
+void encode_rows(int device, uintptr_t stream, const std::string& codec, int d, int block, int group, uintptr_t hidden,
+                 const std::string& hidden_dtype, int64_t row_stride, int64_t rows, uintptr_t dest, uintptr_t codes,
+                 uintptr_t scales, uintptr_t norm, float sink_norm, uintptr_t exact, uintptr_t exact_dest,
+                 uintptr_t exact_count, int64_t exact_capacity) {
+    nla::EncodeArgs args{};
+    args.codec = codec_shape(codec, d, block, group);
+    args.hidden = pointer<const void>(hidden);
+    args.input = float_kind(hidden_dtype);
+    args.row_stride = row_stride;
+    args.rows = rows;
+    args.dest = pointer<const int64_t>(dest);
+    args.codes = pointer<void>(codes);
+    args.scales = pointer<void>(scales);
+    args.norm = pointer<float>(norm);
+    args.sink_norm = sink_norm;
+    args.exact = pointer<uint16_t>(exact);
+    args.exact_dest = pointer<int64_t>(exact_dest);
+    args.exact_count = pointer<int32_t>(exact_count);
+    args.exact_capacity = exact_capacity;
+    nla::encode_rows(device, stream, args);
+}
+
+void decode_rows(int device, uintptr_t stream, const std::string& codec, int d, int block, int group, uintptr_t codes,
+                 uintptr_t scales, uintptr_t norm, int64_t rows, uintptr_t out, const std::string& out_dtype) {
+    nla::DecodeArgs args{};
+    args.codec = codec_shape(codec, d, block, group);
+    args.codes = pointer<const void>(codes);
+    args.scales = pointer<const void>(scales);
+    args.norm = pointer<const float>(norm);
+    args.rows = rows;
+    args.out = pointer<void>(out);
+    args.output = float_kind(out_dtype);
+    nla::decode_rows(device, stream, args);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    using namespace py::literals;
+    py::register_exception_translator(raise_os_error);
+    m.doc() = "Compiled parts of nla_engine; reach them through nla_engine.extension.";
+
+    m.def("crc32c", &checksum, "data"_a, "portable"_a = false, "CRC-32C of a contiguous buffer.");
+    m.attr("crc32c_hardware") = nla::crc32c_has_hardware();
+    m.def("build_shard", &build_shard, "data"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
+          "The bytes of one Zarr v3 shard (see csrc/shard.hpp). Releases the GIL.");
+    m.def("write_shard", &write_shard, "path"_a, "data"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
+          "The same bytes as a file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
+
+#ifdef NLA_WITH_CUDA
+    m.attr("cuda") = true;
+    m.def("encode_rows", &encode_rows, "device"_a, "stream"_a, py::kw_only(), "codec"_a, "d"_a, "block"_a, "group"_a,
+          "hidden"_a, "hidden_dtype"_a, "row_stride"_a, "rows"_a, "dest"_a, "codes"_a, "scales"_a, "norm"_a,
+          "sink_norm"_a, "exact"_a, "exact_dest"_a, "exact_count"_a, "exact_capacity"_a,
+          "One launch of the tap's encoder; addresses as integers (see csrc/encode.hpp).");
+    m.def("decode_rows", &decode_rows, "device"_a, "stream"_a, py::kw_only(), "codec"_a, "d"_a, "block"_a, "group"_a,
+          "codes"_a, "scales"_a, "norm"_a, "rows"_a, "out"_a, "out_dtype"_a,
+          "One launch of the decoder; addresses as integers (see csrc/encode.hpp).");
+#else
+    m.attr("cuda") = false;
+#endif
+}

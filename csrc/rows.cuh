@@ -1,0 +1,182 @@
+// What the encoder and the decoder share: how a row lies over threads, the Hadamard rotation, CUDA's return codes.
+// Knows neither codes nor scales.
+//
+// Fast layout (block 128): a quad of 4 neighbouring lanes owns one block of 128 channels, 32 to a lane, in 4 chunks of
+// 8 (16 bytes of bfloat16). Channel = 8 * chunk + e, e < 8. Chunk of lane s (0..3), slot c (0..3):
+//     Spread   4 * c + s     a quad's access is 64 contiguous bytes; channel bits 5, 6 lie in the lane
+//     Packed   4 * s + c     a lane holds 32 neighbouring channels (an int4 group); channel bits 3, 4 lie in the lane
+// The other two bits lie across lanes: two shuffle stages of seven, whichever layout.
+//
+// Every float operation is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec.py: the compiler may
+// neither fuse nor reorder them, so the bits agree.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "checks.hpp"
+#include "encode.hpp"
+
+namespace nla {
+
+constexpr int kBlock = 128;      // channels of a block on the fast path
+constexpr int kPerLane = 32;     // of which a lane holds
+constexpr int kChunk = 8;        // neighbouring channels that move together
+constexpr unsigned kAll = 0xffffffffu;
+
+enum class Layout { Spread, Packed };
+
+template <Layout layout>
+__device__ __forceinline__ int chunk_of(int sub, int slot) {
+    return layout == Layout::Spread ? 4 * slot + sub : 4 * sub + slot;
+}
+
+// Norms outside this range (or not finite) cannot be divided by: codec.py NORM_RANGE.
+__device__ __forceinline__ bool is_ordinary(float norm) { return norm >= 1e-30f && norm <= 1e30f; }
+
+// float32 bits -> bfloat16 bits, nearest even, NaN stays NaN: codec.bf16_bits.
+__device__ __forceinline__ uint32_t bf16_bits(uint32_t bits) {
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// One butterfly of step `step` among the lane's own 32 values.
+template <int step>
+__device__ __forceinline__ void butterfly_in_lane(float (&v)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        if (i & step) continue;
+        const float a = v[i], b = v[i + step];
+        v[i] = __fadd_rn(a, b);
+        v[i + step] = __fsub_rn(a, b);
+    }
+}
+
+// One butterfly with the lane `mask` away: a + b in the lower lane, a - b in the upper (the product with +-1 is exact).
+template <int mask>
+__device__ __forceinline__ void butterfly_across(float (&v)[kPerLane], int sub) {
+    const float sign = (sub & mask) ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAll, v[i], mask));
+}
+
+// v = H v over a quad's block of 128: steps 1, 2, 4 ... 64, then the factor 1 / sqrt(128). All lanes of the warp call.
+template <Layout layout>
+__device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub, float unit) {
+    butterfly_in_lane<1>(v);
+    butterfly_in_lane<2>(v);
+    butterfly_in_lane<4>(v);
+    if constexpr (layout == Layout::Spread) {
+        butterfly_across<1>(v, sub);
+        butterfly_across<2>(v, sub);
+        butterfly_in_lane<8>(v);
+        butterfly_in_lane<16>(v);
+    } else {
+        butterfly_in_lane<8>(v);
+        butterfly_in_lane<16>(v);
+        butterfly_across<1>(v, sub);
+        butterfly_across<2>(v, sub);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], unit);
+}
+
+// The same over row[d] in shared memory, blocks of any power of two; the whole CTA calls. Ends with a barrier.
+__device__ __forceinline__ void rotate_shared(float* row, int d, int block, float unit) {
+    for (int step = 1; step < block; step *= 2) {
+        for (int pair = threadIdx.x; pair < d / 2; pair += blockDim.x) {
+            const int low = (pair / step) * 2 * step + pair % step;
+            const float a = row[low], b = row[low + step];
+            row[low] = __fadd_rn(a, b);
+            row[low + step] = __fsub_rn(a, b);
+        }
+        __syncthreads();
+    }
+    for (int i = threadIdx.x; i < d; i += blockDim.x) row[i] = __fmul_rn(row[i], unit);
+    __syncthreads();
+}
+
+// ---- host side ----
+
+inline void cuda_check(cudaError_t code, const char* what) {
+    if (code != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
+}
+
+// Makes `device` current while it lives.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (device != before_) cuda_check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = device != before_;
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+inline void check_codec(const CodecShape& codec) {
+    check_positive(codec.d, "d");
+    check(is_power_of_two(codec.block) && codec.block <= kBlock && codec.d % codec.block == 0, "block",
+          std::to_string(codec.block) + " is not a power of two <= 128 that divides d");
+    check(is_power_of_two(codec.group) && codec.block % codec.group == 0, "group",
+          std::to_string(codec.group) + " does not divide the block");
+    check(codec.kind != CodecKind::int4 || (codec.group >= 2 && codec.group <= 32), "group",
+          "int4 takes groups of 2 to 32");
+}
+
+inline float float_sqrt(int d) { return static_cast<float>(std::sqrt(static_cast<double>(d))); }
+inline float float_unit(int block) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(block))); }
+
+// How the fast kernels cut the rows: `rows` rows side by side in a CTA of `threads`, so that few lanes idle.
+struct Tiling {
+    int rows, quads, threads;
+};
+
+inline Tiling tiling(int d) {
+    Tiling best{1, d / kBlock, (d / kBlock * 4 + 31) / 32 * 32};
+    for (int rows = 2; rows <= 64; ++rows) {
+        const int used = rows * best.quads * 4, threads = (used + 31) / 32 * 32;
+        if (threads > 256) break;
+        const int64_t now = int64_t{used} * best.threads, then = int64_t{best.rows} * best.quads * 4 * threads;
+        if (now > then || (now == then && best.threads < 128)) best = {rows, best.quads, threads};
+    }
+    return best;
+}
+
+// As many CTAs as the device holds at once, but no more than there is work.
+template <typename Kernel>
+int persistent_grid(Kernel kernel, int threads, size_t shared, int64_t pieces, int device) {
+    int processors = 0, resident = 0;
+    cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int64_t most = int64_t{processors} * (resident > 0 ? resident : 1);
+    return static_cast<int>(pieces < most ? pieces : most);
+}
+
+// Lets `kernel` use `shared` bytes of dynamic shared memory, if the device has them.
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t shared, int device) {
+    int most = 0;
+    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    check(shared <= static_cast<size_t>(most), "d",
+          "a row needs " + std::to_string(shared) + " bytes of shared memory, the device has " + std::to_string(most));
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+               "cudaFuncSetAttribute");
+}
+
+}  // namespace nla

@@ -1,0 +1,125 @@
+#include "shard.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "checks.hpp"
+#include "crc32c.hpp"
+
+namespace nla {
+namespace {
+
+constexpr size_t kChecksum = 4;
+constexpr size_t kEntry = 16;
+
+template <typename T>
+uint8_t* put_little_endian(uint8_t* out, T value) {
+    for (size_t i = 0; i < sizeof(T); ++i) *out++ = static_cast<uint8_t>(value >> (8 * i));
+    return out;
+}
+
+// A file that disappears unless it is renamed.
+class TemporaryFile {
+  public:
+    explicit TemporaryFile(std::string path) : path_(std::move(path)) {
+        descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (descriptor_ < 0) throw FileError(errno, path_);
+    }
+    TemporaryFile(const TemporaryFile&) = delete;
+    TemporaryFile& operator=(const TemporaryFile&) = delete;
+    ~TemporaryFile() {
+        if (descriptor_ >= 0) ::close(descriptor_);
+        if (!renamed_) ::unlink(path_.c_str());
+    }
+
+    void write(const uint8_t* data, size_t size) {
+        while (size) {
+            const ssize_t written = ::write(descriptor_, data, size);
+            if (written < 0 && errno == EINTR) continue;
+            if (written < 0) throw FileError(errno, path_);
+            data += written;
+            size -= static_cast<size_t>(written);
+        }
+    }
+
+    void sync_and_rename(const std::string& target) {
+        if (::fsync(descriptor_) != 0) throw FileError(errno, path_);
+        const int closed = ::close(descriptor_);
+        descriptor_ = -1;
+        if (closed != 0) throw FileError(errno, path_);
+        if (std::rename(path_.c_str(), target.c_str()) != 0) throw FileError(errno, target);
+        renamed_ = true;
+    }
+
+  private:
+    std::string path_;
+    int descriptor_ = -1;
+    bool renamed_ = false;
+};
+
+// After this the rename itself survives a power cut. A filesystem that cannot sync a directory is taken as it is.
+void sync_directory(const std::string& path) {
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (descriptor < 0) throw FileError(errno, path);
+    const int error = ::fsync(descriptor) == 0 ? 0 : errno;
+    ::close(descriptor);
+    if (error && error != EINVAL && error != ENOTSUP) throw FileError(error, path);
+}
+
+}  // namespace
+
+FileError::FileError(int error_, std::string path_)
+    : std::runtime_error(path_ + ": " + std::strerror(error_)), error(error_), path(std::move(path_)) {}
+
+ShardLayout::ShardLayout(int64_t chunk_bytes_, int64_t chunks_per_shard_, size_t data_bytes)
+    : chunk_bytes(static_cast<size_t>(chunk_bytes_)), chunks_per_shard(static_cast<size_t>(chunks_per_shard_)) {
+    check_positive(chunk_bytes_, "chunk_bytes");
+    check_positive(chunks_per_shard_, "chunks_per_shard");
+    check(chunks(data_bytes) <= chunks_per_shard, "data",
+          std::to_string(data_bytes) + " bytes do not fit in " + std::to_string(chunks_per_shard) + " chunks of " +
+              std::to_string(chunk_bytes));
+}
+
+size_t ShardLayout::shard_bytes(size_t data_bytes) const {
+    return chunks(data_bytes) * (chunk_bytes + kChecksum) + chunks_per_shard * kEntry + kChecksum;
+}
+
+void build_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, uint8_t* out) {
+    const size_t present = layout.chunks(data_bytes);
+    const size_t stride = layout.chunk_bytes + kChecksum;
+    for (size_t i = 0; i < present; ++i) {
+        uint8_t* chunk = out + i * stride;
+        const size_t start = i * layout.chunk_bytes;
+        const size_t size = std::min(layout.chunk_bytes, data_bytes - start);
+        std::memcpy(chunk, data + start, size);
+        std::memset(chunk + size, 0, layout.chunk_bytes - size);
+        put_little_endian(chunk + layout.chunk_bytes, crc32c(chunk, layout.chunk_bytes));
+    }
+    uint8_t* const index = out + present * stride;
+    uint8_t* entry = index;
+    for (size_t i = 0; i < layout.chunks_per_shard; ++i) {
+        entry = put_little_endian<uint64_t>(entry, i < present ? i * stride : ~uint64_t{0});
+        entry = put_little_endian<uint64_t>(entry, i < present ? stride : ~uint64_t{0});
+    }
+    put_little_endian(entry, crc32c(index, static_cast<size_t>(entry - index)));
+}
+
+void write_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, const std::string& path) {
+    const size_t size = layout.shard_bytes(data_bytes);
+    const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size]);  // not cleared: every byte is written below
+    build_shard(layout, data, data_bytes, bytes.get());
+
+    TemporaryFile file(path + ".tmp");  // the store sweeps leftovers of this name (store/shards.py)
+    file.write(bytes.get(), size);
+    file.sync_and_rename(path);
+    const size_t slash = path.rfind('/');
+    sync_directory(slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash));
+}
+
+}  // namespace nla

@@ -1,0 +1,28 @@
+"""nla_engine: capture a language model's activations, explain them with a verbalizer, measure the round trip.
+
+The names below are imported on first use, so that reading a store does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CaptureStore": "nla_engine.store",
+    "StoreWriter": "nla_engine.store",
+    "CaptureOptions": "nla_engine.config",
+    "RoundtripOptions": "nla_engine.config",
+    "run_capture": "nla_engine.capture",
+    "run_roundtrip": "nla_engine.roundtrip",
+    "Verbalizer": "nla_engine.verbalize",
+    "Reconstructor": "nla_engine.reconstruct",
+    "NLAError": "nla_engine.errors",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nla_engine' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,40 @@
+"""The errors that nla_engine raises. Each message names the thing, what is wrong with it and what to do.
+
+Knows nothing of how an error is shown: the command line prints one line and exits with `exit_code`.
+"""
+
+
+class NLAError(Exception):
+    """Base of every error raised on purpose. The work failed (exit code 1)."""
+
+    exit_code = 1
+
+
+class EngineError(NLAError):
+    """Generation or capture cannot go on: what was committed stays valid."""
+
+
+class WriteError(NLAError):
+    """A file could not be written (disk full, read-only directory): what was committed stays valid."""
+
+
+class RequestError(NLAError):
+    """The request itself is wrong: a bad option, file, checkpoint or layer (exit code 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(RequestError):
+    """A model directory or its sidecar does not hold what its role needs."""
+
+
+class PromptError(RequestError):
+    """A prompt file or one of its records cannot be used."""
+
+
+class StoreError(RequestError):
+    """A store is missing, foreign, damaged, or does not fit the request."""
+
+
+class WhereError(RequestError):
+    """A `--where` expression cannot be parsed or names an unknown field."""

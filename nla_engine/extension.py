@@ -1,0 +1,46 @@
+"""The compiled extension `nla_engine._C`: whether it is there, and what its absence costs.
+
+Knows nothing of what the extension computes. Prints nothing; whoever starts a run says `why_missing()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str]:
+    """The module, or None and why it could not be imported."""
+    try:
+        return importlib.import_module("nla_engine._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def load() -> ModuleType | None:
+    """The extension, or None where it was not built."""
+    return _import()[0]
+
+
+def has_cuda() -> bool:
+    """Whether the extension was built with its CUDA part (that a device is there is another question)."""
+    module = load()
+    return module is not None and bool(module.cuda)
+
+
+def why_missing() -> str:
+    """What is missing and what is slower for it, in one line; empty if nothing is."""
+    module, fault = _import()
+    if module is None:
+        return (
+            f"the compiled extension is missing ({fault}): shards are written by Python and CUDA rows are encoded by "
+            "plain torch, both slower; install a C++ compiler and reinstall nla-engine"
+        )
+    if not module.cuda:
+        return (
+            "the compiled extension has no CUDA part: CUDA rows are encoded by plain torch, slower; "
+            "put nvcc on PATH and reinstall nla-engine with NLA_CUDA=1"
+        )
+    return ""

@@ -1,0 +1,377 @@
+"""Encode rows of the residual stream into a stage, and decode them: reference, numba and CUDA, one contract.
+
+    for every row t with dest[t] >= 0:    stage.codes/scales/norm[dest[t]] = codec(hidden[t])
+    and if the codec cannot hold it:      stage.exact[k] = bfloat16(hidden[t]), stage.exact_dest[k] = dest[t]
+
+where k counts up from `stage.exact_count`. All three give the bits of `nla_engine.codec`, which is the contract; the
+order of rows in the exact pool is free. Knows nothing of rings, sequences or when a stage is emptied.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_engine import extension
+from nla_engine.codec import (
+    INT4_CLIPS,
+    INT4_TOP,
+    INT8_TOP,
+    NORM_RANGE,
+    Codec,
+    EncodedRows,
+    bf16_bits,
+    exact_rows,
+)
+from nla_engine.errors import RequestError
+
+BACKENDS = ("cuda", "numba", "torch")
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "bf16": torch.int16}
+
+
+@dataclass(frozen=True)
+class RowStage:
+    """Preallocated tensors that rows are encoded into. R places, room for E exact rows.
+
+    codes: int8 [R, d] | uint8 [R, d/2] | int16 [R, d] (bfloat16 bits)
+    scales: float16 [R, d/group], width 0 for bf16;  norm: float32 [R]
+    exact: int16 [E, d], bfloat16 bits;  exact_dest: int64 [E], the place in the stage of that row
+    exact_count: int32 [1]; only ever grows. Past E the rows are not kept: whoever empties the stage must check.
+    """
+
+    codec: Codec
+    codes: Tensor
+    scales: Tensor
+    norm: Tensor
+    exact: Tensor
+    exact_dest: Tensor
+    exact_count: Tensor
+
+    @classmethod
+    def allocate(cls, codec: Codec, rows: int, exact_capacity: int, device: torch.device | str) -> RowStage:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            codec,
+            codes=zeros(rows, codec.code_width, dtype=CODE_DTYPES[codec.name]),
+            scales=zeros(rows, codec.scale_width, dtype=torch.float16),
+            norm=zeros(rows, dtype=torch.float32),
+            exact=zeros(exact_capacity, codec.d_model, dtype=torch.int16),
+            exact_dest=zeros(exact_capacity, dtype=torch.int64),
+            exact_count=zeros(1, dtype=torch.int32),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.codes, self.scales, self.norm, self.exact, self.exact_dest, self.exact_count)
+
+
+def backend(device: torch.device | str, override: str | None = None) -> str:
+    """The implementation for tensors on `device`: 'cuda', 'numba' or 'torch'. Choose once, at the start of a run.
+
+    Raises RequestError if `override` names one that is unknown or cannot run there.
+    """
+    kind = torch.device(device).type
+    if override is None:
+        if kind == "cpu":
+            return "numba"
+        return "cuda" if kind == "cuda" and extension.has_cuda() else "torch"
+    if override not in BACKENDS:
+        raise RequestError(f"encode backend '{override}' is unknown: choose one of {', '.join(BACKENDS)}")
+    if override == "cuda" and not extension.has_cuda():
+        raise RequestError(f"encode backend 'cuda' is not there: {extension.why_missing()}")
+    if (override, kind) in (("cuda", "cpu"), ("numba", "cuda")):
+        raise RequestError(f"encode backend '{override}' cannot work on device '{device}': use 'torch'")
+    return override
+
+
+def encode_rows(
+    hidden: Tensor, dest: Tensor, stage: RowStage, sink_norm: float, *, with_backend: str | None = None
+) -> None:
+    """Encode the selected rows of `hidden` into `stage`; on CUDA one launch on the current stream, no synchronisation.
+
+    hidden: float32, bfloat16 or float16 [T, d]; rows may be strided, the channels of a row not
+    dest: int64 [T]; the row's place in the stage, negative to skip it. Places must differ, and be below R: not checked,
+        for that would cost a synchronisation.
+    sink_norm: rows with a larger norm are also kept exactly (math.inf: none for that reason)
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    _check_encode(hidden, dest, stage)
+    run = {"cuda": _encode_cuda, "numba": _encode_numba, "torch": encode_rows_reference}
+    run[backend(hidden.device, with_backend)](hidden, dest, stage, sink_norm)
+
+
+def decode_rows(
+    codes: Tensor,
+    scales: Tensor,
+    norm: Tensor,
+    codec: Codec,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    with_backend: str | None = None,
+) -> Tensor:
+    """Decode n encoded rows (layout of RowStage) to float32 or bfloat16 [n, d]; exact rows are not put back in here.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    _check_decode(codes, scales, norm, codec, out_dtype)
+    run = {"cuda": _decode_cuda, "numba": _decode_numba, "torch": decode_rows_reference}
+    return run[backend(codes.device, with_backend)](codes, scales, norm, codec, out_dtype)
+
+
+# ---- reference: plain torch, any device, every step written out ----
+
+
+def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_norm: float) -> None:
+    """`encode_rows` in plain torch: no data-dependent shape, so no synchronisation on CUDA."""
+    codec = stage.codec
+    x = hidden.to(torch.float32)
+    norm = x.double().square().sum(dim=1).sqrt().float()
+    ordinary = (norm >= float(NORM_RANGE[0])) & (norm <= float(NORM_RANGE[1]))
+    bits = _bf16_bits(x)
+    if codec.name == "bf16":
+        codes, scales = bits, stage.scales.new_zeros((len(x), 0))
+    else:
+        # The divisor is a tensor: CUDA torch turns division by a Python number into a product with its reciprocal.
+        inverse = 1.0 / (norm / _scalar(math.sqrt(codec.d_model), x))
+        y = _rotate(torch.where(ordinary[:, None], x * inverse[:, None], 0.0), codec.block)
+        raw, scales = _quantise(y.view(len(x), codec.scale_width, codec.group), codec)
+        codes = raw if codec.name == "int8" else _pack_nibbles(raw)
+
+    source = _source_of_place(dest, dest >= 0, len(stage.norm))
+    for place, value in ((stage.codes, codes), (stage.scales, scales), (stage.norm, norm)):
+        _fill(place, value, source)
+
+    if codec.name != "bf16":
+        exact = (dest >= 0) & (norm != 0) & ~(ordinary & (norm <= sink_norm))
+        slot = stage.exact_count + exact.cumsum(0) - 1
+        source = _source_of_place(slot, exact, len(stage.exact))
+        _fill(stage.exact, bits, source)
+        _fill(stage.exact_dest, dest, source)
+        stage.exact_count.add_(exact.sum())
+
+
+def decode_rows_reference(
+    codes: Tensor, scales: Tensor, norm: Tensor, codec: Codec, out_dtype: torch.dtype
+) -> Tensor:
+    """`decode_rows` in plain torch."""
+    if codec.name == "bf16":
+        return codes.view(torch.bfloat16).to(out_dtype)
+    raw = codes if codec.name == "int8" else _unpack_nibbles(codes)
+    grouped = raw.float().view(len(raw), codec.scale_width, codec.group) * scales.float()[:, :, None]
+    y = _rotate(grouped.view(len(raw), codec.d_model), codec.block)
+    rms = norm / _scalar(math.sqrt(codec.d_model), norm)
+    ordinary = (norm >= float(NORM_RANGE[0])) & (norm <= float(NORM_RANGE[1]))
+    return torch.where(ordinary[:, None], y * rms[:, None], 0.0).to(out_dtype)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """float32(value) as a 0-dimensional tensor on the device of `like`."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def _rotate(x: Tensor, block: int) -> Tensor:
+    """H x on each block of x [n, d]: butterflies of step 1, 2, 4 ..., then the factor 1/sqrt(block)."""
+    shape, step = x.shape, 1
+    while step < block:
+        a, b = x.reshape(shape[0], shape[1] // (2 * step), 2, step).unbind(dim=2)
+        x = torch.stack((a + b, a - b), dim=2)
+        step *= 2
+    return x.reshape(shape) * _scalar(1.0 / math.sqrt(block), x)
+
+
+def _quantise(y: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """y [n, groups, group] -> int8 [n, d], float16 [n, groups]."""
+    top = INT8_TOP if codec.name == "int8" else INT4_TOP
+    clips = INT4_CLIPS if codec.name == "int4" else INT4_CLIPS[:1]
+    largest = y.abs().amax(dim=2)
+    best_error = torch.full_like(largest, math.inf)
+    best_scale = torch.zeros_like(largest, dtype=torch.float16)
+    for clip in clips:
+        scale = (largest * _scalar(float(clip), y) * (1.0 / _scalar(top, y))).half()
+        delta = y - _codes(y, scale, top) * scale.float()[:, :, None]
+        error = delta * delta
+        while error.shape[2] > 1:  # the order of a warp's butterfly reduction
+            half = error.shape[2] // 2
+            error = error[:, :, :half] + error[:, :, half:]
+        better = error[:, :, 0] < best_error
+        best_error = torch.where(better, error[:, :, 0], best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return _codes(y, best_scale, top).to(torch.int8).view(len(y), codec.d_model), best_scale
+
+
+def _codes(y: Tensor, scale: Tensor, top: int) -> Tensor:
+    """clamp(round(y / scale)) as float32, by the reciprocal; 0 where the scale is 0."""
+    wide = scale.float()
+    reciprocal = torch.where(wide > 0, 1.0 / wide, 0.0)
+    return (y * reciprocal[:, :, None]).round().clamp(-top, top)
+
+
+def _bf16_bits(x: Tensor) -> Tensor:
+    """float32 [...] -> int16 [...]: `codec.bf16_bits`, NaN payloads included."""
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return torch.where(x.isnan(), (bits >> 16) | 0x0040, rounded).to(torch.int16)
+
+
+def _pack_nibbles(raw: Tensor) -> Tensor:
+    shifted = (raw + 8).to(torch.uint8)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    both = torch.stack((packed & 15, packed >> 4), dim=2)
+    return both.view(len(packed), 2 * packed.shape[1]).to(torch.int8) - 8
+
+
+def _source_of_place(place: Tensor, chosen: Tensor, places: int) -> Tensor:
+    """For each of `places` places the index of the row that goes there, or -1: places nobody chose stay untouched."""
+    rows = torch.arange(len(place), device=place.device)
+    source = torch.full((places + 1,), -1, dtype=torch.int64, device=place.device)
+    inside = chosen & (place < places)
+    source[torch.where(inside, place, places)] = rows  # the last place takes what goes nowhere
+    return source[:places]
+
+
+def _fill(stage: Tensor, value: Tensor, source: Tensor) -> None:
+    """stage[i] = value[source[i]] where source[i] >= 0."""
+    if stage.numel() and len(value):
+        taken = (source >= 0).view(-1, *(1,) * (stage.dim() - 1))
+        stage.copy_(torch.where(taken, value[source.clamp(min=0)], stage))
+
+
+# ---- numba: CPU tensors, through the host codec ----
+
+
+def _encode_numba(hidden: Tensor, dest: Tensor, stage: RowStage, sink_norm: float) -> None:
+    chosen = dest >= 0
+    rows, places = hidden[chosen].float().numpy(), dest[chosen].numpy()
+    encoded = stage.codec.encode(rows)
+    stage.codes.numpy()[places] = encoded.codes.view(stage.codes.numpy().dtype)
+    stage.scales.numpy()[places] = encoded.scales
+    stage.norm.numpy()[places] = encoded.norm
+    if stage.codec.name == "bf16":
+        return
+    exact = np.flatnonzero(exact_rows(encoded.norm, sink_norm))
+    count = int(stage.exact_count)
+    kept = exact[: max(0, len(stage.exact) - count)]
+    stage.exact.numpy()[count : count + len(kept)] = bf16_bits(rows[kept]).view(np.int16)
+    stage.exact_dest.numpy()[count : count + len(kept)] = places[kept]
+    stage.exact_count.add_(len(exact))
+
+
+def _decode_numba(
+    codes: Tensor, scales: Tensor, norm: Tensor, codec: Codec, out_dtype: torch.dtype
+) -> Tensor:
+    stored = codes.numpy().view(codec.code_dtype)
+    return torch.from_numpy(codec.decode(EncodedRows(stored, scales.numpy(), norm.numpy()))).to(out_dtype)
+
+
+# ---- CUDA: the extension, csrc/encode.cu and csrc/decode.cu ----
+
+
+def _extension() -> ModuleType:
+    module = extension.load()
+    assert module is not None  # `backend` has seen to it
+    return module
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """Device index and current stream's handle."""
+    index = tensor.device.index if tensor.device.index is not None else torch.cuda.current_device()
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def _shape(codec: Codec) -> dict[str, str | int]:
+    return {"codec": codec.name, "d": codec.d_model, "block": codec.block, "group": codec.group}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _encode_cuda(hidden: Tensor, dest: Tensor, stage: RowStage, sink_norm: float) -> None:
+    _extension().encode_rows(
+        *_where(hidden),
+        **_shape(stage.codec),
+        hidden=hidden.data_ptr(),
+        hidden_dtype=_dtype_name(hidden.dtype),
+        row_stride=hidden.stride(0),
+        rows=len(hidden),
+        dest=dest.data_ptr(),
+        codes=stage.codes.data_ptr(),
+        scales=stage.scales.data_ptr(),
+        norm=stage.norm.data_ptr(),
+        sink_norm=sink_norm,
+        exact=stage.exact.data_ptr(),
+        exact_dest=stage.exact_dest.data_ptr(),
+        exact_count=stage.exact_count.data_ptr(),
+        exact_capacity=len(stage.exact),
+    )
+
+
+def _decode_cuda(codes: Tensor, scales: Tensor, norm: Tensor, codec: Codec, out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty((len(norm), codec.d_model), dtype=out_dtype, device=codes.device)
+    _extension().decode_rows(
+        *_where(codes),
+        **_shape(codec),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        norm=norm.data_ptr(),
+        rows=len(norm),
+        out=out.data_ptr(),
+        out_dtype=_dtype_name(out_dtype),
+    )
+    return out
+
+
+# ---- checks, at the boundary ----
+
+
+def _check(holds: bool, thing: str, fault: str) -> None:
+    if not holds:
+        raise ValueError(f"{thing}: {fault}")
+
+
+def _check_encode(hidden: Tensor, dest: Tensor, stage: RowStage) -> None:
+    d = stage.codec.d_model
+    _check(
+        hidden.dim() == 2 and hidden.shape[1] == d,
+        "hidden",
+        f"shape {tuple(hidden.shape)} is not [rows, {d}]",
+    )
+    _check(
+        hidden.dtype in INPUT_DTYPES, "hidden", f"dtype {hidden.dtype} is not float32, bfloat16 or float16"
+    )
+    _check(d == 1 or hidden.stride(1) == 1, "hidden", "the channels of a row are not contiguous")
+    _check(dest.shape == hidden.shape[:1], "dest", f"shape {tuple(dest.shape)} is not [{len(hidden)}]")
+    _check(dest.dtype == torch.int64 and dest.is_contiguous(), "dest", "is not contiguous int64")
+    for tensor in (dest, *stage.tensors):
+        _check(tensor.device == hidden.device, "device", f"{tensor.device} beside hidden on {hidden.device}")
+    _check(
+        all(tensor.is_contiguous() for tensor in stage.tensors),
+        "stage",
+        "has a tensor that is not contiguous",
+    )
+
+
+def _check_decode(codes: Tensor, scales: Tensor, norm: Tensor, codec: Codec, out_dtype: torch.dtype) -> None:
+    n = len(norm)
+    for name, tensor, shape, dtype in (
+        ("codes", codes, (n, codec.code_width), CODE_DTYPES[codec.name]),
+        ("scales", scales, (n, codec.scale_width), torch.float16),
+        ("norm", norm, (n,), torch.float32),
+    ):
+        _check(tensor.shape == shape, name, f"shape {tuple(tensor.shape)} is not {list(shape)}")
+        _check(tensor.dtype == dtype and tensor.is_contiguous(), name, f"is not contiguous {dtype}")
+        _check(tensor.device == codes.device, "device", f"{tensor.device} beside codes on {codes.device}")
+    _check(
+        out_dtype in (torch.float32, torch.bfloat16), "out_dtype", f"{out_dtype} is not float32 or bfloat16"
+    )
