@@ -1,0 +1,132 @@
+"""One array of a store: a log that only grows (ArrayLog), and its committed part (ArrayReader).
+
+Know nothing of what the values mean or when they are committed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nla_engine.store.format import ArraySpec
+from nla_engine.store.manifest import METADATA_NAME, json_bytes
+from nla_engine.store.shards import TEMPORARY_SUFFIX, build_shard, read_chunks, write_file_atomically, writing
+
+
+class ArrayLog:
+    """Appends rows; full shards go to disk at once, the last partial one waits in memory for `flush`."""
+
+    def __init__(self, root: Path, spec: ArraySpec) -> None:
+        """A log of length 0. Nothing is written."""
+        self.spec = spec
+        self.length = 0
+        self._root = root
+        self._tail = np.empty((spec.shard_rows, *spec.trailing), spec.dtype)
+        self._flushed = 0
+        self._described: int | None = None
+
+    @classmethod
+    def resume(cls, root: Path, spec: ArraySpec, length: int) -> ArrayLog:
+        """The log as it was when `length` rows were committed: what lies beyond is removed or written over.
+
+        Raises StoreError when the last committed rows are damaged, WriteError when a stale file stays.
+        """
+        log = cls(root, spec)
+        first = length - length % spec.shard_rows
+        log._tail[: length - first] = ArrayReader(root, spec, length).read(first, length)
+        log.length = length
+        # The last shard on disk may hold rows past the commit: the next flush writes it anew.
+        log._flushed = first
+        needed = -(-length // spec.shard_rows)
+        chunks = root / spec.path / "c"
+        for path in sorted(chunks.rglob("*")):
+            shard = path.relative_to(chunks).parts[0]
+            stale = path.name.endswith(TEMPORARY_SUFFIX) or (shard.isdigit() and int(shard) >= needed)
+            if stale and path.is_file():
+                with writing(path):
+                    path.unlink()
+        with writing(root / spec.path):
+            (root / spec.path / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+        return log
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append rows [n, *trailing] of the array's dtype. Raises WriteError."""
+        done = 0
+        while done < len(rows):
+            used = self.length % self.spec.shard_rows
+            count = min(self.spec.shard_rows - used, len(rows) - done)
+            self._tail[used : used + count] = rows[done : done + count]
+            self.length += count
+            done += count
+            if self.length % self.spec.shard_rows == 0:
+                self._write_shard(self.spec.shard_rows)
+
+    def flush(self) -> None:
+        """Put every row on disk: rewrites the last partial shard if it has grown. Raises WriteError."""
+        if self._flushed < self.length:
+            self._write_shard(self.length % self.spec.shard_rows)
+
+    def describe(self) -> None:
+        """Write the array's zarr.json with its present length, if that changed. Raises WriteError."""
+        if self._described != self.length:
+            metadata = json_bytes(self.spec.metadata(self.length), self.spec.path)
+            write_file_atomically(self._root / self.spec.path / METADATA_NAME, metadata)
+            self._described = self.length
+
+    def _write_shard(self, rows: int) -> None:
+        shard = (self.length - 1) // self.spec.shard_rows
+        path = self._root / self.spec.shard_path(shard)
+        data = build_shard(self._tail[:rows], self.spec.chunk_rows, self.spec.shard_chunks)
+        write_file_atomically(path, data.data)
+        self._flushed = self.length
+
+
+class ArrayReader:
+    """The first `length` rows of an array. Stateless: every read opens the shards it needs."""
+
+    def __init__(self, root: Path, spec: ArraySpec, length: int) -> None:
+        self.spec = spec
+        self.length = length
+        self._root = root
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop), 0 <= start <= stop <= length. Raises StoreError on damaged or missing files."""
+        stop = self.length if stop is None else stop
+        if not 0 <= start <= stop <= self.length:
+            raise IndexError(f"{self.spec.path}: rows {start}:{stop} are outside its {self.length}")
+        chunk_rows, per_shard = self.spec.chunk_rows, self.spec.shard_chunks
+        first, last = start // chunk_rows, -(-stop // chunk_rows)
+        out = self._empty(max(last - first, 0))
+        chunk = first
+        while chunk < last:
+            end = min(last, (chunk // per_shard + 1) * per_shard)
+            self._read_shard(chunk // per_shard, range(chunk, end), out[chunk - first : end - first])
+            chunk = end
+        rows = out.reshape(-1, *self.spec.trailing)
+        return rows[start - first * chunk_rows : stop - first * chunk_rows]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows int64 [n], each in [0, length), any order, repeats allowed. Each chunk is read once."""
+        out = np.empty((len(rows), *self.spec.trailing), self.spec.dtype)
+        if len(rows) == 0:
+            return out
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        shards = ordered // self.spec.shard_rows
+        starts = np.flatnonzero(np.diff(shards, prepend=-1))
+        for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            part = ordered[begin:end]
+            chunks, which = np.unique(part // self.spec.chunk_rows, return_inverse=True)
+            block = self._empty(len(chunks))
+            self._read_shard(int(shards[begin]), chunks.tolist(), block)
+            out[order[begin:end]] = block[which, part % self.spec.chunk_rows]
+        return out
+
+    def _empty(self, chunks: int) -> np.ndarray:
+        return np.empty((chunks, self.spec.chunk_rows, *self.spec.trailing), self.spec.dtype)
+
+    def _read_shard(self, shard: int, chunks: range | list[int], out: np.ndarray) -> None:
+        """Read chunks, numbered from the start of the array, all of one shard."""
+        inside = [chunk - shard * self.spec.shard_chunks for chunk in chunks]
+        read_chunks(self._root / self.spec.shard_path(shard), inside, self.spec.shard_chunks, out)

@@ -1,0 +1,215 @@
+"""Store format, version 1: which arrays there are, of what type, and how each is cut into shards.
+
+The words and numbers here are the contract of docs/store_format.md. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any
+
+import numpy as np
+
+from nla_engine.codec import Codec
+from nla_engine.engine.request import Finish
+from nla_engine.errors import StoreError
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "nla_engine"
+EARLY_POSITIONS = 50
+NO_TOKEN = -1
+
+CHUNK_ROWS = 128
+MAX_SHARD_ROWS = 4096
+MAX_SHARD_BYTES = 16 << 20
+EXACT_CHUNK_ROWS = 16
+EXACT_SHARD_BYTES = 2 << 20
+
+LAYER_CONVENTION = (
+    "layer K is the residual stream after decoder block K (both residual adds done, before any final norm): "
+    "transformers hidden_states[K+1] for every block but the last. A row belongs to the token that was read."
+)
+
+
+class RowFlag(IntFlag):
+    """Bits of rows/flags."""
+
+    GENERATED = 1
+    PROMPT_END = 2
+    SEQUENCE_END = 4
+    EARLY = 8
+    SINK = 16
+    NONFINITE = 32
+
+
+FLAG_MEANINGS = {
+    RowFlag.GENERATED: "the token read was generated",
+    RowFlag.PROMPT_END: "the token read is the last prompt token",
+    RowFlag.SEQUENCE_END: "the token read is the last one of the sequence",
+    RowFlag.EARLY: f"position < {EARLY_POSITIONS}: outside the training data of released NLAs",
+    RowFlag.SINK: "kept exactly: norm > sink_norm in some layer",
+    RowFlag.NONFINITE: "kept exactly: the vector of some layer holds NaN or Inf",
+}
+FINISH_MEANINGS = {
+    Finish.EOS: "the model wrote its end token",
+    Finish.LENGTH: "the limit of new tokens was reached",
+    Finish.STOP: "a stop string was reached",
+    Finish.GIVEN: "the text was given, nothing was generated",
+}
+
+
+def row_flags(
+    position: np.ndarray,
+    prompt_size: int,
+    size: int,
+    sink: np.ndarray | bool = False,
+    nonfinite: np.ndarray | bool = False,
+) -> np.ndarray:
+    """RowFlag bits, uint8 [n], of the rows at `position` int [n] in a sequence of `size` tokens.
+
+    sink, nonfinite: masks [n], true where that holds in any layer.
+    """
+    bits = {
+        RowFlag.GENERATED: position >= prompt_size,
+        RowFlag.PROMPT_END: position == prompt_size - 1,
+        RowFlag.SEQUENCE_END: position == size - 1,
+        RowFlag.EARLY: position < EARLY_POSITIONS,
+        RowFlag.SINK: np.broadcast_to(sink, position.shape),
+        RowFlag.NONFINITE: np.broadcast_to(nonfinite, position.shape),
+    }
+    flags = np.zeros(position.shape, np.uint8)
+    for bit, mask in bits.items():
+        flags |= mask.astype(np.uint8) * np.uint8(bit)
+    return flags
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store: everything about it but its length.
+
+    unit: what its length counts, a key of `Manifest.lengths`
+    trailing: shape after the first axis
+    """
+
+    path: str
+    dtype: np.dtype
+    dimensions: tuple[str, ...]
+    unit: str
+    chunk_rows: int
+    shard_rows: int
+    trailing: tuple[int, ...] = ()
+
+    @property
+    def shard_chunks(self) -> int:
+        return self.shard_rows // self.chunk_rows
+
+    def shard_path(self, shard: int) -> str:
+        """Path of a shard file, relative to the store: the default chunk key of Zarr v3."""
+        return f"{self.path}/c/{shard}" + "/0" * len(self.trailing)
+
+    def metadata(self, length: int) -> dict[str, Any]:
+        """The array's zarr.json."""
+        little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+        # Zarr wants no byte order where there is none to choose.
+        raw = little if self.dtype.itemsize > 1 else {"name": "bytes"}
+        sharding = {
+            "chunk_shape": [self.chunk_rows, *self.trailing],
+            "codecs": [raw, {"name": "crc32c"}],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [length, *self.trailing],
+            "data_type": self.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *self.trailing]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "dimension_names": list(self.dimensions),
+            "storage_transformers": [],
+        }
+
+
+def default_shard_rows(codec: Codec) -> int:
+    """Rows in a shard: 4096, or the power of two that keeps a shard of codes within 16 MiB (but 128)."""
+    return _shard_rows(
+        codec.code_width * codec.code_dtype.itemsize, MAX_SHARD_ROWS, MAX_SHARD_BYTES, CHUNK_ROWS
+    )
+
+
+def array_specs(layers: Sequence[int], codec: Codec, shard_rows: int) -> dict[str, ArraySpec]:
+    """Every array of a store, by path, in the order in which they are written."""
+    if shard_rows < 1 or shard_rows & (shard_rows - 1):
+        raise StoreError(f"shard_rows {shard_rows} is not a power of two")
+    specs: list[ArraySpec] = []
+
+    def flat(
+        group: str, names: str, dtype: str, dimension: str, unit: str, shard: int, chunk: int = 0
+    ) -> None:
+        for name in names.split():
+            path = f"{group}/{name}"
+            specs.append(ArraySpec(path, np.dtype(dtype), (dimension,), unit, chunk or shard, shard))
+
+    def wide(path: str, dtype: np.dtype, dimensions: tuple[str, str], unit: str, width: int) -> None:
+        chunk = min(CHUNK_ROWS, shard_rows)
+        specs.append(ArraySpec(path, dtype, dimensions, unit, chunk, shard_rows, (width,)))
+
+    flat("rows", "token_id next_token_id position", "<i4", "row", "rows", shard_rows)
+    flat("rows", "sequence", "<i8", "row", "rows", shard_rows)
+    flat("rows", "flags", "u1", "row", "rows", shard_rows)
+    d = codec.d_model
+    exact_shard = _shard_rows(2 * d, 256, EXACT_SHARD_BYTES, EXACT_CHUNK_ROWS)
+    for layer in layers:
+        group, exact = layer_group(layer), exact_unit(layer)
+        channel = "channel_pair" if codec.code_width != d else "channel"
+        code_dtype = codec.code_dtype.newbyteorder("<")
+        wide(f"{group}/codes", code_dtype, ("row", channel), "rows", codec.code_width)
+        if codec.scale_width:
+            wide(f"{group}/scales", np.dtype("<f2"), ("row", "group"), "rows", codec.scale_width)
+        flat(group, "norm", "<f4", "row", "rows", shard_rows)
+        flat(group, "exact_row", "<i8", "exact", exact, 4096)
+        specs.append(
+            ArraySpec(
+                f"{group}/exact",
+                np.dtype("<u2"),
+                ("exact", "channel"),
+                exact,
+                EXACT_CHUNK_ROWS,
+                exact_shard,
+                (d,),
+            )
+        )
+    flat("sequences", "row_start row_size token_start token_size", "<i8", "sequence", "sequences", 4096)
+    flat("sequences", "source_start source_size", "<i8", "sequence", "sequences", 4096)
+    flat("sequences", "prompt_size", "<i4", "sequence", "sequences", 4096)
+    flat("sequences", "finish", "u1", "sequence", "sequences", 4096)
+    flat("sequences", "tokens", "<i4", "token", "tokens", 1 << 16, 1 << 13)
+    flat("sequences", "source", "u1", "byte", "source_bytes", 1 << 20, 1 << 16)
+    flat("vocabulary", "start", "<i8", "boundary", "vocabulary_boundaries", 1 << 16)
+    flat("vocabulary", "text", "u1", "byte", "vocabulary_bytes", 1 << 20, 1 << 16)
+    return {spec.path: spec for spec in specs}
+
+
+def layer_group(layer: int) -> str:
+    """Name of the group that holds a layer."""
+    return f"layer_{layer}"
+
+
+def exact_unit(layer: int) -> str:
+    """What the exact arrays of a layer are counted in."""
+    return f"exact_{layer}"
+
+
+def _shard_rows(row_bytes: int, most_rows: int, most_bytes: int, least_rows: int) -> int:
+    rows = most_rows
+    while rows > least_rows and rows * row_bytes > most_bytes:
+        rows //= 2
+    return rows

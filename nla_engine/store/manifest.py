@@ -1,0 +1,249 @@
+"""The manifest: the root group's zarr.json, which says what a store holds and how much of it is committed.
+
+It is one file, always replaced whole, so its `commit` is the one truth about what may be read. The metadata
+of every array is repeated in it (Zarr's inline consolidated metadata): readers which use that see all shapes
+change at once.
+Knows nothing of shards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nla_engine.codec import Codec
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.store.format import (
+    ATTRIBUTE,
+    FINISH_MEANINGS,
+    FLAG_MEANINGS,
+    FORMAT_VERSION,
+    LAYER_CONVENTION,
+    ArraySpec,
+    array_specs,
+    exact_unit,
+)
+from nla_engine.store.shards import write_file_atomically
+
+METADATA_NAME = "zarr.json"
+GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """How much of a store may be read.
+
+    exact: exact rows of each layer; epoch: writers so far; time: ISO 8601, UTC
+    """
+
+    rows: int
+    sequences: int
+    tokens: int
+    source_bytes: int
+    exact: Mapping[int, int]
+    epoch: int
+    complete: bool
+    time: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "exact": {str(layer): count for layer, count in self.exact.items()}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Commit:
+        counts = {name: int(data[name]) for name in ("rows", "sequences", "tokens", "source_bytes", "epoch")}
+        exact = {int(layer): int(count) for layer, count in data["exact"].items()}
+        if min(*counts.values(), *exact.values()) < 0:
+            raise ValueError("a count is negative")
+        return cls(**counts, exact=exact, complete=bool(data["complete"]), time=str(data["time"]))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that attributes["nla_engine"] holds.
+
+    store_id: random, tells a store from one that replaced it under the same name
+    sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
+    codec_error: measured reconstruction error of each layer, or None
+    """
+
+    store_id: str
+    layers: tuple[int, ...]
+    codec: Codec
+    shard_rows: int
+    sink_norm: Mapping[int, float]
+    vocabulary_size: int
+    vocabulary_bytes: int
+    provenance: Mapping[str, Any]
+    options: Mapping[str, Any]
+    commit: Commit
+    codec_error: Mapping[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
+            raise StoreError(
+                f"layers {list(self.layers)}: give one or more different layer numbers from 0 on"
+            )
+        if set(self.sink_norm) != set(self.layers):
+            raise StoreError(
+                f"sink_norm is given for layers {list(self.sink_norm)}, the store has {list(self.layers)}"
+            )
+        if any(math.isnan(norm) for norm in self.sink_norm.values()):
+            raise StoreError("sink_norm is NaN: give a number, or infinity to keep no sink rows")
+
+    def specs(self) -> dict[str, ArraySpec]:
+        """Every array of the store, by path."""
+        return array_specs(self.layers, self.codec, self.shard_rows)
+
+    def lengths(self) -> dict[str, int]:
+        """Committed length of an array, by the unit of its spec."""
+        commit = self.commit
+        return {
+            "rows": commit.rows,
+            "sequences": commit.sequences,
+            "tokens": commit.tokens,
+            "source_bytes": commit.source_bytes,
+            "vocabulary_boundaries": self.vocabulary_size + 1,
+            "vocabulary_bytes": self.vocabulary_bytes,
+            **{exact_unit(layer): commit.exact[layer] for layer in self.layers},
+        }
+
+    def attributes(self) -> dict[str, Any]:
+        """attributes["nla_engine"]; strict JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "store_id": self.store_id,
+            "d_model": self.codec.d_model,
+            "layers": list(self.layers),
+            "layer_convention": LAYER_CONVENTION,
+            "codec": self.codec.to_dict(),
+            "codec_error": {str(layer): self.codec_error.get(layer) for layer in self.layers},
+            "shard_rows": self.shard_rows,
+            "sink_norm": {str(k): float(v) if math.isfinite(v) else None for k, v in self.sink_norm.items()},
+            "row_flags": {
+                flag.name: {"bit": flag.value, "meaning": text} for flag, text in FLAG_MEANINGS.items()
+            },
+            "finish": {
+                code.name: {"code": code.value, "meaning": text} for code, text in FINISH_MEANINGS.items()
+            },
+            "vocabulary": {"size": self.vocabulary_size, "bytes": self.vocabulary_bytes},
+            "provenance": self.provenance,
+            "options": self.options,
+            "commit": self.commit.to_dict(),
+        }
+
+    @classmethod
+    def from_attributes(cls, data: dict[str, Any]) -> Manifest:
+        manifest = cls(
+            store_id=str(data["store_id"]),
+            layers=tuple(int(layer) for layer in data["layers"]),
+            codec=Codec.from_dict(data["codec"]),
+            shard_rows=int(data["shard_rows"]),
+            sink_norm={int(k): math.inf if v is None else float(v) for k, v in data["sink_norm"].items()},
+            vocabulary_size=int(data["vocabulary"]["size"]),
+            vocabulary_bytes=int(data["vocabulary"]["bytes"]),
+            provenance=data["provenance"],
+            options=data["options"],
+            commit=Commit.from_dict(data["commit"]),
+            codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
+        )
+        manifest.specs(), manifest.lengths()  # what they need is there and sane
+        return manifest
+
+    def write(self, root: Path) -> None:
+        """Replace the root group's zarr.json: this is the moment of commit. Raises WriteError."""
+        document = {
+            **GROUP_METADATA,
+            "attributes": {ATTRIBUTE: self.attributes()},
+            "consolidated_metadata": self.consolidated_metadata(),
+        }
+        write_file_atomically(root / METADATA_NAME, json_bytes(document, "the manifest"))
+
+    def consolidated_metadata(self) -> dict[str, Any]:
+        """The metadata of every group and array, as Zarr readers find it in the root's zarr.json."""
+        lengths = self.lengths()
+        specs = self.specs()
+        nodes: dict[str, Any] = {spec.path.split("/")[0]: GROUP_METADATA for spec in specs.values()}
+        nodes.update({path: spec.metadata(lengths[spec.unit]) for path, spec in specs.items()})
+        return {"kind": "inline", "must_understand": False, "metadata": nodes}
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """The manifest of the store at `root`. Raises StoreError when there is none that can be read."""
+        data = read_attributes(root)
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise StoreError(f"{root / METADATA_NAME}: damaged: format_version is {version!r}")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"{root}: format version {version}, this nla_engine reads up to {FORMAT_VERSION}: upgrade it"
+            )
+        try:
+            return cls.from_attributes(data)
+        except KeyError as error:
+            raise StoreError(f"{root / METADATA_NAME}: damaged: {error} is missing") from None
+        except (RequestError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{root / METADATA_NAME}: damaged: {error}") from None
+
+    def with_commit(self, **changes: Any) -> Manifest:
+        return replace(self, commit=replace(self.commit, **changes))
+
+
+def read_attributes(root: Path) -> dict[str, Any]:
+    """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
+    path = root / METADATA_NAME
+    if not root.exists():
+        raise StoreError(f"{root}: there is no such store")
+    if not root.is_dir():
+        raise StoreError(f"{root}: a file, not a store (a store is a directory)")
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        kind = (
+            "a Zarr v2 store"
+            if (root / ".zgroup").exists() or (root / ".zarray").exists()
+            else "not a Zarr store"
+        )
+        raise StoreError(f"{root}: {kind}, so not one that nla_engine capture wrote") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StoreError(f"{path}: damaged: broken JSON: {error}") from None
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    data = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    if not isinstance(data, dict):
+        raise StoreError(
+            f"{root}: a Zarr store without '{ATTRIBUTE}' attributes: nla_engine capture did not write it"
+        )
+    return data
+
+
+def strict_json(value: Any, name: str) -> Any:
+    """`value` as it reads after a trip through JSON. Raises StoreError when JSON cannot hold it (NaN)."""
+    return json.loads(json_bytes(value, name))
+
+
+def json_bytes(value: Any, name: str) -> bytes:
+    """Strict JSON in UTF-8. Raises StoreError naming `name`."""
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{name} cannot be written as JSON: {error}") from None
+
+
+def differences(stored: Any, given: Any, name: str = "") -> Sequence[str]:
+    """One line for each key in which two JSON values differ, dictionaries entered."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        lines: list[str] = []
+        for key in [*stored, *(key for key in given if key not in stored)]:
+            path = f"{name}.{key}" if name else str(key)
+            if key not in given or key not in stored:
+                shown = [json.dumps(side[key]) if key in side else "absent" for side in (stored, given)]
+                lines.append(f"{path} was {shown[0]}, is now {shown[1]}")
+            else:
+                lines.extend(differences(stored[key], given[key], path))
+        return lines
+    return [] if stored == given else [f"{name} was {json.dumps(stored)}, is now {json.dumps(given)}"]

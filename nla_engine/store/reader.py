@@ -1,0 +1,162 @@
+"""A store opened for reading: what is committed, and nothing else.
+
+A CaptureStore shows the commit that stood when it was opened; `refresh` moves it on, so a store can be
+followed while it grows. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_engine.codec import Codec
+from nla_engine.errors import StoreError
+from nla_engine.store.arrays import ArrayReader
+from nla_engine.store.format import ArraySpec, layer_group
+from nla_engine.store.layer import LayerReader
+from nla_engine.store.manifest import Commit, Manifest
+from nla_engine.store.sequences import SequenceTable, StoredSequence, Vocabulary
+from nla_engine.store.where import select_rows
+
+
+class CaptureStore:
+    """The committed rows and sequences of a store. Open one with `CaptureStore.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self._manifest = manifest
+        self._vocabulary: Vocabulary | None = None
+        self._columns: dict[str, np.ndarray] = {}
+        self._sequence_table: SequenceTable | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CaptureStore:
+        """Raises StoreError when there is no store at `path` that this version can read."""
+        return cls(Path(path), Manifest.read(Path(path)))
+
+    def refresh(self) -> bool:
+        """Show the last commit; True when it is another one. Readers handed out before keep showing theirs.
+
+        Raises StoreError when another store has taken the place of this one.
+        """
+        manifest = Manifest.read(self.path)
+        if manifest.store_id != self._manifest.store_id:
+            raise StoreError(f"{self.path}: the store was replaced by another one: open it again")
+        changed = manifest.commit != self.commit
+        self._manifest, self._columns, self._sequence_table = manifest, {}, None
+        return changed
+
+    @property
+    def commit(self) -> Commit:
+        return self._manifest.commit
+
+    @property
+    def rows(self) -> int:
+        return self.commit.rows
+
+    @property
+    def sequences(self) -> int:
+        return self.commit.sequences
+
+    @property
+    def complete(self) -> bool:
+        """The writer finished its work; else it is still writing, or died."""
+        return self.commit.complete
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._manifest.layers
+
+    @property
+    def codec(self) -> Codec:
+        return self._manifest.codec
+
+    @property
+    def d_model(self) -> int:
+        return self.codec.d_model
+
+    @property
+    def sink_norm(self) -> Mapping[int, float]:
+        return self._manifest.sink_norm
+
+    @property
+    def codec_error(self) -> Mapping[int, Any]:
+        """Measured error of the codec, for the layers where it was measured."""
+        return self._manifest.codec_error
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """All that attributes["nla_engine"] holds."""
+        return self._manifest.attributes()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self._manifest.provenance
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self._manifest.options
+
+    def layer(self, number: int) -> LayerReader:
+        """The vectors of one layer."""
+        if number not in self.layers:
+            raise StoreError(
+                f"layer {number} is not in {self.path}: it has {', '.join(map(str, self.layers))}"
+            )
+        return LayerReader(self.codec, self._arrays(layer_group(number)))
+
+    def column(self, name: str) -> np.ndarray:
+        """An array [rows] of the group `rows` (token_id, position, ...); cached, read-only."""
+        if name not in self._columns:
+            arrays = self._arrays("rows")
+            if name not in arrays:
+                raise StoreError(f"'{name}' is no column of the rows: choose one of {', '.join(arrays)}")
+            values = arrays[name].read()
+            values.flags.writeable = False
+            self._columns[name] = values
+        return self._columns[name]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The text of every token."""
+        if self._vocabulary is None:
+            arrays = self._arrays("vocabulary")
+            self._vocabulary = Vocabulary(arrays["text"].read(), arrays["start"].read())
+        return self._vocabulary
+
+    def token_text(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of each token on its own; empty for -1."""
+        return [self.vocabulary.text(int(token)) for token in ids]
+
+    def sequence(self, number: int) -> StoredSequence:
+        """One sequence. Raises IndexError when it is not committed."""
+        if not 0 <= number < self.sequences:
+            raise IndexError(f"sequence {number} is not among the {self.sequences} of {self.path}")
+        return next(self._table.read(number, number + 1))
+
+    def iter_sequences(self, start: int = 0, stop: int | None = None) -> Iterator[StoredSequence]:
+        """Sequences [start, stop) in order."""
+        return self._table.read(start, self.sequences if stop is None else min(stop, self.sequences))
+
+    def where(self, expression: str) -> np.ndarray:
+        """Numbers (int64, ascending) of the rows for which an expression holds. Raises WhereError."""
+        return select_rows(self, expression)
+
+    @property
+    def _table(self) -> SequenceTable:
+        if self._sequence_table is None:
+            self._sequence_table = SequenceTable(self._arrays("sequences"), self.vocabulary)
+        return self._sequence_table
+
+    def _arrays(self, group: str) -> dict[str, ArrayReader]:
+        lengths = self._manifest.lengths()
+        specs: dict[str, ArraySpec] = self._manifest.specs()
+        return {
+            path.split("/")[1]: ArrayReader(self.path, spec, lengths[spec.unit])
+            for path, spec in specs.items()
+            if path.split("/")[0] == group
+        }

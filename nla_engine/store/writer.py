@@ -1,0 +1,306 @@
+"""The writer of a store: finished sequences in, committed rows out.
+
+A commit is (1) every shard file, (2) the manifest, in one step, (3) the shapes in the arrays' own metadata.
+Whatever stops a writer, what the manifest says is on disk is readable, and `resume` goes on after it.
+Knows nothing of how rows are made; sequences come in the order in which they are to be numbered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nla_engine.codec import Codec
+from nla_engine.errors import StoreError, WriteError
+from nla_engine.store.arrays import ArrayLog
+from nla_engine.store.directory import DirectoryLock, staged
+from nla_engine.store.format import default_shard_rows, layer_group
+from nla_engine.store.manifest import (
+    GROUP_METADATA,
+    METADATA_NAME,
+    Commit,
+    Manifest,
+    differences,
+    json_bytes,
+    strict_json,
+)
+from nla_engine.store.records import SequenceRows
+from nla_engine.store.shards import TEMPORARY_SUFFIX, write_file_atomically, writing
+
+COMMIT_SECONDS = 30.0
+#: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this long.
+FILLED_COMMIT_SECONDS = 1.0
+
+
+class StoreWriter:
+    """Appends sequences to a store. Use `create` or `resume`; a context manager.
+
+    Leaving the context normally commits and marks the store complete; an exception leaves the last commit as
+    it is. After a WriteError the writer is dead: nothing committed is harmed, and `resume` goes on.
+    """
+
+    def __init__(self, path: Path, lock: DirectoryLock, manifest: Manifest, commit_seconds: float) -> None:
+        """For `create` and `resume`. `manifest` is what stands on disk."""
+        self.path = path
+        self._lock = lock
+        self._manifest = manifest
+        self._commit_seconds = commit_seconds
+        self._committed_at = time.monotonic()
+        self._codec_error = dict(manifest.codec_error)
+        self._usable = True
+        lengths = manifest.lengths()
+        self._logs = {
+            name: ArrayLog.resume(path, spec, lengths[spec.unit])
+            for name, spec in manifest.specs().items()
+            if not name.startswith("vocabulary/")
+        }
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        layers: Sequence[int],
+        codec: Codec,
+        sink_norm: Mapping[int, float],
+        vocabulary: Sequence[bytes],
+        provenance: Mapping[str, Any],
+        options: Mapping[str, Any],
+        overwrite: bool = False,
+        shard_rows: int | None = None,
+        commit_seconds: float = COMMIT_SECONDS,
+    ) -> StoreWriter:
+        """A new, empty store, on disk when this returns.
+
+        sink_norm: norm above which rows are kept exactly, for each layer (infinity: never)
+        vocabulary: the bytes of every token's text, by token id
+        options: JSON; what `resume` compares
+        shard_rows: rows in a shard, a power of two; None chooses
+        Raises StoreError when the path is taken or an argument unfit, WriteError when it cannot be written.
+        """
+        target = Path(os.path.realpath(path))
+        manifest = Manifest(
+            store_id=uuid.uuid4().hex,
+            layers=tuple(int(layer) for layer in layers),
+            codec=codec,
+            shard_rows=shard_rows or default_shard_rows(codec),
+            sink_norm={int(layer): float(norm) for layer, norm in sink_norm.items()},
+            vocabulary_size=len(vocabulary),
+            vocabulary_bytes=sum(map(len, vocabulary)),
+            provenance=strict_json(provenance, "provenance"),
+            options=strict_json(options, "options"),
+            commit=Commit(
+                0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=_now()
+            ),
+        )
+        with staged(target, overwrite) as (staging, lock):
+            _write_empty(staging, manifest, vocabulary)
+        return cls(target, lock, manifest, commit_seconds)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        options: Mapping[str, Any],
+        commit_seconds: float = COMMIT_SECONDS,
+    ) -> StoreWriter:
+        """Go on after the last commit of an existing store: the next sequence is number `sequences`.
+
+        Raises StoreError when there is no store, another writer has it, its options differ (each difference
+        is named), or its last committed rows are damaged.
+        """
+        target = Path(os.path.realpath(path))
+        Manifest.read(target)
+        lock = DirectoryLock(target)
+        try:
+            manifest = Manifest.read(target)  # again: another writer may have just let go
+            if changed := differences(manifest.options, strict_json(options, "options")):
+                raise StoreError(f"{target}: cannot be resumed with other options: {'; '.join(changed)}")
+            with writing(target):
+                (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+            writer = cls(target, lock, manifest, commit_seconds)
+            writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
+        except BaseException:
+            lock.release()
+            raise
+        return writer
+
+    @property
+    def codec(self) -> Codec:
+        return self._manifest.codec
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._manifest.layers
+
+    @property
+    def sink_norm(self) -> Mapping[int, float]:
+        return self._manifest.sink_norm
+
+    @property
+    def sequences(self) -> int:
+        """Committed sequences."""
+        return self._manifest.commit.sequences
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return self._manifest.commit.rows
+
+    def append(self, sequence: SequenceRows) -> None:
+        """Add the next sequence. Commits when `commit_seconds` have passed, or a row shard has filled.
+
+        Raises StoreError when the sequence does not fit (the writer stays usable), WriteError.
+        """
+        logs = self._logs
+        number, first = logs["sequences/row_start"].length, logs["rows/token_id"].length
+        try:
+            sequence.check(self.layers, self.codec)
+        except StoreError as error:
+            raise StoreError(f"sequence {number}: {error}") from None
+        n = len(sequence.position)
+        values: dict[str, np.ndarray | int] = {
+            "rows/token_id": sequence.token_id,
+            "rows/next_token_id": sequence.next_token_id,
+            "rows/position": sequence.position,
+            "rows/sequence": np.full(n, number, np.int64),
+            "rows/flags": sequence.flags,
+            "sequences/row_start": first,
+            "sequences/row_size": n,
+            "sequences/prompt_size": sequence.prompt_size,
+            "sequences/finish": int(sequence.finish),
+            "sequences/token_start": logs["sequences/tokens"].length,
+            "sequences/token_size": len(sequence.tokens),
+            "sequences/tokens": sequence.tokens,
+            "sequences/source_start": logs["sequences/source"].length,
+            "sequences/source_size": len(sequence.source),
+            "sequences/source": np.frombuffer(sequence.source, np.uint8),
+        }
+        for layer, rows in sequence.layers.items():
+            group = layer_group(layer)
+            values[f"{group}/codes"] = rows.codes
+            if self.codec.scale_width:
+                values[f"{group}/scales"] = rows.scales
+            values[f"{group}/norm"] = rows.norm
+            values[f"{group}/exact_row"] = rows.exact_index + first
+            values[f"{group}/exact"] = rows.exact
+        with self._write_errors():
+            for name, value in values.items():
+                logs[name].append(np.atleast_1d(value))
+        shard_rows = self._manifest.shard_rows
+        filled = first // shard_rows != (first + n) // shard_rows
+        pause = min(FILLED_COMMIT_SECONDS, self._commit_seconds) if filled else self._commit_seconds
+        if time.monotonic() - self._committed_at >= pause:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make every appended sequence readable and durable. Raises WriteError."""
+        if (
+            self._logs["sequences/row_start"].length != self.sequences
+            or self._codec_error != self._manifest.codec_error
+        ):
+            self._write_commit(complete=False)
+        self._committed_at = time.monotonic()
+
+    def record_codec_error(self, layer: int, error: Mapping[str, Any]) -> None:
+        """Note the codec's measured error on a layer (JSON) for the next commit."""
+        if layer not in self.layers:
+            raise StoreError(f"layer {layer} is not in the store: it has {list(self.layers)}")
+        self._codec_error[layer] = strict_json(error, "codec_error")
+
+    def close(self, complete: bool = True) -> None:
+        """Commit, mark the store complete (or not), let another writer in. Does nothing the second time."""
+        try:
+            if self._usable:
+                self._write_commit(complete)
+        finally:
+            self._release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self._usable = False
+        self._lock.release()
+
+    def _write_commit(self, complete: bool, epoch: int | None = None) -> None:
+        logs = self._logs
+        with self._write_errors():
+            for log in logs.values():
+                log.flush()
+            committed = Commit(
+                rows=logs["rows/token_id"].length,
+                sequences=logs["sequences/row_start"].length,
+                tokens=logs["sequences/tokens"].length,
+                source_bytes=logs["sequences/source"].length,
+                exact={layer: logs[f"{layer_group(layer)}/exact_row"].length for layer in self.layers},
+                epoch=epoch or self._manifest.commit.epoch,
+                complete=complete,
+                time=_now(),
+            )
+            manifest = replace(self._manifest, commit=committed, codec_error=dict(self._codec_error))
+            manifest.write(self.path)
+            self._manifest = manifest
+            for log in logs.values():
+                log.describe()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Stop for good after a failure inside: logs may disagree. Add to a WriteError what is safe."""
+        if not self._usable:
+            raise StoreError(
+                f"{self.path}: this writer is closed or has failed: resume the store with a new one"
+            )
+        try:
+            yield
+        except WriteError as error:
+            self._usable = False
+            raise WriteError(
+                f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
+                "mend the cause and pass --resume"
+            ) from error
+        except BaseException:
+            self._usable = False
+            raise
+
+
+def _write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
+    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest."""
+    specs = manifest.specs()
+    with writing(root):
+        for group in {spec.path.split("/")[0]: None for spec in specs.values()}:
+            (root / group).mkdir()
+            write_file_atomically(root / group / METADATA_NAME, json_bytes(GROUP_METADATA, group))
+        for path in specs:
+            (root / path / "c").mkdir(parents=True)
+    logs = {name: ArrayLog(root, spec) for name, spec in specs.items()}
+    sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
+    logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
+    logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
+    for log in logs.values():
+        log.flush()
+        log.describe()
+    manifest.write(root)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

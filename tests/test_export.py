@@ -1,0 +1,131 @@
+"""Exports, read back with the tools they are for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+from test_store_samples import fill_store
+
+from nla_engine.codec import Codec
+from nla_engine.errors import RequestError, StoreError, WriteError
+from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store.export import export
+
+SIZES = [5, 0, 100, 33]
+WHERE = "position > 3 and not nonfinite"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CaptureStore:
+    """Two layers; batches of 16 rows, so that every export takes several."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(sys.modules[export.__module__], "BATCH_BYTES", 16 * 4 * 24)
+    fill_store(tmp_path / "run.zarr", Codec.named("int4", 24), SIZES, layers=(3, 9))
+    return CaptureStore.open(tmp_path / "run.zarr")
+
+
+@pytest.mark.parametrize("where", [None, WHERE])
+@pytest.mark.parametrize("layer", [None, 9])
+def test_parquet(store: CaptureStore, tmp_path: Path, where: str | None, layer: int | None) -> None:
+    out = tmp_path / "out.parquet"
+    rows = np.arange(store.rows) if where is None else store.where(where)
+    assert export(store, "parquet", out, layer=layer, where=where) == len(rows)
+    table = pq.read_table(out)
+    assert table.schema.field("activation_vector").type.list_size == 24
+    vectors = table["activation_vector"].combine_chunks().flatten().to_numpy().reshape(-1, 24)
+    np.testing.assert_array_equal(vectors, store.layer(layer or 3)[rows])
+    assert table["row"].to_pylist() == rows.tolist()
+    for name in ("sequence", "position", "token_id", "next_token_id"):
+        assert table[name].to_pylist() == store.column(name)[rows].tolist()
+    for name in ("token", "next_token"):
+        assert table[name].to_pylist() == store.token_text(store.column(f"{name}_id")[rows])
+    for flag in RowFlag:
+        assert table[flag.name.lower()].to_pylist() == (store.column("flags")[rows] & flag != 0).tolist()
+    np.testing.assert_array_equal(table["norm"].to_numpy(), store.layer(layer or 3).norm()[rows])
+    assert table.schema.metadata[b"layer"] == str(layer or 3).encode()
+    assert json.loads(table.schema.metadata[b"nla_engine"])["provenance"] == {"model": "sample"}
+    assert pq.ParquetFile(out).num_row_groups > 1
+
+
+@pytest.mark.parametrize("where", [None, WHERE])
+def test_safetensors(store: CaptureStore, tmp_path: Path, where: str | None) -> None:
+    out = tmp_path / "out.safetensors"
+    rows = np.arange(store.rows) if where is None else store.where(where)
+    assert export(store, "safetensors", out, layer=9, where=where) == len(rows)
+    with safe_open(out, "np") as file:
+        assert sorted(file.keys()) == [
+            "activation",
+            "next_token_id",
+            "position",
+            "row",
+            "sequence",
+            "token_id",
+        ]
+        np.testing.assert_array_equal(file.get_tensor("activation"), store.layer(9)[rows])
+        assert file.get_tensor("row").tolist() == rows.tolist()
+        for name in ("sequence", "position", "token_id", "next_token_id"):
+            assert file.get_tensor(name).dtype == store.column(name).dtype
+            assert file.get_tensor(name).tolist() == store.column(name)[rows].tolist()
+        assert json.loads(file.metadata()["nla_engine"])["d_model"] == 24
+        assert file.metadata()["layer"] == "9"
+
+
+@pytest.mark.parametrize("where", [None, WHERE])
+def test_npy(store: CaptureStore, tmp_path: Path, where: str | None) -> None:
+    out = tmp_path / "out.npy"
+    rows = np.arange(store.rows) if where is None else store.where(where)
+    assert export(store, "npy", out, where=where) == len(rows)
+    values = np.load(out, mmap_mode="r")
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, store.layer(3)[rows])
+
+
+def test_existing_output_is_kept_unless_told(store: CaptureStore, tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    out.write_text("mine")
+    with pytest.raises(StoreError, match="exists: pass --overwrite"):
+        export(store, "npy", out)
+    assert out.read_text() == "mine"
+    export(store, "npy", out, overwrite=True)
+    assert np.load(out).shape == (sum(SIZES), 24)
+    with pytest.raises(StoreError, match="it is a directory"):
+        export(store, "npy", tmp_path, overwrite=True)
+
+
+def test_requests_that_cannot_be_met(store: CaptureStore, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RequestError, match="'csv' is unknown: choose one of parquet"):
+        export(store, "csv", out)
+    with pytest.raises(StoreError, match="no row fits 'position > 1000'"):
+        export(store, "npy", out, where="position > 1000")
+    with pytest.raises(StoreError, match="layer 4 is not in"):
+        export(store, "npy", out, layer=4)
+    with pytest.raises(StoreError, match="inside the store"):
+        export(store, "npy", store.path / "out.npy")
+    fill_store(tmp_path / "empty.zarr", store.codec, [])
+    with pytest.raises(StoreError, match="holds no rows"):
+        export(CaptureStore.open(tmp_path / "empty.zarr"), "npy", out)
+    with pytest.raises(WriteError, match="No such file or directory"):
+        export(store, "npy", tmp_path / "nowhere" / "out.npy")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["parquet", "safetensors", "npy"])
+def test_a_failed_export_leaves_nothing(
+    store: CaptureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        export(store, to, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run.zarr"]

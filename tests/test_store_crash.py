@@ -1,0 +1,258 @@
+"""Writers that are killed, or whose disk fails, at every step: committed rows stay, and resuming makes it whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store_samples import create_store, sample_sequences
+
+from nla_engine.codec import Codec
+from nla_engine.errors import WriteError
+from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, shards
+from nla_engine.store.verify import verify
+
+CODEC = Codec.named("int8", 16)
+OPTIONS = {"seed": 1, "capture": {"layer": 3}}
+SIZES = [5, 0, 14]  # with shards of 8 rows: a partial shard, nothing, one that grows full and two more
+
+
+def write_all(path: Path, sequences: list[SequenceRows], commit_seconds: float = 0.0):
+    """Create a store and append, with a commit after each sequence; yields what is committed."""
+    with create_store(path, CODEC, shard_rows=8, commit_seconds=commit_seconds) as writer:
+        yield writer.sequences
+        for sequence in sequences:
+            writer.append(sequence)
+            yield writer.sequences
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Every file of a store, without what differs between two runs that did the same."""
+    contents = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    manifest = json.loads(contents["zarr.json"])
+    about = manifest["attributes"]["nla_engine"]
+    about["store_id"] = about["commit"]["time"] = about["commit"]["epoch"] = None
+    return {**contents, "zarr.json": json.dumps(manifest).encode()}
+
+
+def check_committed(path: Path, sequences: list[SequenceRows], at_least: int) -> None:
+    """The store holds a prefix of the sequences, of at least that length, bit for bit."""
+    assert [check for check in verify(path) if not check.ok] == []
+    store = CaptureStore.open(path)
+    assert at_least <= store.sequences <= at_least + 1
+    for stored, given in zip(store.iter_sequences(), sequences, strict=False):
+        assert stored.tokens.tolist() == given.tokens.tolist()
+        assert stored.source == json.loads(given.source)
+        assert store.column("flags")[stored.rows].tolist() == given.flags.tolist()
+        rows, wanted = store.layer(3).encoded(stored.rows.start, stored.rows.stop), given.layers[3]
+        for name in vars(wanted):
+            assert getattr(rows, name).tobytes() == getattr(wanted, name).tobytes(), name
+
+
+def finish(path: Path, sequences: list[SequenceRows]) -> None:
+    """What a user does after a crash: resume, or start anew when there is no store yet."""
+    if not path.exists():
+        for _ in write_all(path, sequences):
+            pass
+        return
+    with StoreWriter.resume(path, options=OPTIONS, commit_seconds=0.0) as writer:
+        for sequence in sequences[writer.sequences :]:
+            writer.append(sequence)
+
+
+@pytest.fixture
+def fast_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: these tests write some ten thousand files."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def killed_at_every_file(folder: Path, step: int) -> None:
+    """Run by a child process of the test: fork a writer that dies without a word before its nth rename.
+
+    n goes in steps until the writer survives; the store must be readable, and whole once resumed, each time.
+    """
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    os.fsync = lambda fd: None
+    for _ in write_all(folder / "whole.zarr", sequences):
+        pass
+    whole = files(folder / "whole.zarr")
+    for n in range(0, 1000, step):
+        path = folder / f"killed{n}.zarr"
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            calls = iter(range(n, -1, -1))
+
+            def dying(function, calls=calls):
+                return lambda *arguments: function(*arguments) if next(calls) else os._exit(9)
+
+            os.replace, os.rename = dying(os.replace), dying(os.rename)
+            for committed in write_all(path, sequences):
+                os.write(writing, bytes([committed]))
+            os._exit(0)
+        os.close(writing)
+        _, status = os.waitpid(child, 0)
+        committed = os.read(reading, 100)[-1:]
+        os.close(reading)
+        if committed:
+            check_committed(path, sequences, committed[0])
+        finish(path, sequences)
+        assert files(path) == whole, f"killed at rename {n}"
+        shutil.rmtree(path)
+        if status == 0:
+            print(f"survived kills up to rename {n}")
+            return
+    raise AssertionError("never ran to its end")
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_killed_at_every_file(fast_path: Path, step: int) -> None:
+    here = Path(__file__)
+    code = f"import sys, pathlib; sys.path.insert(0, {str(here.parent)!r})\n"
+    code += f"import {here.stem}; {here.stem}.killed_at_every_file(pathlib.Path({str(fast_path)!r}), {step})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=here.parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 100
+
+
+def test_disk_full_at_every_file(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    for _ in write_all(fast_path / "whole.zarr", sequences):
+        pass
+    whole = files(fast_path / "whole.zarr")
+    system_write, failures = os.write, 0
+    for n in range(0, 1000, 7):
+        path = fast_path / f"full{n}.zarr"
+        calls = iter(range(n, -1000, -1))
+
+        def full(fd: int, data: memoryview, calls=calls) -> int:
+            if next(calls) > 0:
+                return system_write(fd, data)
+            system_write(fd, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "write", full)
+        error, committed = None, 0
+        try:
+            for committed in write_all(path, sequences):  # noqa: B007
+                pass
+        except WriteError as raised:
+            error = str(raised)
+        monkeypatch.setattr(os, "write", system_write)
+        if error is None:
+            break
+        failures += 1
+        assert "cannot be written: No space left on device" in error
+        assert not list(fast_path.rglob("*.tmp"))
+        if path.exists():
+            check_committed(path, sequences, committed)
+            assert f"; {CaptureStore.open(path).sequences} sequences with" in error
+        finish(path, sequences)
+        assert files(path) == whole, f"full at write {n}"
+    assert failures > 15
+
+
+def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
+    """The system itself refuses the bytes: a part of the shard is written first."""
+    code = f"""
+import resource, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_store_crash as t
+from nla_engine.errors import WriteError
+sequences, _ = t.sample_sequences(5, t.Codec.named("bf16", 4096), (3,), [6] * 4)
+writer = t.create_store(pathlib.Path({str(tmp_path / "run.zarr")!r}), t.Codec.named("bf16", 4096), shard_rows=16)
+writer.append(sequences[0])
+writer.commit()
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+try:
+    for sequence in sequences[1:]:
+        writer.append(sequence)
+except WriteError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert "layer_3/codes/c/0/0: cannot be written: File too large; 1 sequences with 6 rows" in done.stdout, (
+        done
+    )
+    path = tmp_path / "run.zarr"
+    assert not list(path.rglob("*.tmp"))
+    sequences, _ = sample_sequences(5, Codec.named("bf16", 4096), (3,), [6] * 4)
+    check_committed(path, sequences, 1)
+    finish(path, sequences)
+    check_committed(path, sequences, 4)
+
+
+def test_a_failed_writer_stays_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    writer = create_store(tmp_path / "run.zarr", CODEC)
+    writer.append(sequences[0])
+
+    def readonly(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "replace", readonly)
+        with pytest.raises(WriteError, match="Read-only file system"):
+            writer.commit()
+    for action in (writer.commit, lambda: writer.append(sequences[1])):
+        with pytest.raises(Exception, match="has failed"):
+            action()
+    writer.close()
+    assert CaptureStore.open(tmp_path / "run.zarr").sequences == 0
+
+
+def test_an_exception_leaves_the_last_commit(tmp_path: Path) -> None:
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    path = tmp_path / "run.zarr"
+    with pytest.raises(KeyboardInterrupt), create_store(path, CODEC, shard_rows=8) as writer:  # noqa: PT012
+        writer.append(sequences[0])
+        writer.commit()
+        writer.append(sequences[1])
+        writer.append(sequences[2])
+        raise KeyboardInterrupt
+    assert not CaptureStore.open(path).complete
+    check_committed(path, sequences, 1)
+    finish(path, sequences)
+    assert CaptureStore.open(path).complete
+    check_committed(path, sequences, 3)
+
+
+def test_rows_past_the_commit_are_not_shown(tmp_path: Path) -> None:
+    """Shards reach the disk before the commit does; a reader sees none of it, and a resumed run may differ there."""
+    sequences, _ = sample_sequences(5, CODEC, (3,), [5, 30])
+    path = tmp_path / "run.zarr"
+    with pytest.raises(KeyboardInterrupt), create_store(path, CODEC, shard_rows=8) as writer:  # noqa: PT012
+        writer.append(sequences[0])
+        writer.commit()
+        writer.append(sequences[1])
+        raise KeyboardInterrupt
+    assert (path / "layer_3/codes/c/3/0").exists()
+    store = CaptureStore.open(path)
+    assert (store.rows, len(store.layer(3)), len(store.column("position"))) == (5, 5, 5)
+    with pytest.raises(IndexError):
+        store.layer(3)[5]
+    others, vectors = sample_sequences(6, CODEC, (3,), [1])
+    with StoreWriter.resume(path, options=OPTIONS) as resumed:
+        resumed.append(others[0])
+    assert not (path / "layer_3/codes/c/3/0").exists()
+    check_committed(path, [sequences[0], others[0]], 2)
+    assert np.isfinite(vectors[3]).any()
