@@ -1,0 +1,248 @@
+"""Batched generation: requests enter free slots, are prefilled in packed chunks, decode together, leave when they end.
+
+All state of a running sequence lives in tensors on the device (`_State`) and is advanced without looking at it; the host
+only polls which slots have ended. Knows nothing of files, codecs or what a row is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling, choose
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import EngineError
+
+
+class RowKeeper(Protocol):
+    """What a tap offers the generator beside being called by the runner: slots opened, and rows collected."""
+
+    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
+
+    def poll(self) -> None:
+        """A pass has run; the device may be looked at."""
+
+    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, Any]]:
+        """The rows of sequences that ended with `size` tokens, by layer."""
+
+
+@dataclass
+class _Admitted:
+    """A request in a slot. done: prompt tokens read so far."""
+
+    request: Request
+    slot: int
+    done: int = 0
+
+
+class _State:
+    """One entry a slot, and one for the spare slot that unused lanes work on."""
+
+    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
+        def zeros(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(slots + 1, dtype=dtype, device=device)
+
+        self.token = zeros(torch.int64)  # the next token to read
+        self.position = zeros(torch.int64)  # and where it stands
+        self.sequence = zeros(torch.int64)
+        self.active = zeros(torch.bool)
+        self.closing = zeros(torch.bool)  # its last token is known and only has to be read
+        self.stop_state = zeros(torch.uint8)
+        self.count = zeros(torch.int64)  # tokens generated
+        self.limit = zeros(torch.int64)
+        self.generated = torch.zeros(slots + 1, max(max_new_tokens, 1), dtype=torch.int64, device=device)
+
+
+class Generator:
+    """Runs requests through a Runner.
+
+    read_last: read the last generated token too (one more pass, nothing sampled), as capture needs.
+    max_prefill_tokens: most prompt tokens of one pass; longer prompts are read in chunks, between decode steps.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_new_tokens: int,
+        stop: StopAutomaton | None = None,
+        sampling: Sampling = Sampling(),
+        keeper: RowKeeper | None = None,
+        read_last: bool = False,
+        max_prefill_tokens: int = 2048,
+    ) -> None:
+        self.runner = runner
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.keeper = keeper
+        self.read_last = read_last
+        self.max_prefill_tokens = max_prefill_tokens
+        if max_new_tokens and (runner.lm.head is None or stop is None):
+            raise EngineError("generation needs a model with a head and a stop automaton")
+        self.stop = stop.to(runner.device) if stop is not None else None
+        self.state = _State(runner.cache.slots, max_new_tokens, runner.device)
+
+    @torch.inference_mode()
+    def run(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+        """Yield a Completion for each request, in order of ending.
+
+        The iterable is read only when a slot is free. It may yield None for "nothing just now" while others still run;
+        None with nothing running is an error of the caller.
+        """
+        source = iter(requests)
+        free = deque(range(self.runner.cache.slots))
+        reading: deque[_Admitted] = deque()
+        decoding: dict[int, _Admitted] = {}
+        while True:
+            fresh = self._admit(source, free, reading)
+            if not reading and not decoding:
+                if fresh:
+                    raise EngineError("requests were held back although nothing is running")
+                return
+            ended: list[_Admitted] = []
+            if reading:
+                for admitted in self._prefill(reading):
+                    if admitted.request.max_new_tokens:
+                        decoding[admitted.slot] = admitted
+                    else:
+                        ended.append(admitted)
+            if decoding:
+                self._decode(sorted(decoding))
+                active = self.state.active.tolist()
+                ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
+            if self.keeper is not None:
+                self.keeper.poll()
+            if ended:
+                free.extend(admitted.slot for admitted in ended)
+                yield from self._complete(ended)
+
+    def _admit(self, source: Iterator[Request | None], free: deque[int], reading: deque[_Admitted]) -> bool:
+        """Fill free slots, as many as one prefill pass can read. True if the source holds requests back."""
+        room = self.max_prefill_tokens - sum(len(a.request.token_ids) - a.done for a in reading)
+        entered: list[_Admitted] = []
+        held = False
+        while free and room > 0:
+            request = next(source, ...)  # type: ignore[call-overload]
+            if request is ... or request is None:
+                held = request is None
+                break
+            self._check(request)
+            entered.append(_Admitted(request, free.popleft()))
+            room -= len(request.token_ids)
+        if entered:
+            self._open(entered)
+            reading.extend(entered)
+        return held
+
+    def _check(self, request: Request) -> None:
+        total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens
+        room = self.runner.cache.prefix_size + self.runner.cache.size - 1
+        if not request.token_ids or total > room or request.max_new_tokens > self.max_new_tokens:
+            raise EngineError(
+                f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
+                f"do not fit a slot of {room}"
+            )
+
+    def _open(self, entered: list[_Admitted]) -> None:
+        state, prefix = self.state, self.runner.cache.prefix_size
+        slots = [a.slot for a in entered]
+        sizes = [prefix + len(a.request.token_ids) for a in entered]
+        limits = [a.request.max_new_tokens for a in entered]
+        columns = torch.tensor([slots, [a.request.id for a in entered], limits, sizes]).to(self.runner.device)
+        at = columns[0]
+        state.sequence[at], state.limit[at] = columns[1], columns[2]
+        state.position[at] = columns[3] - 1  # the last prompt token, whose reading gives the first new one
+        state.count[at] = 0
+        state.stop_state[at] = 0
+        state.closing[at] = False
+        state.active[at] = True
+        carriers = [a for a in entered if a.request.vector is not None]
+        if carriers:
+            table = self.runner.vectors
+            rows = torch.from_numpy(np.stack([a.request.vector for a in carriers]))  # type: ignore[misc]
+            table[[a.slot for a in carriers]] = rows.to(table.device, table.dtype)
+        if self.keeper is not None:
+            self.keeper.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
+
+    def _prefill(self, reading: deque[_Admitted]) -> list[_Admitted]:
+        """One packed pass. Returns the requests whose prompt has now been read; their first token is chosen."""
+        room, prefix = self.max_prefill_tokens, self.runner.cache.prefix_size
+        parts, complete, last_rows, offset = [], [], [], 0
+        while reading and room > 0:
+            admitted = reading[0]
+            ids = admitted.request.token_ids[admitted.done : admitted.done + room]
+            parts.append((admitted.slot, prefix + admitted.done, ids))
+            admitted.done += len(ids)
+            offset += len(ids)
+            room -= len(ids)
+            if admitted.done == len(admitted.request.token_ids):
+                complete.append(reading.popleft())
+                last_rows.append(offset - 1)
+        hidden = self.runner.prefill(parts)
+        going_on = [i for i, admitted in enumerate(complete) if admitted.request.max_new_tokens]
+        if going_on:
+            lanes = torch.tensor([complete[i].slot for i in going_on], device=hidden.device)
+            self._advance(lanes, hidden[[last_rows[i] for i in going_on]])
+        return complete
+
+    def _decode(self, slots: list[int]) -> None:
+        """One step for the given slots: read a token each, choose the next."""
+        state = self.state
+        lanes = torch.tensor(slots, device=self.runner.device)
+        position = state.position[lanes]
+        hidden = self.runner.decode(state.token[lanes], lanes, position, int(position.max()) + 1)
+        self._advance(lanes, hidden)
+
+    def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
+        """From the hidden states [B, d] of the tokens just read: choose, record and move on. No host synchronisation."""
+        state, stop = self.state, self.stop
+        assert stop is not None
+        logits = self.runner.lm.logits(hidden)
+        active, closing = state.active[lanes], state.closing[lanes]
+        count, position = state.count[lanes], state.position[lanes]
+        token = choose(logits, state.sequence[lanes], position + 1, self.sampling)
+        growing = active & ~closing
+        at = (lanes, count.clamp(max=state.generated.shape[1] - 1))
+        state.generated[at] = torch.where(growing, token, state.generated[at])
+        before = state.stop_state[lanes]
+        after = torch.where(growing, stop.table[before.long(), token], before)
+        count = count + growing
+        ends = growing & ((after >= stop.stopped) | (count >= state.limit[lanes]))
+        state.token[lanes] = torch.where(growing, token, state.token[lanes])
+        state.position[lanes] = position + active
+        state.stop_state[lanes] = after
+        state.count[lanes] = count
+        state.closing[lanes] = closing | ends
+        state.active[lanes] = active & ~(closing if self.read_last else ends)
+
+    def _complete(self, ended: list[_Admitted]) -> list[Completion]:
+        state = self.state
+        slots = [a.slot for a in ended]
+        at = torch.tensor(slots, device=self.runner.device)
+        counts = state.count[at].tolist()
+        generated = state.generated[at].cpu().numpy().astype(np.int32)
+        codes = (
+            self.stop.finish_codes(state.stop_state[at]).tolist()
+            if self.stop is not None
+            else [0] * len(slots)
+        )
+        prefix = self.runner.cache.prefix_size
+        sizes = [prefix + len(a.request.token_ids) + count for a, count in zip(ended, counts, strict=True)]
+        kept = self.keeper.collect(slots, sizes) if self.keeper is not None else [{} for _ in ended]
+        return [
+            Completion(
+                request=a.request,
+                generated=generated[i, : counts[i]],
+                finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
+                rows=kept[i],
+            )
+            for i, a in enumerate(ended)
+        ]

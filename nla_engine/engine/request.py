@@ -1,0 +1,45 @@
+"""What the engine is asked for, and what it gives back. Knows no tensors of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+#: In `Request.token_ids`: the place of the request's own vector. (Inside the engine: an id past the vocabulary.)
+VECTOR = -1
+
+
+class Finish(IntEnum):
+    """Why a sequence ended. The values are those of a store's `sequences/finish`."""
+
+    EOS = 0
+    LENGTH = 1
+    STOP = 2
+    GIVEN = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to run.
+
+    id: unique and >= 0; names the sequence's random numbers. token_ids: the prompt behind the shared prefix, at least one
+    token; VECTOR marks where `vector` (float32 [d]) takes the embedding's place. max_new_tokens 0 = only read the prompt.
+    """
+
+    id: int
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    vector: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (None without a tap)."""
+
+    request: Request
+    generated: np.ndarray
+    finish: Finish
+    rows: dict[int, Any] = field(default_factory=dict)

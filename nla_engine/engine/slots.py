@@ -1,0 +1,67 @@
+"""Where keys and values live: one fixed region a slot, and one shared prefix that every slot attends to first.
+
+Position p of a sequence lies in the prefix if p < prefix size, else at p - prefix size of its slot. One more slot than
+asked for exists: unused lanes of a decode step work there. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nla_engine.models import LanguageModel
+
+#: Slots when nobody names a number: enough to fill the device, few enough that a CPU's caches are not thrashed.
+_MOST_SLOTS = {"cpu": 64, "cuda": 512}
+#: The part of the free GPU memory that slots may take.
+_MEMORY_PART = 0.7
+
+
+def default_slots(lm: LanguageModel, size: int) -> int:
+    """How many slots of `size` tokens to run at once, from the memory that is free on the model's device."""
+    most = _MOST_SLOTS[lm.device.type]
+    if lm.device.type == "cpu":
+        return most
+    heads, head_size = _kv_shape(lm.config)
+    slot_bytes = 2 * len(lm.blocks) * (size + 1) * heads * head_size * lm.dtype.itemsize
+    free = torch.cuda.mem_get_info(lm.device)[0]
+    return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
+
+
+def _kv_shape(config: Any) -> tuple[int, int]:
+    """Key/value heads of a block, and their size."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(head_size)
+
+
+class SlotCache:
+    """keys, values: [layers, slots + 1, size, kv_heads, head_size]; prefix_keys, prefix_values: [layers, prefix, ...]."""
+
+    def __init__(self, lm: LanguageModel, slots: int, size: int) -> None:
+        heads, head_size = _kv_shape(lm.config)
+        layers = len(lm.blocks)
+        self.slots, self.size, self.spare = slots, size, slots
+        shape = (layers, slots + 1, size, heads, head_size)
+        self.keys = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
+        self.values = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
+        self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))
+        self.prefix_values = self.values.new_empty((layers, 0, heads, head_size))
+
+    @property
+    def prefix_size(self) -> int:
+        return self.prefix_keys.shape[1]
+
+    def keep_as_prefix(self, slot: int, length: int) -> None:
+        """Make the first `length` positions of a freshly filled slot the shared prefix."""
+        self.prefix_keys = self.keys[:, slot, :length].clone()
+        self.prefix_values = self.values[:, slot, :length].clone()
+
+    def write(
+        self, layer: int, slot: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store key, value [T, kv_heads, head_size] at (slot, position) int64 [T] of a layer."""
+        place = position - self.prefix_size
+        self.keys[layer].index_put_((slot, place), key)
+        self.values[layer].index_put_((slot, place), value)

@@ -1,0 +1,69 @@
+"""When a sequence ends: an automaton over tokens that finds stop strings across token borders, and EOS ids.
+
+It runs on the device as one table look-up a token: state' = table[state, token]. Knows nothing of slots or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nla_engine.engine.request import Finish
+
+
+class StopAutomaton:
+    """table: uint8 [states, vocab]; state 0 is the start; `stopped` and `ended` are the two accepting states."""
+
+    def __init__(self, tokens: Sequence[bytes], eos_ids: Sequence[int], stop: Sequence[bytes] = ()) -> None:
+        """tokens: the bytes of every id; stop: strings that end a sequence as soon as they stand in its text."""
+        prefixes = [b"", *sorted({text[:size] for text in stop for size in range(1, len(text))})]
+        self.stopped, self.ended = len(prefixes), len(prefixes) + 1
+        if self.ended > 255:
+            raise ValueError(
+                "the stop strings are too long: together they have more than 253 distinct prefixes"
+            )
+        table = np.zeros((len(prefixes) + 2, len(tokens)), np.uint8)
+        if stop:
+            number = {prefix: i for i, prefix in enumerate(prefixes)}
+            table[0] = [self._next(token, 0, stop, number) for token in tokens]
+            for state, prefix in enumerate(prefixes[1:], 1):
+                table[state] = table[0]
+                # Only tokens whose first byte goes on with the prefix can lead elsewhere than from the start.
+                firsts = {bytes([b]) for b in range(256)}
+                live = {
+                    b
+                    for b in firsts
+                    if self._next(prefix + b, len(prefix), stop, number) != self._next(b, 0, stop, number)
+                }
+                for id_, token in enumerate(tokens):
+                    if token[:1] in live:
+                        table[state, id_] = self._next(prefix + token, len(prefix), stop, number)
+            table[1 : len(prefixes), [i for i, token in enumerate(tokens) if not token]] = np.arange(
+                1, len(prefixes)
+            )[:, None]
+        table[:, list(eos_ids)] = self.ended
+        self.table = torch.from_numpy(table)
+
+    def _next(self, text: bytes, known: int, stop: Sequence[bytes], number: dict[bytes, int]) -> int:
+        """The state after `text`, of which the first `known` bytes hold no stop string."""
+        if len(text) == known:
+            return number[text]
+        if any(entry in text for entry in stop):
+            return self.stopped
+        longest = max(len(entry) for entry in stop) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if (state := number.get(text[-size:])) is not None:
+                return state
+        return 0
+
+    def to(self, device: torch.device) -> StopAutomaton:
+        self.table = self.table.to(device)
+        return self
+
+    def finish_codes(self, state: torch.Tensor) -> torch.Tensor:
+        """uint8 [n]: the Finish of each state, LENGTH where no accepting state was reached."""
+        code = torch.full_like(state, int(Finish.LENGTH))
+        code = torch.where(state == self.stopped, torch.full_like(state, int(Finish.STOP)), code)
+        return torch.where(state == self.ended, torch.full_like(state, int(Finish.EOS)), code)

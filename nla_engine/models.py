@@ -1,0 +1,274 @@
+"""Language models: find, load and describe a Hugging Face decoder for the engine.
+
+Loads safetensors weights only, never remote code unless told to. Knows nothing of NLA sidecars, prompts or stores.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nla_engine.errors import CheckpointError, RequestError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class LanguageModel:
+    """A decoder-only language model, on one device, in evaluation mode.
+
+    `decoder` maps embeddings [1, T, d] to hidden states [1, T, d]; `blocks` are its layers; `head` maps hidden states
+    to logits [.., vocab_size] or is None for a truncated model (an AR).
+    """
+
+    name: str
+    revision: str | None
+    model: Any
+    tokenizer: Any
+    decoder: nn.Module
+    head: nn.Module | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.layers  # type: ignore[return-value]
+
+    @property
+    def config(self) -> Any:
+        """The text model's own configuration (of a multimodal wrapper, its `text_config`)."""
+        return self.decoder.config
+
+    @property
+    def d_model(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids from here on can stand for vectors."""
+        return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence that the positions of the model allow, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a reply: the tokenizer's and the generation config's."""
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for source in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+            if source is not None:
+                ids.update(source if isinstance(source, (list, tuple)) else [source])
+        return tuple(sorted(ids))
+
+    def check_layer(self, layer: int) -> None:
+        """Raises RequestError unless `layer` is one of the model's blocks."""
+        if not 0 <= layer < len(self.blocks):
+            raise RequestError(
+                f"layer {layer} does not exist: {self.name} has {len(self.blocks)} blocks, 0 to {len(self.blocks) - 1}"
+            )
+
+    def truncated(self, layer: int) -> LanguageModel:
+        """The same weights up to block `layer`: the decoder gives that block's output; no final norm, no head."""
+        self.check_layer(layer)
+        decoder = copy.copy(self.decoder)
+        decoder._modules = dict(self.decoder._modules)  # its own: the original keeps its blocks and norm
+        decoder.layers = nn.ModuleList(list(self.blocks)[: layer + 1])
+        decoder.norm = nn.Identity()
+        return dataclasses.replace(self, decoder=decoder, head=None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [n, d] -> logits [n, vocab] in the model's dtype, with the soft cap that Gemma-2 has."""
+        assert self.head is not None
+        logits: torch.Tensor = self.head(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight's name, shape, dtype and two integer checksums of its bits (position-weighted)."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            bits = weight.detach().contiguous().reshape(-1)
+            bits = bits.view(torch.int16 if bits.element_size() == 2 else torch.int32)
+            first = second = 0
+            for part in bits.split(1 << 26):
+                wide = part.to(torch.int64)
+                index = torch.arange(len(wide), device=wide.device) % 65521 + 1
+                first += int(wide.sum())
+                second = (second * 31 + int((wide * index).sum())) % (1 << 63)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first} {second}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What a store or a result must remember of the model."""
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "architecture": type(self.model).__name__,
+            "weights": self.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "blocks": len(self.blocks),
+            "d_model": self.d_model,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def pick_device(device: str | None) -> torch.device:
+    """'cuda', 'cuda:N', 'cpu', or None for CUDA if there is one. RequestError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"device '{device}' is not one torch knows: use cuda, cuda:N or cpu") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device '{device}' was asked for, but torch finds no CUDA GPU: pass --device cpu")
+    if chosen.type not in ("cuda", "cpu"):
+        raise RequestError(f"device '{device}' is not supported: use cuda, cuda:N or cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU and float32 on a CPU, unless named."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype '{dtype}' is not supported: use {' or '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def find_directory(name: str, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint: `name` itself, or a snapshot of the Hub repository `name`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name}: no such directory (give a local directory or a Hub id like owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"])
+        )
+    except (OSError, HFValidationError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name}: not a local directory, and the Hub did not deliver it ({reason})"
+        ) from error
+
+
+def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+    except Exception as error:  # the library raises many kinds for one fault
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})"
+        ) from error
+
+
+def load_model(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    headless: bool = False,
+    remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
+
+    Raises CheckpointError for missing files, unreadable or incomplete weights, or an architecture without
+    pluggable attention.
+    """
+    import transformers
+
+    directory = find_directory(name, revision)
+    tokenizer = load_tokenizer(directory, remote_code=remote_code)
+    kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
+    noise = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its load report is turned into one error below
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+            attn_implementation="eager",
+            device_map=None if device.type == "cpu" else {"": device},
+        )
+    except Exception as error:  # the library raises many kinds for one fault
+        raise CheckpointError(f"{directory}: the model cannot be loaded ({_first_line(error)})") from error
+    finally:
+        transformers.logging.set_verbosity(noise)
+        transformers.logging.enable_progress_bar()
+    decoder = model.get_decoder()
+    missing = sorted(
+        key
+        for key in info["missing_keys"]
+        if not (headless and key.endswith("norm.weight") and "layers" not in key)
+    )
+    bad = missing or sorted(str(key) for key in info["mismatched_keys"])
+    if bad:
+        what = "are missing" if missing else "have the wrong shape"
+        raise CheckpointError(f"{directory}: {len(bad)} weights {what}, the first is {bad[0]}")
+    return wrap_model(
+        model, tokenizer, name=name, revision=revision or _commit_of(directory), decoder=decoder
+    )
+
+
+def wrap_model(
+    model: Any, tokenizer: Any, *, name: str, revision: str | None = None, decoder: Any = None
+) -> LanguageModel:
+    """A LanguageModel around a model that is already in memory. CheckpointError if the engine cannot drive it."""
+    decoder = model.get_decoder() if decoder is None else decoder
+    if not hasattr(decoder, "layers") or not getattr(model, "_supports_attention_backend", False):
+        raise CheckpointError(
+            f"{name}: {type(model).__name__} has no pluggable attention; the engine cannot drive it"
+        )
+    model.eval().requires_grad_(False)
+    return LanguageModel(name, revision, model, tokenizer, decoder, model.get_output_embeddings())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the vocabulary, the merges and the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{text}\n{tokenizer.chat_template}".encode()).hexdigest()[:16]
+
+
+def _commit_of(directory: Path) -> str | None:
+    """The Hub commit of a snapshot directory (.../snapshots/<commit>), if it is one."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,188 @@
+"""The engine against transformers: tokens of generate(), with and without vectors, whatever the batching."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
+
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import VECTOR, Completion, Finish, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling, choose
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import EngineError
+from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.tokens import token_bytes
+
+PREFIX = (7, 8, 9, 10, 11)
+EOS = 258 - 1
+
+
+def language_model(architecture: str = "qwen2") -> LanguageModel:
+    return wrap_model(tiny_model(architecture), byte_tokenizer(), name=architecture)
+
+
+def ragged_requests(rng: np.random.Generator, count: int, longest: int = 30) -> list[Request]:
+    return [
+        Request(i, tuple(rng.integers(1, 250, rng.integers(1, longest)).tolist()), int(rng.integers(1, 20)))
+        for i in range(count)
+    ]
+
+
+def run(
+    lm: LanguageModel,
+    requests: list[Request],
+    *,
+    slots: int = 4,
+    prefix: tuple[int, ...] = (),
+    chunk: int = 2048,
+    sampling: Sampling = Sampling(),
+    eos: tuple[int, ...] = (EOS,),
+    stop: tuple[bytes, ...] = (),
+) -> dict[int, Completion]:
+    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix)
+    automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), eos, stop)
+    generator = Generator(
+        runner, max_new_tokens=20, stop=automaton, sampling=sampling, max_prefill_tokens=chunk
+    )
+    return {completion.request.id: completion for completion in generator.run(requests)}
+
+
+def reference_tokens(model, ids: list[int], new: int, **kwargs: object) -> list[int]:
+    """What transformers.generate writes, greedily, with no inherited settings."""
+    model.set_attn_implementation("eager")
+    start = torch.tensor([ids])
+    out = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        **kwargs,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("prefix", "chunk"), [((), 2048), (PREFIX, 17)])
+def test_greedy_tokens_equal_transformers(
+    architecture: str, prefix: tuple[int, ...], chunk: int, rng
+) -> None:
+    lm = language_model(architecture)
+    requests = ragged_requests(rng, 13)
+    completions = run(lm, requests, prefix=prefix, chunk=chunk)
+    assert sorted(completions) == list(range(13))
+    for request in requests:
+        expected = reference_tokens(
+            lm.model, [*prefix, *request.token_ids], request.max_new_tokens, eos_token_id=EOS
+        )
+        assert completions[request.id].generated.tolist() == expected
+        ended = expected[-1] == EOS
+        assert completions[request.id].finish == (Finish.EOS if ended else Finish.LENGTH)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
+def test_injected_vectors_equal_inputs_embeds(architecture: str, rng) -> None:
+    lm = language_model(architecture)
+    vectors = rng.standard_normal((9, lm.d_model)).astype(np.float32)
+    tail = (VECTOR, 20, 21, 22)
+    requests = [Request(i, tail, 12, vectors[i]) for i in range(9)]
+    completions = run(lm, requests, prefix=PREFIX, slots=4)
+    lm.model.set_attn_implementation("eager")
+    for i, vector in enumerate(vectors):
+        embeds = lm.embedding(torch.tensor([[*PREFIX, 0, *tail[1:]]]))
+        embeds[0, len(PREFIX)] = torch.from_numpy(
+            vector
+        )  # behind the module: Gemma's sqrt(d) must not touch it
+        out = lm.model.generate(
+            inputs_embeds=embeds, max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=0
+        )
+        assert completions[i].generated.tolist() == out[0].tolist()
+
+
+def test_sampling_does_not_depend_on_batching(rng) -> None:
+    lm = language_model()
+    requests = ragged_requests(rng, 11)
+    sampling = Sampling(temperature=1.3, seed=5)
+    alone = run(lm, requests, slots=1, sampling=sampling)
+    together = run(lm, list(reversed(requests)), slots=7, sampling=sampling, chunk=23)
+    other_seed = run(lm, requests, slots=7, sampling=Sampling(temperature=1.3, seed=6))
+    for i in alone:
+        assert alone[i].generated.tolist() == together[i].generated.tolist()
+    assert any(alone[i].generated.tolist() != other_seed[i].generated.tolist() for i in alone)
+
+
+def test_sampling_draws_from_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+    draws = 20_000
+    chosen = choose(
+        logits.expand(draws, -1),
+        torch.arange(draws) % 100,
+        torch.arange(draws) // 100,
+        Sampling(0.7, seed=11),
+    )
+    share = torch.bincount(chosen, minlength=5).double() / draws
+    expected = torch.softmax(logits.double() / 0.7, 0)
+    error = (expected * (1 - expected) / draws).sqrt()
+    assert ((share - expected).abs() <= 5 * error + 1e-12).all()
+
+
+def test_stop_automaton_finds_what_a_search_finds(rng) -> None:
+    stops = (b"</e>", b"e>x", b"<<")
+    tokens = [bytes(rng.choice(list(b"</e>x"), size).tolist()) for size in rng.integers(0, 4, 60)]
+    automaton = StopAutomaton(tokens, eos_ids=[0], stop=stops)
+    table = automaton.table.numpy()
+    found = 0
+    for _ in range(500):
+        state, text = 0, b""
+        for token in rng.integers(1, 60, 12):
+            state, text = int(table[state, token]), text + tokens[token]
+            hit = any(stop in text for stop in stops)
+            assert (state == automaton.stopped) == hit
+            if hit:
+                found += 1
+                break
+        else:
+            assert table[state, 0] == automaton.ended
+    assert found > 50
+
+
+def test_stop_string_ends_a_sequence_across_token_borders() -> None:
+    lm = language_model()
+    request = Request(0, (5, 6, 7), 20)
+    free = run(lm, [request])[0].generated.tolist()
+    names = token_bytes(lm.tokenizer, lm.vocab_size)
+    stop = b"".join(names[i] for i in free[3:6])
+    stopped = run(lm, [request], stop=(stop,))[0]
+    assert stopped.finish == Finish.STOP
+    assert stopped.generated.tolist() == free[: len(stopped.generated)]
+    assert b"".join(names[i] for i in stopped.generated).endswith(stop)
+    assert len(stopped.generated) <= 6
+
+
+def test_self_check_refuses_an_attention_the_engine_gets_wrong(monkeypatch) -> None:
+    from nla_engine.engine import attention
+
+    lm = language_model()
+    right = attention.prefill_reference
+    monkeypatch.setattr(
+        attention, "prefill_reference", lambda q, w, k, scale, *rest: right(q, w, k, scale * 1.5, *rest)
+    )
+    with pytest.raises(EngineError, match="differs from transformers"):
+        Runner(lm, slots=2, length=20)
+
+
+def test_requests_that_cannot_run_are_refused() -> None:
+    lm = language_model()
+    with pytest.raises(EngineError, match="do not fit a slot"):
+        run(lm, [Request(0, tuple(range(1, 50)), 20)])
+    with pytest.raises(EngineError, match="longer than its 512 positions"):
+        Runner(lm, slots=1, length=600)
+    with pytest.raises(EngineError, match="held back"):
+        run(lm, [None])  # type: ignore[list-item]
+
+
+def test_no_requests_is_nothing_to_do() -> None:
+    assert run(language_model(), []) == {}
