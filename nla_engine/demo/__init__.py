@@ -1,0 +1,1 @@
+"""The bundled demo trio (base model, verbalizer, reconstructor), its problems and its training recipe."""

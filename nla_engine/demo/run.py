@@ -1,0 +1,120 @@
+"""`nla-engine demo`: both stages on the bundled models, then the facts that explanations get right.
+
+Uses the stages as any caller does. Knows nothing of how the models were trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from nla_engine.capture import run_capture
+from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.demo.explanations import answer_correct, operands_named, token_named
+from nla_engine.demo.problems import held_out_problems, prompt_record
+from nla_engine.roundtrip import run_roundtrip
+from nla_engine.store import CaptureStore
+
+TRIO = Path(__file__).parent / "trio"
+LAYER = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One explanation to show. heading: the token, its place and its scores."""
+
+    heading: str
+    explanation: str
+
+
+def run_demo(
+    out: Path,
+    *,
+    problems: int,
+    device: str | None,
+    seed: int,
+    announce: Callable[[str], None],
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Capture and round-trip `problems` held-out multiplications into the directory `out` (replaced if it is there).
+
+    Returns the summary (keys of `--json`) and three sample explanations.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = out / "problems.jsonl"
+    records = [prompt_record(problem) for problem in held_out_problems(problems, seed)]
+    prompts.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
+    announce(f"1  capture: {problems} multiplications that verbalizer and reconstructor never saw")
+    capture_options = CaptureOptions(
+        model=str(TRIO / "base"),
+        prompts=prompts,
+        layer=(LAYER,),
+        out=out / "run.zarr",
+        max_new_tokens=32,
+        device=device,
+        overwrite=True,
+    )
+    with progress("sequences") as update:
+        captured = run_capture(capture_options, announce=announce, progress=update)
+    announce("2  round trip: every captured row into words and back")
+    roundtrip_options = RoundtripOptions(
+        store=out / "run.zarr",
+        av=str(TRIO / "av"),
+        ar=str(TRIO / "ar"),
+        out=out / "explained.parquet",
+        device=device,
+        overwrite=True,
+    )
+    with progress("explanations") as update:
+        scored = run_roundtrip(roundtrip_options, announce=announce, progress=update)
+    summary = {
+        "capture_rows_per_second": captured.rows_per_second,
+        **{key: value for key, value in scored.to_dict().items() if key not in ("out", "layer")},
+        "sequences": captured.sequences,
+        **check_facts(out / "run.zarr", out / "explained.parquet"),
+        "store": captured.store,
+        "explained": scored.out,
+    }
+    return summary, choose_samples(out / "explained.parquet")
+
+
+def check_facts(store_path: Path, explained: Path) -> dict[str, float]:
+    """Shares of right answers among sequences, and of right operands and right tokens among explanations."""
+    store = CaptureStore.open(store_path)
+    sequences = list(store.iter_sequences())
+    records = [sequence.source for sequence in sequences]
+    right = [answer_correct(sequence.generated_text(), sequence.source["product"]) for sequence in sequences]
+    rows = pq.read_table(explained, columns=["sequence", "token", "explanation"]).to_pylist()
+    operands = [
+        operands_named(row["explanation"]) == (records[row["sequence"]]["a"], records[row["sequence"]]["b"])
+        for row in rows
+    ]
+    tokens = [token_named(row["explanation"]) == row["token"] for row in rows]
+    return {
+        "base_accuracy": round(sum(right) / len(right), 4),
+        "operand_accuracy": round(sum(operands) / len(operands), 4),
+        "token_accuracy": round(sum(tokens) / len(tokens), 4),
+    }
+
+
+def choose_samples(explained: Path) -> list[Sample]:
+    """The best, the middle and the worst explanation by cos: not only the flattering one."""
+    rows = pq.read_table(explained).to_pylist()
+    ordered = sorted((row for row in rows if row["cos"] is not None), key=lambda row: -row["cos"])
+    chosen = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
+    return [
+        Sample(
+            f"{name}: sequence {row['sequence']}, position {row['position']}, read {row['token']!r}, next "
+            f"{row['next_token']!r}   cos {row['cos']:.3f}  fve {row['fve_nrm']:.3f}  rank {row['retrieval_rank']}",
+            row["explanation"],
+        )
+        for name, row in chosen.items()
+    ]
