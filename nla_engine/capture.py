@@ -1,0 +1,409 @@
+"""Stage 1: prompts -> batched generation -> tapped rows -> store.
+
+Sequences are written in the order of the prompts, so a store that was interrupted goes on with the next prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine.codec import Codec, bf16_values
+from nla_engine.config import CaptureOptions
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.slots import default_slots
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import EngineError, StoreError
+from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
+from nla_engine.prompts import Prompt, PromptSet, read_prompts
+from nla_engine.provenance import describe_run
+from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter, row_flags
+from nla_engine.tap import RowRange, RowTap
+from nla_engine.tokens import token_bytes
+
+#: A row is an attention sink if its norm is this many times the median of the layer.
+SINK_FACTOR = 8.0
+#: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
+CALIBRATION = (64, 512)
+#: Shared prompt tokens below this are not worth a prefix.
+SHORTEST_PREFIX = 8
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+#: progress(sequences done, sequences in all)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a run will do, known before it starts. rows: an upper bound, since replies may end early."""
+
+    sequences: int
+    already_done: int
+    rows: int
+    bytes: int
+    codec: str
+    slots: int
+    length: int
+    prefix: int
+
+    def __str__(self) -> str:
+        done = f" ({self.already_done:,} already there)" if self.already_done else ""
+        shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
+        return (
+            f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {self.bytes / 2**30:.3g} GiB "
+            f"as {self.codec}; {self.slots} slots of {self.length} tokens{shared}"
+        )
+
+
+@dataclass(frozen=True)
+class CaptureSummary:
+    """What a run did; its keys are those of `--json`. The rates are of this run alone."""
+
+    store: str
+    layers: list[int]
+    codec: str
+    codec_error: dict[str, float]
+    sequences: int
+    rows: int
+    skipped: int
+    sink_rows: int
+    nonfinite_rows: int
+    tokens_generated: int
+    seconds: float
+    rows_per_second: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_capture(
+    options: CaptureOptions,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, total: None,
+    lm: LanguageModel | None = None,
+) -> CaptureSummary:
+    """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
+    if options.out.exists() and not (options.resume or options.overwrite):
+        raise StoreError(
+            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
+        )
+    lm = lm or _load(options)
+    for layer in options.layer:
+        lm.check_layer(layer)
+    room = lm.max_length - options.max_new_tokens
+    prompts = read_prompts(
+        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
+    )
+    for message in prompts.skipped:
+        announce(f"skipped: {message}")
+    tokens = token_bytes(lm.tokenizer, lm.vocab_size)
+    writer = _open_store(options, lm, prompts, tokens)
+    with writer:
+        return _fill_store(options, lm, prompts, tokens, writer, announce, progress)
+
+
+def _load(options: CaptureOptions) -> LanguageModel:
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    return load_model(
+        options.model,
+        device=device,
+        dtype=dtype,
+        revision=options.revision,
+        remote_code=options.trust_remote_code,
+    )
+
+
+def _open_store(
+    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, tokens: list[bytes]
+) -> StoreWriter:
+    described = lm.describe()
+    same = {
+        key: options.to_dict()[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")
+    }
+    same["layer"] = list(options.layer)
+    same["prompts"] = prompts_fingerprint(prompts.prompts)
+    same |= {key: described[key] for key in ("weights", "tokenizer", "dtype")}
+    if options.resume and options.out.exists():
+        return StoreWriter.resume(options.out, options=same)
+    codec = Codec.named(options.codec, lm.d_model)
+    calibration = calibrate(lm, prompts.prompts, options.layer, codec)
+    provenance = {
+        **described,
+        **describe_run(),
+        "attention": "nla_engine slot attention, softmax in float32",
+        "device": str(lm.device),
+        "chat_template": prompts_rendering(options, lm),
+        "sampling": "greedy"
+        if options.temperature == 0
+        else "softmax at the temperature, no truncation or penalty",
+        "options": options.to_dict(),
+        "skipped_prompts": len(prompts.skipped),
+    }
+    writer = StoreWriter.create(
+        options.out,
+        layers=list(options.layer),
+        codec=codec,
+        sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
+        vocabulary=tokens,
+        provenance=provenance,
+        options=same,
+        overwrite=options.overwrite,
+    )
+    for layer, entry in calibration.items():
+        writer.record_codec_error(
+            layer, {"mean": entry.error_mean, "worst": entry.error_worst, "rows": entry.rows}
+        )
+    return writer
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """sha256 over the token ids of every prompt, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(np.asarray((len(prompt.token_ids), *prompt.token_ids), np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
+    """How prompts became text: "raw", or the sha256 of the chat template they were rendered with."""
+    template = lm.tokenizer.chat_template
+    if options.chat is False or not template:
+        return "raw"
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """Of one layer, on `rows` prompt rows: the norm above which a row is a sink; the codec's relative L2 error."""
+
+    sink_norm: float
+    error_mean: float
+    error_worst: float
+    rows: int
+
+
+@torch.inference_mode()
+def calibrate(
+    lm: LanguageModel, prompts: Sequence[Prompt], layers: Sequence[int], codec: Codec
+) -> dict[int, LayerCalibration]:
+    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
+    count, size = CALIBRATION
+    sample = [Request(i, p.token_ids[:size], 0) for i, p in enumerate(prompts[:count])]
+    longest = max(len(r.token_ids) for r in sample)
+    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    slots = min(len(sample), 8)
+    tap = RowTap(
+        tuple(layers),
+        Codec.named("bf16", lm.d_model),
+        RowRange.parse("all"),
+        slots=slots,
+        rows_per_slot=longest,
+        exact_capacity=1,
+        sink_norm=dict.fromkeys(layers, float("inf")),
+        device=lm.device,
+    )
+    runner = Runner(lm, slots=slots, length=longest, tap=tap, tap_layers=layers)
+    for completion in Generator(runner, max_new_tokens=0, keeper=tap).run(sample):
+        for layer, kept in completion.rows.items():
+            rows[layer].append(bf16_values(kept.codes))
+    runner.close()
+    out = {}
+    for layer, parts in rows.items():
+        x = np.concatenate(parts)
+        norm = np.linalg.norm(x.astype(np.float64), axis=1)
+        finite = np.isfinite(norm) & (norm > 0)
+        if not finite.any():
+            raise EngineError(
+                f"layer {layer}: every row of the first {len(sample)} prompts is zero or not finite"
+            )
+        sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[finite])))
+        ordinary = finite & (norm <= sink_norm)
+        decoded = codec.decode(codec.encode(x[ordinary]))
+        error = np.linalg.norm((decoded - x[ordinary]).astype(np.float64), axis=1) / norm[ordinary]
+        out[layer] = LayerCalibration(sink_norm, float(error.mean()), float(error.max()), int(ordinary.sum()))
+    return out
+
+
+def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
+    """Sizes of the run: slots from the batch size or the memory that is free, rows from the lengths."""
+    keep = RowRange.parse(str(options.positions))
+    new = options.max_new_tokens
+    todo = [len(p.token_ids) for p in prompts.prompts[done:]]
+    prefix = prompts.common_prefix() if len(todo) > 1 else 0
+    if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
+        prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
+    longest = max(todo, default=1) + new
+    slots = options.batch_size or default_slots(lm, longest - prefix)
+    rows = sum(keep.count(size, size + new) for size in todo)
+    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
+    return CapturePlan(
+        sequences=len(prompts),
+        already_done=done,
+        rows=rows,
+        bytes=rows * row_bytes,
+        codec=options.codec,
+        slots=max(min(slots, len(todo)), 1),
+        length=longest,
+        prefix=prefix,
+    )
+
+
+def _fill_store(
+    options: CaptureOptions,
+    lm: LanguageModel,
+    prompts: PromptSet,
+    tokens: list[bytes],
+    writer: StoreWriter,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> CaptureSummary:
+    done, rows_before = writer.sequences, writer.rows
+    counts = _Counts()
+    plan = plan_capture(options, lm, prompts, done)
+    announce(str(plan))
+    started = time.perf_counter()
+    if done < len(prompts):
+        generator, tap = _generator(options, lm, prompts, plan, tokens, writer)
+        order = InOrder(int(options.host_memory * 2**30), _size)
+        requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
+        for completion in generator.run(requests):
+            for ended in order.add(completion):
+                sequence = sequence_rows(prompts.prompts[ended.request.id], ended, tap.rows, writer.sink_norm)
+                counts.add(sequence, ended)
+                writer.append(sequence)
+                progress(ended.request.id + 1, len(prompts))
+        generator.runner.close()
+    if done + counts.sequences != len(prompts):
+        raise EngineError(f"{len(prompts) - done} sequences were asked for, {counts.sequences} ended")
+    writer.close(complete=True)
+    seconds = time.perf_counter() - started
+    return CaptureSummary(
+        store=str(options.out),
+        layers=list(options.layer),
+        codec=options.codec,
+        codec_error={
+            str(k): round(v["mean"], 6) for k, v in CaptureStore.open(options.out).codec_error.items() if v
+        },
+        sequences=writer.sequences,
+        rows=writer.rows,
+        skipped=len(prompts.skipped),
+        sink_rows=counts.sink_rows,
+        nonfinite_rows=counts.nonfinite_rows,
+        tokens_generated=counts.tokens_generated,
+        seconds=round(seconds, 3),
+        rows_per_second=round((writer.rows - rows_before) / seconds, 1),
+        tokens_per_second=round(counts.tokens_generated / seconds, 1),
+    )
+
+
+def _generator(
+    options: CaptureOptions,
+    lm: LanguageModel,
+    prompts: PromptSet,
+    plan: CapturePlan,
+    tokens: list[bytes],
+    writer: StoreWriter,
+) -> tuple[Generator, RowTap]:
+    new = options.max_new_tokens
+    keep = RowRange.parse(str(options.positions))
+    budget = MAX_PREFILL_TOKENS[lm.device.type]
+    tap = RowTap(
+        options.layer,
+        writer.codec,
+        keep,
+        slots=plan.slots,
+        rows_per_slot=max(keep.count(plan.length - new, plan.length), 1),
+        exact_capacity=budget + plan.slots,
+        sink_norm=writer.sink_norm,
+        device=lm.device,
+    )
+    runner = Runner(
+        lm if new else lm.truncated(max(options.layer)),
+        slots=plan.slots,
+        length=plan.length,
+        prefix=prompts.prompts[-1].token_ids[: plan.prefix],
+        tap=tap,
+        tap_layers=options.layer,
+    )
+    generator = Generator(
+        runner,
+        max_new_tokens=new,
+        stop=StopAutomaton(tokens, lm.eos_ids) if new else None,
+        sampling=Sampling(options.temperature, options.seed),
+        keeper=tap,
+        read_last="generated" in keep.names or "all" in keep.names,
+        max_prefill_tokens=budget,
+    )
+    return generator, tap
+
+
+def _requests(
+    prompts: Sequence[Prompt], first: int, prefix: int, max_new_tokens: int, order: InOrder
+) -> Iterator[Request | None]:
+    """Requests for prompts[first:], held back while too much waits for an earlier sequence to end."""
+    for id_ in range(first, len(prompts)):
+        while order.is_full:
+            yield None
+        yield order.asked(Request(id_, prompts[id_].token_ids[prefix:], max_new_tokens))
+
+
+def _size(completion: Completion) -> int:
+    rows = completion.rows.values()
+    return sum(r.codes.nbytes + r.scales.nbytes + r.norm.nbytes + r.exact.nbytes for r in rows)
+
+
+@dataclass
+class _Counts:
+    """Running totals of this run."""
+
+    sequences: int = 0
+    tokens_generated: int = 0
+    sink_rows: int = 0
+    nonfinite_rows: int = 0
+
+    def add(self, sequence: SequenceRows, completion: Completion) -> None:
+        self.sequences += 1
+        self.tokens_generated += len(completion.generated)
+        self.sink_rows += int(np.count_nonzero(sequence.flags & RowFlag.SINK))
+        self.nonfinite_rows += int(np.count_nonzero(sequence.flags & RowFlag.NONFINITE))
+
+
+def sequence_rows(
+    prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
+) -> SequenceRows:
+    """A finished sequence as the store wants it: what each kept row read, what came next, and its flags."""
+    tokens = np.concatenate([np.asarray(prompt.token_ids, np.int32), completion.generated])
+    prompt_size = len(prompt.token_ids)
+    position = np.arange(keep.first(prompt_size), keep.end(prompt_size, len(tokens)), dtype=np.int32)
+    following = np.append(tokens[1:], np.int32(-1))
+    sink = np.zeros(len(position), bool)
+    nonfinite = np.zeros(len(position), bool)
+    for layer, rows in completion.rows.items():
+        if len(rows.norm) != len(position):
+            raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
+        sink |= rows.norm > sink_norm[layer]
+        nonfinite |= ~np.isfinite(rows.norm)
+    return SequenceRows(
+        token_id=tokens[position],
+        next_token_id=following[position],
+        position=position,
+        flags=row_flags(position, prompt_size, len(tokens), sink, nonfinite),
+        layers=completion.rows,
+        tokens=tokens,
+        prompt_size=prompt_size,
+        finish=completion.finish,
+        source=prompt.source,
+    )

@@ -1,0 +1,87 @@
+"""AR: explanations -> vectors. Blocks 0..K of a language model read a fixed prompt around the text; a linear head maps
+the last token's residual stream to the vector. Knows nothing of stores or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nla_engine.checkpoint import Sidecar, read_sidecar, read_value_head, reconstructor_prompt
+from nla_engine.engine.runner import Runner
+from nla_engine.errors import CheckpointError
+from nla_engine.models import LanguageModel, find_directory, load_model
+
+#: Prompts, and tokens, of one packed pass.
+_BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
+
+
+class Reconstructor:
+    """An AR checkpoint, ready to read. weight float32 [d, d], bias float32 [d] or None: the value head."""
+
+    def __init__(
+        self, lm: LanguageModel, sidecar: Sidecar, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        if lm.d_model != sidecar.d_model:
+            raise CheckpointError(
+                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
+            )
+        if sidecar.layer is not None and len(lm.blocks) != sidecar.layer + 1:
+            raise CheckpointError(
+                f"{sidecar.path}: layer {sidecar.layer} needs {sidecar.layer + 1} blocks, "
+                f"the model has {len(lm.blocks)}"
+            )
+        self.sidecar = sidecar
+        self.layer = len(lm.blocks) - 1
+        self.lm = lm.truncated(self.layer)
+        self.weight = weight.to(lm.device)
+        self.bias = None if bias is None else bias.to(lm.device)
+        self._runner: Runner | None = None
+        reconstructor_prompt(sidecar, lm.tokenizer, "")  # its checks
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
+    ) -> Reconstructor:
+        """From a directory or Hub id. CheckpointError names what is wrong with it."""
+        directory = find_directory(name)
+        sidecar = read_sidecar(directory, "ar")
+        weight, bias = read_value_head(directory, sidecar.d_model)
+        lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
+        return cls(lm, sidecar, weight, bias)
+
+    @torch.inference_mode()
+    def reconstruct(self, explanations: Sequence[str]) -> np.ndarray:
+        """float32 [n, d]: the vector that each text stands for. Packed passes, no padding."""
+        prompts = [reconstructor_prompt(self.sidecar, self.lm.tokenizer, text) for text in explanations]
+        out = np.full((len(prompts), self.lm.d_model), np.nan, np.float32)
+        if not prompts:
+            return out
+        runner = self._fit_runner(max(map(len, prompts)))
+        most, budget = runner.cache.slots, _BATCH[self.lm.device.type][1]
+        start = 0
+        while start < len(prompts):
+            end, total = start, 0
+            while (
+                end < len(prompts)
+                and end - start < most
+                and (end == start or total + len(prompts[end]) <= budget)
+            ):
+                total += len(prompts[end])
+                end += 1
+            batch = prompts[start:end]
+            hidden = runner.prefill([(slot, 0, ids) for slot, ids in enumerate(batch)])
+            last = hidden[np.cumsum([len(ids) for ids in batch]) - 1]
+            out[start:end] = torch.nn.functional.linear(last.float(), self.weight, self.bias).cpu().numpy()
+            start = end
+        return out
+
+    def _fit_runner(self, longest: int) -> Runner:
+        """A runner whose slots hold `longest` tokens; grown by half when a text is longer than any before."""
+        if self._runner is None or self._runner.cache.size - 1 < longest:
+            self._runner = None  # its cache is given back first
+            length = min(longest + longest // 2, max(self.lm.max_length, longest))
+            self._runner = Runner(self.lm, slots=_BATCH[self.lm.device.type][0], length=length)
+        return self._runner

@@ -1,0 +1,207 @@
+"""The table that a round trip writes: one Parquet file, made from parts that are committed one by one.
+
+While a run goes on, `<out>.parts/` holds run.json (what the run is) and numbered Parquet parts, each written to a
+temporary name and renamed. The last step joins them. Knows nothing of how a score is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nla_engine.errors import RequestError, WriteError
+
+METADATA_KEY = b"nla_engine"
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("sequence", pa.int64()),
+        pa.field("position", pa.int32()),
+        pa.field("token", pa.string()),
+        pa.field("next_token", pa.string()),
+        pa.field("generated", pa.bool_()),
+        pa.field("early", pa.bool_()),
+        pa.field("norm", pa.float32()),
+        pa.field("sample", pa.int32()),
+        pa.field("best", pa.bool_()),
+        pa.field("explanation", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("n_tokens", pa.int32()),
+        pa.field("cos", pa.float64()),
+        pa.field("mse_nrm", pa.float64()),
+        pa.field("fve_nrm", pa.float64()),
+        pa.field("fve_meannorm", pa.float64()),
+        pa.field("cos_shuffled", pa.float64()),
+        pa.field("retrieval_rank", pa.int32()),
+    ]
+)
+
+
+class ResultTable:
+    """The result of one run on its way. `done`: rows of the table (samples counted) that are committed."""
+
+    def __init__(self, out: Path, parts: Path, metadata: dict[str, Any], done: int, next_part: int) -> None:
+        self.out, self._parts, self._metadata = out, parts, metadata
+        self.done, self._next_part = done, next_part
+
+    @classmethod
+    def open(
+        cls, out: Path, *, options: dict[str, Any], metadata: dict[str, Any], resume: bool, overwrite: bool
+    ) -> ResultTable:
+        """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
+
+        RequestError if something is there and neither is asked for, or if the options differ.
+        """
+        parts = out.with_name(out.name + ".parts")
+        if not (resume or overwrite) and (out.exists() or parts.exists()):
+            found = out if out.exists() else parts
+            raise RequestError(
+                f"{found}: exists; pass --resume to go on with it or --overwrite to replace it"
+            )
+        with _writing(parts):
+            if overwrite:
+                out.unlink(missing_ok=True)
+                shutil.rmtree(parts, ignore_errors=True)
+            elif out.exists():
+                _check_same(out, read_metadata(out).get("options", {}), options)
+                shutil.rmtree(
+                    parts, ignore_errors=True
+                )  # left over if the run ended between joining and clearing up
+                return cls(out, parts, metadata, done=pq.read_metadata(out).num_rows, next_part=-1)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            record = parts / "run.json"
+            if record.exists():
+                _check_same(parts, _read_json(record).get("options", {}), options)
+            else:
+                parts.mkdir(exist_ok=True)
+                _replace(record, json.dumps({"options": options}, indent=1).encode())
+            files = _part_files(parts)
+            return cls(out, parts, {**metadata, "options": options}, sum(_rows(f) for f in files), len(files))
+
+    @property
+    def finished(self) -> bool:
+        return self._next_part < 0
+
+    def append(self, columns: dict[str, Any]) -> None:
+        """Commit a part: columns of SCHEMA, all of one length."""
+        table = pa.table(columns, schema=SCHEMA)
+        path = self._parts / f"part-{self._next_part:06d}.parquet"
+        with _writing(path):
+            temporary = path.with_suffix(".tmp")
+            try:
+                pq.write_table(table, temporary)
+                _sync(temporary)
+                os.replace(temporary, path)
+                _sync(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        self._next_part += 1
+        self.done += len(table)
+
+    def finish(self) -> None:
+        """Join the parts into the one file, with the run's metadata in its schema."""
+        if self.finished:
+            return
+        temporary = self.out.with_name(self.out.name + ".tmp")
+        schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(self._metadata).encode()})
+        with _writing(self.out):
+            try:
+                with pq.ParquetWriter(temporary, schema) as writer:
+                    for path in _part_files(self._parts):
+                        writer.write_table(pq.read_table(path, schema=SCHEMA).cast(schema))
+                _sync(temporary)
+                os.replace(temporary, self.out)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            shutil.rmtree(self._parts)
+        self._next_part = -1
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The run's metadata of a result. RequestError if the file is not one."""
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
+    except (OSError, pa.ArrowException) as error:
+        raise RequestError(f"{path}: cannot be read as Parquet ({error})") from error
+    if found is None:
+        raise RequestError(f"{path}: is not the result of a round trip (no {METADATA_KEY.decode()} metadata)")
+    data: dict[str, Any] = json.loads(found)
+    return data
+
+
+def _part_files(parts: Path) -> list[Path]:
+    """The parts in order, up to the first number that is missing."""
+    found: list[Path] = []
+    while (path := parts / f"part-{len(found):06d}.parquet").exists():
+        found.append(path)
+    return found
+
+
+def _rows(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise RequestError(
+            f"{path}: a committed part is damaged ({error}); start again with --overwrite"
+        ) from error
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differ = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if differ:
+        raise RequestError(
+            f"{path}: was made with other options ({'; '.join(differ)}); --overwrite starts again"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: cannot be read ({error}); start again with --overwrite") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _writing:
+    """Turns an OSError inside into a WriteError that names the path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError):
+            raise WriteError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+
+
+def batches(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Columns of a result as numpy arrays, some thousand rows at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(65536, columns=columns):
+            yield {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}

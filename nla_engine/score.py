@@ -1,0 +1,117 @@
+"""Round-trip error: how much of a vector came back, and the controls that say whether that means anything.
+
+With x^ = x / ||x||, v the original and r its reconstruction:
+
+    cos = v^ . r^            mse_nrm = 2 (1 - cos)
+    fve_nrm = 1 - mse_nrm / Var,       Var = E ||v^ - mu||^2 = 1 - ||mu||^2,           mu = E v^
+    fve_meannorm = 1 - mse_nrm / M,    M = E ||v^ - mu/||mu|| ||^2 = 2 (1 - sqrt(1 - Var))
+
+Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """float32 [n, d] -> the same rows at length 1 (norms summed in float64); zero and non-finite rows become NaN."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        norm = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
+        norm[(norm == 0) | ~np.isfinite(norm)] = np.nan
+        return (x / norm[:, None]).astype(np.float32)
+
+
+def cosine(v: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """float64 [n]: cos of the rows of v and r, float32 [n, d]; NaN where either has no direction."""
+    with np.errstate(invalid="ignore"):
+        return np.clip(np.einsum("nd,nd->n", unit(v), unit(r), dtype=np.float64), -1.0, 1.0)
+
+
+def mse_nrm(cos: np.ndarray) -> np.ndarray:
+    return 2.0 * (1.0 - cos)
+
+
+class DirectionVariance:
+    """Var of a stream of rows: 1 - ||mean of the unit rows||^2, in float64."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sum: np.ndarray | float = 0.0
+
+    def add(self, x: np.ndarray) -> None:
+        """Take rows float32 [n, d]; rows without a direction are left out."""
+        directions = unit(x).astype(np.float64)
+        directions = directions[np.isfinite(directions).all(1)]
+        self.rows += len(directions)
+        self._sum = self._sum + directions.sum(0)
+
+    @property
+    def value(self) -> float:
+        """NaN without rows. 0 if all rows point the same way: FVE is then undefined."""
+        if not self.rows:
+            return math.nan
+        mean = np.asarray(self._sum) / self.rows
+        return max(1.0 - float(mean @ mean), 0.0)
+
+
+def fve_nrm(mse: np.ndarray, variance: float) -> np.ndarray:
+    """Fraction of variance explained; NaN if the variance is 0."""
+    return 1.0 - mse / variance if variance > 0 else np.full_like(mse, math.nan)
+
+
+def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
+    """The same against always answering with the mean direction."""
+    baseline = 2.0 * (1.0 - math.sqrt(1.0 - variance))
+    return 1.0 - mse / baseline if baseline > 0 else np.full_like(mse, math.nan)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """A fixed sample of rows that reconstructions are held against.
+
+    rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite.
+    Both controls of a row depend on the row, the seed and this sample alone, never on batches.
+    """
+
+    rows: np.ndarray
+    sequences: np.ndarray
+    directions: np.ndarray
+    seed: int
+
+    @classmethod
+    def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: np.ndarray, seed: int) -> Controls:
+        directions = unit(vectors)
+        sound = np.isfinite(directions).all(1)
+        return cls(rows[sound], sequences[sound], directions[sound], seed)
+
+    def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if it can."""
+        partner = np.array(
+            [self._partner(int(a), int(s)) for a, s in zip(rows, sequences, strict=True)], np.int64
+        )
+        out = cosine(self.directions[partner], r) if len(self.rows) else np.full(len(rows), np.nan)
+        out[partner < 0] = np.nan
+        return out
+
+    def _partner(self, row: int, sequence: int) -> int:
+        """Place in the sample of the row's partner, or -1 if the sample holds no other row."""
+        count = len(self.rows)
+        if not count:
+            return -1
+        start = int(np.random.Generator(np.random.Philox(key=self.seed, counter=row)).integers(count))
+        order = (start + np.arange(count)) % count
+        for candidates in (self.sequences[order] != sequence, self.rows[order] != row):
+            if candidates.any():
+                return int(order[candidates.argmax()])
+        return -1
+
+    def rank(self, rows: np.ndarray, cos: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """float64 [n]: 1 + how many other rows of the sample are closer to the reconstruction than its own vector."""
+        with np.errstate(invalid="ignore"):
+            near = unit(r) @ self.directions.T > cos[:, None]
+        near &= self.rows[None] != rows[:, None]
+        return np.where(np.isfinite(cos), 1.0 + near.sum(1), np.nan)

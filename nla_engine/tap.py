@@ -1,0 +1,156 @@
+"""The tap: rows of the residual stream, encoded on the device the moment a block has computed them.
+
+A row's place in the staging buffers is computed from (slot, position), like a key's place in the slot cache, so a row
+cannot land elsewhere; `collect` refuses a sequence of which any row was not written. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nla_engine.codec import Codec, exact_rows
+from nla_engine.errors import EngineError
+from nla_engine.ops.encode import RowStage, encode_rows
+from nla_engine.store import LayerRows
+
+#: What the norm of a row that nothing wrote reads as.
+_UNWRITTEN = -1.0
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Which positions of a sequence are kept: a run from (prompt_size if from_prompt_end else 0) + start on.
+
+    Every union of the named policies is one run, since all of them touch the prompt's end.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, positions: str) -> RowRange:
+        return cls(tuple(positions.split(",")))
+
+    def first(self, prompt_size: int) -> int:
+        """First position kept."""
+        starts = {"all": 0, "prompt": 0, "last": prompt_size - 1, "generated": prompt_size}
+        return min(starts[name] for name in self.names)
+
+    def end(self, prompt_size: int, size: int) -> int:
+        """Position behind the last one kept, of a sequence of `size` tokens."""
+        ends = {"all": size, "prompt": prompt_size, "last": prompt_size, "generated": size}
+        return max(ends[name] for name in self.names)
+
+    def count(self, prompt_size: int, size: int) -> int:
+        return max(self.end(prompt_size, size) - self.first(prompt_size), 0)
+
+
+class RowTap:
+    """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows a slot and layer.
+
+    exact_capacity: most rows of one layer that may have to be kept exactly between two polls.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        codec: Codec,
+        rows: RowRange,
+        *,
+        slots: int,
+        rows_per_slot: int,
+        exact_capacity: int,
+        sink_norm: Mapping[int, float],
+        device: torch.device,
+    ) -> None:
+        self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
+        self.rows_per_slot = rows_per_slot
+        self.stages = {
+            layer: RowStage.allocate(codec, (slots + 1) * rows_per_slot, exact_capacity, device)
+            for layer in layers
+        }
+        self._first = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._end = torch.zeros_like(self._first)
+        self._prompt_size = np.zeros(slots + 1, np.int64)
+        self._exact: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {layer: {} for layer in layers}
+
+    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+        """Encode the rows of hidden [T, d] whose (slot, position) is to be kept. Launches only: no synchronisation."""
+        index = position - self._first[slot]
+        kept = (index >= 0) & (position < self._end[slot])
+        dest = torch.where(kept, slot * self.rows_per_slot + index, -1)
+        encode_rows(hidden, dest, self.stages[layer], self.sink_norm[layer])
+
+    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        first = [self.rows.first(size) for size in prompt_sizes]
+        end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
+        if any(b - a > self.rows_per_slot for a, b in zip(first, end, strict=True)):
+            raise EngineError("a sequence has more rows to keep than its slot has room for")
+        columns = torch.tensor([slots, first, end]).to(self._first.device)
+        self._first[columns[0]], self._end[columns[0]] = columns[1], columns[2]
+        self._prompt_size[slots] = prompt_sizes
+        for layer, stage in self.stages.items():
+            stage.norm.view(-1, self.rows_per_slot)[columns[0]] = _UNWRITTEN
+            for slot in slots:
+                self._exact[layer].pop(slot, None)
+
+    def poll(self) -> None:
+        """Fetch the rows kept exactly since the last poll."""
+        for layer, stage in self.stages.items():
+            count = int(stage.exact_count)
+            if count > len(stage.exact):
+                raise EngineError(f"layer {layer}: {count} rows to keep exactly, room for {len(stage.exact)}")
+            if not count:
+                continue
+            dest = stage.exact_dest[:count].cpu().numpy()
+            bits = stage.exact[:count].cpu().numpy().view(np.uint16)
+            stage.exact_count.zero_()
+            for slot in np.unique(dest // self.rows_per_slot):
+                mine = dest // self.rows_per_slot == slot
+                index, rows = dest[mine] % self.rows_per_slot, bits[mine]
+                if (known := self._exact[layer].get(int(slot))) is not None:
+                    index, rows = np.concatenate([known[0], index]), np.concatenate([known[1], rows])
+                self._exact[layer][int(slot)] = (index, rows)
+
+    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, LayerRows]]:
+        """The rows of ended sequences, by layer. EngineError if one is missing."""
+        counts = [
+            self.rows.count(int(self._prompt_size[s]), size) for s, size in zip(slots, sizes, strict=True)
+        ]
+        places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
+        at = torch.from_numpy(np.concatenate(places)).to(self._first.device)
+        borders = np.cumsum(counts)[:-1]
+        collected: list[dict[int, LayerRows]] = [{} for _ in slots]
+        for layer, stage in self.stages.items():
+            parts = [np.split(a[at].cpu().numpy(), borders) for a in (stage.codes, stage.scales, stage.norm)]
+            for i, (codes, scales, norm) in enumerate(zip(*parts, strict=True)):
+                collected[i][layer] = self._check(layer, slots[i], codes, scales, norm)
+        return collected
+
+    def _check(
+        self, layer: int, slot: int, codes: np.ndarray, scales: np.ndarray, norm: np.ndarray
+    ) -> LayerRows:
+        if (norm == _UNWRITTEN).any():
+            raise EngineError(
+                f"layer {layer}: {int((norm == _UNWRITTEN).sum())} rows of a sequence were never written"
+            )
+        expected = np.zeros(0, np.int64)
+        if self.codec.name != "bf16":
+            expected = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
+        bits = np.zeros((0, self.codec.d_model), np.uint16)
+        if len(expected):
+            index, rows = self._exact[layer].get(slot, (np.zeros(0, np.int64), bits))
+            order = {int(row): place for place, row in enumerate(index)}
+            if any(int(row) not in order for row in expected):
+                raise EngineError(f"layer {layer}: a row that must be kept exactly is missing")
+            bits = rows[[order[int(row)] for row in expected]]
+        return LayerRows(
+            codes=codes.view(self.codec.code_dtype),
+            scales=scales,
+            norm=norm,
+            exact_index=expected,
+            exact=bits,
+        )

@@ -1,0 +1,111 @@
+"""AV: vectors -> explanations. A vector takes the place of one token of a fixed prompt, and the model writes on.
+
+Knows nothing of stores or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nla_engine.checkpoint import Sidecar, read_sidecar, verbalizer_prompt
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import VECTOR, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.slots import default_slots
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import CheckpointError
+from nla_engine.models import LanguageModel, find_directory, load_model
+from nla_engine.tokens import token_bytes
+
+OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
+#: Finished explanations that may wait for an earlier one, in bytes (a text is small).
+_WAITING_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the AV wrote. status: ok | unclosed (cut by the length limit) | untagged (no opening tag: kept whole)."""
+
+    id: int
+    text: str
+    status: str
+    n_tokens: int
+
+
+def parse_explanation(text: str) -> tuple[str, str]:
+    """(explanation, status) of what the AV wrote."""
+    _, opened, rest = text.partition(OPEN_TAG)
+    if not opened:
+        return text.strip(), "untagged"
+    inside, closed, _ = rest.partition(CLOSE_TAG)
+    return inside.strip(), "ok" if closed else "unclosed"
+
+
+class Verbalizer:
+    """An AV checkpoint, ready to write."""
+
+    def __init__(self, lm: LanguageModel, sidecar: Sidecar) -> None:
+        self.lm, self.sidecar = lm, sidecar
+        if lm.d_model != sidecar.d_model:
+            raise CheckpointError(
+                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
+            )
+        ids, place = verbalizer_prompt(sidecar, lm.tokenizer)
+        self.prefix = tuple(ids[:place])
+        self.tail = (VECTOR, *ids[place + 1 :])
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
+    ) -> Verbalizer:
+        """From a directory or Hub id. CheckpointError names what is wrong with it."""
+        sidecar = read_sidecar(find_directory(name), "av")
+        return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
+
+    def scaled(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 [n, d]: the vectors at the injection norm, v * scale / ||v||, or as they are if there is none."""
+        scale = self.sidecar.injection_scale
+        if scale is None:
+            return vectors
+        norm = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+        return (vectors * (scale / norm[:, None])).astype(np.float32)
+
+    def explain(
+        self,
+        vectors: Iterable[tuple[int, np.ndarray]],
+        *,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),
+        batch_size: int | None = None,
+    ) -> Iterator[Explanation]:
+        """Explain (id, float32 [d]) pairs; explanations come in the same order. An id names its random numbers.
+
+        Vectors are scaled here, and must be finite and not zero. Read lazily, as slots become free.
+        """
+        lm = self.lm
+        length = len(self.prefix) + len(self.tail) + max_new_tokens
+        slots = batch_size or default_slots(lm, length - len(self.prefix))
+        runner = Runner(lm, slots=slots, length=length, prefix=self.prefix)
+        stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
+        generator = Generator(runner, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
+
+        def requests() -> Iterator[Request | None]:
+            for id_, vector in vectors:
+                while order.is_full:
+                    yield None
+                yield order.asked(Request(id_, self.tail, max_new_tokens, self.scaled(vector[None])[0]))
+
+        for completion in generator.run(requests()):
+            for ended in order.add(completion):
+                text, status = parse_explanation(
+                    lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
+                )
+                yield Explanation(ended.request.id, text, status, len(ended.generated))
+        runner.close()
