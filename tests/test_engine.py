@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -41,13 +43,16 @@ def run(
     sampling: Sampling = Sampling(),
     eos: tuple[int, ...] = (EOS,),
     stop: tuple[bytes, ...] = (),
+    kernels: str = "auto",
 ) -> dict[int, Completion]:
-    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix)
+    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=kernels)
     automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), eos, stop)
     generator = Generator(
         runner, max_new_tokens=20, stop=automaton, sampling=sampling, max_prefill_tokens=chunk
     )
-    return {completion.request.id: completion for completion in generator.run(requests)}
+    completions = {completion.request.id: completion for completion in generator.run(requests)}
+    runner.close()
+    return completions
 
 
 def reference_tokens(model, ids: list[int], new: int, **kwargs: object) -> list[int]:
@@ -67,12 +72,13 @@ def reference_tokens(model, ids: list[int], new: int, **kwargs: object) -> list[
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("prefix", "chunk"), [((), 2048), (PREFIX, 17)])
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_greedy_tokens_equal_transformers(
-    architecture: str, prefix: tuple[int, ...], chunk: int, rng
+    architecture: str, prefix: tuple[int, ...], chunk: int, kernels: str, rng
 ) -> None:
     lm = language_model(architecture)
     requests = ragged_requests(rng, 13)
-    completions = run(lm, requests, prefix=prefix, chunk=chunk)
+    completions = run(lm, requests, prefix=prefix, chunk=chunk, kernels=kernels)
     assert sorted(completions) == list(range(13))
     for request in requests:
         expected = reference_tokens(
@@ -166,9 +172,11 @@ def test_self_check_refuses_an_attention_the_engine_gets_wrong(monkeypatch) -> N
     from nla_engine.engine import attention
 
     lm = language_model()
-    right = attention.prefill_reference
+    right = attention.attend_reference
     monkeypatch.setattr(
-        attention, "prefill_reference", lambda q, w, k, scale, *rest: right(q, w, k, scale * 1.5, *rest)
+        attention,
+        "attend_reference",
+        lambda q, kv, tiles, shape: right(q, kv, tiles, replace(shape, scale=1.5)),
     )
     with pytest.raises(EngineError, match="differs from transformers"):
         Runner(lm, slots=2, length=20)
@@ -186,3 +194,15 @@ def test_requests_that_cannot_run_are_refused() -> None:
 
 def test_no_requests_is_nothing_to_do() -> None:
     assert run(language_model(), []) == {}
+
+
+def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, rng) -> None:
+    from nla_engine.engine import generator
+
+    monkeypatch.setattr(generator, "REFILL_PART", 0.5)
+    lm = language_model()
+    requests = ragged_requests(rng, 23)
+    patient, eager = run(lm, requests, slots=6), run(lm, requests, slots=1)
+    assert {i: c.generated.tolist() for i, c in patient.items()} == {
+        i: c.generated.tolist() for i, c in eager.items()
+    }

@@ -1,7 +1,7 @@
-"""Batched generation: requests enter free slots, are prefilled in packed chunks, decode together, leave when they end.
+"""Batched generation: requests enter free slots, are prefilled in packed chunks, decode together, and leave.
 
-All state of a running sequence lives in tensors on the device (`_State`) and is advanced without looking at it; the host
-only polls which slots have ended. Knows nothing of files, codecs or what a row is.
+All state of a running sequence lives in tensors on the device (`_State`) and is advanced without looking at it; the
+host only polls which slots have ended. Knows nothing of files, codecs or what a row is.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nla_engine.engine.graph import LANE_BUCKETS, DecodeGraph
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling, choose
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
+
+#: Decode steps that the device takes alone before the host looks which sequences have ended.
+STEPS_BETWEEN_POLLS = 8
+
+
+#: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
+REFILL_PART = 1 / 16
 
 
 class RowKeeper(Protocol):
@@ -34,24 +42,41 @@ class RowKeeper(Protocol):
         """The rows of sequences that ended with `size` tokens, by layer."""
 
 
+class _Source:
+    """The requests. dry: the last look gave nothing; held: because the caller holds back, not because it has ended."""
+
+    def __init__(self, requests: Iterable[Request | None]) -> None:
+        self._requests = iter(requests)
+        self.dry = self.held = False
+
+    def next(self) -> Request | None:
+        request = next(self._requests, ...)
+        self.held = request is None
+        self.dry = request is None or request is ...
+        return None if request is ... else request
+
+
 @dataclass
 class _Admitted:
-    """A request in a slot. done: prompt tokens read so far."""
+    """A request in a slot. done: prompt tokens read so far; steps: decode steps since."""
 
     request: Request
     slot: int
     done: int = 0
+    steps: int = 0
 
 
 class _State:
     """One entry a slot, and one for the spare slot that unused lanes work on."""
 
-    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, runner: Runner, max_new_tokens: int) -> None:
+        slots, device = runner.cache.slots, runner.device
+
         def zeros(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(slots + 1, dtype=dtype, device=device)
 
         self.token = zeros(torch.int64)  # the next token to read
-        self.position = zeros(torch.int64)  # and where it stands
+        self.position = zeros(torch.int64) + runner.cache.prefix_size  # and where it stands
         self.sequence = zeros(torch.int64)
         self.active = zeros(torch.bool)
         self.closing = zeros(torch.bool)  # its last token is known and only has to be read
@@ -88,7 +113,8 @@ class Generator:
         if max_new_tokens and (runner.lm.head is None or stop is None):
             raise EngineError("generation needs a model with a head and a stop automaton")
         self.stop = stop.to(runner.device) if stop is not None else None
-        self.state = _State(runner.cache.slots, max_new_tokens, runner.device)
+        self.state = _State(runner, max_new_tokens)
+        self._graphs: dict[int, DecodeGraph] = {}
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
@@ -97,14 +123,16 @@ class Generator:
         The iterable is read only when a slot is free. It may yield None for "nothing just now" while others still run;
         None with nothing running is an error of the caller.
         """
-        source = iter(requests)
+        source = _Source(requests)
         free = deque(range(self.runner.cache.slots))
         reading: deque[_Admitted] = deque()
         decoding: dict[int, _Admitted] = {}
         while True:
-            fresh = self._admit(source, free, reading)
+            entered = False
+            if not decoding or len(free) >= self.runner.cache.slots * REFILL_PART:
+                entered = self._admit(source, free, reading)
             if not reading and not decoding:
-                if fresh:
+                if source.held:
                     raise EngineError("requests were held back although nothing is running")
                 return
             ended: list[_Admitted] = []
@@ -114,8 +142,10 @@ class Generator:
                         decoding[admitted.slot] = admitted
                     else:
                         ended.append(admitted)
-            if decoding:
-                self._decode(sorted(decoding))
+            # Every slot that can be filled is filled before the next step; only a prompt of several passes waits.
+            filling = entered and bool(free) and not reading and not source.dry
+            if decoding and not filling:
+                self._decode(decoding, hurry=bool(reading))
                 active = self.state.active.tolist()
                 ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
             if self.keeper is not None:
@@ -124,23 +154,18 @@ class Generator:
                 free.extend(admitted.slot for admitted in ended)
                 yield from self._complete(ended)
 
-    def _admit(self, source: Iterator[Request | None], free: deque[int], reading: deque[_Admitted]) -> bool:
-        """Fill free slots, as many as one prefill pass can read. True if the source holds requests back."""
+    def _admit(self, source: _Source, free: deque[int], reading: deque[_Admitted]) -> bool:
+        """Fill free slots, with as many prompts as one prefill pass can read. True if any entered."""
         room = self.max_prefill_tokens - sum(len(a.request.token_ids) - a.done for a in reading)
         entered: list[_Admitted] = []
-        held = False
-        while free and room > 0:
-            request = next(source, ...)  # type: ignore[call-overload]
-            if request is ... or request is None:
-                held = request is None
-                break
+        while free and room > 0 and (request := source.next()) is not None:
             self._check(request)
             entered.append(_Admitted(request, free.popleft()))
             room -= len(request.token_ids)
         if entered:
             self._open(entered)
             reading.extend(entered)
-        return held
+        return bool(entered)
 
     def _check(self, request: Request) -> None:
         total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens
@@ -193,16 +218,46 @@ class Generator:
             self._advance(lanes, hidden[[last_rows[i] for i in going_on]])
         return complete
 
-    def _decode(self, slots: list[int]) -> None:
-        """One step for the given slots: read a token each, choose the next."""
+    def _decode(self, decoding: dict[int, _Admitted], hurry: bool) -> None:
+        """Read a token each and choose the next: some steps if the device can go on alone, one if prompts wait."""
+        slots = sorted(decoding)
+        if not self.runner.graphable:
+            lanes = torch.tensor(slots, device=self.runner.device)
+            self._step(lanes, int(self.state.position[lanes].max()) + 1)
+            return
+        # A sequence can only end early; up to the nearest certain end nothing is lost by not looking.
+        certain = min(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
+        steps = max(1, min(1 if hurry else STEPS_BETWEEN_POLLS, certain))
+        graph = self._graph(len(slots))
+        graph.run(slots, self.runner.cache.spare, steps)
+        for admitted in decoding.values():
+            admitted.steps += steps
+
+    def _graph(self, lanes: int) -> DecodeGraph:
+        """The captured decode step for at least so many lanes."""
+        size = next((b for b in LANE_BUCKETS if b >= lanes), lanes)
+        size = min(size, max(self.runner.cache.slots, lanes))
+        if size not in self._graphs:
+            longest = self.runner.cache.prefix_size + self.runner.cache.size
+            self._graphs[size] = DecodeGraph(
+                lambda at: self._step(at, longest), size, self.runner.cache.spare, self.runner.device
+            )
+        return self._graphs[size]
+
+    def prepare(self) -> None:
+        """Build what the first steps need, so that a run's time is the run's."""
+        if self.runner.graphable and self.max_new_tokens:
+            self._graph(self.runner.cache.slots)
+
+    @torch.inference_mode()
+    def _step(self, lanes: torch.Tensor, longest: int) -> None:
+        """Read the next token of each lane (int64 [B], slots) and choose the one after it."""
         state = self.state
-        lanes = torch.tensor(slots, device=self.runner.device)
-        position = state.position[lanes]
-        hidden = self.runner.decode(state.token[lanes], lanes, position, int(position.max()) + 1)
+        hidden = self.runner.decode(state.token[lanes], lanes, state.position[lanes], longest)
         self._advance(lanes, hidden)
 
     def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
-        """From the hidden states [B, d] of the tokens just read: choose, record and move on. No host synchronisation."""
+        """From the hidden states [B, d] of the tokens just read: choose, record and move on. No synchronisation."""
         state, stop = self.state, self.stop
         assert stop is not None
         logits = self.runner.lm.logits(hidden)

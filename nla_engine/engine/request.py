@@ -25,8 +25,9 @@ class Finish(IntEnum):
 class Request:
     """One sequence to run.
 
-    id: unique and >= 0; names the sequence's random numbers. token_ids: the prompt behind the shared prefix, at least one
-    token; VECTOR marks where `vector` (float32 [d]) takes the embedding's place. max_new_tokens 0 = only read the prompt.
+    id: unique and >= 0; names the sequence's random numbers. token_ids: the prompt behind the shared prefix, at
+    least one token; VECTOR marks where `vector` (float32 [d]) takes the embedding's place. max_new_tokens: 0 = only
+    read the prompt.
     """
 
     id: int

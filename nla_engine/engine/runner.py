@@ -1,7 +1,7 @@
 """One forward pass of a language model over packed tokens: embeddings or vectors in, hidden states out.
 
-Owns the slot cache, the shared prefix, the table of vectors and the taps on blocks. Knows nothing of requests, sampling
-or when a sequence ends.
+Owns the slot cache, the shared prefix, the table of vectors and the taps on blocks. Knows nothing of requests,
+sampling or when a sequence ends.
 """
 
 from __future__ import annotations
@@ -12,21 +12,30 @@ import numpy as np
 import torch
 
 from nla_engine.engine import attention
-from nla_engine.engine.attention import Pass, Segment
+from nla_engine.engine.attention import Pass
+from nla_engine.engine.fused import FusedBlock, can_fuse
 from nla_engine.engine.request import VECTOR
 from nla_engine.engine.slots import SlotCache
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
+from nla_engine.ops.attention import Tiles
 
 #: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
-#: Relative L2 difference of logits that the self-check allows, by dtype: rounding, with room for long dot products.
+#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
+#: modules and torch attention, one synchronisation a step.
+KERNELS = ("auto", "fused", "reference")
+
+#: Relative L2 difference of hidden states that the self-check allows, by dtype: rounding, with room for long sums.
 _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
 class Runner:
-    """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included."""
+    """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
+
+    While it is open, the model's own forward must not be called; `close` gives it back.
+    """
 
     def __init__(
         self,
@@ -37,33 +46,50 @@ class Runner:
         prefix: Sequence[int] = (),
         tap: Tap | None = None,
         tap_layers: Iterable[int] = (),
+        kernels: str = "auto",
     ) -> None:
+        if kernels not in KERNELS:
+            raise EngineError(f"kernels '{kernels}' are unknown: choose one of {', '.join(KERNELS)}")
         if length > lm.max_length:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
             )
         self.lm = lm
         self.device = lm.device
+        self.reference = kernels == "reference" or (kernels == "auto" and lm.device.type == "cpu")
         size = max(length - len(prefix), len(prefix)) + 1
         self.cache = SlotCache(lm, slots, size)
         self.vectors = torch.zeros(slots + 1, lm.d_model, device=lm.device, dtype=lm.dtype)
+        self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self._tap: Tap | None = None
-        self._hooks = [
-            lm.blocks[k].register_forward_hook(self._on_block(k)) for k in dict.fromkeys(tap_layers)
-        ]
+        expected = self._library_states()
         lm.model.set_attn_implementation(attention.NAME)
-        self.check()
+        self._fused = [] if self.reference else [block for block in lm.blocks if can_fuse(block)]
+        for block in self._fused:
+            block.forward = FusedBlock(block)
+        self._hooks = [
+            lm.blocks[layer].register_forward_hook(self._on_block(layer))
+            for layer in dict.fromkeys(tap_layers)
+        ]
+        self._check(expected)
         if prefix:
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
         self._tap = tap
 
     def close(self) -> None:
-        """Take the taps off the model."""
+        """Take the taps and the fused blocks off the model."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for block in self._fused:
+            del block.forward
+        self._hooks, self._fused = [], []
+
+    @property
+    def graphable(self) -> bool:
+        """Whether a decode step looks at nothing on the host, so that a CUDA graph can hold it."""
+        return self.device.type == "cuda" and not self.reference
 
     def _on_block(self, layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:
@@ -76,34 +102,39 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
-        """Read runs of tokens: (slot, start position, token ids). Returns hidden states [T, d], runs one after another."""
-        segments, offset = [], 0
-        for slot, start, ids in parts:
-            segments.append(Segment(slot, start, len(ids), offset))
-            offset += len(ids)
-        ids_flat = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
-        slots = np.repeat([s.slot for s in segments], [s.length for s in segments])
-        positions = np.concatenate([np.arange(s.start, s.start + s.length) for s in segments])
-        packed = torch.from_numpy(np.stack([ids_flat, slots, positions])).to(self.device)
-        longest = max(s.start + s.length for s in segments)
-        return self._forward(packed[0], Pass(self.cache, packed[1], packed[2], segments, longest))
+        """Read runs of tokens: (slot, start position, token ids). Returns hidden states [T, d], run by run."""
+        runs = [(slot, start, len(ids)) for slot, start, ids in parts]
+        lengths = [length for _, _, length in runs]
+        ids = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
+        slots = np.repeat([slot for slot, _, _ in runs], lengths)
+        positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
+        packed = torch.from_numpy(np.stack([ids, slots, positions])).to(self.device)
+        tiles = attention.prefill_tiles(runs, self.group, self.device)
+        return self._forward(packed[0], packed[1], packed[2], tiles, with_vectors=VECTOR in ids)
 
     @torch.inference_mode()
     def decode(
         self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, longest: int
     ) -> torch.Tensor:
-        """Read one token for each lane: ids, slot, position int64 [B]. Returns hidden states [B, d]."""
-        return self._forward(ids, Pass(self.cache, slot, position, None, longest))
+        """Read one token for each lane: ids, slot, position int64 [B]. Returns hidden states [B, d].
 
-    def _forward(self, ids: torch.Tensor, work: Pass) -> torch.Tensor:
-        embeds = self.lm.embedding(ids.clamp(min=0))
-        if work.segments is not None:  # vectors stand in prompts only
-            embeds = torch.where((ids == VECTOR)[:, None], self.vectors[work.slot], embeds)
+        longest: an upper bound on position + 1 (a tight one is faster where attention is plain torch).
+        """
+        tiles = attention.decode_tiles(slot, position, self.group, longest)
+        return self._forward(ids, slot, position, tiles, with_vectors=False)
+
+    def _forward(
+        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, tiles: Tiles, with_vectors: bool
+    ) -> torch.Tensor:
+        work = Pass(self.cache, slot, position, tiles, self.reference)
+        embeds = self.lm.embedding(ids.clamp(min=0) if with_vectors else ids)
+        if with_vectors:
+            embeds = torch.where((ids == VECTOR)[:, None], self.vectors[slot], embeds)
         self._pass = work
         try:
             with attention.running(work):
                 hidden: torch.Tensor = self.lm.decoder(
-                    inputs_embeds=embeds[None], position_ids=work.position[None], use_cache=False
+                    inputs_embeds=embeds[None], position_ids=position[None], use_cache=False
                 ).last_hidden_state
         finally:
             self._pass = None
@@ -112,25 +143,34 @@ class Runner:
             raise EngineError(f"{self.lm.name}: blocks {missing} did not attend through the engine")
         return hidden[0]
 
+    def _sample(self) -> torch.Tensor:
+        """A short run of token ids for the self-check, int64 [n]."""
+        size = min(8, self.cache.size - 1)
+        return torch.arange(1, 1 + size, device=self.device) % self.lm.vocab_size
+
     @torch.inference_mode()
-    def check(self) -> None:
-        """Compare a short prompt, read in two pieces, with the library's own forward pass. EngineError if they differ."""
-        lm = self.lm
-        ids = torch.arange(1, 1 + min(8, self.cache.size - 1), device=self.device) % lm.vocab_size
-        lm.model.set_attn_implementation("eager")
-        try:
-            expected = lm.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0].float()
-        finally:
-            lm.model.set_attn_implementation(attention.NAME)
-        half = (len(ids) + 1) // 2
-        parts = [self.prefill([(0, 0, ids[:half].tolist())])]
-        if half < len(ids):
-            parts.append(self.prefill([(0, half, ids[half:].tolist())]))
-        actual = torch.cat(parts).float()
-        error = float((actual - expected).norm() / expected.norm())
+    def _library_states(self) -> torch.Tensor:
+        """Hidden states [n, d] of the sample by the library's own modules."""
+        self.lm.model.set_attn_implementation("eager")
+        states: torch.Tensor = self.lm.decoder(
+            input_ids=self._sample()[None], use_cache=False
+        ).last_hidden_state
+        return states[0].float()
+
+    @torch.inference_mode()
+    def _check(self, expected: torch.Tensor) -> None:
+        """Read the sample as a prompt and its last token as a decode step. EngineError if the states differ."""
+        lm, ids = self.lm, self._sample()
+        size = len(ids)
+        parts = []
+        if size > 1:
+            parts.append(self.prefill([(0, 0, ids[:-1].tolist())]))
+        at = torch.tensor([0, size - 1], device=self.device)
+        parts.append(self.decode(ids[-1:], at[:1], at[1:], size))
+        error = float((torch.cat(parts).float() - expected).norm() / expected.norm())
         limit = _CHECK_LIMIT.get(lm.dtype, 1e-3)
         if not error <= limit:
             raise EngineError(
-                f"{lm.name}: the engine's forward pass differs from transformers' own by {error:.2g} (limit {limit:.2g}); "
-                "this architecture is not supported"
+                f"{lm.name}: the engine's forward pass differs from transformers' own by {error:.2g} "
+                f"(limit {limit:.2g}); this architecture is not supported"
             )

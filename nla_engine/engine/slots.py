@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nla_engine.models import LanguageModel
+from nla_engine.ops.attention import KeyValues
 
 #: Slots when nobody names a number: enough to fill the device, few enough that a CPU's caches are not thrashed.
 _MOST_SLOTS = {"cpu": 64, "cuda": 512}
@@ -37,7 +38,7 @@ def _kv_shape(config: Any) -> tuple[int, int]:
 
 
 class SlotCache:
-    """keys, values: [layers, slots + 1, size, kv_heads, head_size]; prefix_keys, prefix_values: [layers, prefix, ...]."""
+    """keys, values: [layers, slots + 1, size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV, ...]."""
 
     def __init__(self, lm: LanguageModel, slots: int, size: int) -> None:
         heads, head_size = _kv_shape(lm.config)
@@ -58,10 +59,15 @@ class SlotCache:
         self.prefix_keys = self.keys[:, slot, :length].clone()
         self.prefix_values = self.values[:, slot, :length].clone()
 
+    def layer(self, layer: int) -> KeyValues:
+        """Views of one layer."""
+        return KeyValues(
+            self.keys[layer], self.values[layer], self.prefix_keys[layer], self.prefix_values[layer]
+        )
+
     def write(
-        self, layer: int, slot: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, slot: torch.Tensor, place: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Store key, value [T, kv_heads, head_size] at (slot, position) int64 [T] of a layer."""
-        place = position - self.prefix_size
+        """Store key, value [T, kv_heads, head_size] at (slot, place) int64 [T] of a layer."""
         self.keys[layer].index_put_((slot, place), key)
         self.values[layer].index_put_((slot, place), value)

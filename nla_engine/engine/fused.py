@@ -1,0 +1,117 @@
+"""Decoder blocks in few launches: merged projections, fused norm, rotation and gate, residual adds inside the products.
+
+Takes the place of a block's `forward` for the families whose arithmetic is known here; the weights stay those of the
+model (merged ones are shared, not copied). The runner compares the result with transformers before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from nla_engine.engine.attention import current_pass
+from nla_engine.ops.attention import Shape
+from nla_engine.ops.gate import ACTIVATIONS, gate
+from nla_engine.ops.norm import rms_norm
+from nla_engine.ops.rotary import HeadNorm, rotate_and_store
+
+_FAMILIES = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "Gemma3DecoderLayer")
+
+
+def can_fuse(block: Any) -> bool:
+    """Whether this module knows the block's arithmetic."""
+    if type(block).__name__ not in _FAMILIES:
+        return False
+    bare = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+    attn = block.self_attn
+    biased = {layer.bias is not None for layer in (attn.q_proj, attn.k_proj, attn.v_proj)}
+    return all(layer.bias is None for layer in bare) and len(biased) == 1 and _activation(block) is not None
+
+
+class FusedBlock:
+    """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner."""
+
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.self_attn, block.mlp
+        gemma = type(block).__name__.startswith("Gemma")
+        self.layer = int(attn.layer_idx)
+        self.shape = Shape(float(attn.scaling), int(getattr(attn, "sliding_window", None) or 0))
+        self.qkv, self.qkv_bias = _merge(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.out = attn.o_proj.weight
+        self.both, _ = _merge(mlp.gate_proj, mlp.up_proj)
+        self.down = mlp.down_proj.weight
+        self.activation = _activation(block)
+        self.offset = 1.0 if gemma else 0.0
+        self.head_norm = None
+        if hasattr(attn, "q_norm"):
+            eps = _eps(attn.q_norm)
+            self.head_norm = HeadNorm(attn.q_norm.weight, attn.k_norm.weight, eps, self.offset)
+        self.eps = _eps(block.input_layernorm)
+        self.before_attention = block.input_layernorm.weight
+        # Gemma norms what a sublayer gives before it is added; the others norm only what it reads.
+        self.after_attention = block.post_attention_layernorm.weight if gemma else None
+        self.before_mlp = (
+            block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
+        ).weight
+        self.after_mlp = block.post_feedforward_layernorm.weight if gemma else None
+
+    def __call__(
+        self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> torch.Tensor:
+        work = current_pass()
+        work.enter(self.layer)
+        kv = work.cache.layer(self.layer)
+        x = hidden_states[0]
+        cos, sin = position_embeddings
+        row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
+        query = rotate_and_store(
+            row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
+        )
+        x = self._add(
+            x, work.attend(query, self.layer, self.shape).flatten(1), self.out, self.after_attention
+        )
+        both = linear(rms_norm(x, self.before_mlp, self.eps, self.offset), self.both)
+        return self._add(x, gate(both, str(self.activation)), self.down, self.after_mlp)[None]
+
+    def _add(
+        self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x + inner @ weight^T, normed before the sum where the family does so."""
+        if norm is None:
+            return torch.addmm(x, inner, weight.t())
+        return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+
+
+def _merge(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight (and bias) of several linear layers, sharing memory with them from now on."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return _merge_tensors([layer.weight for layer in layers]), _merge_tensors(biases) if biases else None
+
+
+def _merge_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, end = tensors[0], tensors[0].data_ptr()
+    adjacent = True
+    for tensor in tensors:
+        adjacent &= tensor.data_ptr() == end and tensor.is_contiguous()
+        end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    if adjacent and tensors[0].untyped_storage().data_ptr() == tensors[-1].untyped_storage().data_ptr():
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    merged = torch.cat([tensor.data for tensor in tensors])
+    for tensor, part in zip(tensors, merged.split([tensor.shape[0] for tensor in tensors]), strict=True):
+        tensor.data = part
+    return merged
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
+def _activation(block: Any) -> str | None:
+    config = block.self_attn.config
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return ACTIVATIONS.get(str(name))

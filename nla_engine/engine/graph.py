@@ -1,0 +1,38 @@
+"""A decode step captured in a CUDA graph, for a fixed number of lanes. Knows nothing of what a step does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+#: Numbers of lanes that a graph is captured for: a step runs on the next larger one.
+LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+
+
+class DecodeGraph:
+    """Replays `step(lanes)`. lanes: int64 [size], the slots to work on; unused ones stand at the spare slot."""
+
+    def __init__(
+        self, step: Callable[[torch.Tensor], None], size: int, spare: int, device: torch.device
+    ) -> None:
+        self._lanes = torch.full((size,), spare, dtype=torch.int64, device=device)
+        self._slots: list[int] | None = None
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for _ in range(2):  # compiles kernels, loads libraries; on the spare slot only
+                step(self._lanes)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self._graph):
+            step(self._lanes)
+
+    def run(self, slots: list[int], spare: int, steps: int) -> None:
+        """Take `steps` steps on the given slots, without waiting for them."""
+        if slots != self._slots:
+            padded = slots + [spare] * (len(self._lanes) - len(slots))
+            self._lanes.copy_(torch.tensor(padded))
+            self._slots = list(slots)
+        for _ in range(steps):
+            self._graph.replay()

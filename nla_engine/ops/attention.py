@@ -1,0 +1,271 @@
+"""Attention of packed queries over slots and a shared prefix: reference in torch, one Triton kernel for every case.
+
+    out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h // G]) v[p, h // G]    position - window < p <= position of t
+
+Keys and values of positions below the prefix size are the prefix's, the others lie in the query's slot. A decode step
+and a packed prefill differ only in how queries are cut into tiles. G: query heads of a key/value head, any number.
+Online softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """One layer's keys and values: [slots, size, KV, h] in slots, [P, KV, h] of the shared prefix."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    prefix_keys: torch.Tensor
+    prefix_values: torch.Tensor
+
+    @property
+    def prefix_size(self) -> int:
+        return self.prefix_keys.shape[0]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Runs of queries of one slot each, int64 [tiles]: first packed token, how many, slot, position of the first.
+
+    rows: query rows (tokens times G) that the largest tile may have; longest: an upper bound on positions + 1.
+    """
+
+    token: torch.Tensor
+    count: torch.Tensor
+    slot: torch.Tensor
+    position: torch.Tensor
+    rows: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """scale of the scores; window: positions that a query sees, 0 = all; softcap of the scores, 0 = none."""
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton on CUDA, else torch."""
+    if query.is_cuda:
+        return attend_triton(query, kv, tiles, shape)
+    return (attend_one_each if len(tiles.token) == len(query) else attend_reference)(query, kv, tiles, shape)
+
+
+def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """One tile after the other, softmax in float32. Slow and obvious; looks at the device for every tile."""
+    out = torch.empty_like(query)
+    places = (tiles.token, tiles.count, tiles.slot, tiles.position)
+    for token, count, slot, position in zip(*(column.tolist() for column in places), strict=True):
+        end, rows = position + count, slice(token, token + count)
+        keys = torch.cat([kv.prefix_keys[:end], kv.keys[slot, : max(end - kv.prefix_size, 0)]])
+        values = torch.cat([kv.prefix_values[:end], kv.values[slot, : max(end - kv.prefix_size, 0)]])
+        at = torch.arange(end, device=query.device)
+        own = at[position:, None]
+        seen = (at <= own) & (at > own - shape.window if shape.window else at >= 0)
+        out[rows] = _attend(query[None, rows], keys[None], values[None], seen[None], shape)[0]
+    return out
+
+
+def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """The reference for a decode step (one query a tile) as one batched computation, for CPUs."""
+    size = tiles.longest - kv.prefix_size
+    lanes = len(query)
+    keys, values = kv.keys[tiles.slot, :size], kv.values[tiles.slot, :size]
+    if kv.prefix_size:
+        keys = torch.cat([kv.prefix_keys.expand(lanes, -1, -1, -1), keys], 1)
+        values = torch.cat([kv.prefix_values.expand(lanes, -1, -1, -1), values], 1)
+    at = torch.arange(tiles.longest, device=query.device)
+    seen = at <= tiles.position[:, None]
+    if shape.window:
+        seen &= at > tiles.position[:, None] - shape.window
+    return _attend(query[:, None], keys, values, seen[:, None], shape)[:, 0]
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, shape: Shape
+) -> torch.Tensor:
+    """query [B, T, H, h], keys and values [B, L, KV, h], seen bool [B, T, L] -> [B, T, H, h]."""
+    batch, length, heads, size = query.shape
+    groups = keys.shape[2]
+    grouped = query.reshape(batch, length, groups, heads // groups, size)
+    scores = torch.einsum("btkgh,blkh->bkgtl", grouped, keys).float() * shape.scale
+    if shape.softcap:
+        scores = torch.tanh(scores / shape.softcap) * shape.softcap
+    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+    weights = scores.softmax(-1).to(values.dtype)
+    return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, size)
+
+
+def tile_rows(tokens: int, group: int) -> int:
+    """Rows of a tile for runs of up to `tokens` tokens: enough for a decode step's G, at most 64."""
+    return min(max(16, triton.next_power_of_2(tokens * group)), max(64, triton.next_power_of_2(group)))
+
+
+def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """One program for each tile and key/value head. No synchronisation; runs inside CUDA graphs."""
+    tokens, heads, size = query.shape
+    groups = kv.keys.shape[2]
+    query = query if query.stride(2) == 1 else query.contiguous()
+    out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
+    for tensor in (kv.keys, kv.values, kv.prefix_keys, kv.prefix_values):
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError("keys and values: the channels of a head are not contiguous")
+    _attend_kernel[(len(tiles.token), groups)](
+        query,
+        kv.keys,
+        kv.values,
+        kv.prefix_keys,
+        kv.prefix_values,
+        out,
+        tiles.token,
+        tiles.count,
+        tiles.slot,
+        tiles.position,
+        query.stride(0),
+        query.stride(1),
+        kv.keys.stride(0),
+        kv.keys.stride(1),
+        kv.keys.stride(2),
+        kv.prefix_keys.stride(0),
+        kv.prefix_keys.stride(1),
+        kv.prefix_size,
+        shape.window,
+        shape.scale,
+        shape.softcap,
+        GROUP=heads // groups,
+        HEAD=size,
+        BLOCK_H=max(16, triton.next_power_of_2(size)),
+        BLOCK_M=tiles.rows,
+        BLOCK_N=64 if size <= 128 else 32,
+        WINDOW=shape.window > 0,
+        SOFTCAP=shape.softcap > 0,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=3 if size <= 128 and query.dtype != torch.float32 else 2,
+    )
+    return out
+
+
+@triton.jit
+def _attend_kernel(
+    q,  # [T, H, h]
+    keys,  # [slots, size, KV, h]
+    values,  # [slots, size, KV, h], strides of keys
+    prefix_keys,  # [P, KV, h]
+    prefix_values,  # [P, KV, h], strides of prefix_keys
+    out,  # [T, H, h], contiguous
+    tile_token,  # int64 [tiles]
+    tile_count,
+    tile_slot,
+    tile_position,
+    q_token,
+    q_head,
+    kv_slot,
+    kv_position,
+    kv_head,
+    prefix_position,
+    prefix_head,
+    prefix_size,
+    window,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, group = tl.program_id(0), tl.program_id(1)
+    token = tl.load(tile_token + tile)
+    count = tl.load(tile_count + tile).to(tl.int32)
+    slot = tl.load(tile_slot + tile)
+    first = tl.load(tile_position + tile).to(tl.int32)
+
+    row = tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
+    mine = row // GROUP < count
+    channel = tl.arange(0, BLOCK_H)
+    real = channel < HEAD
+    own = first + row // GROUP
+    head = group * GROUP + row % GROUP
+    q_at = (token + row // GROUP) * q_token + head * q_head
+    block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
+
+    biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    end = first + count
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(first - window + 1, 0)
+
+    k_base = prefix_keys + group * prefix_head
+    v_base = prefix_values + group * prefix_head
+    for start in range(begin // BLOCK_N * BLOCK_N, tl.minimum(prefix_size, end), BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        there = at < prefix_size
+        place = at.to(tl.int64)[:, None] * prefix_position + channel[None]
+        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
+        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
+        seen = there[None] & (at[None] <= own[:, None])
+        if WINDOW:
+            seen = seen & (at[None] > own[:, None] - window)
+        acc, total, biggest = _fold(
+            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
+        )
+
+    k_base = keys + slot * kv_slot + group * kv_head
+    v_base = values + slot * kv_slot + group * kv_head
+    low = tl.maximum(begin - prefix_size, 0)
+    for start in range(low // BLOCK_N * BLOCK_N, end - prefix_size, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        there = at < end - prefix_size
+        place = at.to(tl.int64)[:, None] * kv_position + channel[None]
+        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
+        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
+        seen = there[None] & (at[None] + prefix_size <= own[:, None])
+        if WINDOW:
+            seen = seen & (at[None] + prefix_size > own[:, None] - window)
+        acc, total, biggest = _fold(
+            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
+        )
+
+    out_at = ((token + row // GROUP) * (tl.num_programs(1) * GROUP) + head) * HEAD
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        out + out_at[:, None] + channel[None],
+        result.to(out.dtype.element_ty),
+        mask=mine[:, None] & real[None],
+    )
+
+
+@triton.jit
+def _fold(
+    q, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Take one block of keys [N, h] and values [N, h] into the running softmax of q [M, h]."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        ratio = scores / softcap
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * ratio)) - 1.0)  # tanh
+    scores = tl.where(seen, scores, -float("inf"))
+    largest = tl.maximum(biggest, tl.max(scores, 1))
+    safe = tl.where(largest == -float("inf"), 0.0, largest)  # nothing seen yet
+    weights = tl.exp(scores - safe[:, None])
+    shrink = tl.exp(biggest - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return acc, total, largest

@@ -1,0 +1,61 @@
+"""The gate of a gated MLP: reference in torch, one Triton kernel.
+
+    y = act(g) * u        with [g, u] side by side in one row; act: silu (SwiGLU) or tanh-approximated gelu (GeGLU)
+
+Shazeer, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: transformers' names of the activations that the kernel knows.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+
+
+def gate(both: torch.Tensor, activation: str) -> torch.Tensor:
+    """both [T, 2 m], contiguous; activation "silu" or "gelu" -> [T, m]. Triton on CUDA, else the reference."""
+    return (gate_triton if both.is_cuda else gate_reference)(both, activation)
+
+
+def gate_reference(both: torch.Tensor, activation: str) -> torch.Tensor:
+    g, u = both.float().chunk(2, -1)
+    act = (
+        torch.nn.functional.silu(g)
+        if activation == "silu"
+        else torch.nn.functional.gelu(g, approximate="tanh")
+    )
+    return (act * u).to(both.dtype)
+
+
+def gate_triton(both: torch.Tensor, activation: str) -> torch.Tensor:
+    rows, width = both.shape[0], both.shape[1] // 2
+    y = torch.empty((rows, width), dtype=both.dtype, device=both.device)
+    block = min(2048, triton.next_power_of_2(width))
+    _gate_kernel[(rows, triton.cdiv(width, block))](
+        both, y, width, SILU=activation == "silu", BLOCK=block, num_warps=4
+    )
+    return y
+
+
+@triton.jit
+def _gate_kernel(
+    both,  # [T, 2 m], contiguous
+    y,  # [T, m], contiguous
+    width,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = channel < width
+    g = tl.load(both + row * 2 * width + channel, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(both + row * 2 * width + width + channel, mask=real, other=0.0).to(tl.float32)
+    if SILU:
+        act = g / (1.0 + tl.exp(tl.minimum(-g, 80.0)))  # above 80 the result is 0 either way
+    else:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        act = g / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))  # g (1 + tanh(inner)) / 2
+    tl.store(y + row * width + channel, (act * u).to(y.dtype.element_ty), mask=real)

@@ -1,0 +1,89 @@
+"""RMSNorm, with an optional residual added behind it: reference in torch, one Triton kernel.
+
+    y = x / sqrt(mean(x^2) + eps) * (w + offset)         [+ residual]
+
+float32 inside, rounded once (transformers rounds before the weight too). offset: 1 for Gemma, whose weights are stored
+around 0, else 0. Zhang & Sennrich, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, d], weight [d], residual [T, d] or None -> [T, d] in x's dtype. Triton on CUDA, else the reference."""
+    return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps, offset, residual)
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset)
+    return (y if residual is None else y + residual.float()).to(x.dtype)
+
+
+def rms_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows, d = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(d)
+    _rms_norm_kernel[(rows,)](
+        x,
+        weight,
+        x if residual is None else residual,
+        y,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        d,
+        eps,
+        offset,
+        ADD=residual is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return y
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,  # [T, d], rows x_row apart
+    weight,  # [d]
+    residual,  # [T, d], rows residual_row apart; not read unless ADD
+    y,  # [T, d], contiguous
+    x_row,
+    residual_row,
+    d,
+    eps,
+    offset,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    real = channel < d
+    wide = tl.load(x + row * x_row + channel, mask=real, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / d + eps)
+    w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32) + offset
+    value = wide * scale * w
+    if ADD:
+        value += tl.load(residual + row * residual_row + channel, mask=real, other=0.0).to(tl.float32)
+    tl.store(y + row * d + channel, value.to(y.dtype.element_ty), mask=real)

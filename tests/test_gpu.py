@@ -1,0 +1,158 @@
+"""The engine on a GPU: Triton kernels, fused blocks and CUDA graphs against transformers on the same device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
+
+from nla_engine.capture import run_capture
+from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import VECTOR, Completion, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.roundtrip import run_roundtrip
+from nla_engine.store import CaptureStore
+from nla_engine.store.verify import verify
+from nla_engine.tokens import token_bytes
+
+pytestmark = pytest.mark.gpu
+PREFIX = (7, 8, 9, 10, 11)
+EOS = 257
+TRIO = Path(__file__).parent.parent / "nla_engine" / "demo" / "trio"
+
+
+def language_model(architecture: str = "qwen2", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    model = tiny_model(architecture).to("cuda", dtype)
+    return wrap_model(model, byte_tokenizer(), name=architecture)
+
+
+def run(
+    lm: LanguageModel,
+    requests: list[Request],
+    *,
+    slots: int,
+    kernels: str = "auto",
+    sampling=Sampling(),
+    prefix=(),
+) -> dict[int, Completion]:
+    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=kernels)
+    stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), [EOS])
+    generator = Generator(runner, max_new_tokens=20, stop=stop, sampling=sampling, max_prefill_tokens=50)
+    completions = {completion.request.id: completion for completion in generator.run(requests)}
+    runner.close()
+    return completions
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_greedy_tokens_equal_transformers(architecture: str, prefix: tuple[int, ...], rng) -> None:
+    lm = language_model(architecture)
+    requests = [
+        Request(i, tuple(rng.integers(1, 250, rng.integers(1, 30)).tolist()), int(rng.integers(1, 20)))
+        for i in range(25)
+    ]
+    completions = run(lm, requests, slots=7, prefix=prefix)
+    lm.model.set_attn_implementation("eager")
+    for request in requests:
+        ids = torch.tensor([[*prefix, *request.token_ids]], device="cuda")
+        out = lm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert completions[request.id].generated.tolist() == out[0, ids.shape[1] :].tolist()
+
+
+def test_fast_and_reference_paths_agree_with_vectors_and_sampling(rng) -> None:
+    lm = language_model()
+    vectors = rng.standard_normal((40, lm.d_model)).astype(np.float32)
+    requests = [Request(i, (VECTOR, 20, 21), 15, vectors[i]) for i in range(40)]
+    for sampling in (Sampling(), Sampling(1.0, 3)):
+        fast = run(lm, requests, slots=16, prefix=PREFIX, sampling=sampling)
+        slow = run(lm, requests, slots=5, prefix=PREFIX, sampling=sampling, kernels="reference")
+        same = [fast[i].generated.tolist() == slow[i].generated.tolist() for i in range(40)]
+        assert np.mean(same) >= 0.95  # a draw on the edge may fall to the other side
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2**-8), (torch.bfloat16, 0.05)])
+def test_ten_thousand_ragged_requests_lose_and_misplace_nothing(
+    architecture: str, dtype: torch.dtype, limit: float, tmp_path: Path, rng
+) -> None:
+    lm = language_model(architecture, dtype)
+    count = 10_000 if architecture == "qwen2" and dtype == torch.float32 else 500
+    lines = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 24)))) for _ in range(count)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    options = CaptureOptions(
+        model="in memory",
+        prompts=prompts,
+        layer=(1, 3),
+        out=tmp_path / "run.zarr",
+        max_new_tokens=12,
+        positions="all",
+        codec="bf16",
+        batch_size=200,
+        temperature=1.5,
+    )
+    summary = run_capture(options, lm=lm)
+    store = CaptureStore.open(options.out)
+    assert summary.sequences == count and all(check.ok for check in verify(options.out))
+    assert store.rows == sum(len(sequence.tokens) for sequence in store.iter_sequences())
+    lm.model.set_attn_implementation("eager")
+    for number in rng.choice(count, 40, replace=False):
+        sequence = store.sequence(int(number))
+        assert sequence.prompt_text().count(lines[number]) == 1
+        with torch.no_grad():
+            ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None].cuda()
+            want = lm.model(ids, output_hidden_states=True).hidden_states[2][0].float().cpu().numpy()
+        got = store.layer(1)[sequence.rows]
+        error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert error.max() <= limit
+
+
+def test_demo_on_a_gpu_says_what_it_says_on_a_cpu(tmp_path: Path) -> None:
+    from nla_engine.demo.problems import held_out_problems, prompt_record
+
+    prompts = tmp_path / "problems.jsonl"
+    prompts.write_text("".join(json.dumps(prompt_record(problem)) + "\n" for problem in held_out_problems(6)))
+    tables = {}
+    for device in ("cpu", "cuda"):
+        store = tmp_path / f"{device}.zarr"
+        run_capture(
+            CaptureOptions(
+                model=str(TRIO / "base"),
+                prompts=prompts,
+                layer=(5,),
+                out=store,
+                max_new_tokens=32,
+                dtype="float32",
+                device=device,
+            )
+        )
+        out = tmp_path / f"{device}.parquet"
+        run_roundtrip(
+            RoundtripOptions(
+                store=store, av=str(TRIO / "av"), ar=str(TRIO / "ar"), out=out, dtype="float32", device=device
+            )
+        )
+        tables[device] = pq.read_table(out).to_pylist()
+    assert len(tables["cpu"]) == len(tables["cuda"])
+    pairs = list(zip(tables["cpu"], tables["cuda"], strict=True))
+    assert all(a["token"] == b["token"] for a, b in pairs)
+    assert np.mean([a["explanation"] == b["explanation"] for a, b in pairs]) >= 0.97
+    assert np.mean([a["fve_nrm"] for a, _ in pairs]) == pytest.approx(
+        np.mean([b["fve_nrm"] for _, b in pairs]), abs=5e-3
+    )
