@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from nla_engine.codec import Codec, bf16_values
+from nla_engine import extension
+from nla_engine.calibrate import calibrate
+from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.generator import Generator
+from nla_engine.engine.generator import STEPS_BETWEEN_POLLS, Generator
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.runner import Runner
@@ -31,10 +33,6 @@ from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter, r
 from nla_engine.tap import RowRange, RowTap
 from nla_engine.tokens import token_bytes
 
-#: A row is an attention sink if its norm is this many times the median of the layer.
-SINK_FACTOR = 8.0
-#: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
-CALIBRATION = (64, 512)
 #: Shared prompt tokens below this are not worth a prefix.
 SHORTEST_PREFIX = 8
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -139,7 +137,7 @@ def _open_store(
     if options.resume and options.out.exists():
         return StoreWriter.resume(options.out, options=same)
     codec = Codec.named(options.codec, lm.d_model)
-    calibration = calibrate(lm, prompts.prompts, options.layer, codec)
+    calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)
     provenance = {
         **described,
         **describe_run(),
@@ -185,58 +183,6 @@ def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
     return hashlib.sha256(str(template).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class LayerCalibration:
-    """Of one layer, on `rows` prompt rows: the norm above which a row is a sink; the codec's relative L2 error."""
-
-    sink_norm: float
-    error_mean: float
-    error_worst: float
-    rows: int
-
-
-@torch.inference_mode()
-def calibrate(
-    lm: LanguageModel, prompts: Sequence[Prompt], layers: Sequence[int], codec: Codec
-) -> dict[int, LayerCalibration]:
-    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
-    count, size = CALIBRATION
-    sample = [Request(i, p.token_ids[:size], 0) for i, p in enumerate(prompts[:count])]
-    longest = max(len(r.token_ids) for r in sample)
-    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    slots = min(len(sample), 8)
-    tap = RowTap(
-        tuple(layers),
-        Codec.named("bf16", lm.d_model),
-        RowRange.parse("all"),
-        slots=slots,
-        rows_per_slot=longest,
-        exact_capacity=1,
-        sink_norm=dict.fromkeys(layers, float("inf")),
-        device=lm.device,
-    )
-    runner = Runner(lm, slots=slots, length=longest, tap=tap, tap_layers=layers)
-    for completion in Generator(runner, max_new_tokens=0, keeper=tap).run(sample):
-        for layer, kept in completion.rows.items():
-            rows[layer].append(bf16_values(kept.codes))
-    runner.close()
-    out = {}
-    for layer, parts in rows.items():
-        x = np.concatenate(parts)
-        norm = np.linalg.norm(x.astype(np.float64), axis=1)
-        finite = np.isfinite(norm) & (norm > 0)
-        if not finite.any():
-            raise EngineError(
-                f"layer {layer}: every row of the first {len(sample)} prompts is zero or not finite"
-            )
-        sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[finite])))
-        ordinary = finite & (norm <= sink_norm)
-        decoded = codec.decode(codec.encode(x[ordinary]))
-        error = np.linalg.norm((decoded - x[ordinary]).astype(np.float64), axis=1) / norm[ordinary]
-        out[layer] = LayerCalibration(sink_norm, float(error.mean()), float(error.max()), int(ordinary.sum()))
-    return out
-
-
 def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
     """Sizes of the run: slots from the batch size or the memory that is free, rows from the lengths."""
     keep = RowRange.parse(str(options.positions))
@@ -276,16 +222,18 @@ def _fill_store(
     announce(str(plan))
     started = time.perf_counter()
     if done < len(prompts):
-        generator, tap = _generator(options, lm, prompts, plan, tokens, writer)
+        generator, tap = _fitting_generator(options, lm, prompts, plan, tokens, writer, announce)
+        started = time.perf_counter()  # setting up is not part of the run
         order = InOrder(int(options.host_memory * 2**30), _size)
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
-        for completion in generator.run(requests):
-            for ended in order.add(completion):
-                sequence = sequence_rows(prompts.prompts[ended.request.id], ended, tap.rows, writer.sink_norm)
-                counts.add(sequence, ended)
-                writer.append(sequence)
-                progress(ended.request.id + 1, len(prompts))
-        generator.runner.close()
+        with generator.runner:
+            for completion in generator.run(requests):
+                for ended in order.add(completion):
+                    prompt = prompts.prompts[ended.request.id]
+                    sequence = sequence_rows(prompt, ended, tap.rows, writer.sink_norm)
+                    counts.add(sequence, ended)
+                    writer.append(sequence)
+                    progress(ended.request.id + 1, len(prompts))
     if done + counts.sequences != len(prompts):
         raise EngineError(f"{len(prompts) - done} sequences were asked for, {counts.sequences} ended")
     writer.close(complete=True)
@@ -309,6 +257,30 @@ def _fill_store(
     )
 
 
+def _fitting_generator(
+    options: CaptureOptions,
+    lm: LanguageModel,
+    prompts: PromptSet,
+    plan: CapturePlan,
+    tokens: list[bytes],
+    writer: StoreWriter,
+    announce: Callable[[str], None],
+) -> tuple[Generator, RowTap]:
+    """The generator of the plan, or of the largest halving of its slots that the GPU has memory for."""
+    if lm.device.type == "cuda" and not extension.has_cuda():
+        announce(f"rows are encoded by torch, not by the CUDA kernel: {extension.why_missing()}")
+    while True:
+        try:
+            return _generator(options, lm, prompts, plan, tokens, writer)
+        except torch.cuda.OutOfMemoryError as error:
+            if plan.slots == 1:
+                message = f"{lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
+                raise EngineError(message) from error
+        torch.cuda.empty_cache()
+        plan = replace(plan, slots=plan.slots // 2)
+        announce(f"out of GPU memory while setting up: trying {plan.slots} slots")
+
+
 def _generator(
     options: CaptureOptions,
     lm: LanguageModel,
@@ -326,7 +298,7 @@ def _generator(
         keep,
         slots=plan.slots,
         rows_per_slot=max(keep.count(plan.length - new, plan.length), 1),
-        exact_capacity=budget + plan.slots,
+        exact_capacity=plan.slots * STEPS_BETWEEN_POLLS + (budget if keep.first(2) < 1 else plan.slots),
         sink_norm=writer.sink_norm,
         device=lm.device,
     )
@@ -337,16 +309,22 @@ def _generator(
         prefix=prompts.prompts[-1].token_ids[: plan.prefix],
         tap=tap,
         tap_layers=options.layer,
+        kernels=options.kernels,
     )
-    generator = Generator(
-        runner,
-        max_new_tokens=new,
-        stop=StopAutomaton(tokens, lm.eos_ids) if new else None,
-        sampling=Sampling(options.temperature, options.seed),
-        keeper=tap,
-        read_last="generated" in keep.names or "all" in keep.names,
-        max_prefill_tokens=budget,
-    )
+    try:
+        generator = Generator(
+            runner,
+            max_new_tokens=new,
+            stop=StopAutomaton(tokens, lm.eos_ids) if new else None,
+            sampling=Sampling(options.temperature, options.seed),
+            keeper=tap,
+            read_last="generated" in keep.names or "all" in keep.names,
+            max_prefill_tokens=budget,
+        )
+        generator.prepare()
+    except BaseException:
+        runner.close()
+        raise
     return generator, tap
 
 

@@ -59,10 +59,14 @@ def read_sidecar(directory: Path, role: str) -> Sidecar:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; {directory} is not an NLA checkpoint") from None
+        raise CheckpointError(
+            f"{path}: missing; {directory} is not an NLA checkpoint: give the directory of an AV or AR"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: cannot be read as YAML ({reason})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as YAML ({reason}): mend it or fetch the checkpoint again"
+        ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a mapping of keys to values")
     found = _ROLES.get(str(_get(data, "role")).lower())
@@ -153,9 +157,11 @@ def read_value_head(directory: Path, d_model: int) -> tuple[torch.Tensor, torch.
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; an AR checkpoint needs it") from None
+        raise CheckpointError(
+            f"{path}: missing; an AR checkpoint needs it: fetch the checkpoint again"
+        ) from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}): fetch the checkpoint again") from error
     if "weight" not in tensors:
         raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}, not 'weight'")
     weight, bias = tensors["weight"].float(), tensors.get("bias")
@@ -167,7 +173,9 @@ def read_value_head(directory: Path, d_model: int) -> tuple[torch.Tensor, torch.
         raise CheckpointError(f"{path}: bias has shape {tuple(bias.shape)}, the sidecar says width {d_model}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or Inf")
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or Inf: the checkpoint is damaged, fetch it again"
+            )
     return weight, None if bias is None else bias.float()
 
 

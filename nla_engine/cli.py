@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -45,20 +46,36 @@ app = typer.Typer(
 #: Everything for people goes to stderr; stdout carries results.
 console = Console(stderr=True)
 
+#: What typer makes of Ctrl-C, without a word.
+TYPER_INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from nla_engine import extension
+
+    typer.echo(f"nla_engine {version('nla_engine')}")
+    if missing := extension.why_missing():
+        typer.echo(missing)
+    raise typer.Exit
+
+
+_VERSION_HELP = "Print the version and what is missing, then stop."
 
 
 @app.callback()
 def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and what is missing, then stop.")
+        bool, typer.Option("--version", help=_VERSION_HELP, is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    del debug  # read in `main`, before anything can fail
-    if version:
-        _print_version()
-        raise typer.Exit
+    del debug, version  # the first is read when an error is told, the second has done its work
 
 
 def _command(options: type[Options], *arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -208,7 +225,11 @@ def demo(
         out, problems=problems, device=device, seed=seed, announce=_say, progress=_progress
     )
     for sample in samples:
-        console.print(f"\n[bold]{escape(sample.heading)}[/bold]\n  {escape(sample.explanation)}")
+        text = textwrap.indent(sample.explanation, "  ")
+        console.print(
+            f"\n[bold]{escape(sample.heading)}[/bold]\n{escape(text)}", soft_wrap=True, highlight=False
+        )
+    console.print()
     _finish("demo", summary, as_json)
 
 
@@ -228,6 +249,7 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(unit, total=None, rate="")
@@ -266,25 +288,17 @@ def _print_json(facts: dict[str, Any]) -> None:
     typer.echo(json.dumps(facts, allow_nan=False, default=str))
 
 
-def _print_version() -> None:
-    from importlib.metadata import version
-
-    from nla_engine import extension
-
-    typer.echo(f"nla_engine {version('nla_engine')}")
-    if missing := extension.why_missing():
-        typer.echo(missing)
-
-
 def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(standalone_mode=False)
+        if code == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _fail("interrupted; what was committed stays, and --resume goes on", 1)
+        code = _fail("interrupted; what is finished is committed, and --resume goes on after it", 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
         if usage is not None:

@@ -168,7 +168,9 @@ def decode_reference(codec: Codec, encoded: EncodedRows) -> np.ndarray:
     raw = encoded.codes if codec.name == "int8" else _unpack_nibbles(encoded.codes)
     y = raw.astype(np.float64) * np.repeat(encoded.scales.astype(np.float64), codec.group, axis=1)
     hadamard = hadamard_matrix(codec.block)
-    x = (y.reshape(len(y), codec.d_model // codec.block, codec.block) @ hadamard).reshape(len(y), codec.d_model)
+    x = (y.reshape(len(y), codec.d_model // codec.block, codec.block) @ hadamard).reshape(
+        len(y), codec.d_model
+    )
     with np.errstate(invalid="ignore"):
         x *= (encoded.norm.astype(np.float64) / math.sqrt(codec.d_model))[:, None]
     x[~ordinary_rows(encoded.norm)] = 0.0

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 from nla_engine.codec import CODEC_NAMES
 from nla_engine.errors import RequestError
 
+#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
+#: modules and torch attention, one synchronisation a step.
+KERNELS = ("auto", "fused", "reference")
 POSITIONS = ("generated", "prompt", "all", "last")
 _Options = TypeVar("_Options", bound="Options")
 
@@ -73,6 +76,7 @@ class CaptureOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
+    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
     revision: str | None = option("Revision of a Hub model.", None)
     skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
     resume: bool = option("Go on with a store that was interrupted.", False)
@@ -105,6 +109,7 @@ class CaptureOptions(Options):
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
         self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
         self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
+        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
         self._need(self.host_memory > 0, "host_memory", "above 0")
         if self.resume and self.overwrite:
             raise RequestError("--resume and --overwrite exclude each other")
@@ -133,6 +138,7 @@ class RoundtripOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
+    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
     resume: bool = option("Go on with a round trip that was interrupted.", False)
     overwrite: bool = option("Replace a result that exists.", False)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
@@ -144,6 +150,7 @@ class RoundtripOptions(Options):
         self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
         self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
+        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
         self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
         if self.samples > 1 and self.temperature == 0:
             raise RequestError(

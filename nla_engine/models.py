@@ -225,7 +225,9 @@ def load_model(
             device_map=None if device.type == "cpu" else {"": device},
         )
     except Exception as error:  # the library raises many kinds for one fault
-        raise CheckpointError(f"{directory}: the model cannot be loaded ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{directory}: the model cannot be loaded ({_first_line(error)}): is the checkpoint whole?"
+        ) from error
     finally:
         transformers.logging.set_verbosity(noise)
         transformers.logging.enable_progress_bar()
@@ -238,7 +240,9 @@ def load_model(
     bad = missing or sorted(str(key) for key in info["mismatched_keys"])
     if bad:
         what = "are missing" if missing else "have the wrong shape"
-        raise CheckpointError(f"{directory}: {len(bad)} weights {what}, the first is {bad[0]}")
+        raise CheckpointError(
+            f"{directory}: {len(bad)} weights {what}, the first is {bad[0]}: fetch it again"
+        )
     return wrap_model(
         model, tokenizer, name=name, revision=revision or _commit_of(directory), decoder=decoder
     )

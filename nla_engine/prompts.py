@@ -77,7 +77,12 @@ def read_prompts(
             skipped.append(message)
     if not prompts:
         raise PromptError(
-            f"{path}: no usable prompt in it" + (f" ({len(skipped)} skipped)" if skipped else "")
+            f"{path}: no usable prompt in it"
+            + (
+                f" ({len(skipped)} skipped)"
+                if skipped
+                else ': write one a line, or JSON records with "prompt"'
+            )
         )
     return PromptSet(prompts, skipped)
 
@@ -85,14 +90,14 @@ def read_prompts(
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, record or the PromptError that reading it gave) of every record."""
     if not path.is_file():
-        raise PromptError(f"{path}: no such file")
+        raise PromptError(f"{path}: no such file: give .jsonl, .parquet or text with a prompt a line")
     if path.suffix == ".parquet":
         yield from _parquet_records(path)
         return
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise PromptError(f"{path}: cannot be read as UTF-8 text ({error}): convert it") from error
     for number, line in enumerate(lines, 1):
         line = line.removesuffix("\r")
         if not line.strip():
@@ -130,7 +135,9 @@ def _encode(record: Any, tokenizer: Any, chat: bool, max_tokens: int | None) -> 
     if not ids:
         raise PromptError("the prompt is empty")
     if max_tokens is not None and len(ids) > max_tokens:
-        raise PromptError(f"the prompt has {len(ids)} tokens, the limit is {max_tokens}")
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens, the limit is {max_tokens}: shorten it, or lower --max-new-tokens"
+        )
     try:
         source = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_json_value).encode()
     except (ValueError, TypeError) as error:

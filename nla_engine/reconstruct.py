@@ -22,7 +22,13 @@ class Reconstructor:
     """An AR checkpoint, ready to read. weight float32 [d, d], bias float32 [d] or None: the value head."""
 
     def __init__(
-        self, lm: LanguageModel, sidecar: Sidecar, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        lm: LanguageModel,
+        sidecar: Sidecar,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        kernels: str = "auto",
     ) -> None:
         if lm.d_model != sidecar.d_model:
             raise CheckpointError(
@@ -38,19 +44,26 @@ class Reconstructor:
         self.lm = lm.truncated(self.layer)
         self.weight = weight.to(lm.device)
         self.bias = None if bias is None else bias.to(lm.device)
+        self.kernels = kernels
         self._runner: Runner | None = None
         reconstructor_prompt(sidecar, lm.tokenizer, "")  # its checks
 
     @classmethod
     def load(
-        cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
+        cls,
+        name: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        remote_code: bool = False,
+        kernels: str = "auto",
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         directory = find_directory(name)
         sidecar = read_sidecar(directory, "ar")
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
-        return cls(lm, sidecar, weight, bias)
+        return cls(lm, sidecar, weight, bias, kernels=kernels)
 
     @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> np.ndarray:
@@ -78,10 +91,18 @@ class Reconstructor:
             start = end
         return out
 
+    def close(self) -> None:
+        """Give the model back; the next `reconstruct` takes it again."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
     def _fit_runner(self, longest: int) -> Runner:
         """A runner whose slots hold `longest` tokens; grown by half when a text is longer than any before."""
         if self._runner is None or self._runner.cache.size - 1 < longest:
-            self._runner = None  # its cache is given back first
+            self.close()  # its cache is given back first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
-            self._runner = Runner(self.lm, slots=_BATCH[self.lm.device.type][0], length=length)
+            self._runner = Runner(
+                self.lm, slots=_BATCH[self.lm.device.type][0], length=length, kernels=self.kernels
+            )
         return self._runner

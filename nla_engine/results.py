@@ -57,6 +57,7 @@ class ResultTable:
     ) -> ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
+        A result that is to be overwritten stays until the new one is whole.
         RequestError if something is there and neither is asked for, or if the options differ.
         """
         parts = out.with_name(out.name + ".parts")
@@ -65,18 +66,17 @@ class ResultTable:
             raise RequestError(
                 f"{found}: exists; pass --resume to go on with it or --overwrite to replace it"
             )
+        if out.is_dir():
+            raise RequestError(f"{out}: is a directory; choose another name for the table")
+        record = parts / "run.json"
         with _writing(parts):
             if overwrite:
-                out.unlink(missing_ok=True)
                 shutil.rmtree(parts, ignore_errors=True)
-            elif out.exists():
+            elif out.exists() and not record.exists():
                 _check_same(out, read_metadata(out).get("options", {}), options)
-                shutil.rmtree(
-                    parts, ignore_errors=True
-                )  # left over if the run ended between joining and clearing up
+                shutil.rmtree(parts, ignore_errors=True)
                 return cls(out, parts, metadata, done=pq.read_metadata(out).num_rows, next_part=-1)
             out.parent.mkdir(parents=True, exist_ok=True)
-            record = parts / "run.json"
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
             else:
@@ -122,6 +122,7 @@ class ResultTable:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+            (self._parts / "run.json").unlink()  # without it the parts are nobody's
             shutil.rmtree(self._parts)
         self._next_part = -1
 
@@ -131,9 +132,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         found = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
     except (OSError, pa.ArrowException) as error:
-        raise RequestError(f"{path}: cannot be read as Parquet ({error})") from error
+        raise RequestError(
+            f"{path}: cannot be read as Parquet ({error}): choose another --out, or --overwrite"
+        ) from error
     if found is None:
-        raise RequestError(f"{path}: is not the result of a round trip (no {METADATA_KEY.decode()} metadata)")
+        raise RequestError(
+            f"{path}: is not the result of a round trip (no {METADATA_KEY.decode()} metadata): choose another --out"
+        )
     data: dict[str, Any] = json.loads(found)
     return data
 

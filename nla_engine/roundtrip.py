@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def run_roundtrip(
         "remote_code": options.trust_remote_code,
     }
     verbalizer = verbalizer or Verbalizer.load(options.av, **load)  # type: ignore[arg-type]
-    reconstructor = reconstructor or Reconstructor.load(options.ar, **load)  # type: ignore[arg-type]
+    reconstructor = reconstructor or Reconstructor.load(options.ar, kernels=options.kernels, **load)  # type: ignore[arg-type]
     layer = choose_layer(store, options, verbalizer, reconstructor)
     run = _Run(options, store, layer, rows, verbalizer, reconstructor)
     same = {
@@ -121,9 +122,10 @@ def run_roundtrip(
     )
     started, before = time.perf_counter(), table.done
     if not table.finished:
-        for columns in run.scored(table.done):
-            table.append(columns)
-            progress(table.done, total)
+        with closing(reconstructor):
+            for columns in run.scored(table.done):
+                table.append(columns)
+                progress(table.done, total)
         table.finish()
     seconds = time.perf_counter() - started
     return summarise(options, seconds, (table.done - before) / options.samples)
@@ -133,7 +135,11 @@ def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
     """int64 [n]: the row numbers that `where` and `limit` leave, ascending. StoreError if there are none."""
     rows = np.arange(store.rows) if options.where is None else store.where(options.where)
     if not len(rows):
-        what = "holds no rows" if options.where is None else f"has no row for --where {options.where!r}"
+        what = (
+            "holds no rows: nothing to explain"
+            if options.where is None
+            else f"has no row for --where {options.where!r}: widen it (docs/where.md says what there is)"
+        )
         raise StoreError(f"{options.store}: {what}")
     if options.limit is not None and options.limit < len(rows):
         rows = rows[np.linspace(0, len(rows) - 1, options.limit).round().astype(np.int64)]
@@ -145,19 +151,24 @@ def choose_layer(store: CaptureStore, options: RoundtripOptions, av: Verbalizer,
     for name, sidecar in (("--av " + options.av, av.sidecar), ("--ar " + options.ar, ar.sidecar)):
         if sidecar.d_model != store.d_model:
             raise RequestError(
-                f"{name} reads vectors of width {sidecar.d_model}, {options.store} holds {store.d_model}"
+                f"{name} is made for vectors of width {sidecar.d_model}, {options.store} holds {store.d_model}: "
+                "give the AV and AR of the captured model"
             )
     trained = av.sidecar.layer
     if trained is not None and trained != ar.layer:
         raise RequestError(
-            f"--av {options.av} reads layer {trained}, --ar {options.ar} gives layer {ar.layer}"
+            f"--av {options.av} reads layer {trained}, --ar {options.ar} gives layer {ar.layer}: they are no pair"
         )
     layer = options.layer if options.layer is not None else ar.layer
     if layer != ar.layer:
-        raise RequestError(f"--layer {layer}: this AV and AR were made for layer {ar.layer}")
+        raise RequestError(
+            f"--layer {layer}: this AV and AR were made for layer {ar.layer}; leave --layer out"
+        )
     if layer not in store.layers:
         held = ", ".join(map(str, store.layers))
-        raise RequestError(f"{options.store} holds layer {held}, the AV and AR were made for layer {layer}")
+        raise RequestError(
+            f"{options.store} holds layer {held}, the AV and AR were made for layer {layer}: capture that one"
+        )
     return layer
 
 
@@ -219,14 +230,16 @@ class _Run:
             max_new_tokens=self.options.max_new_tokens,
             sampling=Sampling(self.options.temperature, self.options.seed),
             batch_size=self.options.batch_size,
+            kernels=self.options.kernels,
         )
-        for place in range(first, len(self.rows)):
-            for sample in range(samples):
-                if self.sound[place]:
-                    yield place, next(written)
-                else:
-                    status = "zero_vector" if self.norm[place] == 0 else "nonfinite_vector"
-                    yield place, Explanation(place * samples + sample, "", status, 0)
+        with closing(written):
+            for place in range(first, len(self.rows)):
+                for sample in range(samples):
+                    if self.sound[place]:
+                        yield place, next(written)
+                    else:
+                        status = "zero_vector" if self.norm[place] == 0 else "nonfinite_vector"
+                        yield place, Explanation(place * samples + sample, "", status, 0)
 
     def _vectors(self, places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(places), READ_AHEAD):

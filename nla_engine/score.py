@@ -32,6 +32,7 @@ def cosine(v: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def mse_nrm(cos: np.ndarray) -> np.ndarray:
+    """Squared distance of the two unit vectors: 0 perfect, 2 orthogonal, 4 opposite."""
     return 2.0 * (1.0 - cos)
 
 

@@ -5,6 +5,7 @@ Knows nothing of stores or scores.
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -83,7 +84,8 @@ class Verbalizer:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
-    ) -> Iterator[Explanation]:
+        kernels: str = "auto",
+    ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; explanations come in the same order. An id names its random numbers.
 
         Vectors are scaled here, and must be finite and not zero. Read lazily, as slots become free.
@@ -91,9 +93,7 @@ class Verbalizer:
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
         slots = batch_size or default_slots(lm, length - len(self.prefix))
-        runner = Runner(lm, slots=slots, length=length, prefix=self.prefix)
         stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
-        generator = Generator(runner, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
         order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
 
         def requests() -> Iterator[Request | None]:
@@ -102,10 +102,11 @@ class Verbalizer:
                     yield None
                 yield order.asked(Request(id_, self.tail, max_new_tokens, self.scaled(vector[None])[0]))
 
-        for completion in generator.run(requests()):
-            for ended in order.add(completion):
-                text, status = parse_explanation(
-                    lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
-                )
-                yield Explanation(ended.request.id, text, status, len(ended.generated))
-        runner.close()
+        with Runner(lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels) as runner:
+            generator = Generator(runner, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+            for completion in generator.run(requests()):
+                for ended in order.add(completion):
+                    text, status = parse_explanation(
+                        lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
+                    )
+                    yield Explanation(ended.request.id, text, status, len(ended.generated))

@@ -1,10 +1,13 @@
 """What every test shares: the GPU skip, quiet threads, a seed that a failure shows."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import LAYER, call, capture, roundtrip
+from tiny import save_ar, save_av, save_model, write_prompts
 
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
 
@@ -29,3 +32,16 @@ def seed() -> int:
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, av, ar, prompts.jsonl, run.zarr and explained.parquet, the last two made by the commands themselves."""
+    root = tmp_path_factory.mktemp("commands")
+    save_model(root / "base")
+    save_av(root / "av", LAYER)
+    save_ar(root / "ar", LAYER)
+    write_prompts(root / "prompts.jsonl", 5)
+    assert call(*capture(root, root / "run.zarr")).code == 0
+    assert call(*roundtrip(root, root / "explained.parquet")).code == 0
+    return root

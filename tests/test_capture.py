@@ -86,6 +86,12 @@ def check_store(
     return store
 
 
+def equal_but_for_roundings(a: np.ndarray, b: np.ndarray) -> bool:
+    """int8 rows of two runs: sums in another order may round a code the other way, here and there."""
+    error = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
+    return bool(error.max() < 0.01 and (error < 1e-5).mean() > 0.9)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_are_the_block_outputs_of_transformers(architecture: str, tmp_path: Path) -> None:
     lm = language_model(architecture)
@@ -129,7 +135,7 @@ def test_batching_changes_nothing(batch: int, tmp_path: Path) -> None:
     run_capture(options(tmp_path, out=tmp_path / "b.zarr", batch_size=batch, **sampled), lm=lm)
     a, b = CaptureStore.open(tmp_path / "a.zarr"), CaptureStore.open(tmp_path / "b.zarr")
     assert a.column("token_id").tolist() == b.column("token_id").tolist()
-    assert np.allclose(a.layer(3)[:], b.layer(3)[:], atol=0.1 * np.abs(a.layer(3)[:]).max() / 127)
+    assert equal_but_for_roundings(a.layer(3)[:], b.layer(3)[:])
 
 
 def test_a_shared_prefix_changes_nothing(tmp_path: Path) -> None:
@@ -167,31 +173,37 @@ def test_long_prompts_are_read_in_chunks(tmp_path: Path, monkeypatch) -> None:
     check_store(lm, tmp_path / "run.zarr", "all", (1, 3), limit=2**-8)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 6, 11])
-def test_interrupted_and_resumed_equals_uninterrupted(failing: int, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("committed", [0, 1, 6, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: Path, monkeypatch) -> None:
     lm = language_model()
     sampled = {"temperature": 0.8, "codec": "int8"}
     run_capture(options(tmp_path, out=tmp_path / "whole.zarr", **sampled), lm=lm)
     real = stage.sequence_rows
 
     def fail_at(prompt, completion, *rest):
-        if completion.request.id == failing:
+        if completion.request.id == committed:
             raise KeyboardInterrupt
         return real(prompt, completion, *rest)
 
     monkeypatch.setattr(stage, "sequence_rows", fail_at)
-    monkeypatch.setattr("nla_engine.store.writer.COMMIT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run_capture(options(tmp_path, **sampled), lm=lm)
     monkeypatch.undo()
-    run_capture(options(tmp_path, resume=True, batch_size=2, **sampled), lm=lm)
+    cut = CaptureStore.open(tmp_path / "run.zarr")
+    assert (cut.sequences, cut.complete) == (committed, False)  # all before the one that failed, and no more
+    said: list[str] = []
+    run_capture(
+        options(tmp_path, resume=True, batch_size=2, **sampled),
+        lm=lm,
+        announce=said.append,
+        progress=lambda done, _: said.append(f"did {done}"),
+    )
+    assert said[1] == f"did {committed + 1}" and len(said) == 1 + 12 - committed
     whole, resumed = CaptureStore.open(tmp_path / "whole.zarr"), CaptureStore.open(tmp_path / "run.zarr")
     assert resumed.complete and all(check.ok for check in verify(tmp_path / "run.zarr"))
     for column in ("token_id", "next_token_id", "position", "sequence", "flags"):
         assert resumed.column(column).tolist() == whole.column(column).tolist()
-    assert np.allclose(
-        resumed.layer(1)[:], whole.layer(1)[:], atol=0.1 * np.abs(whole.layer(1)[:]).max() / 127
-    )
+    assert equal_but_for_roundings(resumed.layer(1)[:], whole.layer(1)[:])
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def evaluate_trio(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print the evaluation of a trio as one JSON line."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_engine.demo.evaluate", description="Evaluate a trio."
     )

@@ -197,6 +197,7 @@ def _single_threaded() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train, save and evaluate a trio; the last line printed is the report, as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_engine.demo.train", description=__doc__.split("\n")[0]
     )

@@ -7,6 +7,7 @@ sampling or when a sequence ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,6 @@ from nla_engine.ops.attention import Tiles
 #: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
-#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
-#: modules and torch attention, one synchronisation a step.
-KERNELS = ("auto", "fused", "reference")
-
 #: Relative L2 difference of hidden states that the self-check allows, by dtype: rounding, with room for long sums.
 _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
@@ -34,7 +31,8 @@ _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 class Runner:
     """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
 
-    While it is open, the model's own forward must not be called; `close` gives it back.
+    kernels: one of `config.KERNELS`. While a runner is open, the model's own forward must not be called; `close`
+    gives it back.
     """
 
     def __init__(
@@ -48,8 +46,6 @@ class Runner:
         tap_layers: Iterable[int] = (),
         kernels: str = "auto",
     ) -> None:
-        if kernels not in KERNELS:
-            raise EngineError(f"kernels '{kernels}' are unknown: choose one of {', '.join(KERNELS)}")
         if length > lm.max_length:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
@@ -63,20 +59,35 @@ class Runner:
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self._tap: Tap | None = None
+        self._fused: list[Any] = []
+        self._hooks: list[Any] = []
+        try:
+            self._take_over(prefix, tap_layers)
+        except BaseException:
+            self.close()
+            raise
+        self._tap = tap
+
+    def _take_over(self, prefix: Sequence[int], tap_layers: Iterable[int]) -> None:
+        """Put the engine's attention, fused blocks and hooks into the model, and check that they compute the same."""
         expected = self._library_states()
-        lm.model.set_attn_implementation(attention.NAME)
-        self._fused = [] if self.reference else [block for block in lm.blocks if can_fuse(block)]
-        for block in self._fused:
-            block.forward = FusedBlock(block)
-        self._hooks = [
-            lm.blocks[layer].register_forward_hook(self._on_block(layer))
-            for layer in dict.fromkeys(tap_layers)
-        ]
+        self.lm.model.set_attn_implementation(attention.NAME)
+        for block in self.lm.blocks:
+            if not self.reference and can_fuse(block):
+                block.forward = FusedBlock(block)
+                self._fused.append(block)
+        for layer in dict.fromkeys(tap_layers):
+            self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
         self._check(expected)
         if prefix:
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
-        self._tap = tap
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Take the taps and the fused blocks off the model."""

@@ -11,15 +11,20 @@ import numpy as np
 
 from nla_engine.store.format import ArraySpec
 from nla_engine.store.manifest import METADATA_NAME, json_bytes
+from nla_engine.store.queue import WriteQueue
 from nla_engine.store.shards import TEMPORARY_SUFFIX, build_shard, read_chunks, write_file_atomically, writing
 
 
 class ArrayLog:
-    """Appends rows; full shards go to disk at once, the last partial one waits in memory for `flush`."""
+    """Appends rows; full shards go to the write queue at once, the last partial one waits in memory for `flush`.
 
-    def __init__(self, root: Path, spec: ArraySpec) -> None:
+    What `flush` and `describe` hand to the queue is on disk once the queue has been joined.
+    """
+
+    def __init__(self, root: Path, spec: ArraySpec, queue: WriteQueue) -> None:
         """A log of length 0. Nothing is written."""
         self.spec = spec
+        self._queue = queue
         self.length = 0
         self._root = root
         self._tail = np.empty((spec.shard_rows, *spec.trailing), spec.dtype)
@@ -27,12 +32,12 @@ class ArrayLog:
         self._described: int | None = None
 
     @classmethod
-    def resume(cls, root: Path, spec: ArraySpec, length: int) -> ArrayLog:
+    def resume(cls, root: Path, spec: ArraySpec, length: int, queue: WriteQueue) -> ArrayLog:
         """The log as it was when `length` rows were committed: what lies beyond is removed or written over.
 
         Raises StoreError when the last committed rows are damaged, WriteError when a stale file stays.
         """
-        log = cls(root, spec)
+        log = cls(root, spec, queue)
         first = length - length % spec.shard_rows
         log._tail[: length - first] = ArrayReader(root, spec, length).read(first, length)
         log.length = length
@@ -51,7 +56,7 @@ class ArrayLog:
         return log
 
     def append(self, rows: np.ndarray) -> None:
-        """Append rows [n, *trailing] of the array's dtype. Raises WriteError."""
+        """Append rows [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write."""
         done = 0
         while done < len(rows):
             used = self.length % self.spec.shard_rows
@@ -60,25 +65,29 @@ class ArrayLog:
             self.length += count
             done += count
             if self.length % self.spec.shard_rows == 0:
-                self._write_shard(self.spec.shard_rows)
+                self._write_shard(self._tail)
+                self._tail = np.empty_like(self._tail)  # the full one belongs to the queue now
 
     def flush(self) -> None:
-        """Put every row on disk: rewrites the last partial shard if it has grown. Raises WriteError."""
+        """Hand every row to the queue: the last partial shard is written anew if it has grown."""
         if self._flushed < self.length:
-            self._write_shard(self.length % self.spec.shard_rows)
+            self._write_shard(self._tail[: self.length % self.spec.shard_rows])
 
     def describe(self) -> None:
-        """Write the array's zarr.json with its present length, if that changed. Raises WriteError."""
+        """Hand the array's zarr.json with its present length to the queue, if that changed."""
         if self._described != self.length:
             metadata = json_bytes(self.spec.metadata(self.length), self.spec.path)
-            write_file_atomically(self._root / self.spec.path / METADATA_NAME, metadata)
+            path = self._root / self.spec.path / METADATA_NAME
+            self._queue.submit(lambda: write_file_atomically(path, metadata))
             self._described = self.length
 
-    def _write_shard(self, rows: int) -> None:
-        shard = (self.length - 1) // self.spec.shard_rows
-        path = self._root / self.spec.shard_path(shard)
-        data = build_shard(self._tail[:rows], self.spec.chunk_rows, self.spec.shard_chunks)
-        write_file_atomically(path, data.data)
+    def _write_shard(self, rows: np.ndarray) -> None:
+        """rows must not change until the queue has been joined; those behind them may."""
+        path = self._root / self.spec.shard_path((self.length - 1) // self.spec.shard_rows)
+        chunk_rows, shard_chunks = self.spec.chunk_rows, self.spec.shard_chunks
+        self._queue.submit(
+            lambda: write_file_atomically(path, build_shard(rows, chunk_rows, shard_chunks).data)
+        )
         self._flushed = self.length
 
 

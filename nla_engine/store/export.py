@@ -77,7 +77,9 @@ def export(
     number = store.layers[0] if layer is None else layer
     rows = np.arange(store.rows) if where is None else store.where(where)
     if len(rows) == 0:
-        raise StoreError(f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}"))
+        raise StoreError(
+            f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
+        )
     selection = _Selection(store, number, store.layer(number), rows)
     write = {"parquet": _write_parquet, "safetensors": _write_safetensors, "npy": _write_npy}[to]
     with _renamed_at_end(path) as temporary:

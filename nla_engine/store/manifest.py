@@ -196,7 +196,7 @@ def read_attributes(root: Path) -> dict[str, Any]:
     """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
     path = root / METADATA_NAME
     if not root.exists():
-        raise StoreError(f"{root}: there is no such store")
+        raise StoreError(f"{root}: there is no such store: give the directory that capture wrote")
     if not root.is_dir():
         raise StoreError(f"{root}: a file, not a store (a store is a directory)")
     try:

@@ -84,7 +84,7 @@ def write_file_atomically(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(path):
         if not path.parent.is_dir():
-            path.parent.mkdir()
+            path.parent.mkdir(exist_ok=True)
             fsync_directory(path.parent.parent)
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

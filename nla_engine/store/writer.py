@@ -34,6 +34,7 @@ from nla_engine.store.manifest import (
     json_bytes,
     strict_json,
 )
+from nla_engine.store.queue import WriteQueue
 from nla_engine.store.records import SequenceRows
 from nla_engine.store.shards import TEMPORARY_SUFFIX, write_file_atomically, writing
 
@@ -45,8 +46,8 @@ FILLED_COMMIT_SECONDS = 1.0
 class StoreWriter:
     """Appends sequences to a store. Use `create` or `resume`; a context manager.
 
-    Leaving the context normally commits and marks the store complete; an exception leaves the last commit as
-    it is. After a WriteError the writer is dead: nothing committed is harmed, and `resume` goes on.
+    Leaving the context normally commits and marks the store complete; an exception commits what was appended and
+    goes on. After a WriteError the writer is dead: nothing committed is harmed, and `resume` goes on.
     """
 
     def __init__(self, path: Path, lock: DirectoryLock, manifest: Manifest, commit_seconds: float) -> None:
@@ -58,9 +59,10 @@ class StoreWriter:
         self._committed_at = time.monotonic()
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
+        self._queue = WriteQueue()
         lengths = manifest.lengths()
         self._logs = {
-            name: ArrayLog.resume(path, spec, lengths[spec.unit])
+            name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
             for name, spec in manifest.specs().items()
             if not name.startswith("vocabulary/")
         }
@@ -126,7 +128,10 @@ class StoreWriter:
         try:
             manifest = Manifest.read(target)  # again: another writer may have just let go
             if changed := differences(manifest.options, strict_json(options, "options")):
-                raise StoreError(f"{target}: cannot be resumed with other options: {'; '.join(changed)}")
+                raise StoreError(
+                    f"{target}: cannot be resumed with other options: {'; '.join(changed)}: "
+                    "give those of the first run, or --overwrite to start again"
+                )
             with writing(target):
                 (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
             writer = cls(target, lock, manifest, commit_seconds)
@@ -235,11 +240,17 @@ class StoreWriter:
     ) -> None:
         if kind is None:
             self.close()
-        else:
+            return
+        try:
+            if self._usable:
+                with contextlib.suppress(WriteError):  # the first error is the one to tell
+                    self.commit()
+        finally:
             self._release()
 
     def _release(self) -> None:
         self._usable = False
+        self._queue.close()  # nothing is written any more when another writer gets the lock
         self._lock.release()
 
     def _write_commit(self, complete: bool, epoch: int | None = None) -> None:
@@ -247,6 +258,7 @@ class StoreWriter:
         with self._write_errors():
             for log in logs.values():
                 log.flush()
+            self._queue.join()
             committed = Commit(
                 rows=logs["rows/token_id"].length,
                 sequences=logs["sequences/row_start"].length,
@@ -262,6 +274,7 @@ class StoreWriter:
             self._manifest = manifest
             for log in logs.values():
                 log.describe()
+            self._queue.join()
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -292,13 +305,14 @@ def _write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) ->
             write_file_atomically(root / group / METADATA_NAME, json_bytes(GROUP_METADATA, group))
         for path in specs:
             (root / path / "c").mkdir(parents=True)
-    logs = {name: ArrayLog(root, spec) for name, spec in specs.items()}
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
-    logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
-    logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
-    for log in logs.values():
-        log.flush()
-        log.describe()
+    with WriteQueue() as queue:
+        logs = {name: ArrayLog(root, spec, queue) for name, spec in specs.items()}
+        logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
+        logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
+        for log in logs.values():
+            log.flush()
+            log.describe()
     manifest.write(root)
 
 

@@ -1,0 +1,78 @@
+"""Writes the README's table of measured results, between its two markers, from results/*.csv.
+
+    python benchmarks/readme_table.py [--check] [--readme README.md] [--results benchmarks/results]
+
+Of a case that was measured several times on one GPU, the last run counts. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from nla_engine.bench.report import format_number, read_csv
+
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def latest(results: Path) -> list[dict[str, Any]]:
+    """The last line of every (gpu, suite, case, unit), in the order in which the cases first appear."""
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path in sorted(results.glob("*.csv")):
+        for line in read_csv(path):
+            key = (line["gpu"], line["suite"], line["case"], line["unit"])
+            if key not in lines or line["date"] >= lines[key]["date"]:
+                lines[key] = line
+    return list(lines.values())
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """One table a GPU; its heading says the dates, commits and versions that are in it."""
+    parts = []
+    for gpu in dict.fromkeys(line["gpu"] for line in lines):
+        mine = [line for line in lines if line["gpu"] == gpu]
+        dates, commits, versions = (
+            ", ".join(sorted({line[name][:10] if name == "date" else line[name] for line in mine}))
+            for name in ("date", "commit", "versions")
+        )
+        parts += [f"{gpu}; {dates}; commit {commits}; {versions}", ""]
+        parts += ["| suite | case | median | of limit | times the baseline |", "|---|---|---:|---:|---|"]
+        for line in mine:
+            part = "" if line["limit_fraction"] is None else f"{line['limit_fraction']:.0%}"
+            ratio = "" if line["ratio"] is None else f"{line['ratio']:.1f} ({line['baseline']})"
+            value = f"{format_number(line['p50'])} {line['unit']}"
+            parts.append(f"| {line['suite']} | {line['case']} | {value} | {part} | {ratio} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 done, or nothing to do; 1 with --check if the README is stale; 2 if it has no markers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if the table is stale"
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    before, found, rest = text.partition(START)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        print(f"error: {options.readme}: has no {START} ... {END}", file=sys.stderr)
+        return 2
+    fresh = f"{before}{START}\n{markdown(latest(options.results))}\n{END}{after}"
+    if fresh == text:
+        return 0
+    if options.check:
+        print(f"error: {options.readme}: its table is stale: run benchmarks/readme_table.py", file=sys.stderr)
+        return 1
+    options.readme.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

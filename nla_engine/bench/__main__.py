@@ -1,0 +1,150 @@
+"""The command line of the benchmarks: options, the order of suites, and where results go."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nla_engine.bench.plot import plot_batches
+from nla_engine.bench.report import append_csv, table, to_json
+from nla_engine.bench.session import Session, check_plot
+from nla_engine.bench.settings import SUITES, Settings
+from nla_engine.bench.shapes import find_shape
+from nla_engine.errors import NLAError, RequestError
+from nla_engine.models import pick_device, pick_dtype
+
+#: Columns of the table where no terminal says how many there are.
+_LOG_WIDTH = 180
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench(
+    suites: Annotated[list[str], typer.Argument(help=f"Of {', '.join(SUITES)}; or all.")] = ["all"],  # noqa: B006
+    model: Annotated[str | None, typer.Option(help="A checkpoint directory or Hub id.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights: qwen2.5-7b, llama3-8b, gemma3-12b or tiny. [default: by device]"),
+    ] = None,
+    batch_size: Annotated[
+        list[int], typer.Option(help="Sequences decoded at once. Repeat for several.")
+    ] = [],  # noqa: B006
+    requests: Annotated[int | None, typer.Option(help="Requests, documents or vectors of a case.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Prompt length of suite generate.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate for each request.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Block to capture. [default: that of the NLA]")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 3,
+    baseline: Annotated[str, typer.Option(help="hf: also measure plain Hugging Face; or none.")] = "none",
+    profile: Annotated[Path | None, typer.Option(help="Directory for a trace and a table a case.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the JSON object.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to add the lines to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Directory for decode.png.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Where captured data goes. [default: a temporary directory]")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no case is started.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu. [default: cuda if any]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [default: by device]")] = None,
+    debug: Annotated[bool, typer.Option(help="Show a traceback with an error.")] = False,
+) -> None:
+    """Measure how fast each part is, beside the limit of the hardware."""
+    where = pick_device(device)
+    if model is not None and shape is not None:
+        raise RequestError("--model and --shape exclude each other")
+    shape = shape or ("qwen2.5-7b" if where.type == "cuda" else "tiny")
+    find_shape(shape)
+    check_plot(plot)
+    settings = Settings(
+        suites=SUITES if "all" in suites else tuple(dict.fromkeys(suites)),
+        device=where,
+        dtype=pick_dtype(dtype, where),
+        model=model,
+        shape=shape,
+        batch_sizes=tuple(batch_size),
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        layer=layer,
+        repeats=repeats,
+        baseline=baseline,
+        profile=profile,
+        json=json_file,
+        csv=csv,
+        plot=plot,
+        store=store,
+        time_limit=time_limit,
+        debug=debug,
+    )
+    if store is not None:
+        store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nla-bench-", dir=store) as directory:
+        result = run_suites(settings, Path(directory))
+    print(json.dumps(result))
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
+    """Run the suites in turn; what each gave is written before the next begins. Returns the JSON object."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    session = Session.start(settings, directory, console)
+    result: dict[str, Any] = {}
+    for name in settings.suites:
+        before = len(session.lines)
+        importlib.import_module(f"nla_engine.bench.suites.{name}").run(session)
+        if settings.csv is not None:
+            append_csv(settings.csv, session.machine, session.lines[before:])
+        result = to_json(
+            session.machine,
+            session.lines,
+            model=settings.model or settings.shape,
+            dtype=str(settings.dtype).removeprefix("torch."),
+            hardware={"copy_bytes_per_second": session.hardware.copy, "flops": session.hardware.flops},
+            seconds=round(time.monotonic() - session.started, 1),
+            skipped=session.skipped,
+            failed=session.failed,
+        )
+        if settings.json is not None:
+            settings.json.parent.mkdir(parents=True, exist_ok=True)
+            settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(table(session.machine, session.lines))
+    if settings.plot is not None and "generate" in settings.suites:
+        plot_batches(settings.plot, session.machine, session.lines, session.size, session.hardware)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 done; 1 a case failed; 2 the request is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="python -m nla_engine.bench")
+        return int(code or 0)
+    except NLAError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as error:
+        return error.exit_code
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
+        if usage is None:
+            raise
+        print(f"error: {usage()}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

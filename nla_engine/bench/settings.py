@@ -1,0 +1,133 @@
+"""What a benchmark run is asked to do, and the sizes of its work on each kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nla_engine.errors import RequestError
+
+SUITES = ("kernels", "generate", "corpus", "verbalize", "reconstruct", "roundtrip", "store")
+BASELINES = ("hf", "none")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work a case is.
+
+    requests, prompt, new: of a generation; batches, context, steps: of steady decode
+    documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
+    kernel_rows: rows of one launch; store_rows: rows written; slots: sequences run at once, at most
+    """
+
+    requests: int
+    prompt: int
+    new: int
+    batches: tuple[int, ...]
+    context: int
+    steps: int
+    documents: int
+    mean: int
+    longest: int
+    vectors: int
+    av_new: int
+    ar_prompt: int
+    kernel_rows: tuple[int, ...]
+    store_rows: int
+    slots: int
+
+
+_GPU = Sizes(
+    requests=512,
+    prompt=64,
+    new=128,
+    batches=(64, 256, 512),
+    context=250,
+    steps=128,
+    documents=256,
+    mean=741,
+    longest=2048,
+    vectors=2048,
+    av_new=120,
+    ar_prompt=140,
+    kernel_rows=(65_536, 4096, 256),
+    store_rows=65_536,
+    slots=512,
+)
+_CPU = Sizes(
+    requests=8,
+    prompt=16,
+    new=8,
+    batches=(4,),
+    context=24,
+    steps=8,
+    documents=8,
+    mean=24,
+    longest=64,
+    vectors=8,
+    av_new=8,
+    ar_prompt=140,
+    kernel_rows=(1024, 64),
+    store_rows=1024,
+    slots=4,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command line, checked. None stands for a default that depends on the device."""
+
+    suites: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    model: str | None = None
+    shape: str = "tiny"
+    batch_sizes: tuple[int, ...] = ()
+    requests: int | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    layer: int | None = None
+    repeats: int = 3
+    baseline: str = "none"
+    profile: Path | None = None
+    json: Path | None = None
+    csv: Path | None = None
+    plot: Path | None = None
+    store: Path | None = None
+    time_limit: float | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.suites if name not in SUITES]
+        if unknown:
+            raise RequestError(f"suite {unknown[0]} is unknown: choose of {', '.join(SUITES)}, or all")
+        if self.baseline not in BASELINES:
+            raise RequestError(f"--baseline {self.baseline} is unknown: choose {' or '.join(BASELINES)}")
+        for flag in ("requests", "prompt_tokens", "new_tokens", "repeats", "time_limit"):
+            value: Any = getattr(self, flag)
+            if value is not None and value <= 0:
+                raise RequestError(f"--{flag.replace('_', '-')} is {value}: it must be above 0")
+        if self.prompt_tokens == 1:
+            raise RequestError("--prompt-tokens is 1: it must be 2 or more")
+        if any(batch < 4 for batch in self.batch_sizes):
+            raise RequestError(
+                "--batch-size must be 4 or more: steady decode is timed between two of its sequences"
+            )
+
+    @property
+    def sizes(self) -> Sizes:
+        """The device's sizes, with what the options change."""
+        base = _GPU if self.device.type == "cuda" else _CPU
+        changed: dict[str, Any] = {}
+        if self.requests:
+            changed |= {"requests": self.requests, "documents": self.requests, "vectors": self.requests}
+        if self.prompt_tokens:
+            changed["prompt"] = self.prompt_tokens
+        if self.new_tokens:
+            changed |= {"new": self.new_tokens, "av_new": self.new_tokens}
+        if self.batch_sizes:
+            changed |= {"batches": tuple(sorted(self.batch_sizes)), "slots": max(self.batch_sizes)}
+        return Sizes(**{**vars(base), **changed})

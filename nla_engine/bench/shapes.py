@@ -1,0 +1,157 @@
+"""Models of a known shape with random weights, and a tokenizer whose texts have exactly as many tokens as characters.
+
+Speed does not depend on the weights' values, so nothing is downloaded. Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nla_engine.errors import RequestError
+from nla_engine.models import LanguageModel, load_model, wrap_model
+
+MARKER = "㈎"
+_FIRST_LETTER = 0x4E00
+_SURROGATES = range(0xD800, 0xE000)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published architecture. layer: the block that its NLA reads."""
+
+    config: Callable[[], Any]
+    layer: int
+
+
+def _qwen() -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma() -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        vocab_size=262_208,
+        hidden_size=3840,
+        intermediate_size=15_360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        sliding_window=1024,
+        query_pre_attn_scalar=256,
+        max_position_embeddings=131_072,
+    )
+
+
+def _tiny() -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES = {
+    "qwen2.5-7b": Shape(_qwen, 20),
+    "llama3-8b": Shape(_llama, 20),
+    "gemma3-12b": Shape(_gemma, 32),
+    "tiny": Shape(_tiny, 2),
+}
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of that name. RequestError if there is none."""
+    if name not in SHAPES:
+        raise RequestError(f"--shape {name} is unknown: choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """A model of shape `name`, made on the device in its dtype; weights are the library's own small normal numbers."""
+    from transformers import AutoModelForCausalLM
+
+    config = find_shape(name).config()
+    config.dtype = dtype
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return _for_bench(model, name)
+
+
+def loaded_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """A checkpoint, with the tokenizer of `character_tokenizer` in place of its own."""
+    return _for_bench(load_model(name, device=device, dtype=dtype).model, name)
+
+
+def _for_bench(model: Any, name: str) -> LanguageModel:
+    """Without end tokens: every benched request runs to its length."""
+    model.generation_config.eos_token_id = None
+    vocabulary = model.get_decoder().get_input_embeddings().num_embeddings
+    return wrap_model(model, character_tokenizer(vocabulary), name=name)
+
+
+def twin(lm: LanguageModel) -> LanguageModel:
+    """The same weights in modules of their own: two runners cannot drive one module at a time."""
+    shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
+    return wrap_model(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name)
+
+
+def character_tokenizer(vocabulary: int) -> Any:
+    """One token a character and one character a token, for every id below `vocabulary`; no special tokens, no template.
+
+    So a text of n letters is n tokens, and n generated tokens are a text that is n tokens again.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["\n", *map(chr, range(32, 127)), MARKER]
+    code = _FIRST_LETTER
+    while len(letters) < vocabulary:
+        if code not in _SURROGATES:
+            letters.append(chr(code))
+        code += 1
+    backend = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(letters[:vocabulary])}, merges=[])
+    )
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)

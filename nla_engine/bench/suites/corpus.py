@@ -1,0 +1,107 @@
+"""Capture from text that exists: packed reading up to the tapped block, rows on the host, and rows on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nla_engine.bench import baselines
+from nla_engine.bench.limits import prefill_seconds
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.timing import seconds
+from nla_engine.bench.workload import document_lengths, open_generator, prompt_file, requests, run_all
+from nla_engine.capture import run_capture
+from nla_engine.config import CaptureOptions
+
+#: Slots of the run without a disk: more than one prefill pass can fill.
+_SLOTS = 64
+_BRIEF_DOCUMENTS = 16
+
+
+def run(session: Session) -> None:
+    """Without a disk, then the whole capture."""
+    sizes, layer = session.sizes, session.layer
+    lengths = document_lengths(sizes.documents, sizes.mean, sizes.longest)
+    limit = 1 / prefill_seconds(session.size, session.hardware, 1, layer + 1)
+    name = f"{len(lengths)} documents mean {sum(lengths) / len(lengths):.0f} layer {layer}"
+    session.measure("corpus", f"{name} to host", "tok/s", _read(session, lengths), limit=limit)
+    setup = session.measure(
+        "corpus", "run_capture set-up", "s", _captured(session, [2] * len(lengths)), repeats=2
+    )
+    line = session.measure(
+        "corpus",
+        f"{name} to disk",
+        "tok/s",
+        _captured(session, lengths, rate=True),
+        limit=limit,
+        warmups=0,
+    )
+    session.take_off(line, setup, sum(lengths))
+    if session.settings.baseline == "hf":
+        batch = baselines.CORPUS_BATCH
+        theirs = session.measure(
+            "corpus",
+            f"HF whole model padded B={batch} fp32 to host",
+            "tok/s",
+            baselines.padded_extractor(session, lengths),
+            warmups=0,
+            repeats=min(session.settings.repeats, 2),
+        )
+        if line is not None:
+            line.compare(theirs)
+
+
+@contextmanager
+def _read(session: Session, lengths: list[int]) -> Iterator[Prepared]:
+    """Reading and encoding, rows dropped on the host. Tokens a second."""
+    lm = session.lm.truncated(session.layer)
+    work = requests(lm, lengths, [0] * len(lengths))
+    with open_generator(
+        lm,
+        slots=min(_SLOTS, len(lengths)),
+        length=max(lengths),
+        new_tokens=0,
+        layers=(session.layer,),
+        positions="all",
+    ) as generator:
+
+        def once() -> float:
+            rows = 0
+
+            def read() -> None:
+                nonlocal rows
+                _, rows = run_all(generator, work)
+
+            elapsed = seconds(read, lm.device)
+            expect("rows", rows, sum(lengths))
+            return rows / elapsed
+
+        yield Prepared(once, lambda: run_all(generator, work[:_BRIEF_DOCUMENTS]))
+
+
+@contextmanager
+def _captured(session: Session, lengths: list[int], rate: bool = False) -> Iterator[Prepared]:
+    """`run_capture` of a corpus to disk: its seconds, or its tokens a second. Slots as it chooses them unless given."""
+    given = session.settings.batch_sizes
+    out = session.directory / "corpus.zarr"
+
+    def once() -> float:
+        options = CaptureOptions(
+            model=session.lm.name,
+            prompts=prompts,
+            layer=(session.layer,),
+            out=out,
+            corpus=True,
+            batch_size=max(given) if given else None,
+            overwrite=True,
+        )
+        try:
+            summary = run_capture(options, lm=session.lm)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        expect("rows stored", summary.rows, sum(lengths))
+        return summary.rows / summary.seconds if rate else summary.seconds
+
+    prompts = prompt_file(session.directory / "corpus.txt", lengths)
+    yield Prepared(once)

@@ -1,0 +1,206 @@
+"""Generation with and without capture: a whole job, from the first prompt to the last byte on disk; steady decode."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nla_engine.bench import baselines
+from nla_engine.bench.limits import decode_step_seconds, generate_seconds
+from nla_engine.bench.report import Line
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.timing import seconds
+from nla_engine.bench.workload import open_generator, prompt_file, requests, run_all
+from nla_engine.capture import MAX_PREFILL_TOKENS, run_capture
+from nla_engine.config import CaptureOptions
+
+#: Steps before the timed ones, for every prompt to have been read.
+_LEAD = 32
+_BRIEF_TOKENS = 8
+
+
+def run(session: Session) -> None:
+    """The job, then steady decode at every batch size."""
+    _job(session)
+    for batch in session.sizes.batches:
+        _steady_batch(session, batch)
+
+
+# ---- a whole job ----
+
+
+def _job(session: Session) -> None:
+    sizes, layer = session.sizes, session.layer
+    count, prompt, new = sizes.requests, sizes.prompt, sizes.new
+    slots = min(sizes.slots, count)
+    name = f"{count} x {prompt}+{new}"
+    limit = count * new / generate_seconds(session.size, session.hardware, count, prompt, new, slots)
+    session.measure("generate", f"{name} no tap", "tok/s", _untapped(session, slots), limit=limit)
+    setup = session.measure("generate", "run_capture set-up", "s", _setup(session, count, slots), repeats=2)
+    every = tuple(range(len(session.lm.blocks)))
+    ours = []
+    for layers, what, warmups in (((layer,), f"layer {layer}", 1), (every, "all layers", 0)):
+        line = session.measure(
+            "generate",
+            f"{name} {what} to disk",
+            "tok/s",
+            _captured(session, layers, [prompt] * count, new, slots),
+            limit=limit,
+            warmups=warmups,
+            repeats=min(session.settings.repeats, 2) if warmups == 0 else None,
+        )
+        ours.append(line)
+        session.take_off(line, setup, count * new)
+    if session.settings.baseline == "hf":
+        batch = min(baselines.GENERATE_BATCH, count)
+        for what, prepare in (
+            ("output_hidden_states", baselines.generate_hidden_states),
+            ("hook to host", baselines.generate_hook),
+        ):
+            theirs = session.measure(
+                "generate",
+                f"HF generate {what} B={batch} {prompt}+{new}",
+                "tok/s",
+                prepare(session, batch, prompt, new),
+                warmups=0,
+                repeats=min(session.settings.repeats, 2),
+            )
+            if ours[0] is not None and theirs is not None:
+                better = ours[0].baseline_p50 is None or theirs.p50 > ours[0].baseline_p50
+                ours[0].compare(theirs if better else None)
+
+
+@contextmanager
+def _untapped(session: Session, slots: int) -> Iterator[Prepared]:
+    """Generation alone, the generator made beforehand. New tokens a second."""
+    lm, sizes = session.lm, session.sizes
+    lengths = [sizes.prompt] * sizes.requests
+    work = requests(lm, lengths, [sizes.new] * len(lengths))
+    brief = requests(lm, lengths[:slots], [min(_BRIEF_TOKENS, sizes.new)] * slots)
+    with open_generator(lm, slots=slots, length=sizes.prompt + sizes.new, new_tokens=sizes.new) as generator:
+        yield Prepared(
+            lambda: sizes.requests * sizes.new / seconds(lambda: run_all(generator, work), lm.device),
+            lambda: run_all(generator, brief),
+        )
+
+
+@contextmanager
+def _setup(session: Session, count: int, slots: int) -> Iterator[Prepared]:
+    """Seconds of a capture of next to nothing with the same slots: what every run pays once."""
+
+    def once() -> float:
+        return _capture(session, prompts, (session.layer,), 1, slots, count)
+
+    prompts = prompt_file(session.directory / "setup.txt", [2] * count)
+    yield Prepared(once)
+
+
+@contextmanager
+def _captured(
+    session: Session, layers: tuple[int, ...], lengths: list[int], new: int, slots: int
+) -> Iterator[Prepared]:
+    """`run_capture` to disk, from after the prompts are read to the last commit. New tokens a second."""
+    tokens = len(lengths) * new
+
+    def once() -> float:
+        return tokens / _capture(session, prompts, layers, new, slots, tokens)
+
+    prompts = prompt_file(session.directory / "prompts.txt", lengths)
+    yield Prepared(once)
+
+
+def _capture(
+    session: Session, prompts: Path, layers: tuple[int, ...], new: int, slots: int, tokens: int
+) -> float:
+    """Seconds of one capture, whose store is removed afterwards."""
+    out = session.directory / "generate.zarr"
+    options = CaptureOptions(
+        model=session.lm.name,
+        prompts=prompts,
+        layer=layers,
+        out=out,
+        max_new_tokens=new,
+        batch_size=slots,
+        chat=False,
+        overwrite=True,
+    )
+    try:
+        summary = run_capture(options, lm=session.lm)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    expect("tokens generated", summary.tokens_generated, tokens)
+    expect("rows stored", summary.rows, tokens)
+    return summary.seconds
+
+
+# ---- steady decode ----
+
+
+def _steady_batch(session: Session, batch: int) -> None:
+    sizes, hardware = session.sizes, session.hardware
+    limit = batch / decode_step_seconds(session.size, hardware, batch, sizes.context)
+    every = tuple(range(len(session.lm.blocks)))
+    kinds: list[tuple[str, tuple[int, ...]]] = [("no tap", ()), (f"layer {session.layer}", (session.layer,))]
+    if batch == max(sizes.batches):
+        kinds.append(("all layers", every))
+    untapped = None
+    for what, layers in kinds:
+        line = session.measure(
+            "generate",
+            f"steady B={batch} context {sizes.context} {what}",
+            "tok/s",
+            _steady(session, batch, layers),
+            limit=limit,
+            warmups=0,
+            detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms/step",
+        )
+        if not layers:
+            untapped = line
+        elif line is not None and untapped is not None:
+            cost = 100 * (untapped.p50 / line.p50 - 1)
+            session.record(Line("generate", f"tap cost B={batch} {what}", "% of step", [cost]))
+
+
+@contextmanager
+def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
+    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second.
+
+    The last two requests enter in one prefill pass, one to generate `steps` tokens more than the other; all others
+    outlast both. The time between their ends is that of `steps` steps.
+    """
+    lm, sizes = session.lm, session.sizes
+    steps, lead = sizes.steps, min(_LEAD, sizes.steps)
+    prompt = max(sizes.context - lead - steps // 2, 2)
+    most = max(MAX_PREFILL_TOKENS[lm.device.type] // prompt, 3)
+    together = next(n for n in range(min(most, batch), 1, -1) if batch % n != 1)
+    longest = lead + steps + batch // together + 2
+    limits = [longest] * (batch - 2) + [lead, lead + steps]
+    work = requests(lm, [prompt] * batch, limits)
+    warm = requests(lm, [2] * batch, [_BRIEF_TOKENS] * batch)
+
+    def once() -> float:
+        ended, count = {}, 0
+        for completion in generator.run(iter(work)):
+            ended[completion.request.id] = time.perf_counter()
+            expect("tokens generated", len(completion.generated), completion.request.max_new_tokens)
+            count += 1
+        expect("sequences ended", count, batch)
+        elapsed = ended[batch - 1] - ended[batch - 2]
+        early = sum(ended[id_] < ended[batch - 1] - 0.05 * elapsed for id_ in range(batch - 2))
+        expect("sequences ended inside the timed steps", early, 0)
+        return batch * steps / elapsed
+
+    with open_generator(
+        lm,
+        slots=batch,
+        length=prompt + longest,
+        new_tokens=longest,
+        layers=layers,
+        prompt=prompt,
+        max_prefill=together * prompt,
+    ) as generator:
+        run_all(generator, warm)
+        yield Prepared(once, lambda: run_all(generator, warm))

@@ -1,0 +1,83 @@
+"""Encoding and decoding rows: bytes moved a second, beside what a copy moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nla_engine.bench.session import Prepared, Session
+from nla_engine.bench.timing import median, time_launches
+from nla_engine.codec import CODEC_NAMES, Codec
+from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
+
+#: Input that is rotated through, so that no launch finds its own in a cache; and most sets of buffers.
+_ROTATE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 20}
+_MOST_SETS = 64
+_REPEATS = 20
+
+
+def run(session: Session) -> None:
+    """Every codec, both ways, at every number of rows."""
+    width, chosen = session.d_model, backend(session.device)
+    for name in CODEC_NAMES:
+        codec = Codec.named(name, width)
+        for rows in session.sizes.kernel_rows:
+            for what, prepare in (("encode", _encode), ("decode", _decode)):
+                session.measure(
+                    "kernels",
+                    f"{what} {name} {rows} x {width} ({chosen})",
+                    "GB/s",
+                    prepare(session, codec, rows),
+                    limit=session.hardware.copy / 1e9,
+                    detail=lambda p50, codec=codec, rows=rows: (  # type: ignore[misc]
+                        f"{_moved(codec, rows) / p50 / 1e3:.4g} us"
+                    ),
+                )
+
+
+def _moved(codec: Codec, rows: int) -> int:
+    """Bytes read and written for `rows` rows: bfloat16 on one side, codes, scales and norm on the other."""
+    return rows * (2 * codec.d_model + codec.row_bytes)
+
+
+def _sets(session: Session, codec: Codec, rows: int) -> list[tuple[torch.Tensor, RowStage]]:
+    """Pairs of bfloat16 rows and a stage that holds them encoded."""
+    device = session.device
+    count = min(max(-(-_ROTATE_BYTES[device.type] // (rows * codec.d_model * 2)), 2), _MOST_SETS)
+    dest = torch.arange(rows, device=device)
+    out = []
+    for _ in range(count):
+        hidden = torch.randn(rows, codec.d_model, device=device, dtype=torch.bfloat16)
+        stage = RowStage.allocate(codec, rows, 1, device)
+        encode_rows(hidden, dest, stage, math.inf)
+        out.append((hidden, stage))
+    return out
+
+
+def _timed(session: Session, codec: Codec, rows: int, runs: list[Callable[[], object]]) -> Prepared:
+    def once() -> float:
+        return _moved(codec, rows) / median(time_launches(runs, session.device, _REPEATS)) / 1e9
+
+    return Prepared(once, runs[0])
+
+
+@contextmanager
+def _encode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    dest = torch.arange(rows, device=session.device)
+    runs: list[Callable[[], object]] = [
+        lambda hidden=hidden, stage=stage: encode_rows(hidden, dest, stage, math.inf)  # type: ignore[misc]
+        for hidden, stage in _sets(session, codec, rows)
+    ]
+    yield _timed(session, codec, rows, runs)
+
+
+@contextmanager
+def _decode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    runs: list[Callable[[], object]] = [
+        lambda s=stage: decode_rows(s.codes, s.scales, s.norm, codec, torch.bfloat16)  # type: ignore[misc]
+        for _, stage in _sets(session, codec, rows)
+    ]
+    yield _timed(session, codec, rows, runs)

@@ -1,0 +1,88 @@
+"""AR: texts a second that become vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nla_engine.bench import baselines
+from nla_engine.bench.limits import prefill_seconds
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.shapes import twin
+from nla_engine.bench.timing import seconds
+from nla_engine.bench.workload import texts
+from nla_engine.checkpoint import Sidecar
+from nla_engine.reconstruct import Reconstructor
+
+_TEMPLATE = "<text>{explanation}</text> <i>"
+#: Tokens of the template around the explanation; with the 120 that an AV writes, 140.
+AROUND = len(_TEMPLATE.replace("{explanation}", ""))
+_BRIEF_TEXTS = 256
+
+
+def run(session: Session) -> None:
+    """One case."""
+    count, prompt = session.sizes.vectors, session.sizes.ar_prompt
+    line = session.measure(
+        "reconstruct",
+        f"{count} texts {prompt} tokens {session.layer + 1} blocks",
+        "vectors/s",
+        _reconstructed(session, count, prompt),
+        limit=limit(session, prompt),
+        detail=lambda p50: f"{p50 * prompt:,.0f} tok/s",
+    )
+    if session.settings.baseline == "hf":
+        batch = min(baselines.AR_BATCH, count)
+        theirs = session.measure(
+            "reconstruct",
+            f"HF dense B={batch} {prompt} tokens",
+            "vectors/s",
+            baselines.reconstructor(session, batch, prompt, _head(session)),
+        )
+        if line is not None:
+            line.compare(theirs)
+
+
+def limit(session: Session, prompt: int) -> float:
+    """Vectors a second: prompts read through blocks 0..K. The head is left out: it reads one token."""
+    return 1 / prefill_seconds(session.size, session.hardware, prompt, session.layer + 1)
+
+
+def make_reconstructor(session: Session) -> Reconstructor:
+    """The session's weights, cut behind the tapped block, as an AR with a random head."""
+    sidecar = Sidecar(
+        path=Path("bench-ar"),
+        role="ar",
+        d_model=session.lm.d_model,
+        layer=session.layer,
+        injection_scale=None,
+        template=_TEMPLATE,
+        marker=None,
+        marker_id=None,
+        left_id=None,
+        right_id=None,
+        suffix_ids=(),
+    )
+    return Reconstructor(twin(session.lm).truncated(session.layer), sidecar, _head(session))
+
+
+def _head(session: Session) -> torch.Tensor:
+    width = session.lm.d_model
+    return torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+
+
+@contextmanager
+def _reconstructed(session: Session, count: int, prompt: int) -> Iterator[Prepared]:
+    reconstructor = make_reconstructor(session)
+    written = texts([prompt - AROUND] * count)
+
+    def reconstruct() -> None:
+        expect("vectors", len(reconstructor.reconstruct(written)), count)
+
+    yield Prepared(
+        lambda: count / seconds(reconstruct, session.device),
+        lambda: reconstructor.reconstruct(written[:_BRIEF_TEXTS]),
+    )

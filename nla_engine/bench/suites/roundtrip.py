@@ -1,0 +1,67 @@
+"""AV and AR on one device, one after the other, over a store: stored vectors a second that are explained and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nla_engine.bench.report import Line
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.suites import reconstruct, verbalize
+from nla_engine.bench.timing import free_memory
+from nla_engine.bench.workload import encoded_sequences, write_store
+from nla_engine.codec import Codec
+from nla_engine.config import RoundtripOptions
+from nla_engine.roundtrip import run_roundtrip
+
+
+def run(session: Session) -> None:
+    """One case; its parts are the suites verbalize and reconstruct."""
+    sizes = session.sizes
+    prompt = reconstruct.AROUND + sizes.av_new
+    line = session.measure(
+        "roundtrip",
+        f"{sizes.vectors} vectors {verbalize.PROMPT}+{sizes.av_new} and {prompt}",
+        "vectors/s",
+        _explained(session),
+        limit=_both(verbalize.limit(session), reconstruct.limit(session, prompt)),
+    )
+    av, ar = session.find("verbalize", "HF "), session.find("reconstruct", "HF ")
+    if line is not None and av is not None and ar is not None:  # their halves were measured in this run
+        line.compare(Line("roundtrip", "HF AV and AR in turn", "vectors/s", [_both(av.p50, ar.p50)]))
+
+
+def _both(av: float, ar: float) -> float:
+    """Rate of two kinds of work done one after the other."""
+    return 1 / (1 / av + 1 / ar)
+
+
+@contextmanager
+def _explained(session: Session) -> Iterator[Prepared]:
+    sizes, store = session.sizes, session.directory / "roundtrip.zarr"
+    codec = Codec.named("int8", session.lm.d_model)
+    write_store(store, codec, session.layer, encoded_sequences(codec, session.layer, sizes.vectors))
+    options = RoundtripOptions(
+        store=store,
+        av="bench-av",
+        ar="bench-ar",
+        out=session.directory / "explained.parquet",
+        limit=sizes.vectors,
+        max_new_tokens=sizes.av_new,
+        batch_size=min(sizes.slots, sizes.vectors),
+        device=str(session.device),
+        overwrite=True,
+    )
+
+    def once() -> float:
+        free_memory(session.device)  # of the run before
+        summary = run_roundtrip(
+            options,
+            verbalizer=verbalize.make_verbalizer(session),
+            reconstructor=reconstruct.make_reconstructor(session),
+        )
+        expect("explanations", summary.explanations, sizes.vectors)
+        expect("tokens generated", round(summary.n_tokens * sizes.vectors), sizes.vectors * sizes.av_new)
+        return summary.rows_per_second
+
+    yield Prepared(once)

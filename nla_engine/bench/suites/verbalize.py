@@ -1,0 +1,107 @@
+"""AV: vectors a second that get an explanation of fixed length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nla_engine.bench import baselines
+from nla_engine.bench.limits import generate_seconds
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.shapes import MARKER, twin
+from nla_engine.bench.timing import seconds
+from nla_engine.bench.workload import texts, vectors
+from nla_engine.checkpoint import Sidecar
+from nla_engine.verbalize import Verbalizer
+
+#: The prompt of the released Qwen2.5-7B pair: 111 tokens, the marker, 13 tokens.
+BEFORE, AFTER = 111, 13
+PROMPT = BEFORE + 1 + AFTER
+_INJECTION_SCALE = 150.0
+_BRIEF_TOKENS = 8
+
+
+def run(session: Session) -> None:
+    """One case, and what of it is set-up."""
+    sizes = session.sizes
+    slots = min(sizes.slots, sizes.vectors)
+    line = session.measure(
+        "verbalize",
+        f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}",
+        "vectors/s",
+        _explained(session, sizes.vectors, sizes.av_new, slots),
+        limit=limit(session),
+        detail=lambda p50: f"{p50 * sizes.av_new:,.0f} tok/s",
+    )
+    setup = session.measure("verbalize", "explain set-up", "s", _set_up(session, slots), warmups=0, repeats=2)
+    session.take_off(line, setup, sizes.vectors)
+    if session.settings.baseline == "hf":
+        batch = min(baselines.AV_BATCH, sizes.vectors)
+        theirs = session.measure(
+            "verbalize",
+            f"HF generate inputs_embeds B={batch} {PROMPT}+{sizes.av_new}",
+            "vectors/s",
+            baselines.verbalizer(session, batch, PROMPT, BEFORE, sizes.av_new),
+            warmups=0,
+            repeats=1,
+        )
+        if line is not None:
+            line.compare(theirs)
+
+
+def limit(session: Session) -> float:
+    """Vectors a second, the prompt before the marker being read once for all."""
+    sizes = session.sizes
+    count, new = sizes.vectors, sizes.av_new
+    slots = min(sizes.slots, count)
+    return count / generate_seconds(session.size, session.hardware, count, PROMPT, new, slots, shared=BEFORE)
+
+
+def make_verbalizer(session: Session) -> Verbalizer:
+    """The session's weights as an AV."""
+    sidecar = Sidecar(
+        path=Path("bench-av"),
+        role="av",
+        d_model=session.lm.d_model,
+        layer=session.layer,
+        injection_scale=_INJECTION_SCALE,
+        template=texts([BEFORE])[0] + "{injection_char}" + texts([AFTER])[0],
+        marker=MARKER,
+        marker_id=session.lm.tokenizer.convert_tokens_to_ids(MARKER),
+        left_id=None,
+        right_id=None,
+        suffix_ids=(),
+    )
+    return Verbalizer(twin(session.lm), sidecar)
+
+
+def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
+    """Seconds for `count` vectors."""
+    rows = vectors(count, session.lm.d_model)
+    counts: list[int] = []
+
+    def explain() -> None:
+        written = verbalizer.explain(enumerate(rows), max_new_tokens=new, batch_size=slots)
+        counts.extend(explanation.n_tokens for explanation in written)
+
+    elapsed = seconds(explain, session.device)
+    expect("explanations", len(counts), count)
+    expect("tokens generated", sum(counts), count * new)
+    return elapsed
+
+
+@contextmanager
+def _explained(session: Session, count: int, new: int, slots: int) -> Iterator[Prepared]:
+    verbalizer = make_verbalizer(session)
+    yield Prepared(
+        lambda: count / _explain(session, verbalizer, count, new, slots),
+        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
+    )
+
+
+@contextmanager
+def _set_up(session: Session, slots: int) -> Iterator[Prepared]:
+    """Seconds of one explanation of one token with the same slots."""
+    verbalizer = make_verbalizer(session)
+    yield Prepared(lambda: _explain(session, verbalizer, 1, 1, slots))

@@ -1,0 +1,159 @@
+"""The work of the cases: requests, prompt files, vectors, stores and generators, all of exactly known size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from nla_engine.bench.session import expect
+from nla_engine.capture import MAX_PREFILL_TOKENS
+from nla_engine.codec import Codec
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.models import LanguageModel
+from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
+from nla_engine.tap import RowRange, RowTap
+
+_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+#: Spread of the logarithm of document lengths; common for web text.
+_SIGMA = 0.8
+_SHORTEST = 16
+#: Rows of a written sequence, and distinct rows in a written store.
+_SEQUENCE_ROWS, _DISTINCT_ROWS = 128, 4096
+
+
+def texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
+    """Random letters: under the bench's tokenizer one token each."""
+    rng = np.random.default_rng(seed)
+    return [rng.choice(_LETTERS, size).tobytes().decode() for size in lengths]
+
+
+def prompt_file(path: Path, lengths: Sequence[int]) -> Path:
+    """A prompt a line, with these lengths in tokens."""
+    path.write_text("\n".join(texts(lengths)) + "\n", encoding="ascii")
+    return path
+
+
+def document_lengths(count: int, mean: int, longest: int) -> list[int]:
+    """Lognormal lengths cut at `longest`, with this mean after the cut; the same ones every time, shuffled."""
+    z = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
+    low, high = 0.0, math.log(longest)
+    for _ in range(40):
+        mu = (low + high) / 2
+        lengths = np.clip(np.exp(mu + _SIGMA * z), min(_SHORTEST, mean), longest)
+        low, high = (mu, high) if lengths.mean() < mean else (low, mu)
+    return [int(size) for size in np.random.default_rng(0).permutation(lengths.round())]
+
+
+def requests(lm: LanguageModel, lengths: Sequence[int], new_tokens: Sequence[int]) -> list[Request]:
+    """Random prompts of these lengths, to be continued by these numbers of tokens."""
+    rng = np.random.default_rng(0)
+    ids = [tuple(map(int, rng.integers(0, lm.vocab_size, size))) for size in lengths]
+    return [Request(i, prompt, new) for i, (prompt, new) in enumerate(zip(ids, new_tokens, strict=True))]
+
+
+@contextmanager
+def open_generator(
+    lm: LanguageModel,
+    *,
+    slots: int,
+    length: int,
+    new_tokens: int,
+    layers: Sequence[int] = (),
+    positions: str = "generated",
+    prompt: int = 0,
+    max_prefill: int | None = None,
+) -> Iterator[Generator]:
+    """A generator that never stops early; with `layers`, tapped into staging buffers as capture does it (int8).
+
+    prompt: tokens of the shortest prompt, from which the rows to keep are counted.
+    """
+    budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
+    keep = RowRange.parse(positions)
+    tap = None
+    if layers:
+        tap = RowTap(
+            tuple(layers),
+            Codec.named("int8", lm.d_model),
+            keep,
+            slots=slots,
+            rows_per_slot=keep.count(prompt, length),
+            exact_capacity=budget + slots,
+            sink_norm=dict.fromkeys(layers, math.inf),
+            device=lm.device,
+        )
+    runner = Runner(lm, slots=slots, length=length, tap=tap, tap_layers=layers)
+    try:
+        yield Generator(
+            runner,
+            max_new_tokens=new_tokens,
+            stop=StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
+            keeper=tap,
+            read_last=bool(layers and new_tokens),
+            max_prefill_tokens=budget,
+        )
+    finally:
+        runner.close()
+
+
+def run_all(generator: Generator, work: Sequence[Request]) -> tuple[int, int]:
+    """Tokens generated and rows collected over all of `work`, which must all run to their length."""
+    ended = tokens = rows = 0
+    for completion in generator.run(iter(work)):
+        ended += 1
+        tokens += len(completion.generated)
+        rows += sum(len(kept.norm) for kept in completion.rows.values())
+    expect("sequences ended", ended, len(work))
+    expect("tokens generated", tokens, sum(r.max_new_tokens for r in work))
+    return tokens, rows
+
+
+def vectors(count: int, width: int) -> np.ndarray:
+    """float32 [count, width], normal."""
+    return np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
+
+
+def encoded_sequences(codec: Codec, layer: int, rows: int) -> list[SequenceRows]:
+    """At least `rows` rows as a writer takes them, in sequences of 128; encoded once and used again and again."""
+    n = _SEQUENCE_ROWS
+    pool = vectors(min(max(rows, n), _DISTINCT_ROWS), codec.d_model)
+    tokens = np.zeros(n, np.int32)
+    position = np.arange(n, dtype=np.int32)
+    distinct = [
+        SequenceRows(
+            token_id=tokens,
+            next_token_id=np.append(tokens[1:], np.int32(-1)),
+            position=position,
+            flags=row_flags(position, 1, n),
+            layers={layer: LayerRows.encode(codec, pool[start : start + n], math.inf)},
+            tokens=tokens,
+            prompt_size=1,
+            finish=Finish.LENGTH,
+            source=b"{}",
+        )
+        for start in range(0, len(pool) - n + 1, n)
+    ]
+    return [distinct[i % len(distinct)] for i in range(-(-rows // n))]
+
+
+def write_store(path: Path, codec: Codec, layer: int, sequences: Sequence[SequenceRows]) -> None:
+    """A complete store of these sequences."""
+    with StoreWriter.create(
+        path,
+        layers=[layer],
+        codec=codec,
+        sink_norm={layer: math.inf},
+        vocabulary=[b"a"],
+        provenance={},
+        options={},
+        overwrite=True,
+    ) as writer:
+        for sequence in sequences:
+            writer.append(sequence)

@@ -1,0 +1,77 @@
+"""What capture measures before it writes: the norm that makes a row a sink, and what the codec costs on such rows.
+
+Knows nothing of stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nla_engine.codec import Codec, bf16_values
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Request
+from nla_engine.engine.runner import Runner
+from nla_engine.errors import EngineError
+from nla_engine.models import LanguageModel
+from nla_engine.prompts import Prompt
+from nla_engine.tap import RowRange, RowTap
+
+#: A row is an attention sink if its norm is this many times the median of the layer.
+SINK_FACTOR = 8.0
+#: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
+CALIBRATION = (64, 512)
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """Of one layer, on `rows` prompt rows: the norm above which a row is a sink; the codec's relative L2 error."""
+
+    sink_norm: float
+    error_mean: float
+    error_worst: float
+    rows: int
+
+
+@torch.inference_mode()
+def calibrate(
+    lm: LanguageModel, prompts: Sequence[Prompt], layers: Sequence[int], codec: Codec, kernels: str = "auto"
+) -> dict[int, LayerCalibration]:
+    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
+    count, size = CALIBRATION
+    sample = [Request(i, p.token_ids[:size], 0) for i, p in enumerate(prompts[:count])]
+    longest = max(len(r.token_ids) for r in sample)
+    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    slots = min(len(sample), 8)
+    tap = RowTap(
+        tuple(layers),
+        Codec.named("bf16", lm.d_model),
+        RowRange.parse("all"),
+        slots=slots,
+        rows_per_slot=longest,
+        exact_capacity=1,
+        sink_norm=dict.fromkeys(layers, float("inf")),
+        device=lm.device,
+    )
+    with Runner(lm, slots=slots, length=longest, tap=tap, tap_layers=layers, kernels=kernels) as runner:
+        for completion in Generator(runner, max_new_tokens=0, keeper=tap).run(sample):
+            for layer, kept in completion.rows.items():
+                rows[layer].append(bf16_values(kept.codes))
+    out = {}
+    for layer, parts in rows.items():
+        x = np.concatenate(parts)
+        norm = np.linalg.norm(x.astype(np.float64), axis=1)
+        finite = np.isfinite(norm) & (norm > 0)
+        if not finite.any():
+            raise EngineError(
+                f"layer {layer}: every row of the first {len(sample)} prompts is zero or not finite"
+            )
+        sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[finite])))
+        ordinary = finite & (norm <= sink_norm)
+        decoded = codec.decode(codec.encode(x[ordinary]))
+        error = np.linalg.norm((decoded - x[ordinary]).astype(np.float64), axis=1) / norm[ordinary]
+        out[layer] = LayerCalibration(sink_norm, float(error.mean()), float(error.max()), int(ordinary.sum()))
+    return out
