@@ -35,6 +35,8 @@ from nla_engine.tokens import token_bytes
 
 #: Shared prompt tokens below this are not worth a prefix.
 SHORTEST_PREFIX = 8
+#: Slots when prompts are only read: a pass reads no more texts than this at once.
+READING_SLOTS = 64
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 #: progress(sequences done, sequences in all)
@@ -193,6 +195,8 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
         prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
     longest = max(todo, default=1) + new
     slots = options.batch_size or default_slots(lm, longest - prefix)
+    if not new and options.batch_size is None:
+        slots = min(slots, READING_SLOTS)
     rows = sum(keep.count(size, size + new) for size in todo)
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
     return CapturePlan(

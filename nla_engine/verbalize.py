@@ -104,6 +104,7 @@ class Verbalizer:
 
         with Runner(lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels) as runner:
             generator = Generator(runner, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+            generator.prepare()
             for completion in generator.run(requests()):
                 for ended in order.add(completion):
                     text, status = parse_explanation(

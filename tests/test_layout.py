@@ -1,4 +1,4 @@
-"""The layout is the data flow: who may import whom, what every file says of itself, and that the README's tree is true."""
+"""The layout is the data flow: who may import whom, what files say of themselves, whether the README's tree is true."""
 
 from __future__ import annotations
 
@@ -139,10 +139,25 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 
 
 def test_what_a_repository_needs_is_there() -> None:
-    for name in (
-        "README.md CHANGELOG.md CONTRIBUTING.md LICENSE Makefile pyproject.toml setup.py CMakeLists.txt .gitignore "
-        ".ci/run csrc nla_engine tests docs/store_format.md docs/roundtrip.md docs/where.md docs/demo_models.md"
-    ).split():
+    for name in [
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "CMakeLists.txt",
+        ".gitignore",
+        ".ci/run",
+        "csrc",
+        "nla_engine",
+        "tests",
+        "docs/store_format.md",
+        "docs/roundtrip.md",
+        "docs/where.md",
+        "docs/demo_models.md",
+    ]:
         assert (ROOT / name).exists(), f"{name} is missing"
 
 

@@ -165,6 +165,7 @@ def test_zarr_writes_the_same_shard_bytes(tmp_path: Path) -> None:
     assert np.array_equal(ours.reshape(24, 3)[:20], values)
     written = (tmp_path / "a.zarr" / "c" / "0" / "0").read_bytes()
     built = shards.build_shard(values, 8, 8).tobytes()
+    assert built == shards.build_shard_reference(values, 8, 8).tobytes()
     assert len(built) == len(written)
     stride = 8 * 3 * 4 + 4
     chunks = {written[i * stride : (i + 1) * stride] for i in range(3)}

@@ -97,6 +97,7 @@ class running:
 
 
 def current_pass() -> Pass:
+    """The pass that is running. EngineError outside of one."""
     if not _current:
         raise EngineError("the model was called outside the engine while the engine holds it")
     return _current[-1]

@@ -82,7 +82,7 @@ class FusedBlock:
     ) -> torch.Tensor:
         """x + inner @ weight^T, normed before the sum where the family does so."""
         if norm is None:
-            return torch.addmm(x, inner, weight.t())
+            return x.addmm_(inner, weight.t())  # in place: the sum would otherwise start with a copy of x
         return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
 
 

@@ -127,11 +127,16 @@ class Generator:
         free = deque(range(self.runner.cache.slots))
         reading: deque[_Admitted] = deque()
         decoding: dict[int, _Admitted] = {}
+        ready: list[Completion] = []
         while True:
             entered = False
             if not decoding or len(free) >= self.runner.cache.slots * REFILL_PART:
                 entered = self._admit(source, free, reading)
             if not reading and not decoding:
+                if ready:  # the caller may let requests go once it has these
+                    yield from ready
+                    ready = []
+                    continue
                 if source.held:
                     raise EngineError("requests were held back although nothing is running")
                 return
@@ -144,15 +149,17 @@ class Generator:
                         ended.append(admitted)
             # Every slot that can be filled is filled before the next step; only a prompt of several passes waits.
             filling = entered and bool(free) and not reading and not source.dry
-            if decoding and not filling:
+            stepping = bool(decoding) and not filling
+            if stepping:
                 self._decode(decoding, hurry=bool(reading))
+            yield from ready  # while the device works: what the caller does with them costs no time
+            if stepping:
                 active = self.state.active.tolist()
                 ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
             if self.keeper is not None:
                 self.keeper.poll()
-            if ended:
-                free.extend(admitted.slot for admitted in ended)
-                yield from self._complete(ended)
+            ready = self._complete(ended) if ended else []
+            free.extend(admitted.slot for admitted in ended)
 
     def _admit(self, source: _Source, free: deque[int], reading: deque[_Admitted]) -> bool:
         """Fill free slots, with as many prompts as one prefill pass can read. True if any entered."""

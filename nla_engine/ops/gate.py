@@ -21,6 +21,7 @@ def gate(both: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def gate_reference(both: torch.Tensor, activation: str) -> torch.Tensor:
+    """`gate` in plain torch."""
     g, u = both.float().chunk(2, -1)
     act = (
         torch.nn.functional.silu(g)
@@ -31,6 +32,7 @@ def gate_reference(both: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def gate_triton(both: torch.Tensor, activation: str) -> torch.Tensor:
+    """`gate` as one launch."""
     rows, width = both.shape[0], both.shape[1] // 2
     y = torch.empty((rows, width), dtype=both.dtype, device=both.device)
     block = min(2048, triton.next_power_of_2(width))

@@ -31,6 +31,7 @@ def rms_norm_reference(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """`rms_norm` in plain torch."""
     wide = x.float()
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset)
     return (y if residual is None else y + residual.float()).to(x.dtype)
@@ -43,6 +44,7 @@ def rms_norm_triton(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """`rms_norm` as one launch, a program a row."""
     rows, d = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = triton.next_power_of_2(d)

@@ -55,6 +55,7 @@ def rotate_and_store_reference(
     place: torch.Tensor,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
+    """`rotate_and_store` in plain torch."""
     groups, size = keys.shape[2:]
     heads = row.shape[1] // size - 2 * groups
     q, k, v = row.view(len(row), -1, size).split([heads, groups, groups], 1)
@@ -82,6 +83,7 @@ def rotate_and_store_triton(
     place: torch.Tensor,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
+    """`rotate_and_store` as one launch."""
     groups, size = keys.shape[2:]
     heads = row.shape[1] // size - 2 * groups
     q = torch.empty((len(row), heads, size), dtype=row.dtype, device=row.device)

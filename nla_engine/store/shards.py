@@ -16,6 +16,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from nla_engine import extension
 from nla_engine.errors import StoreError, WriteError
 
 CHECKSUM_BYTES = 4
@@ -31,10 +32,25 @@ def index_bytes(shard_chunks: int) -> int:
 def build_shard(rows: np.ndarray, chunk_rows: int, shard_chunks: int) -> np.ndarray:
     """The file contents, uint8 [bytes], of a shard of rows [n, ...], 0 < n <= chunk_rows * shard_chunks.
 
-    Only the inner chunks that hold rows are present; the last one is filled up with zeros.
+    Only the inner chunks that hold rows are present; the last one is filled up with zeros. Built by the extension,
+    which lets other threads run meanwhile, or, without it, by `build_shard_reference`: the same bytes.
     """
-    little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-    raw = little.reshape(-1).view(np.uint8)
+    native = extension.load()
+    if native is None:
+        return build_shard_reference(rows, chunk_rows, shard_chunks)
+    raw = _raw_bytes(rows)
+    built = native.build_shard(raw, chunk_rows * (raw.size // len(rows)), shard_chunks)
+    return np.frombuffer(built, np.uint8)
+
+
+def _raw_bytes(rows: np.ndarray) -> np.ndarray:
+    """The values of rows as little-endian bytes, uint8 [bytes]; a view where they are so already."""
+    return np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def build_shard_reference(rows: np.ndarray, chunk_rows: int, shard_chunks: int) -> np.ndarray:
+    """`build_shard` in numpy."""
+    raw = _raw_bytes(rows)
     chunk_bytes = chunk_rows * (raw.size // len(rows))
     stride = chunk_bytes + CHECKSUM_BYTES
     full, rest = divmod(raw.size, chunk_bytes)

@@ -26,18 +26,14 @@ def run(session: Session) -> None:
     limit = 1 / prefill_seconds(session.size, session.hardware, 1, layer + 1)
     name = f"{len(lengths)} documents mean {sum(lengths) / len(lengths):.0f} layer {layer}"
     session.measure("corpus", f"{name} to host", "tok/s", _read(session, lengths), limit=limit)
-    setup = session.measure(
-        "corpus", "run_capture set-up", "s", _captured(session, [2] * len(lengths)), repeats=2
-    )
     line = session.measure(
         "corpus",
         f"{name} to disk",
         "tok/s",
-        _captured(session, lengths, rate=True),
+        _captured(session, lengths),
         limit=limit,
         warmups=0,
     )
-    session.take_off(line, setup, sum(lengths))
     if session.settings.baseline == "hf":
         batch = baselines.CORPUS_BATCH
         theirs = session.measure(
@@ -81,8 +77,8 @@ def _read(session: Session, lengths: list[int]) -> Iterator[Prepared]:
 
 
 @contextmanager
-def _captured(session: Session, lengths: list[int], rate: bool = False) -> Iterator[Prepared]:
-    """`run_capture` of a corpus to disk: its seconds, or its tokens a second. Slots as it chooses them unless given."""
+def _captured(session: Session, lengths: list[int]) -> Iterator[Prepared]:
+    """`run_capture` of a corpus to disk: its tokens a second. Slots as it chooses them unless given."""
     given = session.settings.batch_sizes
     out = session.directory / "corpus.zarr"
 
@@ -101,7 +97,7 @@ def _captured(session: Session, lengths: list[int], rate: bool = False) -> Itera
         finally:
             shutil.rmtree(out, ignore_errors=True)
         expect("rows stored", summary.rows, sum(lengths))
-        return summary.rows / summary.seconds if rate else summary.seconds
+        return summary.rows / summary.seconds
 
     prompts = prompt_file(session.directory / "corpus.txt", lengths)
     yield Prepared(once)

@@ -39,7 +39,6 @@ def _job(session: Session) -> None:
     name = f"{count} x {prompt}+{new}"
     limit = count * new / generate_seconds(session.size, session.hardware, count, prompt, new, slots)
     session.measure("generate", f"{name} no tap", "tok/s", _untapped(session, slots), limit=limit)
-    setup = session.measure("generate", "run_capture set-up", "s", _setup(session, count, slots), repeats=2)
     every = tuple(range(len(session.lm.blocks)))
     ours = []
     for layers, what, warmups in (((layer,), f"layer {layer}", 1), (every, "all layers", 0)):
@@ -53,7 +52,6 @@ def _job(session: Session) -> None:
             repeats=min(session.settings.repeats, 2) if warmups == 0 else None,
         )
         ours.append(line)
-        session.take_off(line, setup, count * new)
     if session.settings.baseline == "hf":
         batch = min(baselines.GENERATE_BATCH, count)
         for what, prepare in (
@@ -85,17 +83,6 @@ def _untapped(session: Session, slots: int) -> Iterator[Prepared]:
             lambda: sizes.requests * sizes.new / seconds(lambda: run_all(generator, work), lm.device),
             lambda: run_all(generator, brief),
         )
-
-
-@contextmanager
-def _setup(session: Session, count: int, slots: int) -> Iterator[Prepared]:
-    """Seconds of a capture of next to nothing with the same slots: what every run pays once."""
-
-    def once() -> float:
-        return _capture(session, prompts, (session.layer,), 1, slots, count)
-
-    prompts = prompt_file(session.directory / "setup.txt", [2] * count)
-    yield Prepared(once)
 
 
 @contextmanager
