@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,9 @@ from rich.table import Table
 
 from nla_engine.config import CaptureOptions, Options, RoundtripOptions
 from nla_engine.errors import NLAError
+
+if TYPE_CHECKING:
+    from nla_engine.store.verify import Check
 
 app = typer.Typer(
     name="nla-engine",
@@ -169,11 +172,22 @@ def info(store: StorePath, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(store: StorePath, as_json: Json = False) -> None:
+def verify(
+    store: StorePath,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Also read a sample again with this model, by plain transformers."),
+    ] = None,
+    sample: Annotated[int, typer.Option("--sample", help="Sequences that --model reads again.", min=1)] = 32,
+    device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N or cpu, for --model.")] = None,
+    as_json: Json = False,
+) -> None:
     """Check a store's structure, every checksum, and its commit. Exit code 1 if anything is wrong."""
     from nla_engine.store.verify import verify as run_checks
 
     checks = run_checks(store)
+    if model is not None and all(check.ok for check in checks):
+        checks += _audit(store, model, sample, device)
     table = Table("check", "", "detail", box=None)
     for check in checks:
         table.add_row(escape(check.name), "ok" if check.ok else "FAILED", escape(check.detail))
@@ -183,6 +197,17 @@ def verify(store: StorePath, as_json: Json = False) -> None:
         _print_json({"ok": good, "checks": [dataclasses.asdict(check) for check in checks]})
     if not good:
         raise typer.Exit(1)
+
+
+def _audit(store: Path, model: str, sample: int, device: str | None) -> list[Check]:
+    from nla_engine.audit import audit
+    from nla_engine.models import load_model, pick_device, pick_dtype
+    from nla_engine.store import CaptureStore
+
+    opened, chosen = CaptureStore.open(store), pick_device(device)
+    lm = load_model(model, device=chosen, dtype=pick_dtype(opened.provenance.get("dtype"), chosen))
+    with _progress("sequences") as progress:
+        return audit(opened, lm, sample=sample, progress=progress)
 
 
 @app.command()
