@@ -108,17 +108,8 @@ def test_on_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
     )
     run_capture(options)
     for model, code in ((base, 0), (save_model(tmp_path / "other", seed=7), 1)):
-        command = [
-            "nla-engine",
-            "verify",
-            str(options.out),
-            "--model",
-            str(model),
-            "--sample",
-            "3",
-            "--device",
-            "cpu",
-        ]
+        flags = ["--sample", "3", "--device", "cpu", "--json"]
+        command = ["nla-engine", "verify", str(options.out), "--model", str(model), *flags]
         monkeypatch.setattr("sys.argv", command)
         with pytest.raises(SystemExit) as ended:
             cli.main()
