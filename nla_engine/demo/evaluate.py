@@ -34,7 +34,7 @@ BATCH = 1024
 MAX_NEW_TOKENS = 110
 
 
-def _load(directory: Path, device: torch.device) -> tuple[Any, Any]:
+def load_model(directory: Path, device: torch.device) -> tuple[Any, Any]:
     """Model (float32, evaluation mode) and tokenizer; transformers' own annotations do not fit its classes."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(directory)
@@ -83,7 +83,7 @@ def capture(model: Any, sequences: list[list[int]], layer: int) -> list[torch.Te
 
 def verbalize(directory: Path, device: torch.device, vectors: torch.Tensor) -> tuple[list[str], list[int]]:
     """The AV's greedy text for vectors [N, d], and the number of tokens of each."""
-    model, tokenizer = _load(directory, device)
+    model, tokenizer = load_model(directory, device)
     meta = yaml.safe_load((directory / "nla_meta.yaml").read_text(encoding="utf-8"))
     content = meta["prompt_templates"]["av"].replace("{injection_char}", meta["tokens"]["injection_char"])
     ids = encode(tokenizer, render(tokenizer, content))
@@ -107,7 +107,7 @@ def verbalize(directory: Path, device: torch.device, vectors: torch.Tensor) -> t
 @torch.no_grad()
 def reconstruct(directory: Path, device: torch.device, explanations: list[str]) -> torch.Tensor:
     """The AR's vectors float32 [N, d] on the CPU."""
-    model, tokenizer = _load(directory, device)
+    model, tokenizer = load_model(directory, device)
     model.model.norm = torch.nn.Identity()  # transformers would apply the final norm to the last block
     meta = yaml.safe_load((directory / "nla_meta.yaml").read_text(encoding="utf-8"))
     head = load_file(directory / "value_head.safetensors")["weight"].float().to(device)
@@ -149,7 +149,7 @@ def evaluate_trio(
     directory: Path, device: torch.device, problem_count: int = 400, seed: int = 0
 ) -> dict[str, object]:
     """The trio's measured quality on held-out problems; the vectors are those of the base's own replies."""
-    base, tokenizer = _load(directory / "base", device)
+    base, tokenizer = load_model(directory / "base", device)
     meta = yaml.safe_load((directory / "av" / "nla_meta.yaml").read_text(encoding="utf-8"))
     problems = held_out_problems(problem_count * 4, seed)
     replies = base_replies(base, tokenizer, problems)

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from nla_engine.demo.checkpoint_layout import INJECTION_SCALE, LAYER, av_prompt_ids, save_checkpoint
-from nla_engine.demo.evaluate import evaluate_trio
+from nla_engine.demo.evaluate import evaluate_trio, load_model
 from nla_engine.demo.fit import compile_blocks, fit, run_blocks
 from nla_engine.demo.problems import OTHER_KEYS, TIMES_KEYS, all_problems, sample_problems
 from nla_engine.demo.rows import base_conversations, build_rows, join_rows, sample_texts
@@ -34,6 +35,8 @@ from nla_engine.demo.tokenizer import build_tokenizer
 STEPS = {"base": 5400, "av": 5700, "ar": 3800}
 TIME_SHARES = {"base": 0.37, "av": 0.41, "ar": 0.22}  # of --time-limit
 PEAK_RATES = {"base": 1.5e-3, "av": 1.0e-3, "ar": 1.0e-3}
+#: Where a step puts the vector of another row, in tokens from the marker; 0: nowhere.
+DECOY_OFFSETS = (0, -3, -2, -1, 1, 2, 3)
 PROMPT_SHARE = 0.25  # of prompt positions that become training rows; every reply position does
 USER_TOKEN_WEIGHT = 0.1  # the base model's loss on tokens that it never generates
 WINDOWS = (8, 24)  # tokens
@@ -132,7 +135,11 @@ def train_av(
     steps: int,
     seconds: float,
 ) -> dict[str, float]:
-    """Teach explanations int16 [N, E] (padded) given unit vectors [N, d] at the marker of the prompt."""
+    """Teach explanations int16 [N, E] (padded) given unit vectors [N, d] at the marker of the prompt.
+
+    Most steps put another row's vector a few tokens beside the marker, so that the AV learns to read the marker's
+    place and no other: a vector that lands one token off must not be explained all the same.
+    """
     device, pad_id = model.device, model.config.pad_token_id
     table = torch.from_numpy(explanations).to(device)
     prompt_ids, marker = prompt
@@ -144,6 +151,10 @@ def train_av(
         embeddings = model.model.embed_tokens(torch.cat([prefix, targets[:, :-1]], dim=1))
         vector = vectors[pick].float() * INJECTION_SCALE
         embeddings = torch.cat([embeddings[:, :marker], vector[:, None], embeddings[:, marker + 1 :]], dim=1)
+        place = marker + DECOY_OFFSETS[int(torch.randint(len(DECOY_OFFSETS), ()))]
+        if place != marker:
+            other = vectors[torch.randint(len(table), (batch,), device=device)].float() * INJECTION_SCALE
+            embeddings = torch.cat([embeddings[:, :place], other[:, None], embeddings[:, place + 1 :]], dim=1)
         hidden = run_blocks(model.model, embeddings, len(model.model.layers))
         logits = model.lm_head(model.model.norm(hidden[:, len(prompt_ids) - 1 :]))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=pad_id)
@@ -209,6 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--time-limit", type=float, default=1e9, help="seconds of training, all three together"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default 512, on a CPU 16")
+    parser.add_argument("--av-from", type=Path, help="go on with the AV of this trio; keep its base and AR")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--eval-problems", type=int, default=400)
     options = parser.parse_args(arguments)
@@ -226,8 +238,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"[{time.perf_counter() - start:.0f} s] {text}", flush=True)
 
     every = len(all_problems(TIMES_KEYS))
-    tokenizer = build_tokenizer(
-        sample_texts(sample_problems(6000, 1, "trained", TIMES_KEYS + OTHER_KEYS), seed=1)
+    given = options.av_from
+    texts = sample_texts(sample_problems(6000, 1, "trained", TIMES_KEYS + OTHER_KEYS), seed=1)
+    tokenizer: Any = (
+        build_tokenizer(texts) if given is None else AutoTokenizer.from_pretrained(given / "base")
     )
     backend = tokenizer.backend_tokenizer
     log(f"tokenizer of {len(tokenizer)} tokens")
@@ -241,36 +255,49 @@ def main(arguments: list[str] | None = None) -> None:
             for w in range(options.workers)
         ]
 
-        problems = all_problems(TIMES_KEYS) * 2 + all_problems(OTHER_KEYS)
-        if data_share < 1:
-            problems = problems[:: max(1, round(1 / data_share))]
-        ids, replies = base_conversations(backend, problems, options.seed)
-        log(f"{len(ids)} conversations of up to {ids.shape[1]} tokens for the base model")
-        base = new_base(tokenizer).to(device)
-        if device.type == "cuda":
-            compile_blocks(base.model)
         report: dict[str, object] = {}
-        report["base_fit"] = train_base(base, ids, replies, batch, steps["base"], seconds["base"])
+        if given is None:
+            problems = all_problems(TIMES_KEYS) * 2 + all_problems(OTHER_KEYS)
+            if data_share < 1:
+                problems = problems[:: max(1, round(1 / data_share))]
+            ids, replies = base_conversations(backend, problems, options.seed)
+            log(f"{len(ids)} conversations of up to {ids.shape[1]} tokens for the base model")
+            base = new_base(tokenizer).to(device)
+            if device.type == "cuda":
+                compile_blocks(base.model)
+            report["base_fit"] = train_base(base, ids, replies, batch, steps["base"], seconds["base"])
+            round_to_bfloat16(base)
+            save_checkpoint(
+                options.out / "base", copy_of(base, base.config.num_hidden_layers), tokenizer, "base"
+            )
+        else:
+            base = load_model(given / "base", device)[0]
         rows = join_rows([future.result() for future in futures], tokenizer.pad_token_id)
 
-    round_to_bfloat16(base)
     plain_base = copy_of(base, base.config.num_hidden_layers).eval()  # without compiled blocks
-    save_checkpoint(options.out / "base", copy_of(base, base.config.num_hidden_layers), tokenizer, "base")
     vectors = collect_activations(plain_base, rows, batch)
     log(f"{len(vectors)} rows for AV and AR, explanations of up to {rows['explanations'].shape[1]} tokens")
 
-    ar = copy_of(base, LAYER + 1)
-    head = torch.nn.Linear(ar.config.hidden_size, ar.config.hidden_size, bias=False, device=device)
-    torch.nn.init.eye_(head.weight)
-    av = copy_of(base, base.config.num_hidden_layers)
-    if device.type == "cuda":
-        compile_blocks(ar.model)
-        compile_blocks(av.model)
-    report["ar_fit"] = train_ar(ar, head, vectors, rows, batch, steps["ar"], seconds["ar"])
-    save_checkpoint(options.out / "ar", ar, tokenizer, "ar", head.weight)
-    report["av_fit"] = train_av(
-        av, vectors, rows["explanations"], av_prompt_ids(tokenizer), batch, steps["av"], seconds["av"]
+    if given is None:
+        ar = copy_of(base, LAYER + 1)
+        head = torch.nn.Linear(ar.config.hidden_size, ar.config.hidden_size, bias=False, device=device)
+        torch.nn.init.eye_(head.weight)
+        if device.type == "cuda":
+            compile_blocks(ar.model)
+        report["ar_fit"] = train_ar(ar, head, vectors, rows, batch, steps["ar"], seconds["ar"])
+        save_checkpoint(options.out / "ar", ar, tokenizer, "ar", head.weight)
+    else:
+        report |= json.loads((given / "evaluation.json").read_text(encoding="utf-8"))
+        report["av_first_fit"] = report.pop("av_fit")
+        for name in ("base", "ar"):
+            shutil.copytree(given / name, options.out / name, dirs_exist_ok=True)
+    av = copy_of(
+        base if given is None else load_model(given / "av", device)[0], base.config.num_hidden_layers
     )
+    if device.type == "cuda":
+        compile_blocks(av.model)
+    prompt = av_prompt_ids(tokenizer)
+    report["av_fit"] = train_av(av, vectors, rows["explanations"], prompt, batch, steps["av"], seconds["av"])
     save_checkpoint(options.out / "av", av, tokenizer, "av")
     log("trained; evaluating from disk")
 
