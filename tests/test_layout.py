@@ -23,7 +23,7 @@ ORDER = (
     {"store"},
     {"tap", "score", "results"},
     {"calibrate", "verbalize", "reconstruct"},
-    {"capture", "roundtrip"},
+    {"capture", "roundtrip", "audit"},
     {"demo"},
     {"cli", "bench"},
     {"__main__"},
