@@ -32,7 +32,7 @@ def run(session: Session) -> None:
         "tok/s",
         _captured(session, lengths),
         limit=limit,
-        warmups=0,
+        warmups=1,
     )
     if session.settings.baseline == "hf":
         batch = baselines.CORPUS_BATCH
@@ -41,7 +41,7 @@ def run(session: Session) -> None:
             f"HF whole model padded B={batch} fp32 to host",
             "tok/s",
             baselines.padded_extractor(session, lengths),
-            warmups=0,
+            warmups=1,
             repeats=min(session.settings.repeats, 2),
         )
         if line is not None:

@@ -39,19 +39,13 @@ def _job(session: Session) -> None:
     name = f"{count} x {prompt}+{new}"
     limit = count * new / generate_seconds(session.size, session.hardware, count, prompt, new, slots)
     session.measure("generate", f"{name} no tap", "tok/s", _untapped(session, slots), limit=limit)
-    every = tuple(range(len(session.lm.blocks)))
-    ours = []
-    for layers, what, warmups in (((layer,), f"layer {layer}", 1), (every, "all layers", 0)):
-        line = session.measure(
-            "generate",
-            f"{name} {what} to disk",
-            "tok/s",
-            _captured(session, layers, [prompt] * count, new, slots),
-            limit=limit,
-            warmups=warmups,
-            repeats=min(session.settings.repeats, 2) if warmups == 0 else None,
-        )
-        ours.append(line)
+    ours = session.measure(
+        "generate",
+        f"{name} layer {layer} to disk",
+        "tok/s",
+        _captured(session, (layer,), [prompt] * count, new, slots),
+        limit=limit,
+    )
     if session.settings.baseline == "hf":
         batch = min(baselines.GENERATE_BATCH, count)
         for what, prepare in (
@@ -63,12 +57,12 @@ def _job(session: Session) -> None:
                 f"HF generate {what} B={batch} {prompt}+{new}",
                 "tok/s",
                 prepare(session, batch, prompt, new),
-                warmups=0,
+                warmups=1,
                 repeats=min(session.settings.repeats, 2),
             )
-            if ours[0] is not None and theirs is not None:
-                better = ours[0].baseline_p50 is None or theirs.p50 > ours[0].baseline_p50
-                ours[0].compare(theirs if better else None)
+            if ours is not None and theirs is not None:
+                better = ours.baseline_p50 is None or theirs.p50 > ours.baseline_p50
+                ours.compare(theirs if better else None)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def run(session: Session) -> None:
             f"HF generate inputs_embeds B={batch} {PROMPT}+{sizes.av_new}",
             "vectors/s",
             baselines.verbalizer(session, batch, PROMPT, BEFORE, sizes.av_new),
-            warmups=0,
+            warmups=1,
             repeats=1,
         )
         if line is not None:
