@@ -46,6 +46,15 @@ __device__ __forceinline__ uint32_t bf16_bits(uint32_t bits) {
     return is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
+// Two or eight bfloat16 -> the same with NaNs made quiet, as bf16_bits does.
+__device__ __forceinline__ uint32_t quiet(uint32_t two) {
+    const uint32_t above = (two & 0x7fff7fffu) + 0x007f007fu;  // bits 15 and 31 tell what is more than Inf
+    return two | (above & 0x80008000u) >> 9;
+}
+__device__ __forceinline__ uint4 quiet(const uint4& eight) {
+    return {quiet(eight.x), quiet(eight.y), quiet(eight.z), quiet(eight.w)};
+}
+
 // One butterfly of step `step` among the lane's own 32 values.
 template <int step>
 __device__ __forceinline__ void butterfly_in_lane(float (&v)[kPerLane]) {
