@@ -22,7 +22,7 @@ from nla_engine.reconstruct import Reconstructor
 from nla_engine.roundtrip import RoundtripSummary, run_roundtrip
 from nla_engine.verbalize import Verbalizer
 
-PROBLEMS = 6
+PROBLEMS = 12
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def intact(
         Reconstructor.load(str(TRIO / "ar"), **cpu),
     )
     fve = bench.score(directory / "right.parquet").fve_nrm
-    assert fve is not None and fve > 0.85
+    assert fve is not None and fve > 0.8
     return bench, fve
 
 
@@ -108,12 +108,20 @@ def one_layer_off(by: int) -> Callable[[Bench], int]:
     return disturb
 
 
-def marker_off(bench: Bench) -> int:
-    """The vector stands at the start of the prompt, and the marker keeps its own embedding."""
-    av = bench.verbalizer
-    assert av.sidecar.marker_id is not None
-    av.prefix, av.tail = av.prefix[:1], (VECTOR, *av.prefix[2:], av.sidecar.marker_id, *av.tail[1:])
-    return LAYER
+def marker_off(by: int) -> Callable[[Bench], int]:
+    """The vector stands one token beside the marker, which keeps its own embedding."""
+
+    def disturb(bench: Bench) -> int:
+        av = bench.verbalizer
+        marker = av.sidecar.marker_id
+        assert marker is not None
+        if by < 0:
+            av.prefix, av.tail = av.prefix[:-1], (VECTOR, marker, *av.tail[1:])
+        else:
+            av.prefix, av.tail = (*av.prefix, marker), (VECTOR, *av.tail[2:])
+        return LAYER
+
+    return disturb
 
 
 def scale_off(bench: Bench) -> int:
@@ -128,19 +136,20 @@ def readout_off(bench: Bench) -> int:
     return LAYER
 
 
-#: How far FVE falls at least. On its own layer it is about 0.93; on layer 4 about 0.66, on layer 6 about 0.76, since
+#: How far FVE falls at least. On these problems it is about 0.87; on layer 4 about 0.65, on layer 6 about 0.72, since
 #: neighbouring layers of a residual stream are alike: even the mildest of these mistakes is not to be overlooked.
 FAULTS = {
     "layer 4": (one_layer_off(-1), 0.12),
     "layer 6": (one_layer_off(1), 0.12),
-    "marker": (marker_off, 0.3),
+    "marker one to the left": (marker_off(-1), 0.3),
+    "marker one to the right": (marker_off(1), 0.3),
     "scale": (scale_off, 0.3),
     "read-out": (readout_off, 0.3),
 }
 
 
 def test_the_vector_stands_where_the_sidecar_says(intact: tuple[Bench, float]) -> None:
-    """FVE cannot tell one token beside it (0.93 still, with this AV), so the place itself is tested."""
+    """Once, and between the neighbours that the sidecar names."""
     av = intact[0].verbalizer
     prompt = (*av.prefix, *av.tail)
     place = prompt.index(VECTOR)
