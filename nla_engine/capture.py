@@ -170,10 +170,11 @@ def _open_store(
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """sha256 over the token ids of every prompt, in order."""
+    """sha256 over the token ids and the record of every prompt, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(np.asarray((len(prompt.token_ids), *prompt.token_ids), np.int64).tobytes())
+        sizes = (len(prompt.token_ids), len(prompt.source))
+        digest.update(np.asarray((*sizes, *prompt.token_ids), np.int64).tobytes() + prompt.source)
     return digest.hexdigest()[:16]
 
 

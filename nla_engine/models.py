@@ -109,7 +109,7 @@ class LanguageModel:
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
             bits = weight.detach().contiguous().reshape(-1)
-            bits = bits.view(torch.int16 if bits.element_size() == 2 else torch.int32)
+            bits = bits.view({2: torch.int16, 4: torch.int32}.get(bits.element_size(), torch.uint8))
             first = second = 0
             for part in bits.split(1 << 26):
                 wide = part.to(torch.int64)

@@ -286,6 +286,10 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         run_capture(options(tmp_path, resume=True, max_new_tokens=4), lm=lm)
     with pytest.raises(StoreError, match="weights"):
         run_capture(options(tmp_path, resume=True), lm=language_model(seed=9))
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text((tmp_path / "prompts.jsonl").read_text().replace('"n": 3', '"n": 33'))
+    with pytest.raises(StoreError, match="prompts"):
+        run_capture(options(tmp_path, resume=True, prompts=changed), lm=lm)
     before = CaptureStore.open(tmp_path / "run.zarr")
     assert before.complete and before.rows > 0
 
