@@ -5,8 +5,9 @@ Knows the contract of a checkpoint directory, not how its model is run.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Sidecar:
     left_id: int | None
     right_id: int | None
     suffix_ids: tuple[int, ...]
+
+    def fingerprint(self) -> str:
+        """sha256 over everything but the path."""
+        return hashlib.sha256(repr(replace(self, path=Path())).encode()).hexdigest()[:16]
 
 
 def read_sidecar(directory: Path, role: str) -> Sidecar:

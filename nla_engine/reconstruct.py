@@ -4,6 +4,7 @@ the last token's residual stream to the vector. Knows nothing of stores or score
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,6 +65,13 @@ class Reconstructor:
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
         return cls(lm, sidecar, weight, bias, kernels=kernels)
+
+    def fingerprint(self) -> str:
+        """Of everything that a reconstruction depends on: weights, sidecar and value head."""
+        digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
+        if self.bias is not None:
+            digest.update(self.bias.cpu().numpy().tobytes())
+        return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}-{digest.hexdigest()[:16]}"
 
     @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> np.ndarray:

@@ -119,6 +119,7 @@ class ResultTable:
                         writer.write_table(pq.read_table(path, schema=SCHEMA).cast(schema))
                 _sync(temporary)
                 os.replace(temporary, self.out)
+                _sync(self.out.parent)  # before the parts go
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise

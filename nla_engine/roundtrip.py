@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,7 +101,11 @@ def run_roundtrip(
         "variance": options.variance,
         "base": store.provenance.get("weights"),
     }
-    same |= {"av": verbalizer.lm.fingerprint(), "ar": reconstructor.lm.fingerprint()}
+    same |= {
+        "store": store.attributes["store_id"],
+        "selection": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
+    }
+    same |= {"av": verbalizer.fingerprint(), "ar": reconstructor.fingerprint()}
     metadata = {
         **describe_run(),
         "run": options.to_dict(),

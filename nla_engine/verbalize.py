@@ -69,6 +69,10 @@ class Verbalizer:
         sidecar = read_sidecar(find_directory(name), "av")
         return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
 
+    def fingerprint(self) -> str:
+        """Of everything that an explanation depends on: weights and sidecar."""
+        return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}"
+
     def scaled(self, vectors: np.ndarray) -> np.ndarray:
         """float32 [n, d]: the vectors at the injection norm, v * scale / ||v||, or as they are if there is none."""
         scale = self.sidecar.injection_scale

@@ -135,6 +135,33 @@ def test_sampling_draws_from_the_softmax() -> None:
     assert ((share - expected).abs() <= 5 * error + 1e-12).all()
 
 
+@pytest.mark.parametrize("seed", [0, 1 << 40])
+def test_sampling_never_draws_what_cannot_be(seed: int) -> None:
+    """Over a large vocabulary, where a random number that rounds to 1 would win against any logit."""
+    logits = torch.full((64, 260_000), -1000.0)
+    logits[:, 7] = 1000.0
+    for block in range(8):
+        position = torch.arange(64) + 64 * block
+        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, Sampling(1.0, seed)) == 7).all()
+
+
+def test_a_sequence_of_nan_does_not_reach_the_next_one_in_its_slot() -> None:
+    lm = language_model()
+    bad = 77
+    with torch.no_grad():
+        lm.embedding.weight[bad] = float("nan")
+    clean = [Request(i, tuple(range(20, 20 + 2 * i)), 10) for i in range(1, 4)]
+    alone = run(lm, clean, slots=3)
+    after = run(lm, [Request(0, (bad,) * 40, 3), *clean], slots=2)
+    assert all(after[r.id].generated.tolist() == alone[r.id].generated.tolist() for r in clean)
+
+
+def test_a_closed_runner_gives_the_model_back() -> None:
+    lm = language_model()
+    run(lm, [Request(0, (5, 6), 2)], kernels="fused")
+    assert torch.isfinite(lm.model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
 def test_stop_automaton_finds_what_a_search_finds(rng) -> None:
     stops = (b"</e>", b"e>x", b"<<")
     tokens = [bytes(rng.choice(list(b"</e>x"), size).tolist()) for size in rng.integers(0, 4, 60)]

@@ -70,7 +70,7 @@ class Runner:
 
     def _take_over(self, prefix: Sequence[int], tap_layers: Iterable[int]) -> None:
         """Put the engine's attention, fused blocks and hooks into the model, and check that they compute the same."""
-        expected = self._library_states()
+        expected = self._library_states()  # with the library's own attention, which `close` leaves behind
         self.lm.model.set_attn_implementation(attention.NAME)
         for block in self.lm.blocks:
             if not self.reference and can_fuse(block):
@@ -96,6 +96,7 @@ class Runner:
         for block in self._fused:
             del block.forward
         self._hooks, self._fused = [], []
+        self.lm.model.set_attn_implementation("eager")
 
     @property
     def graphable(self) -> bool:

@@ -28,11 +28,13 @@ def choose(
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
     vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    key = _hash(
-        _hash(_hash(torch.full_like(sequence, sampling.seed & _MASK)) ^ (sequence & _MASK)) ^ position
-    )
+    key = torch.zeros_like(sequence)
+    for part in (sampling.seed, sampling.seed >> 32, sequence, sequence >> 32, position):
+        key = _hash(key ^ (part & _MASK))
     bits = _hash(key[:, None] ^ _hash(vocabulary)[None])
-    u = ((bits >> 8).float() + 0.5) * 2.0**-24
+    u = (
+        (bits >> 9).float() + 0.5
+    ) * 2.0**-23  # 23 bits: with 24 the largest would round to 1, a certain winner
     return (logits.float() / sampling.temperature - torch.log(-torch.log(u))).argmax(-1)
 
 

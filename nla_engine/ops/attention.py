@@ -89,6 +89,9 @@ def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sha
     seen = at <= tiles.position[:, None]
     if shape.window:
         seen &= at > tiles.position[:, None] - shape.window
+    values = values.masked_fill(
+        ~seen[:, :, None, None], 0.0
+    )  # a weight of 0 would keep another sequence's NaN
     return _attend(query[:, None], keys, values, seen[:, None], shape)[:, 0]
 
 
