@@ -140,13 +140,18 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]
 
 
 def reconstructor_prompt(sidecar: Sidecar, tokenizer: Any, explanation: str) -> list[int]:
-    """The AR's prompt around an explanation, as token ids; checked to end with the suffix ids."""
+    """The AR's prompt around an explanation, as token ids; it ends with the suffix ids, or CheckpointError.
+
+    A tokenizer may merge the end of an explanation with the start of the suffix; the two are then encoded apart.
+    """
     # plain replacement: explanations contain braces
-    ids: list[int] = tokenizer.encode(
-        sidecar.template.replace("{explanation}", explanation), add_special_tokens=True
-    )
+    text = sidecar.template.replace("{explanation}", explanation)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=True)
     suffix = list(sidecar.suffix_ids)
     if suffix and ids[-len(suffix) :] != suffix:
+        ending = tokenizer.decode(suffix)
+        if explanation and text.endswith(ending):
+            return [*tokenizer.encode(text.removesuffix(ending), add_special_tokens=True), *suffix]
         raise CheckpointError(
             f"{sidecar.path}: an AR prompt ends with tokens {ids[-len(suffix) :]}, the sidecar says {suffix}"
         )

@@ -155,6 +155,20 @@ def test_explanations_with_braces_and_suffix(tmp_path: Path) -> None:
         reconstructor_prompt(wrong, tokenizer, "text")
 
 
+def test_a_merge_across_the_suffix_is_undone(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(
+        [".</"]
+    )  # as a BPE merge would, it takes the explanation's full stop into the suffix
+    suffix = tokenizer.encode("</text>")
+    templates = {"ar": "x {explanation}</text>"}
+    sidecar = read(
+        tmp_path, {**AR, "tokens": {"critic_suffix_ids": suffix}, "prompt_templates": templates}, "ar"
+    )
+    ids = reconstructor_prompt(sidecar, tokenizer, "It ends.")
+    assert ids[-len(suffix) :] == suffix and tokenizer.decode(ids) == "x It ends.</text>"
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_loads_in_every_role(tmp_path: Path, architecture: str) -> None:
     base = load_model(str(save_model(tmp_path / "base", architecture)), **CPU)

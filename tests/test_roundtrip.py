@@ -173,6 +173,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert again.explanations == len(whole)
 
 
+def test_resuming_over_another_store_is_refused(trio: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.parquet"
+    run_roundtrip(options(trio, out, limit=4))
+    other = hand_made_store(tmp_path / "made.zarr", np.ones((9, D), np.float32))
+    with pytest.raises(RequestError, match="store was"):
+        run_roundtrip(options(trio, out, limit=4, store=other, resume=True))
+    with pytest.raises(RequestError, match="selection was"):
+        run_roundtrip(options(trio, out, limit=4, where="row > 5", resume=True))
+
+
 def test_samples_mark_the_best_of_each_row(trio: Path, tmp_path: Path) -> None:
     summary = run_roundtrip(options(trio, tmp_path / "x.parquet", samples=3, temperature=1.0, limit=5))
     rows = pq.read_table(tmp_path / "x.parquet").to_pylist()
