@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,6 @@ class Manifest:
             raise StoreError(f"{root / METADATA_NAME}: damaged: {error} is missing") from None
         except (RequestError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{root / METADATA_NAME}: damaged: {error}") from None
-
-    def with_commit(self, **changes: Any) -> Manifest:
-        return replace(self, commit=replace(self.commit, **changes))
 
 
 def read_attributes(root: Path) -> dict[str, Any]:
