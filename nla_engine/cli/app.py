@@ -1,0 +1,129 @@
+"""The application: its options, parameters made from the dataclasses of `config`, errors and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from nla_engine.cli.output import Json
+from nla_engine.config import Options
+from nla_engine.errors import NLAError
+
+app = typer.Typer(
+    name="nla-engine",
+    help="Capture a language model's activations, explain them in words, and measure how far the words can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+#: What typer makes of Ctrl-C, without a word.
+TYPER_INTERRUPTED = 130
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from nla_engine import extension
+
+    typer.echo(f"nla_engine {version('nla_engine')}")
+    if missing := extension.why_missing():
+        typer.echo(missing)
+    raise typer.Exit
+
+
+_VERSION_HELP = "Print the version and what is missing, then stop."
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help=_VERSION_HELP, is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    del debug, version  # the first is read when an error is told, the second has done its work
+
+
+def command(options: type[Options], *arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register `function(options, as_json)` as a command whose parameters are the fields of a dataclass."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(options)
+        parameters = [
+            _parameter(field, hints[field.name], arguments) for field in dataclasses.fields(options)
+        ]
+        parameters.append(
+            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+        )
+
+        def run(**values: Any) -> None:
+            as_json = values.pop("as_json")
+            values = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
+            function(options(**values), as_json)
+
+        run.__doc__ = function.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(function.__name__.removesuffix("_command"))(run)
+        return function
+
+    return register
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, ...]) -> inspect.Parameter:
+    help = field.metadata["help"]
+    if hint == tuple[int, ...]:
+        hint = list[int]
+    if field.name in arguments:
+        marker: Any = typer.Argument(help=help, metavar=field.name.upper())
+    else:
+        flag = "--" + field.name.replace("_", "-")
+        if typing.get_origin(hint) is types.UnionType and bool in typing.get_args(hint):
+            flag += "/--raw"
+        marker = typer.Option(flag, help=help)
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, marker]
+    )
+
+
+def main() -> None:
+    """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(standalone_mode=False)
+        if code == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+    except NLAError as error:
+        code = _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; what is finished is committed, and --resume goes on after it", 1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
+        if usage is not None:
+            code = _fail(usage(), 2)
+        else:
+            code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

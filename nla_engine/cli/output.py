@@ -1,0 +1,84 @@
+"""What commands tell: announcements and progress on stderr, summaries as a table or one JSON line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+#: Everything for people goes to stderr; stdout carries results.
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
+
+
+def say(text: str) -> None:
+    """One line for people; markup in it stays text."""
+    console.print(escape(text), highlight=False)
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with count, rate and time left; yields progress(done, total)."""
+    bar = Progress(
+        TextColumn(unit),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(unit, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
+
+        yield update
+
+
+def finish(title: str, facts: dict[str, Any], as_json: bool) -> None:
+    """The summary: a table for people, and one JSON line on stdout if asked."""
+    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    for key, value in facts.items():
+        table.add_row(key, escape(_show(value)))
+    console.print(table)
+    if as_json:
+        print_json(facts)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_show(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    return str(value)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """One JSON line on stdout."""
+    typer.echo(json.dumps(facts, allow_nan=False, default=str))

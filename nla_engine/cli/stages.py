@@ -1,0 +1,61 @@
+"""Commands that run models: capture, roundtrip, demo."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nla_engine.cli.app import app, command
+from nla_engine.cli.output import Json, console, finish, progress_bar, say
+from nla_engine.config import CaptureOptions, RoundtripOptions
+
+
+@command(CaptureOptions, "model")
+def capture_command(options: CaptureOptions, as_json: bool) -> None:
+    """Stage 1: run prompts through a model and store one layer's (or several layers') activations."""
+    from nla_engine.capture import run_capture
+
+    with progress_bar("sequences") as progress:
+        summary = run_capture(options, announce=say, progress=progress)
+    finish("captured", summary.to_dict(), as_json)
+
+
+@command(RoundtripOptions, "store")
+def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
+    """Stage 2: explain stored activations with an AV, read the words back with an AR, and score them."""
+    from nla_engine.roundtrip import run_roundtrip
+
+    with progress_bar("explanations") as progress:
+        summary = run_roundtrip(options, announce=say, progress=progress)
+    finish("round trip", summary.to_dict(), as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the store and the table.")] = Path(
+        "nla-demo"
+    ),
+    problems: Annotated[
+        int, typer.Option("--problems", help="Held-out multiplication problems.", min=2)
+    ] = 64,
+    device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N or cpu.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which problems.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole job on the bundled models: capture, explain, reconstruct, score. A CPU is enough."""
+    from nla_engine.demo.run import run_demo
+
+    summary, samples = run_demo(
+        out, problems=problems, device=device, seed=seed, announce=say, progress=progress_bar
+    )
+    for sample in samples:
+        text = textwrap.indent(sample.explanation, "  ")
+        console.print(
+            f"\n[bold]{escape(sample.heading)}[/bold]\n{escape(text)}", soft_wrap=True, highlight=False
+        )
+    console.print()
+    finish("demo", summary, as_json)
