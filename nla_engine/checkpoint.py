@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,23 +140,26 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]
     return ids, place
 
 
-def reconstructor_prompt(sidecar: Sidecar, tokenizer: Any, explanation: str) -> list[int]:
-    """The AR's prompt around an explanation, as token ids; it ends with the suffix ids, or CheckpointError.
+def reconstructor_prompts(sidecar: Sidecar, tokenizer: Any, explanations: Sequence[str]) -> list[list[int]]:
+    """The AR's prompt around each explanation, as token ids; it ends with the suffix ids, or CheckpointError.
 
     A tokenizer may merge the end of an explanation with the start of the suffix; the two are then encoded apart.
     """
     # plain replacement: explanations contain braces
-    text = sidecar.template.replace("{explanation}", explanation)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=True)
+    texts = [sidecar.template.replace("{explanation}", explanation) for explanation in explanations]
+    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else []
     suffix = list(sidecar.suffix_ids)
-    if suffix and ids[-len(suffix) :] != suffix:
-        ending = tokenizer.decode(suffix)
-        if explanation and text.endswith(ending):
-            return [*tokenizer.encode(text.removesuffix(ending), add_special_tokens=True), *suffix]
-        raise CheckpointError(
-            f"{sidecar.path}: an AR prompt ends with tokens {ids[-len(suffix) :]}, the sidecar says {suffix}"
-        )
-    return ids
+    for number, ids in enumerate(prompts if suffix else []):
+        if ids[-len(suffix) :] == suffix:
+            continue
+        ending, text = tokenizer.decode(suffix), texts[number]
+        if not (explanations[number] and text.endswith(ending)):
+            raise CheckpointError(
+                f"{sidecar.path}: an AR prompt ends with tokens {ids[-len(suffix) :]}, the sidecar says {suffix}"
+            )
+        start = tokenizer.encode(text.removesuffix(ending), add_special_tokens=True)
+        prompts[number] = [*start, *suffix]
+    return prompts
 
 
 def read_value_head(directory: Path, d_model: int) -> tuple[torch.Tensor, torch.Tensor | None]:

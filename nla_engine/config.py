@@ -16,6 +16,8 @@ from nla_engine.errors import RequestError
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation a step.
 KERNELS = ("auto", "fused", "reference")
+#: Where AV and AR live: together on the GPU, or one at a time.
+RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
 _Options = TypeVar("_Options", bound="Options")
 
@@ -136,6 +138,10 @@ class RoundtripOptions(Options):
     batch_size: int | None = option(
         "Explanations written at once. [default: from the memory that is free]", None
     )
+    follow: bool = option("Read a store that is still being written, until its writer has finished.", False)
+    residency: str = option(
+        "AV and AR on the GPU: both at once, or in turns; auto: both if they fit.", "auto"
+    )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
     kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
@@ -152,6 +158,11 @@ class RoundtripOptions(Options):
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
         self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
         self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
+        self._need(self.residency in RESIDENCIES, "residency", f"one of {', '.join(RESIDENCIES)}")
+        if self.follow and self.limit is not None:
+            raise RequestError(
+                "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
+            )
         if self.samples > 1 and self.temperature == 0:
             raise RequestError(
                 "--samples above 1 would write one greedy text several times: give a --temperature"

@@ -97,6 +97,11 @@ class LanguageModel:
         decoder.norm = nn.Identity()
         return dataclasses.replace(self, decoder=decoder, head=None)
 
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device. No Runner may be open on them."""
+        self.model.to(device)
+        self.decoder.to(device)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [n, d] -> logits [n, vocab] in the model's dtype, with the soft cap that Gemma-2 has."""
         assert self.head is not None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nla_engine.checkpoint import Sidecar, read_sidecar, read_value_head, reconstructor_prompt
+from nla_engine.checkpoint import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
 from nla_engine.models import LanguageModel, find_directory, load_model
@@ -47,7 +47,7 @@ class Reconstructor:
         self.bias = None if bias is None else bias.to(lm.device)
         self.kernels = kernels
         self._runner: Runner | None = None
-        reconstructor_prompt(sidecar, lm.tokenizer, "")  # its checks
+        self._prefix = self._shared_prefix()
 
     @classmethod
     def load(
@@ -73,15 +73,19 @@ class Reconstructor:
             digest.update(self.bias.cpu().numpy().tobytes())
         return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}-{digest.hexdigest()[:16]}"
 
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device."""
+        self.close()
+        self.lm.move(device)
+        self.weight = self.weight.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+
     @torch.inference_mode()
-    def reconstruct(self, explanations: Sequence[str]) -> np.ndarray:
-        """float32 [n, d]: the vector that each text stands for. Packed passes, no padding."""
-        prompts = [reconstructor_prompt(self.sidecar, self.lm.tokenizer, text) for text in explanations]
-        out = np.full((len(prompts), self.lm.d_model), np.nan, np.float32)
-        if not prompts:
-            return out
-        runner = self._fit_runner(max(map(len, prompts)))
-        most, budget = runner.cache.slots, _BATCH[self.lm.device.type][1]
+    def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
+        """float32 [n, d] on the model's device: the vector that each text stands for. Packed passes, no padding."""
+        prompts = reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)
+        last = torch.empty((len(prompts), self.lm.d_model), dtype=self.lm.dtype, device=self.lm.device)
+        most, budget = _BATCH[self.lm.device.type]
         start = 0
         while start < len(prompts):
             end, total = start, 0
@@ -92,12 +96,31 @@ class Reconstructor:
             ):
                 total += len(prompts[end])
                 end += 1
-            batch = prompts[start:end]
-            hidden = runner.prefill([(slot, 0, ids) for slot, ids in enumerate(batch)])
-            last = hidden[np.cumsum([len(ids) for ids in batch]) - 1]
-            out[start:end] = torch.nn.functional.linear(last.float(), self.weight, self.bias).cpu().numpy()
+            last[start:end] = self._last_states(prompts[start:end])
             start = end
-        return out
+        return torch.nn.functional.linear(last.float(), self.weight, self.bias)
+
+    @torch.inference_mode()
+    def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
+        """The last token's residual stream [n, d] of each prompt. Tokens that every slot holds already are not read."""
+        runner = self._fit_runner(max(map(len, prompts)))
+        shared = len(self._prefix)
+        first = [
+            shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
+        ]
+        hidden = runner.prefill(
+            [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))]
+        )
+        if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
+            runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
+        sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
+        return hidden[np.cumsum(sizes) - 1]
+
+    def _shared_prefix(self) -> tuple[int, ...]:
+        """Token ids that prompts begin with, but for texts that a tokenizer merges with the template before them."""
+        one, other = reconstructor_prompts(self.sidecar, self.lm.tokenizer, ["a", "1"])
+        same = [a == b for a, b in zip(one, other, strict=False)]
+        return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
 
     def close(self) -> None:
         """Give the model back; the next `reconstruct` takes it again."""
@@ -110,7 +133,10 @@ class Reconstructor:
         if self._runner is None or self._runner.cache.size - 1 < longest:
             self.close()  # its cache is given back first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
-            self._runner = Runner(
-                self.lm, slots=_BATCH[self.lm.device.type][0], length=length, kernels=self.kernels
-            )
+            slots = _BATCH[self.lm.device.type][0]
+            self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)
+            cache = self._runner.cache
+            if self._prefix:
+                self._runner.prefill([(cache.spare, 0, self._prefix)])
+                cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner

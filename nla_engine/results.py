@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -42,19 +43,20 @@ SCHEMA = pa.schema(
         pa.field("retrieval_rank", pa.int32()),
     ]
 )
+#: Columns that are known at the end alone, from mse_nrm and a number that belongs to the whole run.
+_LAST = ("fve_nrm", "fve_meannorm")
+_PART_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in _LAST])
 
 
 class ResultTable:
     """The result of one run on its way. `done`: rows of the table (samples counted) that are committed."""
 
-    def __init__(self, out: Path, parts: Path, metadata: dict[str, Any], done: int, next_part: int) -> None:
-        self.out, self._parts, self._metadata = out, parts, metadata
+    def __init__(self, out: Path, parts: Path, options: dict[str, Any], done: int, next_part: int) -> None:
+        self.out, self._parts, self._options = out, parts, options
         self.done, self._next_part = done, next_part
 
     @classmethod
-    def open(
-        cls, out: Path, *, options: dict[str, Any], metadata: dict[str, Any], resume: bool, overwrite: bool
-    ) -> ResultTable:
+    def open(cls, out: Path, *, options: dict[str, Any], resume: bool, overwrite: bool) -> ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
         A result that is to be overwritten stays until the new one is whole.
@@ -75,7 +77,7 @@ class ResultTable:
             elif out.exists() and not record.exists():
                 _check_same(out, read_metadata(out).get("options", {}), options)
                 shutil.rmtree(parts, ignore_errors=True)
-                return cls(out, parts, metadata, done=pq.read_metadata(out).num_rows, next_part=-1)
+                return cls(out, parts, options, done=pq.read_metadata(out).num_rows, next_part=-1)
             out.parent.mkdir(parents=True, exist_ok=True)
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
@@ -83,15 +85,15 @@ class ResultTable:
                 parts.mkdir(exist_ok=True)
                 _replace(record, json.dumps({"options": options}, indent=1).encode())
             files = _part_files(parts)
-            return cls(out, parts, {**metadata, "options": options}, sum(_rows(f) for f in files), len(files))
+            return cls(out, parts, options, sum(_rows(f) for f in files), len(files))
 
     @property
     def finished(self) -> bool:
         return self._next_part < 0
 
     def append(self, columns: dict[str, Any]) -> None:
-        """Commit a part: columns of SCHEMA, all of one length."""
-        table = pa.table(columns, schema=SCHEMA)
+        """Commit a part: columns of SCHEMA without those of _LAST, all of one length."""
+        table = pa.table(columns, schema=_PART_SCHEMA)
         path = self._parts / f"part-{self._next_part:06d}.parquet"
         with _writing(path):
             temporary = path.with_suffix(".tmp")
@@ -106,17 +108,26 @@ class ResultTable:
         self._next_part += 1
         self.done += len(table)
 
-    def finish(self) -> None:
-        """Join the parts into the one file, with the run's metadata in its schema."""
+    def finish(
+        self, metadata: dict[str, Any], last: Callable[[np.ndarray], dict[str, list[float | None]]]
+    ) -> None:
+        """Join the parts into the one file. metadata: of the run, kept in the schema.
+
+        last: gives the columns of _LAST from mse_nrm, float64 [n] with NaN for null.
+        """
         if self.finished:
             return
         temporary = self.out.with_name(self.out.name + ".tmp")
-        schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(self._metadata).encode()})
+        described = json.dumps({**metadata, "options": self._options}).encode()
+        schema = SCHEMA.with_metadata({METADATA_KEY: described})
         with _writing(self.out):
             try:
                 with pq.ParquetWriter(temporary, schema) as writer:
                     for path in _part_files(self._parts):
-                        writer.write_table(pq.read_table(path, schema=SCHEMA).cast(schema))
+                        part = pq.read_table(path, schema=_PART_SCHEMA)
+                        columns = dict(zip(part.column_names, part.columns, strict=True))
+                        columns |= last(part["mse_nrm"].to_numpy())
+                        writer.write_table(pa.table(columns, schema=schema))
                 _sync(temporary)
                 os.replace(temporary, self.out)
                 _sync(self.out.parent)  # before the parts go

@@ -15,20 +15,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit(x: torch.Tensor) -> torch.Tensor:
     """float32 [n, d] -> the same rows at length 1 (norms summed in float64); zero and non-finite rows become NaN."""
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        norm = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
-        norm[(norm == 0) | ~np.isfinite(norm)] = np.nan
-        return (x / norm[:, None]).astype(np.float32)
+    norm = x.double().square().sum(-1, keepdim=True).sqrt()
+    norm = torch.where((norm == 0) | ~norm.isfinite(), torch.nan, norm)
+    return (x / norm).float()
 
 
-def cosine(v: np.ndarray, r: np.ndarray) -> np.ndarray:
+def cosine(v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
     """float64 [n]: cos of the rows of v and r, float32 [n, d]; NaN where either has no direction."""
-    with np.errstate(invalid="ignore"):
-        return np.clip(np.einsum("nd,nd->n", unit(v), unit(r), dtype=np.float64), -1.0, 1.0)
+    products = (unit(v).double() * unit(r).double()).sum(-1)
+    return products.clamp(-1.0, 1.0).cpu().numpy()
 
 
 def mse_nrm(cos: np.ndarray) -> np.ndarray:
@@ -41,21 +41,22 @@ class DirectionVariance:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._sum: np.ndarray | float = 0.0
+        self._sum: torch.Tensor | None = None
 
-    def add(self, x: np.ndarray) -> None:
+    def add(self, x: torch.Tensor) -> None:
         """Take rows float32 [n, d]; rows without a direction are left out."""
-        directions = unit(x).astype(np.float64)
-        directions = directions[np.isfinite(directions).all(1)]
+        directions = unit(x).double()
+        directions = directions[directions.isfinite().all(1)]
         self.rows += len(directions)
-        self._sum = self._sum + directions.sum(0)
+        total = directions.sum(0)
+        self._sum = total if self._sum is None else self._sum + total
 
     @property
     def value(self) -> float:
         """NaN without rows. 0 if all rows point the same way: FVE is then undefined."""
-        if not self.rows:
+        if not self.rows or self._sum is None:
             return math.nan
-        mean = np.asarray(self._sum) / self.rows
+        mean = self._sum / self.rows
         return max(1.0 - float(mean @ mean), 0.0)
 
 
@@ -74,27 +75,30 @@ def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
 class Controls:
     """A fixed sample of rows that reconstructions are held against.
 
-    rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite.
+    rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite, on any device.
     Both controls of a row depend on the row, the seed and this sample alone, never on batches.
     """
 
     rows: np.ndarray
     sequences: np.ndarray
-    directions: np.ndarray
+    directions: torch.Tensor
     seed: int
 
     @classmethod
-    def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: np.ndarray, seed: int) -> Controls:
+    def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: torch.Tensor, seed: int) -> Controls:
         directions = unit(vectors)
-        sound = np.isfinite(directions).all(1)
-        return cls(rows[sound], sequences[sound], directions[sound], seed)
+        sound = directions.isfinite().all(1)
+        kept = sound.cpu().numpy()
+        return cls(rows[kept], sequences[kept], directions[sound], seed)
 
-    def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: np.ndarray) -> np.ndarray:
+    def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if it can."""
         partner = np.array(
             [self._partner(int(a), int(s)) for a, s in zip(rows, sequences, strict=True)], np.int64
         )
-        out = cosine(self.directions[partner], r) if len(self.rows) else np.full(len(rows), np.nan)
+        if not len(self.rows):
+            return np.full(len(rows), np.nan)
+        out = cosine(self.directions[torch.from_numpy(partner).to(r.device)], r)
         out[partner < 0] = np.nan
         return out
 
@@ -110,9 +114,8 @@ class Controls:
                 return int(order[candidates.argmax()])
         return -1
 
-    def rank(self, rows: np.ndarray, cos: np.ndarray, r: np.ndarray) -> np.ndarray:
+    def rank(self, rows: np.ndarray, cos: np.ndarray, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: 1 + how many other rows of the sample are closer to the reconstruction than its own vector."""
-        with np.errstate(invalid="ignore"):
-            near = unit(r) @ self.directions.T > cos[:, None]
-        near &= self.rows[None] != rows[:, None]
-        return np.where(np.isfinite(cos), 1.0 + near.sum(1), np.nan)
+        near = (unit(r) @ self.directions.T).double() > torch.from_numpy(cos).to(r.device)[:, None]
+        near &= torch.from_numpy(self.rows[None] != rows[:, None]).to(r.device)
+        return np.where(np.isfinite(cos), 1.0 + near.sum(1).cpu().numpy(), np.nan)

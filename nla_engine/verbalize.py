@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from nla_engine.tokens import token_bytes
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 #: Finished explanations that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
+#: Vectors brought to the injection norm together.
+_SCALED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -73,41 +77,53 @@ class Verbalizer:
         """Of everything that an explanation depends on: weights and sidecar."""
         return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}"
 
-    def scaled(self, vectors: np.ndarray) -> np.ndarray:
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device."""
+        self.lm.move(device)
+
+    def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
         """float32 [n, d]: the vectors at the injection norm, v * scale / ||v||, or as they are if there is none."""
         scale = self.sidecar.injection_scale
         if scale is None:
             return vectors
-        norm = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-        return (vectors * (scale / norm[:, None])).astype(np.float32)
+        norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
+        return (vectors * (scale / norm)).float()
+
+    @cached_property
+    def _stop(self) -> StopAutomaton:
+        lm = self.lm
+        return StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
 
     def explain(
         self,
-        vectors: Iterable[tuple[int, np.ndarray]],
+        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]],
         *,
+        samples: int = 1,
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
         kernels: str = "auto",
     ) -> collections.abc.Generator[Explanation, None, None]:
-        """Explain (id, float32 [d]) pairs; explanations come in the same order. An id names its random numbers.
+        """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
-        Vectors are scaled here, and must be finite and not zero. Read lazily, as slots become free.
+        Their ids are id * samples, + 1 and so on, and name their random numbers; the prompt is read once for all of
+        them. Vectors are scaled here, and must be finite and not zero. Read lazily, some ahead of free slots.
         """
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
         slots = batch_size or default_slots(lm, length - len(self.prefix))
-        stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
         order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
 
         def requests() -> Iterator[Request | None]:
-            for id_, vector in vectors:
-                while order.is_full:
-                    yield None
-                yield order.asked(Request(id_, self.tail, max_new_tokens, self.scaled(vector[None])[0]))
+            for id_, vector in self._at_scale(vectors):
+                for sample in range(samples):
+                    while order.is_full:
+                        yield None
+                    request = Request(id_ * samples + sample, self.tail, max_new_tokens, vector, sample > 0)
+                    yield order.asked(request)
 
         with Runner(lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels) as runner:
-            generator = Generator(runner, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+            generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
             generator.prepare()
             for completion in generator.run(requests()):
                 for ended in order.add(completion):
@@ -115,3 +131,12 @@ class Verbalizer:
                         lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
                     )
                     yield Explanation(ended.request.id, text, status, len(ended.generated))
+
+    def _at_scale(
+        self, vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same pairs with scaled vectors on the model's device, some at a time."""
+        pairs = iter(vectors)
+        while group := list(islice(pairs, _SCALED_AT_ONCE)):
+            block = torch.stack([torch.as_tensor(vector) for _, vector in group]).to(self.lm.device)
+            yield from zip([id_ for id_, _ in group], self.scaled(block), strict=True)

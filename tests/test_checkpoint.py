@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_sidecar
 
-from nla_engine.checkpoint import read_sidecar, reconstructor_prompt, verbalizer_prompt
+from nla_engine.checkpoint import read_sidecar, reconstructor_prompts, verbalizer_prompt
 from nla_engine.errors import CheckpointError, NLAError
 from nla_engine.models import load_model, pick_device, pick_dtype
 from nla_engine.reconstruct import Reconstructor
@@ -148,11 +148,11 @@ def test_explanations_with_braces_and_suffix(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     suffix = tokenizer.encode(" y")
     sidecar = read(tmp_path, {**AR, "tokens": {"critic_suffix_ids": suffix}}, "ar")
-    ids = reconstructor_prompt(sidecar, tokenizer, "a {b} {explanation} {0}")
+    [ids] = reconstructor_prompts(sidecar, tokenizer, ["a {b} {explanation} {0}"])
     assert tokenizer.decode(ids) == "x a {b} {explanation} {0} y" and ids[-2:] == suffix
     wrong = read(tmp_path, {**AR, "tokens": {"critic_suffix_ids": [1, 2]}}, "ar")
     with pytest.raises(CheckpointError, match=r"ends with tokens .* the sidecar says \[1, 2\]"):
-        reconstructor_prompt(wrong, tokenizer, "text")
+        reconstructor_prompts(wrong, tokenizer, ["text"])
 
 
 def test_a_merge_across_the_suffix_is_undone(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_merge_across_the_suffix_is_undone(tmp_path: Path) -> None:
     sidecar = read(
         tmp_path, {**AR, "tokens": {"critic_suffix_ids": suffix}, "prompt_templates": templates}, "ar"
     )
-    ids = reconstructor_prompt(sidecar, tokenizer, "It ends.")
+    [ids] = reconstructor_prompts(sidecar, tokenizer, ["It ends."])
     assert ids[-len(suffix) :] == suffix and tokenizer.decode(ids) == "x It ends.</text>"
 
 

@@ -172,7 +172,7 @@ def create_then(patch: pytest.MonkeyPatch, create):
 
 def test_roundtrip_with_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, before = tmp_path / "x.parquet", contents(root)
-    monkeypatch.setattr("nla_engine.roundtrip.CHUNK", 6)
+    monkeypatch.setattr("nla_engine.roundtrip.pipeline.CHUNK", 6)
     real, calls = pq.write_table, itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(results.pq, "write_table", lambda *a: full() if next(calls) == 2 else real(*a))

@@ -165,8 +165,8 @@ def test_a_planted_fault_shows(
     bench = Bench(right.store, copy.copy(right.verbalizer), copy.copy(right.reconstructor))
     disturb, drop = FAULTS[fault]
     if disturb is readout_off:
-        whole = ar_module.reconstructor_prompt
-        monkeypatch.setattr(ar_module, "reconstructor_prompt", lambda *a: whole(*a)[:-1])
+        whole = ar_module.reconstructor_prompts
+        monkeypatch.setattr(ar_module, "reconstructor_prompts", lambda *a: [ids[:-1] for ids in whole(*a)])
     layer = disturb(bench)
     wrong = bench.score(tmp_path / "x.parquet", layer).fve_nrm
     print(f"{fault}: FVE {fve:.3f} -> {wrong:.3f}")

@@ -70,7 +70,10 @@ def test_attention(
         if rows // (heads // groups) < tokens:
             continue
         tensors = [torch.tensor(np.asarray(column), dtype=torch.int64, device=DEVICE) for column in columns]
-        tiles = attention.Tiles(*tensors, rows=rows, longest=prefix + 112)
+        own = np.concatenate([np.arange(start, start + count) for _, start, count in chosen])
+        tiles = attention.Tiles(
+            *tensors, own=torch.from_numpy(own).to(DEVICE), rows=rows, longest=prefix + 112
+        )
         query = randn(rng, sum(counts), heads, size, dtype=dtype)
         held = attention.KeyValues(*kv)
         wide = attention.KeyValues(*(tensor.double() for tensor in kv))

@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 from tiny import MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_prompts
 
-from nla_engine import roundtrip as stage
 from nla_engine.capture import run_capture
 from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
@@ -20,7 +19,8 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.models import load_model
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.results import read_metadata
-from nla_engine.roundtrip import run_roundtrip, summarise
+from nla_engine.roundtrip import pipeline, run_roundtrip, summarise
+from nla_engine.roundtrip.rows import select_rows
 from nla_engine.store import CaptureStore, Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 from nla_engine.verbalize import Verbalizer, parse_explanation
 
@@ -143,10 +143,10 @@ def test_reconstructor_equals_transformers(architecture: str, tmp_path: Path) ->
 def test_interrupted_and_resumed_equals_uninterrupted(
     trio: Path, tmp_path: Path, monkeypatch, stop_after: int
 ) -> None:
-    monkeypatch.setattr(stage, "CHUNK", 8)
+    monkeypatch.setattr(pipeline, "CHUNK", 8)
     sampled = {"samples": 2, "temperature": 0.9, "seed": 4}
     run_roundtrip(options(trio, tmp_path / "whole.parquet", **sampled))
-    real, calls = stage._Run._score, []
+    real, calls = pipeline.Pipeline._score, []
 
     def fail_later(self, chunk):
         if len(calls) == stop_after:
@@ -154,12 +154,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         calls.append(1)
         return real(self, chunk)
 
-    monkeypatch.setattr(stage._Run, "_score", fail_later)
+    monkeypatch.setattr(pipeline.Pipeline, "_score", fail_later)
     out = tmp_path / "x.parquet"
     with pytest.raises(KeyboardInterrupt):
         run_roundtrip(options(trio, out, **sampled))
     assert not out.exists()
-    monkeypatch.setattr(stage._Run, "_score", real)
+    monkeypatch.setattr(pipeline.Pipeline, "_score", real)
     with pytest.raises(RequestError, match="--resume"):
         run_roundtrip(options(trio, out, **sampled))
     with pytest.raises(RequestError, match="seed was 4, is 5"):
@@ -239,12 +239,11 @@ def test_selection(trio: Path, tmp_path: Path) -> None:
     store = CaptureStore.open(trio / "run.zarr")
     some = options(trio, tmp_path / "x.parquet", where="sequence_end and sequence < 3")
     assert (
-        stage.select_rows(store, some).tolist()
-        == np.flatnonzero(store.column("next_token_id") == -1)[:3].tolist()
+        select_rows(store, some).tolist() == np.flatnonzero(store.column("next_token_id") == -1)[:3].tolist()
     )
     with pytest.raises(StoreError, match="no row for --where"):
         run_roundtrip(options(trio, tmp_path / "x.parquet", where="position > 9999"))
-    limited = stage.select_rows(store, options(trio, tmp_path / "x", limit=4))
+    limited = select_rows(store, options(trio, tmp_path / "x", limit=4))
     assert len(limited) == 4 and limited[0] == 0 and limited[-1] == store.rows - 1
 
 

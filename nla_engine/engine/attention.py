@@ -7,6 +7,7 @@ and its slot.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +60,14 @@ class Pass:
 def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest: int) -> Tiles:
     """One query a tile: a decode step. slot, position: int64 [B]."""
     token = torch.arange(len(slot), device=slot.device)
-    return Tiles(token, torch.ones_like(token), slot, position, tile_rows(1, group), longest)
+    return Tiles(token, torch.ones_like(token), slot, position, position, tile_rows(1, group), longest)
 
 
-def prefill_tiles(parts: Sequence[tuple[int, int, int]], group: int, device: torch.device) -> Tiles:
-    """Runs of queries, (slot, start position, length) one after another, cut so that a tile is filled."""
+def prefill_tiles(parts: Sequence[tuple[int, int, int]], group: int, own: torch.Tensor) -> Tiles:
+    """Runs of queries, (slot, start position, length) one after another, cut so that a tile is filled.
+
+    own: int64 [T], the position of every query.
+    """
     longest_run = max(length for _, _, length in parts)
     rows = tile_rows(longest_run, group)
     step = max(rows // group, 1)
@@ -73,13 +77,21 @@ def prefill_tiles(parts: Sequence[tuple[int, int, int]], group: int, device: tor
         count = np.minimum(length - first, step)
         columns.append(np.stack([offset + first, count, np.full_like(first, slot), start + first]))
         offset += length
-    packed = torch.from_numpy(np.concatenate(columns, 1)).to(device)
+    packed = torch.from_numpy(np.concatenate(columns, 1)).to(own.device)
     token, count, slot, position = packed
     longest = max(start + length for _, start, length in parts)
-    return Tiles(token, count, slot, position, rows, longest)
+    return Tiles(token, count, slot, position, own, rows, longest)
 
 
-_current: list[Pass] = []
+#: The passes under way on this thread, the innermost last: AV and AR may run on two.
+_threads = threading.local()
+
+
+def _passes() -> list[Pass]:
+    if not hasattr(_threads, "passes"):
+        _threads.passes = []
+    passes: list[Pass] = _threads.passes
+    return passes
 
 
 class running:
@@ -89,18 +101,18 @@ class running:
         self.work = work
 
     def __enter__(self) -> Pass:
-        _current.append(self.work)
+        _passes().append(self.work)
         return self.work
 
     def __exit__(self, *_: object) -> None:
-        _current.pop()
+        _passes().pop()
 
 
 def current_pass() -> Pass:
     """The pass that is running. EngineError outside of one."""
-    if not _current:
+    if not _passes():
         raise EngineError("the model was called outside the engine while the engine holds it")
-    return _current[-1]
+    return _passes()[-1]
 
 
 def slot_attention(

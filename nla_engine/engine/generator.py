@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,12 +58,13 @@ class _Source:
 
 @dataclass
 class _Admitted:
-    """A request in a slot. done: prompt tokens read so far; steps: decode steps since."""
+    """A request in a slot. done: prompt tokens read so far; steps: decode steps since; twins: share its prompt."""
 
     request: Request
     slot: int
     done: int = 0
     steps: int = 0
+    twins: list[_Admitted] = field(default_factory=list)
 
 
 class _State:
@@ -167,10 +168,14 @@ class Generator:
         entered: list[_Admitted] = []
         while free and room > 0 and (request := source.next()) is not None:
             self._check(request)
-            entered.append(_Admitted(request, free.popleft()))
-            room -= len(request.token_ids)
+            admitted = _Admitted(request, free.popleft())
+            if request.again and entered:  # else the one before is under way already: read the prompt again
+                entered[-1].twins.append(admitted)
+            else:
+                entered.append(admitted)
+                room -= len(request.token_ids)
         if entered:
-            self._open(entered)
+            self._open([each for first in entered for each in (first, *first.twins)])
             reading.extend(entered)
         return bool(entered)
 
@@ -182,6 +187,8 @@ class Generator:
                 f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
                 f"do not fit a slot of {room}"
             )
+        if request.again and self.keeper is not None:
+            raise EngineError(f"request {request.id}: shares a prompt, so it has no rows for the tap")
 
     def _open(self, entered: list[_Admitted]) -> None:
         state, prefix = self.state, self.runner.cache.prefix_size
@@ -199,8 +206,9 @@ class Generator:
         carriers = [a for a in entered if a.request.vector is not None]
         if carriers:
             table = self.runner.vectors
-            rows = torch.from_numpy(np.stack([a.request.vector for a in carriers]))  # type: ignore[misc]
-            table[[a.slot for a in carriers]] = rows.to(table.device, table.dtype)
+            rows = torch.stack([a.request.vector for a in carriers])  # type: ignore[misc]
+            at = torch.tensor([a.slot for a in carriers]).to(table.device)
+            table[at] = rows.to(table.device, table.dtype)
         if self.keeper is not None:
             self.keeper.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
 
@@ -216,9 +224,14 @@ class Generator:
             offset += len(ids)
             room -= len(ids)
             if admitted.done == len(admitted.request.token_ids):
-                complete.append(reading.popleft())
-                last_rows.append(offset - 1)
+                reading.popleft()
+                complete += [admitted, *admitted.twins]
+                last_rows += [offset - 1] * (1 + len(admitted.twins))
         hidden = self.runner.prefill(parts)
+        twins = [(admitted, twin) for admitted in complete for twin in admitted.twins]
+        if twins:
+            longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
+            self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
         going_on = [i for i, admitted in enumerate(complete) if admitted.request.max_new_tokens]
         if going_on:
             lanes = torch.tensor([complete[i].slot for i in going_on], device=hidden.device)

@@ -121,7 +121,7 @@ class Runner:
         slots = np.repeat([slot for slot, _, _ in runs], lengths)
         positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
         packed = torch.from_numpy(np.stack([ids, slots, positions])).to(self.device)
-        tiles = attention.prefill_tiles(runs, self.group, self.device)
+        tiles = attention.prefill_tiles(runs, self.group, packed[2])
         return self._forward(packed[0], packed[1], packed[2], tiles, with_vectors=VECTOR in ids)
 
     @torch.inference_mode()

@@ -59,6 +59,12 @@ class SlotCache:
         self.prefix_keys = self.keys[:, slot, :length].clone()
         self.prefix_values = self.values[:, slot, :length].clone()
 
+    def copy(self, source: list[int], target: list[int], length: int) -> None:
+        """Give each target slot the first `length` places of its source slot, in every layer."""
+        at = torch.tensor([source, target]).to(self.keys.device)
+        for held in (self.keys, self.values):
+            held[:, at[1], :length] = held[:, at[0], :length]
+
     def layer(self, layer: int) -> KeyValues:
         """Views of one layer."""
         return KeyValues(

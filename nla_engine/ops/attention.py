@@ -1,10 +1,12 @@
-"""Attention of packed queries over slots and a shared prefix: reference in torch, one Triton kernel for every case.
+"""Attention of packed queries over slots and a shared prefix: reference in torch, two Triton kernels for every case.
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h // G]) v[p, h // G]    position - window < p <= position of t
 
 Keys and values of positions below the prefix size are the prefix's, the others lie in the query's slot. A decode step
 and a packed prefill differ only in how queries are cut into tiles. G: query heads of a key/value head, any number.
-Online softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135.
+Online softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135. The prefix,
+which every query sees, is attended by tiles that cross sequences, and its partial softmax is where a slot's begins
+(Juravsky et al., arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ class KeyValues:
 class Tiles:
     """Runs of queries of one slot each, int64 [tiles]: first packed token, how many, slot, position of the first.
 
-    rows: query rows (tokens times G) that the largest tile may have; longest: an upper bound on positions + 1.
+    own: int64 [T], the position of every packed token; none lies in the shared prefix
+    rows: query rows (tokens times G) that the largest tile may have; longest: an upper bound on positions + 1
     """
 
     token: torch.Tensor
     count: torch.Tensor
     slot: torch.Tensor
     position: torch.Tensor
+    own: torch.Tensor
     rows: int
     longest: int
 
@@ -53,6 +57,10 @@ class Shape:
     scale: float
     window: int = 0
     softcap: float = 0.0
+
+
+#: Query rows of a program that reads the shared prefix.
+_PREFIX_ROWS = 64
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
@@ -124,13 +132,49 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     for tensor in (kv.keys, kv.values, kv.prefix_keys, kv.prefix_values):
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError("keys and values: the channels of a head are not contiguous")
+    options = {
+        "GROUP": heads // groups,
+        "HEAD": size,
+        "BLOCK_H": max(16, triton.next_power_of_2(size)),
+        "BLOCK_N": 64 if size <= 128 else 32,
+        "WINDOW": shape.window > 0,
+        "SOFTCAP": shape.softcap > 0,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 3 if size <= 128 and query.dtype != torch.float32 else 2,
+    }
+    partial = torch.empty((tokens, heads, size) if kv.prefix_size else 0, device=query.device)
+    state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
+    if kv.prefix_size:
+        rows = _PREFIX_ROWS if size <= 128 and query.dtype != torch.float32 else _PREFIX_ROWS // 2
+        _prefix_kernel[(triton.cdiv(tokens * (heads // groups), rows), groups)](
+            query,
+            kv.prefix_keys,
+            kv.prefix_values,
+            partial,
+            state[0],
+            state[1],
+            tiles.own,
+            query.stride(0),
+            query.stride(1),
+            kv.prefix_keys.stride(0),
+            kv.prefix_keys.stride(1),
+            kv.prefix_size,
+            tokens,
+            shape.window,
+            shape.scale,
+            shape.softcap,
+            BLOCK_M=rows,
+            **options,
+        )
     _attend_kernel[(len(tiles.token), groups)](
         query,
         kv.keys,
         kv.values,
-        kv.prefix_keys,
-        kv.prefix_values,
         out,
+        partial,
+        state[0],
+        state[1],
         tiles.token,
         tiles.count,
         tiles.slot,
@@ -140,24 +184,77 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         kv.keys.stride(0),
         kv.keys.stride(1),
         kv.keys.stride(2),
-        kv.prefix_keys.stride(0),
-        kv.prefix_keys.stride(1),
         kv.prefix_size,
         shape.window,
         shape.scale,
         shape.softcap,
-        GROUP=heads // groups,
-        HEAD=size,
-        BLOCK_H=max(16, triton.next_power_of_2(size)),
+        PREFIX=kv.prefix_size > 0,
         BLOCK_M=tiles.rows,
-        BLOCK_N=64 if size <= 128 else 32,
-        WINDOW=shape.window > 0,
-        SOFTCAP=shape.softcap > 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3 if size <= 128 and query.dtype != torch.float32 else 2,
+        **options,
     )
     return out
+
+
+@triton.jit
+def _prefix_kernel(
+    q,  # [T, H, h]
+    prefix_keys,  # [P, KV, h]
+    prefix_values,  # [P, KV, h], strides of prefix_keys
+    partial,  # float32 [T, H, h], contiguous: the sum of weighted values so far
+    sums,  # float32 [T, H]: the sum of weights so far
+    biggests,  # float32 [T, H]: the score that weights are relative to
+    positions,  # int64 [T]
+    q_token,
+    q_head,
+    prefix_position,
+    prefix_head,
+    prefix_size,
+    tokens,
+    window,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
+    token = (row // GROUP).to(tl.int64)
+    mine = token < tokens
+    head = group * GROUP + row % GROUP
+    channel = tl.arange(0, BLOCK_H)
+    real = channel < HEAD
+    q_at = token * q_token + head * q_head
+    block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
+    own = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
+
+    biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    k_base = prefix_keys + group * prefix_head
+    v_base = prefix_values + group * prefix_head
+    for start in range(0, prefix_size, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        there = at < prefix_size
+        place = at.to(tl.int64)[:, None] * prefix_position + channel[None]
+        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
+        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
+        seen = there[None] & mine[:, None]
+        if WINDOW:
+            seen = seen & (at[None] > own[:, None] - window)
+        acc, total, biggest = _fold(
+            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
+        )
+
+    flat = token * (tl.num_programs(1) * GROUP) + head
+    tl.store(partial + flat[:, None] * HEAD + channel[None], acc, mask=mine[:, None] & real[None])
+    tl.store(sums + flat, total, mask=mine)
+    tl.store(biggests + flat, biggest, mask=mine)
 
 
 @triton.jit
@@ -165,9 +262,10 @@ def _attend_kernel(
     q,  # [T, H, h]
     keys,  # [slots, size, KV, h]
     values,  # [slots, size, KV, h], strides of keys
-    prefix_keys,  # [P, KV, h]
-    prefix_values,  # [P, KV, h], strides of prefix_keys
     out,  # [T, H, h], contiguous
+    partial,  # float32 [T, H, h], contiguous: what the prefix gave; unused without PREFIX
+    sums,  # float32 [T, H], likewise
+    biggests,  # float32 [T, H], likewise
     tile_token,  # int64 [tiles]
     tile_count,
     tile_slot,
@@ -177,12 +275,11 @@ def _attend_kernel(
     kv_slot,
     kv_position,
     kv_head,
-    prefix_position,
-    prefix_head,
     prefix_size,
     window,
     scale,
     softcap,
+    PREFIX: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -207,35 +304,26 @@ def _attend_kernel(
     q_at = (token + row // GROUP) * q_token + head * q_head
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
 
-    biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    end = first + count
-    begin = 0
+    flat = (token + row // GROUP) * (tl.num_programs(1) * GROUP) + head
+    out_at = flat[:, None] * HEAD + channel[None]
+    if PREFIX:
+        biggest = tl.load(biggests + flat, mask=mine, other=-float("inf"))
+        total = tl.load(sums + flat, mask=mine, other=0.0)
+        acc = tl.load(partial + out_at, mask=mine[:, None] & real[None], other=0.0)
+    else:
+        biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+
+    end = first + count - prefix_size  # places in the slot
+    low = 0
     if WINDOW:
-        begin = tl.maximum(first - window + 1, 0)
-
-    k_base = prefix_keys + group * prefix_head
-    v_base = prefix_values + group * prefix_head
-    for start in range(begin // BLOCK_N * BLOCK_N, tl.minimum(prefix_size, end), BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        there = at < prefix_size
-        place = at.to(tl.int64)[:, None] * prefix_position + channel[None]
-        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
-        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
-        seen = there[None] & (at[None] <= own[:, None])
-        if WINDOW:
-            seen = seen & (at[None] > own[:, None] - window)
-        acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
-        )
-
+        low = tl.maximum(first - window + 1 - prefix_size, 0)
     k_base = keys + slot * kv_slot + group * kv_head
     v_base = values + slot * kv_slot + group * kv_head
-    low = tl.maximum(begin - prefix_size, 0)
-    for start in range(low // BLOCK_N * BLOCK_N, end - prefix_size, BLOCK_N):
+    for start in range(low // BLOCK_N * BLOCK_N, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
-        there = at < end - prefix_size
+        there = at < end
         place = at.to(tl.int64)[:, None] * kv_position + channel[None]
         k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
         v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
@@ -246,13 +334,8 @@ def _attend_kernel(
             block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
         )
 
-    out_at = ((token + row // GROUP) * (tl.num_programs(1) * GROUP) + head) * HEAD
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(
-        out + out_at[:, None] + channel[None],
-        result.to(out.dtype.element_ty),
-        mask=mine[:, None] & real[None],
-    )
+    tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mine[:, None] & real[None])
 
 
 @triton.jit

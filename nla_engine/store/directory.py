@@ -48,6 +48,19 @@ class DirectoryLock:
             self._fd = -1
 
 
+def has_writer(path: Path) -> bool:
+    """Whether a process holds the right to write the store at this moment."""
+    with writing(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
     """A new locked directory beside `path`, to be filled inside; on leaving it takes the name `path`.

@@ -1,0 +1,108 @@
+"""AV and AR of a round trip: loaded, checked against each other and the store, and where they live.
+
+Both stay on the GPU if they fit; else they take turns there, and the other waits in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nla_engine.config import RoundtripOptions
+from nla_engine.errors import RequestError
+from nla_engine.models import find_directory, pick_device, pick_dtype
+from nla_engine.reconstruct import Reconstructor
+from nla_engine.store import CaptureStore
+from nla_engine.verbalize import Verbalizer
+
+#: GPU memory that AV and AR need beside their weights: slots, activations, graphs.
+_WORKING_BYTES = 12 << 30
+_HOST = torch.device("cpu")
+
+
+@dataclass
+class Pair:
+    """The two models. in_turns: only one of them is on `device` at a time."""
+
+    verbalizer: Verbalizer
+    reconstructor: Reconstructor
+    device: torch.device
+    in_turns: bool = False
+
+    def verbalize_next(self) -> None:
+        """Have the AV on the device."""
+        if self.in_turns:
+            self.reconstructor.move(_HOST)
+            self.verbalizer.move(self.device)
+
+    def reconstruct_next(self) -> None:
+        """Have the AR on the device."""
+        if self.in_turns:
+            self.verbalizer.move(_HOST)
+            self.reconstructor.move(self.device)
+
+    def close(self) -> None:
+        """Give the models back as they were."""
+        self.reconstructor.close()
+
+
+def load_pair(
+    options: RoundtripOptions,
+    announce: Callable[[str], None],
+    verbalizer: Verbalizer | None = None,
+    reconstructor: Reconstructor | None = None,
+) -> Pair:
+    """The AV and AR of the options, or the given ones, each on the device unless they are to take turns."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    turns = options.residency == "turns"
+    if options.residency == "auto" and device.type == "cuda" and verbalizer is None and reconstructor is None:
+        weights = sum(_weight_bytes(find_directory(name)) for name in (options.av, options.ar))
+        free = torch.cuda.mem_get_info(device)[0]
+        turns = weights + _WORKING_BYTES > free
+        if turns:
+            announce(
+                f"AV and AR take turns on the GPU: {weights / 2**30:.0f} GiB of weights and "
+                f"{_WORKING_BYTES >> 30} GiB to work in, {free / 2**30:.0f} GiB free"
+            )
+    place = _HOST if turns else device
+    remote_code = options.trust_remote_code
+    verbalizer = verbalizer or Verbalizer.load(options.av, device=place, dtype=dtype, remote_code=remote_code)
+    reconstructor = reconstructor or Reconstructor.load(
+        options.ar, device=place, dtype=dtype, remote_code=remote_code, kernels=options.kernels
+    )
+    return Pair(verbalizer, reconstructor, device, turns)
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def choose_layer(store: CaptureStore, options: RoundtripOptions, pair: Pair) -> int:
+    """The layer to read, checked against the widths and layers of store, AV and AR."""
+    av, ar = pair.verbalizer, pair.reconstructor
+    for name, sidecar in (("--av " + options.av, av.sidecar), ("--ar " + options.ar, ar.sidecar)):
+        if sidecar.d_model != store.d_model:
+            raise RequestError(
+                f"{name} is made for vectors of width {sidecar.d_model}, {options.store} holds {store.d_model}: "
+                "give the AV and AR of the captured model"
+            )
+    trained = av.sidecar.layer
+    if trained is not None and trained != ar.layer:
+        raise RequestError(
+            f"--av {options.av} reads layer {trained}, --ar {options.ar} gives layer {ar.layer}: they are no pair"
+        )
+    layer = options.layer if options.layer is not None else ar.layer
+    if layer != ar.layer:
+        raise RequestError(
+            f"--layer {layer}: this AV and AR were made for layer {ar.layer}; leave --layer out"
+        )
+    if layer not in store.layers:
+        held = ", ".join(map(str, store.layers))
+        raise RequestError(
+            f"{options.store} holds layer {held}, the AV and AR were made for layer {layer}: capture that one"
+        )
+    return layer

@@ -1,0 +1,158 @@
+"""Rows through AV and AR: vectors are read ahead, the AV writes, and behind it the AR reads, scores and commits.
+
+Knows nothing of how rows are selected or where results go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine import score
+from nla_engine.config import RoundtripOptions
+from nla_engine.engine.sampling import Sampling
+from nla_engine.roundtrip.behind import Behind
+from nla_engine.roundtrip.pair import Pair
+from nla_engine.score import Controls
+from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.verbalize import Explanation
+
+#: Explanations scored and committed together.
+CHUNK = 512
+#: Vectors read at once, one such block ahead of need.
+READ_AHEAD = 1024
+#: Explanations of a turn, when AV and AR take turns: some minutes of work, lost if the run is killed before the AR's.
+TURN = 16384
+
+
+@dataclass(frozen=True)
+class Explained:
+    """rows: int64 [n], `samples` of each row together; written: what the AV said of each."""
+
+    rows: np.ndarray
+    written: list[Explanation]
+
+
+class Pipeline:
+    """Explains rows of one layer. write: called with the columns of a chunk of explanations, in order."""
+
+    def __init__(
+        self,
+        options: RoundtripOptions,
+        store: CaptureStore,
+        layer: int,
+        pair: Pair,
+        controls: Controls,
+        write: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.options, self.store, self.layer = options, store, layer
+        self.pair, self.controls, self.write = pair, controls, write
+
+    def run(self, rows: np.ndarray, first: int) -> None:
+        """Explain, score and write these rows. first: place of the first one among all selected rows.
+
+        The places name the random numbers, so that neither segments nor resuming change a sampled text.
+        """
+        turn = max(TURN // self.options.samples, 1) if self.pair.in_turns else len(rows)
+        for start in range(0, len(rows), turn):
+            part = rows[start : start + turn]
+            self.pair.verbalize_next()
+            with Behind(self.pair.device) as behind, closing(self._chunks(part, first + start)) as chunks:
+                ready: Iterable[Explained] = chunks
+                if self.pair.in_turns:
+                    ready = list(chunks)
+                    self.pair.reconstruct_next()
+                for chunk in ready:
+                    behind.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
+
+    def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
+        """The explanations, CHUNK at a time; the samples of a row stay together."""
+        samples = self.options.samples
+        size = max(CHUNK // samples, 1)
+        with closing(self._explanations(rows, first)) as written:
+            for start in range(0, len(rows), size):
+                part = np.repeat(rows[start : start + size], samples)
+                yield Explained(part, [next(written) for _ in part])
+
+    def _explanations(self, rows: np.ndarray, first: int) -> Generator[Explanation, None, None]:
+        """In order, `samples` a row. Vectors without a direction get a status instead of a text."""
+        options = self.options
+        norm = self.store.layer(self.layer).norm(0, self.store.rows)[rows]
+        sound = np.isfinite(norm) & (norm > 0)
+        written = self.pair.verbalizer.explain(
+            self._vectors(rows, np.flatnonzero(sound), first),
+            samples=options.samples,
+            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(options.temperature, options.seed),
+            batch_size=options.batch_size,
+            kernels=options.kernels,
+        )
+        with closing(written):
+            for place in range(len(rows)):
+                for sample in range(options.samples):
+                    if sound[place]:
+                        yield next(written)
+                    else:
+                        status = "zero_vector" if norm[place] == 0 else "nonfinite_vector"
+                        yield Explanation((first + place) * options.samples + sample, "", status, 0)
+
+    def _vectors(
+        self, rows: np.ndarray, places: np.ndarray, first: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
+        reader, device = self.store.layer(self.layer), self.pair.device
+        blocks = [places[start : start + READ_AHEAD] for start in range(0, len(places), READ_AHEAD)]
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead = [pool.submit(reader.torch, rows[block], device) for block in blocks[:1]]
+            for number, block in enumerate(blocks):
+                vectors = ahead.pop().result()
+                if number + 1 < len(blocks):
+                    ahead.append(pool.submit(reader.torch, rows[blocks[number + 1]], device))
+                yield from zip((block + first).tolist(), vectors, strict=True)
+
+    def _score(self, chunk: Explained) -> dict[str, Any]:
+        """The columns of a chunk, but for those that need Var."""
+        store, samples, rows, written = self.store, self.options.samples, chunk.rows, chunk.written
+        v = store.layer(self.layer).torch(rows, self.pair.device)
+        sequence = store.column("sequence")[rows]
+        sound = torch.tensor([e.status not in ("zero_vector", "nonfinite_vector") for e in written])
+        r = torch.full_like(v, torch.nan)
+        r[sound.to(v.device)] = self.pair.reconstructor.reconstruct(
+            [e.text for e, s in zip(written, sound.tolist(), strict=True) if s]
+        )
+        cos = score.cosine(v, r)
+        rank = self.controls.rank(rows, cos, r)
+        flags = store.column("flags")[rows]
+        best = np.zeros((len(rows) // samples, samples), bool)
+        ordered = np.where(np.isfinite(cos), cos, -2.0).reshape(best.shape)
+        best[np.arange(len(best)), ordered.argmax(1)] = True
+        return {
+            "row": rows,
+            "sequence": sequence,
+            "position": store.column("position")[rows],
+            "token": store.token_text(store.column("token_id")[rows]),
+            "next_token": store.token_text(store.column("next_token_id")[rows]),
+            "generated": (flags & RowFlag.GENERATED) != 0,
+            "early": (flags & RowFlag.EARLY) != 0,
+            "norm": store.layer(self.layer).norm(0, store.rows)[rows],
+            "sample": [e.id % samples for e in written],
+            "best": best.reshape(-1),
+            "explanation": [e.text for e in written],
+            "status": [e.status for e in written],
+            "n_tokens": [e.n_tokens for e in written],
+            "cos": nullable(cos),
+            "mse_nrm": nullable(score.mse_nrm(cos)),
+            "cos_shuffled": nullable(self.controls.shuffled(rows, sequence, r)),
+            "retrieval_rank": [None if np.isnan(value) else int(value) for value in rank],
+        }
+
+
+def nullable(values: np.ndarray) -> list[float | None]:
+    """NaN as null."""
+    return [None if np.isnan(value) else float(value) for value in values]

@@ -1,0 +1,68 @@
+"""Which rows of a store a round trip explains: the selected ones, or those that a writer is still adding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from nla_engine.config import RoundtripOptions
+from nla_engine.errors import StoreError
+from nla_engine.store import CaptureStore, has_writer
+
+#: Seconds between two looks at a store that is being written.
+POLL_SECONDS = 1.0
+
+
+def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
+    """int64 [n]: the row numbers that `where` and `limit` leave, ascending. StoreError if there are none."""
+    rows = _matching(store, options.where, 0)
+    if not len(rows):
+        what = (
+            "holds no rows: nothing to explain"
+            if options.where is None
+            else f"has no row for --where {options.where!r}: widen it (docs/where.md says what there is)"
+        )
+        raise StoreError(f"{options.store}: {what}")
+    if options.limit is not None and options.limit < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, options.limit).round().astype(np.int64)]
+    return rows
+
+
+def follow_rows(
+    store: CaptureStore, where: str | None, announce: Callable[[str], None] = lambda text: None
+) -> Iterator[np.ndarray]:
+    """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
+
+    StoreError if the writer has gone without finishing.
+    """
+    seen, waiting, gone = 0, False, False
+    while True:
+        store.refresh()
+        rows, seen = _matching(store, where, seen), store.rows
+        if len(rows):
+            waiting = gone = False
+            yield rows
+            continue
+        if store.complete:
+            return
+        if gone:
+            raise StoreError(
+                f"{store.path}: the writer has gone without finishing: go on with capture --resume, "
+                "then with this command and --resume"
+            )
+        gone = not has_writer(store.path)  # then it may have committed since the look: look once more
+        if not gone:
+            if not waiting:
+                announce(f"waiting for the writer: {store.rows:,} rows so far")
+            waiting = True
+            time.sleep(POLL_SECONDS)
+
+
+def _matching(store: CaptureStore, where: str | None, first: int) -> np.ndarray:
+    """int64 [n]: the rows from `first` on for which `where` holds."""
+    if where is None:
+        return np.arange(first, store.rows)
+    rows = store.where(where)
+    return rows[rows >= first]

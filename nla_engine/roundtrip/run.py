@@ -1,0 +1,165 @@
+"""A round trip from its options to its summary."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine import score
+from nla_engine.config import RoundtripOptions
+from nla_engine.provenance import describe_run
+from nla_engine.reconstruct import Reconstructor
+from nla_engine.results import ResultTable
+from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
+from nla_engine.roundtrip.pipeline import Pipeline, nullable
+from nla_engine.roundtrip.rows import follow_rows, select_rows
+from nla_engine.roundtrip.summary import RoundtripSummary, summarise
+from nla_engine.score import Controls, DirectionVariance
+from nla_engine.store import CaptureStore
+from nla_engine.verbalize import Verbalizer
+
+#: Rows of the store that Var is measured on, and rows in the sample of the controls, at most.
+VARIANCE_ROWS = 100_000
+CONTROL_ROWS = 1024
+_VARIANCE_BLOCK = 4096
+
+#: progress(explanations done, explanations in all, as far as is known)
+Progress = Callable[[int, int], None]
+
+
+def run_roundtrip(
+    options: RoundtripOptions,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, total: None,
+    verbalizer: Verbalizer | None = None,
+    reconstructor: Reconstructor | None = None,
+) -> RoundtripSummary:
+    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`."""
+    store = CaptureStore.open(options.store)
+    segments = (
+        follow_rows(store, options.where, announce) if options.follow else iter([select_rows(store, options)])
+    )
+    segments, sample = _control_sample(segments, options)
+    pair = load_pair(options, announce, verbalizer, reconstructor)
+    layer = choose_layer(store, options, pair)
+    vectors = store.layer(layer).torch(sample, pair.device)
+    controls = Controls.of(sample, store.column("sequence")[sample], vectors, options.seed)
+    table = ResultTable.open(
+        options.out,
+        options=_identity(options, store, layer, pair, sample),
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    started, before = time.perf_counter(), table.done
+    if not table.finished:
+        known = 0
+
+        def write(columns: dict[str, Any]) -> None:
+            table.append(columns)
+            progress(table.done, known * options.samples)
+
+        with closing(pair):
+            pipeline = Pipeline(options, store, layer, pair, controls, write)
+            for rows in segments:
+                first, known = known, known + len(rows)
+                there = max(table.done // options.samples - first, 0)
+                announce(
+                    f"{known:,} rows of layer {layer}, {options.samples} explanations each"
+                    + (f" ({table.done:,} already there)" if there else "")
+                )
+                if there < len(rows):
+                    pipeline.run(rows[there:], first + there)
+            variance, measured = _variance(options, store, layer, pair.device)
+        metadata = _metadata(options, layer, pair) | {
+            "variance": variance,
+            "variance_rows": measured,
+            "control_rows": len(controls.rows),
+        }
+        table.finish(metadata, lambda mse: _explained_variance(mse, variance))
+    seconds = time.perf_counter() - started
+    return summarise(options, seconds, (table.done - before) / options.samples)
+
+
+def _control_sample(
+    segments: Iterator[np.ndarray], options: RoundtripOptions
+) -> tuple[Iterator[np.ndarray], np.ndarray]:
+    """The segments again, and the rows of the controls: at random of all, or the first ones of a store that grows."""
+    held: list[np.ndarray] = []
+    for rows in segments:
+        held.append(rows)
+        if sum(map(len, held)) >= CONTROL_ROWS:
+            break
+    rows = np.concatenate(held) if held else np.zeros(0, np.int64)
+    if options.follow:
+        sample = rows[:CONTROL_ROWS]
+    else:
+        sample = _some(rows, CONTROL_ROWS, options.seed)
+
+    def again() -> Iterator[np.ndarray]:
+        if len(rows):
+            yield rows
+        yield from segments
+
+    return again(), sample
+
+
+def _some(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` of the rows, drawn by the seed, ascending."""
+    if len(rows) <= count:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
+
+
+def _identity(
+    options: RoundtripOptions, store: CaptureStore, layer: int, pair: Pair, sample: np.ndarray
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on with."""
+    given = options.to_dict()
+    names = ("where", "limit", "samples", "temperature", "seed", "max_new_tokens", "variance", "follow")
+    same: dict[str, Any] = {name: given[name] for name in names}
+    same |= {"layer": layer, "base": store.provenance.get("weights"), "store": store.attributes["store_id"]}
+    if not options.follow:
+        rows = select_rows(store, options)
+        same["rows"] = len(rows)
+        same["selection"] = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+    same["controls"] = hashlib.sha256(sample.tobytes()).hexdigest()[:16]
+    return same | {"av": pair.verbalizer.fingerprint(), "ar": pair.reconstructor.fingerprint()}
+
+
+def _metadata(options: RoundtripOptions, layer: int, pair: Pair) -> dict[str, Any]:
+    return {
+        **describe_run(),
+        "run": options.to_dict(),
+        "av": pair.verbalizer.lm.name,
+        "ar": pair.reconstructor.lm.name,
+        "injection_scale": pair.verbalizer.sidecar.injection_scale,
+        "layer": layer,
+    }
+
+
+def _variance(
+    options: RoundtripOptions, store: CaptureStore, layer: int, device: torch.device
+) -> tuple[float, int]:
+    """Var, and the number of rows it was measured on: 0 if it was given."""
+    if options.variance is not None:
+        return options.variance, 0
+    rows = _some(np.arange(store.rows), VARIANCE_ROWS, options.seed)
+    reader, variance = store.layer(layer), DirectionVariance()
+    for start in range(0, len(rows), _VARIANCE_BLOCK):
+        variance.add(reader.torch(rows[start : start + _VARIANCE_BLOCK], device))
+    return variance.value, variance.rows
+
+
+def _explained_variance(mse: np.ndarray, variance: float) -> dict[str, list[float | None]]:
+    """The columns that need Var, for float64 [n] with NaN where there is no score."""
+    return {
+        "fve_nrm": nullable(score.fve_nrm(mse, variance)),
+        "fve_meannorm": nullable(score.fve_meannorm(mse, variance)),
+    }

@@ -1,0 +1,280 @@
+"""Streaming of the second stage: shared prompts of samples, models in turns, stores that grow, kills at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import D, save_ar, save_av
+
+from nla_engine.codec import Codec
+from nla_engine.config import RoundtripOptions
+from nla_engine.engine.sampling import Sampling
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.reconstruct import Reconstructor
+from nla_engine.roundtrip import pipeline, rows, run, run_roundtrip
+from nla_engine.roundtrip.behind import Behind
+from nla_engine.store import CaptureStore, Finish, LayerRows, SequenceRows, StoreWriter, row_flags
+from nla_engine.verbalize import Verbalizer
+
+LAYER = 2
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+CODEC = Codec.named("bf16", D)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pair")
+    save_av(root / "av", LAYER)
+    save_ar(root / "ar", LAYER)
+    return root
+
+
+def open_writer(path: Path) -> StoreWriter:
+    return StoreWriter.create(
+        path,
+        layers=[LAYER],
+        codec=CODEC,
+        sink_norm={LAYER: float("inf")},
+        vocabulary=[bytes([i]) for i in range(256)],
+        provenance={},
+        options={},
+    )
+
+
+def sequence(seed: int, size: int = 5) -> SequenceRows:
+    """A sequence of random rows."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 256, size).astype(np.int32)
+    position = np.arange(size, dtype=np.int32)
+    vectors = rng.standard_normal((size, D)).astype(np.float32)
+    return SequenceRows(
+        token_id=ids,
+        next_token_id=np.append(ids[1:], np.int32(-1)),
+        position=position,
+        flags=row_flags(position, size, size),
+        layers={LAYER: LayerRows.encode(CODEC, vectors, float("inf"))},
+        tokens=ids,
+        prompt_size=size,
+        finish=Finish.GIVEN,
+        source=b"{}",
+    )
+
+
+def make_store(path: Path, sequences: int, first: int = 0) -> Path:
+    with open_writer(path) as writer:
+        for number in range(first, first + sequences):
+            writer.append(sequence(number))
+    return path
+
+
+def options(pair: Path, store: Path, out: Path, **changes: object) -> RoundtripOptions:
+    base = {"store": store, "av": str(pair / "av"), "ar": str(pair / "ar"), "out": out, "device": "cpu"}
+    return RoundtripOptions(**{**base, "max_new_tokens": 12, "batch_size": 7, **changes})  # type: ignore[arg-type]
+
+
+def table(path: Path, but: tuple[str, ...] = ()) -> list[dict[str, object]]:
+    return pq.read_table(path).drop_columns(list(but)).to_pylist()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 9])
+def test_samples_that_share_a_prompt_are_those_that_do_not(pair: Path, batch: int) -> None:
+    verbalizer = Verbalizer.load(str(pair / "av"), **CPU)
+    vectors = np.random.default_rng(1).standard_normal((5, D)).astype(np.float32)
+    sampling = Sampling(temperature=1.0, seed=3)
+    shared = verbalizer.explain(
+        enumerate(vectors), samples=3, max_new_tokens=10, sampling=sampling, batch_size=batch
+    )
+    alone = verbalizer.explain(
+        ((row * 3 + sample, vectors[row]) for row in range(5) for sample in range(3)),
+        max_new_tokens=10,
+        sampling=sampling,
+        batch_size=15,
+    )
+    together = list(shared)
+    assert together == list(alone)
+    assert len({e.text for e in together}) > 5
+
+
+def test_a_prompt_is_read_once_for_its_samples(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nla_engine.engine.runner import Runner
+
+    read: list[int] = []
+    real = Runner.prefill
+    monkeypatch.setattr(
+        Runner,
+        "prefill",
+        lambda self, parts: (read.append(sum(len(p[2]) for p in parts)), real(self, parts))[1],
+    )
+    verbalizer = Verbalizer.load(str(pair / "av"), **CPU)
+    vectors = list(enumerate(np.ones((2, D), np.float32)))
+    for samples in (1, 4):
+        read.clear()
+        list(
+            verbalizer.explain(
+                iter(vectors),
+                samples=samples,
+                max_new_tokens=4,
+                sampling=Sampling(temperature=1.0),
+                batch_size=8,
+            )
+        )
+        assert read[-1] == 2 * len(verbalizer.tail)
+
+
+def test_the_shared_part_of_reconstructor_prompts_changes_nothing(pair: Path) -> None:
+    reconstructor = Reconstructor.load(str(pair / "ar"), **CPU)
+    texts = ["a", "", "some longer words", "x" * 40]
+    shared = reconstructor.reconstruct(texts)
+    assert len(reconstructor._prefix) > 3
+    # a text that a tokenizer merges with the template does not begin with the shared tokens
+    whole = reconstructor._prefix
+    reconstructor.close()
+    reconstructor._prefix = (*whole[:-1], whole[-1] + 1)
+    odd = reconstructor.reconstruct(texts)
+    reconstructor.close()
+    reconstructor._prefix = ()
+    plain = reconstructor.reconstruct(texts)
+    assert torch.allclose(shared, plain, atol=1e-5) and torch.allclose(odd, plain, atol=1e-5)
+
+
+def test_a_slot_that_was_overwritten_is_mended(pair: Path) -> None:
+    from nla_engine import reconstruct as module
+
+    reconstructor = Reconstructor.load(str(pair / "ar"), **CPU)
+    expected = reconstructor.reconstruct(["one", "two", "three"])
+    prompts = module.reconstructor_prompts(
+        reconstructor.sidecar, reconstructor.lm.tokenizer, ["one", "two", "three"]
+    )
+    odd = [[*prompts[0][:2], prompts[0][2] + 1, *prompts[0][3:]]]
+    reconstructor._last_states(odd)  # reads slot 0 from its first token on
+    assert torch.allclose(reconstructor.reconstruct(["one", "two", "three"]), expected, atol=1e-6)
+
+
+def test_in_turns_equals_together(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", 5)
+    monkeypatch.setattr(pipeline, "TURN", 8)
+    monkeypatch.setattr(pipeline, "CHUNK", 3)
+    sampled = {"samples": 2, "temperature": 0.8}
+    one = run_roundtrip(options(pair, store, tmp_path / "both.parquet", residency="both", **sampled))
+    other = run_roundtrip(options(pair, store, tmp_path / "turns.parquet", residency="turns", **sampled))
+    assert table(tmp_path / "both.parquet") == table(tmp_path / "turns.parquet")
+    assert one.fve_nrm == other.fve_nrm and one.explanations == 50
+
+
+def test_following_a_writer_gives_every_row_once(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(run, "CONTROL_ROWS", 6)
+    writer = open_writer(tmp_path / "s.zarr")
+
+    def write() -> None:
+        with writer:
+            for number in range(8):
+                writer.append(sequence(number))
+                writer.commit()
+                time.sleep(0.15)
+
+    said: list[str] = []
+    thread = threading.Thread(target=write)
+    thread.start()
+    given = options(
+        pair, tmp_path / "s.zarr", tmp_path / "followed.parquet", follow=True, where="position > 0"
+    )
+    summary = run_roundtrip(given, announce=said.append)
+    thread.join()
+    run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "after.parquet", where="position > 0"))
+    controls = ("cos_shuffled", "retrieval_rank")  # of the first rows where the others are not known yet
+    followed, after = (table(tmp_path / f"{name}.parquet", controls) for name in ("followed", "after"))
+    assert followed == after and len(after) == summary.rows == 32
+    again = options(pair, tmp_path / "s.zarr", tmp_path / "again.parquet", follow=True, where="position > 0")
+    run_roundtrip(again)
+    assert table(tmp_path / "again.parquet") == table(tmp_path / "followed.parquet")
+    assert len({line for line in said if "rows of layer" in line}) > 1
+
+
+def test_a_writer_that_has_gone_is_told(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "POLL_SECONDS", 0.02)
+    writer = open_writer(tmp_path / "s.zarr")
+    writer.append(sequence(0))
+    writer.close(complete=False)
+    given = {"follow": True}
+    with pytest.raises(StoreError, match="the writer has gone without finishing"):
+        run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "x.parquet", **given))
+    with StoreWriter.resume(tmp_path / "s.zarr", options={}) as writer:
+        writer.append(sequence(1))
+    summary = run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "x.parquet", resume=True, **given))
+    assert summary.rows == 10
+    with pytest.raises(RequestError, match="--limit spreads over all rows"):
+        options(pair, tmp_path / "s.zarr", tmp_path / "y.parquet", follow=True, limit=3)
+
+
+def test_an_error_behind_stops_the_run(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", 6)
+    monkeypatch.setattr(pipeline, "CHUNK", 3)
+
+    def broken(self: Reconstructor, explanations: object) -> torch.Tensor:
+        raise ZeroDivisionError("the AR failed")
+
+    monkeypatch.setattr(Reconstructor, "reconstruct", broken)
+    with pytest.raises(ZeroDivisionError, match="the AR failed"):
+        run_roundtrip(options(pair, store, tmp_path / "x.parquet"))
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_what_runs_behind_tells_its_error() -> None:
+    def work() -> None:
+        with Behind(torch.device("cpu")) as behind:
+            behind.submit(lambda: None)
+            behind.submit(lambda: {}["second"])
+
+    with pytest.raises(KeyError, match="second"):
+        work()
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from nla_engine.config import RoundtripOptions
+from nla_engine.roundtrip import pipeline, run_roundtrip
+pipeline.CHUNK = 4
+root, store, out = map(Path, sys.argv[1:4])
+print("ready", flush=True)
+run_roundtrip(RoundtripOptions(store=store, av=str(root / "av"), ar=str(root / "ar"), out=out, device="cpu",
+    max_new_tokens=12, batch_size=7, samples=2, temperature=0.7, resume=True))
+"""
+
+
+def test_killed_at_random_moments_and_resumed(pair: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", 12)
+    whole, out = tmp_path / "whole.parquet", tmp_path / "x.parquet"
+    sampled = {"samples": 2, "temperature": 0.7}
+    run_roundtrip(options(pair, store, whole, **sampled))
+    chance, parts = random.Random(os.environ.get("NLA_TEST_SEED")), tmp_path / "x.parquet.parts"
+    for _ in range(4):
+        there, more = len(list(parts.glob("part-*.parquet"))), chance.randint(0, 4)
+        with subprocess.Popen(
+            [sys.executable, "-c", _RUN, *map(str, (pair, store, out))], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            deadline = time.monotonic() + 60
+            while len(list(parts.glob("part-*.parquet"))) < there + more and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL and not out.exists()
+    run_roundtrip(options(pair, store, out, resume=True, **sampled))
+    assert table(out) == table(whole)
+    assert CaptureStore.open(store).rows * 2 == len(table(out))
