@@ -94,7 +94,7 @@ def test_injected_vectors_equal_inputs_embeds(architecture: str, rng) -> None:
     lm = language_model(architecture)
     vectors = rng.standard_normal((9, lm.d_model)).astype(np.float32)
     tail = (VECTOR, 20, 21, 22)
-    requests = [Request(i, tail, 12, vectors[i]) for i in range(9)]
+    requests = [Request(i, tail, 12, torch.from_numpy(vectors[i])) for i in range(9)]
     completions = run(lm, requests, prefix=PREFIX, slots=4)
     lm.model.set_attn_implementation("eager")
     for i, vector in enumerate(vectors):

@@ -236,11 +236,14 @@ def test_an_error_behind_stops_the_run(pair: Path, tmp_path: Path, monkeypatch: 
 def test_what_runs_behind_tells_its_error() -> None:
     def work() -> None:
         with Behind(torch.device("cpu")) as behind:
-            behind.submit(lambda: None)
+            behind.submit(lambda: time.sleep(0.1))
             behind.submit(lambda: {}["second"])
+            behind.submit(lambda: ran_after.append(1))
 
+    ran_after: list[int] = []
     with pytest.raises(KeyError, match="second"):
         work()
+    assert not ran_after
 
 
 _RUN = """

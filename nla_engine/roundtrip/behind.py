@@ -14,11 +14,15 @@ _MOST = 3
 
 
 class Behind:
-    """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or there."""
+    """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or there.
+
+    No job runs after one that failed: what it would write would stand in the wrong place.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
         self._jobs: deque[Future[None]] = deque()
+        self._failed = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -28,10 +32,16 @@ class Behind:
         self._jobs.append(self._pool.submit(self._run, job))
 
     def _run(self, job: Callable[[], None]) -> None:
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            job()
-            if self._stream is not None:
-                self._stream.synchronize()  # nothing of a job is in flight when its memory is given back
+        if self._failed:
+            return
+        try:
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                job()
+                if self._stream is not None:
+                    self._stream.synchronize()  # nothing of a job is in flight when its memory is given back
+        except BaseException:
+            self._failed = True
+            raise
 
     def __enter__(self) -> Behind:
         return self
