@@ -27,6 +27,8 @@ from nla_engine.tokens import token_bytes
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 #: Finished explanations that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
+#: Explanations are short, so that more lanes than capture's fit: a product costs less a lane.
+_MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Verbalizer:
         """
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
-        slots = batch_size or default_slots(lm, length - len(self.prefix))
+        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS)
         stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
         order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
 

@@ -13,6 +13,7 @@ from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling, choose
+from nla_engine.engine.slots import slot_size
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel, wrap_model
@@ -233,3 +234,26 @@ def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, 
     assert {i: c.generated.tolist() for i, c in patient.items()} == {
         i: c.generated.tolist() for i, c in eager.items()
     }
+
+
+def test_a_slot_has_room_for_the_shared_prefix() -> None:
+    prefix = tuple(range(1, 31))
+    lm = language_model()
+    runner = Runner(lm, slots=2, length=len(prefix) + 3, prefix=prefix)
+    assert runner.cache.size == slot_size(len(prefix) + 3, len(prefix)) == len(prefix) + 1
+    assert runner.cache.prefix_size == len(prefix)
+    runner.close()
+    assert slot_size(100, 30) == 71
+
+
+def test_the_keeper_is_prepared_after_everything_else() -> None:
+    class Keeper:
+        prepared = 0
+
+        def prepare(self) -> None:
+            self.prepared += 1
+
+    keeper = Keeper()
+    with Runner(language_model(), slots=1, length=4) as runner:
+        Generator(runner, max_new_tokens=0, keeper=keeper).prepare()  # type: ignore[arg-type]
+    assert keeper.prepared == 1

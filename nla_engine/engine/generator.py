@@ -32,6 +32,9 @@ REFILL_PART = 1 / 16
 class RowKeeper(Protocol):
     """What a tap offers the generator beside being called by the runner: slots opened, and rows collected."""
 
+    def prepare(self) -> None:
+        """Everything else is set up; the run comes next."""
+
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
 
@@ -115,6 +118,7 @@ class Generator:
         self.stop = stop.to(runner.device) if stop is not None else None
         self.state = _State(runner, max_new_tokens)
         self._graphs: dict[int, DecodeGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
@@ -236,7 +240,7 @@ class Generator:
         certain = min(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
         steps = max(1, min(1 if hurry else STEPS_BETWEEN_POLLS, certain))
         graph = self._graph(len(slots))
-        graph.run(slots, self.runner.cache.spare, steps)
+        graph.run(slots, steps)
         for admitted in decoding.values():
             admitted.steps += steps
 
@@ -247,7 +251,11 @@ class Generator:
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
             self._graphs[size] = DecodeGraph(
-                lambda at: self._step(at, longest), size, self.runner.cache.spare, self.runner.device
+                lambda at: self._step(at, longest),
+                size,
+                self.runner.cache.spare,
+                self.runner.device,
+                self._pool,
             )
         return self._graphs[size]
 
@@ -255,6 +263,8 @@ class Generator:
         """Build what the first steps need, so that a run's time is the run's."""
         if self.runner.graphable and self.max_new_tokens:
             self._graph(self.runner.cache.slots)
+        if self.keeper is not None:
+            self.keeper.prepare()
 
     @torch.inference_mode()
     def _step(self, lanes: torch.Tensor, longest: int) -> None:
