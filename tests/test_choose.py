@@ -57,7 +57,7 @@ def same(a: SlotState, b: SlotState) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("lanes", "vocabulary"), [(1, 1), (33, 259), (3, 8192), (4, 20_001)])
+@pytest.mark.parametrize(("lanes", "vocabulary"), [(1, 1), (33, 259), (3, 4096), (4, 10_001)])
 @pytest.mark.parametrize("read_last", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_both_ways_move_every_lane_alike(
@@ -111,9 +111,9 @@ def test_the_greedy_choice_is_argmax_of_torch_where_it_is_unclear(rng) -> None:
     assert one_each(few).tolist() == few.argmax(-1).tolist()
     wide = torch.from_numpy(rng.integers(-3, 3, (6, 40_003)).astype(np.float32)).to(DEVICE)
     assert one_each(wide).tolist() == wide.argmax(-1).tolist()
-    wide[2, 30_000] = wide[2, 39_000] = wide[4, 8191] = nan
+    wide[2, 30_000] = wide[2, 39_000] = wide[4, 4095] = nan
     assert one_each(wide)[2] == 30_000
-    assert one_each(wide)[4] == 8191
+    assert one_each(wide)[4] == 4095
 
 
 @runs_kernels

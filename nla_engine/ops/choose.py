@@ -18,7 +18,7 @@ import triton.language as tl
 
 _MASK = 0xFFFFFFFF
 #: Logits that one program looks at.
-_BLOCK = 8192
+_BLOCK = 4096
 _Bits = TypeVar("_Bits", int, torch.Tensor)
 
 
