@@ -195,7 +195,7 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
     longest = max(todo, default=1) + new
-    slots = options.batch_size or default_slots(lm, longest - prefix)
+    slots = options.batch_size or default_slots(lm, longest, prefix)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
     rows = sum(keep.count(size, size + new) for size in todo)

@@ -76,8 +76,6 @@ class RowTap:
             stage = RowStage.allocate(codec, (slots + 1) * rows_per_slot, exact_capacity, device)
             self.stages[layer] = replace(stage, exact_count=self._counts[i : i + 1])
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
-        if device.type == "cuda":  # the allocator keeps it for the first large collection
-            torch.empty(min(stage.codes.nbytes, _PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
         self._first = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._end = torch.zeros_like(self._first)
         self._prompt_size = np.zeros(slots + 1, np.int64)
@@ -90,6 +88,12 @@ class RowTap:
             kept = (index >= 0) & (position < self._end[slot])
             self._places = (position, torch.where(kept, slot * self.rows_per_slot + index, -1))
         encode_rows(hidden, self._places[1], self.stages[layer], self.sink_norm[layer])
+
+    def prepare(self) -> None:
+        """Have pinned memory ready for the first large collection; last, since capturing a graph gives it back."""
+        if self._first.is_cuda:
+            size = min(max(stage.codes.nbytes for stage in self.stages.values()), _PINNED_BYTES)
+            torch.empty(size, dtype=torch.uint8, pin_memory=True)  # the allocator keeps it
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         first = [self.rows.first(size) for size in prompt_sizes]

@@ -31,6 +31,8 @@ OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 _WAITING_BYTES = 1 << 28
 #: Vectors brought to the injection norm together.
 _SCALED_AT_ONCE = 256
+#: Explanations are short, so that more lanes than capture's fit: a product costs less a lane.
+_MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Verbalizer:
         """
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
-        slots = batch_size or default_slots(lm, length - len(self.prefix))
+        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS)
         order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
 
         def requests() -> Iterator[Request | None]:

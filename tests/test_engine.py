@@ -12,10 +12,12 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling, choose
+from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.slots import slot_size
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.ops.choose import choose
 from nla_engine.tokens import token_bytes
 
 PREFIX = (7, 8, 9, 10, 11)
@@ -127,7 +129,8 @@ def test_sampling_draws_from_the_softmax() -> None:
         logits.expand(draws, -1),
         torch.arange(draws) % 100,
         torch.arange(draws) // 100,
-        Sampling(0.7, seed=11),
+        temperature=0.7,
+        seed=11,
     )
     share = torch.bincount(chosen, minlength=5).double() / draws
     expected = torch.softmax(logits.double() / 0.7, 0)
@@ -142,7 +145,7 @@ def test_sampling_never_draws_what_cannot_be(seed: int) -> None:
     logits[:, 7] = 1000.0
     for block in range(8):
         position = torch.arange(64) + 64 * block
-        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, Sampling(1.0, seed)) == 7).all()
+        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, 1.0, seed) == 7).all()
 
 
 def test_a_sequence_of_nan_does_not_reach_the_next_one_in_its_slot() -> None:
@@ -233,3 +236,26 @@ def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, 
     assert {i: c.generated.tolist() for i, c in patient.items()} == {
         i: c.generated.tolist() for i, c in eager.items()
     }
+
+
+def test_a_slot_has_room_for_the_shared_prefix() -> None:
+    prefix = tuple(range(1, 31))
+    lm = language_model()
+    runner = Runner(lm, slots=2, length=len(prefix) + 3, prefix=prefix)
+    assert runner.cache.size == slot_size(len(prefix) + 3, len(prefix)) == len(prefix) + 1
+    assert runner.cache.prefix_size == len(prefix)
+    runner.close()
+    assert slot_size(100, 30) == 71
+
+
+def test_the_keeper_is_prepared_after_everything_else() -> None:
+    class Keeper:
+        prepared = 0
+
+        def prepare(self) -> None:
+            self.prepared += 1
+
+    keeper = Keeper()
+    with Runner(language_model(), slots=1, length=4) as runner:
+        Generator(runner, max_new_tokens=0, keeper=keeper).prepare()  # type: ignore[arg-type]
+    assert keeper.prepared == 1

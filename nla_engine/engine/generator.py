@@ -1,6 +1,6 @@
 """Batched generation: requests enter free slots, are prefilled in packed chunks, decode together, and leave.
 
-All state of a running sequence lives in tensors on the device (`_State`) and is advanced without looking at it; the
+All state of a running sequence lives in tensors on the device (`SlotState`) and is advanced without looking at it; the
 host only polls which slots have ended. Knows nothing of files, codecs or what a row is.
 """
 
@@ -17,9 +17,10 @@ import torch
 from nla_engine.engine.graph import LANE_BUCKETS, DecodeGraph
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling, choose
+from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
+from nla_engine.ops.choose import Choosing, SlotState, advance
 
 #: Decode steps that the device takes alone before the host looks which sequences have ended.
 STEPS_BETWEEN_POLLS = 8
@@ -31,6 +32,9 @@ REFILL_PART = 1 / 16
 
 class RowKeeper(Protocol):
     """What a tap offers the generator beside being called by the runner: slots opened, and rows collected."""
+
+    def prepare(self) -> None:
+        """Everything else is set up; the run comes next."""
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
@@ -67,26 +71,6 @@ class _Admitted:
     twins: list[_Admitted] = field(default_factory=list)
 
 
-class _State:
-    """One entry a slot, and one for the spare slot that unused lanes work on."""
-
-    def __init__(self, runner: Runner, max_new_tokens: int) -> None:
-        slots, device = runner.cache.slots, runner.device
-
-        def zeros(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(slots + 1, dtype=dtype, device=device)
-
-        self.token = zeros(torch.int64)  # the next token to read
-        self.position = zeros(torch.int64) + runner.cache.prefix_size  # and where it stands
-        self.sequence = zeros(torch.int64)
-        self.active = zeros(torch.bool)
-        self.closing = zeros(torch.bool)  # its last token is known and only has to be read
-        self.stop_state = zeros(torch.uint8)
-        self.count = zeros(torch.int64)  # tokens generated
-        self.limit = zeros(torch.int64)
-        self.generated = torch.zeros(slots + 1, max(max_new_tokens, 1), dtype=torch.int64, device=device)
-
-
 class Generator:
     """Runs requests through a Runner.
 
@@ -114,8 +98,10 @@ class Generator:
         if max_new_tokens and (runner.lm.head is None or stop is None):
             raise EngineError("generation needs a model with a head and a stop automaton")
         self.stop = stop.to(runner.device) if stop is not None else None
-        self.state = _State(runner, max_new_tokens)
+        self.state = SlotState.allocate(runner.cache.slots, max_new_tokens, runner.device)
+        self.state.position.fill_(runner.cache.prefix_size)
         self._graphs: dict[int, DecodeGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
@@ -249,7 +235,7 @@ class Generator:
         certain = min(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
         steps = max(1, min(1 if hurry else STEPS_BETWEEN_POLLS, certain))
         graph = self._graph(len(slots))
-        graph.run(slots, self.runner.cache.spare, steps)
+        graph.run(slots, steps)
         for admitted in decoding.values():
             admitted.steps += steps
 
@@ -260,7 +246,11 @@ class Generator:
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
             self._graphs[size] = DecodeGraph(
-                lambda at: self._step(at, longest), size, self.runner.cache.spare, self.runner.device
+                lambda at: self._step(at, longest),
+                size,
+                self.runner.cache.spare,
+                self.runner.device,
+                self._pool,
             )
         return self._graphs[size]
 
@@ -268,6 +258,8 @@ class Generator:
         """Build what the first steps need, so that a run's time is the run's."""
         if self.runner.graphable and self.max_new_tokens:
             self._graph(self.runner.cache.slots)
+        if self.keeper is not None:
+            self.keeper.prepare()
 
     @torch.inference_mode()
     def _step(self, lanes: torch.Tensor, longest: int) -> None:
@@ -278,25 +270,12 @@ class Generator:
 
     def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
         """From the hidden states [B, d] of the tokens just read: choose, record and move on. No synchronisation."""
-        state, stop = self.state, self.stop
+        advance(self.runner.lm.logits(hidden), lanes, self.state, self._choosing(), self.runner.reference)
+
+    def _choosing(self) -> Choosing:
+        stop, sampling = self.stop, self.sampling
         assert stop is not None
-        logits = self.runner.lm.logits(hidden)
-        active, closing = state.active[lanes], state.closing[lanes]
-        count, position = state.count[lanes], state.position[lanes]
-        token = choose(logits, state.sequence[lanes], position + 1, self.sampling)
-        growing = active & ~closing
-        at = (lanes, count.clamp(max=state.generated.shape[1] - 1))
-        state.generated[at] = torch.where(growing, token, state.generated[at])
-        before = state.stop_state[lanes]
-        after = torch.where(growing, stop.table[before.long(), token], before)
-        count = count + growing
-        ends = growing & ((after >= stop.stopped) | (count >= state.limit[lanes]))
-        state.token[lanes] = torch.where(growing, token, state.token[lanes])
-        state.position[lanes] = position + active
-        state.stop_state[lanes] = after
-        state.count[lanes] = count
-        state.closing[lanes] = closing | ends
-        state.active[lanes] = active & ~(closing if self.read_last else ends)
+        return Choosing(sampling.temperature, sampling.seed, stop.table, stop.stopped, self.read_last)
 
     def _complete(self, ended: list[_Admitted]) -> list[Completion]:
         state = self.state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,8 +15,16 @@ class DecodeGraph:
     """Replays `step(lanes)`. lanes: int64 [size], the slots to work on; unused ones stand at the spare slot."""
 
     def __init__(
-        self, step: Callable[[torch.Tensor], None], size: int, spare: int, device: torch.device
+        self,
+        step: Callable[[torch.Tensor], None],
+        size: int,
+        spare: int,
+        device: torch.device,
+        pool: Any,
     ) -> None:
+        """pool: of torch.cuda.graph_pool_handle(). Graphs of one pool take turns with its memory: a step must leave
+        nothing behind in tensors that it made."""
+        self._spare = spare
         self._lanes = torch.full((size,), spare, dtype=torch.int64, device=device)
         self._slots: list[int] | None = None
         stream = torch.cuda.Stream(device)
@@ -25,13 +34,15 @@ class DecodeGraph:
                 step(self._lanes)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph):
+        # Another thread may use the device meanwhile: what it does is no business of this capture.
+        capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with torch.inference_mode(), capture:
             step(self._lanes)
 
-    def run(self, slots: list[int], spare: int, steps: int) -> None:
+    def run(self, slots: list[int], steps: int) -> None:
         """Take `steps` steps on the given slots, without waiting for them."""
         if slots != self._slots:
-            padded = slots + [spare] * (len(self._lanes) - len(slots))
+            padded = slots + [self._spare] * (len(self._lanes) - len(slots))
             self._lanes.copy_(torch.tensor(padded))
             self._slots = list(slots)
         for _ in range(steps):

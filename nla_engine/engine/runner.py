@@ -16,7 +16,7 @@ from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass
 from nla_engine.engine.fused import FusedBlock, can_fuse
 from nla_engine.engine.request import VECTOR
-from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.slots import SlotCache, slot_size
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import Tiles
@@ -53,8 +53,7 @@ class Runner:
         self.lm = lm
         self.device = lm.device
         self.reference = kernels == "reference" or (kernels == "auto" and lm.device.type == "cpu")
-        size = max(length - len(prefix), len(prefix)) + 1
-        self.cache = SlotCache(lm, slots, size)
+        self.cache = SlotCache(lm, slots, slot_size(length, len(prefix)))
         self.vectors = torch.zeros(slots + 1, lm.d_model, device=lm.device, dtype=lm.dtype)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None

@@ -13,19 +13,24 @@ import torch
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import KeyValues
 
-#: Slots when nobody names a number: enough to fill the device, few enough that a CPU's caches are not thrashed.
-_MOST_SLOTS = {"cpu": 64, "cuda": 512}
+#: Most slots on a CPU when nobody names a number: few enough that its caches are not thrashed.
+_MOST_SLOTS_CPU = 64
 #: The part of the free GPU memory that slots may take.
 _MEMORY_PART = 0.7
 
 
-def default_slots(lm: LanguageModel, size: int) -> int:
-    """How many slots of `size` tokens to run at once, from the memory that is free on the model's device."""
-    most = _MOST_SLOTS[lm.device.type]
+def slot_size(length: int, prefix: int) -> int:
+    """Tokens that a slot has room for, if sequences of `length` share `prefix`: the prefix is first read in a slot."""
+    return max(length - prefix, prefix) + 1
+
+
+def default_slots(lm: LanguageModel, length: int, prefix: int = 0, most: int = 512) -> int:
+    """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, as many as fit
+    the memory that is free on the model's device."""
     if lm.device.type == "cpu":
-        return most
+        return min(most, _MOST_SLOTS_CPU)
     heads, head_size = _kv_shape(lm.config)
-    slot_bytes = 2 * len(lm.blocks) * (size + 1) * heads * head_size * lm.dtype.itemsize
+    slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
     free = torch.cuda.mem_get_info(lm.device)[0]
     return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
 

@@ -1,0 +1,269 @@
+"""The end of a step: choose every lane's next token and move its sequence on. Reference in torch, two Triton launches.
+
+    greedy      argmax_v logit_v                              the lowest of equal ones, NaN above all, as torch.argmax
+    sampled     argmax_v logit_v / T - log(-log u_v)          draws v with probability softmax(logit / T)
+
+u_v is a counter-based hash of (seed, sequence, position, v), so no state is kept and batching cannot change a draw
+(Gumbel-max; the mixer is C. Wellons' 'lowbias32').
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+
+_MASK = 0xFFFFFFFF
+#: Logits that one program looks at.
+_BLOCK = 4096
+_Bits = TypeVar("_Bits", int, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """What is known of running sequences; one entry a slot, and one for the spare slot that unused lanes work on."""
+
+    token: torch.Tensor  # int64: the next token to read
+    position: torch.Tensor  # int64: and where it stands
+    sequence: torch.Tensor  # int64: whose random numbers it draws
+    active: torch.Tensor  # bool
+    closing: torch.Tensor  # bool: its last token is known and only has to be read
+    stop_state: torch.Tensor  # uint8: row of the stop table
+    count: torch.Tensor  # int64: tokens generated
+    limit: torch.Tensor  # int64: and how many there may be
+    generated: torch.Tensor  # int64 [slots + 1, most new tokens]
+
+    @classmethod
+    def allocate(cls, slots: int, most: int, device: torch.device) -> SlotState:
+        """All zero, so that no slot is active."""
+
+        def zeros(*more: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(slots + 1, *more, dtype=dtype, device=device)
+
+        return cls(
+            token=zeros(),
+            position=zeros(),
+            sequence=zeros(),
+            active=zeros(dtype=torch.bool),
+            closing=zeros(dtype=torch.bool),
+            stop_state=zeros(dtype=torch.uint8),
+            count=zeros(),
+            limit=zeros(),
+            generated=zeros(max(most, 1)),
+        )
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How tokens are chosen and sequences end.
+
+    temperature: 0 is greedy. table: uint8 [states, V], the stop automaton; states from `stopped` on end a sequence.
+    read_last: the last token is read too before a sequence leaves.
+    """
+
+    temperature: float
+    seed: int
+    table: torch.Tensor
+    stopped: int
+    read_last: bool
+
+
+def advance(
+    logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing, reference: bool = False
+) -> None:
+    """logits [B, V] of what each lane (int64 [B], slots) has just read. No synchronisation.
+
+    A slot that is active stands in one lane only; others, such as the spare one, may stand in several: they stay as
+    they are. Triton on CUDA unless `reference`.
+    """
+    run = advance_triton if logits.is_cuda and not reference else advance_reference
+    run(logits, lanes, state, how)
+
+
+def advance_reference(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing) -> None:
+    """`advance` in plain torch."""
+    active, closing = state.active[lanes], state.closing[lanes]
+    count, position = state.count[lanes], state.position[lanes]
+    token = choose(logits, state.sequence[lanes], position + 1, how.temperature, how.seed)
+    growing = active & ~closing
+    at = (lanes, count.clamp(max=state.generated.shape[1] - 1))
+    state.generated[at] = torch.where(growing, token, state.generated[at])
+    before = state.stop_state[lanes]
+    after = torch.where(growing, how.table[before.long(), token], before)
+    count = count + growing
+    ends = growing & ((after >= how.stopped) | (count >= state.limit[lanes]))
+    state.token[lanes] = torch.where(growing, token, state.token[lanes])
+    state.position[lanes] = position + active
+    state.stop_state[lanes] = after
+    state.count[lanes] = count
+    state.closing[lanes] = closing | ends
+    state.active[lanes] = active & ~(closing if how.read_last else ends)
+
+
+def choose(
+    logits: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, temperature: float, seed: int
+) -> torch.Tensor:
+    """int64 [n]: the token chosen for each row of logits [n, V]; sequence, position: int64 [n] of the chosen token."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    key = torch.full_like(sequence, _seed_key(seed))
+    for part in (sequence, sequence >> 32, position):
+        key = _hash(key ^ (part & _MASK))
+    bits = _hash(key[:, None] ^ _hash(vocabulary)[None])
+    u = (
+        (bits >> 9).float() + 0.5
+    ) * 2.0**-23  # 23 bits: with 24 the largest would round to 1, a certain winner
+    return (logits.float() / temperature - torch.log(-torch.log(u))).argmax(-1)
+
+
+def _seed_key(seed: int) -> int:
+    return _hash(_hash(seed & _MASK) ^ (seed >> 32 & _MASK))
+
+
+def _hash(x: _Bits) -> _Bits:
+    """A 32-bit mixer, two multiply-xorshift rounds, on Python's integers or int64 tensors."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing) -> None:
+    """`advance` in two launches: the best token of each part of the vocabulary; then of all, and the state."""
+    lane_count, vocabulary = logits.shape
+    block = min(_BLOCK, triton.next_power_of_2(vocabulary))
+    parts = triton.cdiv(vocabulary, block)
+    best = torch.empty((2, lane_count, parts), dtype=torch.int32, device=logits.device)
+    key = _seed_key(how.seed)
+    _best_kernel[(lane_count, parts)](
+        logits,
+        lanes,
+        state.sequence,
+        state.position,
+        best[0],
+        best[1],
+        logits.stride(0),
+        vocabulary,
+        how.temperature,
+        key - (key >> 31 << 32),  # the same bits as an int32
+        SAMPLE=how.temperature != 0.0,
+        BLOCK=block,
+        num_warps=8,
+    )
+    _advance_kernel[(lane_count,)](
+        best[0],
+        best[1],
+        lanes,
+        state.token,
+        state.position,
+        state.active.view(torch.uint8),
+        state.closing.view(torch.uint8),
+        state.stop_state,
+        state.count,
+        state.limit,
+        state.generated,
+        how.table,
+        parts,
+        state.generated.shape[1],
+        how.table.stride(0),
+        how.stopped,
+        READ_LAST=how.read_last,
+        PARTS=triton.next_power_of_2(parts),
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["key"])
+def _best_kernel(
+    logits,  # [B, V], rows logits_row apart
+    lanes,  # int64 [B]
+    sequence,  # int64 [slots + 1]
+    position,  # int64 [slots + 1]
+    best_order,  # int32 [B, parts]: the best score of a part, as an integer that orders as torch orders floats
+    best_token,  # int32 [B, parts]: and the first token that has it
+    logits_row,
+    vocabulary,
+    temperature,
+    key,
+    SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = part * BLOCK + tl.arange(0, BLOCK)
+    real = token < vocabulary
+    score = tl.load(logits + lane * logits_row + token, mask=real, other=0.0).to(tl.float32)
+    if SAMPLE:
+        slot = tl.load(lanes + lane)
+        number = tl.load(sequence + slot)
+        draw = key.to(tl.uint32)
+        draw = _mix(draw ^ number.to(tl.uint32))
+        draw = _mix(draw ^ (number >> 32).to(tl.uint32))
+        draw = _mix(draw ^ (tl.load(position + slot) + 1).to(tl.uint32))
+        bits = _mix(_mix(token.to(tl.uint32)) ^ draw)
+        u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+        score = tl.div_rn(score, temperature) - tl.log(-tl.log(u))
+    as_int = (score + 0.0).to(tl.int32, bitcast=True)  # + 0: -0 is 0
+    order = as_int ^ ((as_int >> 31) & 0x7FFFFFFF)
+    order = tl.where(score == score, order, 0x7FFFFFFF)
+    order = tl.where(real, order, -0x80000000)
+    best = tl.max(order, 0)
+    at = lane * tl.num_programs(1) + part
+    tl.store(best_order + at, best)
+    tl.store(best_token + at, tl.min(tl.where(order == best, token, 0x7FFFFFFF), 0))
+
+
+@triton.jit
+def _mix(x):
+    """`_hash` on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _advance_kernel(
+    best_order,  # int32 [B, parts]
+    best_token,  # int32 [B, parts]
+    lanes,  # int64 [B]
+    token,  # this and what follows: the SlotState, flags as uint8
+    position,
+    active,
+    closing,
+    stop_state,
+    count,
+    limit,
+    generated,  # int64 [slots + 1, most]
+    table,  # uint8 [states, V]
+    parts,
+    most,
+    table_row,
+    stopped,
+    READ_LAST: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    lane = tl.program_id(0).to(tl.int64)
+    slot = tl.load(lanes + lane)
+    if tl.load(active + slot) != 0:  # nothing of any other slot is written: it may stand in several lanes
+        tl.store(position + slot, tl.load(position + slot) + 1)
+        if tl.load(closing + slot) != 0:
+            if READ_LAST:
+                tl.store(active + slot, 0)
+        else:
+            part = tl.arange(0, PARTS)
+            order = tl.load(best_order + lane * parts + part, mask=part < parts, other=-0x80000000)
+            first = tl.load(best_token + lane * parts + part, mask=part < parts, other=0x7FFFFFFF)
+            chosen = tl.min(tl.where(order == tl.max(order, 0), first, 0x7FFFFFFF), 0).to(tl.int64)
+            before = tl.load(count + slot)
+            after = tl.load(table + tl.load(stop_state + slot).to(tl.int64) * table_row + chosen)
+            tl.store(token + slot, chosen)
+            tl.store(generated + slot * most + tl.minimum(before, most - 1), chosen)
+            tl.store(stop_state + slot, after)
+            tl.store(count + slot, before + 1)
+            if (after.to(tl.int32) >= stopped) | (before + 1 >= tl.load(limit + slot)):
+                tl.store(closing + slot, 1)
+                if not READ_LAST:
+                    tl.store(active + slot, 0)

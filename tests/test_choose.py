@@ -1,0 +1,148 @@
+"""The end of a step: Triton against torch, in the interpreter on a CPU, for lanes of every kind at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nla_engine.ops import choose
+from nla_engine.ops.choose import Choosing, SlotState
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
+)
+DTYPES = [torch.float32, torch.bfloat16]
+MOST = 5
+
+
+def filled(rng: np.random.Generator, slots: int, vocabulary: int) -> tuple[SlotState, torch.Tensor]:
+    """A state with slots of every kind (the spare one at rest), and a stop table of four states."""
+    state = SlotState.allocate(slots, MOST, torch.device(DEVICE))
+    draws = {
+        "token": rng.integers(0, vocabulary, slots + 1),
+        "position": rng.integers(0, 1 << 20, slots + 1),
+        "sequence": rng.integers(0, 1 << 40, slots + 1),
+        "active": rng.random(slots + 1) < 0.7,
+        "closing": rng.random(slots + 1) < 0.2,
+        "stop_state": rng.integers(0, 2, slots + 1),
+        "count": rng.integers(0, MOST, slots + 1),
+        "limit": rng.integers(1, MOST + 1, slots + 1),
+        "generated": rng.integers(0, vocabulary, (slots + 1, MOST)),
+    }
+    draws["active"][-1] = False
+    for name, values in draws.items():
+        getattr(state, name).copy_(torch.from_numpy(values))
+    table = torch.from_numpy(rng.integers(0, 4, (4, vocabulary)).astype(np.uint8)).to(DEVICE)
+    return state, table
+
+
+def copied(state: SlotState) -> SlotState:
+    return SlotState(*(getattr(state, field.name).clone() for field in dataclasses.fields(state)))
+
+
+def same(a: SlotState, b: SlotState) -> None:
+    for field in dataclasses.fields(a):
+        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("lanes", "vocabulary"), [(1, 1), (33, 259), (3, 4096), (4, 10_001)])
+@pytest.mark.parametrize("read_last", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_both_ways_move_every_lane_alike(
+    rng, dtype: torch.dtype, lanes: int, vocabulary: int, read_last: bool, temperature: float
+) -> None:
+    slots = lanes + 4
+    state, table = filled(rng, slots, vocabulary)
+    at = rng.permutation(slots)[:lanes]
+    at[rng.random(lanes) < 0.2] = slots  # unused lanes, all at the spare slot
+    where = torch.from_numpy(at).to(DEVICE)
+    logits = torch.from_numpy(rng.integers(-8, 8, (lanes, 2 * vocabulary)).astype(np.float32) / 4)
+    logits = logits.to(DEVICE, dtype)[:, :vocabulary]  # many ties; rows further apart than they are long
+    how = Choosing(temperature, int(rng.integers(1 << 62)), table, 2, read_last)
+    fast, slow = copied(state), copied(state)
+    choose.advance_triton(logits, where, fast, how)
+    choose.advance_reference(logits, where, slow, how)
+    same(fast, slow)
+    untouched = torch.ones(slots + 1, dtype=torch.bool, device=DEVICE)
+    untouched[where] = False
+    untouched[slots] = True
+    for field in dataclasses.fields(state):
+        assert torch.equal(getattr(fast, field.name)[untouched], getattr(state, field.name)[untouched])
+
+
+def one_each(logits: torch.Tensor, temperature: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """The tokens that the kernels choose for these rows, sequence i at position i of its own slot."""
+    lanes = len(logits)
+    state = SlotState.allocate(lanes, 1, logits.device)
+    state.active.fill_(True)
+    state.limit.fill_(2)
+    state.sequence.copy_(torch.arange(lanes + 1))
+    state.position.copy_(torch.arange(lanes + 1))
+    table = torch.zeros(1, logits.shape[1], dtype=torch.uint8, device=logits.device)
+    how = Choosing(temperature, seed, table, 1, False)
+    choose.advance_triton(logits, torch.arange(lanes, device=logits.device), state, how)
+    return state.token[:lanes]
+
+
+@runs_kernels
+def test_the_greedy_choice_is_argmax_of_torch_where_it_is_unclear(rng) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [
+        [-inf] * 4,
+        [0.0, -0.0, 0.0, -1.0],
+        [-0.0, 0.0, -1.0, 0.0],
+        [1.0, nan, inf, nan],
+        [inf, -nan, inf, 3],
+    ]
+    rows += [[-1.0, -2.0, -1.0, -3.0], [-inf, -inf, -3e38, -3e38], [nan] * 4, [1e-45, 0.0, -1e-45, 1e-45]]
+    few = torch.tensor(rows, device=DEVICE)
+    assert one_each(few).tolist() == few.argmax(-1).tolist()
+    wide = torch.from_numpy(rng.integers(-3, 3, (6, 40_003)).astype(np.float32)).to(DEVICE)
+    assert one_each(wide).tolist() == wide.argmax(-1).tolist()
+    wide[2, 30_000] = wide[2, 39_000] = wide[4, 4095] = nan
+    assert one_each(wide)[2] == 30_000
+    assert one_each(wide)[4] == 4095
+
+
+@runs_kernels
+@pytest.mark.parametrize("seed", [0, 1, 0xFFFFFFFF, (1 << 63) - 1])
+def test_a_draw_is_that_of_the_reference(rng, seed: int) -> None:
+    """The same hash decides: over flat logits nothing else does, and a wrong bit would move nearly every draw."""
+    flat = torch.zeros(40, 9001, device=DEVICE)
+    number = torch.arange(40, device=DEVICE)
+    expected = choose.choose(flat, number, number + 1, 1.5, seed)
+    assert (one_each(flat, 1.5, seed) == expected).float().mean() >= 0.95  # log may round otherwise
+    peaked = torch.full((3, 9001), -1000.0, device=DEVICE)
+    peaked[:, 7] = 1000.0
+    assert (one_each(peaked, 1.0, seed) == 7).all()
+
+
+def test_hashes_of_integers_and_tensors_are_one() -> None:
+    values = [0, 1, 12345, 0xFFFFFFFF, 1 << 40]
+    assert choose._hash(torch.tensor(values)).tolist() == [choose._hash(value) for value in values]
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run here directly")
+def test_in_the_interpreter() -> None:
+    """Every kernel test above, in a process of its own where Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
