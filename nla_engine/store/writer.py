@@ -35,7 +35,7 @@ from nla_engine.store.manifest import (
     strict_json,
 )
 from nla_engine.store.queue import WriteQueue
-from nla_engine.store.records import SequenceRows
+from nla_engine.store.records import SequenceBatch, SequenceRows
 from nla_engine.store.shards import TEMPORARY_SUFFIX, write_file_atomically, writing
 
 COMMIT_SECONDS = 30.0
@@ -164,50 +164,65 @@ class StoreWriter:
         return self._manifest.commit.rows
 
     def append(self, sequence: SequenceRows) -> None:
-        """Add the next sequence. Commits when `commit_seconds` have passed, or a row shard has filled.
+        """`append_many` of one sequence."""
+        self.append_many([sequence])
 
-        Raises StoreError when the sequence does not fit (the writer stays usable), WriteError.
+    def append_many(self, sequences: Sequence[SequenceRows]) -> None:
+        """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
+
+        Commits when `commit_seconds` have passed, or a row shard has filled.
+        Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
-        logs = self._logs
-        number, first = logs["sequences/row_start"].length, logs["rows/token_id"].length
-        try:
-            sequence.check(self.layers, self.codec)
-        except StoreError as error:
-            raise StoreError(f"sequence {number}: {error}") from None
-        n = len(sequence.position)
-        values: dict[str, np.ndarray | int] = {
-            "rows/token_id": sequence.token_id,
-            "rows/next_token_id": sequence.next_token_id,
-            "rows/position": sequence.position,
-            "rows/sequence": np.full(n, number, np.int64),
-            "rows/flags": sequence.flags,
-            "sequences/row_start": first,
-            "sequences/row_size": n,
-            "sequences/prompt_size": sequence.prompt_size,
-            "sequences/finish": int(sequence.finish),
-            "sequences/token_start": logs["sequences/tokens"].length,
-            "sequences/token_size": len(sequence.tokens),
-            "sequences/tokens": sequence.tokens,
-            "sequences/source_start": logs["sequences/source"].length,
-            "sequences/source_size": len(sequence.source),
-            "sequences/source": np.frombuffer(sequence.source, np.uint8),
-        }
-        for layer, rows in sequence.layers.items():
-            group = layer_group(layer)
-            values[f"{group}/codes"] = rows.codes
-            if self.codec.scale_width:
-                values[f"{group}/scales"] = rows.scales
-            values[f"{group}/norm"] = rows.norm
-            values[f"{group}/exact_row"] = rows.exact_index + first
-            values[f"{group}/exact"] = rows.exact
+        if not sequences:
+            return
+        logs, shard_rows = self._logs, self._manifest.shard_rows
+        first = logs["rows/token_id"].length
+        batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
         with self._write_errors():
-            for name, value in values.items():
-                logs[name].append(np.atleast_1d(value))
-        shard_rows = self._manifest.shard_rows
-        filled = first // shard_rows != (first + n) // shard_rows
+            for name, values in self._columns(batch).items():
+                logs[name].append(values)
+            for layers in batch.rows:
+                for layer, rows in layers.items():
+                    group = layer_group(layer)
+                    logs[f"{group}/codes"].append(rows.codes)
+                    if self.codec.scale_width:
+                        logs[f"{group}/scales"].append(rows.scales)
+                    if len(rows.exact):
+                        logs[f"{group}/exact"].append(rows.exact)
+        filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
         pause = min(FILLED_COMMIT_SECONDS, self._commit_seconds) if filled else self._commit_seconds
         if time.monotonic() - self._committed_at >= pause:
             self.commit()
+
+    def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
+        """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
+        logs = self._logs
+        row = logs["rows/token_id"].length
+
+        def starts(name: str, sizes: np.ndarray) -> np.ndarray:
+            return logs[name].length + np.cumsum(sizes) - sizes
+
+        columns = {
+            "rows/token_id": batch.token_id,
+            "rows/next_token_id": batch.next_token_id,
+            "rows/position": batch.position,
+            "rows/sequence": batch.owner + logs["sequences/row_start"].length,
+            "rows/flags": batch.flags,
+            "sequences/row_start": starts("rows/token_id", batch.row_size),
+            "sequences/row_size": batch.row_size,
+            "sequences/prompt_size": batch.prompt_size,
+            "sequences/finish": batch.finish,
+            "sequences/token_start": starts("sequences/tokens", batch.token_size),
+            "sequences/token_size": batch.token_size,
+            "sequences/tokens": batch.tokens,
+            "sequences/source_start": starts("sequences/source", batch.source_size),
+            "sequences/source_size": batch.source_size,
+            "sequences/source": batch.source,
+        }
+        for layer in self.layers:
+            columns[f"{layer_group(layer)}/norm"] = batch.norm[layer]
+            columns[f"{layer_group(layer)}/exact_row"] = batch.exact_row[layer] + row
+        return columns
 
     def commit(self) -> None:
         """Make every appended sequence readable and durable. Raises WriteError."""
