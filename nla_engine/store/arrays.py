@@ -12,7 +12,14 @@ import numpy as np
 from nla_engine.store.format import ArraySpec
 from nla_engine.store.manifest import METADATA_NAME, json_bytes
 from nla_engine.store.queue import WriteQueue
-from nla_engine.store.shards import TEMPORARY_SUFFIX, ShardImage, read_chunks, write_file_atomically, writing
+from nla_engine.store.shards import (
+    TEMPORARY_SUFFIX,
+    ShardImage,
+    fsync_directory,
+    read_chunks,
+    write_file_atomically,
+    writing,
+)
 
 
 class ArrayLog:
@@ -54,6 +61,9 @@ class ArrayLog:
                     path.unlink()
         with writing(root / spec.path):
             (root / spec.path / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+            fsync_directory(
+                chunks
+            )  # directories that a killed writer had just made; they will not be made again
         return log
 
     def append(self, rows: np.ndarray) -> None:

@@ -136,9 +136,7 @@ def write_file_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(path):
-        if not path.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
-            fsync_directory(path.parent.parent)
+        make_directory(path.parent)
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
@@ -163,6 +161,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, durably, where they are missing."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

@@ -36,7 +36,13 @@ from nla_engine.store.manifest import (
 )
 from nla_engine.store.queue import WriteQueue
 from nla_engine.store.records import SequenceBatch, SequenceRows
-from nla_engine.store.shards import TEMPORARY_SUFFIX, write_file_atomically, writing
+from nla_engine.store.shards import (
+    TEMPORARY_SUFFIX,
+    fsync_directory,
+    make_directory,
+    write_file_atomically,
+    writing,
+)
 
 COMMIT_SECONDS = 30.0
 #: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this long.
@@ -61,11 +67,15 @@ class StoreWriter:
         self._usable = True
         self._queue = WriteQueue()
         lengths = manifest.lengths()
-        self._logs = {
-            name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
-            for name, spec in manifest.specs().items()
-            if not name.startswith("vocabulary/")
-        }
+        try:
+            self._logs = {
+                name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
+                for name, spec in manifest.specs().items()
+                if not name.startswith("vocabulary/")
+            }
+        except BaseException:
+            self._release()
+            raise
 
     @classmethod
     def create(
@@ -134,6 +144,7 @@ class StoreWriter:
                 )
             with writing(target):
                 (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+                fsync_directory(target.parent)  # its creator may have been killed before it did
             writer = cls(target, lock, manifest, commit_seconds)
             writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
         except BaseException:
@@ -316,10 +327,9 @@ def _write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) ->
     specs = manifest.specs()
     with writing(root):
         for group in {spec.path.split("/")[0]: None for spec in specs.values()}:
-            (root / group).mkdir()
             write_file_atomically(root / group / METADATA_NAME, json_bytes(GROUP_METADATA, group))
         for path in specs:
-            (root / path / "c").mkdir(parents=True)
+            make_directory(root / path / "c")
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     with WriteQueue() as queue:
         logs = {name: ArrayLog(root, spec, queue) for name, spec in specs.items()}
