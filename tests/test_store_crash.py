@@ -43,7 +43,7 @@ def files(path: Path) -> dict[str, bytes]:
     contents = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     manifest = json.loads(contents["zarr.json"])
     about = manifest["attributes"]["nla_engine"]
-    about["store_id"] = about["commit"]["time"] = about["commit"]["epoch"] = None
+    about["store_id"] = about["checksum"] = about["commit"]["time"] = about["commit"]["epoch"] = None
     return {**contents, "zarr.json": json.dumps(manifest).encode()}
 
 

@@ -126,7 +126,7 @@ class ArrayReader:
         if not 0 <= start <= stop <= self.length:
             raise IndexError(f"{self.spec.path}: rows {start}:{stop} are outside its {self.length}")
         chunk_rows, per_shard = self.spec.chunk_rows, self.spec.shard_chunks
-        first, last = start // chunk_rows, -(-stop // chunk_rows)
+        first, last = start // chunk_rows, -(-stop // chunk_rows) if stop > start else 0
         out = self._empty(max(last - first, 0))
         chunk = first
         while chunk < last:
@@ -134,7 +134,7 @@ class ArrayReader:
             self._read_shard(chunk // per_shard, range(chunk, end), out[chunk - first : end - first])
             chunk = end
         rows = out.reshape(-1, *self.spec.trailing)
-        return rows[start - first * chunk_rows : stop - first * chunk_rows]
+        return rows[start - first * chunk_rows :][: stop - start]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Rows int64 [n], each in [0, length), any order, repeats allowed. Each chunk is read once."""

@@ -24,6 +24,7 @@ from nla_engine.store.format import ArraySpec
 CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
+_MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
 
 
 def index_bytes(shard_chunks: int) -> int:
@@ -116,13 +117,13 @@ def read_chunks(path: Path, chunks: Sequence[int], shard_chunks: int, out: np.nd
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise StoreError(f"{path}: a shard with committed rows is missing: restore it from a copy") from None
+        raise StoreError(f"{path}: a shard with committed rows is missing: {_MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         _read_open_shard(fd, chunks, shard_chunks, out)
     except _Damage as damage:
-        raise StoreError(f"{path}: damaged: {damage}: restore it from a copy") from None
+        raise StoreError(f"{path}: damaged: {damage}: {_MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     finally:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,7 +117,7 @@ class StoreWriter:
             ),
         )
         with staged(target, overwrite) as (staging, lock):
-            _write_empty(staging, manifest, vocabulary)
+            write_empty(staging, manifest, vocabulary)
         return cls(target, lock, manifest, commit_seconds)
 
     @classmethod
@@ -322,22 +323,31 @@ class StoreWriter:
             raise
 
 
-def _write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
-    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest."""
+def write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
+    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest. Raises WriteError."""
     specs = manifest.specs()
     with writing(root):
-        for group in {spec.path.split("/")[0]: None for spec in specs.values()}:
-            write_file_atomically(root / group / METADATA_NAME, json_bytes(GROUP_METADATA, group))
         for path in specs:
             make_directory(root / path / "c")
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     with WriteQueue() as queue:
-        logs = {name: ArrayLog(root, spec, queue) for name, spec in specs.items()}
+        logs = {name: ArrayLog(root, specs[name], queue) for name in ("vocabulary/start", "vocabulary/text")}
         logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
         logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
         for log in logs.values():
             log.flush()
-            log.describe()
+    write_metadata(root, manifest)
+
+
+def write_metadata(root: Path, manifest: Manifest) -> None:
+    """Every zarr.json of a store, the manifest last. Raises WriteError."""
+    lengths = manifest.lengths()
+    with WriteQueue() as queue:
+        documents: dict[str, Any] = {path.split("/")[0]: GROUP_METADATA for path in manifest.specs()}
+        documents |= {path: spec.metadata(lengths[spec.unit]) for path, spec in manifest.specs().items()}
+        for name, document in documents.items():
+            path, data = root / name / METADATA_NAME, json_bytes(document, name)
+            queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
 
 
