@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "checks.hpp"
 #include "crc32c.hpp"
 #include "encode.hpp"
 #include "shard.hpp"
@@ -16,42 +17,48 @@ namespace {
 // The bytes of any C-contiguous buffer (numpy array, bytes, memoryview), held while this lives. Made under the GIL.
 class Bytes {
   public:
-    explicit Bytes(const py::object& object) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    explicit Bytes(const py::object& object, int flags = PyBUF_SIMPLE) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
     }
     Bytes(const Bytes&) = delete;
     Bytes& operator=(const Bytes&) = delete;
     ~Bytes() { PyBuffer_Release(&view_); }
-    const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
+    uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }  // to be written only if PyBUF_WRITABLE was asked
     size_t size() const { return static_cast<size_t>(view_.len); }
 
   private:
     Py_buffer view_;
 };
 
-py::bytes build_shard(const py::object& data, int64_t chunk_bytes, int64_t chunks_per_shard) {
-    const Bytes bytes(data);
-    const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, bytes.size());
-    const auto size = static_cast<Py_ssize_t>(layout.shard_bytes(bytes.size()));
-    auto shard = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, size));
-    if (!shard) throw py::error_already_set();
-    auto* out = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(shard.ptr()));
-    py::gil_scoped_release unlocked;
-    nla::build_shard(layout, bytes.data(), bytes.size(), out);
-    return shard;
+// The image of a shard with `data_bytes` bytes of data, tested against the layout.
+nla::ShardLayout shard_layout(const Bytes& image, int64_t data_bytes, int64_t chunk_bytes, int64_t chunks_per_shard) {
+    nla::check(data_bytes >= 0, "data_bytes", std::to_string(data_bytes) + " is negative");
+    const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, static_cast<size_t>(data_bytes));
+    nla::check(image.size() == layout.image_bytes(), "image",
+               std::to_string(image.size()) + " bytes, a shard needs " + std::to_string(layout.image_bytes()));
+    return layout;
 }
 
-void write_shard(const py::object& path, const py::object& data, int64_t chunk_bytes, int64_t chunks_per_shard) {
+size_t seal_shard(const py::object& image, int64_t data_bytes, int64_t chunk_bytes, int64_t chunks_per_shard) {
+    const Bytes bytes(image, PyBUF_WRITABLE);
+    const nla::ShardLayout layout = shard_layout(bytes, data_bytes, chunk_bytes, chunks_per_shard);
+    py::gil_scoped_release unlocked;
+    return nla::seal_shard(layout, bytes.data(), static_cast<size_t>(data_bytes));
+}
+
+void write_shard(const py::object& path, const py::object& image, int64_t data_bytes, int64_t chunk_bytes,
+                 int64_t chunks_per_shard) {
     const auto encoded = py::reinterpret_steal<py::bytes>([&] {
         PyObject* bytes = nullptr;
         if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw py::error_already_set();
         return bytes;
     }());
     const std::string name = encoded;
-    const Bytes bytes(data);
-    const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, bytes.size());
+    const Bytes bytes(image, PyBUF_WRITABLE);
+    const nla::ShardLayout layout = shard_layout(bytes, data_bytes, chunk_bytes, chunks_per_shard);
     py::gil_scoped_release unlocked;
-    nla::write_shard(layout, bytes.data(), bytes.size(), name);
+    const size_t size = nla::seal_shard(layout, bytes.data(), static_cast<size_t>(data_bytes));
+    nla::write_file(name, bytes.data(), size);
 }
 
 uint32_t checksum(const py::object& data, bool portable) {
@@ -135,10 +142,10 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("crc32c", &checksum, "data"_a, "portable"_a = false, "CRC-32C of a contiguous buffer.");
     m.attr("crc32c_hardware") = nla::crc32c_has_hardware();
-    m.def("build_shard", &build_shard, "data"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
-          "The bytes of one Zarr v3 shard (see csrc/shard.hpp). Releases the GIL.");
-    m.def("write_shard", &write_shard, "path"_a, "data"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
-          "The same bytes as a file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
+    m.def("seal_shard", &seal_shard, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
+          "Checksums and index into the image of a Zarr v3 shard (see csrc/shard.hpp); the size of the file.");
+    m.def("write_shard", &write_shard, "path"_a, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
+          "seal_shard, and the file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
 
 #ifdef NLA_WITH_CUDA
     m.attr("cuda") = true;

@@ -1,13 +1,13 @@
 #include "shard.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 
 #include "checks.hpp"
 #include "crc32c.hpp"
@@ -72,6 +72,11 @@ void sync_directory(const std::string& path) {
     if (error && error != EINVAL && error != ENOTSUP) throw FileError(error, path);
 }
 
+std::string parent(const std::string& path) {
+    const size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+}
+
 }  // namespace
 
 FileError::FileError(int error_, std::string path_)
@@ -90,36 +95,37 @@ size_t ShardLayout::shard_bytes(size_t data_bytes) const {
     return chunks(data_bytes) * (chunk_bytes + kChecksum) + chunks_per_shard * kEntry + kChecksum;
 }
 
-void build_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, uint8_t* out) {
+size_t ShardLayout::image_bytes() const { return shard_bytes(chunk_bytes * chunks_per_shard); }
+
+size_t seal_shard(const ShardLayout& layout, uint8_t* image, size_t data_bytes) {
     const size_t present = layout.chunks(data_bytes);
     const size_t stride = layout.chunk_bytes + kChecksum;
     for (size_t i = 0; i < present; ++i) {
-        uint8_t* chunk = out + i * stride;
-        const size_t start = i * layout.chunk_bytes;
-        const size_t size = std::min(layout.chunk_bytes, data_bytes - start);
-        std::memcpy(chunk, data + start, size);
+        uint8_t* const chunk = image + i * stride;
+        const size_t size = std::min(layout.chunk_bytes, data_bytes - i * layout.chunk_bytes);
         std::memset(chunk + size, 0, layout.chunk_bytes - size);
         put_little_endian(chunk + layout.chunk_bytes, crc32c(chunk, layout.chunk_bytes));
     }
-    uint8_t* const index = out + present * stride;
+    uint8_t* const index = image + present * stride;
     uint8_t* entry = index;
     for (size_t i = 0; i < layout.chunks_per_shard; ++i) {
         entry = put_little_endian<uint64_t>(entry, i < present ? i * stride : ~uint64_t{0});
         entry = put_little_endian<uint64_t>(entry, i < present ? stride : ~uint64_t{0});
     }
-    put_little_endian(entry, crc32c(index, static_cast<size_t>(entry - index)));
+    entry = put_little_endian(entry, crc32c(index, static_cast<size_t>(entry - index)));
+    return static_cast<size_t>(entry - image);
 }
 
-void write_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, const std::string& path) {
-    const size_t size = layout.shard_bytes(data_bytes);
-    const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size]);  // not cleared: every byte is written below
-    build_shard(layout, data, data_bytes, bytes.get());
-
+void write_file(const std::string& path, const uint8_t* data, size_t size) {
+    const std::string directory = parent(path);
+    if (::access(directory.c_str(), F_OK) != 0) {
+        if (::mkdir(directory.c_str(), 0777) != 0 && errno != EEXIST) throw FileError(errno, directory);
+        sync_directory(parent(directory));
+    }
     TemporaryFile file(path + ".tmp");  // the store sweeps leftovers of this name (store/shards.py)
-    file.write(bytes.get(), size);
+    file.write(data, size);
     file.sync_and_rename(path);
-    const size_t slash = path.rfind('/');
-    sync_directory(slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash));
+    sync_directory(directory);
 }
 
 }  // namespace nla

@@ -29,12 +29,15 @@ struct ShardLayout {
 
     size_t chunks(size_t data_bytes) const { return (data_bytes + chunk_bytes - 1) / chunk_bytes; }
     size_t shard_bytes(size_t data_bytes) const;
+    size_t image_bytes() const;
 };
 
-// Fills out[shard_bytes(data_bytes)]. The last chunk is padded with zeros; chunks beyond the data are absent.
-void build_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, uint8_t* out);
+// `image` holds the raw chunks at their places in the file, with room for a whole shard: fills the last chunk that has
+// data up with zeros and adds checksums and index. Returns the size of the file; chunks beyond the data are absent.
+size_t seal_shard(const ShardLayout& layout, uint8_t* image, size_t data_bytes);
 
-// The same bytes as a file at `path`: written to a temporary name beside it, synced, renamed, directory synced.
-void write_shard(const ShardLayout& layout, const uint8_t* data, size_t data_bytes, const std::string& path);
+// Puts `size` bytes in place as a file, whole or not at all, and durably: written to a temporary name beside `path`,
+// synced, renamed, directory synced. Makes the directory if it is missing.
+void write_file(const std::string& path, const uint8_t* data, size_t size);
 
 }  // namespace nla

@@ -18,6 +18,7 @@ import zarr
 from nla_engine import extension
 from nla_engine.ops import encode
 from nla_engine.store import shards
+from nla_engine.store.format import ArraySpec
 
 ROOT = Path(__file__).resolve().parent.parent
 _C = extension.load()
@@ -48,6 +49,21 @@ def sharded(path: Path, shape: tuple[int, int], dtype: str) -> zarr.Array:
     )
 
 
+def image(data: np.ndarray) -> tuple[np.ndarray, int, int, int]:
+    """The arguments of seal_shard and write_shard for data [n, d] as chunks of 8 rows, 4 a shard."""
+    chunk = 8 * data[0].nbytes
+    out = np.full(4 * (chunk + 4) + 4 * 16 + 4, 0xAB, np.uint8)
+    for i in range(0, len(data), 8):
+        part = data[i : i + 8].reshape(-1).view(np.uint8)
+        out[i // 8 * (chunk + 4) :][: len(part)] = part
+    return out, data.nbytes, chunk, 4
+
+
+def sealed(data: np.ndarray) -> bytes:
+    arguments = image(data)
+    return arguments[0][: _C.seal_shard(*arguments)].tobytes()
+
+
 @built
 @pytest.mark.parametrize("rows", [1, 5, 8, 13, 32])
 def test_zarr_reads_a_built_shard(tmp_path, rng, rows):
@@ -55,10 +71,10 @@ def test_zarr_reads_a_built_shard(tmp_path, rng, rows):
     data = rng.integers(-128, 128, (rows, 6), dtype=np.int8)
     array = sharded(tmp_path / "a.zarr", (rows, 6), "int8")
     path = tmp_path / "a.zarr" / "c" / "0" / "0"
-    path.parent.mkdir(parents=True)
-    _C.write_shard(path, data, 48, 4)
+    path.parent.parent.mkdir(parents=True)  # the last directory is the writer's to make
+    _C.write_shard(path, *image(data))
     np.testing.assert_array_equal(array[:], data)
-    assert path.read_bytes() == _C.build_shard(data, 48, 4) == expected_shard(data.tobytes(), 48, 4)
+    assert path.read_bytes() == sealed(data) == expected_shard(data.tobytes(), 48, 4)
 
 
 def expected_shard(data: bytes, chunk_bytes: int, chunks_per_shard: int) -> bytes:
@@ -77,9 +93,22 @@ def expected_shard(data: bytes, chunk_bytes: int, chunks_per_shard: int) -> byte
 
 @built
 @pytest.mark.parametrize("rows", [1, 8, 11, 32])
-def test_the_stores_own_builder_gives_the_same_bytes(rng, rows):
-    data = rng.integers(0, 2**16, (rows, 3), dtype=np.uint16)
-    assert _C.build_shard(data, 8 * 6, 4) == shards.build_shard_reference(data, 8, 4).tobytes()
+def test_python_gives_the_same_bytes(tmp_path, rng, monkeypatch, rows):
+    spec = ArraySpec("a", np.dtype("<u2"), ("row", "channel"), "rows", 8, 32, (3,))
+    data = rng.integers(0, 2**16, (32, 3), dtype=np.uint16)
+    contents = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(extension, "load", lambda: None)
+        shard = shards.ShardImage(spec)
+        shard.put(0, data)
+        shard.seal(32)
+        shard.put(0, data[:rows])  # used again: the old rows behind must not show
+        contents.append(shard.seal(rows).tobytes())
+        shard.write(tmp_path / str(native) / "0", rows)
+        contents.append((tmp_path / str(native) / "0").read_bytes())
+        assert os.listdir(tmp_path / str(native)) == ["0"]
+    assert contents == [sealed(data[:rows])] * 4
 
 
 @built
@@ -88,7 +117,7 @@ def test_shard_bytes_are_those_of_zarr(tmp_path, rng):
     array = sharded(tmp_path / "a.zarr", data.shape, "uint16")
     array[:] = data
     written = (tmp_path / "a.zarr" / "c" / "0" / "0").read_bytes()
-    ours = _C.build_shard(data, 80, 4)
+    ours = sealed(data)
     assert len(written) == len(ours)
     # zarr may lay the chunks out in another order: compare what its own index points at
     for index, shard in ((written[-68:-4], written), (ours[-68:-4], ours)):
@@ -99,17 +128,24 @@ def test_shard_bytes_are_those_of_zarr(tmp_path, rng):
 
 @built
 def test_shard_requests_that_cannot_be_met(tmp_path):
-    with pytest.raises(ValueError, match="chunk_bytes: 0 is not positive"):
-        _C.build_shard(b"abc", 0, 4)
-    with pytest.raises(ValueError, match="data: 9 bytes do not fit in 2 chunks of 4"):
-        _C.build_shard(b"123456789", 4, 2)
-    with pytest.raises(ValueError, match="contiguous"):
-        _C.build_shard(np.zeros((4, 4))[:, ::2], 4, 2)
-    missing = tmp_path / "nowhere" / "0"
+    shard, size, chunk, chunks = image(np.ones((5, 3), np.uint16))
+    for arguments, fault in (
+        ((shard, size, 0, chunks), "chunk_bytes: 0 is not positive"),
+        ((shard, size, chunk, -1), "chunks_per_shard: -1 is not positive"),
+        ((shard, -1, chunk, chunks), "data_bytes: -1 is negative"),
+        ((shard, 193, chunk, chunks), "data: 193 bytes do not fit in 4 chunks of 48"),
+        ((shard[1:], size, chunk, chunks), "image: 275 bytes, a shard needs 276"),
+        ((np.zeros((4, 552), np.uint8)[:, ::2], size, chunk, chunks), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            _C.seal_shard(*arguments)
+    with pytest.raises(BufferError):
+        _C.seal_shard(shard.tobytes(), size, chunk, chunks)
+    missing = tmp_path / "nowhere" / "at all" / "0"
     with pytest.raises(FileNotFoundError) as caught:
-        _C.write_shard(missing, b"abc", 4, 2)
+        _C.write_shard(missing, shard, size, chunk, chunks)
     assert caught.value.errno == errno.ENOENT
-    assert str(missing) in caught.value.filename
+    assert str(missing.parent) in caught.value.filename
 
 
 @built
@@ -117,7 +153,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     target = tmp_path / "taken"
     target.mkdir()
     with pytest.raises(IsADirectoryError):
-        _C.write_shard(target, b"abc", 4, 2)
+        _C.write_shard(target, *image(np.ones((5, 3), np.uint16)))
     assert os.listdir(tmp_path) == ["taken"]
 
 
@@ -125,20 +161,17 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_write_shard_replaces_a_file_and_takes_odd_names(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xc3\xa9 \xff")
     path.write_bytes(b"old")
-    _C.write_shard(path, b"new!", 4, 1)
-    assert path.read_bytes()[:4] == b"new!"
+    _C.write_shard(path, *image(np.full((5, 3), 7, np.uint16)))
+    assert path.read_bytes()[:4] == b"\7\0\7\0"
     assert len(os.listdir(tmp_path)) == 1
 
 
 @built
-def test_many_threads_build_at_once(rng):
-    data = rng.bytes(1 << 20)
-    right = _C.build_shard(data, 1 << 16, 16)
+def test_many_threads_seal_at_once(rng):
+    data = rng.integers(0, 2**16, (32, 1 << 14), dtype=np.uint16)
+    right = sealed(data)
     results: list[bool] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(_C.build_shard(data, 1 << 16, 16) == right))
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(sealed(data) == right)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -19,7 +19,7 @@ from test_store_samples import VOCABULARY, create_store, fill_store, sample_sequ
 
 from nla_engine.codec import Codec, decode_reference
 from nla_engine.store import CaptureStore, RowFlag, row_flags, shards
-from nla_engine.store.format import array_specs, default_shard_rows
+from nla_engine.store.format import ArraySpec, array_specs, default_shard_rows
 from nla_engine.store.verify import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "store_format.md"
@@ -149,7 +149,7 @@ def test_each_array_opens_alone_and_nothing_foreign_is_in_the_store(tmp_path: Pa
 
 
 def test_zarr_writes_the_same_shard_bytes(tmp_path: Path) -> None:
-    """zarr's own sharding codec is the truth for `build_shard`, padding and absent chunks included."""
+    """zarr's own sharding codec is the truth for `ShardImage`, padding and absent chunks included."""
     values = np.arange(1, 20 * 3 + 1, dtype="<i4").reshape(20, 3)
     array = zarr.create_array(
         tmp_path / "a.zarr",
@@ -164,8 +164,10 @@ def test_zarr_writes_the_same_shard_bytes(tmp_path: Path) -> None:
     shards.read_chunks(tmp_path / "a.zarr" / "c" / "0" / "0", range(3), 8, ours)
     assert np.array_equal(ours.reshape(24, 3)[:20], values)
     written = (tmp_path / "a.zarr" / "c" / "0" / "0").read_bytes()
-    built = shards.build_shard(values, 8, 8).tobytes()
-    assert built == shards.build_shard_reference(values, 8, 8).tobytes()
+    spec = ArraySpec("a", np.dtype("<i4"), ("row", "channel"), "rows", 8, 64, (3,))
+    image = shards.ShardImage(spec)
+    image.put(0, values)
+    built = image.seal(20).tobytes()
     assert len(built) == len(written)
     stride = 8 * 3 * 4 + 4
     chunks = {written[i * stride : (i + 1) * stride] for i in range(3)}

@@ -12,6 +12,7 @@ import pytest
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
+from nla_engine.store.records import SequenceBatch
 
 VOCABULARY = [f"{i}".encode() for i in range(10)] + [b" times", b"\n", "é".encode(), "é".encode()[:1], b""]
 SINK_NORM = 40.0
@@ -92,8 +93,8 @@ def fill_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -> di
 def test_samples_fit_a_store(name: str) -> None:
     codec = Codec.named(name, 32)
     sequences, vectors = sample_sequences(1, codec, (0, 4), [5, 0, 40])
-    for sequence in sequences:
-        sequence.check((0, 4), codec)
+    batch = SequenceBatch.of(sequences, (0, 4), codec)
+    assert batch.owner.tolist() == [0] * 5 + [2] * 40
     assert len(vectors[4]) == 45
 
 
@@ -103,6 +104,8 @@ def test_samples_fit_a_store(name: str) -> None:
         ({"token_id": np.zeros(4, np.int32)}, "token_id is int32"),
         ({"flags": np.zeros(5, np.int64)}, "flags is int64"),
         ({"position": np.array([0, 1, 2, 3, 3], np.int32)}, "not ascending"),
+        ({"position": np.array([0, 1, 2, 3, 99], np.int32)}, "not ascending"),
+        ({"position": np.array([-1, 1, 2, 3, 4], np.int32)}, "not ascending"),
         ({"prompt_size": 99}, "prompt_size 99"),
         ({"source": b"{"}, "source is not UTF-8 JSON"),
         ({"source": b"\xff"}, "source is not UTF-8 JSON"),
@@ -111,17 +114,23 @@ def test_samples_fit_a_store(name: str) -> None:
 )
 def test_unfit_sequences_are_refused(change: dict[str, Any], message: str) -> None:
     codec = Codec.named("int8", 16)
-    sequence, _ = sample_sequence(np.random.default_rng(0), codec, (3,), 5)
-    with pytest.raises(StoreError, match=message):
-        SequenceRows(**{**vars(sequence), **change}).check((3,), codec)
+    good, _ = sample_sequence(np.random.default_rng(0), codec, (3,), 5)
+    bad = SequenceRows(**{**vars(good), **change})
+    for place in range(3):  # it is named among others, which may have no rows at all
+        none, _ = sample_sequence(np.random.default_rng(1), codec, (3,), 4, 0)
+        sequences = [good, none, good]
+        sequences[place] = bad
+        with pytest.raises(StoreError, match=f"^sequence {7 + place}: .*{message}"):
+            SequenceBatch.of(sequences, (3,), codec, first=7)
 
 
 @pytest.mark.parametrize("name", ["token_id", "next_token_id"])
 def test_tokens_that_disagree_are_refused(name: str) -> None:
     codec = Codec.named("int8", 16)
     sequence, _ = sample_sequence(np.random.default_rng(0), codec, (3,), 5)
-    with pytest.raises(StoreError, match=rf"^{name} does not hold"):
-        SequenceRows(**{**vars(sequence), name: getattr(sequence, name) + np.int32(1)}).check((3,), codec)
+    bad = SequenceRows(**{**vars(sequence), name: getattr(sequence, name) + np.int32(1)})
+    with pytest.raises(StoreError, match=rf"^sequence 1: {name} does not hold"):
+        SequenceBatch.of([sequence, bad], (3,), codec)
 
 
 def test_a_row_that_the_codec_cannot_hold_needs_an_exact_copy() -> None:
@@ -135,8 +144,9 @@ def test_a_row_that_the_codec_cannot_hold_needs_an_exact_copy() -> None:
         np.empty(0, np.int64),
         np.empty((0, 16), np.uint16),
     )
-    with pytest.raises(StoreError, match="layer 3 row 0 has a norm that needs an exact copy"):
-        SequenceRows(**{**vars(sequence), "layers": {3: bare}}).check((3,), codec)
+    bad = SequenceRows(**{**vars(sequence), "layers": {3: bare}})
+    with pytest.raises(StoreError, match="^sequence 1: layer 3 row 0 has a norm that needs an exact copy"):
+        SequenceBatch.of([sequence, bad], (3,), codec)
 
 
 def test_unfit_layer_rows_are_refused() -> None:
@@ -147,8 +157,10 @@ def test_unfit_layer_rows_are_refused() -> None:
         {"codes": rows.codes[:, :8]},
         {"scales": rows.scales.astype(np.float32)},
         {"exact_index": np.array([5]), "exact": np.zeros((1, 16), np.uint16)},
+        {"exact_index": np.array([-1]), "exact": np.zeros((1, 16), np.uint16)},
         {"exact_index": np.array([1, 1]), "exact": np.zeros((2, 16), np.uint16)},
     ):
         unfit = LayerRows(**{**vars(rows), **change})
-        with pytest.raises(StoreError, match=r"^layer 3 "):
-            SequenceRows(**{**vars(sequence), "layers": {3: unfit}}).check((3,), codec)
+        bad = SequenceRows(**{**vars(sequence), "layers": {3: unfit}})
+        with pytest.raises(StoreError, match=r"^sequence 1: layer 3 "):
+            SequenceBatch.of([sequence, bad, sequence], (3,), codec)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_store_samples import SINK_NORM, VOCABULARY, create_store, fill_store, 
 
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
-from nla_engine.store import CaptureStore, StoreWriter, writer
+from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, writer
 
 CODEC = Codec.named("int8", 16)
 OPTIONS = {"seed": 1, "capture": {"layer": 3}}
@@ -192,6 +193,43 @@ def test_an_unfit_sequence_leaves_the_writer_usable(tmp_path: Path) -> None:
             open_writer.record_codec_error(4, {})
         open_writer.append(sequences[1])
     assert CaptureStore.open(tmp_path / "run.zarr").rows == 7
+
+
+@pytest.mark.parametrize("layers", [(3,), (0, 20)])
+def test_a_group_of_sequences_is_those_sequences(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    sequences, _ = sample_sequences(0, CODEC, layers, [3, 0, 40, 1, 0, 0, 17, 8, 30])
+    with create_store(tmp_path / "one.zarr", CODEC, layers, shard_rows=8) as one:
+        for sequence in sequences:
+            one.append(sequence)
+    with create_store(tmp_path / "many.zarr", CODEC, layers, shard_rows=8) as many:
+        many.append_many([])
+        for start, stop in ((0, 1), (1, 7), (7, 9)):
+            group = [copied(sequence) for sequence in sequences[start:stop]]
+            many.append_many(group)
+            for sequence in group:  # the caller's arrays are the caller's again
+                for rows in sequence.layers.values():
+                    rows.codes[:] = 99
+    assert CaptureStore.open(tmp_path / "many.zarr").rows == 99
+    for file in (tmp_path / "one.zarr").rglob("c/**/*"):
+        if file.is_file():
+            other = tmp_path / "many.zarr" / file.relative_to(tmp_path / "one.zarr")
+            assert file.read_bytes() == other.read_bytes(), file
+
+
+def copied(sequence: SequenceRows) -> SequenceRows:
+    layers = {layer: replace(rows, codes=rows.codes.copy()) for layer, rows in sequence.layers.items()}
+    return replace(sequence, layers=layers)
+
+
+def test_an_unfit_sequence_refuses_its_whole_group(tmp_path: Path) -> None:
+    sequences, _ = sample_sequences(0, CODEC, (3,), [3, 4, 5])
+    unfit = replace(sequences[1], token_id=sequences[1].token_id + np.int32(1))
+    with create_store(tmp_path / "run.zarr", CODEC) as open_writer:
+        open_writer.append(sequences[0])
+        with pytest.raises(StoreError, match="^sequence 2: token_id does not hold"):
+            open_writer.append_many([sequences[2], unfit])
+        open_writer.append_many(sequences[1:])
+    assert CaptureStore.open(tmp_path / "run.zarr").column("sequence").tolist() == [0] * 3 + [1] * 4 + [2] * 5
 
 
 def test_it_commits_by_time_and_by_filled_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

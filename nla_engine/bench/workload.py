@@ -27,6 +27,8 @@ _SIGMA = 0.8
 _SHORTEST = 16
 #: Rows of a written sequence, and distinct rows in a written store.
 _SEQUENCE_ROWS, _DISTINCT_ROWS = 128, 4096
+#: Sequences that a writer is given in one call.
+_ENDED_AT_ONCE = 64
 
 
 def texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
@@ -155,5 +157,5 @@ def write_store(path: Path, codec: Codec, layer: int, sequences: Sequence[Sequen
         options={},
         overwrite=True,
     ) as writer:
-        for sequence in sequences:
-            writer.append(sequence)
+        for start in range(0, len(sequences), _ENDED_AT_ONCE):
+            writer.append_many(sequences[start : start + _ENDED_AT_ONCE])

@@ -50,22 +50,30 @@ def verify(
     ] = None,
     sample: Annotated[int, typer.Option("--sample", help="Sequences that --model reads again.", min=1)] = 32,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N or cpu, for --model.")] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Rewrite a damaged store: drop the sequences that lost something."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a store's structure, every checksum, and its commit. Exit code 1 if anything is wrong."""
+    """Check a store's structure, every checksum, and its commit. Exit code 1 if anything is wrong (and stays so)."""
+    from nla_engine.store.repair import repair as run_repair
     from nla_engine.store.verify import verify as run_checks
 
-    checks = run_checks(store)
+    checks, repaired = run_repair(store) if repair else (run_checks(store), None)
     if model is not None and all(check.ok for check in checks):
         checks += _audit(store, model, sample, device)
     table = Table("check", "", "detail", box=None)
     for check in checks:
         table.add_row(escape(check.name), "ok" if check.ok else "FAILED", escape(check.detail))
     console.print(table)
+    if repaired is not None:
+        console.print(escape(str(repaired)))
     good = all(check.ok for check in checks)
     if as_json:
-        print_json({"ok": good, "checks": [dataclasses.asdict(check) for check in checks]})
-    if not good:
+        outcome = {"ok": good or repaired is not None, "repair": repaired and repaired.to_dict()}
+        print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})
+    if not good and repaired is None:
         raise typer.Exit(1)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from nla_engine.store.format import ArraySpec
 from nla_engine.store.manifest import METADATA_NAME, json_bytes
 from nla_engine.store.queue import WriteQueue
-from nla_engine.store.shards import TEMPORARY_SUFFIX, build_shard, read_chunks, write_file_atomically, writing
+from nla_engine.store.shards import (
+    TEMPORARY_SUFFIX,
+    ShardImage,
+    fsync_directory,
+    read_chunks,
+    write_file_atomically,
+    writing,
+)
 
 
 class ArrayLog:
@@ -27,7 +34,8 @@ class ArrayLog:
         self._queue = queue
         self.length = 0
         self._root = root
-        self._tail = np.empty((spec.shard_rows, *spec.trailing), spec.dtype)
+        self._tail = ShardImage(spec)
+        self._written: list[ShardImage] = []  # images to use again: fresh memory costs more than the copy
         self._flushed = 0
         self._described: int | None = None
 
@@ -39,7 +47,7 @@ class ArrayLog:
         """
         log = cls(root, spec, queue)
         first = length - length % spec.shard_rows
-        log._tail[: length - first] = ArrayReader(root, spec, length).read(first, length)
+        log._tail.put(0, ArrayReader(root, spec, length).read(first, length))
         log.length = length
         # The last shard on disk may hold rows past the commit: the next flush writes it anew.
         log._flushed = first
@@ -53,41 +61,54 @@ class ArrayLog:
                     path.unlink()
         with writing(root / spec.path):
             (root / spec.path / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+            fsync_directory(
+                chunks
+            )  # directories that a killed writer had just made; they will not be made again
         return log
 
     def append(self, rows: np.ndarray) -> None:
-        """Append rows [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write."""
-        done = 0
+        """Append a copy of rows [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write."""
+        done, shard_rows = 0, self.spec.shard_rows
         while done < len(rows):
-            used = self.length % self.spec.shard_rows
-            count = min(self.spec.shard_rows - used, len(rows) - done)
-            self._tail[used : used + count] = rows[done : done + count]
+            used = self.length % shard_rows
+            count = min(shard_rows - used, len(rows) - done)
+            self._tail.put(used, rows[done : done + count])
             self.length += count
             done += count
-            if self.length % self.spec.shard_rows == 0:
-                self._write_shard(self._tail)
-                self._tail = np.empty_like(self._tail)  # the full one belongs to the queue now
+            if used + count == shard_rows:
+                self._write_tail()
+                self._tail = self._written.pop() if self._written else ShardImage(self.spec)
 
     def flush(self) -> None:
-        """Hand every row to the queue: the last partial shard is written anew if it has grown."""
+        """Hand every row to the queue: the last partial shard is written anew if it has grown.
+
+        Nothing may be appended until the queue has been joined.
+        """
         if self._flushed < self.length:
-            self._write_shard(self._tail[: self.length % self.spec.shard_rows])
+            self._write_tail()
 
     def describe(self) -> None:
         """Hand the array's zarr.json with its present length to the queue, if that changed."""
         if self._described != self.length:
             metadata = json_bytes(self.spec.metadata(self.length), self.spec.path)
             path = self._root / self.spec.path / METADATA_NAME
-            self._queue.submit(lambda: write_file_atomically(path, metadata))
+            self._queue.submit(lambda: write_file_atomically(path, metadata), len(metadata))
             self._described = self.length
 
-    def _write_shard(self, rows: np.ndarray) -> None:
-        """rows must not change until the queue has been joined; those behind them may."""
-        path = self._root / self.spec.shard_path((self.length - 1) // self.spec.shard_rows)
-        chunk_rows, shard_chunks = self.spec.chunk_rows, self.spec.shard_chunks
-        self._queue.submit(
-            lambda: write_file_atomically(path, build_shard(rows, chunk_rows, shard_chunks).data)
+    def _write_tail(self) -> None:
+        shard, last = divmod(self.length - 1, self.spec.shard_rows)
+        path, image, full = (
+            self._root / self.spec.shard_path(shard),
+            self._tail,
+            last + 1 == self.spec.shard_rows,
         )
+
+        def write() -> None:
+            image.write(path, last + 1)
+            if full:
+                self._written.append(image)
+
+        self._queue.submit(write, image.nbytes)
         self._flushed = self.length
 
 
@@ -105,7 +126,7 @@ class ArrayReader:
         if not 0 <= start <= stop <= self.length:
             raise IndexError(f"{self.spec.path}: rows {start}:{stop} are outside its {self.length}")
         chunk_rows, per_shard = self.spec.chunk_rows, self.spec.shard_chunks
-        first, last = start // chunk_rows, -(-stop // chunk_rows)
+        first, last = start // chunk_rows, -(-stop // chunk_rows) if stop > start else 0
         out = self._empty(max(last - first, 0))
         chunk = first
         while chunk < last:
@@ -113,7 +134,7 @@ class ArrayReader:
             self._read_shard(chunk // per_shard, range(chunk, end), out[chunk - first : end - first])
             chunk = end
         rows = out.reshape(-1, *self.spec.trailing)
-        return rows[start - first * chunk_rows : stop - first * chunk_rows]
+        return rows[start - first * chunk_rows :][: stop - start]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Rows int64 [n], each in [0, length), any order, repeats allowed. Each chunk is read once."""

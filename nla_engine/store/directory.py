@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
-from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, writing
+from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, make_directory, writing
 
 GROUP_NAMES = ("rows", "sequences", "vocabulary")
 
@@ -73,7 +73,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
     try:
         _remove_leftover(staging)
         with writing(staging):
-            staging.mkdir(parents=True)
+            make_directory(staging)
         lock = DirectoryLock(staging)
         try:
             yield staging, lock

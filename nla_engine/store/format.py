@@ -62,13 +62,14 @@ FINISH_MEANINGS = {
 
 def row_flags(
     position: np.ndarray,
-    prompt_size: int,
-    size: int,
+    prompt_size: int | np.ndarray,
+    size: int | np.ndarray,
     sink: np.ndarray | bool = False,
     nonfinite: np.ndarray | bool = False,
 ) -> np.ndarray:
     """RowFlag bits, uint8 [n], of the rows at `position` int [n] in a sequence of `size` tokens.
 
+    prompt_size, size: int, or int [n] where rows are of different sequences
     sink, nonfinite: masks [n], true where that holds in any layer.
     """
     bits = {

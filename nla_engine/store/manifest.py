@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from nla_engine.codec import Codec
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.store.format import (
@@ -68,6 +70,7 @@ class Manifest:
     store_id: random, tells a store from one that replaced it under the same name
     sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
     codec_error: measured reconstruction error of each layer, or None
+    dropped: sequences whose rows were lost to damage and dropped by a repair, with the fault
     """
 
     store_id: str
@@ -81,6 +84,7 @@ class Manifest:
     options: Mapping[str, Any]
     commit: Commit
     codec_error: Mapping[int, Any] = field(default_factory=dict)
+    dropped: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
@@ -113,7 +117,7 @@ class Manifest:
 
     def attributes(self) -> dict[str, Any]:
         """attributes["nla_engine"]; strict JSON."""
-        return {
+        attributes = {
             "format_version": FORMAT_VERSION,
             "store_id": self.store_id,
             "d_model": self.codec.d_model,
@@ -132,11 +136,15 @@ class Manifest:
             "vocabulary": {"size": self.vocabulary_size, "bytes": self.vocabulary_bytes},
             "provenance": self.provenance,
             "options": self.options,
+            "dropped": {str(number): fault for number, fault in self.dropped.items()},
             "commit": self.commit.to_dict(),
         }
+        return {**attributes, "checksum": attributes_checksum(attributes)}
 
     @classmethod
     def from_attributes(cls, data: dict[str, Any]) -> Manifest:
+        if data["checksum"] != attributes_checksum(data):
+            raise ValueError("the attributes fail their checksum")
         manifest = cls(
             store_id=str(data["store_id"]),
             layers=tuple(int(layer) for layer in data["layers"]),
@@ -149,18 +157,22 @@ class Manifest:
             options=data["options"],
             commit=Commit.from_dict(data["commit"]),
             codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
+            dropped={int(k): str(v) for k, v in data["dropped"].items()},
         )
         manifest.specs(), manifest.lengths()  # what they need is there and sane
         return manifest
 
     def write(self, root: Path) -> None:
         """Replace the root group's zarr.json: this is the moment of commit. Raises WriteError."""
-        document = {
+        write_file_atomically(root / METADATA_NAME, json_bytes(self.document(), "the manifest"))
+
+    def document(self) -> dict[str, Any]:
+        """The root group's zarr.json."""
+        return {
             **GROUP_METADATA,
             "attributes": {ATTRIBUTE: self.attributes()},
             "consolidated_metadata": self.consolidated_metadata(),
         }
-        write_file_atomically(root / METADATA_NAME, json_bytes(document, "the manifest"))
 
     def consolidated_metadata(self) -> dict[str, Any]:
         """The metadata of every group and array, as Zarr readers find it in the root's zarr.json."""
@@ -216,6 +228,13 @@ def read_attributes(root: Path) -> dict[str, Any]:
             f"{root}: a Zarr store without '{ATTRIBUTE}' attributes: nla_engine capture did not write it"
         )
     return data
+
+
+def attributes_checksum(attributes: Mapping[str, Any]) -> str:
+    """crc32c, in 8 hex digits, of all but `checksum` as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in attributes.items() if key != "checksum"}
+    text = json.dumps(rest, allow_nan=False, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return f"{google_crc32c.value(text.encode()):08x}"
 
 
 def strict_json(value: Any, name: str) -> Any:

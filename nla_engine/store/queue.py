@@ -10,8 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 WRITE_THREADS = 8
-#: Files that may wait; with shards of at most 16 MiB this bounds what they hold in memory.
-MOST_WAITING = 16
+#: What may wait to be written; beyond it `submit` waits for the disk.
+MOST_WAITING_BYTES = 256 << 20
 
 
 class WriteQueue:
@@ -22,18 +22,26 @@ class WriteQueue:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="store-writer")
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._bytes = 0
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Start a job; waits while too many are under way. Raises what an earlier job raised."""
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= MOST_WAITING):
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(job))
+    def submit(self, job: Callable[[], None], size: int) -> None:
+        """Start a job that holds `size` bytes; waits while too much is under way. Raises what an earlier job raised."""
+        while self._waiting and (self._waiting[0][0].done() or self._bytes + size > MOST_WAITING_BYTES):
+            self._take()
+        self._waiting.append((self._pool.submit(job), size))
+        self._bytes += size
 
     def join(self) -> None:
         """Wait until every job is done. Raises what the first that failed raised."""
         while self._waiting:
-            self._waiting.popleft().result()
+            self._take()
+
+    def _take(self) -> None:
+        """Wait for the oldest job."""
+        job, size = self._waiting.popleft()
+        self._bytes -= size
+        job.result()
 
     def __enter__(self) -> WriteQueue:
         return self

@@ -1,4 +1,4 @@
-"""What a writer is given: the rows of one finished sequence, and the test that they agree with themselves.
+"""What a writer is given: the rows of finished sequences, and the test that they agree with themselves.
 
 Knows nothing of files or of where in a store the sequence goes.
 """
@@ -14,6 +14,10 @@ import numpy as np
 from nla_engine.codec import Codec, EncodedRows, bf16_bits, bf16_values, exact_rows, ordinary_rows
 from nla_engine.errors import StoreError
 from nla_engine.store.format import NO_TOKEN, Finish
+
+_UINT8, _UINT16, _INT32, _INT64, _FLOAT16, _FLOAT32 = map(
+    np.dtype, (np.uint8, np.uint16, np.int32, np.int64, np.float16, np.float32)
+)
 
 
 @dataclass(frozen=True)
@@ -70,45 +74,149 @@ class SequenceRows:
     finish: Finish
     source: bytes
 
-    def check(self, layers: Sequence[int], codec: Codec) -> None:
-        """Raise StoreError unless shapes, types and values agree with layers, codec and each other."""
-        n, t, d = len(self.position), len(self.tokens), codec.d_model
-        _check_array("tokens", self.tokens, np.dtype(np.int32), (t,))
-        for name in ("token_id", "next_token_id", "position"):
-            _check_array(name, getattr(self, name), np.dtype(np.int32), (n,))
-        _check_array("flags", self.flags, np.dtype(np.uint8), (n,))
-        if not 0 <= self.prompt_size <= t:
-            raise StoreError(f"prompt_size {self.prompt_size} does not fit a sequence of {t} tokens")
-        if n and (self.position[0] < 0 or self.position[-1] >= t or np.any(np.diff(self.position) <= 0)):
-            raise StoreError(f"position is not ascending within the {t} tokens of the sequence")
-        followed = np.append(self.tokens, np.int32(NO_TOKEN))
-        if not np.array_equal(self.token_id, self.tokens[self.position]):
-            raise StoreError("token_id does not hold tokens[position]")
-        if not np.array_equal(self.next_token_id, followed[self.position + 1]):
-            raise StoreError("next_token_id does not hold tokens[position + 1] (-1 after the last)")
-        try:
-            json.loads(self.source)
-        except ValueError as error:
-            raise StoreError(f"source is not UTF-8 JSON: {error}") from None
-        if set(self.layers) != set(layers):
-            raise StoreError(f"layers {sorted(self.layers)} were given, the store holds {sorted(layers)}")
-        for layer, rows in self.layers.items():
-            where = f"layer {layer} "
-            m = len(rows.exact_index)
-            _check_array(where + "codes", rows.codes, codec.code_dtype, (n, codec.code_width))
-            _check_array(where + "scales", rows.scales, np.dtype(np.float16), (n, codec.scale_width))
-            _check_array(where + "norm", rows.norm, np.dtype(np.float32), (n,))
-            _check_array(where + "exact_index", rows.exact_index, np.dtype(np.int64), (m,))
-            _check_array(where + "exact", rows.exact, np.dtype(np.uint16), (m, d))
-            index = rows.exact_index
-            if m and (index[0] < 0 or index[-1] >= n or np.any(np.diff(index) <= 0)):
-                raise StoreError(f"{where}exact_index is not ascending within its {n} rows")
-            lost = ~ordinary_rows(rows.norm) & (rows.norm != 0)
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """k sequences that agree with themselves, as flat arrays of all their n rows, t tokens and b source bytes.
+
+    row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
+    owner: int64 [n], which of the k sequences a row belongs to
+    token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
+    norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
+    The wide arrays stay where they are: `rows` holds the layers of each sequence.
+    """
+
+    row_size: np.ndarray
+    token_size: np.ndarray
+    source_size: np.ndarray
+    prompt_size: np.ndarray
+    finish: np.ndarray
+    owner: np.ndarray
+    token_id: np.ndarray
+    next_token_id: np.ndarray
+    position: np.ndarray
+    flags: np.ndarray
+    tokens: np.ndarray
+    source: np.ndarray
+    norm: Mapping[int, np.ndarray]
+    exact_row: Mapping[int, np.ndarray]
+    rows: Sequence[Mapping[int, LayerRows]]
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[SequenceRows], layers: Sequence[int], codec: Codec, first: int = 0
+    ) -> SequenceBatch:
+        """One or more sequences, counted from `first` in errors.
+
+        Raises StoreError unless shapes, types and values agree with layers, codec and each other.
+        """
+        for number, sequence in enumerate(sequences, first):
+            try:
+                _check_arrays(sequence, layers, codec)
+            except StoreError as error:
+                raise StoreError(f"sequence {number}: {error}") from None
+
+        def size(name: str) -> np.ndarray:
+            return np.fromiter((len(getattr(s, name)) for s in sequences), np.int64, len(sequences))
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
+        row_size = size("position")
+        row_start = np.cumsum(row_size) - row_size
+        batch = cls(
+            row_size=row_size,
+            token_size=size("tokens"),
+            source_size=size("source"),
+            prompt_size=np.fromiter((s.prompt_size for s in sequences), np.int32, len(sequences)),
+            finish=np.fromiter((int(s.finish) for s in sequences), np.uint8, len(sequences)),
+            owner=np.repeat(np.arange(len(sequences)), row_size),
+            token_id=joined("token_id"),
+            next_token_id=joined("next_token_id"),
+            position=joined("position"),
+            flags=joined("flags"),
+            tokens=joined("tokens"),
+            source=np.frombuffer(b"".join(s.source for s in sequences), np.uint8),
+            norm={layer: np.concatenate([s.layers[layer].norm for s in sequences]) for layer in layers},
+            exact_row={
+                layer: np.concatenate([s.layers[layer].exact_index for s in sequences])
+                + np.repeat(row_start, [len(s.layers[layer].exact_index) for s in sequences])
+                for layer in layers
+            },
+            rows=[sequence.layers for sequence in sequences],
+        )
+        batch._check_values(first, codec)
+        return batch
+
+    def _check_values(self, first: int, codec: Codec) -> None:
+        """How the arrays must agree, looked at for all sequences at once."""
+
+        def refuse(wrong: np.ndarray, owner: np.ndarray, fault: str) -> None:
+            if wrong.any():
+                number = int(owner[np.argmax(wrong)])
+                raise StoreError(f"sequence {first + number}: {fault}")
+
+        owner, position, size = self.owner, self.position, self.token_size[self.owner]
+        start = np.cumsum(self.token_size) - self.token_size
+        descends = (np.diff(position, prepend=-1) <= 0) & (np.diff(owner, prepend=-1) == 0)
+        refuse(
+            (position < 0) | (position >= size) | descends,
+            owner,
+            "position is not ascending within the tokens",
+        )
+        place = start[owner] + position
+        tokens = np.append(self.tokens, np.int32(NO_TOKEN))
+        refuse(self.token_id != tokens[place], owner, "token_id does not hold tokens[position]")
+        following = np.where(position == size - 1, NO_TOKEN, tokens[place + 1])
+        fault = "next_token_id does not hold tokens[position + 1] (-1 after the last)"
+        refuse(self.next_token_id != following, owner, fault)
+        for layer, norm in self.norm.items():
+            index = self.exact_row[layer]
+            holder = np.repeat(
+                np.arange(len(self.rows)), [len(rows[layer].exact_index) for rows in self.rows]
+            )
+            begin = np.cumsum(self.row_size) - self.row_size
+            wrong = (index < begin[holder]) | (index >= (begin + self.row_size)[holder])
+            wrong |= (np.diff(index, prepend=-1) <= 0) & (np.diff(holder, prepend=-1) == 0)
+            refuse(wrong, holder, f"layer {layer} exact_index is not ascending within its rows")
+            if codec.name == "bf16":
+                continue
+            lost = ~ordinary_rows(norm) & (norm != 0)
             lost[index] = False
-            if codec.name != "bf16" and lost.any():
-                raise StoreError(f"{where}row {np.flatnonzero(lost)[0]} has a norm that needs an exact copy")
+            row = np.argmax(lost) - begin[owner[np.argmax(lost)]] if lost.any() else 0
+            refuse(lost, owner, f"layer {layer} row {row} has a norm that needs an exact copy")
 
 
-def _check_array(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _check_arrays(sequence: SequenceRows, layers: Sequence[int], codec: Codec) -> None:
+    """Shapes, types and the prompt record of one sequence."""
+    n, t = len(sequence.position), len(sequence.tokens)
+    _check_array("tokens", sequence.tokens, _INT32, (t,))
+    _check_array("token_id", sequence.token_id, _INT32, (n,))
+    _check_array("next_token_id", sequence.next_token_id, _INT32, (n,))
+    _check_array("position", sequence.position, _INT32, (n,))
+    _check_array("flags", sequence.flags, _UINT8, (n,))
+    if not 0 <= sequence.prompt_size <= t:
+        raise StoreError(f"prompt_size {sequence.prompt_size} does not fit a sequence of {t} tokens")
+    try:
+        json.loads(sequence.source)
+    except ValueError as error:
+        raise StoreError(f"source is not UTF-8 JSON: {error}") from None
+    if sequence.layers.keys() != set(layers):
+        raise StoreError(f"layers {sorted(sequence.layers)} were given, the store holds {sorted(layers)}")
+    for layer, rows in sequence.layers.items():
+        m = len(rows.exact_index)
+        _check_array("codes", rows.codes, codec.code_dtype, (n, codec.code_width), layer)
+        _check_array("scales", rows.scales, _FLOAT16, (n, codec.scale_width), layer)
+        _check_array("norm", rows.norm, _FLOAT32, (n,), layer)
+        _check_array("exact_index", rows.exact_index, _INT64, (m,), layer)
+        _check_array("exact", rows.exact, _UINT16, (m, codec.d_model), layer)
+
+
+def _check_array(
+    name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], layer: int | None = None
+) -> None:
     if array.dtype != dtype or array.shape != shape:
-        raise StoreError(f"{name} is {array.dtype} {list(array.shape)}, it must be {dtype} {list(shape)}")
+        where = "" if layer is None else f"layer {layer} "
+        raise StoreError(
+            f"{where}{name} is {array.dtype} {list(array.shape)}, it must be {dtype} {list(shape)}"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 
 from nla_engine import extension
 from nla_engine.errors import StoreError, WriteError
+from nla_engine.store.format import ArraySpec
 
 CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
+_MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
 
 
 def index_bytes(shard_chunks: int) -> int:
@@ -29,46 +32,81 @@ def index_bytes(shard_chunks: int) -> int:
     return 16 * shard_chunks + CHECKSUM_BYTES
 
 
-def build_shard(rows: np.ndarray, chunk_rows: int, shard_chunks: int) -> np.ndarray:
-    """The file contents, uint8 [bytes], of a shard of rows [n, ...], 0 < n <= chunk_rows * shard_chunks.
+class ShardImage:
+    """A shard file in the making: rows are put where they lie in the file, `seal` adds checksums and index.
 
-    Only the inner chunks that hold rows are present; the last one is filled up with zeros. Built by the extension,
-    which lets other threads run meanwhile, or, without it, by `build_shard_reference`: the same bytes.
+    So a value is copied twice on its way: into the image, and by the system into the file. An image may be used
+    for one shard after another.
     """
-    native = extension.load()
-    if native is None:
-        return build_shard_reference(rows, chunk_rows, shard_chunks)
-    raw = _raw_bytes(rows)
-    built = native.build_shard(raw, chunk_rows * (raw.size // len(rows)), shard_chunks)
-    return np.frombuffer(built, np.uint8)
 
+    def __init__(self, spec: ArraySpec) -> None:
+        """Room for the rows [spec.shard_rows, *spec.trailing] of one shard."""
+        row_bytes = math.prod(spec.trailing) * spec.dtype.itemsize
+        self._chunk_bytes = spec.chunk_rows * row_bytes
+        self._spec, self._row_bytes = spec, row_bytes
+        stride = self._chunk_bytes + CHECKSUM_BYTES
+        self._bytes = np.empty(spec.shard_chunks * stride + index_bytes(spec.shard_chunks), np.uint8)
+        self.chunks = np.ndarray(
+            (spec.shard_chunks, spec.chunk_rows, *spec.trailing),
+            spec.dtype,
+            self._bytes.data,
+            strides=(stride, row_bytes, *(() if not spec.trailing else (spec.dtype.itemsize,))),
+        )
 
-def _raw_bytes(rows: np.ndarray) -> np.ndarray:
-    """The values of rows as little-endian bytes, uint8 [bytes]; a view where they are so already."""
-    return np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    @property
+    def nbytes(self) -> int:
+        return self._bytes.nbytes
 
+    def put(self, start: int, rows: np.ndarray) -> None:
+        """Lay rows [n, *trailing] down from row `start` of the shard on."""
+        done, chunk_rows = 0, self._spec.chunk_rows
+        while done < len(rows):
+            chunk, used = divmod(start + done, chunk_rows)
+            count = min(chunk_rows - used, len(rows) - done)
+            self.chunks[chunk, used : used + count] = rows[done : done + count]
+            done += count
 
-def build_shard_reference(rows: np.ndarray, chunk_rows: int, shard_chunks: int) -> np.ndarray:
-    """`build_shard` in numpy."""
-    raw = _raw_bytes(rows)
-    chunk_bytes = chunk_rows * (raw.size // len(rows))
-    stride = chunk_bytes + CHECKSUM_BYTES
-    full, rest = divmod(raw.size, chunk_bytes)
-    chunks = full + (rest > 0)
-    out = np.empty(chunks * stride + index_bytes(shard_chunks), np.uint8)
-    body = out[: chunks * stride].reshape(chunks, stride)
-    body[:full, :chunk_bytes] = raw[: full * chunk_bytes].reshape(full, chunk_bytes)
-    if rest:
-        body[full, :rest] = raw[full * chunk_bytes :]
-        body[full, rest:chunk_bytes] = 0
-    for chunk in body:
-        chunk[chunk_bytes:] = _checksum(chunk[:chunk_bytes])
-    index = np.full((shard_chunks, 2), ABSENT, "<u8")
-    index[:chunks, 0] = np.arange(chunks) * stride
-    index[:chunks, 1] = stride
-    out[chunks * stride : -CHECKSUM_BYTES] = index.reshape(-1).view(np.uint8)
-    out[-CHECKSUM_BYTES:] = _checksum(out[chunks * stride : -CHECKSUM_BYTES])
-    return out
+    def seal(self, rows: int) -> memoryview:
+        """The file's contents when the shard holds its first `rows` > 0 rows; valid until the next `put`.
+
+        Only the inner chunks that hold rows are present; the last one is filled up with zeros.
+        """
+        native = extension.load()
+        if native is None:
+            return self.seal_reference(rows)
+        size = native.seal_shard(
+            self._bytes, rows * self._row_bytes, self._chunk_bytes, self._spec.shard_chunks
+        )
+        return self._bytes.data[:size]
+
+    def seal_reference(self, rows: int) -> memoryview:
+        """`seal` in numpy: the same bytes."""
+        stride, shard_chunks = self._chunk_bytes + CHECKSUM_BYTES, self._spec.shard_chunks
+        present = -(-rows // self._spec.chunk_rows)
+        body = self._bytes[: present * stride].reshape(present, stride)
+        body[-1, (rows - (present - 1) * self._spec.chunk_rows) * self._row_bytes : self._chunk_bytes] = 0
+        for chunk in body:
+            chunk[self._chunk_bytes :] = _checksum(chunk[: self._chunk_bytes])
+        index = np.full((shard_chunks, 2), ABSENT, "<u8")
+        index[:present, 0] = np.arange(present) * stride
+        index[:present, 1] = stride
+        contents = self._bytes[: present * stride + index_bytes(shard_chunks)]
+        contents[present * stride : -CHECKSUM_BYTES] = index.reshape(-1).view(np.uint8)
+        contents[-CHECKSUM_BYTES:] = _checksum(contents[present * stride : -CHECKSUM_BYTES])
+        return contents.data
+
+    def write(self, path: Path, rows: int) -> None:
+        """Seal the shard and put it in place as `write_file_atomically` does.
+
+        With the extension that is one call, which needs the interpreter's lock for none of its steps.
+        """
+        native = extension.load()
+        if native is None:
+            write_file_atomically(path, self.seal(rows))
+            return
+        arguments = (rows * self._row_bytes, self._chunk_bytes, self._spec.shard_chunks)
+        with writing(path):
+            native.write_shard(path, self._bytes, *arguments)
 
 
 def read_chunks(path: Path, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
@@ -79,13 +117,13 @@ def read_chunks(path: Path, chunks: Sequence[int], shard_chunks: int, out: np.nd
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise StoreError(f"{path}: a shard with committed rows is missing: restore it from a copy") from None
+        raise StoreError(f"{path}: a shard with committed rows is missing: {_MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         _read_open_shard(fd, chunks, shard_chunks, out)
     except _Damage as damage:
-        raise StoreError(f"{path}: damaged: {damage}: restore it from a copy") from None
+        raise StoreError(f"{path}: damaged: {damage}: {_MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     finally:
@@ -99,9 +137,7 @@ def write_file_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(path):
-        if not path.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
-            fsync_directory(path.parent.parent)
+        make_directory(path.parent)
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
@@ -126,6 +162,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, durably, where they are missing."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

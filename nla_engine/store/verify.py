@@ -17,6 +17,7 @@ import numpy as np
 from nla_engine.codec import ordinary_rows
 from nla_engine.errors import StoreError
 from nla_engine.store.arrays import ArrayReader
+from nla_engine.store.damage import Damage, Part
 from nla_engine.store.format import (
     ATTRIBUTE,
     EARLY_POSITIONS,
@@ -26,7 +27,7 @@ from nla_engine.store.format import (
     RowFlag,
     layer_group,
 )
-from nla_engine.store.manifest import METADATA_NAME, Manifest
+from nla_engine.store.manifest import GROUP_METADATA, METADATA_NAME, Manifest
 from nla_engine.store.shards import TEMPORARY_SUFFIX
 
 Progress = Callable[[int, int], None]
@@ -48,11 +49,14 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> li
     progress is called with (shards read, shards in all). Raises StoreError when there is no store to verify.
     """
     root = Path(path)
-    return list(_Verification(root, Manifest.read(root), progress).run())
+    return list(Verification(root, Manifest.read(root), progress).run())
 
 
-class _Verification:
-    """One pass over one store."""
+class Verification:
+    """One pass over one store.
+
+    After `run`: damage is what could not be read, disagreement names a relation between readable arrays that fails.
+    """
 
     def __init__(self, root: Path, manifest: Manifest, progress: Progress | None) -> None:
         self._root = root
@@ -63,6 +67,8 @@ class _Verification:
         self._shards = sum(-(-self._lengths[spec.unit] // spec.shard_rows) for spec in self._specs.values())
         self._shards_read = 0
         self._values: dict[str, np.ndarray] = {}
+        self.damage = Damage(manifest, {}, {})
+        self.disagreement = ""
 
     def run(self) -> Iterator[Check]:
         commit = self._manifest.commit
@@ -70,29 +76,45 @@ class _Verification:
         yield Check("manifest", True, f"{commit.rows} rows of {commit.sequences} sequences, {state}")
         yield self._consolidated()
         yield self._names()
-        damaged: dict[str, list[tuple[int, int, str]]] = {}
+        yield self._groups()
+        damaged: dict[str, list[Part]] = {}
         for name, spec in self._specs.items():
             yield self._metadata(spec)
             damaged[name] = self._damage(spec)
             detail = f"{self._lengths[spec.unit]} x {list(spec.trailing)}, checksums match"
             if damaged[name]:
-                detail = "; ".join(text for _, _, text in damaged[name][:SHOWN])
+                detail = "; ".join(part.fault for part in damaged[name][:SHOWN])
                 if len(damaged[name]) > SHOWN:
                     detail += f"; and {len(damaged[name]) - SHOWN} more"
             yield Check(f"{name} data", not damaged[name], detail)
-        yield self._damaged_sequences(damaged)
-        yield from self._relations()
+        self.damage = Damage(self._manifest, damaged, self._values)
+        yield self._damaged_sequences()
+        self._values = {name: values for name, values in self._values.items() if not damaged[name]}
+        for check in self._relations():
+            if not check.ok and not self.disagreement:
+                self.disagreement = f"{check.name}: {check.detail}"
+            yield check
+
+    def _groups(self) -> Check:
+        """The zarr.json of every group."""
+        wrong = []
+        for name in {path.split("/")[0]: None for path in self._specs}:
+            path = self._root / name / METADATA_NAME
+            try:
+                if json.loads(path.read_bytes()) != GROUP_METADATA:
+                    wrong.append(f"{path}: differs from the format")
+            except (OSError, ValueError) as error:
+                wrong.append(f"{path}: {_first_line(error)}")
+        return Check("groups", not wrong, "; ".join(wrong) or "as they should be")
 
     def _consolidated(self) -> Check:
-        """The metadata that the manifest repeats, against the format and the commit beside it."""
-        document = json.loads(
-            (self._root / METADATA_NAME).read_bytes()
-        )  # again: a live writer may have moved on
-        manifest = Manifest.from_attributes(document["attributes"][ATTRIBUTE])
-        ok = document.get("consolidated_metadata") == manifest.consolidated_metadata()
-        return Check(
-            "consolidated metadata", ok, "fits" if ok else "differs from the format or from the commit"
-        )
+        """What the root's zarr.json repeats of the metadata, against the format and the commit beside it."""
+        path = self._root / METADATA_NAME
+        found = json.loads(path.read_bytes())  # again: a live writer may have moved on
+        wanted = Manifest.from_attributes(found["attributes"][ATTRIBUTE]).document()
+        wrong = [key for key in wanted if key != "attributes" and found.get(key) != wanted[key]]
+        detail = f"{path}: {', '.join(wrong)} differs from the format or from the commit" if wrong else "fits"
+        return Check("consolidated metadata", not wrong, detail)
 
     def _names(self) -> Check:
         known = {METADATA_NAME, *(name.split("/")[0] for name in self._specs)}
@@ -109,9 +131,10 @@ class _Verification:
             (shown, *_), wanted = found["shape"], spec.metadata(length)
             wrong = [key for key in wanted if key != "shape" and found.get(key) != wanted[key]]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            return Check(name, False, f"{type(error).__name__}: {error}")
+            return Check(name, False, f"{self._root / spec.path / METADATA_NAME}: {_first_line(error)}")
         if wrong:
-            return Check(name, False, f"differs from the format in {', '.join(wrong)}")
+            path = self._root / spec.path / METADATA_NAME
+            return Check(name, False, f"{path}: differs from the format in {', '.join(wrong)}")
         if shown == length:
             return Check(name, True, f"{spec.dtype.name} {wanted['shape']}")
         detail = f"shows {shown} values, {length} are committed"
@@ -121,73 +144,49 @@ class _Verification:
             name, True, detail + ": the writer is between two steps, or died there (resume mends it)"
         )
 
-    def _damage(self, spec: ArraySpec) -> list[tuple[int, int, str]]:
-        """(first, past the last, what is wrong) of every committed part of an array that cannot be read.
-
-        The values of narrow arrays are kept for `_relations`.
-        """
+    def _damage(self, spec: ArraySpec) -> list[Part]:
+        """Every committed part of an array that cannot be read. The values of narrow arrays are kept."""
         length = self._lengths[spec.unit]
         reader = ArrayReader(self._root, spec, length)
-        found: list[tuple[int, int, str]] = []
-        kept = [np.empty((0, *spec.trailing), spec.dtype)]
+        found: list[Part] = []
+        values = np.zeros(0 if spec.trailing else length, spec.dtype)
         for start in range(0, length, spec.shard_rows):
             stop = min(start + spec.shard_rows, length)
-            try:
-                values = reader.read(start, stop)
-                if not spec.trailing:
-                    kept.append(values)
-            except StoreError:
-                found.extend(_damaged_chunks(reader, spec, start, stop))
+            parts = [(start, stop)]
+            while parts:
+                first, last = parts.pop()
+                try:
+                    read = reader.read(first, last)
+                    if not spec.trailing:
+                        values[first:last] = read
+                except StoreError as error:
+                    if last - first <= spec.chunk_rows:
+                        found.append(Part(first, last, str(error)))
+                    else:  # again, a chunk at a time
+                        starts = range(first, last, spec.chunk_rows)
+                        parts = [(at, min(at + spec.chunk_rows, last)) for at in reversed(starts)]
             self._shards_read += 1
             if self._progress is not None:
                 self._progress(self._shards_read, self._shards)
-        if not spec.trailing and not found:
-            self._values[spec.path] = np.concatenate(kept)
+        if not spec.trailing:
+            self._values[spec.path] = values
         return found
 
-    def _damaged_sequences(self, damaged: dict[str, list[tuple[int, int, str]]]) -> Check:
-        """Which sequences the damaged parts belong to, as far as the tables of sequences can be read."""
-        name = "damaged sequences"
-        if not any(damaged.values()):
+    def _damaged_sequences(self) -> Check:
+        """Which sequences the damaged parts belong to, and what of them other arrays say."""
+        name, damage = "damaged sequences", self.damage
+        if not damage.lost and not damage.restored:
             return Check(name, True, "none")
-        sequences: set[int] = set()
-        unplaced: list[str] = []
-        for path, parts in damaged.items():
-            owners = self._owners(self._specs[path].unit)
-            for first, last, _ in parts:
-                if owners is None:
-                    unplaced.append(path)
-                else:
-                    starts, sizes = owners
-                    hit = (starts < last) & (starts + sizes > first) & (sizes > 0)
-                    sequences.update(np.flatnonzero(hit).tolist())
-        shown = ", ".join(map(str, sorted(sequences)[:50]))
+        sequences = damage.sequences()
+        shown = ", ".join(map(str, list(sequences)[:50]))
         detail = f"{len(sequences)} sequences" + (f": {shown}" if sequences else "")
         if len(sequences) > 50:
             detail += ", ..."
-        if unplaced:
-            detail += (
-                f"; damage in {', '.join(sorted(set(unplaced)))} belongs to no sequence that can be named"
-            )
+        if damage.restored:
+            detail += f"; {', '.join(damage.restored)}: lost nothing that other arrays do not say"
+        if unplaced := damage.unplaced():
+            detail += f"; damage in {', '.join(unplaced)} belongs to no sequence that can be named"
         return Check(name, False, detail)
-
-    def _owners(self, unit: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where each sequence starts and how long it is, counted in `unit`; None when that cannot be said."""
-        if unit == "sequences":
-            count = self._manifest.commit.sequences
-            return np.arange(count), np.ones(count, np.int64)
-        if unit.startswith("exact_"):
-            exact_row = self._values.get(f"layer_{unit.removeprefix('exact_')}/exact_row")
-            rows = self._owners("rows")
-            if exact_row is None or rows is None:
-                return None
-            starts = np.searchsorted(exact_row, rows[0])
-            return starts, np.searchsorted(exact_row, rows[0] + rows[1]) - starts
-        prefix = {"rows": "row", "tokens": "token", "source_bytes": "source"}.get(unit)
-        names = (f"sequences/{prefix}_start", f"sequences/{prefix}_size")
-        if any(name not in self._values for name in names):
-            return None
-        return self._values[names[0]], self._values[names[1]]
 
     def _relations(self) -> Iterator[Check]:
         """How the arrays must agree. What needs an array that could not be read is left out."""
@@ -253,16 +252,8 @@ class _Verification:
         yield _relation("flags fit the positions", values["rows/flags"] & known != expected, "row")
 
 
-def _damaged_chunks(
-    reader: ArrayReader, spec: ArraySpec, start: int, stop: int
-) -> Iterator[tuple[int, int, str]]:
-    """The unreadable inner chunks of one shard."""
-    for first in range(start, stop, spec.chunk_rows):
-        last = min(first + spec.chunk_rows, stop)
-        try:
-            reader.read(first, last)
-        except StoreError as error:
-            yield first, last, str(error)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _relation(name: str, wrong: np.ndarray, unit: str) -> Check:

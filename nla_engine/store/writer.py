@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,8 +36,14 @@ from nla_engine.store.manifest import (
     strict_json,
 )
 from nla_engine.store.queue import WriteQueue
-from nla_engine.store.records import SequenceRows
-from nla_engine.store.shards import TEMPORARY_SUFFIX, write_file_atomically, writing
+from nla_engine.store.records import SequenceBatch, SequenceRows
+from nla_engine.store.shards import (
+    TEMPORARY_SUFFIX,
+    fsync_directory,
+    make_directory,
+    write_file_atomically,
+    writing,
+)
 
 COMMIT_SECONDS = 30.0
 #: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this long.
@@ -61,11 +68,15 @@ class StoreWriter:
         self._usable = True
         self._queue = WriteQueue()
         lengths = manifest.lengths()
-        self._logs = {
-            name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
-            for name, spec in manifest.specs().items()
-            if not name.startswith("vocabulary/")
-        }
+        try:
+            self._logs = {
+                name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
+                for name, spec in manifest.specs().items()
+                if not name.startswith("vocabulary/")
+            }
+        except BaseException:
+            self._release()
+            raise
 
     @classmethod
     def create(
@@ -106,7 +117,7 @@ class StoreWriter:
             ),
         )
         with staged(target, overwrite) as (staging, lock):
-            _write_empty(staging, manifest, vocabulary)
+            write_empty(staging, manifest, vocabulary)
         return cls(target, lock, manifest, commit_seconds)
 
     @classmethod
@@ -134,6 +145,7 @@ class StoreWriter:
                 )
             with writing(target):
                 (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+                fsync_directory(target.parent)  # its creator may have been killed before it did
             writer = cls(target, lock, manifest, commit_seconds)
             writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
         except BaseException:
@@ -164,50 +176,65 @@ class StoreWriter:
         return self._manifest.commit.rows
 
     def append(self, sequence: SequenceRows) -> None:
-        """Add the next sequence. Commits when `commit_seconds` have passed, or a row shard has filled.
+        """`append_many` of one sequence."""
+        self.append_many([sequence])
 
-        Raises StoreError when the sequence does not fit (the writer stays usable), WriteError.
+    def append_many(self, sequences: Sequence[SequenceRows]) -> None:
+        """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
+
+        Commits when `commit_seconds` have passed, or a row shard has filled.
+        Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
-        logs = self._logs
-        number, first = logs["sequences/row_start"].length, logs["rows/token_id"].length
-        try:
-            sequence.check(self.layers, self.codec)
-        except StoreError as error:
-            raise StoreError(f"sequence {number}: {error}") from None
-        n = len(sequence.position)
-        values: dict[str, np.ndarray | int] = {
-            "rows/token_id": sequence.token_id,
-            "rows/next_token_id": sequence.next_token_id,
-            "rows/position": sequence.position,
-            "rows/sequence": np.full(n, number, np.int64),
-            "rows/flags": sequence.flags,
-            "sequences/row_start": first,
-            "sequences/row_size": n,
-            "sequences/prompt_size": sequence.prompt_size,
-            "sequences/finish": int(sequence.finish),
-            "sequences/token_start": logs["sequences/tokens"].length,
-            "sequences/token_size": len(sequence.tokens),
-            "sequences/tokens": sequence.tokens,
-            "sequences/source_start": logs["sequences/source"].length,
-            "sequences/source_size": len(sequence.source),
-            "sequences/source": np.frombuffer(sequence.source, np.uint8),
-        }
-        for layer, rows in sequence.layers.items():
-            group = layer_group(layer)
-            values[f"{group}/codes"] = rows.codes
-            if self.codec.scale_width:
-                values[f"{group}/scales"] = rows.scales
-            values[f"{group}/norm"] = rows.norm
-            values[f"{group}/exact_row"] = rows.exact_index + first
-            values[f"{group}/exact"] = rows.exact
+        if not sequences:
+            return
+        logs, shard_rows = self._logs, self._manifest.shard_rows
+        first = logs["rows/token_id"].length
+        batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
         with self._write_errors():
-            for name, value in values.items():
-                logs[name].append(np.atleast_1d(value))
-        shard_rows = self._manifest.shard_rows
-        filled = first // shard_rows != (first + n) // shard_rows
+            for name, values in self._columns(batch).items():
+                logs[name].append(values)
+            for layers in batch.rows:
+                for layer, rows in layers.items():
+                    group = layer_group(layer)
+                    logs[f"{group}/codes"].append(rows.codes)
+                    if self.codec.scale_width:
+                        logs[f"{group}/scales"].append(rows.scales)
+                    if len(rows.exact):
+                        logs[f"{group}/exact"].append(rows.exact)
+        filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
         pause = min(FILLED_COMMIT_SECONDS, self._commit_seconds) if filled else self._commit_seconds
         if time.monotonic() - self._committed_at >= pause:
             self.commit()
+
+    def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
+        """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
+        logs = self._logs
+        row = logs["rows/token_id"].length
+
+        def starts(name: str, sizes: np.ndarray) -> np.ndarray:
+            return logs[name].length + np.cumsum(sizes) - sizes
+
+        columns = {
+            "rows/token_id": batch.token_id,
+            "rows/next_token_id": batch.next_token_id,
+            "rows/position": batch.position,
+            "rows/sequence": batch.owner + logs["sequences/row_start"].length,
+            "rows/flags": batch.flags,
+            "sequences/row_start": starts("rows/token_id", batch.row_size),
+            "sequences/row_size": batch.row_size,
+            "sequences/prompt_size": batch.prompt_size,
+            "sequences/finish": batch.finish,
+            "sequences/token_start": starts("sequences/tokens", batch.token_size),
+            "sequences/token_size": batch.token_size,
+            "sequences/tokens": batch.tokens,
+            "sequences/source_start": starts("sequences/source", batch.source_size),
+            "sequences/source_size": batch.source_size,
+            "sequences/source": batch.source,
+        }
+        for layer in self.layers:
+            columns[f"{layer_group(layer)}/norm"] = batch.norm[layer]
+            columns[f"{layer_group(layer)}/exact_row"] = batch.exact_row[layer] + row
+        return columns
 
     def commit(self) -> None:
         """Make every appended sequence readable and durable. Raises WriteError."""
@@ -296,23 +323,31 @@ class StoreWriter:
             raise
 
 
-def _write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
-    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest."""
+def write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
+    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest. Raises WriteError."""
     specs = manifest.specs()
     with writing(root):
-        for group in {spec.path.split("/")[0]: None for spec in specs.values()}:
-            (root / group).mkdir()
-            write_file_atomically(root / group / METADATA_NAME, json_bytes(GROUP_METADATA, group))
         for path in specs:
-            (root / path / "c").mkdir(parents=True)
+            make_directory(root / path / "c")
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     with WriteQueue() as queue:
-        logs = {name: ArrayLog(root, spec, queue) for name, spec in specs.items()}
+        logs = {name: ArrayLog(root, specs[name], queue) for name in ("vocabulary/start", "vocabulary/text")}
         logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
         logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
         for log in logs.values():
             log.flush()
-            log.describe()
+    write_metadata(root, manifest)
+
+
+def write_metadata(root: Path, manifest: Manifest) -> None:
+    """Every zarr.json of a store, the manifest last. Raises WriteError."""
+    lengths = manifest.lengths()
+    with WriteQueue() as queue:
+        documents: dict[str, Any] = {path.split("/")[0]: GROUP_METADATA for path in manifest.specs()}
+        documents |= {path: spec.metadata(lengths[spec.unit]) for path, spec in manifest.specs().items()}
+        for name, document in documents.items():
+            path, data = root / name / METADATA_NAME, json_bytes(document, name)
+            queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
 
 
