@@ -232,13 +232,15 @@ def _fill_store(
         order = InOrder(int(options.host_memory * 2**30), _size)
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
         with generator.runner:
-            for completion in generator.run(requests):
-                for ended in order.add(completion):
-                    prompt = prompts.prompts[ended.request.id]
-                    sequence = sequence_rows(prompt, ended, tap.rows, writer.sink_norm)
-                    counts.add(sequence, ended)
-                    writer.append(sequence)
-                    progress(ended.request.id + 1, len(prompts))
+            for group in generator.groups(requests):
+                in_turn = [ended for completion in group for ended in order.add(completion)]
+                sequences = [
+                    sequence_rows(prompts.prompts[ended.request.id], ended, tap.rows, writer.sink_norm)
+                    for ended in in_turn
+                ]
+                writer.append_many(sequences)
+                counts.add(sequences, in_turn)
+                progress(done + counts.sequences, len(prompts))
     if done + counts.sequences != len(prompts):
         raise EngineError(f"{len(prompts) - done} sequences were asked for, {counts.sequences} ended")
     writer.close(complete=True)
@@ -357,11 +359,12 @@ class _Counts:
     sink_rows: int = 0
     nonfinite_rows: int = 0
 
-    def add(self, sequence: SequenceRows, completion: Completion) -> None:
-        self.sequences += 1
-        self.tokens_generated += len(completion.generated)
-        self.sink_rows += int(np.count_nonzero(sequence.flags & RowFlag.SINK))
-        self.nonfinite_rows += int(np.count_nonzero(sequence.flags & RowFlag.NONFINITE))
+    def add(self, sequences: Sequence[SequenceRows], completions: Sequence[Completion]) -> None:
+        self.sequences += len(sequences)
+        self.tokens_generated += sum(len(completion.generated) for completion in completions)
+        flags = np.concatenate([np.zeros(0, np.uint8), *(sequence.flags for sequence in sequences)])
+        self.sink_rows += int(np.count_nonzero(flags & RowFlag.SINK))
+        self.nonfinite_rows += int(np.count_nonzero(flags & RowFlag.NONFINITE))
 
 
 def sequence_rows(

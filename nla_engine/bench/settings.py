@@ -20,7 +20,7 @@ class Sizes:
 
     requests, prompt, new: of a generation; batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
-    kernel_rows: rows of one launch; store_rows: rows written; slots: sequences run at once, at most
+    kernel_rows: rows of one launch; store_rows: rows written; slots, av_slots: sequences run at once by capture and by the AV, at most
     """
 
     requests: int
@@ -38,6 +38,7 @@ class Sizes:
     kernel_rows: tuple[int, ...]
     store_rows: int
     slots: int
+    av_slots: int
 
 
 _GPU = Sizes(
@@ -56,6 +57,7 @@ _GPU = Sizes(
     kernel_rows=(65_536, 4096, 256),
     store_rows=65_536,
     slots=512,
+    av_slots=1024,
 )
 _CPU = Sizes(
     requests=8,
@@ -73,6 +75,7 @@ _CPU = Sizes(
     kernel_rows=(1024, 64),
     store_rows=1024,
     slots=4,
+    av_slots=4,
 )
 
 
@@ -129,5 +132,9 @@ class Settings:
         if self.new_tokens:
             changed |= {"new": self.new_tokens, "av_new": self.new_tokens}
         if self.batch_sizes:
-            changed |= {"batches": tuple(sorted(self.batch_sizes)), "slots": max(self.batch_sizes)}
+            changed |= {
+                "batches": tuple(sorted(self.batch_sizes)),
+                "slots": max(self.batch_sizes),
+                "av_slots": max(self.batch_sizes),
+            }
         return Sizes(**{**vars(base), **changed})

@@ -6,10 +6,12 @@ host only polls which slots have ended. Knows nothing of files, codecs or what a
 
 from __future__ import annotations
 
+import collections.abc
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,10 @@ STEPS_BETWEEN_POLLS = 8
 
 #: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
 REFILL_PART = 1 / 16
+
+
+_T = TypeVar("_T")
+Generate = collections.abc.Generator[_T, None, None]
 
 
 class RowKeeper(Protocol):
@@ -103,9 +109,15 @@ class Generator:
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
+    def run(self, requests: Iterable[Request | None]) -> Generate[Completion]:
+        """`groups`, one completion after the other."""
+        with closing(self.groups(requests)) as groups:
+            for group in groups:
+                yield from group
+
     @torch.inference_mode()
-    def run(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
-        """Yield a Completion for each request, in order of ending.
+    def groups(self, requests: Iterable[Request | None]) -> Generate[list[Completion]]:
+        """Yield a Completion for each request, in order of ending; those that ended together in one list.
 
         The iterable is read only when a slot is free. It may yield None for "nothing just now" while others still run;
         None with nothing running is an error of the caller.
@@ -121,7 +133,7 @@ class Generator:
                 entered = self._admit(source, free, reading)
             if not reading and not decoding:
                 if ready:  # the caller may let requests go once it has these
-                    yield from ready
+                    yield ready
                     ready = []
                     continue
                 if source.held:
@@ -139,7 +151,8 @@ class Generator:
             stepping = bool(decoding) and not filling
             if stepping:
                 self._decode(decoding, hurry=bool(reading))
-            yield from ready  # while the device works: what the caller does with them costs no time
+            if ready:
+                yield ready  # while the device works: what the caller does with them costs no time
             if stepping:
                 active = self.state.active.tolist()
                 ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]

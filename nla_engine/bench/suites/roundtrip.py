@@ -48,7 +48,7 @@ def _explained(session: Session) -> Iterator[Prepared]:
         out=session.directory / "explained.parquet",
         limit=sizes.vectors,
         max_new_tokens=sizes.av_new,
-        batch_size=min(sizes.slots, sizes.vectors),
+        batch_size=min(sizes.av_slots, sizes.vectors),
         device=str(session.device),
         overwrite=True,
     )

@@ -25,7 +25,7 @@ _BRIEF_TOKENS = 8
 def run(session: Session) -> None:
     """One case, and what of it is set-up."""
     sizes = session.sizes
-    slots = min(sizes.slots, sizes.vectors)
+    slots = min(sizes.av_slots, sizes.vectors)
     line = session.measure(
         "verbalize",
         f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}",
@@ -54,7 +54,7 @@ def limit(session: Session) -> float:
     """Vectors a second, the prompt before the marker being read once for all."""
     sizes = session.sizes
     count, new = sizes.vectors, sizes.av_new
-    slots = min(sizes.slots, count)
+    slots = min(sizes.av_slots, count)
     return count / generate_seconds(session.size, session.hardware, count, PROMPT, new, slots, shared=BEFORE)
 
 
