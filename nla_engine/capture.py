@@ -234,11 +234,13 @@ def _fill_store(
         with generator.runner:
             for group in generator.groups(requests):
                 in_turn = [ended for completion in group for ended in order.add(completion)]
-                sequences = [
-                    sequence_rows(prompts.prompts[ended.request.id], ended, tap.rows, writer.sink_norm)
-                    for ended in in_turn
-                ]
-                writer.append_many(sequences)
+                sequences: list[SequenceRows] = []
+                try:
+                    for ended in in_turn:
+                        prompt = prompts.prompts[ended.request.id]
+                        sequences.append(sequence_rows(prompt, ended, tap.rows, writer.sink_norm))
+                finally:  # those before one that fails are sound
+                    writer.append_many(sequences)
                 counts.add(sequences, in_turn)
                 progress(done + counts.sequences, len(prompts))
     if done + counts.sequences != len(prompts):

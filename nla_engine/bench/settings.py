@@ -20,7 +20,8 @@ class Sizes:
 
     requests, prompt, new: of a generation; batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
-    kernel_rows: rows of one launch; store_rows: rows written; slots, av_slots: sequences run at once by capture and by the AV, at most
+    kernel_rows: rows of one launch; store_rows: rows written
+    slots, av_slots: sequences that capture and the AV run at once, at most
     """
 
     requests: int
