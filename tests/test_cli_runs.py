@@ -243,7 +243,7 @@ def test_an_interrupt_leaves_a_store_that_resumes(
 
 def test_control_c_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "many.jsonl", 3000)
-    command = capture(root, tmp_path / "x.zarr", prompts=prompts, max_new_tokens=50, batch_size=4)
+    command = capture(root, tmp_path / "x.zarr", prompts=prompts, max_new_tokens=5, batch_size=4)
     arguments = [sys.executable, "-m", "nla_engine", *map(str, command)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
