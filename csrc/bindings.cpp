@@ -3,11 +3,13 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "checks.hpp"
 #include "crc32c.hpp"
 #include "encode.hpp"
+#include "matmul.hpp"
 #include "shard.hpp"
 
 namespace py = pybind11;
@@ -76,12 +78,31 @@ void raise_os_error(std::exception_ptr pointer) {
     }
 }
 
-#ifdef NLA_WITH_CUDA
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+void bind_matmul(py::module_& m) {
+    using namespace py::literals;
+    m.def("matmul_available", &nla::matmul_available, "Whether the process has loaded a cublasLt that is known here.");
+    py::class_<nla::Matmul>(m, "Matmul", "Products of one shape by cublasLt (see csrc/matmul.hpp); addresses as integers.")
+        .def(py::init([](int device, int64_t rows, int64_t n, int64_t k, bool bias, bool accumulate, size_t bytes) {
+                 return std::make_unique<nla::Matmul>(device, nla::MatmulShape{rows, n, k, bias, accumulate}, bytes);
+             }),
+             "device"_a, py::kw_only(), "m"_a, "n"_a, "k"_a, "bias"_a, "accumulate"_a, "workspace_bytes"_a)
+        .def_property_readonly("algorithms", &nla::Matmul::algorithms)
+        .def(
+            "run",
+            [](const nla::Matmul& self, int algorithm, uintptr_t stream, uintptr_t x, uintptr_t w, uintptr_t bias,
+               uintptr_t out, uintptr_t workspace) {
+                self.run(algorithm, stream, pointer<void>(x), pointer<void>(w), pointer<void>(bias),
+                         pointer<void>(out), pointer<void>(workspace));
+            },
+            "algorithm"_a, "stream"_a, py::kw_only(), "x"_a, "w"_a, "bias"_a, "out"_a, "workspace"_a);
+}
+
+#ifdef NLA_WITH_CUDA
 nla::CodecShape codec_shape(const std::string& name, int d, int block, int group) {
     const auto kind = name == "bf16"   ? nla::CodecKind::bf16
                       : name == "int8" ? nla::CodecKind::int8
@@ -146,6 +167,8 @@ PYBIND11_MODULE(_C, m) {
           "Checksums and index into the image of a Zarr v3 shard (see csrc/shard.hpp); the size of the file.");
     m.def("write_shard", &write_shard, "path"_a, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
           "seal_shard, and the file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
+
+    bind_matmul(m);
 
 #ifdef NLA_WITH_CUDA
     m.attr("cuda") = true;

@@ -35,8 +35,8 @@ def why_missing() -> str:
     module, fault = _import()
     if module is None:
         return (
-            f"the compiled extension is missing ({fault}): shards are written by Python and CUDA rows are encoded by "
-            "plain torch, both slower; install a C++ compiler and reinstall nla-engine"
+            f"the compiled extension is missing ({fault}): shards are written by Python, CUDA rows are encoded by "
+            "plain torch and products are not tuned, all slower; install a C++ compiler and reinstall nla-engine"
         )
     if not module.cuda:
         return (

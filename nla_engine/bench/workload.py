@@ -93,7 +93,7 @@ def open_generator(
         )
     runner = Runner(lm, slots=slots, length=length, tap=tap, tap_layers=layers)
     try:
-        yield Generator(
+        generator = Generator(
             runner,
             max_new_tokens=new_tokens,
             stop=StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
@@ -101,6 +101,8 @@ def open_generator(
             read_last=bool(layers and new_tokens),
             max_prefill_tokens=budget,
         )
+        generator.prepare()
+        yield generator
     finally:
         runner.close()
 

@@ -268,8 +268,13 @@ class Generator:
         return self._graphs[size]
 
     def prepare(self) -> None:
-        """Build what the first steps need, so that a run's time is the run's."""
+        """Build what the first steps need, so that a run's time is the run's: tuned products, a graph, buffers.
+
+        Only full passes and steps of all slots are tuned; the others are few.
+        """
+        self.runner.tune(self.max_prefill_tokens)
         if self.runner.graphable and self.max_new_tokens:
+            self.runner.tune(self.runner.cache.slots)
             self._graph(self.runner.cache.slots)
         if self.keeper is not None:
             self.keeper.prepare()

@@ -14,7 +14,7 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass
-from nla_engine.engine.fused import FusedBlock, can_fuse
+from nla_engine.engine.fused import FusedBlock, can_fuse, tune_products
 from nla_engine.engine.request import VECTOR
 from nla_engine.engine.slots import SlotCache, slot_size
 from nla_engine.errors import EngineError
@@ -101,6 +101,11 @@ class Runner:
     def graphable(self) -> bool:
         """Whether a decode step looks at nothing on the host, so that a CUDA graph can hold it."""
         return self.device.type == "cuda" and not self.reference
+
+    def tune(self, rows: int) -> None:
+        """Measure the products of passes of `rows` tokens and take the fastest from now on: before a run, not in it."""
+        if self.graphable and self._fused:
+            tune_products([block.forward for block in self._fused], rows)
 
     def _on_block(self, layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:

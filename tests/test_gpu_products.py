@@ -1,0 +1,82 @@
+"""Products on a GPU: the algorithms of cublasLt against float64, inside graphs, at the edges of a block's shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nla_engine import extension
+from nla_engine.ops import linear
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned():
+    linear._tuned.clear()
+    yield
+    linear._tuned.clear()
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(torch.bfloat16)
+
+
+def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((actual.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 64), (3, 4608, 3584), (512, 3584, 18944), (130, 136, 264)])
+@pytest.mark.parametrize(("bias", "add"), [(False, False), (True, False), (False, True)])
+def test_every_algorithm_computes_the_product(m: int, n: int, k: int, bias: bool, add: bool) -> None:
+    module = extension.load()
+    assert module is not None and module.matmul_available(), "torch brings cublasLt along"
+    plan = module.Matmul(
+        0, m=m, n=n, k=k, bias=bias, accumulate=add, workspace_bytes=linear._workspace(0).nbytes
+    )
+    assert plan.algorithms > 0
+    x, w, b, start = bf16(m, k), bf16(n, k), bf16(n) if bias else None, bf16(m, n) * k**0.5
+    truth = x.double() @ w.double().T + (b.double() if bias else 0) + (start.double() if add else 0)
+    usual = error(torch.addmm(start, x, w.t()) if add else torch.nn.functional.linear(x, w, b), truth)
+    for number in range(plan.algorithms):
+        out = start.clone() if add else torch.full_like(start, float("nan"))
+        linear._Algorithm(plan, number, 0)(x, w, b, out)
+        assert error(out, truth) <= 2 * usual, number
+
+
+def test_tuned_products_are_taken_in_graphs_and_out_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_GAIN", 0.0)  # the fastest algorithm, however little it gains
+    m, n, k = 256, 1024, 512
+    weights, residual = [bf16(n, k) for _ in range(4)], bf16(m, n)
+    biases = [bf16(n) for _ in weights]
+    linear.tune(m, weights, biases)
+    linear.tune(m, weights, add=True)
+    assert len(linear._tuned) == 2 and all(linear._tuned.values())
+    chosen = dict(linear._tuned)
+    linear.tune(m, weights, biases)
+    assert linear._tuned == chosen  # once measured it stays
+    x, sum_ = bf16(m, k), residual.clone()
+    plain = linear.linear(x, weights[1], biases[1])
+    linear.add_linear_(sum_, x, weights[2])
+    truth = x.double() @ weights[1].double().T + biases[1].double()
+    assert error(plain, truth) <= 2 * error(torch.nn.functional.linear(x, weights[1], biases[1]), truth)
+    truth = x.double() @ weights[2].double().T + residual.double()
+    assert error(sum_, truth) <= 2 * error(torch.addmm(residual, x, weights[2].t()), truth)
+    graph, in_graph = torch.cuda.CUDAGraph(), residual.clone()
+    with torch.cuda.graph(graph):
+        out = linear.linear(x, weights[1], biases[1])
+        linear.add_linear_(in_graph, x, weights[2])
+    graph.replay()
+    assert torch.equal(out, plain) and torch.equal(in_graph, sum_)
+    shifted = bf16(m * k + 1)[1:].view(m, k)  # where no algorithm may go
+    truth = shifted.double() @ weights[1].double().T + biases[1].double()
+    assert error(linear.linear(shifted, weights[1], biases[1]), truth) <= 2**-7
+
+
+def test_what_gains_nothing_is_left_to_torch(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_GAIN", 100.0)
+    w = [bf16(512, 512)]
+    linear.tune(64, w)
+    assert list(linear._tuned.values()) == [None]
+    x = bf16(64, 512)
+    assert torch.equal(linear.linear(x, w[0]), torch.nn.functional.linear(x, w[0]))
