@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -54,7 +55,7 @@ class _Algorithm:
             w=w.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             out=out.data_ptr(),
-            workspace=_workspace(self.device).data_ptr(),
+            workspace=_workspace(self.device, threading.get_ident()).data_ptr(),
         )
 
 
@@ -128,7 +129,7 @@ def tune(
             "bias": bias is not None,
             "accumulate": add,
         }
-        plan = module.Matmul(key[0], **shape, workspace_bytes=_workspace(key[0]).nbytes)
+        plan = module.Matmul(key[0], **shape, workspace_bytes=_WORKSPACE_BYTES)
         usual: _Way = _add_by_torch if add else _multiply_by_torch
         wanted = sample(usual)
         ways = [_Algorithm(plan, number, key[0]) for number in range(plan.algorithms)]
@@ -150,7 +151,8 @@ def _fit(*tensors: torch.Tensor | None) -> bool:
 
 
 @functools.cache
-def _workspace(device: int) -> torch.Tensor:
+def _workspace(device: int, thread: int) -> torch.Tensor:
+    """A thread's own: the products of one thread follow each other, those of two (AV and AR) may overlap."""
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
 
 
