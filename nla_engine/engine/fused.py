@@ -14,6 +14,7 @@ from torch import nn
 
 from nla_engine.engine.attention import current_pass
 from nla_engine.ops.attention import Shape
+from nla_engine.ops.fp8 import gate_quantised, quantise, rms_norm_quantised, scaled_linear
 from nla_engine.ops.gate import ACTIVATIONS, gate
 from nla_engine.ops.linear import add_linear_, linear, tune
 from nla_engine.ops.norm import rms_norm
@@ -62,20 +63,24 @@ class FusedBlock:
     def __call__(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> torch.Tensor:
+        x = hidden_states[0]
+        row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
+        x = self._add(x, self._attend(row, position_embeddings), self.out, self.after_attention)
+        both = linear(rms_norm(x, self.before_mlp, self.eps, self.offset), self.both)
+        return self._add(x, gate(both, str(self.activation)), self.down, self.after_mlp)[None]
+
+    def _attend(
+        self, row: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h]."""
         work = current_pass()
         work.enter(self.layer)
         kv = work.cache.layer(self.layer)
-        x = hidden_states[0]
         cos, sin = position_embeddings
-        row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
         query = rotate_and_store(
             row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
         )
-        x = self._add(
-            x, work.attend(query, self.layer, self.shape).flatten(1), self.out, self.after_attention
-        )
-        both = linear(rms_norm(x, self.before_mlp, self.eps, self.offset), self.both)
-        return self._add(x, gate(both, str(self.activation)), self.down, self.after_mlp)[None]
+        return work.attend(query, self.layer, self.shape).flatten(1)
 
     def _add(
         self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
@@ -84,6 +89,34 @@ class FusedBlock:
         if norm is None:
             return add_linear_(x, inner, weight)  # in place: the sum would otherwise start with a copy of x
         return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+
+
+class Fp8Block(FusedBlock):
+    """The same with products in fp8: weights quantised here, once more beside the model's own; rows as they come."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        self.qkv8, self.out8, self.both8, self.down8 = map(
+            quantise, (self.qkv, self.out, self.both, self.down)
+        )
+
+    def __call__(
+        self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> torch.Tensor:
+        x, dtype = hidden_states[0], hidden_states.dtype
+        read = rms_norm_quantised(x, self.before_attention, self.eps, self.offset)
+        row = scaled_linear(read, self.qkv8, self.qkv_bias, dtype)
+        inner = scaled_linear(quantise(self._attend(row, position_embeddings)), self.out8, None, dtype)
+        if self.after_attention is None:
+            read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset, add=inner)
+        else:
+            x = rms_norm(inner, self.after_attention, self.eps, self.offset, residual=x)
+            read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset)
+        both = scaled_linear(read, self.both8, None, dtype)
+        inner = scaled_linear(gate_quantised(both, str(self.activation)), self.down8, None, dtype)
+        if self.after_mlp is None:
+            return x.add_(inner)[None]
+        return rms_norm(inner, self.after_mlp, self.eps, self.offset, residual=x)[None]
 
 
 def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:

@@ -53,6 +53,13 @@ def _gate_kernel(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = channel < width
+    tl.store(y + row * width + channel, gated(both, row, width, channel, SILU), mask=real)
+
+
+@triton.jit
+def gated(both, row, width, channel, SILU: tl.constexpr):
+    """The block `channel` of a row of the result, rounded to the dtype of both [T, 2 m]; 0 past the width m."""
+    real = channel < width
     g = tl.load(both + row * 2 * width + channel, mask=real, other=0.0).to(tl.float32)
     u = tl.load(both + row * 2 * width + width + channel, mask=real, other=0.0).to(tl.float32)
     if SILU:
@@ -60,4 +67,4 @@ def _gate_kernel(
     else:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
         act = g / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))  # g (1 + tanh(inner)) / 2
-    tl.store(y + row * width + channel, (act * u).to(y.dtype.element_ty), mask=real)
+    return (act * u).to(both.dtype.element_ty)
