@@ -16,6 +16,8 @@ from nla_engine.errors import RequestError
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation a step.
 KERNELS = ("auto", "fused", "reference")
+#: Products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
+PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
@@ -142,6 +144,10 @@ class RoundtripOptions(Options):
     residency: str = option(
         "AV and AR on the GPU: both at once, or in turns; auto: both if they fit.", "auto"
     )
+    precision: str = option(
+        "Products of AV and AR: full (in --dtype), or fp8, faster and close to it (docs/roundtrip.md).",
+        "full",
+    )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
     kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
@@ -158,6 +164,7 @@ class RoundtripOptions(Options):
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
         self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
         self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
+        self._need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         self._need(self.residency in RESIDENCIES, "residency", f"one of {', '.join(RESIDENCIES)}")
         if self.follow and self.limit is not None:
             raise RequestError(

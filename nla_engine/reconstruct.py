@@ -30,6 +30,7 @@ class Reconstructor:
         bias: torch.Tensor | None = None,
         *,
         kernels: str = "auto",
+        precision: str = "full",
     ) -> None:
         if lm.d_model != sidecar.d_model:
             raise CheckpointError(
@@ -45,7 +46,7 @@ class Reconstructor:
         self.lm = lm.truncated(self.layer)
         self.weight = weight.to(lm.device)
         self.bias = None if bias is None else bias.to(lm.device)
-        self.kernels = kernels
+        self.kernels, self.precision = kernels, precision
         self._runner: Runner | None = None
         self._prefix = self._shared_prefix()
 
@@ -58,13 +59,14 @@ class Reconstructor:
         dtype: torch.dtype,
         remote_code: bool = False,
         kernels: str = "auto",
+        precision: str = "full",
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         directory = find_directory(name)
         sidecar = read_sidecar(directory, "ar")
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
-        return cls(lm, sidecar, weight, bias, kernels=kernels)
+        return cls(lm, sidecar, weight, bias, kernels=kernels, precision=precision)
 
     def fingerprint(self) -> str:
         """Of everything that a reconstruction depends on: weights, sidecar and value head."""
@@ -134,7 +136,9 @@ class Reconstructor:
             self.close()  # its cache is given back first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
-            self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)
+            self._runner = Runner(
+                self.lm, slots=slots, length=length, kernels=self.kernels, precision=self.precision
+            )
             cache = self._runner.cache
             if self._prefix:
                 self._runner.prefill([(cache.spare, 0, self._prefix)])

@@ -105,6 +105,7 @@ class Verbalizer:
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
         kernels: str = "auto",
+        precision: str = "full",
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
@@ -124,7 +125,9 @@ class Verbalizer:
                     request = Request(id_ * samples + sample, self.tail, max_new_tokens, vector, sample > 0)
                     yield order.asked(request)
 
-        with Runner(lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels) as runner:
+        with Runner(
+            lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels, precision=precision
+        ) as runner:
             generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
             generator.prepare()
             for completion in generator.run(requests()):

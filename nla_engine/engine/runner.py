@@ -29,14 +29,13 @@ _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 #: The same for fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%, and blocks add up. Measured:
 #: 0.09 to 0.20 for random weights of 4 to 28 blocks at the usual initialisation, 0.02 to 0.14 for trained ones.
 _CHECK_LIMIT_FP8 = 0.3
-PRECISIONS = ("bfloat16", "fp8")
 
 
 class Runner:
     """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
 
-    kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of PRECISIONS; bfloat16 is the
-    model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
+    kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of
+    `config.PRECISIONS`; full is the model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
     must not be called; `close` gives it back.
     """
 
@@ -50,13 +49,13 @@ class Runner:
         tap: Tap | None = None,
         tap_layers: Iterable[int] = (),
         kernels: str = "auto",
-        precision: str = "bfloat16",
+        precision: str = "full",
     ) -> None:
-        if precision not in PRECISIONS:
-            raise EngineError(f"precision '{precision}' is unknown: use {' or '.join(PRECISIONS)}")
         if precision == "fp8" and (kernels == "reference" or not all(map(can_fuse, lm.blocks))):
             reason = "--kernels reference" if kernels == "reference" else "the blocks of this architecture"
-            raise EngineError(f"{lm.name}: fp8 needs fused blocks, which {reason} rules out: use bfloat16")
+            raise EngineError(
+                f"{lm.name}: fp8 needs fused blocks, which {reason} rules out: use --precision full"
+            )
         if length > lm.max_length:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
@@ -203,5 +202,5 @@ class Runner:
         if not error <= limit:
             raise EngineError(
                 f"{lm.name}: the engine's forward pass differs from transformers' own by {error:.2g} "
-                f"(limit {limit:.2g}); this architecture is not supported in {self.precision}"
+                f"(limit {limit:.2g}); this architecture is not supported at {self.precision} precision"
             )

@@ -72,7 +72,12 @@ def load_pair(
     remote_code = options.trust_remote_code
     verbalizer = verbalizer or Verbalizer.load(options.av, device=place, dtype=dtype, remote_code=remote_code)
     reconstructor = reconstructor or Reconstructor.load(
-        options.ar, device=place, dtype=dtype, remote_code=remote_code, kernels=options.kernels
+        options.ar,
+        device=place,
+        dtype=dtype,
+        remote_code=remote_code,
+        kernels=options.kernels,
+        precision=options.precision,
     )
     return Pair(verbalizer, reconstructor, device, turns)
 

@@ -92,6 +92,7 @@ class Pipeline:
             sampling=Sampling(options.temperature, options.seed),
             batch_size=options.batch_size,
             kernels=options.kernels,
+            precision=options.precision,
         )
         with closing(written):
             for place in range(len(rows)):

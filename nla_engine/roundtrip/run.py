@@ -122,7 +122,17 @@ def _identity(
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on with."""
     given = options.to_dict()
-    names = ("where", "limit", "samples", "temperature", "seed", "max_new_tokens", "variance", "follow")
+    names = (
+        "where",
+        "limit",
+        "samples",
+        "temperature",
+        "seed",
+        "max_new_tokens",
+        "precision",
+        "variance",
+        "follow",
+    )
     same: dict[str, Any] = {name: given[name] for name in names}
     same |= {"layer": layer, "base": store.provenance.get("weights"), "store": store.attributes["store_id"]}
     if not options.follow:

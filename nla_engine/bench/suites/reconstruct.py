@@ -15,6 +15,7 @@ from nla_engine.bench.shapes import twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts
 from nla_engine.checkpoint import Sidecar
+from nla_engine.ops.fp8 import has_fp8
 from nla_engine.reconstruct import Reconstructor
 
 _TEMPLATE = "<text>{explanation}</text> <i>"
@@ -26,14 +27,21 @@ _BRIEF_TEXTS = 256
 def run(session: Session) -> None:
     """One case."""
     count, prompt = session.sizes.vectors, session.sizes.ar_prompt
+    case = f"{count} texts {prompt} tokens {session.layer + 1} blocks"
     line = session.measure(
         "reconstruct",
-        f"{count} texts {prompt} tokens {session.layer + 1} blocks",
+        case,
         "vectors/s",
         _reconstructed(session, count, prompt),
         limit=limit(session, prompt),
         detail=lambda p50: f"{p50 * prompt:,.0f} tok/s",
     )
+    if has_fp8(session.device):
+        faster = session.measure(
+            "reconstruct", f"{case} fp8", "vectors/s", _reconstructed(session, count, prompt, "fp8")
+        )
+        if faster is not None:
+            faster.compare(line)
     if session.settings.baseline == "hf":
         batch = min(baselines.AR_BATCH, count)
         theirs = session.measure(
@@ -51,7 +59,7 @@ def limit(session: Session, prompt: int) -> float:
     return 1 / prefill_seconds(session.size, session.hardware, prompt, session.layer + 1)
 
 
-def make_reconstructor(session: Session) -> Reconstructor:
+def make_reconstructor(session: Session, precision: str = "full") -> Reconstructor:
     """The session's weights, cut behind the tapped block, as an AR with a random head."""
     sidecar = Sidecar(
         path=Path("bench-ar"),
@@ -66,7 +74,9 @@ def make_reconstructor(session: Session) -> Reconstructor:
         right_id=None,
         suffix_ids=(),
     )
-    return Reconstructor(twin(session.lm).truncated(session.layer), sidecar, _head(session))
+    return Reconstructor(
+        twin(session.lm).truncated(session.layer), sidecar, _head(session), precision=precision
+    )
 
 
 def _head(session: Session) -> torch.Tensor:
@@ -75,8 +85,8 @@ def _head(session: Session) -> torch.Tensor:
 
 
 @contextmanager
-def _reconstructed(session: Session, count: int, prompt: int) -> Iterator[Prepared]:
-    reconstructor = make_reconstructor(session)
+def _reconstructed(session: Session, count: int, prompt: int, precision: str = "full") -> Iterator[Prepared]:
+    reconstructor = make_reconstructor(session, precision)
     written = texts([prompt - AROUND] * count)
 
     def reconstruct() -> None:

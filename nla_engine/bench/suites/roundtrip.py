@@ -12,6 +12,7 @@ from nla_engine.bench.timing import free_memory
 from nla_engine.bench.workload import encoded_sequences, write_store
 from nla_engine.codec import Codec
 from nla_engine.config import RoundtripOptions
+from nla_engine.ops.fp8 import has_fp8
 from nla_engine.roundtrip import run_roundtrip
 
 
@@ -19,13 +20,18 @@ def run(session: Session) -> None:
     """One case; its parts are the suites verbalize and reconstruct."""
     sizes = session.sizes
     prompt = reconstruct.AROUND + sizes.av_new
+    case = f"{sizes.vectors} vectors {verbalize.PROMPT}+{sizes.av_new} and {prompt}"
     line = session.measure(
         "roundtrip",
-        f"{sizes.vectors} vectors {verbalize.PROMPT}+{sizes.av_new} and {prompt}",
+        case,
         "vectors/s",
         _explained(session),
         limit=_both(verbalize.limit(session), reconstruct.limit(session, prompt)),
     )
+    if has_fp8(session.device):
+        faster = session.measure("roundtrip", f"{case} fp8", "vectors/s", _explained(session, "fp8"))
+        if faster is not None:
+            faster.compare(line)
     av, ar = session.find("verbalize", "HF "), session.find("reconstruct", "HF ")
     if line is not None and av is not None and ar is not None:  # their halves were measured in this run
         line.compare(Line("roundtrip", "HF AV and AR in turn", "vectors/s", [_both(av.p50, ar.p50)]))
@@ -37,7 +43,7 @@ def _both(av: float, ar: float) -> float:
 
 
 @contextmanager
-def _explained(session: Session) -> Iterator[Prepared]:
+def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
     sizes, store = session.sizes, session.directory / "roundtrip.zarr"
     codec = Codec.named("int8", session.lm.d_model)
     write_store(store, codec, session.layer, encoded_sequences(codec, session.layer, sizes.vectors))
@@ -51,6 +57,7 @@ def _explained(session: Session) -> Iterator[Prepared]:
         batch_size=min(sizes.av_slots, sizes.vectors),
         device=str(session.device),
         overwrite=True,
+        precision=precision,
     )
 
     def once() -> float:
@@ -58,7 +65,7 @@ def _explained(session: Session) -> Iterator[Prepared]:
         summary = run_roundtrip(
             options,
             verbalizer=verbalize.make_verbalizer(session),
-            reconstructor=reconstruct.make_reconstructor(session),
+            reconstructor=reconstruct.make_reconstructor(session, precision),
         )
         expect("explanations", summary.explanations, sizes.vectors)
         expect("tokens generated", round(summary.n_tokens * sizes.vectors), sizes.vectors * sizes.av_new)

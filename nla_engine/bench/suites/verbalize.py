@@ -13,6 +13,7 @@ from nla_engine.bench.shapes import MARKER, twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
 from nla_engine.checkpoint import Sidecar
+from nla_engine.ops.fp8 import has_fp8
 from nla_engine.verbalize import Verbalizer
 
 #: The prompt of the released Qwen2.5-7B pair: 111 tokens, the marker, 13 tokens.
@@ -26,14 +27,24 @@ def run(session: Session) -> None:
     """One case, and what of it is set-up."""
     sizes = session.sizes
     slots = min(sizes.av_slots, sizes.vectors)
+    case = f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}"
     line = session.measure(
         "verbalize",
-        f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}",
+        case,
         "vectors/s",
         _explained(session, sizes.vectors, sizes.av_new, slots),
         limit=limit(session),
         detail=lambda p50: f"{p50 * sizes.av_new:,.0f} tok/s",
     )
+    if has_fp8(session.device):
+        faster = session.measure(
+            "verbalize",
+            f"{case} fp8",
+            "vectors/s",
+            _explained(session, sizes.vectors, sizes.av_new, slots, "fp8"),
+        )
+        if faster is not None:
+            faster.compare(line)
     setup = session.measure("verbalize", "explain set-up", "s", _set_up(session, slots), warmups=0, repeats=2)
     session.take_off(line, setup, sizes.vectors)
     if session.settings.baseline == "hf":
@@ -76,13 +87,17 @@ def make_verbalizer(session: Session) -> Verbalizer:
     return Verbalizer(twin(session.lm), sidecar)
 
 
-def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
+def _explain(
+    session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int, precision: str = "full"
+) -> float:
     """Seconds for `count` vectors."""
     rows = vectors(count, session.lm.d_model)
     counts: list[int] = []
 
     def explain() -> None:
-        written = verbalizer.explain(enumerate(rows), max_new_tokens=new, batch_size=slots)
+        written = verbalizer.explain(
+            enumerate(rows), max_new_tokens=new, batch_size=slots, precision=precision
+        )
         counts.extend(explanation.n_tokens for explanation in written)
 
     elapsed = seconds(explain, session.device)
@@ -92,11 +107,13 @@ def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slo
 
 
 @contextmanager
-def _explained(session: Session, count: int, new: int, slots: int) -> Iterator[Prepared]:
+def _explained(
+    session: Session, count: int, new: int, slots: int, precision: str = "full"
+) -> Iterator[Prepared]:
     verbalizer = make_verbalizer(session)
     yield Prepared(
-        lambda: count / _explain(session, verbalizer, count, new, slots),
-        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
+        lambda: count / _explain(session, verbalizer, count, new, slots, precision),
+        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots, precision),
     )
 
 
