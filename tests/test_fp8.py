@@ -152,7 +152,7 @@ def test_states_in_fp8_are_near_those_of_the_model(architecture: str, rng) -> No
     lm = wrap_model(tiny_model(architecture).to(DEVICE), byte_tokenizer(), name=architecture)
     ids = rng.integers(1, 250, 12).tolist()
     states = {}
-    for precision in ("bfloat16", "fp8"):
+    for precision in ("full", "fp8"):
         with Runner(lm, slots=2, length=20, kernels="fused", precision=precision) as runner:
             states[precision] = runner.prefill([(0, 0, ids)]).double()
     error = float((states["fp8"] - states["bfloat16"]).norm() / states["bfloat16"].norm())
@@ -167,7 +167,7 @@ def test_fp8_that_cannot_be_is_refused() -> None:
     lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="small")
     with pytest.raises(EngineError, match="fp8 needs fused blocks, which --kernels reference rules out"):
         Runner(lm, slots=1, length=8, kernels="reference", precision="fp8")
-    with pytest.raises(EngineError, match="'int3' is unknown: use bfloat16 or fp8"):
+    with pytest.raises(EngineError, match="'int3' is unknown: use --precision full or fp8"):
         Runner(lm, slots=1, length=8, precision="int3")
 
 

@@ -1,4 +1,4 @@
-"""Products on a GPU: the algorithms of cublasLt against float64, in graphs and out of them; fp8 against its reference."""
+"""Products on a GPU: cublasLt's algorithms against float64, in graphs and out of them; fp8 against its reference."""
 
 from __future__ import annotations
 

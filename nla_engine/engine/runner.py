@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nla_engine.config import PRECISIONS
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass
 from nla_engine.engine.fused import Fp8Block, FusedBlock, can_fuse, tune_products
@@ -34,8 +35,8 @@ _CHECK_LIMIT_FP8 = 0.3
 class Runner:
     """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
 
-    kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of
-    `config.PRECISIONS`; full is the model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
+    kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of `config.PRECISIONS`; full is the
+    model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
     must not be called; `close` gives it back.
     """
 
@@ -51,6 +52,8 @@ class Runner:
         kernels: str = "auto",
         precision: str = "full",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise EngineError(f"precision '{precision}' is unknown: use {' or '.join(PRECISIONS)}")
         if precision == "fp8" and (kernels == "reference" or not all(map(can_fuse, lm.blocks))):
             reason = "--kernels reference" if kernels == "reference" else "the blocks of this architecture"
             raise EngineError(
