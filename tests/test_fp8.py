@@ -14,6 +14,7 @@ import triton.language as tl
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from triton.runtime import interpreter
 
+from nla_engine.engine import fused
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import EngineError
 from nla_engine.models import wrap_model
@@ -155,19 +156,28 @@ def test_states_in_fp8_are_near_those_of_the_model(architecture: str, rng) -> No
     for precision in ("full", "fp8"):
         with Runner(lm, slots=2, length=20, kernels="fused", precision=precision) as runner:
             states[precision] = runner.prefill([(0, 0, ids)]).double()
-    error = float((states["fp8"] - states["bfloat16"]).norm() / states["bfloat16"].norm())
+    error = float((states["fp8"] - states["full"]).norm() / states["full"].norm())
     assert 1e-3 <= error <= 0.25  # 3.7% a product, eight sublayers deep
     with Runner(
         lm, slots=2, length=20, kernels="fused"
     ) as runner:  # the model's own weights are as they were
-        assert torch.equal(runner.prefill([(0, 0, ids)]).double(), states["bfloat16"])
+        assert torch.equal(runner.prefill([(0, 0, ids)]).double(), states["full"])
+
+
+def test_the_self_check_sees_misplaced_channels(monkeypatch) -> None:
+    right = fused.scaled_linear
+    monkeypatch.setattr(fused, "scaled_linear", lambda *args: right(*args).roll(1, -1))
+    lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="small")
+    with pytest.raises(EngineError, match="not supported in fp8"):
+        Runner(lm, slots=1, length=8, precision="fp8")
+    assert not any("forward" in vars(block) for block in lm.blocks)  # and the model is given back
 
 
 def test_fp8_that_cannot_be_is_refused() -> None:
     lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="small")
     with pytest.raises(EngineError, match="fp8 needs fused blocks, which --kernels reference rules out"):
         Runner(lm, slots=1, length=8, kernels="reference", precision="fp8")
-    with pytest.raises(EngineError, match="'int3' is unknown: use --precision full or fp8"):
+    with pytest.raises(EngineError, match="'int3' is unknown: use full or fp8"):
         Runner(lm, slots=1, length=8, precision="int3")
 
 

@@ -27,9 +27,9 @@ Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 #: Relative L2 difference of hidden states that the self-check allows, by dtype: rounding, with room for long sums.
 _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-#: The same for fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%, and blocks add up. Measured:
-#: 0.09 to 0.20 for random weights of 4 to 28 blocks at the usual initialisation, 0.02 to 0.14 for trained ones.
-_CHECK_LIMIT_FP8 = 0.3
+#: The same for fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%, and deep random weights
+#: amplify that. Measured: 0.02 to 0.14 for the demo models, 0.09 to 0.51 for random ones; unrelated states: 1.4.
+_CHECK_LIMIT_FP8 = 0.7
 
 
 class Runner:
@@ -86,15 +86,16 @@ class Runner:
         expected = self._library_states()  # with the library's own attention, which `close` leaves behind
         self.lm.model.set_attn_implementation(attention.NAME)
         for block in self.lm.blocks:
-            if self.precision == "fp8":
-                block.forward = Fp8Block(block)
-                self._fused.append(block)
-            elif not self.reference and can_fuse(block):
+            if (self.precision == "fp8" or not self.reference) and can_fuse(block):
                 block.forward = FusedBlock(block)
                 self._fused.append(block)
         for layer in dict.fromkeys(tap_layers):
             self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
-        self._check(expected)
+        self._check(expected, _CHECK_LIMIT.get(self.lm.dtype, 1e-3), "")
+        if self.precision == "fp8":  # whose arithmetic has just been checked, but for rounding
+            for block in self._fused:
+                block.forward = Fp8Block(block)
+            self._check(expected, _CHECK_LIMIT_FP8, " in fp8")
         if prefix:
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
@@ -191,7 +192,7 @@ class Runner:
         return states[0].float()
 
     @torch.inference_mode()
-    def _check(self, expected: torch.Tensor) -> None:
+    def _check(self, expected: torch.Tensor, limit: float, how: str) -> None:
         """Read the sample as a prompt and its last token as a decode step. EngineError if the states differ."""
         lm, ids = self.lm, self._sample()
         size = len(ids)
@@ -201,9 +202,8 @@ class Runner:
         at = torch.tensor([0, size - 1], device=self.device)
         parts.append(self.decode(ids[-1:], at[:1], at[1:], size))
         error = float((torch.cat(parts).float() - expected).norm() / expected.norm())
-        limit = _CHECK_LIMIT_FP8 if self.precision == "fp8" else _CHECK_LIMIT.get(lm.dtype, 1e-3)
         if not error <= limit:
             raise EngineError(
                 f"{lm.name}: the engine's forward pass differs from transformers' own by {error:.2g} "
-                f"(limit {limit:.2g}); this architecture is not supported at {self.precision} precision"
+                f"(limit {limit:.2g}); this architecture is not supported{how}"
             )
