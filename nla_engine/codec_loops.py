@@ -102,9 +102,10 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
 def _bits(value):
     """float32 -> uint16 bfloat16 bits."""
     bits = np.float32(value).view(np.uint32)
-    high = bits >> np.uint32(16)
-    rounded = (bits + np.uint32(0x7FFF) + (high & np.uint32(1))) >> np.uint32(16)
-    return np.uint16(rounded if value == value else high | np.uint32(0x40))
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    if value != value:
+        rounded = bits | np.uint32(0x400000)
+    return np.uint16(rounded >> np.uint32(16))
 
 
 @numba.njit(cache=True, nogil=True)
