@@ -163,9 +163,7 @@ def _open_store(
         overwrite=options.overwrite,
     )
     for layer, entry in calibration.items():
-        writer.record_codec_error(
-            layer, {"mean": entry.error_mean, "worst": entry.error_worst, "rows": entry.rows}
-        )
+        writer.record_codec_error(layer, entry.error)
     return writer
 
 

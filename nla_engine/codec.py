@@ -34,6 +34,8 @@ INT8_TOP = 127
 INT4_CLIPS = np.array([1.0, 0.92, 0.84, 0.76, 0.68, 0.6], dtype=np.float32)
 
 CODEC_NAMES = ("int8", "int4", "bf16")
+#: A row is an attention sink if its norm is this many times the median of its layer.
+SINK_FACTOR = 8.0
 #: What rows can be decoded to on the host: float32, or bfloat16 as its bits.
 DECODED_DTYPES = (np.dtype(np.float32), np.dtype(np.uint16))
 
@@ -185,6 +187,18 @@ def decode_reference(codec: Codec, encoded: EncodedRows) -> np.ndarray:
         x *= (encoded.norm.astype(np.float64) / math.sqrt(codec.d_model))[:, None]
     x[~ordinary_rows(encoded.norm)] = 0.0
     return x
+
+
+def relative_errors(codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """||x' - x|| / ||x|| of float32 rows [n, d], finite and not zero, through the codec: float64 [n]."""
+    lost = (codec.decode(codec.encode(rows)) - rows).astype(np.float64)
+    return np.asarray(np.linalg.norm(lost, axis=1) / np.linalg.norm(rows.astype(np.float64), axis=1))
+
+
+def describe_errors(errors: np.ndarray) -> dict[str, float | int]:
+    """What a store remembers of its codec's relative L2 errors on a sample."""
+    p99 = float(np.percentile(errors, 99))
+    return {"mean": float(errors.mean()), "p99": p99, "worst": float(errors.max()), "rows": len(errors)}
 
 
 def hadamard_matrix(n: int) -> np.ndarray:
