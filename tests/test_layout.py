@@ -25,6 +25,7 @@ ORDER = (
     {"tap", "score", "results"},
     {"calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
+    {"estimate"},
     {"demo"},
     {"cli", "bench"},
     {"__main__"},

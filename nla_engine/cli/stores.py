@@ -22,23 +22,13 @@ StorePath = Annotated[Path, typer.Argument(help="A store that capture wrote.", m
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """What a store holds, and which run made it."""
+    from nla_engine.cli.page import facts, show_page
     from nla_engine.store import CaptureStore
 
     opened = CaptureStore.open(store)
-    facts = {
-        "store": str(store),
-        "complete": opened.complete,
-        "rows": opened.rows,
-        "sequences": opened.sequences,
-        "layers": list(opened.layers),
-        "d_model": opened.d_model,
-        "codec": opened.codec.name,
-        "row_bytes": opened.codec.row_bytes,
-        "codec_error": opened.attributes.get("codec_error"),
-        "sink_norm": opened.attributes.get("sink_norm"),
-        **opened.provenance,
-    }
-    finish("store", facts, as_json)
+    show_page(opened, console)
+    if as_json:
+        print_json(facts(opened))
 
 
 @app.command()
