@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_engine.codec import Codec, bf16_values
+from nla_engine.codec import SINK_FACTOR, Codec, bf16_values, describe_errors, relative_errors
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
@@ -20,20 +20,16 @@ from nla_engine.models import LanguageModel
 from nla_engine.prompts import Prompt
 from nla_engine.tap import RowRange, RowTap
 
-#: A row is an attention sink if its norm is this many times the median of the layer.
-SINK_FACTOR = 8.0
 #: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
 CALIBRATION = (64, 512)
 
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """Of one layer, on `rows` prompt rows: the norm above which a row is a sink; the codec's relative L2 error."""
+    """Of one layer: the norm above which a row is a sink, and the codec's relative errors (`describe_errors`)."""
 
     sink_norm: float
-    error_mean: float
-    error_worst: float
-    rows: int
+    error: dict[str, float | int]
 
 
 @torch.inference_mode()
@@ -71,7 +67,5 @@ def calibrate(
             )
         sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[finite])))
         ordinary = finite & (norm <= sink_norm)
-        decoded = codec.decode(codec.encode(x[ordinary]))
-        error = np.linalg.norm((decoded - x[ordinary]).astype(np.float64), axis=1) / norm[ordinary]
-        out[layer] = LayerCalibration(sink_norm, float(error.mean()), float(error.max()), int(ordinary.sum()))
+        out[layer] = LayerCalibration(sink_norm, describe_errors(relative_errors(codec, x[ordinary])))
     return out

@@ -25,7 +25,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.errors import EngineError, StoreError
+from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
 from nla_engine.prompts import Prompt, PromptSet, read_prompts
 from nla_engine.provenance import describe_run
@@ -95,11 +95,13 @@ def run_capture(
     lm: LanguageModel | None = None,
 ) -> CaptureSummary:
     """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
+    if options.dry_run:
+        raise RequestError("--dry-run writes nothing: ask `nla_engine.estimate.estimate_capture`")
     if options.out.exists() and not (options.resume or options.overwrite):
         raise StoreError(
             f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
         )
-    lm = lm or _load(options)
+    lm = lm or load_base_model(options)
     for layer in options.layer:
         lm.check_layer(layer)
     room = lm.max_length - options.max_new_tokens
@@ -114,7 +116,8 @@ def run_capture(
         return _fill_store(options, lm, prompts, tokens, writer, announce, progress)
 
 
-def _load(options: CaptureOptions) -> LanguageModel:
+def load_base_model(options: CaptureOptions) -> LanguageModel:
+    """The model that the options name, on their device."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     return load_model(
@@ -163,9 +166,7 @@ def _open_store(
         overwrite=options.overwrite,
     )
     for layer, entry in calibration.items():
-        writer.record_codec_error(
-            layer, {"mean": entry.error_mean, "worst": entry.error_worst, "rows": entry.rows}
-        )
+        writer.record_codec_error(layer, entry.error)
     return writer
 
 

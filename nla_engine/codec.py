@@ -1,4 +1,4 @@
-"""Row codecs: float32 rows <-> the bytes that a store keeps. Host side, numba.
+"""Row codecs: float32 rows <-> the bytes that a store keeps. Host side; the loops are in `codec_loops`.
 
 A row x of width d is stored as its exact L2 norm and a quantised direction. With rms = norm / sqrt(d):
 
@@ -20,9 +20,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 
+from nla_engine import codec_loops as loops
+from nla_engine.codec_loops import NORM_RANGE
 from nla_engine.errors import RequestError
 
 MAX_BLOCK = 128
@@ -31,11 +32,12 @@ INT4_TOP = 7
 INT8_TOP = 127
 #: Fractions of the group's largest magnitude that int4 tries as its range, in this order; the first best wins.
 INT4_CLIPS = np.array([1.0, 0.92, 0.84, 0.76, 0.68, 0.6], dtype=np.float32)
-#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms would leave float32.
-NORM_RANGE = (np.float32(1e-30), np.float32(1e30))
-_LEAST_NORM, _MOST_NORM = NORM_RANGE
 
 CODEC_NAMES = ("int8", "int4", "bf16")
+#: A row is an attention sink if its norm is this many times the median of its layer.
+SINK_FACTOR = 8.0
+#: What rows can be decoded to on the host: float32, or bfloat16 as its bits.
+DECODED_DTYPES = (np.dtype(np.float32), np.dtype(np.uint16))
 
 
 @dataclass(frozen=True)
@@ -129,33 +131,43 @@ class Codec:
         norm = np.empty(n, np.float32)
         codes = np.zeros((n, self.code_width), self.code_dtype)
         scales = np.zeros((n, self.scale_width), np.float16)
-        _norms(x, norm)
+        loops.norms(x, norm)
         if self.name == "bf16":
             codes[:] = bf16_bits(x)
         else:
             raw = np.zeros((n, self.d_model), np.int8)
             wide = np.zeros((n, self.scale_width), np.float32)
             top, clips = (INT8_TOP, INT4_CLIPS[:1]) if self.name == "int8" else (INT4_TOP, INT4_CLIPS)
-            _encode(
+            loops.encode(
                 x, norm, _f32_sqrt(self.d_model), self.block, self.group, np.float32(top), clips, raw, wide
             )
             scales[:] = wide.astype(np.float16)
             codes[:] = raw if self.name == "int8" else _pack_nibbles(raw)
         return EncodedRows(codes, scales, norm)
 
-    def decode(self, encoded: EncodedRows) -> np.ndarray:
-        """Decode to float32 [n, d]. Rows that are kept exactly elsewhere come out as zeros here."""
+    def decode(self, encoded: EncodedRows, out: np.ndarray | None = None) -> np.ndarray:
+        """Decode n rows. Rows that are kept exactly elsewhere come out as zeros here (but for bf16, which holds all).
+
+        out: C-contiguous [n, d] to fill and return, float32 or uint16 (bfloat16 bits of the float32 values, rounded to
+            nearest even); None for a new float32 one
+        Raises ValueError for an `out` of another kind.
+        """
+        shape = (len(encoded.norm), self.d_model)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype not in DECODED_DTYPES or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous float32 or uint16 {shape}")
         if self.name == "bf16":
-            return bf16_values(encoded.codes)
-        raw = encoded.codes if self.name == "int8" else _unpack_nibbles(encoded.codes)
-        out = np.empty((len(encoded.norm), self.d_model), np.float32)
-        _decode(
-            np.ascontiguousarray(raw),
+            if out.dtype == np.uint16:
+                out[:] = encoded.codes
+            else:
+                loops.widen(np.ascontiguousarray(encoded.codes).reshape(-1), out.view(np.uint32).reshape(-1))
+            return out
+        loops.decoder(self.group, self.block, self.name == "int4", out.dtype == np.uint16)(
+            np.ascontiguousarray(encoded.codes),
             np.ascontiguousarray(encoded.scales.astype(np.float32)),
             np.ascontiguousarray(encoded.norm),
             _f32_sqrt(self.d_model),
-            self.block,
-            self.group,
             out,
         )
         return out
@@ -175,6 +187,18 @@ def decode_reference(codec: Codec, encoded: EncodedRows) -> np.ndarray:
         x *= (encoded.norm.astype(np.float64) / math.sqrt(codec.d_model))[:, None]
     x[~ordinary_rows(encoded.norm)] = 0.0
     return x
+
+
+def relative_errors(codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """||x' - x|| / ||x|| of float32 rows [n, d], finite and not zero, through the codec: float64 [n]."""
+    lost = (codec.decode(codec.encode(rows)) - rows).astype(np.float64)
+    return np.asarray(np.linalg.norm(lost, axis=1) / np.linalg.norm(rows.astype(np.float64), axis=1))
+
+
+def describe_errors(errors: np.ndarray) -> dict[str, float | int]:
+    """What a store remembers of its codec's relative L2 errors on a sample."""
+    p99 = float(np.percentile(errors, 99))
+    return {"mean": float(errors.mean()), "p99": p99, "worst": float(errors.max()), "rows": len(errors)}
 
 
 def hadamard_matrix(n: int) -> np.ndarray:
@@ -197,14 +221,18 @@ def exact_rows(norm: np.ndarray, sink_norm: float) -> np.ndarray:
 
 def bf16_bits(rows: np.ndarray) -> np.ndarray:
     """float32 [...] -> uint16 [...]: bfloat16 bits, round to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(rows, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(rows), (bits >> 16) | 0x0040, rounded).astype(np.uint16)
+    x = np.ascontiguousarray(rows, dtype=np.float32)
+    out = np.empty(x.shape, np.uint16)
+    loops.narrow(x.reshape(-1), out.reshape(-1))
+    return out
 
 
 def bf16_values(bits: np.ndarray) -> np.ndarray:
     """uint16 [...] bfloat16 bits -> float32 [...], exact."""
-    return (np.ascontiguousarray(bits, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
+    stored = np.ascontiguousarray(bits, dtype=np.uint16)
+    out = np.empty(stored.shape, np.uint32)
+    loops.widen(stored.reshape(-1), out.reshape(-1))
+    return out.view(np.float32)
 
 
 def _f32_sqrt(d_model: int) -> np.float32:
@@ -221,98 +249,3 @@ def _unpack_nibbles(packed: np.ndarray) -> np.ndarray:
     raw[:, 0::2] = (packed & 15).astype(np.int8) - 8
     raw[:, 1::2] = (packed >> 4).astype(np.int8) - 8
     return raw
-
-
-@numba.njit(cache=True, nogil=True)
-def _norms(x, norm):
-    for i in range(x.shape[0]):
-        total = 0.0
-        for j in range(x.shape[1]):
-            value = np.float64(x[i, j])
-            total += value * value
-        norm[i] = np.float32(math.sqrt(total))
-
-
-@numba.njit(cache=True, nogil=True)
-def _rotate(row, block, unit):
-    """In place y = H x on each block: butterflies of step 1, 2, 4 ..., then one multiplication by 1/sqrt(block)."""
-    for start in range(0, row.shape[0], block):
-        step = 1
-        while step < block:
-            for i in range(start, start + block, 2 * step):
-                for j in range(i, i + step):
-                    a = row[j]
-                    b = row[j + step]
-                    row[j] = a + b
-                    row[j + step] = a - b
-            step *= 2
-        for j in range(start, start + block):
-            row[j] = row[j] * unit
-
-
-@numba.njit(cache=True, nogil=True)
-def _half(value):
-    """float32 rounded to the nearest float16 value (even on ties), as float32, for 0 <= value < 65504."""
-    if value < np.float32(6.103515625e-05):  # subnormal halves are multiples of 2**-24
-        return np.float32(np.rint(value * np.float32(16777216.0)) * np.float32(5.9604644775390625e-08))
-    _, exponent = math.frexp(value)
-    ulp = np.float32(math.ldexp(1.0, exponent - 11))
-    return np.float32(np.rint(value / ulp) * ulp)
-
-
-@numba.njit(cache=True, nogil=True)
-def _encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
-    d = x.shape[1]
-    one = np.float32(1.0)
-    unit = np.float32(1.0 / math.sqrt(block))
-    row = np.empty(d, np.float32)
-    errors = np.empty(group, np.float32)
-    for i in range(x.shape[0]):
-        if not (norm[i] >= _LEAST_NORM and norm[i] <= _MOST_NORM):
-            continue
-        inverse = one / (norm[i] / sqrt_d)
-        for j in range(d):
-            row[j] = x[i, j] * inverse
-        _rotate(row, block, unit)
-        for g in range(d // group):
-            start = g * group
-            largest = np.float32(0.0)
-            for j in range(start, start + group):
-                largest = max(largest, abs(row[j]))
-            best_error = np.float32(np.inf)
-            for c in range(len(clips)):
-                scale = _half((largest * clips[c]) * (one / top))
-                reciprocal = one / scale if scale > 0 else np.float32(0.0)
-                if len(clips) > 1:
-                    for j in range(group):
-                        code = min(max(np.rint(row[start + j] * reciprocal), -top), top)
-                        product = code * scale
-                        delta = row[start + j] - product
-                        errors[j] = delta * delta
-                    width = group // 2
-                    while width > 0:  # the order of a warp's butterfly reduction
-                        for j in range(width):
-                            errors[j] = errors[j] + errors[j + width]
-                        width //= 2
-                    if not errors[0] < best_error:
-                        continue
-                    best_error = errors[0]
-                scales[i, g] = scale
-                for j in range(start, start + group):
-                    codes[i, j] = np.int8(min(max(np.rint(row[j] * reciprocal), -top), top))
-
-
-@numba.njit(cache=True, nogil=True)
-def _decode(codes, scales, norm, sqrt_d, block, group, out):
-    unit = np.float32(1.0 / math.sqrt(block))
-    for i in range(codes.shape[0]):
-        row = out[i]
-        if not (norm[i] >= _LEAST_NORM and norm[i] <= _MOST_NORM):
-            row[:] = 0.0
-            continue
-        for j in range(codes.shape[1]):
-            row[j] = np.float32(codes[i, j]) * scales[i, j // group]
-        _rotate(row, block, unit)
-        rms = norm[i] / sqrt_d
-        for j in range(codes.shape[1]):
-            row[j] = row[j] * rms

@@ -85,6 +85,9 @@ class CaptureOptions(Options):
     skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
     resume: bool = option("Go on with a store that was interrupted.", False)
     overwrite: bool = option("Replace a store that exists.", False)
+    dry_run: bool = option(
+        "Write nothing: print rows, bytes and time expected, measured on the first prompts.", False
+    )
     host_memory: float = option("GiB of finished sequences that may wait for an earlier one.", 4.0)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
 

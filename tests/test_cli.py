@@ -248,7 +248,7 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     ),
     "export to what": (
         lambda r, t: ["export", r / "run.zarr", "--to", "csv", "--out", t / "x"],
-        "export format 'csv' is unknown: choose one of parquet, safetensors, npy",
+        "export format 'csv' is unknown: choose one of parquet, nla, datasets, safetensors, npy",
     ),
     "export of nothing": (
         lambda r, t: [

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
@@ -129,3 +130,30 @@ def test_a_failed_export_leaves_nothing(
     with pytest.raises(WriteError, match="No space left on device"):
         export(store, to, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run.zarr"]
+
+
+def test_datasets_finds_its_shards(store: CaptureStore, tmp_path: Path) -> None:
+    """The layout and the types from which Hugging Face `datasets` makes a split without a loading script."""
+    assert export(store, "datasets", tmp_path / "out", layer=9, shard_rows=60) == 138
+    files = sorted((tmp_path / "out").rglob("*"))
+    names = [f"data/train-0000{i}-of-00003.parquet" for i in range(3)]
+    assert [str(path.relative_to(tmp_path / "out")) for path in files] == ["data", *names]
+    whole = pq.read_table(tmp_path / "out" / "data")
+    assert whole.schema.field("activation_vector").type == pa.list_(pa.float32(), 24)
+    assert whole["row"].to_pylist() == list(range(138))
+    vectors = whole["activation_vector"].combine_chunks().flatten().to_numpy().reshape(-1, 24)
+    np.testing.assert_array_equal(vectors, store.layer(9)[:])
+    assert [pq.ParquetFile(path).metadata.num_rows for path in files[1:]] == [60, 60, 18]
+
+
+def test_shards_are_named_by_an_index(store: CaptureStore, tmp_path: Path) -> None:
+    export(store, "npy", tmp_path / "out", shard_rows=100)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (index["format"], index["rows"], index["metadata"]["layer"]) == ("npy", 138, "3")
+    assert [(s["start"], s["rows"]) for s in index["shards"]] == [(0, 100), (100, 38)]
+    parts = [np.load(tmp_path / "out" / shard["file"]) for shard in index["shards"]]
+    np.testing.assert_array_equal(np.concatenate(parts), store.layer(3)[:])
+    with pytest.raises(RequestError, match="shard_rows must be 1 or more"):
+        export(store, "npy", tmp_path / "other", shard_rows=0)
+    with pytest.raises(StoreError, match="it is a directory"):
+        export(store, "npy", tmp_path / "out", shard_rows=100, overwrite=True)

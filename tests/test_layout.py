@@ -16,6 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A module imports from earlier lines and from its own directory, never from its own line or a later one.
 ORDER = (
     {"errors", "provenance", "extension"},
+    {"codec_loops"},
     {"codec"},
     {"config", "tokens", "models", "checkpoint", "prompts"},
     {"ops"},
@@ -24,6 +25,7 @@ ORDER = (
     {"tap", "score", "results"},
     {"calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
+    {"estimate"},
     {"demo"},
     {"cli", "bench"},
     {"__main__"},

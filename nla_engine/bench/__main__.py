@@ -48,7 +48,10 @@ def bench(
     profile: Annotated[Path | None, typer.Option(help="Directory for a trace and a table a case.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the JSON object.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to add the lines to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Directory for decode.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Directory for decode.png and codec.png.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="A store of bf16 rows for suite codec. [default: made-up rows]")
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Where captured data goes. [default: a temporary directory]")
     ] = None,
@@ -82,6 +85,7 @@ def bench(
         csv=csv,
         plot=plot,
         store=store,
+        rows=rows,
         time_limit=time_limit,
         debug=debug,
     )

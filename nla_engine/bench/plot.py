@@ -1,15 +1,16 @@
-"""Throughput over batch size, measured, under the line that the hardware allows. Needs matplotlib."""
+"""Plots: throughput over batch size under the line that the hardware allows; error over bytes. Needs matplotlib."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nla_engine.bench.limits import Hardware, ModelSize, decode_step_seconds
 from nla_engine.bench.report import Line, Machine
+from nla_engine.codec import CODEC_NAMES
 
 _STEADY = re.compile(r"steady B=(\d+) context (\d+) (.+)")
 
@@ -49,6 +50,56 @@ def plot_batches(
     axes.legend()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "decode.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def plot_rates(
+    directory: Path,
+    machine: Machine,
+    d_model: int,
+    source: str,
+    points: Mapping[str, tuple[float, float, float]],
+) -> Path:
+    """Draw relative L2 error (mean to p99) over bytes a row into `directory`/codec.png.
+
+    points: name -> (bytes a row, mean, p99); those of the store are drawn filled, one without any error is only named.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for number, (name, (size, mean, p99)) in enumerate(points.items()):
+        ours = name in CODEC_NAMES
+        colour = f"C{number}"
+        if p99 == 0:
+            axes.plot(
+                [], [], marker="o", linestyle="", color=colour, label=f"{name}: exact, {size:,.0f} bytes"
+            )
+            continue
+        axes.plot([size, size], [mean, p99], color=colour, linewidth=1)
+        axes.plot(
+            size,
+            mean,
+            marker="o" if ours else "s",
+            linestyle="",
+            color=colour,
+            fillstyle="full" if ours else "none",
+            label=name + (" (store)" if ours else ""),
+        )
+    axes.set(
+        yscale="log",
+        xlabel=f"bytes a row of {d_model} channels",
+        ylabel="relative L2 error: mean, line to p99",
+        title=f"{source}; commit {machine.commit}",
+    )
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "codec.png"
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

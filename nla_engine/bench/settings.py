@@ -10,7 +10,7 @@ import torch
 
 from nla_engine.errors import RequestError
 
-SUITES = ("kernels", "generate", "corpus", "verbalize", "reconstruct", "roundtrip", "store")
+SUITES = ("kernels", "generate", "corpus", "verbalize", "reconstruct", "roundtrip", "store", "codec")
 BASELINES = ("hf", "none")
 
 
@@ -20,7 +20,7 @@ class Sizes:
 
     requests, prompt, new: of a generation; batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
-    kernel_rows: rows of one launch; store_rows: rows written
+    kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
     slots, av_slots: sequences that capture and the AV run at once, at most
     """
 
@@ -38,6 +38,7 @@ class Sizes:
     ar_prompt: int
     kernel_rows: tuple[int, ...]
     store_rows: int
+    codec_rows: int
     slots: int
     av_slots: int
 
@@ -57,6 +58,7 @@ _GPU = Sizes(
     ar_prompt=140,
     kernel_rows=(65_536, 4096, 256),
     store_rows=65_536,
+    codec_rows=16_384,
     slots=512,
     av_slots=1024,
 )
@@ -75,6 +77,7 @@ _CPU = Sizes(
     ar_prompt=140,
     kernel_rows=(1024, 64),
     store_rows=1024,
+    codec_rows=4096,
     slots=4,
     av_slots=4,
 )
@@ -101,6 +104,7 @@ class Settings:
     csv: Path | None = None
     plot: Path | None = None
     store: Path | None = None
+    rows: Path | None = None
     time_limit: float | None = None
     debug: bool = False
 

@@ -59,13 +59,14 @@ def finish(title: str, facts: dict[str, Any], as_json: bool) -> None:
     """The summary: a table for people, and one JSON line on stdout if asked."""
     table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
     for key, value in facts.items():
-        table.add_row(key, escape(_show(value)))
+        table.add_row(key, escape(show(value)))
     console.print(table)
     if as_json:
         print_json(facts)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value for people: thousands marked, four digits of a fraction."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -73,9 +74,9 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_show(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key}: {show(entry)}" for key, entry in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_show, value))
+        return ", ".join(map(show, value))
     return str(value)
 
 

@@ -17,6 +17,11 @@ from nla_engine.config import CaptureOptions, RoundtripOptions
 @command(CaptureOptions, "model")
 def capture_command(options: CaptureOptions, as_json: bool) -> None:
     """Stage 1: run prompts through a model and store one layer's (or several layers') activations."""
+    if options.dry_run:
+        from nla_engine.estimate import estimate_capture
+
+        finish("dry run: nothing was written", estimate_capture(options, announce=say).to_dict(), as_json)
+        return
     from nla_engine.capture import run_capture
 
     with progress_bar("sequences") as progress:

@@ -1,4 +1,4 @@
-"""Commands on a store: info, verify, export."""
+"""Commands on a store: info, verify, export, import, merge."""
 
 from __future__ import annotations
 
@@ -22,23 +22,13 @@ StorePath = Annotated[Path, typer.Argument(help="A store that capture wrote.", m
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """What a store holds, and which run made it."""
+    from nla_engine.cli.page import facts, show_page
     from nla_engine.store import CaptureStore
 
     opened = CaptureStore.open(store)
-    facts = {
-        "store": str(store),
-        "complete": opened.complete,
-        "rows": opened.rows,
-        "sequences": opened.sequences,
-        "layers": list(opened.layers),
-        "d_model": opened.d_model,
-        "codec": opened.codec.name,
-        "row_bytes": opened.codec.row_bytes,
-        "codec_error": opened.attributes.get("codec_error"),
-        "sink_norm": opened.attributes.get("sink_norm"),
-        **opened.provenance,
-    }
-    finish("store", facts, as_json)
+    show_page(opened, console)
+    if as_json:
+        print_json(facts(opened))
 
 
 @app.command()
@@ -91,12 +81,15 @@ def _audit(store: Path, model: str, sample: int, device: str | None) -> list[Che
 @app.command()
 def export(
     store: StorePath,
-    to: Annotated[str, typer.Option("--to", help="parquet, safetensors or npy.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
+    to: Annotated[str, typer.Option("--to", help="parquet, nla, datasets, safetensors or npy.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write, or the directory of shards.")],
     layer: Annotated[
         int | None, typer.Option("--layer", help="Layer. [default: the store's only one]")
     ] = None,
     where: Annotated[str | None, typer.Option("--where", help="Which rows, as an expression.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option("--shard-rows", help="Rows in a file; OUT is then a directory.", min=1)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -105,5 +98,45 @@ def export(
     from nla_engine.store.export import export as run_export
 
     opened = CaptureStore.open(store)
-    rows = run_export(opened, to, out, layer=layer, where=where, overwrite=overwrite)
+    rows = run_export(opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows)
     finish("exported", {"out": str(out), "to": to, "rows": rows}, as_json)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Parquet, safetensors or npy; or a directory of shards.")],
+    out: Annotated[Path, typer.Option("--out", help="The Zarr store to write.")],
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Layer of the vectors. [default: what the file says]")
+    ] = None,
+    codec: Annotated[str, typer.Option("--codec", help="How rows are stored: int8, int4 or bf16.")] = "bf16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a store of vectors from elsewhere: a row of the file is a sequence with one row."""
+    from nla_engine.store.importing import import_rows
+
+    made = import_rows(source, out, layer=layer, codec=codec, overwrite=overwrite)
+    finish("imported", {"store": str(out), **dataclasses.asdict(made)}, as_json)
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Two or more stores.", metavar="STORE...")],
+    out: Annotated[Path, typer.Option("--out", help="The Zarr store to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Join stores of the same run parameters, sequence after sequence; rows stay as they are, bit for bit."""
+    from nla_engine.store.merge import merge as run_merge
+
+    with progress_bar("sequences") as progress:
+        merged = run_merge(stores, out, overwrite=overwrite, progress=progress)
+    facts = {
+        "store": str(out),
+        "complete": merged.complete,
+        "rows": merged.rows,
+        "sequences": merged.sequences,
+        "layers": list(merged.layers),
+    }
+    finish("merged", facts, as_json)

@@ -1,4 +1,10 @@
-"""Rows of a store as one file that other tools read: Parquet, safetensors or npy.
+"""Rows of a store as files that other tools read: Parquet, safetensors or npy; one file, or shards with an index.
+
+    parquet      every row column and the vector
+    nla          the Parquet of NLA training data, with its YAML sidecar beside it
+    datasets     shards of Parquet as Hugging Face `datasets` finds them: OUT/data/train-00000-of-00004.parquet
+    safetensors  the vectors and the numeric columns
+    npy          the vectors alone
 
 Written in batches, so memory stays bounded, to a temporary name that is renamed last.
 Knows nothing of models.
@@ -9,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +27,29 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.store.format import RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
+from nla_engine.store.sequences import StoredSequence
 from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = ("parquet", "safetensors", "npy")
+SUFFIXES = {
+    "parquet": ".parquet",
+    "nla": ".parquet",
+    "datasets": ".parquet",
+    "safetensors": ".safetensors",
+    "npy": ".npy",
+}
+FORMATS = tuple(SUFFIXES)
+#: Names that `nla_engine.store.importing` looks for again.
+INDEX_NAME = "index.json"
+SIDECAR_SUFFIX = ".nla_meta.yaml"
+VECTOR_COLUMN = "activation_vector"
+#: The option that marks a store as an imported one: its tokens are not known.
+IMPORTED = "imported"
 BATCH_BYTES = 32 << 20
+#: Vectors in a file of the datasets format, unless the caller says otherwise: what the Hub advises for a shard.
+DATASETS_SHARD_BYTES = 500 << 20
 INTEGER_COLUMNS = ("sequence", "position", "token_id", "next_token_id")
 
 
@@ -61,14 +84,22 @@ def export(
     layer: int | None = None,
     where: str | None = None,
     overwrite: bool = False,
+    shard_rows: int | None = None,
 ) -> int:
     """Write vectors (float32) and, but for npy, their row columns; returns the number of rows.
 
-    to: parquet | safetensors | npy; layer: None for the first; where: None for every row
-    Raises RequestError (unknown format), StoreError (nothing selected, `out` exists), WriteError.
+    to: one of FORMATS; layer: None for the first; where: None for every row
+    shard_rows: rows in a file, and `out` is a directory then; None: one file (datasets: files of some 500 MB)
+    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected, `out` exists), WriteError.
     """
     if to not in FORMATS:
         raise RequestError(f"export format '{to}' is unknown: choose one of {', '.join(FORMATS)}")
+    if shard_rows is not None and (shard_rows < 1 or to == "nla"):
+        raise RequestError(
+            "shard_rows must be 1 or more"
+            if shard_rows < 1
+            else "format nla is one file: leave --shard-rows out"
+        )
     path = Path(out)
     if path.is_dir() or (path.exists() and not overwrite):
         raise StoreError(f"{path} exists: " + ("it is a directory" if path.is_dir() else "pass --overwrite"))
@@ -80,10 +111,18 @@ def export(
         raise StoreError(
             f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
         )
+    if to == "datasets" and shard_rows is None:
+        shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
     selection = _Selection(store, number, store.layer(number), rows)
-    write = {"parquet": _write_parquet, "safetensors": _write_safetensors, "npy": _write_npy}[to]
+    write = _WRITERS[to]
     with _renamed_at_end(path) as temporary:
-        write(selection, temporary)
+        if shard_rows is not None:
+            _write_shards(selection, to, temporary, shard_rows)
+        else:
+            write(selection, temporary)
+    if to == "nla":
+        with _renamed_at_end(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
+            temporary.write_text(_nla_sidecar(selection), encoding="utf-8")
     return len(rows)
 
 
@@ -94,13 +133,41 @@ def _renamed_at_end(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            for file in [temporary] if temporary.is_file() else [*temporary.rglob("*"), temporary]:
+                fsync_directory(file) if file.is_dir() else _fsync(file)
             temporary.replace(path)
         except BaseException:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_shards(selection: _Selection, to: str, directory: Path, shard_rows: int) -> None:
+    """Files of `shard_rows` rows, numbered; an index names them in order, but for datasets, which needs none."""
+    starts = range(0, len(selection.rows), shard_rows)
+    folder, stem = (directory / "data", "train") if to == "datasets" else (directory, "rows")
+    folder.mkdir(parents=True)
+    shards = []
+    for number, start in enumerate(starts):
+        part = replace(selection, rows=selection.rows[start : start + shard_rows])
+        name = f"{stem}-{number:05d}-of-{len(starts):05d}{SUFFIXES[to]}"
+        _WRITERS[to](part, folder / name)
+        shards.append({"file": name, "start": start, "rows": len(part.rows)})
+    if to != "datasets":
+        index = {
+            "format": to,
+            "rows": len(selection.rows),
+            "shards": shards,
+            "metadata": selection.metadata(),
+        }
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_parquet(selection: _Selection, path: Path) -> None:
@@ -112,11 +179,80 @@ def _write_parquet(selection: _Selection, path: Path) -> None:
     fields = [("row", pa.int64()), ("sequence", pa.int64()), ("position", pa.int32())]
     fields += [("token_id", pa.int32()), ("next_token_id", pa.int32())]
     fields += [("token", pa.string()), ("next_token", pa.string()), *flags, ("norm", pa.float32())]
-    fields += [("activation_vector", pa.list_(pa.float32(), width))]
+    fields += [(VECTOR_COLUMN, pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, metadata=selection.metadata())
     with pq.ParquetWriter(path, schema) as writer:
         for rows in selection.batches():
             writer.write_table(_parquet_batch(selection, rows, schema))
+
+
+def _write_nla(selection: _Selection, path: Path) -> None:
+    """A row for each vector: how many tokens were read, and the text they spell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store = selection.store
+    schema = pa.schema(
+        [
+            ("n_raw_tokens", pa.int64()),
+            ("detokenized_text_truncated", pa.string()),
+            (VECTOR_COLUMN, pa.list_(pa.float32(), store.d_model)),
+            ("activation_layer", pa.int64()),
+            ("doc_id", pa.string()),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in selection.batches():
+            read = store.column("position")[rows] + 1
+            numbers = store.column("sequence")[rows].tolist()
+            sequences = {number: store.sequence(number) for number in dict.fromkeys(numbers)}
+            documents = [sequences[number] for number in numbers]
+            texts = [_text_read(store, *pair) for pair in zip(documents, read.tolist(), strict=True)]
+            columns = [
+                pa.array(read, pa.int64()),
+                pa.array(texts, pa.string()),
+                pa.FixedSizeListArray.from_arrays(pa.array(selection.layer[rows].reshape(-1)), store.d_model),
+                pa.array([selection.layer_number] * len(rows), pa.int64()),
+                pa.array([_document(sequence) for sequence in documents], pa.string()),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str:
+    """What the model had read: the text of the tokens, or in an imported store, which has none, the record's."""
+    if IMPORTED in store.options and "detokenized_text_truncated" in sequence.source:
+        return str(sequence.source["detokenized_text_truncated"])
+    return sequence.vocabulary.join(sequence.tokens[:tokens])
+
+
+def _document(sequence: StoredSequence) -> str:
+    """The prompt record's own doc_id or id, else the number of the sequence."""
+    record = sequence.source if isinstance(sequence.source, dict) else {}
+    return str(record.get("doc_id", record.get("id", sequence.number)))
+
+
+def _nla_sidecar(selection: _Selection) -> str:
+    import yaml
+
+    store = selection.store
+    return str(
+        yaml.safe_dump(
+            {
+                "kind": "nla_dataset",
+                "stage": "base",
+                "row_count": len(selection.rows),
+                "created_by": "nla_engine export",
+                "extraction": {
+                    "base_model": store.provenance.get("model"),
+                    "d_model": store.d_model,
+                    "layer_index": selection.layer_number,
+                    "norm": "none",
+                    "codec": store.codec.name,
+                },
+            },
+            sort_keys=False,
+        )
+    )
 
 
 def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
@@ -166,3 +302,12 @@ def _write_npy(selection: _Selection, path: Path) -> None:
         np.lib.format.write_array_header_1_0(file, description)
         for batch in selection.batches():
             file.write(selection.layer[batch].data)
+
+
+_WRITERS: dict[str, Callable[[_Selection, Path], None]] = {
+    "parquet": _write_parquet,
+    "nla": _write_nla,
+    "datasets": _write_parquet,
+    "safetensors": _write_safetensors,
+    "npy": _write_npy,
+}

@@ -5,9 +5,9 @@ Knows nothing of sequences or tokens: rows are numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.records import LayerRows
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+    from torch import device as Device
+    from torch import dtype as DType
 
 Rows = int | slice | Sequence[int] | np.ndarray
 
@@ -31,10 +33,10 @@ class LayerReader:
     def __init__(self, codec: Codec, arrays: Mapping[str, ArrayReader]) -> None:
         """arrays: codes, scales (not for bf16), norm, exact_row, exact."""
         self.codec = codec
-        self._arrays = arrays
+        self.arrays = arrays
 
     def __len__(self) -> int:
-        return self._arrays["norm"].length
+        return self.arrays["norm"].length
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,50 +46,75 @@ class LayerReader:
     def __getitem__(self, rows: Rows) -> np.ndarray:
         if isinstance(rows, int | np.integer):
             return self.encoded_at(np.array([rows])).decode(self.codec)[0]
+        return self._encoded_any(rows).decode(self.codec)
+
+    def _encoded_any(self, rows: slice | Sequence[int] | np.ndarray) -> LayerRows:
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step == 1:
-                return self.encoded(start, max(start, stop)).decode(self.codec)
+                return self.encoded(start, max(start, stop))
             rows = np.arange(start, stop, step)
-        return self.encoded_at(rows).decode(self.codec)
+        return self.encoded_at(rows)
 
     def encoded(self, start: int = 0, stop: int | None = None) -> LayerRows:
         """Rows [start, stop) as stored, for decoding elsewhere (on a GPU, say)."""
         stop = len(self) if stop is None else stop
-        codes = self._arrays["codes"].read(start, stop)
+        codes = self.arrays["codes"].read(start, stop)
         scales = (
-            self._arrays["scales"].read(start, stop) if "scales" in self._arrays else _no_scales(stop - start)
+            self.arrays["scales"].read(start, stop) if "scales" in self.arrays else _no_scales(stop - start)
         )
-        first, last = np.searchsorted(self.exact_row, [start, stop])
-        exact = self._arrays["exact"].read(int(first), int(last))
-        return LayerRows(codes, scales, self.norm(start, stop), self.exact_row[first:last] - start, exact)
+        return LayerRows(codes, scales, self.norm(start, stop), *self.exact_between(start, stop))
 
     def encoded_at(self, rows: Sequence[int] | np.ndarray) -> LayerRows:
         """Rows by number (any order, repeats and negative numbers allowed) or by mask [len], as stored."""
         numbers = self._row_numbers(rows)
-        codes = self._arrays["codes"].take(numbers)
-        scales = (
-            self._arrays["scales"].take(numbers) if "scales" in self._arrays else _no_scales(len(numbers))
-        )
+        codes = self.arrays["codes"].take(numbers)
+        scales = self.arrays["scales"].take(numbers) if "scales" in self.arrays else _no_scales(len(numbers))
         where = np.searchsorted(self.exact_row, numbers)
         index = np.flatnonzero(np.append(self.exact_row, -1)[where] == numbers)
-        exact = self._arrays["exact"].take(where[index])
-        return LayerRows(codes, scales, self._arrays["norm"].take(numbers), index, exact)
+        exact = self.arrays["exact"].take(where[index])
+        return LayerRows(codes, scales, self.arrays["norm"].take(numbers), index, exact)
 
     def norm(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Exact L2 norms, float32 [stop - start]."""
-        return self._arrays["norm"].read(start, stop)
+        return self.arrays["norm"].read(start, stop)
 
-    def torch(self, rows: Rows, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same as layer[rows], as a tensor (float32 unless dtype is given)."""
-        import torch
+    def torch(self, rows: Rows, device: Device | str = "cpu", dtype: DType | None = None) -> Tensor:
+        """The same as layer[rows], as a tensor on `device`, which decodes it: float32 (None), bfloat16 or float16."""
+        from nla_engine.store.tensors import decode_tensor
 
-        return torch.from_numpy(self[rows]).to(device=device, dtype=dtype)
+        if isinstance(rows, int | np.integer):
+            return decode_tensor(self.encoded_at([int(rows)]), self.codec, device, dtype)[0]
+        return decode_tensor(self._encoded_any(rows), self.codec, device, dtype)
+
+    def tensors(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        device: Device | str = "cpu",
+        dtype: DType | None = None,
+        threads: int = 0,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Rows [start, stop) in bulk, a block at a time: see `nla_engine.store.tensors.block_tensors`."""
+        from nla_engine.store.tensors import block_tensors
+
+        return block_tensors(self, start, stop, device=device, dtype=dtype, threads=threads)
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows in a shard file."""
+        return self.arrays["codes"].spec.shard_rows
+
+    def exact_between(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows [start, stop) those that are kept exactly: their places int64 [m], bfloat16 bits uint16 [m, d]."""
+        first, last = np.searchsorted(self.exact_row, [start, stop])
+        return self.exact_row[first:last] - start, self.arrays["exact"].read(int(first), int(last))
 
     @cached_property
     def exact_row(self) -> np.ndarray:
         """int64 [M], ascending: rows that are kept exactly."""
-        return self._arrays["exact_row"].read()
+        return self.arrays["exact_row"].read()
 
     def _row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         array, n = np.asarray(rows), len(self)

@@ -142,6 +142,10 @@ class CaptureStore:
         """Sequences [start, stop) in order."""
         return self._table.read(start, self.sequences if stop is None else min(stop, self.sequences))
 
+    def row_sizes(self) -> np.ndarray:
+        """Rows of each sequence, int64 [sequences]."""
+        return self._table.columns["row_size"]
+
     def where(self, expression: str) -> np.ndarray:
         """Numbers (int64, ascending) of the rows for which an expression holds. Raises WhereError."""
         return select_rows(self, expression)

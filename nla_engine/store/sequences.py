@@ -5,6 +5,7 @@ Knows nothing of vectors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self._start) - 1
 
+    def fingerprint(self) -> str:
+        """sha256 over every token's text."""
+        boundaries = np.asarray(self._start, "<i8").tobytes()
+        return hashlib.sha256(boundaries + self._text).hexdigest()[:16]
+
     def raw(self, token: int) -> bytes:
         """Empty for -1 (no token) and for ids that the vocabulary does not name."""
         return self._text[self._start[token] : self._start[token + 1]] if 0 <= token < len(self) else b""
@@ -56,7 +62,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class StoredSequence:
-    """One sequence. tokens: int32 [t]; rows: its rows in the store; source: the user's prompt record."""
+    """One sequence. tokens: int32 [t]; rows: its rows in the store.
+
+    source: the user's prompt record; record: the same as it is stored, UTF-8 JSON
+    """
 
     number: int
     tokens: np.ndarray
@@ -64,6 +73,7 @@ class StoredSequence:
     finish: Finish
     rows: slice
     source: Any
+    record: bytes
     vocabulary: Vocabulary
 
     def text(self) -> str:
@@ -103,9 +113,10 @@ class SequenceTable:
             for number in range(first, last + 1):
                 values = {name: int(columns[name][number]) for name in TABLE_COLUMNS}
                 begin = values["token_start"] - token_start
-                record = values["source_start"] - source_start
+                place = values["source_start"] - source_start
+                record = source[place : place + values["source_size"]].tobytes()
                 try:
-                    parsed = json.loads(source[record : record + values["source_size"]].tobytes())
+                    parsed = json.loads(record)
                     finish = Finish(values["finish"])
                 except ValueError as error:
                     raise StoreError(
@@ -118,6 +129,7 @@ class SequenceTable:
                     finish,
                     slice(values["row_start"], values["row_start"] + values["row_size"]),
                     parsed,
+                    record,
                     self._vocabulary,
                 )
 

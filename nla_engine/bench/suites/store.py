@@ -1,26 +1,33 @@
 """Writing and reading a store, beside zarr-python with the same chunks and shards. Megabytes of stored rows a second.
 
 Ours makes every file durable (fsync) and checks every checksum it reads; zarr-python's writer does not sync. What is
-read has just been written, so it comes from the page cache.
+read has just been written, so it comes from the page cache. Bulk reading decodes: gigabytes of the rows' own size as
+bfloat16, beside zarr-python reading an array of such rows in its default chunks and compressor, and beside what the
+reader of docs/store_format.md does with bare zarr.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from nla_engine.bench.session import Prepared, Session, expect
-from nla_engine.bench.timing import seconds
+from nla_engine.bench.timing import median, seconds
 from nla_engine.bench.workload import encoded_sequences, write_store
-from nla_engine.codec import Codec
+from nla_engine.codec import Codec, bf16_bits, hadamard_matrix
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import CHUNK_ROWS, default_shard_rows
 
 _LAYER = 0
+_CPU = torch.device("cpu")
+#: Rows that are read one at a time.
+_SINGLE_ROWS = 64
 
 
 def run(session: Session) -> None:
@@ -32,9 +39,6 @@ def run(session: Session) -> None:
         session.measure("store", f"write {name}", "MB/s", _write(session, codec, rows)),
         session.measure("store", f"read {name} as stored", "MB/s", _read(session, codec, rows)),
     ]
-    session.measure(
-        "store", f"read {name} as float32", "MB/s", _read(session, codec, rows, decoded=True), repeats=1
-    )
     theirs = [
         session.measure("store", f"zarr-python write {name}", "MB/s", _zarr_write(session, codec, rows)),
         session.measure("store", f"zarr-python read {name}", "MB/s", _zarr_read(session, codec, rows)),
@@ -42,6 +46,31 @@ def run(session: Session) -> None:
     for line, other in zip(ours, theirs, strict=True):
         if line is not None:
             line.compare(other)
+    _decoded(session, codec, rows)
+
+
+def _decoded(session: Session, codec: Codec, rows: int) -> None:
+    """Vectors: all of them in bulk, and single ones; then the same from zarr-python's own array of bfloat16 bits."""
+    name, plain = f"int8 {rows} x {codec.d_model}", f"bf16 {rows} x {codec.d_model}"
+    ours = [
+        session.measure("store", f"bulk {name} to {what}", "GB/s", _bulk(session, codec, rows, dtype))
+        for what, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    ]
+    row = session.measure("store", f"random row {name}", "ms", _random_rows(session, codec, rows))
+    bare = session.measure(
+        "store", f"bare zarr {name} to float32", "GB/s", _bare(session, codec, rows), repeats=1
+    )
+    default = session.measure(
+        "store", f"zarr-python default read {plain}", "GB/s", _default_read(session, codec, rows)
+    )
+    their_row = session.measure(
+        "store", f"zarr-python default random row {plain}", "ms", _default_rows(session, codec, rows)
+    )
+    for line in (*ours, bare):
+        if line is not None:
+            line.compare(default)
+    if row is not None:
+        row.compare(their_row)
 
 
 @contextmanager
@@ -58,22 +87,112 @@ def _write(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
 
 
 @contextmanager
-def _read(session: Session, codec: Codec, rows: int, decoded: bool = False) -> Iterator[Prepared]:
-    """In bulk, a shard at a time."""
-    path, shard = session.directory / "read.zarr", default_shard_rows(codec)
+def _stored(session: Session, codec: Codec, rows: int) -> Iterator[CaptureStore]:
+    path = session.directory / "read.zarr"
     write_store(path, codec, _LAYER, encoded_sequences(codec, _LAYER, rows))
-
-    def read() -> None:
-        store, count = CaptureStore.open(path), 0
-        reader = store.layer(_LAYER)
-        for start in range(0, store.rows, shard):
-            stop = min(start + shard, store.rows)
-            count += len(reader[start:stop] if decoded else reader.encoded(start, stop).codes)
-        expect("rows", count, store.rows)
-
-    size = CaptureStore.open(path).rows * codec.row_bytes
-    yield Prepared(lambda: size / seconds(read, session.device) / 1e6)
+    yield CaptureStore.open(path)
     shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _read(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    """In bulk, a shard at a time."""
+    with _stored(session, codec, rows) as store:
+
+        def read() -> None:
+            reader, count, shard = store.layer(_LAYER), 0, default_shard_rows(codec)
+            for start in range(0, store.rows, shard):
+                count += len(reader.encoded(start, min(start + shard, store.rows)).codes)
+            expect("rows", count, store.rows)
+
+        size = store.rows * codec.row_bytes
+        yield Prepared(lambda: size / seconds(read, session.device) / 1e6)
+
+
+@contextmanager
+def _bulk(session: Session, codec: Codec, rows: int, dtype: torch.dtype) -> Iterator[Prepared]:
+    """Every row as a tensor on the device; on a CPU by one thread."""
+    with _stored(session, codec, rows) as store:
+
+        def read() -> None:
+            blocks = store.layer(_LAYER).tensors(
+                device=session.device, dtype=dtype, threads=_threads(session)
+            )
+            expect("rows", sum(len(block) for _, block in blocks), store.rows)
+
+        yield Prepared(lambda: _logical(store.rows, codec) / seconds(read, session.device) / 1e9)
+
+
+def _threads(session: Session) -> int:
+    return 4 if session.device.type == "cuda" else 0
+
+
+def _logical(rows: int, codec: Codec) -> int:
+    """Bytes of the rows as bfloat16."""
+    return rows * codec.d_model * 2
+
+
+def _milliseconds(read: Callable[[int], Any], rows: int) -> float:
+    """The median time of reading one row."""
+    numbers = np.random.default_rng(0).integers(0, rows, _SINGLE_ROWS).tolist()
+    return 1e3 * median([seconds(partial(read, number), _CPU) for number in numbers])
+
+
+@contextmanager
+def _random_rows(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    with _stored(session, codec, rows) as store:
+        reader = store.layer(_LAYER)
+        yield Prepared(lambda: _milliseconds(lambda number: reader[number], store.rows))
+
+
+@contextmanager
+def _bare(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    """What the reader printed in docs/store_format.md does for int8, by bare zarr, whole array at once."""
+    with _stored(session, codec, rows) as store:
+
+        def read() -> None:
+            import zarr
+
+            group: Any = zarr.open_group(store.path, mode="r")[f"layer_{_LAYER}"]
+            n, d, block = store.rows, codec.d_model, codec.block
+            matrix = hadamard_matrix(block).astype(np.float32)
+            scales = np.repeat(group["scales"][:n].astype(np.float32), codec.group, axis=1)
+            rms = (group["norm"][:n] / np.float32(d**0.5))[:, None]
+            x = ((group["codes"][:n] * scales).reshape(n, d // block, block) @ matrix).reshape(n, d) * rms
+            expect("rows", len(x), n)
+
+        yield Prepared(lambda: _logical(store.rows, codec) / seconds(read, session.device) / 1e9)
+
+
+@contextmanager
+def _default_array(session: Session, codec: Codec, rows: int) -> Iterator[Any]:
+    """The bfloat16 bits of random rows as zarr-python stores an array when it is asked for nothing special."""
+    import zarr
+
+    path = session.directory / "default.zarr"
+    array = zarr.create_array(str(path), shape=(rows, codec.d_model), dtype="uint16", overwrite=True)
+    block = bf16_bits(np.random.default_rng(0).standard_normal((min(rows, 4096), codec.d_model), np.float32))
+    _fill(array, block)
+    yield array
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _default_read(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    with _default_array(session, codec, rows) as array:
+        step = max(array.chunks[0], 4096)
+
+        def read() -> None:
+            count = sum(len(array[start : start + step]) for start in range(0, rows, step))
+            expect("rows", count, rows)
+
+        yield Prepared(lambda: _logical(rows, codec) / seconds(read, session.device) / 1e9)
+
+
+@contextmanager
+def _default_rows(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+    with _default_array(session, codec, rows) as array:
+        yield Prepared(lambda: _milliseconds(lambda number: array[number], rows))
 
 
 def _create(session: Session, codec: Codec, rows: int) -> Any:

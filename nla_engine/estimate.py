@@ -1,0 +1,109 @@
+"""What a capture would write and how long it would take: its plan, and a short run of its first prompts.
+
+Nothing is left behind. Knows nothing of how a capture works beyond its plan and its summary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nla_engine.capture import load_base_model, plan_capture, run_capture
+from nla_engine.config import CaptureOptions
+from nla_engine.errors import StoreError
+from nla_engine.models import LanguageModel
+from nla_engine.prompts import read_prompts
+from nla_engine.store import CaptureStore
+
+#: Most sequences, and new tokens of each, that are run to measure the speed.
+SAMPLE = (64, 32)
+
+
+@dataclass(frozen=True)
+class CaptureEstimate:
+    """rows and bytes: at most, since replies may end early; sequences: those still to be done.
+
+    seconds_expected: sample_seconds by tokens, read and generated; set-up and loading (load_seconds) apart
+    """
+
+    sequences: int
+    already_done: int
+    rows: int
+    bytes: int
+    codec: str
+    layers: list[int]
+    skipped: int
+    seconds_expected: float
+    load_seconds: float
+    sample_sequences: int
+    sample_tokens: int
+    sample_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"dry_run": True, **asdict(self)}
+
+
+def estimate_capture(
+    options: CaptureOptions,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    lm: LanguageModel | None = None,
+) -> CaptureEstimate:
+    """Plan a capture and measure its speed on its first prompts. Raises what `run_capture` raises before it writes."""
+    if options.out.exists() and not (options.resume or options.overwrite):
+        raise StoreError(
+            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
+        )
+    started = time.perf_counter()
+    lm = lm or load_base_model(options)
+    load_seconds = time.perf_counter() - started
+    for layer in options.layer:
+        lm.check_layer(layer)
+    room = lm.max_length - options.max_new_tokens
+    prompts = read_prompts(
+        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
+    )
+    done = CaptureStore.open(options.out).sequences if options.resume and options.out.exists() else 0
+    plan = plan_capture(options, lm, prompts, done)
+    announce(str(plan))
+    todo = prompts.prompts[done:]
+    tokens = sum(len(prompt.token_ids) + options.max_new_tokens for prompt in todo)
+    count, new = min(len(todo), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
+    read = generated = 0
+    seconds = 0.0
+    if count:
+        announce(f"measuring {count} sequences of at most {new} new tokens")
+        with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
+            sample = Path(directory) / "prompts.jsonl"
+            sample.write_bytes(b"".join(prompt.source + b"\n" for prompt in todo[:count]))
+            short = replace(
+                options,
+                prompts=sample,
+                out=Path(directory) / "sample.zarr",
+                max_new_tokens=new,
+                dry_run=False,
+                resume=False,
+                overwrite=False,
+            )
+            summary = run_capture(short, lm=lm)
+        read = sum(len(prompt.token_ids) for prompt in todo[:count])
+        generated, seconds = summary.tokens_generated, summary.seconds
+    measured = read + generated
+    return CaptureEstimate(
+        sequences=len(todo),
+        already_done=done,
+        rows=plan.rows,
+        bytes=plan.bytes,
+        codec=options.codec,
+        layers=list(options.layer),
+        skipped=len(prompts.skipped),
+        seconds_expected=round(seconds * tokens / measured, 1) if measured else 0.0,
+        load_seconds=round(load_seconds, 1),
+        sample_sequences=count,
+        sample_tokens=measured,
+        sample_seconds=seconds,
+    )

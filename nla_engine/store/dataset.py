@@ -1,0 +1,240 @@
+"""Rows of a layer as torch datasets: one by number, one shuffled stream for training.
+
+The stream is shuffled by shard and then within a buffer. It is a function of (seed, epoch) and of how many consumers
+(ranks times workers) share it: each takes its own span of one shuffled order, so every row comes exactly once, and a
+consumer goes on after any batch without reading what came before. Knows nothing of what the rows mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.store.manifest import differences
+from nla_engine.store.reader import CaptureStore
+from nla_engine.store.tensors import checked_dtype
+
+Row = Tensor | tuple[Tensor, Tensor]
+
+
+class RowDataset(Dataset[Row]):
+    """Map-style: item i is the vector [d] of the i-th chosen row; with `numbers`, (row number int64 [], vector).
+
+    A batch that a DataLoader asks for is read at once, each chunk of the store a single time.
+    """
+
+    def __init__(
+        self,
+        store: CaptureStore,
+        layer: int | None = None,
+        *,
+        where: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        numbers: bool = False,
+    ) -> None:
+        """layer: None for the store's first; where: None for every row. Raises StoreError, WhereError, RequestError."""
+        self.layer = store.layer(store.layers[0] if layer is None else layer)
+        self.rows = chosen_rows(store, where)
+        self.dtype = checked_dtype(dtype)
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        rows = self.rows[np.asarray(indices, np.int64)]
+        vectors = self.layer.torch(rows, dtype=self.dtype)
+        if not self.numbers:
+            return list(vectors)
+        return list(zip(torch.from_numpy(rows), vectors, strict=True))
+
+
+class ShuffledRows(IterableDataset[Row]):
+    """Iterable: batches [b, d] of the chosen rows, each row once an epoch; with `numbers`, (int64 [b], [b, d]).
+
+    For a DataLoader pass batch_size=None: batches are made here. Call `set_epoch` before each epoch, as for a
+    DistributedSampler. `state_dict` and `load_state_dict` go on after a batch, with as many workers as before.
+    """
+
+    def __init__(
+        self,
+        store: CaptureStore,
+        layer: int | None = None,
+        *,
+        batch_size: int,
+        where: str | None = None,
+        seed: int = 0,
+        buffer_rows: int = 16_384,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        numbers: bool = False,
+        even: bool = False,
+        rank: int | None = None,
+        ranks: int | None = None,
+    ) -> None:
+        """layer: None for the store's first; where: None for every row
+        buffer_rows: rows in memory at once, of which batches are drawn
+        device: where rows are decoded; leave it at cpu when a DataLoader has workers
+        even: leave out the few rows at the end (another few each epoch) that would give ranks unequal batches
+        rank, ranks: None for those of torch.distributed, or 0 and 1 without it
+
+        Raises RequestError for arguments that cannot be, StoreError, WhereError.
+        """
+        super().__init__()
+        self._layer = store.layer(store.layers[0] if layer is None else layer)
+        self._rows = chosen_rows(store, where)
+        self._rank, self._ranks = _place_in_group(rank, ranks)
+        for name, value in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}: it must be 1 or more")
+        self._batch, self._buffer = batch_size, buffer_rows
+        self._seed, self._epoch, self._even, self._numbers = seed, 0, even, numbers
+        self._dtype, self._device = checked_dtype(dtype), torch.device(device)
+        # What a state must agree on to mean the same rows.
+        self._same = {
+            "store": store.attributes["store_id"],
+            "rows": len(self._rows),
+            "batch_size": batch_size,
+            "buffer_rows": buffer_rows,
+            "seed": seed,
+            "even": even,
+            "ranks": self._ranks,
+        }
+        self._done = 0
+        self._workers: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take another shuffled order, from its start."""
+        self._epoch, self._done, self._workers = epoch, 0, None
+
+    def batches(self, workers: int = 1) -> int:
+        """Batches that this rank gets in an epoch, through a DataLoader with that many workers (0 counts as 1)."""
+        return sum(self._batch_counts(max(workers, 1)))
+
+    def state_dict(self, batches: int | None = None, workers: int = 0) -> dict[str, Any]:
+        """Where this rank stands, as JSON-able values.
+
+        batches, workers: with a DataLoader that has workers, the batches taken from it since the epoch began, and
+            their number; without workers the dataset has counted itself
+        """
+        done = self._done if batches is None else batches
+        return {**self._same, "epoch": self._epoch, "batches": done, "workers": max(workers, 1)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there: the next iteration gives what would have come next. Raises StoreError for another stream's."""
+        if changed := differences({key: state.get(key) for key in self._same}, self._same):
+            raise StoreError(
+                f"a state of another stream: {'; '.join(changed)}: make the dataset as it was then"
+            )
+        self._epoch, self._done, self._workers = state["epoch"], state["batches"], state["workers"]
+
+    def __iter__(self) -> Iterator[Row]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self._workers not in (None, workers):
+            raise RequestError(
+                f"the state is of {self._workers} workers, not {workers}: give the DataLoader as many"
+            )
+        stream, done = _turns(self._batch_counts(workers), self._done)[worker]
+        for numbers, vectors in self._stream(self._span(stream, workers), done):
+            if info is None:
+                self._done += 1
+            yield (torch.from_numpy(numbers), vectors) if self._numbers else vectors
+        if info is None:
+            self._done = 0
+
+    def _batch_counts(self, workers: int) -> list[int]:
+        """Batches of each worker of this rank."""
+        return [-(-len(self._span(worker, workers)) // self._batch) for worker in range(workers)]
+
+    def _span(self, worker: int, workers: int) -> range:
+        """The part of the shuffled order that one worker of this rank gives."""
+        consumers, place, total = self._ranks * workers, self._rank * workers + worker, len(self._rows)
+        if self._even:
+            each = total // consumers // self._batch * self._batch
+            return range(place * each, (place + 1) * each)
+        return range(place * total // consumers, (place + 1) * total // consumers)
+
+    def _stream(self, span: range, done: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Batches of a span from number `done` on: row numbers int64 [b], vectors [b, d]."""
+        skip, shards = min(done * self._batch, len(span)), self._shards_in_turn()
+        if skip == len(span):
+            return
+        rest: tuple[np.ndarray, Tensor] | None = None
+        for first in range(span.start + skip // self._buffer * self._buffer, span.stop, self._buffer):
+            numbers, vectors = self._read(shards, first, min(first + self._buffer, span.stop))
+            order = np.random.default_rng((self._seed, self._epoch, first)).permutation(len(numbers))
+            order = order[max(span.start + skip - first, 0) :]
+            ends = np.arange(self._batch - (len(rest[0]) if rest else 0), len(order), self._batch)
+            for part in np.split(order, ends):
+                batch = numbers[part], vectors[torch.from_numpy(part)]
+                if rest is not None:
+                    batch = np.concatenate([rest[0], batch[0]]), torch.cat([rest[1], batch[1]])
+                rest = batch
+                if len(batch[0]) == self._batch:
+                    rest = None
+                    yield batch
+        if rest is not None:
+            yield rest
+
+    def _shards_in_turn(self) -> list[np.ndarray]:
+        """The chosen rows of every shard, ascending; the shards in the order of this epoch."""
+        edges = np.flatnonzero(np.diff(self._rows // self._layer.shard_rows)) + 1
+        parts = np.split(self._rows, edges) if len(self._rows) else []
+        order = np.random.default_rng((self._seed, self._epoch)).permutation(len(parts))
+        return [parts[place] for place in order]
+
+    def _read(self, shards: list[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, Tensor]:
+        """Places [start, stop) of the shuffled order: their row numbers and vectors."""
+        numbers, vectors, passed = [], [], 0
+        for rows in shards:
+            part = rows[max(start - passed, 0) : max(stop - passed, 0)]
+            passed += len(rows)
+            if len(part):
+                whole = part[-1] - part[0] + 1 == len(part)
+                wanted = slice(int(part[0]), int(part[-1]) + 1) if whole else part
+                numbers.append(part)
+                vectors.append(self._layer.torch(wanted, self._device, self._dtype))
+        return np.concatenate(numbers), torch.cat(vectors)
+
+
+def chosen_rows(store: CaptureStore, where: str | None) -> np.ndarray:
+    """Row numbers int64, ascending. Raises StoreError when there are none."""
+    rows = np.arange(store.rows) if where is None else store.where(where)
+    if len(rows) == 0:
+        raise StoreError(
+            f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
+        )
+    return rows
+
+
+def _turns(counts: Sequence[int], done: int) -> list[tuple[int, int]]:
+    """What each worker of a DataLoader goes on with after `done` batches: (whose stream, how many of it are done).
+
+    counts: batches of each stream, which differ by one at most; the DataLoader takes them in turn, and begins with
+    its first worker, so that one gets the stream whose turn it is.
+    """
+    turns = sorted((turn, stream) for stream, count in enumerate(counts) for turn in range(count))
+    taken = [stream for _, stream in turns[:done]]
+    following = list(dict.fromkeys([*(stream for _, stream in turns[done:]), *range(len(counts))]))
+    return [(stream, taken.count(stream)) for stream in following]
+
+
+def _place_in_group(rank: int | None, ranks: int | None) -> tuple[int, int]:
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if ranks is None:
+        ranks = torch.distributed.get_world_size() if group else 1
+    if rank is None:
+        rank = torch.distributed.get_rank() if group else 0
+    if not 0 <= rank < ranks:
+        raise RequestError(f"rank is {rank}: it must be 0 to {ranks - 1}, one of {ranks} ranks")
+    return rank, ranks

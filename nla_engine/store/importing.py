@@ -1,0 +1,280 @@
+"""Vectors from elsewhere become a store: Parquet with an `activation_vector`, safetensors shards, npy.
+
+A row of the file becomes a sequence of one row, in the file's order; its other columns are that sequence's record,
+so `--where "record.doc_id == 'x'"` finds it. Which tokens were read is not known: every token id is 0, its text empty.
+What `nla_engine.store.export` writes is read here again. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_engine.codec import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.provenance import describe_run
+from nla_engine.store.export import IMPORTED, INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
+from nla_engine.store.format import Finish, row_flags
+from nla_engine.store.records import LayerRows, SequenceRows
+from nla_engine.store.writer import StoreWriter
+
+BATCH_ROWS = 1024
+#: The id of every imported token; its text is empty.
+UNKNOWN_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a file: vectors float32 [n, d], and for each row its other columns."""
+
+    vectors: np.ndarray
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import_rows` did."""
+
+    rows: int
+    d_model: int
+    layer: int
+    codec: str
+    codec_error: dict[str, float | int]
+
+
+def import_rows(
+    source: Path, out: Path, *, layer: int | None = None, codec: str = "bf16", overwrite: bool = False
+) -> Imported:
+    """Write the vectors of a file, or of a directory of shards, as a new store.
+
+    layer: its number; None for the one that the file or its sidecar names
+    Raises StoreError (nothing to read, damaged, `out` exists), RequestError (no layer, unknown codec), WriteError.
+    """
+    files = _files(source)
+    sidecar = _sidecar(source)
+    batches = chain.from_iterable(_reader(file)(file) for file in files)
+    first = next((batch for batch in batches if len(batch.records)), None)
+    if first is None:
+        raise StoreError(f"{source}: holds no rows")
+    number = _layer(source, layer, first, sidecar)
+    chosen = Codec.named(codec, first.vectors.shape[1])
+    norm = np.linalg.norm(first.vectors.astype(np.float64), axis=1)
+    ordinary = ordinary_rows(norm)
+    sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[ordinary]))) if ordinary.any() else np.inf
+    error = relative_errors(chosen, first.vectors[ordinary & (norm <= sink_norm)])
+    writer = StoreWriter.create(
+        out,
+        layers=[number],
+        codec=chosen,
+        sink_norm={number: sink_norm},
+        vocabulary=[b""],
+        provenance={**describe_run(), "imported_from": str(source), "sidecar": sidecar},
+        options={IMPORTED: str(source), "layer": [number], "codec": codec},
+        overwrite=overwrite,
+    )
+    with writer:
+        if len(error):
+            writer.record_codec_error(number, describe_errors(error))
+        for batch in chain([first], batches):
+            if batch.vectors.shape[1] != chosen.d_model:
+                raise StoreError(
+                    f"{source}: rows are {chosen.d_model} wide, and further on "
+                    f"{batch.vectors.shape[1]}: import files of one width"
+                )
+            for sequence in _sequences(batch, chosen, number, sink_norm, source):
+                writer.append(sequence)
+    described = describe_errors(error) if len(error) else {}
+    return Imported(writer.rows, chosen.d_model, number, codec, described)
+
+
+def _sequences(
+    batch: Batch, codec: Codec, layer: int, sink_norm: float, source: Path
+) -> Iterator[SequenceRows]:
+    """One sequence for each row: n_raw_tokens unknown tokens, of which the last was read."""
+    rows = LayerRows.encode(codec, batch.vectors, sink_norm)
+    exact = {int(row): place for place, row in enumerate(rows.exact_index)}
+    for i, record in enumerate(batch.records):
+        if record.get("activation_layer", layer) != layer:
+            raise StoreError(
+                f"{source}: holds rows of layers {layer} and {record['activation_layer']}: split it by layer first"
+            )
+        size = _tokens_read(record, source)
+        places = [exact[i]] if i in exact else []
+        one = LayerRows(
+            codes=rows.codes[i : i + 1],
+            scales=rows.scales[i : i + 1],
+            norm=rows.norm[i : i + 1],
+            exact_index=np.zeros(len(places), np.int64),
+            exact=rows.exact[places],
+        )
+        position = np.array([size - 1], np.int32)
+        yield SequenceRows(
+            token_id=np.array([UNKNOWN_TOKEN], np.int32),
+            next_token_id=np.array([-1], np.int32),
+            position=position,
+            flags=row_flags(position, size, size, rows.norm[i] > sink_norm, ~np.isfinite(rows.norm[i])),
+            layers={layer: one},
+            tokens=np.full(size, UNKNOWN_TOKEN, np.int32),
+            prompt_size=size,
+            finish=Finish.GIVEN,
+            source=json.dumps(record, ensure_ascii=False).encode(),
+        )
+
+
+def _tokens_read(record: dict[str, Any], source: Path) -> int:
+    """From n_raw_tokens, or the position; 1 where neither is told."""
+    size = record.get("n_raw_tokens", record.get("position", 0) + 1)
+    if not isinstance(size, int) or not 1 <= size <= 1 << 24:
+        raise StoreError(f"{source}: n_raw_tokens {size!r} is not a number of tokens from 1 on")
+    return size
+
+
+def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any]) -> int:
+    extraction = sidecar.get("extraction")
+    told = first.records[0].get("activation_layer")
+    if told is None and isinstance(extraction, dict):
+        told = extraction.get("layer_index")
+    width = extraction.get("d_model") if isinstance(extraction, dict) else None
+    if width is not None and width != first.vectors.shape[1]:
+        raise StoreError(
+            f"{source}: its sidecar says d_model {width}, its vectors have {first.vectors.shape[1]}: "
+            "they do not belong together"
+        )
+    number = given if told is None else told
+    if number is None:
+        raise RequestError(f"{source}: does not say which layer its vectors are of: give --layer")
+    if given is not None and given != number:
+        raise RequestError(f"{source}: its vectors are of layer {number}, not {given}: leave --layer out")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise StoreError(f"{source}: layer {number!r} is not a number")
+    return number
+
+
+def _sidecar(source: Path) -> dict[str, Any]:
+    """What `SOURCE.nla_meta.yaml` says, {} if it is not there."""
+    import yaml
+
+    path = source.with_name(source.name + SIDECAR_SUFFIX)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StoreError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise StoreError(f"{path}: not a mapping of keys to values")
+    return json.loads(json.dumps(data, default=str))
+
+
+# ---- files ----
+
+
+def _files(source: Path) -> list[Path]:
+    """The files of a source in order: itself, those that its index names, or the Parquet files below it."""
+    if not source.exists():
+        raise StoreError(f"{source}: there is no such file or directory")
+    if source.is_file():
+        return [source]
+    index = source / INDEX_NAME
+    if index.exists():
+        try:
+            names = [str(shard["file"]) for shard in json.loads(index.read_bytes())["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{index}: damaged: {type(error).__name__} {error}") from None
+        if outside := [name for name in names if Path(name).name != name]:
+            raise StoreError(f"{index}: names '{outside[0]}', which is not a file beside it")
+        return [source / name for name in names]
+    files = sorted(source.rglob("*.parquet"))
+    if not files:
+        raise StoreError(f"{source}: holds neither {INDEX_NAME} nor Parquet files: nothing to import")
+    return files
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[Batch]]:
+    readers = {".parquet": _read_parquet, ".safetensors": _read_safetensors, ".npy": _read_npy}
+    if file.suffix not in readers:
+        raise StoreError(f"{file}: not one of {', '.join(readers)}: nothing else can be imported")
+    return readers[file.suffix]
+
+
+def _read_parquet(file: Path) -> Iterator[Batch]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            if VECTOR_COLUMN not in schema.names:
+                raise StoreError(
+                    f"{file}: has no column '{VECTOR_COLUMN}': its columns are {', '.join(schema.names)}"
+                )
+            kind = schema.field(VECTOR_COLUMN).type
+            lists = (
+                pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+            )
+            if not lists or not pa.types.is_floating(kind.value_type):
+                raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
+            for batch in table.iter_batches(BATCH_ROWS):
+                column = batch.column(VECTOR_COLUMN)
+                flat = column.flatten()
+                width = len(flat) // max(len(column), 1)
+                lengths = pc.list_value_length(column)
+                if column.null_count or flat.null_count or not width or set(lengths.to_pylist()) != {width}:
+                    raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
+                vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float32)
+                yield Batch(vectors, [_plain(row) for row in batch.drop_columns(VECTOR_COLUMN).to_pylist()])
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _read_safetensors(file: Path) -> Iterator[Batch]:
+    """The tensor `activation` [n, d], and every other tensor of one value a row."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            if "activation" not in names:
+                raise StoreError(f"{file}: has no tensor 'activation': it has {', '.join(names)}")
+            vectors = tensors.get_slice("activation")
+            shape = vectors.get_shape()
+            if len(shape) != 2 or not shape[1]:
+                raise StoreError(f"{file}: 'activation' has shape {shape}, not [rows, d_model]")
+            columns = {name: tensors.get_tensor(name) for name in names if name != "activation"}
+            columns = {
+                name: values.tolist() for name, values in columns.items() if values.shape == (shape[0],)
+            }
+            layer = (tensors.metadata() or {}).get("layer", "")
+            more = {"activation_layer": int(layer)} if layer.isdigit() else {}
+            for start in range(0, shape[0], BATCH_ROWS):
+                part = vectors[start : start + BATCH_ROWS].to(torch.float32).numpy()
+                rows = range(start, start + len(part))
+                yield Batch(part, [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows])
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{file}: cannot be read as safetensors: {error}") from None
+
+
+def _read_npy(file: Path) -> Iterator[Batch]:
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{file}: cannot be read as npy: {error}") from None
+    if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
+        raise StoreError(f"{file}: {values.dtype} {list(values.shape)}, not floating-point [rows, d_model]")
+    for start in range(0, len(values), BATCH_ROWS):
+        part = np.array(values[start : start + BATCH_ROWS], np.float32)
+        yield Batch(part, [{"row": start + i} for i in range(len(part))])
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as strict JSON has it: bytes left out, NaN and Inf as null, dates as text."""
+    kept = {key: value for key, value in record.items() if not isinstance(value, bytes)}
+    return json.loads(json.dumps(kept, default=str), parse_constant=lambda name: None)

@@ -1,0 +1,144 @@
+"""Stores of the same run parameters become one: the sequences of the first, then those of the next, renumbered.
+
+Rows, tokens and prompt records are copied as they are stored; nothing is decoded. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_engine.errors import StoreError
+from nla_engine.store.manifest import differences
+from nla_engine.store.reader import CaptureStore
+from nla_engine.store.records import LayerRows, SequenceRows
+from nla_engine.store.writer import StoreWriter
+
+#: Options that runs of one job may differ in: the prompts are what is being put together.
+FREE_OPTIONS = ("prompts",)
+#: Rows that are read at once.
+BLOCK_ROWS = 4096
+
+
+def merge(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CaptureStore:
+    """Write the committed sequences of several stores as a new one, complete if all of them are.
+
+    progress(sequences done, sequences in all). Where stores measured different sink norms, the largest stands in the
+    result: every row above it is kept exactly, and some below it are too.
+    Raises StoreError when fewer than two stores are given, their parameters differ, or a committed byte is damaged.
+    """
+    if len(paths) < 2:
+        raise StoreError("give two or more stores to merge")
+    if any(Path(out).resolve() == Path(path).resolve() for path in paths):
+        raise StoreError(f"{out}: is one of the stores to merge: choose another name")
+    stores = [CaptureStore.open(path) for path in paths]
+    first = stores[0]
+    for store in stores[1:]:
+        if store.attributes["store_id"] in [
+            other.attributes["store_id"] for other in stores if other is not store
+        ]:
+            raise StoreError(f"{store.path}: is given twice, or a copy of it: name each store once")
+        if changed := differences(_parameters(first), _parameters(store)):
+            raise StoreError(
+                f"{store.path}: its run differs from that of {first.path}: {'; '.join(changed)}: "
+                "only stores of the same parameters can be merged"
+            )
+    writer = StoreWriter.create(
+        out,
+        layers=first.layers,
+        codec=first.codec,
+        sink_norm={layer: max(store.sink_norm[layer] for store in stores) for layer in first.layers},
+        vocabulary=[first.vocabulary.raw(token) for token in range(len(first.vocabulary))],
+        provenance={**first.provenance, "merged_from": [_origin(store) for store in stores]},
+        options={**_common_options(first), "merged": [store.attributes["store_id"] for store in stores]},
+        overwrite=overwrite,
+        shard_rows=first.attributes["shard_rows"],
+    )
+    done, total = 0, sum(store.sequences for store in stores)
+    with writer:
+        for layer in first.layers:
+            if error := _joined_error([store.codec_error.get(layer) for store in stores]):
+                writer.record_codec_error(layer, error)
+        for store in stores:
+            for sequence in _sequences(store):
+                writer.append(sequence)
+                done += 1
+                progress(done, total)
+        writer.close(complete=all(store.complete for store in stores))
+    return CaptureStore.open(out)
+
+
+def _parameters(store: CaptureStore) -> dict[str, Any]:
+    """What must agree, as JSON values."""
+    vocabulary = store.vocabulary
+    return {
+        **_common_options(store),
+        "layers": list(store.layers),
+        "codec": store.codec.to_dict(),
+        "shard_rows": store.attributes["shard_rows"],
+        "vocabulary": {"size": len(vocabulary), "text": vocabulary.fingerprint()},
+    }
+
+
+def _common_options(store: CaptureStore) -> dict[str, Any]:
+    free = (*FREE_OPTIONS, "merged", "imported")
+    return {key: value for key, value in store.options.items() if key not in free}
+
+
+def _origin(store: CaptureStore) -> dict[str, Any]:
+    about = store.attributes
+    kept = ("store_id", "codec_error", "sink_norm", "commit", "provenance", "options")
+    return {"path": str(store.path), **{key: about[key] for key in kept}}
+
+
+def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
+    """Errors of several samples as one: the mean by rows, the larger of the others. None unless all were measured."""
+    if not all(errors):
+        return None
+    rows = [error["rows"] for error in errors]
+    worst = {
+        name: max(e[name] for e in errors) for name in ("p99", "worst") if all(name in e for e in errors)
+    }
+    return {"mean": float(np.average([e["mean"] for e in errors], weights=rows)), **worst, "rows": sum(rows)}
+
+
+def _sequences(store: CaptureStore) -> Iterator[SequenceRows]:
+    """Every sequence as it went in, read in blocks of whole sequences."""
+    sizes = [0, *np.cumsum(store.row_sizes()).tolist()]
+    cuts = [0]
+    for number, end in enumerate(sizes):
+        if end - sizes[cuts[-1]] >= BLOCK_ROWS or number == len(sizes) - 1:
+            cuts.append(number)
+    for start, stop in pairwise(cuts):
+        base = sizes[start]
+        layers = {layer: store.layer(layer).encoded(base, sizes[stop]) for layer in store.layers}
+        for sequence in store.iter_sequences(start, stop):
+            rows = sequence.rows
+            inside = slice(rows.start - base, rows.stop - base)
+            yield SequenceRows(
+                **{
+                    name: store.column(name)[rows]
+                    for name in ("token_id", "next_token_id", "position", "flags")
+                },
+                layers={layer: _cut(part, inside) for layer, part in layers.items()},
+                tokens=sequence.tokens,
+                prompt_size=sequence.prompt_size,
+                finish=sequence.finish,
+                source=sequence.record,
+            )
+
+
+def _cut(rows: LayerRows, part: slice) -> LayerRows:
+    first, last = np.searchsorted(rows.exact_index, [part.start, part.stop])
+    index = rows.exact_index[first:last] - part.start
+    return LayerRows(rows.codes[part], rows.scales[part], rows.norm[part], index, rows.exact[first:last])

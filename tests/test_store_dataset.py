@@ -1,0 +1,203 @@
+"""The torch datasets: every row exactly once over ranks and workers, in an order that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store_samples import fill_store
+from torch.utils.data import DataLoader
+
+from nla_engine.codec import Codec
+from nla_engine.errors import RequestError, StoreError, WhereError
+from nla_engine.store import CaptureStore
+from nla_engine.store.dataset import RowDataset, ShuffledRows
+
+SIZES = [5, 0, 100, 33, 150]
+ROWS = sum(SIZES)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> CaptureStore:
+    """288 rows in 18 shards."""
+    path = tmp_path_factory.mktemp("dataset") / "run.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        fill_store(path, Codec.named("int8", 16), SIZES, shard_rows=16, layers=(3, 9))
+    return CaptureStore.open(path)
+
+
+def numbers(batches) -> list[list[int]]:
+    return [rows.tolist() for rows, _ in batches]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [row for batch in batches for row in batch]
+
+
+def check_vectors(store: CaptureStore, batches, layer: int = 3) -> None:
+    for rows, vectors in batches:
+        want = torch.from_numpy(store.layer(layer)[rows.numpy()])
+        torch.testing.assert_close(vectors, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_by_number(store: CaptureStore) -> None:
+    everything = RowDataset(store)
+    assert len(everything) == ROWS
+    assert torch.equal(everything[7], torch.from_numpy(store.layer(3)[7]))
+    assert torch.equal(everything[-1], torch.from_numpy(store.layer(3)[-1]))
+    chosen = RowDataset(store, 9, where="position > 20 and not nonfinite", dtype=torch.bfloat16, numbers=True)
+    rows = store.where("position > 20 and not nonfinite")
+    assert len(chosen) == len(rows) < ROWS
+    number, vector = chosen[4]
+    assert number == rows[4]
+    assert torch.equal(vector, torch.from_numpy(store.layer(9)[int(rows[4])]).to(torch.bfloat16))
+    with pytest.raises(IndexError):
+        chosen[len(rows)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_by_number_through_a_loader(store: CaptureStore, workers: int) -> None:
+    loader = DataLoader(RowDataset(store, numbers=True), batch_size=50, num_workers=workers)
+    batches = list(loader)
+    assert flat(numbers(batches)) == list(range(ROWS))
+    check_vectors(store, batches)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    epoch=st.integers(0, 3),
+    ranks=st.integers(1, 4),
+    workers=st.integers(1, 3),
+    batch=st.sampled_from([1, 7, 16, 1000]),
+    buffer=st.sampled_from([1, 16, 50, 10_000]),
+    where=st.sampled_from([None, "position % 1 == 0", "position > 12", "sequence == 3 and position < 4"]),
+    even=st.booleans(),
+)
+def test_every_row_exactly_once(store, seed, epoch, ranks, workers, batch, buffer, where, even) -> None:
+    where = None if where == "position % 1 == 0" else where
+    chosen = np.arange(ROWS) if where is None else store.where(where)
+    seen: list[int] = []
+    counts = set()
+    for rank in range(ranks):
+        dataset = ShuffledRows(
+            store,
+            batch_size=batch,
+            where=where,
+            seed=seed,
+            buffer_rows=buffer,
+            even=even,
+            rank=rank,
+            ranks=ranks,
+        )
+        dataset.set_epoch(epoch)
+        sizes = []
+        for worker in range(workers):
+            parts = [rows.tolist() for rows, _ in dataset._stream(dataset._span(worker, workers), 0)]
+            assert all(len(part) == batch for part in parts[: None if even else -1])
+            sizes.append(len(parts))
+            seen += flat(parts)
+        assert sum(sizes) == dataset.batches(workers)
+        counts.add(sum(sizes))
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(chosen.tolist())
+    if even:
+        assert len(counts) == 1
+        assert len(chosen) - len(seen) < ranks * workers * batch
+    else:
+        assert len(seen) == len(chosen)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(store: CaptureStore) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        dataset = ShuffledRows(store, batch_size=10, seed=seed, buffer_rows=64, numbers=True)
+        dataset.set_epoch(epoch)
+        return flat(numbers(dataset))
+
+    assert order(1, 0) == order(1, 0)
+    orders = [order(1, 0), order(1, 1), order(2, 0)]
+    assert all(sorted(rows) == list(range(ROWS)) for rows in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    first = np.array(orders[0][:64]) // 16
+    assert len(set(first)) <= 5  # a buffer of 64 rows is drawn from four shards, or five with one cut in two
+    assert (np.diff(orders[0]) == 1).mean() < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [9, 16])
+def test_a_loader_goes_on_where_it_was(store: CaptureStore, workers: int, batch: int) -> None:
+    def loader(state: dict | None = None) -> DataLoader:
+        dataset = ShuffledRows(store, batch_size=batch, seed=3, buffer_rows=40, numbers=True)
+        dataset.set_epoch(5)
+        if state is not None:
+            dataset.load_state_dict(json.loads(json.dumps(state)))
+        return DataLoader(dataset, batch_size=None, num_workers=workers)
+
+    uninterrupted = list(loader())
+    check_vectors(store, uninterrupted)
+    assert sorted(flat(numbers(uninterrupted))) == list(range(ROWS))
+    total = len(uninterrupted)
+    assert total == loader().dataset.batches(workers)
+    for done in {0, 1, workers, total // 2, total - 1, total} if workers < 2 else {1, total // 2, total - 1}:
+        state = loader().dataset.state_dict(done, workers)
+        assert numbers(loader(state)) == numbers(uninterrupted)[done:]
+
+
+def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:
+    dataset = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
+    everything = numbers(dataset)
+    taken = []
+    for rows, _ in dataset:
+        taken.append(rows.tolist())
+        if len(taken) == 4:
+            break
+    state = dataset.state_dict()
+    assert state["batches"] == 4
+    other = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
+    other.load_state_dict(state)
+    assert taken + numbers(other) == everything
+    assert other.state_dict()["batches"] == 0  # the next epoch starts afresh
+    assert numbers(other) == everything
+
+
+def test_a_dataset_goes_to_other_processes(store: CaptureStore) -> None:
+    dataset = ShuffledRows(store, 9, batch_size=32, numbers=True)
+    assert numbers(pickle.loads(pickle.dumps(dataset))) == numbers(dataset)
+    check_vectors(store, list(dataset), layer=9)
+    vectors = list(ShuffledRows(store, batch_size=100, dtype=torch.float16))
+    assert [tuple(part.shape) for part in vectors] == [(100, 16), (100, 16), (88, 16)]
+    assert vectors[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 0}, RequestError, "batch_size is 0"),
+        ({"buffer_rows": -1}, RequestError, "buffer_rows is -1"),
+        ({"rank": 2, "ranks": 2}, RequestError, "rank is 2: it must be 0 to 1"),
+        ({"dtype": torch.int8}, RequestError, "cannot be read as"),
+        ({"layer": 4}, StoreError, "layer 4 is not in"),
+        ({"where": "position > 1000"}, StoreError, "no row fits"),
+        ({"where": "nonsense > 3"}, WhereError, "nonsense"),
+    ],
+)
+def test_requests_that_cannot_be_met(store: CaptureStore, change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ShuffledRows(store, **{"batch_size": 4, **change})
+
+
+def test_a_state_of_another_stream_is_refused(store: CaptureStore) -> None:
+    dataset = ShuffledRows(store, batch_size=4)
+    with pytest.raises(StoreError, match="another stream: batch_size was 8, is now 4"):
+        dataset.load_state_dict(ShuffledRows(store, batch_size=8).state_dict())
+    dataset.load_state_dict(dataset.state_dict(3, workers=2))
+    with pytest.raises(RequestError, match="the state is of 2 workers, not 1"):
+        next(iter(dataset))
