@@ -1,4 +1,4 @@
-"""The table that a round trip writes: one Parquet file, made from parts that are committed one by one.
+"""The table that a round trip (or a study) writes: one Parquet file, made from parts that are committed one by one.
 
 While a run goes on, `<out>.parts/` holds run.json (what the run is) and numbered Parquet parts, each written to a
 temporary name and renamed. The last step joins them. Knows nothing of how a score is computed.
@@ -47,13 +47,28 @@ SCHEMA = pa.schema(
 class ResultTable:
     """The result of one run on its way. `done`: rows of the table (samples counted) that are committed."""
 
-    def __init__(self, out: Path, parts: Path, metadata: dict[str, Any], done: int, next_part: int) -> None:
-        self.out, self._parts, self._metadata = out, parts, metadata
+    def __init__(
+        self,
+        out: Path,
+        parts: Path,
+        metadata: dict[str, Any],
+        done: int,
+        next_part: int,
+        schema: pa.Schema = SCHEMA,
+    ) -> None:
+        self.out, self._parts, self._metadata, self._schema = out, parts, metadata, schema
         self.done, self._next_part = done, next_part
 
     @classmethod
     def open(
-        cls, out: Path, *, options: dict[str, Any], metadata: dict[str, Any], resume: bool, overwrite: bool
+        cls,
+        out: Path,
+        *,
+        options: dict[str, Any],
+        metadata: dict[str, Any],
+        resume: bool,
+        overwrite: bool,
+        schema: pa.Schema = SCHEMA,
     ) -> ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
@@ -75,7 +90,9 @@ class ResultTable:
             elif out.exists() and not record.exists():
                 _check_same(out, read_metadata(out).get("options", {}), options)
                 shutil.rmtree(parts, ignore_errors=True)
-                return cls(out, parts, metadata, done=pq.read_metadata(out).num_rows, next_part=-1)
+                return cls(
+                    out, parts, metadata, done=pq.read_metadata(out).num_rows, next_part=-1, schema=schema
+                )
             out.parent.mkdir(parents=True, exist_ok=True)
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
@@ -83,15 +100,16 @@ class ResultTable:
                 parts.mkdir(exist_ok=True)
                 _replace(record, json.dumps({"options": options}, indent=1).encode())
             files = _part_files(parts)
-            return cls(out, parts, {**metadata, "options": options}, sum(_rows(f) for f in files), len(files))
+            done = sum(_rows(file) for file in files)
+            return cls(out, parts, {**metadata, "options": options}, done, len(files), schema)
 
     @property
     def finished(self) -> bool:
         return self._next_part < 0
 
     def append(self, columns: dict[str, Any]) -> None:
-        """Commit a part: columns of SCHEMA, all of one length."""
-        table = pa.table(columns, schema=SCHEMA)
+        """Commit a part: columns of the schema, all of one length."""
+        table = pa.table(columns, schema=self._schema)
         path = self._parts / f"part-{self._next_part:06d}.parquet"
         with _writing(path):
             temporary = path.with_suffix(".tmp")
@@ -111,12 +129,12 @@ class ResultTable:
         if self.finished:
             return
         temporary = self.out.with_name(self.out.name + ".tmp")
-        schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(self._metadata).encode()})
+        schema = self._schema.with_metadata({METADATA_KEY: json.dumps(self._metadata).encode()})
         with _writing(self.out):
             try:
                 with pq.ParquetWriter(temporary, schema) as writer:
                     for path in _part_files(self._parts):
-                        writer.write_table(pq.read_table(path, schema=SCHEMA).cast(schema))
+                        writer.write_table(pq.read_table(path, schema=self._schema).cast(schema))
                 _sync(temporary)
                 os.replace(temporary, self.out)
                 _sync(self.out.parent)  # before the parts go

@@ -77,10 +77,14 @@ def run_roundtrip(
     progress: Progress = lambda done, total: None,
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
 ) -> RoundtripSummary:
-    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`."""
+    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
+
+    rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
+    """
     store = CaptureStore.open(options.store)
-    rows = select_rows(store, options)
+    rows = select_rows(store, options) if rows is None else rows
     device = pick_device(options.device)
     load = {
         "device": device,

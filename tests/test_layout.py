@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module imports from earlier lines and from its own directory, never from its own line or a later one.
 ORDER = (
-    {"errors", "provenance", "extension"},
+    {"errors", "provenance", "extension", "claims"},
     {"codec"},
     {"config", "tokens", "models", "checkpoint", "prompts"},
     {"ops"},
@@ -25,6 +25,7 @@ ORDER = (
     {"calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
     {"demo"},
+    {"studies"},
     {"cli", "bench"},
     {"__main__"},
 )

@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from nla_engine.capture import run_capture
+from nla_engine.claims import operands_named
 from nla_engine.config import CaptureOptions, RoundtripOptions
-from nla_engine.demo.explanations import answer_correct, operands_named, token_named
+from nla_engine.demo.explanations import answer_correct, token_named
 from nla_engine.demo.problems import held_out_problems, prompt_record
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
