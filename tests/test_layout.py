@@ -24,6 +24,7 @@ ORDER = (
     {"tap", "score", "results"},
     {"calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
+    {"report"},
     {"demo"},
     {"studies"},
     {"cli", "bench"},
@@ -88,7 +89,12 @@ def test_docstrings(name: str) -> None:
             assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
 
 
-SOURCES = [*MODULES, *sorted((ROOT / "csrc").iterdir()), *sorted((ROOT / "tests").glob("*.py"))]
+SOURCES = [
+    *MODULES,
+    *sorted((PACKAGE / "report" / "static").iterdir()),
+    *sorted((ROOT / "csrc").iterdir()),
+    *sorted((ROOT / "tests").glob("*.py")),
+]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -156,6 +162,7 @@ def test_what_a_repository_needs_is_there() -> None:
         "tests",
         "docs/store_format.md",
         "docs/roundtrip.md",
+        "docs/report.md",
         "docs/where.md",
         "docs/demo_models.md",
     ]:
