@@ -182,10 +182,10 @@ class MultiplicationOptions(Options):
     rows: str = option("Rows to explain: answer (those in and beside it), or every generated one.", "answer")
     max_new_tokens: int = option("Longest reply, in tokens.", 128)
     explanation_tokens: int = option("Longest explanation, in tokens.", 200)
-    ablated_problems: int = option("Problems whose explanations are read again clause by clause.", 128)
+    ablated_problems: int = option("Problems whose explanations are read again clause by clause.", 96)
     samples: int = option("Explanations a row for the agreement of samples; 0 leaves it out.", 4)
     temperature: float = option("Temperature of those samples; every other explanation is greedy.", 0.7)
-    sampled_problems: int = option("Problems whose rows are sampled.", 64)
+    sampled_problems: int = option("Problems whose rows are sampled.", 48)
     variance: float | None = option(
         "Var of FVE, if not that of the store's rows (published training values).", None
     )

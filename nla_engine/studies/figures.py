@@ -108,7 +108,7 @@ def draw(figure: Figure, directory: Path) -> list[Path]:
         for axes in every:
             found, labels = axes.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
-        place = {"loc": "outside lower center", "ncols": across, "frameon": False}
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": across, "frameon": False}
         plot.legend(handles.values(), handles.keys(), **place)
         plot.savefig(paths[0], dpi=160, metadata={"Software": None})
         plot.savefig(paths[1], metadata={"Date": None})

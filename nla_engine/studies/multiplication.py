@@ -62,7 +62,7 @@ class MultiplicationSummary:
     agreement: dict[str, list[float | None]]
     clauses: dict[str, dict[str, list[float | None]]]
     reading: list[str]
-    page: str | None
+    page: str
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def run_multiplication(
     samples = out / SAMPLES if options.samples else None
     outcome = measure(setup, replies, out / EXPLAINED, out / REREAD, samples)
     written = write_outcome(outcome, out, CaptureStore.open(out / STORE), out / EXPLAINED)
-    return _summary(outcome, out, written.reading, written.page, time.perf_counter() - started)
+    return _summary(outcome, out, written.reading, written.page.out, time.perf_counter() - started)
 
 
 def _problem_records(options: MultiplicationOptions, bundled: bool, split: str) -> list[dict[str, object]]:
@@ -309,7 +309,7 @@ def _first_answered(replies: list[Reply], count: int) -> list[Reply]:
 
 
 def _summary(
-    outcome: Outcome, out: Path, reading: list[str], page: Path | None, seconds: float
+    outcome: Outcome, out: Path, reading: list[str], page: str, seconds: float
 ) -> MultiplicationSummary:
     measures: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for finding in outcome.findings:
@@ -336,6 +336,6 @@ def _summary(
             if clause.place == "all places"
         },
         reading=reading,
-        page=None if page is None else str(page),
+        page=page,
         seconds=round(seconds, 3),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nla_engine.errors import WriteError
+from nla_engine.report import ReportSummary, Section, write_report
 from nla_engine.store import CaptureStore
 from nla_engine.studies.analysis import ALL, SCORES, Finding
 from nla_engine.studies.answers import PLACE_TITLES
@@ -24,6 +25,8 @@ from nla_engine.studies.tables import Cell, Table
 TITLE = "How a model multiplies, and what its explanations say"
 #: What is written into the directory of a study.
 MARKDOWN, PAGE, TABLES, FIGURES = "multiplication.md", "report.html", "tables", "figures"
+#: The study's place on the page (`report.html#tab=study`).
+SECTION = "study"
 INTERVALS = (
     "In brackets: 95% intervals by a bootstrap over operand pairs (2,000 resamples), or Wilson's where every value is "
     "alike."
@@ -32,10 +35,10 @@ INTERVALS = (
 
 @dataclass(frozen=True)
 class Written:
-    """What a reader is told, and the page if one was made."""
+    """What a reader is told, and the page."""
 
     reading: list[str]
-    page: Path | None
+    page: ReportSummary
 
 
 def write_outcome(outcome: Outcome, out: Path, store: CaptureStore, explained: Path) -> Written:
@@ -54,7 +57,10 @@ def write_outcome(outcome: Outcome, out: Path, store: CaptureStore, explained: P
         (out / MARKDOWN).write_text(_markdown(reading, shown, figures), encoding="utf-8")
     except OSError as error:
         raise WriteError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
-    return Written(reading, None)
+    section = Section(SECTION, "multiplication", section_html(reading, shown, figures, out / FIGURES))
+    title = f"{outcome.problems:,} multiplications, and what is said of them"
+    page = write_report(store, explained, out / PAGE, title=title, sections=[section], overwrite=True)
+    return Written(reading, page)
 
 
 def csv_tables(outcome: Outcome) -> list[Table]:
@@ -264,7 +270,7 @@ def section_html(
         data = base64.b64encode((directory / f"{figure.name}.svg").read_bytes()).decode()
         caption = html.escape(figure.caption)
         parts.append(
-            f'<figure><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
+            f'<figure class="plate"><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     parts += [table.html() for table in tables]

@@ -78,7 +78,7 @@ class Table:
         )
         return (
             f"<h3>{html.escape(self.title)}</h3><p>{html.escape(self.note)}</p>"
-            f'<div class="study-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
     def _numeric(self, column: int) -> bool:
