@@ -155,6 +155,18 @@ def test_resuming_a_finished_study_changes_nothing_but_the_time(
     assert drawn == drawn_before
 
 
+def test_overwriting_leaves_nothing_of_the_old_study_and_all_else(
+    ran: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The new one fails at its models; what the old one wrote is gone by then, the user's own file is not."""
+    out = tmp_path / "copy"
+    shutil.copytree(ran[0], out)
+    (out / "mine.txt").write_text("mine")
+    models = ("--model", tmp_path / "none", "--av", "x", "--ar", "x", "--layer", 1)
+    assert call("study", "multiplication", "--out", out, *models, "--overwrite").code == 2
+    assert {path.name for path in out.iterdir()} == {"study.json", "problems.jsonl", "mine.txt"}
+
+
 def planted(ran: tuple[Path, dict[str, Any]], path: Path, text_of: Any) -> Outcome:
     """The outcome if every explanation were `text_of(record, place, digits read, digits to come)`."""
     replies = read_replies(CaptureStore.open(ran[0] / STORE))
@@ -265,10 +277,20 @@ def test_directories_in_the_way_are_refused(ran: tuple[Path, dict[str, Any]], tm
 
 def test_a_model_that_states_no_result_is_no_study(root: Path, tmp_path: Path) -> None:
     """A random model: the run fails and says what to look at. Operands of other models may have three digits."""
-    done = call(
-        "study", "multiplication", "--out", tmp_path / "s", "--model", root / "base", "--av", root / "av", "--ar", root / "ar",
-        "--layer", 2, "--problems", 3, "--first", "100-999", "--max-new-tokens", 1, "--device", "cpu",
-    )  # fmt: skip
+    models = (
+        "--model",
+        root / "base",
+        "--av",
+        root / "av",
+        "--ar",
+        root / "ar",
+        "--layer",
+        2,
+        "--device",
+        "cpu",
+    )
+    short = ("--problems", 3, "--first", "100-999", "--max-new-tokens", 1)
+    done = call("study", "multiplication", "--out", tmp_path / "s", *models, *short)
     assert done.code == 1 and "no reply states a result" in done.err, done.err
     records = [json.loads(line) for line in (tmp_path / "s/problems.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(record["a"] >= 100 for record in records)

@@ -79,6 +79,7 @@ class Bootstrap:
 
     def __init__(self, seed: int, resamples: int = RESAMPLES) -> None:
         self.seed, self.resamples = seed, resamples
+        self._last = np.zeros((0, 0))
 
     def mean(self, values: np.ndarray, clusters: np.ndarray, *, binary: bool = False) -> Estimate:
         """Mean of values [n] (NaN: not measured, left out) whose clusters are [n].
@@ -157,8 +158,11 @@ class Bootstrap:
 
     def _weights(self, clusters: int) -> np.ndarray:
         """float64 [resamples, clusters]: how often each cluster is drawn."""
-        rng = np.random.default_rng(self.seed)
-        return rng.multinomial(clusters, np.full(clusters, 1 / clusters), self.resamples).astype(np.float64)
+        if self._last.shape[1] != clusters:  # the next question is most often about as many
+            rng = np.random.default_rng(self.seed)
+            shares = np.full(clusters, 1 / clusters)
+            self._last = rng.multinomial(clusters, shares, self.resamples).astype(np.float64)
+        return self._last
 
 
 def _measured(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

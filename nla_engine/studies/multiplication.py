@@ -27,7 +27,7 @@ from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.studies.answers import Reply, read_replies
 from nla_engine.studies.outcome import Outcome, Setup, measure
-from nla_engine.studies.present import write_outcome
+from nla_engine.studies.present import FIGURES, MARKDOWN, PAGE, TABLES, write_outcome
 from nla_engine.studies.problems import (
     check_bundled,
     draw_problems,
@@ -156,13 +156,13 @@ def _check_same(record: Path, asked: dict[str, Any]) -> None:
 
 
 def _remove_study(out: Path) -> None:
-    """The record goes last: without it a half-emptied directory would be nobody's."""
+    """All that a study writes but its record: without that a half-emptied directory would be nobody's."""
     try:
-        for name in (EXPLAINED, SAMPLES, REREAD):
+        for name in (EXPLAINED, SAMPLES, REREAD, PROBLEMS, MARKDOWN, PAGE):
             (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / f"{name}.parts", ignore_errors=True)
-        shutil.rmtree(out / STORE, ignore_errors=True)
-        (out / PROBLEMS).unlink(missing_ok=True)
+        for name in (STORE, TABLES, FIGURES, *(f"{table}.parts" for table in (EXPLAINED, SAMPLES, REREAD))):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
     except OSError as error:
         raise WriteError(f"{out}: cannot be overwritten ({error.strerror})") from error
 

@@ -66,12 +66,14 @@ class Table:
 
     def html(self) -> str:
         """A caption, the note and a table; every text is escaped."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        number = [' class="num"' if self._numeric(i) else "" for i in range(len(self.columns))]
+        head = "".join(
+            f"<th{kind}>{html.escape(column)}</th>" for kind, column in zip(number, self.columns, strict=True)
+        )
         body = "".join(
             "<tr>"
             + "".join(
-                f"<td{' class=num' if self._numeric(i) else ''}>{html.escape(show(cell))}</td>"
-                for i, cell in enumerate(row)
+                f"<td{kind}>{html.escape(show(cell))}</td>" for kind, cell in zip(number, row, strict=True)
             )
             + "</tr>"
             for row in self.rows
