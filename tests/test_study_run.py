@@ -294,3 +294,18 @@ def test_a_model_that_states_no_result_is_no_study(root: Path, tmp_path: Path) -
     assert done.code == 1 and "no reply states a result" in done.err, done.err
     records = [json.loads(line) for line in (tmp_path / "s/problems.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(record["a"] >= 100 for record in records)
+
+
+def test_models_that_are_named(tmp_path: Path) -> None:
+    """The bundled ones by their directories, as any others; without samples and without clauses."""
+    names = [
+        part for name in ("base", "av", "ar") for part in (f"--{name.replace('base', 'model')}", TRIO / name)
+    ]
+    done = call(
+        "study", "multiplication", "--out", tmp_path / "s", *names, "--layer", LAYER, "--problems", 3, "--samples", 0,
+        "--ablated-problems", 0, "--phrasings", "formula", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["agreement"] == {} == done.json["clauses"] and not (tmp_path / "s" / SAMPLES).exists()
+    text = " ".join(done.json["reading"])
+    assert "positions below 50" in text and "never saw these pairs" not in text and "samples" not in text

@@ -57,7 +57,7 @@ def write_outcome(outcome: Outcome, out: Path, store: CaptureStore, explained: P
         (out / MARKDOWN).write_text(_markdown(reading, shown, figures), encoding="utf-8")
     except OSError as error:
         raise WriteError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
-    section = Section(SECTION, "multiplication", section_html(reading, shown, figures, out / FIGURES))
+    section = Section(SECTION, "Multiplication", section_html(reading, shown, figures, out / FIGURES))
     title = f"{outcome.problems:,} multiplications, and what is said of them"
     page = write_report(store, explained, out / PAGE, title=title, sections=[section], overwrite=True)
     return Written(reading, page)

@@ -180,7 +180,7 @@ def _origin(outcome: Outcome) -> str:
     if stated.known and true.known and stated.low > true.high:
         return (
             f"{numbers} There the product follows the words and not the vector: the verbalizer multiplied by itself. "
-            "That an explanation names the right product is therefore no evidence that the vector holds it."
+            "That an explanation names the right product is therefore, by itself, no evidence that the vector holds it."
         )
     if stated.known and true.known and true.low > stated.high:
         return f"{numbers} The product is thus read from the vector rather than computed from the operands named."

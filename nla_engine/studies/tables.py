@@ -93,9 +93,8 @@ def show(cell: Cell) -> str:
     if isinstance(cell, Estimate):
         if not cell.known:
             return "–"
-        if cell.low == cell.high or not math.isfinite(cell.low):
-            return decimal(cell.value)
-        return f"{decimal(cell.value)} [{decimal(cell.low)}, {decimal(cell.high)}]"
+        value, low, high = map(decimal, (cell.value, cell.low, cell.high))
+        return value if low == high or not math.isfinite(cell.low) else f"{value} [{low}, {high}]"
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return "–"
     if isinstance(cell, float):
