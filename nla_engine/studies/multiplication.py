@@ -74,32 +74,14 @@ def run_multiplication(
 ) -> MultiplicationSummary:
     """Run the study, or go on with it. Raises the errors of `nla_engine.errors`."""
     started = time.perf_counter()
-    bundled = options.model is None
-    models = (
-        tuple(str(TRIO / name) for name in ("base", "av", "ar"))
-        if bundled
-        else (str(options.model), str(options.av), str(options.ar))
-    )
-    layer = LAYER if options.layer is None else options.layer
-    split = options.split or ("held_out" if bundled else "any")
-    records = _problem_records(options, bundled, split)
+    setup = _setup(options)
+    records = _problem_records(options, setup)
     _open_directory(options)
     out = options.out
     _write(out / PROBLEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    stages = _Stages(options, models[0], models[1], models[2], layer, announce, progress)
+    stages = _Stages(options, setup, announce, progress)
     replies = stages.capture()
     stages.explain(replies)
-    setup = Setup(
-        models=(models[0], models[1], models[2]),
-        bundled=bundled,
-        layer=layer,
-        first=options.first,
-        second=options.second,
-        split=split,
-        seed=options.seed,
-        samples=options.samples,
-        temperature=options.temperature,
-    )
     announce("4  statistics, tables, figures")
     samples = out / SAMPLES if options.samples else None
     outcome = measure(setup, replies, out / EXPLAINED, out / REREAD, samples)
@@ -107,12 +89,29 @@ def run_multiplication(
     return _summary(outcome, out, written.reading, written.page.out, time.perf_counter() - started)
 
 
-def _problem_records(options: MultiplicationOptions, bundled: bool, split: str) -> list[dict[str, object]]:
+def _setup(options: MultiplicationOptions) -> Setup:
+    given = (options.model, options.av, options.ar)
+    bundled = options.model is None
+    base, av, ar = (str(name or TRIO / own) for name, own in zip(given, ("base", "av", "ar"), strict=True))
+    return Setup(
+        models=(base, av, ar),
+        bundled=bundled,
+        layer=LAYER if options.layer is None else options.layer,
+        first=options.first,
+        second=options.second,
+        split=options.split or ("held_out" if bundled else "any"),
+        seed=options.seed,
+        samples=options.samples,
+        temperature=options.temperature,
+    )
+
+
+def _problem_records(options: MultiplicationOptions, setup: Setup) -> list[dict[str, object]]:
     first, second = parse_range(options.first, "--first"), parse_range(options.second, "--second")
-    if bundled:
+    if setup.bundled:
         check_bundled(first, second)
     phrasings = parse_phrasings(options.phrasings)
-    problems = draw_problems(options.problems, options.seed, first, second, phrasings, split)
+    problems = draw_problems(options.problems, options.seed, first, second, phrasings, setup.split)
     return [problem.record(number) for number, problem in enumerate(problems)]
 
 
@@ -180,14 +179,12 @@ class _Stages:
     def __init__(
         self,
         options: MultiplicationOptions,
-        base: str,
-        av: str,
-        ar: str,
-        layer: int,
+        setup: Setup,
         announce: Callable[[str], None],
         progress: Progress,
     ) -> None:
-        self.options, self.base, self.av, self.ar, self.layer = options, base, av, ar, layer
+        self.options, self.layer = options, setup.layer
+        self.base, self.av, self.ar = setup.models
         self.announce, self.progress = announce, progress
         self.out = options.out
         self.common: dict[str, Any] = {
