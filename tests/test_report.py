@@ -1,4 +1,4 @@
-"""The report page as a file: its data, its words, what it refuses. What a browser makes of it: test_report_browser.py."""
+"""The report page as a file: its data, its words, what it refuses. In a browser: test_report_browser.py."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_a_character_of_several_tokens_stands_with_the_last(tmp_path: Path) -> N
         ("7", "digits"), (" 42", "digits"), (" the", "word"), ("The", "word"), ("ing", "part of a word"),
         ("'s", "part of a word"), ("don't", "part of a word"), (".", "punctuation"), (" =", "punctuation"),
         (" ", "space"), ("\t", "space"), (" \n", "line break"), ("<|im_end|>", "special"), ("</s>", "special"),
-        ("[INST]", "special"), ("", "other"), ("a1", "other"), ("\ufffd", "other"), (" é", "word"), ("--", "punctuation"),
+        ("", "other"), ("[INST]", "special"),
+        ("a1", "other"), ("\ufffd", "other"), (" é", "word"), ("--", "punctuation"),
     ],
 )  # fmt: skip
 def test_token_classes(text: str, expected: str) -> None:
@@ -177,7 +178,7 @@ def test_a_control_that_comes_close_is_said_first_and_a_clean_run_warns_of_nothi
     assert warnings(store, Explained.read(store, table))[0].startswith(
         "Close to the control: mean FVE is 0.50, and 0.40"
     )
-    store, table = make_run(tmp_path, [Text(tokens, dict.fromkeys(places, [Said("x")]))])
+    store, table = make_run(tmp_path, [Text(tokens, {place: [Said("x")] for place in places})])
     assert warnings(store, Explained.read(store, table)) == []
     write_report(store, table, tmp_path / "x.html")
     assert "Read with care" not in (tmp_path / "x.html").read_text()

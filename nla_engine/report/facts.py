@@ -94,8 +94,8 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
     total = explained.explanations
     if count := _how_many(explained.fve < 0):
         out.append(
-            f"FVE below 0, {_part(count, total, 'explanation')}: worse than always answering with the mean vector. Such "
-            "a text can read as fluently as any other. Its token is underlined with dashes."
+            f"FVE below 0, {_part(count, total, 'explanation')}: worse than always answering with the mean vector. "
+            "Such a text can read as fluently as any other. Its token is underlined with dashes."
         )
     out += _row_warnings(store, explained)
     out += _status_warnings(explained, total)
@@ -112,8 +112,8 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
     if count := _how_many(flags & RowFlag.EARLY):
         out.append(
-            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions below "
-            f"{EARLY_POSITIONS}, and scores there say less about them."
+            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
+            f"below {EARLY_POSITIONS}, and scores there say less about them."
         )
     if count := _how_many(flags & RowFlag.SINK):
         limit = store.sink_norm[layer]
