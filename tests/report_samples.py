@@ -44,7 +44,7 @@ class Text:
 def make_run(
     directory: Path, sequences: Sequence[Text], complete: bool = True, **metadata: Any
 ) -> tuple[CaptureStore, Path]:
-    """A store of just the explained rows, and the table. metadata: entries of the table's to replace."""
+    """A store of just the explained rows, and the table. metadata: the table's entries to replace (in `run`: add)."""
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(t for s in sequences for t in s.tokens))}
     raw = [token if isinstance(token, bytes) else token.encode() for token in vocabulary]
     codec = Codec.named("bf16", WIDTH)
@@ -104,6 +104,8 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
         "temperature": 0.0,
         "seed": 0,
         "max_new_tokens": 64,
+        "variance": None,
+        **changes.pop("run", {}),
     }
     metadata = {
         **describe_run(),

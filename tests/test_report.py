@@ -128,6 +128,21 @@ def test_without_a_direction_there_is_no_score(tmp_path: Path) -> None:
     write_report(store, table, tmp_path / "x.html")
 
 
+def test_a_run_of_nothing_but_zero_vectors(tmp_path: Path) -> None:
+    nothing = {0: [Said("", None, "zero_vector", None, None)]}
+    store, table = make_run(
+        tmp_path, [Text(["a"], nothing, norms={0: 0.0})], variance=float("nan"), variance_rows=0
+    )
+    write_report(store, table, tmp_path / "x.html")
+    explained = Explained.read(store, table)
+    assert data_of(tmp_path / "x.html")["variance"] is None
+    assert [figure.value for figure in figures(explained)] == ["-", "-", "-", "0%"]
+    assert [text.split(",")[0] for text in warnings(store, explained)] == [
+        "Early positions",
+        "Nothing to explain",
+    ]
+
+
 def test_figures_are_those_of_the_round_trip(root: Path, tmp_path: Path) -> None:
     store, table = CaptureStore.open(root / "run.zarr"), root / "explained.parquet"
     explained = Explained.read(store, table)
@@ -151,7 +166,7 @@ def test_warnings_in_plain_words(tmp_path: Path) -> None:
     rows[51] = [Said("x", cos_of(0.9), "unclosed")]
     rows[52] = [Said("x", cos_of(0.9), "untagged")]
     store, table = make_run(
-        tmp_path, [Text(tokens, rows, norms={53: 900.0})], complete=False, variance_rows=0
+        tmp_path, [Text(tokens, rows, norms={53: 900.0})], complete=False, run={"variance": 0.8}
     )
     said = warnings(store, Explained.read(store, table))
     assert [text.split(":")[0] for text in said] == [

@@ -410,3 +410,13 @@ def test_twenty_thousand_rows_open_in_three_seconds_and_scroll(tmp_path: Path, o
     print(f"{summary.bytes / 1e6:.1f} MB; opened in {opened:.2f} s, filtered in {filtered:.2f} s")
     assert opened < 3
     assert filtered < 2
+
+
+def test_a_run_without_any_score(tmp_path: Path, open_page: Open) -> None:
+    nothing = Said("", None, "zero_vector", None, None)
+    text = Text(["a", "b"], {0: [nothing], 1: [nothing]}, norms={0: 0.0, 1: 0.0})
+    write_report(*make_run(tmp_path, [text], variance=float("nan")), tmp_path / "x.html")
+    page = open_page(tmp_path / "x.html", "#row=1")
+    expect(page.locator("#panel .status")).to_contain_text("The vector is zero")
+    page.get_by_role("tab", name="Distributions").click()
+    expect(page.locator("#area-distributions")).to_contain_text("Mean FVE \u2013")

@@ -111,7 +111,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         finish.append(int(sequences.finish))
     layer = int(explained.metadata["layer"])
     return {
-        "variance": explained.variance,
+        "variance": explained.variance if math.isfinite(explained.variance) else None,
         "control_rows": int(explained.metadata["control_rows"]),
         "classes": TOKEN_CLASSES,
         "texts": names.texts,

@@ -99,7 +99,7 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
         )
     out += _row_warnings(store, explained)
     out += _status_warnings(explained, total)
-    if explained.metadata["variance_rows"] == 0:
+    if explained.metadata["run"]["variance"] is not None:
         out.append(
             f"Var was given: FVE is scaled by {explained.variance:.4g}, which was not measured on these activations."
         )
@@ -221,8 +221,9 @@ def _named(name: Any, revision: Any) -> str | None:
 
 
 def _variance(explained: Explained) -> str:
-    rows = explained.metadata["variance_rows"]
-    return f"{explained.variance:.4f}, " + (f"measured on {rows:,} rows of the store" if rows else "given")
+    if explained.metadata["run"]["variance"] is not None:
+        return f"{explained.variance:.4f}, given"
+    return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
 
 
 def _or(value: Any, otherwise: str) -> str:
