@@ -44,7 +44,7 @@ class Text:
 def make_run(
     directory: Path, sequences: Sequence[Text], complete: bool = True, **metadata: Any
 ) -> tuple[CaptureStore, Path]:
-    """A store of just the explained rows, and the table. metadata: entries of the table's to replace."""
+    """A store of just the explained rows, and the table. metadata: the table's entries to replace (in `run`: add)."""
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(t for s in sequences for t in s.tokens))}
     raw = [token if isinstance(token, bytes) else token.encode() for token in vocabulary]
     codec = Codec.named("bf16", WIDTH)
@@ -104,6 +104,8 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
         "temperature": 0.0,
         "seed": 0,
         "max_new_tokens": 64,
+        "variance": None,
+        **changes.pop("run", {}),
     }
     metadata = {
         **describe_run(),
@@ -157,16 +159,18 @@ def cos_of(fve: float) -> float:
 
 
 def large_run(directory: Path, rows: int, tokens: int = 50, words: int = 100) -> tuple[CaptureStore, Path]:
-    """`rows` rows in sequences of `tokens`, half of them prompt rows, each with an explanation of about `words` words."""
+    """`rows` rows in sequences of `tokens`, half of them prompt rows, each explained in `words` words."""
     rng = np.random.default_rng(0)
     dictionary = [
         "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size)) for size in rng.integers(2, 11, 4000)
     ]
+    frequency = 1 / np.arange(1, len(dictionary) + 1)  # as words of a language have it
+    frequency /= frequency.sum()
     names = [f" {word}" for word in dictionary[:500]]
     sequences = []
     for number in range(rows // tokens):
         fve = np.clip(rng.normal(0.7, 0.2, tokens), -1, 1)
-        picked = rng.integers(0, len(dictionary), (tokens, words))
+        picked = rng.choice(len(dictionary), (tokens, words), p=frequency)
         said = {
             place: [
                 Said(

@@ -1,4 +1,4 @@
-"""The report page as a file: its data, its words, what it refuses. What a browser makes of it: test_report_browser.py."""
+"""The report page as a file: its data, its words, what it refuses. In a browser: test_report_browser.py."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_a_character_of_several_tokens_stands_with_the_last(tmp_path: Path) -> N
         ("7", "digits"), (" 42", "digits"), (" the", "word"), ("The", "word"), ("ing", "part of a word"),
         ("'s", "part of a word"), ("don't", "part of a word"), (".", "punctuation"), (" =", "punctuation"),
         (" ", "space"), ("\t", "space"), (" \n", "line break"), ("<|im_end|>", "special"), ("</s>", "special"),
-        ("[INST]", "special"), ("", "other"), ("a1", "other"), ("\ufffd", "other"), (" é", "word"), ("--", "punctuation"),
+        ("", "other"), ("[INST]", "special"),
+        ("a1", "other"), ("\ufffd", "other"), (" é", "word"), ("--", "punctuation"),
     ],
 )  # fmt: skip
 def test_token_classes(text: str, expected: str) -> None:
@@ -125,6 +126,21 @@ def test_without_a_direction_there_is_no_score(tmp_path: Path) -> None:
     said = " ".join(warnings(store, explained))
     assert "NaN or Inf, 1 of 2 rows (50.0%)" in said and "Nothing to explain, 1 of 2 explanations" in said
     write_report(store, table, tmp_path / "x.html")
+
+
+def test_a_run_of_nothing_but_zero_vectors(tmp_path: Path) -> None:
+    nothing = {0: [Said("", None, "zero_vector", None, None)]}
+    store, table = make_run(
+        tmp_path, [Text(["a"], nothing, norms={0: 0.0})], variance=float("nan"), variance_rows=0
+    )
+    write_report(store, table, tmp_path / "x.html")
+    explained = Explained.read(store, table)
+    assert data_of(tmp_path / "x.html")["variance"] is None
+    assert [figure.value for figure in figures(explained)] == ["-", "-", "-", "0%"]
+    assert [text.split(",")[0] for text in warnings(store, explained)] == [
+        "Early positions",
+        "Nothing to explain",
+    ]
 
 
 def test_figures_are_those_of_the_round_trip(root: Path, tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ def test_warnings_in_plain_words(tmp_path: Path) -> None:
     rows[51] = [Said("x", cos_of(0.9), "unclosed")]
     rows[52] = [Said("x", cos_of(0.9), "untagged")]
     store, table = make_run(
-        tmp_path, [Text(tokens, rows, norms={53: 900.0})], complete=False, variance_rows=0
+        tmp_path, [Text(tokens, rows, norms={53: 900.0})], complete=False, run={"variance": 0.8}
     )
     said = warnings(store, Explained.read(store, table))
     assert [text.split(":")[0] for text in said] == [
@@ -177,7 +193,7 @@ def test_a_control_that_comes_close_is_said_first_and_a_clean_run_warns_of_nothi
     assert warnings(store, Explained.read(store, table))[0].startswith(
         "Close to the control: mean FVE is 0.50, and 0.40"
     )
-    store, table = make_run(tmp_path, [Text(tokens, dict.fromkeys(places, [Said("x")]))])
+    store, table = make_run(tmp_path, [Text(tokens, {place: [Said("x")] for place in places})])
     assert warnings(store, Explained.read(store, table)) == []
     write_report(store, table, tmp_path / "x.html")
     assert "Read with care" not in (tmp_path / "x.html").read_text()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nla_engine.cli.app import app
-from nla_engine.cli.output import Json, finish, say
+from nla_engine.cli.output import Json, finish, print_json, say
 from nla_engine.cli.stores import StorePath
 
 
@@ -30,4 +30,7 @@ def report(
     summary = write_report(CaptureStore.open(store), explained, out, title=title, overwrite=overwrite)
     for warning in summary.warnings:
         say(warning)
-    finish("report", summary.to_dict(), as_json)
+    facts = summary.to_dict()
+    finish("report", facts | {"warnings": len(summary.warnings)}, as_json=False)
+    if as_json:
+        print_json(facts)

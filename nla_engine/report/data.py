@@ -111,7 +111,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         finish.append(int(sequences.finish))
     layer = int(explained.metadata["layer"])
     return {
-        "variance": explained.variance,
+        "variance": explained.variance if math.isfinite(explained.variance) else None,
         "control_rows": int(explained.metadata["control_rows"]),
         "classes": TOKEN_CLASSES,
         "texts": names.texts,
@@ -222,7 +222,7 @@ def _fields(source: Any, prefix: str = "") -> Iterator[tuple[str, str | int | fl
 
 
 def _columns_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Field -> its value in each record, None where it is missing. Of many fields the commonest, as records order them."""
+    """Field -> its value in each record, None where it is missing; of many fields the commonest."""
     counts = Counter(name for record in records for name in record)
     kept = {name for name, _ in counts.most_common(FIELDS)}
     return {name: [record.get(name) for record in records] for name in counts if name in kept}

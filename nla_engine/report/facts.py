@@ -94,12 +94,12 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
     total = explained.explanations
     if count := _how_many(explained.fve < 0):
         out.append(
-            f"FVE below 0, {_part(count, total, 'explanation')}: worse than always answering with the mean vector. Such "
-            "a text can read as fluently as any other. Its token is underlined with dashes."
+            f"FVE below 0, {_part(count, total, 'explanation')}: worse than always answering with the mean vector. "
+            "Such a text can read as fluently as any other. Its token is underlined with dashes."
         )
     out += _row_warnings(store, explained)
     out += _status_warnings(explained, total)
-    if explained.metadata["variance_rows"] == 0:
+    if explained.metadata["run"]["variance"] is not None:
         out.append(
             f"Var was given: FVE is scaled by {explained.variance:.4g}, which was not measured on these activations."
         )
@@ -112,8 +112,8 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
     if count := _how_many(flags & RowFlag.EARLY):
         out.append(
-            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions below "
-            f"{EARLY_POSITIONS}, and scores there say less about them."
+            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
+            f"below {EARLY_POSITIONS}, and scores there say less about them."
         )
     if count := _how_many(flags & RowFlag.SINK):
         limit = store.sink_norm[layer]
@@ -221,8 +221,9 @@ def _named(name: Any, revision: Any) -> str | None:
 
 
 def _variance(explained: Explained) -> str:
-    rows = explained.metadata["variance_rows"]
-    return f"{explained.variance:.4f}, " + (f"measured on {rows:,} rows of the store" if rows else "given")
+    if explained.metadata["run"]["variance"] is not None:
+        return f"{explained.variance:.4f}, given"
+    return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
 
 
 def _or(value: Any, otherwise: str) -> str:

@@ -4,7 +4,7 @@ const form = $("filter");
 const tabs = [...document.querySelectorAll("[role=tab]")].map((tab) => tab.id.slice(4));
 const state = { tab: "text", row: -1, view: null, drawn: null };
 
-const wanted = () => Object.fromEntries(FIELDS.map((name) => [name, form.elements[name].value.trim()]));
+const wanted = () => Object.fromEntries(FIELDS.map((name) => [name, form.elements[name].value]));
 
 const refilter = () => {
   let view;

@@ -109,7 +109,7 @@ const showStart = (choose, notice) => {
   $("panel").replaceChildren(
     notice ? make("p", { class: "status" }, notice) : "",
     make("h2", { class: "begin" }, "Choose a token"),
-    make("p", { class: "hint" }, "Its colour says how much of the activation could be rebuilt from the explanation alone. A fluent text on an orange token is a text not to believe."),
+    make("p", { class: "hint" }, "A token\u2019s colour says how much of its activation could be rebuilt from the explanation alone. On an orange one even a fluent text is no evidence."),
     make("div", { class: "cards" }, cards),
     make("p", { class: "keys" }, make("kbd", {}, "\u2190"), make("kbd", {}, "\u2192"), " tokens ", make("kbd", {}, "\u2191"), make("kbd", {}, "\u2193"), " sequences ", make("kbd", {}, "/"), " search ", make("kbd", {}, "Esc"), " close"));
   $("panel").classList.toggle("open", Boolean(notice));

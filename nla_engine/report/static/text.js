@@ -87,7 +87,7 @@ const showScale = (view, form, choose) => {
     const bar = make("span", { class: `bar s${step}` });
     bar.style.height = `${amount ? 3 + (21 * amount) / most : 0}px`;
     const button = make("button",
-      { type: "button", "aria-pressed": pressed, "data-step": step, title: `FVE ${stepName(step)}: ${counted(amount, "row")}` },
+      { type: "button", "aria-pressed": String(pressed), "data-step": step, title: `FVE ${stepName(step)}: ${counted(amount, "row")}` },
       make("span", { class: "well" }, bar), make("span", { class: `swatch s${step}` }, step ? String(STEPS[step]) : "< 0"));
     button.addEventListener("click", () => choose(pressed ? "" : lo, pressed ? "" : hi));
     return button;
