@@ -32,6 +32,8 @@ INTERVALS = (
     "alike."
 )
 
+BARS = "Bars are 95% intervals; where none shows, it is narrower than its point."
+
 
 @dataclass(frozen=True)
 class Written:
@@ -252,7 +254,7 @@ def _measure_title(measure: str) -> str:
 def _markdown(reading: Sequence[str], tables: Sequence[Table], figures: Sequence[Figure]) -> str:
     lines = [f"# {TITLE}", "", "## Reading", "", "Written by the study from its own numbers.", ""]
     lines += [f"- {paragraph}" for paragraph in reading]
-    lines += ["", "## Figures", ""]
+    lines += ["", f"Every explanation beside its token: [{PAGE}]({PAGE}).", "", "## Figures", "", BARS, ""]
     for figure in figures:
         lines += [figure.caption, "", f"![{figure.caption}]({FIGURES}/{figure.name}.png)", ""]
     lines += ["## Tables", "", f"As CSV, with every digit, in [{TABLES}]({TABLES}).", ""]
@@ -265,7 +267,7 @@ def section_html(
     """The study as markup for the report page: reading, figures (inside the markup), tables; every text escaped."""
     parts = ["<p>Written by the study from its own numbers.</p><ul>"]
     parts += [f"<li>{html.escape(paragraph)}</li>" for paragraph in reading]
-    parts.append("</ul>")
+    parts.append(f"</ul><p>{html.escape(BARS)}</p>")
     for figure in figures:
         data = base64.b64encode((directory / f"{figure.name}.svg").read_bytes()).decode()
         caption = html.escape(figure.caption)
