@@ -26,6 +26,7 @@ demo: $(STAMP)
 	$(BIN)/nla-engine demo --out $(OUT)/demo
 
 test: $(STAMP)
+	.ci/browser
 	$(BIN)/python -m pytest -q
 
 lint: $(STAMP)

@@ -17,6 +17,7 @@ _HOME = {
     "run_roundtrip": "nla_engine.roundtrip",
     "Verbalizer": "nla_engine.verbalize",
     "Reconstructor": "nla_engine.reconstruct",
+    "write_report": "nla_engine.report",
     "NLAError": "nla_engine.errors",
 }
 __all__ = sorted(_HOME)

@@ -179,3 +179,70 @@ class RoundtripOptions(Options):
             )
         if self.resume and self.overwrite:
             raise RequestError("--resume and --overwrite exclude each other")
+
+
+@dataclass(frozen=True)
+class MultiplicationOptions(Options):
+    """`study multiplication`. See each field's help."""
+
+    out: Path = option("Directory for the stores, tables, figures and the page.")
+    model: str | None = option("Base model: a directory or a Hub id. [default: the bundled one]", None)
+    av: str | None = option("Verbalizer (AV) of its activations. [default: the bundled one]", None)
+    ar: str | None = option("Reconstructor (AR) of its activations. [default: the bundled one]", None)
+    layer: int | None = option("Layer that AV and AR were made for. [default: the bundled models' 5]", None)
+    problems: int = option("How many multiplications.", 200)
+    first: str = option("Values of the first operand.", "10-99")
+    second: str = option("Values of the second operand.", "10-99")
+    phrasings: str = option("How to ask, joined by commas.", "what,command,find,formula,much,story")
+    split: str | None = option(
+        "Operand pairs that the bundled AV and AR never saw (held_out), saw (trained), or any. "
+        "[default: held_out; any with other models]",
+        None,
+    )
+    seed: int = option("Seed of the problems, the samples, the controls and the intervals.", 0)
+    rows: str = option("Rows to explain: answer (those in and beside it), or every generated one.", "answer")
+    max_new_tokens: int = option("Longest reply, in tokens.", 128)
+    explanation_tokens: int = option("Longest explanation, in tokens.", 200)
+    ablated_problems: int = option("Problems whose explanations are read again clause by clause.", 96)
+    samples: int = option("Explanations a row for the agreement of samples; 0 leaves it out.", 4)
+    temperature: float = option("Temperature of those samples; every other explanation is greedy.", 0.7)
+    sampled_problems: int = option("Problems whose rows are sampled.", 48)
+    variance: float | None = option(
+        "Var of FVE, if not that of the store's rows (published training values).", None
+    )
+    batch_size: int | None = option(
+        "Sequences run at once, in both stages. [default: from the memory that is free]", None
+    )
+    dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
+    device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
+    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
+    resume: bool = option("Go on with a study that was interrupted.", False)
+    overwrite: bool = option("Replace a study that exists.", False)
+    trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("model", "av", "ar", "layer") if getattr(self, name) is not None]
+        if given and len(given) < 4:
+            raise RequestError(
+                "--model, --av, --ar and --layer belong together: give all four, or none for the bundled models"
+            )
+        self._need(self.layer is None or self.layer >= 0, "layer", "0 or more")
+        self._need(self.problems >= 2, "problems", "2 or more")
+        self._need(self.split in (None, "held_out", "trained", "any"), "split", "held_out, trained or any")
+        if given and self.split not in (None, "any"):
+            raise RequestError(
+                f"--split {self.split}: which pairs were held out is known of the bundled models alone; leave it out"
+            )
+        self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
+        self._need(self.rows in ("answer", "generated"), "rows", "answer or generated")
+        self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
+        self._need(self.explanation_tokens > 0, "explanation_tokens", "1 or more")
+        self._need(self.ablated_problems >= 0, "ablated_problems", "0 or more")
+        self._need(self.samples == 0 or self.samples >= 2, "samples", "2 or more, or 0")
+        self._need(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0")
+        self._need(self.sampled_problems >= 2, "sampled_problems", "2 or more")
+        self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
+        self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
+        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
+        if self.resume and self.overwrite:
+            raise RequestError("--resume and --overwrite exclude each other")

@@ -1,4 +1,4 @@
-"""The table that a round trip writes: one Parquet file, made from parts that are committed one by one.
+"""The table that a round trip (or a study) writes: one Parquet file, made from parts that are committed one by one.
 
 While a run goes on, `<out>.parts/` holds run.json (what the run is) and numbered Parquet parts, each written to a
 temporary name and renamed. The last step joins them. Knows nothing of how a score is computed.
@@ -45,18 +45,27 @@ SCHEMA = pa.schema(
 )
 #: Columns that are known at the end alone, from mse_nrm and a number that belongs to the whole run.
 _LAST = ("fve_nrm", "fve_meannorm")
-_PART_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in _LAST])
 
 
 class ResultTable:
     """The result of one run on its way. `done`: rows of the table (samples counted) that are committed."""
 
-    def __init__(self, out: Path, parts: Path, options: dict[str, Any], done: int, next_part: int) -> None:
-        self.out, self._parts, self._options = out, parts, options
+    def __init__(
+        self, out: Path, parts: Path, options: dict[str, Any], schema: pa.Schema, done: int, next_part: int
+    ) -> None:
+        self.out, self._parts, self._options, self._schema = out, parts, options, schema
         self.done, self._next_part = done, next_part
 
     @classmethod
-    def open(cls, out: Path, *, options: dict[str, Any], resume: bool, overwrite: bool) -> ResultTable:
+    def open(
+        cls,
+        out: Path,
+        *,
+        options: dict[str, Any],
+        resume: bool,
+        overwrite: bool,
+        schema: pa.Schema = SCHEMA,
+    ) -> ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
         A result that is to be overwritten stays until the new one is whole.
@@ -77,7 +86,8 @@ class ResultTable:
             elif out.exists() and not record.exists():
                 _check_same(out, read_metadata(out).get("options", {}), options)
                 shutil.rmtree(parts, ignore_errors=True)
-                return cls(out, parts, options, done=pq.read_metadata(out).num_rows, next_part=-1)
+                rows = pq.read_metadata(out).num_rows
+                return cls(out, parts, options, schema, done=rows, next_part=-1)
             out.parent.mkdir(parents=True, exist_ok=True)
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
@@ -85,15 +95,15 @@ class ResultTable:
                 parts.mkdir(exist_ok=True)
                 _replace(record, json.dumps({"options": options}, indent=1).encode())
             files = _part_files(parts)
-            return cls(out, parts, options, sum(_rows(f) for f in files), len(files))
+            return cls(out, parts, options, schema, sum(_rows(file) for file in files), len(files))
 
     @property
     def finished(self) -> bool:
         return self._next_part < 0
 
     def append(self, columns: dict[str, Any]) -> None:
-        """Commit a part: columns of SCHEMA without those of _LAST, all of one length."""
-        table = pa.table(columns, schema=_PART_SCHEMA)
+        """Commit a part: columns of the schema that do not come at the end, all of one length."""
+        table = pa.table(columns, schema=_but_last(self._schema))
         path = self._parts / f"part-{self._next_part:06d}.parquet"
         with _writing(path):
             temporary = path.with_suffix(".tmp")
@@ -113,18 +123,18 @@ class ResultTable:
     ) -> None:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
-        last: gives the columns of _LAST from mse_nrm, float64 [n] with NaN for null.
+        last: gives the columns that come at the end from mse_nrm, float64 [n] with NaN for null.
         """
         if self.finished:
             return
         temporary = self.out.with_name(self.out.name + ".tmp")
         described = json.dumps({**metadata, "options": self._options}).encode()
-        schema = SCHEMA.with_metadata({METADATA_KEY: described})
+        schema = self._schema.with_metadata({METADATA_KEY: described})
         with _writing(self.out):
             try:
                 with pq.ParquetWriter(temporary, schema) as writer:
                     for path in _part_files(self._parts):
-                        part = pq.read_table(path, schema=_PART_SCHEMA)
+                        part = pq.read_table(path, schema=_but_last(self._schema))
                         columns = dict(zip(part.column_names, part.columns, strict=True))
                         columns |= last(part["mse_nrm"].to_numpy())
                         writer.write_table(pa.table(columns, schema=schema))
@@ -153,6 +163,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     data: dict[str, Any] = json.loads(found)
     return data
+
+
+def _but_last(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in _LAST])
 
 
 def _part_files(parts: Path) -> list[Path]:

@@ -1,13 +1,18 @@
-"""What every test shares: the GPU skip, quiet threads, a seed that a failure shows."""
+"""What every test shares: the GPU skip, quiet threads, a seed that a failure shows, a run, a browser."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import LAYER, call, capture, roundtrip
+from playwright.sync_api import Browser, Page, sync_playwright
 from tiny import save_ar, save_av, save_model, write_prompts
+
+Open = Callable[..., Page]
 
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
 
@@ -45,3 +50,46 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert call(*capture(root, root / "run.zarr")).code == 0
     assert call(*roundtrip(root, root / "explained.parquet")).code == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The distribution's Chromium, without a window."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on the path (apt-get install chromium)")
+    arguments = ["--disable-dev-shm-usage"]  # a container's is too small for a large page
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=found, args=arguments, chromium_sandbox=False, timeout=60_000
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Open]:
+    """open_page(file, "#row=1", size, scheme): the page, shown. Complaints and requests fail the test at its end."""
+    complaints, contexts = [], []
+
+    def open_(path: Path, link: str = "", size: tuple[int, int] = (1280, 860), scheme: str = "light") -> Page:
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("request", lambda request: requested(request.url))
+        page.goto(f"{path.as_uri()}{link}")
+        page.wait_for_selector("[aria-selected=true]")
+        return page
+
+    def requested(url: str) -> None:
+        if not url.startswith(("file:", "data:", "about:")):
+            complaints.append(f"request: {url}")
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert not complaints

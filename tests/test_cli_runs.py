@@ -86,7 +86,7 @@ def test_help_lists_every_option(command: str, monkeypatch: pytest.MonkeyPatch) 
 def test_help_and_version_in_a_process_of_their_own() -> None:
     ran = shell("--help")
     assert ran.code == 0
-    for command in ["capture", "roundtrip", "info", "verify", "export", "demo"]:
+    for command in ["capture", "roundtrip", "report", "info", "verify", "export", "demo"]:
         assert re.search(rf"\n\W*{command} ", ran.out), command
     ran = shell("--version")
     assert ran.code == 0 and re.match(r"nla_engine \d+\.\d+\.\d+\n", ran.out)

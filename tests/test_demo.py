@@ -53,7 +53,13 @@ def test_the_demo_keeps_its_promises(demo: tuple[dict[str, Any], list[Any], Path
     assert summary["retrieval_top1"] > 0.5
     assert [sample.heading.split(":")[0] for sample in samples] == ["best", "median", "worst"]
     assert json.dumps(summary, allow_nan=False)
-    assert {path.name for path in out.iterdir()} == {"problems.jsonl", "run.zarr", "explained.parquet"}
+    assert {path.name for path in out.iterdir()} == {
+        "problems.jsonl",
+        "run.zarr",
+        "explained.parquet",
+        "report.html",
+    }
+    assert summary["report"] == str(out / "report.html")
 
 
 @dataclass

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module imports from earlier lines and from its own directory, never from its own line or a later one.
 ORDER = (
-    {"errors", "provenance", "extension"},
+    {"errors", "provenance", "extension", "claims"},
     {"codec_loops"},
     {"codec"},
     {"config", "tokens", "models", "checkpoint", "prompts"},
@@ -26,7 +26,9 @@ ORDER = (
     {"calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
     {"estimate"},
+    {"report"},
     {"demo"},
+    {"studies"},
     {"cli", "bench"},
     {"__main__"},
 )
@@ -89,7 +91,12 @@ def test_docstrings(name: str) -> None:
             assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
 
 
-SOURCES = [*MODULES, *sorted((ROOT / "csrc").iterdir()), *sorted((ROOT / "tests").glob("*.py"))]
+SOURCES = [
+    *MODULES,
+    *sorted((PACKAGE / "report" / "static").iterdir()),
+    *sorted((ROOT / "csrc").iterdir()),
+    *sorted((ROOT / "tests").glob("*.py")),
+]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -157,6 +164,7 @@ def test_what_a_repository_needs_is_there() -> None:
         "tests",
         "docs/store_format.md",
         "docs/roundtrip.md",
+        "docs/report.md",
         "docs/where.md",
         "docs/demo_models.md",
     ]:

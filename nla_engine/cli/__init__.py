@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 done; 1 the work failed; 2 the request is wrong. Holds no logic of a stage."""
 
-from nla_engine.cli import stages, stores
+from nla_engine.cli import pages, stages, stores, studies
 from nla_engine.cli.app import main
 
-__all__ = ["main", "stages", "stores"]
+__all__ = ["main", "pages", "stages", "stores", "studies"]

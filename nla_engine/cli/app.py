@@ -57,8 +57,13 @@ def _main(
     del debug, version  # the first is read when an error is told, the second has done its work
 
 
-def command(options: type[Options], *arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register `function(options, as_json)` as a command whose parameters are the fields of a dataclass."""
+def command(
+    options: type[Options], *arguments: str, within: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register `function(options, as_json)` as a command whose parameters are the fields of a dataclass.
+
+    within: the application, or a group of its commands
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(options)
@@ -79,7 +84,7 @@ def command(options: type[Options], *arguments: str) -> Callable[[Callable[..., 
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(function.__name__.removesuffix("_command"))(run)
+        within.command(function.__name__.removesuffix("_command"))(run)
         return function
 
     return register

@@ -41,9 +41,9 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the store and the table.")] = Path(
-        "nla-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory for the store, the table and the page.")
+    ] = Path("nla-demo"),
     problems: Annotated[
         int, typer.Option("--problems", help="Held-out multiplication problems.", min=2)
     ] = 64,
@@ -51,7 +51,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which problems.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the bundled models: capture, explain, reconstruct, score. A CPU is enough."""
+    """The whole job on the bundled models: capture, explain, reconstruct, score, write the page. A CPU is enough."""
     from nla_engine.demo.run import run_demo
 
     summary, samples = run_demo(

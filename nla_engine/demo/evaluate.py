@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nla_engine.claims import operands_named
 from nla_engine.demo.explanations import (
     CLOSE_TAG,
     answer_correct,
     explain,
-    operands_named,
     token_named,
     unwrap,
 )

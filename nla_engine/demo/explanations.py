@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from nla_engine.claims import answer_claims
 from nla_engine.demo.problems import RESULT_NAMES, SIGNS, Problem
 
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
@@ -88,19 +89,11 @@ def unwrap(text: str) -> str:
     return body.split(CLOSE_TAG, 1)[0].strip()
 
 
-# [0-9] and not \d, which also matches other scripts' digits. Lengths are bounded: the text is untrusted.
-_NUMBER = r"(?<![0-9])([0-9]{1,4})(?![0-9])"
-_OPERANDS = re.compile(_NUMBER + r"\s*(?:×|\*|\+|-|and|times|plus|minus|by|boxes of)\s*" + _NUMBER)
+# Lengths are bounded: the text is untrusted.
 _TOKEN = re.compile(
     r"(?:last token read is|[Jj]ust read)\s*:?\s?"
     r"(?:(\((?:start of turn|end of turn|end of text|newline)\))|\"([^\n]{1,40}?)\"(?=[;,.]|\s*$|\s*\n))"
 )
-
-
-def operands_named(text: str) -> tuple[int, int] | None:
-    """The first two operands the text names together, in its order, or None."""
-    match = _OPERANDS.search(text)
-    return (int(match[1]), int(match[2])) if match else None
 
 
 def token_named(text: str) -> str | None:
@@ -111,16 +104,7 @@ def token_named(text: str) -> str | None:
     return _TEXTS[match[1]] if match[1] else match[2]
 
 
-_INTEGER = r"(-?[0-9]{1,6})(?![0-9])"
-_OPERATION = r"[0-9]{1,4} (?:×|\*|\+|-|times) [0-9]{1,4}"
-_CLAIMS = (
-    re.compile(rf"(?:=|\bis) {_INTEGER}(?! (?:×|\*|\+|times))"),  # "37 × 46 = 1702.", "It is 1702."
-    re.compile(rf"^{_INTEGER}(?= = {_OPERATION}| is {_OPERATION}| pens)"),  # "1702 = 37 × 46."
-    re.compile(rf"^{_INTEGER}\.?$"),  # "1702"
-)
-
-
 def answer_correct(reply: str, product: int) -> bool:
     """True if the reply claims a result and every result it claims is `product`."""
-    claims = [int(number) for pattern in _CLAIMS for number in pattern.findall(reply.strip())]
-    return bool(claims) and all(claim == product for claim in claims)
+    claims = answer_claims(reply)
+    return bool(claims) and all(claim.value == product for claim in claims)

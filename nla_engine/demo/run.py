@@ -1,4 +1,4 @@
-"""`nla-engine demo`: both stages on the bundled models, then the facts that explanations get right.
+"""`nla-engine demo`: both stages on the bundled models, the facts that explanations get right, and the page.
 
 Uses the stages as any caller does. Knows nothing of how the models were trained.
 """
@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from nla_engine.capture import run_capture
+from nla_engine.claims import operands_named
 from nla_engine.config import CaptureOptions, RoundtripOptions
-from nla_engine.demo.explanations import answer_correct, operands_named, token_named
+from nla_engine.demo.explanations import answer_correct, token_named
 from nla_engine.demo.problems import held_out_problems, prompt_record
+from nla_engine.report import write_report
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
 
@@ -75,6 +77,14 @@ def run_demo(
     )
     with progress("explanations") as update:
         scored = run_roundtrip(roundtrip_options, announce=announce, progress=update)
+    announce("3  page: every explanation beside its token")
+    page = write_report(
+        CaptureStore.open(out / "run.zarr"),
+        out / "explained.parquet",
+        out / "report.html",
+        title=f"{problems} multiplications, put into words",
+        overwrite=True,
+    )
     summary = {
         "capture_rows_per_second": captured.rows_per_second,
         **{key: value for key, value in scored.to_dict().items() if key not in ("out", "layer")},
@@ -82,6 +92,7 @@ def run_demo(
         **check_facts(out / "run.zarr", out / "explained.parquet"),
         "store": captured.store,
         "explained": scored.out,
+        "report": page.out,
     }
     return summary, choose_samples(out / "explained.parquet")
 

@@ -40,12 +40,16 @@ def run_roundtrip(
     progress: Progress = lambda done, total: None,
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
 ) -> RoundtripSummary:
-    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`."""
+    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
+
+    rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
+    """
     store = CaptureStore.open(options.store)
-    segments = (
-        follow_rows(store, options.where, announce) if options.follow else iter([select_rows(store, options)])
-    )
+    if rows is None and not options.follow:
+        rows = select_rows(store, options)
+    segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
     segments, sample = _control_sample(segments, options)
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
@@ -53,7 +57,7 @@ def run_roundtrip(
     controls = Controls.of(sample, store.column("sequence")[sample], vectors, options.seed)
     table = ResultTable.open(
         options.out,
-        options=_identity(options, store, layer, pair, sample),
+        options=_identity(options, store, layer, pair, rows, sample),
         resume=options.resume,
         overwrite=options.overwrite,
     )
@@ -67,15 +71,15 @@ def run_roundtrip(
 
         with closing(pair):
             pipeline = Pipeline(options, store, layer, pair, controls, write)
-            for rows in segments:
-                first, known = known, known + len(rows)
+            for part in segments:
+                first, known = known, known + len(part)
                 there = max(table.done // options.samples - first, 0)
                 announce(
                     f"{known:,} rows of layer {layer}, {options.samples} explanations each"
                     + (f" ({table.done:,} already there)" if there else "")
                 )
-                if there < len(rows):
-                    pipeline.run(rows[there:], first + there)
+                if there < len(part):
+                    pipeline.run(part[there:], first + there)
             variance, measured = _variance(options, store, layer, pair.device)
         metadata = _metadata(options, layer, pair) | {
             "variance": variance,
@@ -118,9 +122,14 @@ def _some(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _identity(
-    options: RoundtripOptions, store: CaptureStore, layer: int, pair: Pair, sample: np.ndarray
+    options: RoundtripOptions,
+    store: CaptureStore,
+    layer: int,
+    pair: Pair,
+    rows: np.ndarray | None,
+    sample: np.ndarray,
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it goes on with."""
+    """What a resumed run must have in common with the one it goes on with. rows: None if they are not known yet."""
     given = options.to_dict()
     names = (
         "where",
@@ -135,8 +144,7 @@ def _identity(
     )
     same: dict[str, Any] = {name: given[name] for name in names}
     same |= {"layer": layer, "base": store.provenance.get("weights"), "store": store.attributes["store_id"]}
-    if not options.follow:
-        rows = select_rows(store, options)
+    if rows is not None:
         same["rows"] = len(rows)
         same["selection"] = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
     same["controls"] = hashlib.sha256(sample.tobytes()).hexdigest()[:16]

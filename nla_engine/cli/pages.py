@@ -1,0 +1,36 @@
+"""Commands that write a page to look at: report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nla_engine.cli.app import app
+from nla_engine.cli.output import Json, finish, print_json, say
+from nla_engine.cli.stores import StorePath
+
+
+@app.command()
+def report(
+    store: StorePath,
+    explained: Annotated[
+        Path, typer.Option("--explained", help="The table that roundtrip made of the store.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
+    title: Annotated[str | None, typer.Option("--title", help="Heading. [default: store and layer]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One HTML page of a store and its explanations, to read, search and hand on; it needs no network."""
+    from nla_engine.report import write_report
+    from nla_engine.store import CaptureStore
+
+    summary = write_report(CaptureStore.open(store), explained, out, title=title, overwrite=overwrite)
+    for warning in summary.warnings:
+        say(warning)
+    facts = summary.to_dict()
+    finish("report", facts | {"warnings": len(summary.warnings)}, as_json=False)
+    if as_json:
+        print_json(facts)

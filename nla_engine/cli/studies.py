@@ -1,0 +1,37 @@
+"""Commands that put a question to a model: study multiplication."""
+
+from __future__ import annotations
+
+import textwrap
+
+import typer
+from rich.markup import escape
+
+from nla_engine.cli.app import app, command
+from nla_engine.cli.output import console, finish, print_json, progress_bar, say
+from nla_engine.config import MultiplicationOptions
+
+#: In the tables and the reading for people; whole in the JSON line.
+_LONG = ("measures", "agreement", "clauses", "reading")
+
+studies = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(
+    studies, name="study", help="Put a question to a model, and answer it with numbers and controls."
+)
+
+
+@command(MultiplicationOptions, within=studies)
+def multiplication_command(options: MultiplicationOptions, as_json: bool) -> None:
+    """How a model multiplies, and what its explanations really say: the bundled models, or any others."""
+    from nla_engine.studies.multiplication import run_multiplication
+
+    summary = run_multiplication(options, announce=say, progress=progress_bar)
+    console.print()
+    for paragraph in summary.reading:
+        text = textwrap.fill(paragraph, 110, initial_indent="- ", subsequent_indent="  ")
+        console.print(escape(text), highlight=False, soft_wrap=True)
+    console.print()
+    shown = summary.to_dict()
+    finish("study", {key: value for key, value in shown.items() if key not in _LONG}, as_json=False)
+    if as_json:
+        print_json(shown)

@@ -1,0 +1,5 @@
+"""The report page: a store and the table of its round trip as one HTML file to look at and to hand on."""
+
+from nla_engine.report.page import ReportSummary, Section, write_report
+
+__all__ = ["ReportSummary", "Section", "write_report"]

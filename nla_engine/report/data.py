@@ -1,0 +1,240 @@
+"""What the page shows: the explained rows of a store, the texts they stand in and their explanations, as plain columns.
+
+Knows nothing of HTML.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nla_engine.errors import RequestError
+from nla_engine.results import SCHEMA, read_metadata
+from nla_engine.score import fve_nrm, mse_nrm
+from nla_engine.store import CaptureStore, StoredSequence
+
+#: Classes of tokens in the order in which the page lists them.
+TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "line break", "special", "other")
+#: Longest text of a field of a prompt record that goes into the page, and fields at most.
+FIELD_CHARACTERS, FIELDS = 200, 40
+#: Fields of a prompt record that the sequence itself shows.
+SHOWN_AS_TEXT = ("prompt", "messages", "text")
+
+_SPECIAL = re.compile(r"<\|.*\|>|</?[A-Za-z_]+>|\[[A-Z]+\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The table of a round trip: R explained rows, E explanations, those of a row side by side.
+
+    rows: int64 [R], ascending; start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
+    columns: arrays [E] of the table's own columns; scores are float64, NaN where there is none
+    """
+
+    metadata: dict[str, Any]
+    rows: np.ndarray
+    start: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, store: CaptureStore, path: Path) -> Explained:
+        """Raises RequestError when `path` is no result of a round trip, or one of another store."""
+        if not path.exists():
+            raise RequestError(f"{path}: no such file: give the table that roundtrip wrote")
+        metadata = read_metadata(path)
+        if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
+            raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
+        names = ["row", "best", "explanation", "status", "n_tokens", "cos", "cos_shuffled", "retrieval_rank"]
+        try:
+            table = pq.read_table(path, schema=SCHEMA, columns=names)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise RequestError(f"{path}: is damaged ({error}): run roundtrip again") from error
+        columns = {name: table.column(name).to_numpy() for name in names}
+        for name in ("cos", "cos_shuffled", "retrieval_rank"):
+            columns[name] = columns[name].astype(np.float64)
+        row = columns["row"]
+        if not len(row) or np.any(np.diff(row) < 0) or row[0] < 0 or row[-1] >= store.rows:
+            raise RequestError(
+                f"{path}: its rows are not those of {store.path} in order: run roundtrip again"
+            )
+        rows, first = np.unique(row, return_index=True)
+        return cls(metadata, rows, np.append(first, len(row)), columns)
+
+    @property
+    def explanations(self) -> int:
+        return len(self.columns["row"])
+
+    @property
+    def variance(self) -> float:
+        """Var, by which FVE is scaled."""
+        return float(self.metadata["variance"])
+
+    @property
+    def fve(self) -> np.ndarray:
+        """float64 [E]: fve_nrm of every explanation."""
+        return fve_nrm(mse_nrm(self.columns["cos"]), self.variance)
+
+    @property
+    def fve_shuffled(self) -> np.ndarray:
+        """float64 [E]: the same for the shuffled control: against the vector of another row."""
+        return fve_nrm(mse_nrm(self.columns["cos_shuffled"]), self.variance)
+
+
+def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
+    """The page's data, ready for JSON: columns of rows, explanations and sequences, and the texts of tokens."""
+    names = _Names()
+    columns = explained.columns
+    position = store.column("position")[explained.rows]
+    sequence = store.column("sequence")[explained.rows]
+    numbers, first = np.unique(sequence, return_index=True)
+    bounds = [*first.tolist(), len(sequence)]
+    tokens, following, classes, gaps, records, finish = [], [], [], [], [], []
+    for sequences, begin, end in zip(_sequences(store, numbers), bounds[:-1], bounds[1:], strict=True):
+        texts = token_pieces(sequences)
+        places = position[begin:end].tolist()
+        tokens += [names.number(texts[place]) for place in places]
+        following += [names.number(texts[place + 1]) if place + 1 < len(texts) else None for place in places]
+        classes += [TOKEN_CLASSES.index(token_class(texts[place])) for place in places]
+        gaps.append(_gaps(texts, places, sequences.prompt_size))
+        records.append(dict(_fields(sequences.source)))
+        finish.append(int(sequences.finish))
+    layer = int(explained.metadata["layer"])
+    return {
+        "variance": explained.variance if math.isfinite(explained.variance) else None,
+        "control_rows": int(explained.metadata["control_rows"]),
+        "classes": TOKEN_CLASSES,
+        "texts": names.texts,
+        "sequences": {
+            "number": numbers.tolist(),
+            "first": bounds,
+            "finish": finish,
+            "gaps": gaps,
+            "fields": _columns_of(records),
+        },
+        "rows": {
+            "row": explained.rows.tolist(),
+            "position": position.tolist(),
+            "token": tokens,
+            "next": following,
+            "class": classes,
+            "flags": store.column("flags")[explained.rows].tolist(),
+            "norm": _numbers(store.layer(layer).norm()[explained.rows], 5),
+            "first": explained.start.tolist(),
+        },
+        "explanations": {
+            "text": columns["explanation"].tolist(),
+            "status": columns["status"].tolist(),
+            "tokens": columns["n_tokens"].tolist(),
+            "best": np.flatnonzero(columns["best"]).tolist(),
+            "cos": _numbers(columns["cos"], 5),
+            "cos_shuffled": _numbers(columns["cos_shuffled"], 5),
+            "rank": _numbers(columns["retrieval_rank"], 12),
+        },
+    }
+
+
+def token_pieces(sequence: StoredSequence) -> list[str]:
+    """The text of each token in its place: together they are the sequence's text.
+
+    A character that spans several tokens stands with the last of them; the others are empty.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    raw = [sequence.vocabulary.raw(int(token)) for token in sequence.tokens]
+    return [decoder.decode(part, final=i == len(raw) - 1) for i, part in enumerate(raw)]
+
+
+def token_class(text: str) -> str:
+    """One of TOKEN_CLASSES. A word starts with a space or a capital, a part of one with neither."""
+    bare = text.strip()
+    if not bare:
+        return "line break" if "\n" in text else "space" if text else "other"
+    if bare.isdecimal():
+        return "digits"
+    if _SPECIAL.fullmatch(bare):
+        return "special"
+    if all(c.isalpha() or c in "'’-" for c in bare) and any(map(str.isalpha, bare)):
+        return "word" if text[0].isspace() or bare[0].isupper() else "part of a word"
+    if not any(map(str.isalnum, bare)) and "\ufffd" not in bare:
+        return "punctuation"
+    return "other"
+
+
+class _Names:
+    """Numbers the texts of tokens as they come up: each is sent once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, text: str) -> int:
+        return self._numbers.setdefault(text, len(self._numbers))
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self._numbers)
+
+
+def _sequences(store: CaptureStore, numbers: np.ndarray) -> Iterator[StoredSequence]:
+    """The sequences of these ascending numbers, read block by block where they are neighbours."""
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+        yield from store.iter_sequences(int(run[0]), int(run[-1]) + 1)
+
+
+def _gaps(texts: Sequence[str], places: Sequence[int], prompt_size: int) -> list[list[Any]]:
+    """The text between explained tokens: [before which of them, text, tokens, 1 if generated].
+
+    A gap ends where the prompt does, so each is of one kind.
+    """
+    gaps: list[list[Any]] = []
+    start = 0
+    for index, place in enumerate([*places, len(texts)]):
+        cuts = [start, *([prompt_size] if start < prompt_size < place else []), place]
+        gaps += [
+            [index, "".join(texts[a:b]), b - a, int(a >= prompt_size)] for a, b in pairwise(cuts) if a < b
+        ]
+        start = place + 1
+    return gaps
+
+
+def _fields(source: Any, prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+    """The scalar fields of a prompt record, nested ones as `outer.inner`, as in `--where record.outer.inner`."""
+    if not isinstance(source, dict):
+        return
+    for key, value in source.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            if prefix or key not in SHOWN_AS_TEXT:
+                short = len(value) <= FIELD_CHARACTERS
+                yield prefix + key, value if short else value[:FIELD_CHARACTERS] + "…"
+        elif isinstance(value, bool | int | float):
+            yield prefix + key, value if math.isfinite(value) else str(value)
+
+
+def _columns_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Field -> its value in each record, None where it is missing; of many fields the commonest."""
+    counts = Counter(name for record in records for name in record)
+    kept = {name for name, _ in counts.most_common(FIELDS)}
+    return {name: [record.get(name) for record in records] for name in counts if name in kept}
+
+
+def _numbers(values: np.ndarray, digits: int) -> list[float | int | None]:
+    """For JSON: so many significant digits, None for what is not finite."""
+    return [
+        None
+        if not np.isfinite(value)
+        else int(value)
+        if value == int(value)
+        else float(f"{value:.{digits}g}")
+        for value in values.tolist()
+    ]

@@ -1,0 +1,264 @@
+"""What a run amounts to, in plain words: its figures beside their controls, its warnings, and where it comes from.
+
+Knows nothing of HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from nla_engine.report.data import Explained
+from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store.format import EARLY_POSITIONS
+
+#: The mean FVE should stand at least so far above that of the shuffled control.
+CLEAR_OF_CONTROL = 0.2
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the run, as text. label: its name; says: what it means; control: what means nothing."""
+
+    label: str
+    value: str
+    says: str
+    control: str = ""
+
+
+def figures(explained: Explained) -> list[Figure]:
+    """The four figures that stand first: FVE, cos, retrieval, explanations closed by their tag."""
+    columns = explained.columns
+    rank = columns["retrieval_rank"][np.isfinite(columns["retrieval_rank"])]
+    among = int(explained.metadata["control_rows"])
+    closed = _how_many(columns["status"] == "ok")
+    return [
+        Figure(
+            "FVE",
+            _score(explained.fve, 2),
+            "of the vectors\u2019 variance came back through the words",
+            f"{_score(explained.fve_shuffled, 2)} against another row\u2019s vector",
+        ),
+        Figure(
+            "cos",
+            _score(columns["cos"]),
+            "between a vector and its reconstruction",
+            f"{_score(columns['cos_shuffled'])} against another row\u2019s vector",
+        ),
+        Figure(
+            "retrieval",
+            _percent(_how_many(rank == 1), len(rank)),
+            "of reconstructions lie nearest to their own row",
+            f"{_percent(1, among)} by chance, among {among:,} rows",
+        ),
+        Figure(
+            "closed",
+            _percent(closed, explained.explanations),
+            f"of {explained.explanations:,} explanations were brought to an end, with their tag",
+        ),
+    ]
+
+
+def lead(store: CaptureStore, explained: Explained) -> str:
+    """One or two sentences: what was explained by whom."""
+    metadata, samples = explained.metadata, int(explained.metadata["run"]["samples"])
+    sequences = len(np.unique(store.column("sequence")[explained.rows]))
+    times = "" if samples == 1 else f", {samples} times each"
+    return (
+        f"{_count(len(explained.rows), 'activation')} of layer {metadata['layer']} of "
+        f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
+        f"The AV {short_name(metadata['av'])} put each into words{times}; the AR {short_name(metadata['ar'])} read "
+        "the words alone and rebuilt the activation."
+    )
+
+
+def warnings(store: CaptureStore, explained: Explained) -> list[str]:
+    """What to keep in mind while reading, as `name, how many: what it means`; the gravest first."""
+    out = []
+    if not store.complete:
+        out.append(
+            "Unfinished capture: it had not ended when this page was made, and the store may hold but a part."
+        )
+    fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
+    if math.isfinite(fve) and math.isfinite(control) and fve < control + CLEAR_OF_CONTROL:
+        out.append(
+            f"Close to the control: mean FVE is {fve:.2f}, and {control:.2f} against the vector of another row. These "
+            "explanations say little about the very row that they were written for."
+        )
+    total = explained.explanations
+    if count := _how_many(explained.fve < 0):
+        out.append(
+            f"FVE below 0, {_part(count, total, 'explanation')}: worse than always answering with the mean vector. "
+            "Such a text can read as fluently as any other. Its token is underlined with dashes."
+        )
+    out += _row_warnings(store, explained)
+    out += _status_warnings(explained, total)
+    if explained.metadata["run"]["variance"] is not None:
+        out.append(
+            f"Var was given: FVE is scaled by {explained.variance:.4g}, which was not measured on these activations."
+        )
+    return out
+
+
+def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
+    out = []
+    flags = store.column("flags")[explained.rows]
+    rows, layer = len(explained.rows), int(explained.metadata["layer"])
+    if count := _how_many(flags & RowFlag.EARLY):
+        out.append(
+            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
+            f"below {EARLY_POSITIONS}, and scores there say less about them."
+        )
+    if count := _how_many(flags & RowFlag.SINK):
+        limit = store.sink_norm[layer]
+        out.append(
+            f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
+            f"{layer}, or its like in another). Released pairs were not trained on them: take means without them."
+        )
+    if count := _how_many(flags & RowFlag.NONFINITE):
+        out.append(
+            f"NaN or Inf, {_part(count, rows, 'row')}: in some layer the model itself went wrong there."
+        )
+    return out
+
+
+def _status_warnings(explained: Explained, total: int) -> list[str]:
+    status = Counter(explained.columns["status"].tolist())
+    out = []
+    if count := status["unclosed"]:
+        limit = explained.metadata["run"]["max_new_tokens"]
+        out.append(
+            f"Cut off, {_part(count, total, 'explanation')}: not finished within the limit of {limit:,} tokens."
+        )
+    if count := status["untagged"]:
+        out.append(
+            f"No opening tag, {_part(count, total, 'explanation')}: the AV did not keep to its form, and all that it "
+            "wrote is shown."
+        )
+    if count := status["zero_vector"] + status["nonfinite_vector"]:
+        out.append(
+            f"Nothing to explain, {_part(count, total, 'explanation')}: a vector that is zero or not finite has no "
+            "direction, so there is no text and no score."
+        )
+    return out
+
+
+def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (name, value) pairs: where the activations, the words and the scores come from."""
+    captured, run = store.provenance, explained.metadata["run"]
+    asked: Mapping[str, Any] = captured.get("options", {})
+    error = store.codec_error.get(int(explained.metadata["layer"]))
+    codec = store.codec.name
+    if error:
+        codec += f"; mean relative error {error['mean']:.2g}, worst {error['worst']:.2g}, on {error['rows']:,} rows"
+    groups = {
+        "Activations": [
+            ("model", _named(captured.get("model"), captured.get("revision"))),
+            ("architecture", captured.get("architecture")),
+            ("weights, tokenizer", f"{captured.get('weights', '-')}, {captured.get('tokenizer', '-')}"),
+            ("layer", f"{explained.metadata['layer']}: the output of that block, counted from 0"),
+            ("width", f"{store.d_model:,}"),
+            ("prompts", short_name(asked.get("prompts"))),
+            ("positions", asked.get("positions")),
+            ("sampling", captured.get("sampling")),
+            ("store", f"{store.rows:,} rows, {store.sequences:,} sequences"),
+            ("kept as", codec),
+            ("computed in", f"{captured.get('dtype', '-')} on {captured.get('device', '-')}"),
+            ("captured", captured.get("started")),
+        ],
+        "Words": [
+            ("AV (vector to words)", short_name(explained.metadata["av"])),
+            ("AR (words to vector)", short_name(explained.metadata["ar"])),
+            ("injection norm", _or(explained.metadata["injection_scale"], "as it is")),
+            ("rows explained", f"{len(explained.rows):,} of {store.rows:,}"),
+            (
+                "selected by",
+                _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
+            ),
+            ("explanations a row", str(run["samples"])),
+            (
+                "sampling",
+                f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
+            ),
+            ("longest explanation", f"{run['max_new_tokens']:,} tokens"),
+            ("explained", explained.metadata["started"]),
+        ],
+        "Scores": [
+            ("FVE", "1 - 2 (1 - cos) / Var"),
+            ("Var", _variance(explained)),
+            (
+                "shuffled control",
+                "the same reconstruction against the vector of another row, of another sequence if it can",
+            ),
+            (
+                "retrieval rank",
+                f"place of the own row by cos, among {explained.metadata['control_rows']:,} rows",
+            ),
+        ],
+        "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]
+        + [("python", explained.metadata["python"])],
+    }
+    return {
+        heading: [(name, str(value)) for name, value in pairs if value is not None]
+        for heading, pairs in groups.items()
+    }
+
+
+def short_name(name: Any) -> str:
+    """A model or file as it can be shown to others: of a local path only the last two parts."""
+    path = PurePath(str(name))
+    return "/".join(path.parts[-2:]) if path.is_absolute() else str(name)
+
+
+def _named(name: Any, revision: Any) -> str | None:
+    return None if name is None else short_name(name) + (f" at {revision}" if revision else "")
+
+
+def _variance(explained: Explained) -> str:
+    if explained.metadata["run"]["variance"] is not None:
+        return f"{explained.variance:.4f}, given"
+    return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
+
+
+def _or(value: Any, otherwise: str) -> str:
+    return otherwise if value is None else str(value)
+
+
+def _how_many(mask: np.ndarray) -> int:
+    return int(np.count_nonzero(mask))
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _score(values: np.ndarray, digits: int = 3) -> str:
+    mean = _mean(values)
+    return f"{mean:.{digits}f}".replace("-", "\u2212") if math.isfinite(mean) else "-"
+
+
+def _percent(part: int, whole: int) -> str:
+    if not whole:
+        return "-"
+    share = 100 * part / whole
+    if part in (0, whole):
+        return f"{share:.0f}%"
+    return "under 0.1%" if share < 0.1 else "over 99.9%" if share > 99.9 else f"{share:.1f}%"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _part(count: int, total: int, noun: str) -> str:
+    """`12 of 340 rows (3.5%)`, or `All 340 rows`."""
+    if count == total:
+        return f"all {_count(total, noun)}" if total > 1 else f"the only {noun}"
+    return f"{count:,} of {_count(total, noun)} ({_percent(count, total)})"

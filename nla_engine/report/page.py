@@ -1,0 +1,177 @@
+"""One HTML file out of a template, style, script and data: nothing in it needs a network.
+
+Everything that a model or a user wrote is untrusted. What Python puts into the markup is escaped; the rest travels as
+base64 of compressed JSON, which holds no character that HTML knows, and the script sets it as text, never as markup.
+A content security policy lets the page run its own script and nothing else, and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nla_engine.errors import RequestError
+from nla_engine.report.data import Explained, page_data
+from nla_engine.report.facts import facts, figures, lead, warnings
+from nla_engine.store import CaptureStore
+from nla_engine.store.shards import write_file_atomically
+
+#: Parts of the page in the order in which they are joined.
+STYLES = ("page.css", "text.css", "charts.css")
+SCRIPTS = ("data.js", "marks.js", "filter.js", "text.js", "panel.js", "charts.js", "main.js")
+#: Areas of the page itself: no section may take their names.
+AREAS = ("text", "distributions", "run")
+_SECTION_ID = re.compile(r"[a-z][a-z0-9-]*")
+
+
+@dataclass(frozen=True)
+class Section:
+    """An area of its own on the page.
+
+    id: lower-case letters, digits and hyphens; the end of its link (`#tab=ID`)
+    title: plain text, on the tab
+    html: trusted markup, escaped by its maker: tables, inline SVG, images as data URIs. Scripts in it do not run.
+    """
+
+    id: str
+    title: str
+    html: str
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What was written; its keys are those of `--json`."""
+
+    out: str
+    bytes: int
+    sequences: int
+    rows: int
+    explanations: int
+    sections: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def write_report(
+    store: CaptureStore,
+    explained: Path,
+    out: Path,
+    *,
+    title: str | None = None,
+    sections: Sequence[Section] = (),
+    overwrite: bool = False,
+) -> ReportSummary:
+    """Write the page of a store and the table that `roundtrip` made of it.
+
+    title: None for one that names the store; sections: further areas, after the distributions
+    Raises RequestError (`out` exists, the two do not belong together, a section's id is unfit or taken), StoreError,
+    WriteError; `out` is whole or as it was.
+    """
+    if out.is_dir() or (out.exists() and not overwrite):
+        mend = (
+            "is a directory: choose another name"
+            if out.is_dir()
+            else "exists: pass --overwrite to replace it"
+        )
+        raise RequestError(f"{out}: {mend}")
+    if out.resolve().is_relative_to(store.path.resolve()):
+        raise RequestError(f"{out}: lies inside the store: choose a place outside")
+    taken = list(AREAS)
+    for section in sections:
+        if not _SECTION_ID.fullmatch(section.id) or section.id in taken:
+            raise RequestError(
+                f"section id {section.id!r} is taken or unfit: use lower-case letters, digits and hyphens, each id once"
+            )
+        taken.append(section.id)
+    table = Explained.read(store, explained)
+    data = page_data(store, table)
+    caveats = warnings(store, table)
+    title = title or f"{store.path.name}: layer {table.metadata['layer']} in words"
+    page = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
+    write_file_atomically(out, page)
+    return ReportSummary(
+        out=str(out),
+        bytes=len(page),
+        sequences=len(data["sequences"]["number"]),
+        rows=len(table.rows),
+        explanations=table.explanations,
+        sections=tuple(section.id for section in sections),
+        warnings=tuple(caveats),
+    )
+
+
+def _assemble(
+    store: CaptureStore,
+    table: Explained,
+    data: Mapping[str, Any],
+    title: str,
+    caveats: Sequence[str],
+    sections: Sequence[Section],
+) -> str:
+    script = _joined(SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "title": escape(title),
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'",
+        "style": _joined(STYLES),
+        "lead": escape(lead(store, table)),
+        "figures": "".join(
+            f"<div><dt>{escape(f.label)}</dt><dd><b>{escape(f.value)}</b> <span>{escape(f.says)}</span>"
+            + (f" <small>{escape(f.control)}</small>" if f.control else "")
+            + "</dd></div>"
+            for f in figures(table)
+        ),
+        "caveats": _caveats(caveats),
+        "tabs": "".join(
+            f'<button role="tab" id="tab-{s.id}" aria-controls="area-{s.id}">{escape(s.title)}</button>'
+            for s in sections
+        ),
+        "sections": "".join(
+            f'<section role="tabpanel" class="area prose" id="area-{s.id}" aria-labelledby="tab-{s.id}" hidden>'
+            f"{s.html}</section>"
+            for s in sections
+        ),
+        "facts": "".join(
+            f"<section><h3>{escape(heading)}</h3><dl>"
+            + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)
+            + "</dl></section>"
+            for heading, pairs in facts(store, table).items()
+        ),
+        "data": packed(data),
+        "script": script,
+    }
+    # One pass: what has been put in is not searched again.
+    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], _joined(["page.html"]))
+
+
+def packed(data: Mapping[str, Any]) -> str:
+    """Base64 of gzip of JSON; the same data gives the same text."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    return base64.b64encode(gzip.compress(text, mtime=0)).decode()
+
+
+def _caveats(texts: Sequence[str]) -> str:
+    """Warnings `name, how many: what it means`: the first part is seen at once, all of it after a click."""
+    if not texts:
+        return ""
+    parts = [text.partition(":") for text in texts]
+    names = "; ".join(f"<b>{escape(name)}</b>" for name, _, _ in parts)
+    items = "".join(f"<li><b>{escape(name)}:</b>{escape(rest)}</li>" for name, _, rest in parts)
+    return f'<details class="caveats"><summary>Read with care. {names}</summary><ul>{items}</ul></details>'
+
+
+def _joined(names: Sequence[str]) -> str:
+    static = files("nla_engine.report") / "static"
+    return "\n".join((static / name).read_text("utf-8") for name in names)

@@ -1,0 +1,176 @@
+"""Means with 95% intervals, honest about rows that belong together.
+
+A problem gives several rows, and a pair of operands may come in several problems: whole clusters (pairs) are drawn, not
+rows.
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+#: A bootstrap over fewer clusters gives no interval.
+FEWEST_CLUSTERS = 5
+#: z of a two-sided 95% interval.
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over rows of several clusters and its 95% interval; all NaN without rows."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+    clusters: int
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.value)
+
+    def above(self, limit: float) -> bool:
+        """The whole interval lies above."""
+        return self.known and self.low > limit
+
+    def below(self, limit: float) -> bool:
+        """The whole interval lies below."""
+        return self.known and self.high < limit
+
+    def numbers(self) -> list[float | None]:
+        """[value, low, high], rounded; None for what is unknown: fit for JSON."""
+        triple = (self.value, self.low, self.high)
+        return [round(number, 6) if math.isfinite(number) else None for number in triple]
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0, 0)
+
+
+def constant(value: float, rows: int) -> Estimate:
+    """A number that is known exactly, such as the chance level of a rank."""
+    return Estimate(value, value, value, rows, rows)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion (E. B. Wilson, 1927); (NaN, NaN) for n = 0:
+
+    (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),  p = successes / n
+    """
+    if n == 0:
+        return math.nan, math.nan
+    p, z2 = successes / n, Z95 * Z95
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return (0.0 if successes == 0 else middle - half), (1.0 if successes == n else middle + half)
+
+
+def proportion(flags: np.ndarray) -> Estimate:
+    """Share of true among independent bool [n], with Wilson's interval."""
+    n, successes = len(flags), int(np.count_nonzero(flags))
+    return Estimate(successes / n, *wilson(successes, n), n, n) if n else UNKNOWN
+
+
+class Bootstrap:
+    """The cluster bootstrap (percentile method): draws clusters with replacement, seeded."""
+
+    def __init__(self, seed: int, resamples: int = RESAMPLES) -> None:
+        self.seed, self.resamples = seed, resamples
+        self._last = np.zeros((0, 0))
+
+    def mean(self, values: np.ndarray, clusters: np.ndarray, *, binary: bool = False) -> Estimate:
+        """Mean of values [n] (NaN: not measured, left out) whose clusters are [n].
+
+        binary: values are 0 or 1. Where all of them are alike, resampling cannot show doubt: Wilson's interval over the
+        number of clusters stands there instead. NaN bounds for fewer than FEWEST_CLUSTERS.
+        """
+        values, clusters = _measured(values, clusters)
+        if not len(values):
+            return UNKNOWN
+        sums, counts = _per_cluster(values, clusters)
+        mean = float(values.mean())
+        if binary and mean in (0.0, 1.0):
+            return Estimate(mean, *wilson(round(mean) * len(sums), len(sums)), len(values), len(sums))
+        if len(sums) < FEWEST_CLUSTERS:
+            return Estimate(mean, math.nan, math.nan, len(values), len(sums))
+        weights = self._weights(len(sums))
+        low, high = np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])
+        return Estimate(mean, float(low), float(high), len(values), len(sums))
+
+    def margin(
+        self, values: np.ndarray, control: np.ndarray, clusters: np.ndarray, *, binary: bool = False
+    ) -> Estimate:
+        """Mean of values less control, row by row.
+
+        binary: where all values are alike, the interval runs from the lower end of `mean(values)` less the upper end of
+        the control's to the other two: wider than needed rather than too narrow.
+        """
+        out = self.mean(values - control, clusters)
+        own, other = self.mean(values, clusters, binary=binary), self.mean(control, clusters)
+        if binary and own.value in (0.0, 1.0):
+            return Estimate(out.value, own.low - other.high, own.high - other.low, out.rows, out.clusters)
+        return out
+
+    def difference(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
+        """Mean of values where bool `group` [n] holds, less the mean where it does not. Clusters may lie in both."""
+        keep = np.isfinite(values)
+        values, group = np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep]
+        _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+        if not group.any() or group.all():
+            return UNKNOWN
+        size = index.max() + 1
+        sums = [np.bincount(index[g], values[g], size) for g in (group, ~group)]
+        counts = [np.bincount(index[g], minlength=size).astype(float) for g in (group, ~group)]
+        weights = self._weights(size)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = (weights @ sums[0]) / (weights @ counts[0]) - (weights @ sums[1]) / (weights @ counts[1])
+        drawn = drawn[np.isfinite(drawn)]  # a resample without one of the groups says nothing
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        value = float(values[group].mean() - values[~group].mean())
+        return Estimate(value, float(low), float(high), len(values), int(size))
+
+    def separation(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
+        """How often a value of the group lies above one outside (ties count half): the area under the ROC curve."""
+        keep = np.isfinite(values)
+        values, group = np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep]
+        _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+        if not group.any() or group.all():
+            return UNKNOWN
+        size = int(index.max() + 1)
+        order = np.argsort(values, kind="stable")
+        _, level = np.unique(values[order], return_inverse=True)
+        starts = np.flatnonzero(np.diff(level, prepend=-1))
+        inside, index = group[order], index[order]
+        drawn = []
+        for weights in (np.ones(size), *self._weights(size)):
+            w = weights[index]
+            low = np.add.reduceat(np.where(inside, 0.0, w), starts)
+            high = np.add.reduceat(np.where(inside, w, 0.0), starts)
+            below = np.cumsum(low) - low / 2
+            pairs = low.sum() * high.sum()
+            if pairs:
+                drawn.append(float(high @ below / pairs))
+        bounds = np.percentile(drawn[1:], [2.5, 97.5])
+        return Estimate(drawn[0], float(bounds[0]), float(bounds[1]), len(values), size)
+
+    def _weights(self, clusters: int) -> np.ndarray:
+        """float64 [resamples, clusters]: how often each cluster is drawn."""
+        if self._last.shape[1] != clusters:  # the next question is most often about as many
+            rng = np.random.default_rng(self.seed)
+            shares = np.full(clusters, 1 / clusters)
+            self._last = rng.multinomial(clusters, shares, self.resamples).astype(np.float64)
+        return self._last
+
+
+def _measured(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values = np.asarray(values, np.float64)
+    keep = np.isfinite(values)
+    return values[keep], np.asarray(clusters)[keep]
+
+
+def _per_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    _, index = np.unique(clusters, return_inverse=True)
+    return np.bincount(index, values), np.bincount(index).astype(np.float64)

@@ -1,0 +1,116 @@
+"""Everything that the multiplication study found, made from its files. Knows no models, and not how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from nla_engine.results import read_metadata
+from nla_engine.studies.agreement import Agreement, agreement
+from nla_engine.studies.analysis import (
+    Contrast,
+    Finding,
+    Origin,
+    accuracy,
+    correctness,
+    detection,
+    findings,
+    load_rows,
+    origins,
+    tokenisation,
+)
+from nla_engine.studies.answers import Reply
+from nla_engine.studies.clauses import Clause, clause_losses
+from nla_engine.studies.intervals import Bootstrap, Estimate
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was studied. models: base, AV and AR as they were named. bundled: they are the package's own."""
+
+    models: tuple[str, str, str]
+    bundled: bool
+    layer: int
+    first: str
+    second: str
+    split: str
+    seed: int
+    samples: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out. Lists are empty where the rows do not allow an answer; `agreement` also if it was left out."""
+
+    setup: Setup
+    problems: int
+    pairs: int
+    right: int
+    unanswered: int
+    rows: int
+    early_rows: int
+    status_ok: float
+    variance: float
+    variance_rows: int
+    control_rows: int
+    accuracy: list[tuple[str, str, Estimate]]
+    tokenisation: list[tuple[int, str, int, Estimate, Estimate]]
+    findings: list[Finding]
+    correctness: list[Contrast]
+    detection: list[tuple[Contrast, Estimate]]
+    origins: list[Origin]
+    agreement: list[Agreement]
+    by_number: list[Clause]
+    by_kind: list[Clause]
+
+    def finding(self, place: str, measure: str) -> Finding | None:
+        """One finding, or None where it was not measured."""
+        found = (f for f in self.findings if (f.place, f.measure) == (place, measure))
+        return next(found, None)
+
+    @property
+    def places(self) -> list[str]:
+        return list(dict.fromkeys(finding.place for finding in self.findings))
+
+    @property
+    def wrong(self) -> int:
+        """Problems answered wrongly or not at all."""
+        return self.problems - self.right
+
+
+def measure(
+    setup: Setup, replies: list[Reply], explained: Path, reread: Path, samples: Path | None
+) -> Outcome:
+    """The outcome of a finished study. samples: the table of sampled explanations, if there is one."""
+    bootstrap = Bootstrap(setup.seed)
+    rows = load_rows(replies, explained, reread)
+    metadata = read_metadata(explained)
+    facts = pq.read_table(explained, columns=["early", "status"]).to_pydict()
+    clusters = dict(zip(rows.row.tolist(), rows.cluster.tolist(), strict=True))
+    by_number, by_kind = clause_losses(reread, clusters, bootstrap)
+    return Outcome(
+        setup=setup,
+        problems=len(replies),
+        pairs=len({reply.record["pair"] for reply in replies}),
+        right=sum(reply.correct for reply in replies),
+        unanswered=sum(reply.answer is None for reply in replies),
+        rows=len(facts["status"]),
+        early_rows=int(np.sum(facts["early"])),
+        status_ok=facts["status"].count("ok") / len(facts["status"]),
+        variance=float(metadata["variance"]),
+        variance_rows=int(metadata["variance_rows"]),
+        control_rows=int(metadata["control_rows"]),
+        accuracy=accuracy(replies),
+        tokenisation=tokenisation(replies),
+        findings=findings(rows, int(metadata["control_rows"]), bootstrap),
+        correctness=correctness(rows, bootstrap),
+        detection=detection(rows, bootstrap),
+        origins=origins(rows, bootstrap),
+        agreement=[] if samples is None else agreement(replies, samples, bootstrap),
+        by_number=by_number,
+        by_kind=by_kind,
+    )

@@ -1,0 +1,218 @@
+"""Reads texts again with the AR: whole explanations, another problem's, and explanations with one clause changed.
+
+What a clause carries is what is lost without it. Removing also changes the text's form, so each clause is also replaced
+by the same clause of another problem's explanation (form kept, facts wrong), and read alone. Knows nothing of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from nla_engine import score
+from nla_engine.provenance import describe_run
+from nla_engine.reconstruct import Reconstructor
+from nla_engine.results import ResultTable
+from nla_engine.roundtrip import CONTROL_ROWS
+from nla_engine.roundtrip.pipeline import nullable
+from nla_engine.score import Controls
+from nla_engine.store import CaptureStore
+
+CHUNK = 512
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("place", pa.string()),
+        pa.field("variant", pa.string()),
+        pa.field("unit", pa.int32()),
+        pa.field("units", pa.int32()),
+        pa.field("partner", pa.int64()),
+        pa.field("clause", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("cos", pa.float64()),
+        pa.field("mse_nrm", pa.float64()),
+        pa.field("fve_nrm", pa.float64()),
+        pa.field("rank_in_place", pa.int32()),
+    ]
+)
+_SENTENCE = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[\"“‘'A-Z0-9])")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A row of interest with its explanation. cluster: the operand pair."""
+
+    row: int
+    sequence: int
+    place: str
+    cluster: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text to read again, and the row whose vector it is held against.
+
+    variant: "whole"; "another" (the whole text of `partner`); "removed", "swapped" or "alone" (clause `unit` of
+    `units`, counted from 0). partner: the row that a foreign text came from, or None. clause: the row's own clause.
+    """
+
+    row: int
+    place: str
+    variant: str
+    text: str
+    unit: int | None = None
+    units: int | None = None
+    partner: int | None = None
+    clause: str | None = None
+
+
+def clauses(text: str) -> list[str]:
+    """The paragraphs of a text (lines that are not empty); its sentences if it is one paragraph."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) != 1:
+        return lines
+    ends = [match.end() for match in _SENTENCE.finditer(lines[0])]
+    starts = [0, *ends]
+    return [lines[0][a:b].strip() for a, b in zip(starts, [*ends, len(lines[0])], strict=True)]
+
+
+def join(text: str, parts: Sequence[str]) -> str:
+    """Clauses put together again as `text` had them: by its own line break, or a space between sentences."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) == 1:
+        return " ".join(parts)
+    return ("\n\n" if "\n\n" in text else "\n").join(parts)
+
+
+def choose_partners(explained: Sequence[Explained], seed: int) -> dict[int, Explained]:
+    """For each row, one of the same place and another operand pair: the next such in a seeded order."""
+    out: dict[int, Explained] = {}
+    for place in sorted({entry.place for entry in explained}):
+        group = [entry for entry in explained if entry.place == place]
+        order = np.random.default_rng(seed).permutation(len(group))
+        ring = [group[index] for index in order]
+        for index, entry in enumerate(ring):
+            others = (ring[(index + step) % len(ring)] for step in range(1, len(ring)))
+            if partner := next((other for other in others if other.cluster != entry.cluster), None):
+                out[entry.row] = partner
+    return out
+
+
+def plan(explained: Sequence[Explained], ablate: Callable[[Explained], bool], seed: int) -> list[Reading]:
+    """Every text to read, in the order of the rows. ablate: the rows whose clauses are changed one by one."""
+    partners = choose_partners(explained, seed)
+    out: list[Reading] = []
+    for entry in explained:
+        partner = partners.get(entry.row)
+        out.append(Reading(entry.row, entry.place, "whole", entry.text))
+        if partner:
+            out.append(Reading(entry.row, entry.place, "another", partner.text, partner=partner.row))
+        parts = clauses(entry.text)
+        if len(parts) < 2 or not ablate(entry):
+            continue
+        foreign = clauses(partner.text) if partner else []
+        for unit, clause in enumerate(parts):
+            changed = {
+                "removed": join(entry.text, parts[:unit] + parts[unit + 1 :]),
+                "alone": clause,
+            }
+            if unit < len(foreign):
+                changed["swapped"] = join(entry.text, [*parts[:unit], foreign[unit], *parts[unit + 1 :]])
+            for variant, text in changed.items():
+                source = partner.row if partner and variant == "swapped" else None
+                out.append(Reading(entry.row, entry.place, variant, text, unit, len(parts), source, clause))
+    return out
+
+
+def run_reread(
+    store: CaptureStore,
+    layer: int,
+    readings: Sequence[Reading],
+    reconstructor: Reconstructor,
+    out: Path,
+    *,
+    variance: float,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Read every text with the AR and score it against its row's vector, into the Parquet file `out`. Resumable.
+
+    variance: Var of fve_nrm. rank_in_place of a whole text: 1 + the rows of the same place, of at most CONTROL_ROWS,
+    that lie closer to its reconstruction than its own vector.
+    """
+    digest = hashlib.sha256()
+    for reading in readings:
+        digest.update(repr((reading.row, reading.variant, reading.unit, reading.text)).encode())
+    table = ResultTable.open(
+        out,
+        options={
+            "store": store.attributes["store_id"],
+            "readings": digest.hexdigest()[:16],
+            "ar": reconstructor.fingerprint(),
+            "variance": variance,
+            "seed": seed,
+        },
+        resume=resume,
+        overwrite=overwrite,
+        schema=SCHEMA,
+    )
+    if table.finished:
+        return
+    vectors, device = store.layer(layer), reconstructor.lm.device
+    sequence = store.column("sequence")
+    controls: dict[str, Controls] = {}
+    for place in {reading.place for reading in readings}:
+        rows = np.unique([reading.row for reading in readings if reading.place == place])
+        if len(rows) > CONTROL_ROWS:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, CONTROL_ROWS, replace=False))
+        controls[place] = Controls.of(rows, sequence[rows], vectors.torch(rows, device), seed)
+    with closing(reconstructor):
+        for chunk in _chunks(readings[table.done :]):
+            rows = np.array([reading.row for reading in chunk])
+            r = reconstructor.reconstruct([reading.text for reading in chunk])
+            cos = score.cosine(vectors.torch(rows, device), r)
+            table.append(_columns(chunk, cos, _ranks(chunk, rows, cos, r, controls)))
+            progress(table.done, len(readings))
+    metadata = {**describe_run(), "layer": layer, "variance": variance}
+    table.finish(metadata, lambda mse: {"fve_nrm": nullable(score.fve_nrm(mse, variance))})
+
+
+def _chunks(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+    remaining = iter(readings)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
+
+
+def _ranks(
+    chunk: list[Reading], rows: np.ndarray, cos: np.ndarray, r: torch.Tensor, controls: dict[str, Controls]
+) -> np.ndarray:
+    """float64 [n]: ranks of the whole texts among the rows of their place; NaN elsewhere."""
+    out = np.full(len(chunk), np.nan)
+    for place, group in controls.items():
+        mine = np.array([reading.place == place and reading.variant == "whole" for reading in chunk])
+        if mine.any():
+            out[mine] = group.rank(rows[mine], cos[mine], r[mine])
+    return out
+
+
+def _columns(chunk: list[Reading], cos: np.ndarray, rank: np.ndarray) -> dict[str, Any]:
+    named = ("row", "place", "variant", "unit", "units", "partner", "clause", "text")
+    return {
+        **{name: [getattr(reading, name) for reading in chunk] for name in named},
+        "cos": nullable(cos),
+        "mse_nrm": nullable(score.mse_nrm(cos)),
+        "rank_in_place": [None if np.isnan(value) else int(value) for value in rank],
+    }

@@ -1,0 +1,101 @@
+"""How the report page looks and lasts in a real Chromium: contrast in both schemes, folded texts, 20,000 rows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Open
+from playwright.sync_api import expect
+from report_samples import Said, Text, cos_of, large_run, make_run
+
+from nla_engine.report import write_report
+
+# The contrast of WCAG 2, of an element's text against the nearest background under it.
+CONTRAST = """(element) => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgb = (color) => {
+    canvas.fillStyle = color;
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillRect(0, 0, 1, 1);
+    return canvas.getImageData(0, 0, 1, 1).data;
+  };
+  const light = (color) => [0.2126, 0.7152, 0.0722].reduce((sum, part, i) => {
+    const value = rgb(color)[i] / 255;
+    return sum + part * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  let under = element;
+  while (rgb(getComputedStyle(under).backgroundColor)[3] === 0) under = under.parentElement;
+  const [a, b] = [light(getComputedStyle(element).color), light(getComputedStyle(under).backgroundColor)];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_can_be_read_and_is_not_the_only_carrier(
+    scheme: str, tmp_path: Path, open_page: Open
+) -> None:
+    steps = [-0.5, 0.1, 0.3, 0.6, 0.75, 0.85, 0.95]
+    rows = {place: [Said("x", cos_of(fve))] for place, fve in enumerate(steps)}
+    write_report(*make_run(tmp_path, [Text([*"abcdefg", " grey"], rows)]), tmp_path / "x.html")
+    page = open_page(tmp_path / "x.html", scheme=scheme)
+    tokens = page.locator(".t")
+    assert len({tokens.nth(i).evaluate("(e) => getComputedStyle(e).backgroundColor") for i in range(7)}) == 7
+    for what in [
+        ".t",
+        ".gap",
+        ".lead",
+        ".figures small",
+        ".figures span",
+        "#found",
+        ".hint",
+        ".record i",
+        "#panel .words",
+    ]:
+        for element in page.locator(what).all():
+            assert element.evaluate(CONTRAST) >= 4.5, f"{what} {element.inner_text()!r}"
+    assert "dashed" in tokens.first.evaluate("(e) => getComputedStyle(e).textDecoration")
+    tokens.nth(3).hover()
+    assert tokens.nth(3).get_attribute("title") == "FVE 0.600, next \u201ce\u201d"
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(252, 251, 248)"
+    assert dark == (scheme == "dark")
+
+
+def test_a_long_text_that_was_not_explained_is_folded(tmp_path: Path, open_page: Open) -> None:
+    text = Text(["start ", *["word "] * 400, "end"], {401: [Said("x")]}, prompt=300)
+    write_report(*make_run(tmp_path, [text]), tmp_path / "x.html")
+    page = open_page(tmp_path / "x.html")
+    assert len(page.locator(".tokens").inner_text()) < 1500
+    page.locator(".unfold").first.click()
+    assert len(page.locator(".gap").first.inner_text()) == len("start ") + 299 * len("word ")
+    page.locator("#filter [name=field]").select_option(" text")
+    page.locator("#filter [name=value]").fill("word end")
+    expect(page.locator("#found")).to_contain_text("1 of 1")
+
+
+def test_twenty_thousand_rows_open_in_three_seconds_and_scroll(tmp_path: Path, open_page: Open) -> None:
+    store, table = large_run(tmp_path, 20_000)
+    summary = write_report(store, table, tmp_path / "large.html")
+    assert summary.rows == 20_000 and summary.bytes < 8 << 20
+    started = time.perf_counter()
+    page = open_page(tmp_path / "large.html")
+    page.wait_for_selector("article .t")
+    opened = time.perf_counter() - started
+    page.mouse.move(400, 600)
+    before = page.evaluate("scrollY")
+    page.mouse.wheel(0, 3000)
+    while page.evaluate("scrollY") < before + 2000:  # the test's own timeout ends a page that does not scroll
+        page.wait_for_timeout(20)
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    expect(page.locator("article").last).to_be_in_viewport()
+    started = time.perf_counter()
+    page.locator("#filter [name=token]").fill(page.locator(".t").first.text_content() or "")
+    expect(page.locator("#found")).to_contain_text(" of 20,000 explained rows")
+    filtered = time.perf_counter() - started
+    page.goto("about:blank")
+    page.goto(f"{(tmp_path / 'large.html').as_uri()}#row=19876")
+    expect(page.locator(".t.here")).to_be_in_viewport()
+    print(f"{summary.bytes / 1e6:.1f} MB; opened in {opened:.2f} s, filtered in {filtered:.2f} s")
+    assert opened < 3
+    assert filtered < 2

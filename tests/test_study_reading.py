@@ -1,0 +1,185 @@
+"""The reading of a study says what the numbers say, and only that; what is shown of it is escaped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nla_engine.studies.analysis import ALL, Contrast, Finding, Origin
+from nla_engine.studies.clauses import Clause
+from nla_engine.studies.figures import figures_of
+from nla_engine.studies.intervals import Estimate
+from nla_engine.studies.outcome import Outcome, Setup
+from nla_engine.studies.present import csv_tables, section_html, shown_tables
+from nla_engine.studies.reading import read_outcome
+
+
+def at(value: float, half: float = 0.02) -> Estimate:
+    return Estimate(value, value - half, value + half, 100, 50)
+
+
+def outcome(**changes: object) -> Outcome:
+    """An outcome in which everything works."""
+    score = {"fve": (0.8, -0.5), "top1": (0.9, 0.01), "top1_place": (0.9, 0.02)}
+    named = {"operands": (0.9, 0.0), "product": (0.7, 0.0), "read": (0.9, 0.1), "coming": (0.8, 0.1)}
+    findings = [
+        Finding(place, measure, at(own), at(control), at(control), at(own - control, 0.04))
+        for place in ("first", "middle", "last", "end")
+        for measure, (own, control) in {**score, **named, "other": (0.2, 1.0)}.items()
+    ]
+    by_kind = [
+        Clause(ALL, kind, kind, 90, at(0.8), at(removed), at(swapped), at(0.1))
+        for kind, removed, swapped in (("numbers", 1.0, 1.0), ("tokens", 1.0, 0.2))
+    ]
+    by_number = [replace(entry, clause=f"{i} of 2") for i, entry in enumerate(by_kind, 1)]
+    base = Outcome(
+        setup=Setup(("m", "v", "r"), False, 20, "10-99", "10-99", "any", 0, 4, 0.7),
+        problems=100,
+        pairs=100,
+        right=60,
+        unanswered=0,
+        rows=500,
+        early_rows=0,
+        status_ok=1.0,
+        variance=0.7,
+        variance_rows=500,
+        control_rows=500,
+        accuracy=[("all", "all problems", at(0.6))],
+        tokenisation=[(4, "1+1+1+1", 100, at(1.0), at(0.0))],
+        findings=findings,
+        correctness=[Contrast(ALL, "operands", at(0.9), at(0.5), at(0.4))],
+        detection=[(Contrast(ALL, "fve", at(0.9), at(0.2), at(0.7)), at(0.95))],
+        origins=[Origin("other", 50, at(0.05), at(0.9))],
+        agreement=[],
+        by_number=by_number,
+        by_kind=by_kind,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def reading(**changes: object) -> str:
+    return " ".join(read_outcome(outcome(**changes)))
+
+
+def with_margin(measure: str, value: float, places: tuple[str, ...] = ("first", "middle", "last", "end")):
+    """The findings of `outcome`, with another margin of one measure."""
+    return [
+        replace(f, margin=at(value, 0.04)) if f.measure == measure and f.place in places else f
+        for f in outcome().findings
+    ]
+
+
+#: What is changed in `outcome`, what the reading then says, and what it then does not say.
+READINGS: dict[str, tuple[dict[str, object], str, str]] = {
+    "all carry": (
+        {},
+        "more of their own vector than those of other problems at every place (FVE 0.80)",
+        "At no place",
+    ),
+    "none carries": (
+        {"findings": with_margin("fve", 0.01)},
+        "At no place do explanations carry measurably more",
+        "carry more of their own",
+    ),
+    "one does not": (
+        {"findings": with_margin("fve", 0.01, ("end",))},
+        "At “end of reply” no difference could be shown",
+        "At no place",
+    ),
+    "operands by chance": (
+        {"findings": with_margin("operands", 0.03)},
+        "do not name both true operands more often",
+        "Explanations name both true operands more often than",
+    ),
+    "others by chance": (
+        {"findings": with_margin("other", 0.0)},
+        "such numbers are no evidence",
+        "That is rarer",
+    ),
+    "product of the words": ({}, "the verbalizer multiplied by itself", "Which of the two"),
+    "product of the vector": (
+        {"origins": [Origin("other", 50, at(0.9), at(0.05))]},
+        "read from the vector",
+        "multiplied by itself",
+    ),
+    "product of neither": (
+        {"origins": [Origin("other", 50, at(0.5), at(0.49))]},
+        "Which of the two is the rule",
+        "multiplied by itself",
+    ),
+    "few wrong operands": (
+        {"origins": []},
+        "fewer than 10 explanations state wrong operands",
+        "multiplied by itself",
+    ),
+    "FVE sorts": ({}, "A threshold on FVE sorts them usefully", "not closely enough"),
+    "FVE hints": (
+        {"detection": [(outcome().detection[0][0], at(0.7))]},
+        "not closely enough to trust",
+        "sorts them usefully",
+    ),
+    "FVE is blind": (
+        {"detection": [(outcome().detection[0][0], at(0.51))]},
+        "does not tell true numbers from false",
+        "usefully",
+    ),
+    "better when right": (
+        {},
+        "both true operands more often where the model is right",
+        "model answers right cannot",
+    ),
+    "too few wrong": (
+        {"correctness": [], "right": 98},
+        "cannot be told: 2 of 100 replies are wrong",
+        "where the model is right",
+    ),
+    "the same when wrong": (
+        {"correctness": [Contrast(ALL, "operands", at(0.9), at(0.89), at(0.01))]},
+        "both true operands without a difference that could be shown",
+        "where the model is right",
+    ),
+    "one clause carries": (
+        {},
+        "stands in the clauses about numbers",
+        "The intervals of the first two overlap",
+    ),
+    "form matters": (
+        {},
+        "Leaving out costs more than swapping for clauses about tokens",
+        "Leaving out costs more than swapping for clauses about numbers",
+    ),
+    "early rows": ({"early_rows": 7}, "7 of the 500 rows stand at positions below 50", "At no place"),
+    "texts cut": ({"status_ok": 0.5}, "Only 0.50 of the explanations were closed", "At no place"),
+}
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_the_reading_follows_the_numbers(case: str) -> None:
+    changes, says, says_not = READINGS[case]
+    text = reading(**changes)
+    assert says in text and says_not not in text
+
+
+def test_what_is_shown_is_escaped_and_complete() -> None:
+    hostile = outcome(by_number=[replace(outcome().by_number[0], clause="<script>1 of 1", about="x")])
+    markup = section_html(["<script>alert(1)</script>"], shown_tables(hostile), [], None)  # type: ignore[arg-type]
+    assert "<script" not in markup and "&lt;script&gt;" in markup
+    names = [table.name for table in csv_tables(outcome())]
+    assert names == [
+        "measures",
+        "accuracy",
+        "tokenisation",
+        "trust",
+        "origin",
+        "correctness",
+        "clauses",
+        "clause_kinds",
+    ]
+    assert [figure.name for figure in figures_of(outcome())] == ["scores", "naming", "clauses", "trust"]
+
+
+def test_readings_of_a_growing_difference_change_once() -> None:
+    """From no margin to a clear one, the claim appears and stays."""
+    claims = ["carry more of their own" in reading(findings=with_margin("fve", m / 100)) for m in range(12)]
+    assert claims == sorted(claims) and set(claims) == {False, True}
