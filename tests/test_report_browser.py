@@ -97,6 +97,15 @@ def test_keys(small: Path, open_page: Open) -> None:
     expect(page.locator("#found")).to_have_text("2 of 7 explained rows, in 1 sequence")
     page.keyboard.press("ArrowLeft")
     assert chosen_row(page) is None, "keys in a field are the field's"
+    page.locator("#sequences").focus()
+    page.locator("#filter [name=q]").fill("")
+    page.locator("article").nth(1).locator(".t").first.click()
+    page.locator("#filter [name=q]").fill("second")
+    expect(page.locator("#found")).to_have_text("2 of 7 explained rows, in 1 sequence")
+    page.locator("#sequences").focus()
+    for key, row in {"ArrowDown": "5", "ArrowRight": "6"}.items():
+        page.keyboard.press(key)
+        assert chosen_row(page) == row, "from a row that the filter hides to one that it leaves"
     page.locator("#tab-text").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#area-distributions")).to_be_visible()

@@ -74,8 +74,11 @@ def test_a_long_text_that_was_not_explained_is_folded(tmp_path: Path, open_page:
     expect(page.locator("#found")).to_contain_text("1 of 1")
 
 
-def test_twenty_thousand_rows_open_in_three_seconds_and_scroll(tmp_path: Path, open_page: Open) -> None:
-    store, table = large_run(tmp_path, 20_000)
+@pytest.mark.parametrize(("tokens", "words"), [(50, 100), (1, 20)], ids=["400 sequences", "20,000 sequences"])
+def test_twenty_thousand_rows_open_in_three_seconds_and_scroll(
+    tokens: int, words: int, tmp_path: Path, open_page: Open
+) -> None:
+    store, table = large_run(tmp_path, 20_000, tokens, words)
     summary = write_report(store, table, tmp_path / "large.html")
     assert summary.rows == 20_000 and summary.bytes < 8 << 20
     started = time.perf_counter()
