@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from conftest import Open
-from playwright.sync_api import Browser, Page, expect
 from report_samples import Said, Text, cos_of, make_run
 
 from nla_engine.report import Section, write_report
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (the dev extra)"
+).expect
 
 WIDE, NARROW = (1280, 860), (400, 800)
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Open
-from playwright.sync_api import expect
 from report_samples import Said, Text, cos_of, large_run, make_run
 
 from nla_engine.report import write_report
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (the dev extra)"
+).expect
 
 # The contrast of WCAG 2, of an element's text against the nearest background under it.
 CONTRAST = """(element) => {
