@@ -4,15 +4,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from commands import LAYER, call, capture, roundtrip
-from playwright.sync_api import Browser, Page, sync_playwright
 from tiny import save_ar, save_av, save_model, write_prompts
 
-Open = Callable[..., Page]
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Open = Callable[..., "Page"]
 
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
 
@@ -53,14 +56,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator["Browser"]:
     """The distribution's Chromium, without a window."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (the dev extra)"
+    )
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("no Chromium on the path (apt-get install chromium)")
     arguments = ["--disable-dev-shm-usage"]  # a container's is too small for a large page
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
             executable_path=found, args=arguments, chromium_sandbox=False, timeout=60_000
         )
         yield chromium
@@ -68,11 +74,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Open]:
+def open_page(browser: "Browser") -> Iterator[Open]:
     """open_page(file, "#row=1", size, scheme): the page, shown. Complaints and requests fail the test at its end."""
     complaints, contexts = [], []
 
-    def open_(path: Path, link: str = "", size: tuple[int, int] = (1280, 860), scheme: str = "light") -> Page:
+    def open_(
+        path: Path, link: str = "", size: tuple[int, int] = (1280, 860), scheme: str = "light"
+    ) -> "Page":
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
         )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from conftest import Open
-from playwright.sync_api import Browser, Page, expect
 from report_samples import Said, Text, cos_of, make_run
 
 from nla_engine.report import Section, write_report
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (the dev extra)"
+).expect
 
 WIDE, NARROW = (1280, 860), (400, 800)
 
@@ -97,6 +104,15 @@ def test_keys(small: Path, open_page: Open) -> None:
     expect(page.locator("#found")).to_have_text("2 of 7 explained rows, in 1 sequence")
     page.keyboard.press("ArrowLeft")
     assert chosen_row(page) is None, "keys in a field are the field's"
+    page.locator("#sequences").focus()
+    page.locator("#filter [name=q]").fill("")
+    page.locator("article").nth(1).locator(".t").first.click()
+    page.locator("#filter [name=q]").fill("second")
+    expect(page.locator("#found")).to_have_text("2 of 7 explained rows, in 1 sequence")
+    page.locator("#sequences").focus()
+    for key, row in {"ArrowDown": "5", "ArrowRight": "6"}.items():
+        page.keyboard.press(key)
+        assert chosen_row(page) == row, "from a row that the filter hides to one that it leaves"
     page.locator("#tab-text").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#area-distributions")).to_be_visible()

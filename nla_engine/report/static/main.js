@@ -59,7 +59,7 @@ const choose = (row, scroll = true) => {
       refilter();
     }
     if (state.tab !== "text") openTab("text");
-    spans[row].classList.add("here");
+    spanOf(row).classList.add("here");
     spans[row].setAttribute("aria-current", "true");
     showRow(row, (by) => (by ? step(by) : choose(-1)));
     if (scroll) reveal(spans[row]);
@@ -89,7 +89,8 @@ const reading = () => {
 const step = (by) => {
   const rows = reading();
   if (!rows.length) return;
-  const place = state.row < 0 ? (by > 0 ? -1 : rows.length) : state.view.place.get(state.row);
+  // Nothing chosen, or a row that the filter hides: begin at an end.
+  const place = state.view.place.get(state.row) ?? (by > 0 ? -1 : rows.length);
   choose(rows[Math.min(rows.length - 1, Math.max(0, place + by))]);
 };
 
@@ -100,7 +101,7 @@ const stepSequence = (by) => {
   const at = order.indexOf(sequenceOf[state.row]), to = order[at + by];
   if (to === undefined) return;
   const rows = rowsOf(to), place = rowsOf(order[at]).indexOf(state.row);
-  choose(rows[Math.min(place, rows.length - 1)]);
+  choose(rows[Math.max(0, Math.min(place, rows.length - 1))]);
 };
 
 const remember = () => {
@@ -131,7 +132,6 @@ const follow = () => {
 };
 
 fillFilter(form);
-for (let s = 0; s < SEQUENCES; s++) sequenceElement(s);
 follow();
 
 addEventListener("hashchange", follow);

@@ -1,10 +1,14 @@
-// The sequences as text, one element a token. The browser lays out only what is near the window (content-visibility).
+// The sequences as text, one element a token. They stand in blocks: a block is built when it comes near the window or when
+// there is time, and the browser lays out only the blocks that are near (content-visibility).
 
-const LINE_CHARACTERS = 72, LINE_PIXELS = 28;
+const LINE_CHARACTERS = 72, LINE_PIXELS = 28, HEAD_PIXELS = 64;
+const BLOCK = 24, AT_ONCE = 2;
 const LONG_GAP = 700, GAP_END = 220;
 
 const spans = new Array(ROWS);
 const articles = new Array(SEQUENCES);
+const blockOf = new Int32Array(SEQUENCES);
+let blocks = [];
 
 const tokenElement = (row) => {
   const span = document.createElement("span");
@@ -43,11 +47,10 @@ const heading = (s) => {
 
 const sequenceElement = (s) => {
   const body = make("p", { class: "tokens" });
-  let characters = 0, generated = null;
+  let generated = null;
   const put = (element, isGenerated) => {
     if (generated === false && isGenerated) body.append(make("span", { class: "turn", title: "from here on the model wrote" }));
     generated = isGenerated;
-    characters += element.textContent.length;
     body.append(element);
   };
   let row = S.first[s];
@@ -57,18 +60,65 @@ const sequenceElement = (s) => {
     put(gapElement(gap), gap[3] === 1);
   }
   putRows(S.first[s + 1]);
-  const article = make("article", {}, heading(s), body);
-  const lines = Math.ceil(characters / LINE_CHARACTERS) + body.textContent.split("\n").length - 1;
-  article.style.containIntrinsicSize = `auto ${64 + lines * LINE_PIXELS}px`;
-  articles[s] = article;
-  return article;
+  return make("article", {}, heading(s), body);
+};
+
+// How tall a sequence will be, about: until it is laid out, its block takes that much room.
+const heightOf = (s) => {
+  let lines = 1, characters = 0;
+  for (const [, text] of S.gaps[s]) {
+    characters += Math.min(text.length, LONG_GAP);
+    for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) lines += 1;
+  }
+  for (let row = S.first[s]; row < S.first[s + 1]; row++) characters += tokenText(row).length;
+  return HEAD_PIXELS + LINE_PIXELS * (lines + Math.floor(characters / LINE_CHARACTERS));
+};
+
+const build = (block) => {
+  if (block.element.firstChild) return;
+  for (const s of block.sequences) {
+    articles[s] ??= sequenceElement(s);
+    for (let row = S.first[s]; row < S.first[s + 1]; row++)
+      spans[row].classList.toggle("hit", block.view.active && block.view.match[row] === 1);
+    block.element.append(articles[s]);
+  }
+};
+
+// The element of a row, which is among those shown.
+const spanOf = (row) => {
+  build(blocks[blockOf[sequenceOf[row]]]);
+  return spans[row];
+};
+
+const near = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting) build(blocks[Number(target.dataset.block)]);
+}, { rootMargin: "1200px 0px" });
+
+// The rest, so that the browser's own search finds it.
+const buildInTime = (view, first) => {
+  const when = window.requestIdleCallback ?? ((go) => setTimeout(() => go({ timeRemaining: () => 12 }), 30));
+  when((deadline) => {
+    let next = first;
+    while (next < blocks.length && blocks[0].view === view && deadline.timeRemaining() > 6) build(blocks[next++]);
+    if (next < blocks.length && blocks[0].view === view) buildInTime(view, next);
+  });
 };
 
 const showSequences = (view) => {
-  $("sequences").replaceChildren(...view.order.map((s) => articles[s]));
+  near.disconnect();
+  blocks = [];
+  for (let at = 0; at < view.order.length; at += BLOCK) {
+    const sequences = view.order.slice(at, at + BLOCK), element = make("div", { class: "block", "data-block": blocks.length });
+    element.style.containIntrinsicSize = `auto ${sequences.reduce((sum, s) => sum + heightOf(s), 0)}px`;
+    for (const s of sequences) blockOf[s] = blocks.length;
+    blocks.push({ element, sequences, view });
+  }
+  $("sequences").replaceChildren(...blocks.map((block) => block.element));
   $("sequences").classList.toggle("filtered", view.active);
-  for (let row = 0; row < ROWS; row++) spans[row].classList.toggle("hit", view.active && view.match[row] === 1);
   $("none").hidden = view.rows > 0;
+  blocks.slice(0, AT_ONCE).forEach(build);
+  for (const block of blocks) near.observe(block.element);
+  buildInTime(view, AT_ONCE);
 };
 
 // The legend: how many of the shown rows have each colour. It filters, too.
