@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -322,17 +324,18 @@ class StoreWriter:
             raise StoreError(
                 f"{self.path}: this writer is closed or has failed: resume the store with a new one"
             )
-        try:
-            yield
-        except WriteError as error:
-            self._usable = False
-            raise WriteError(
-                f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
-                "mend the cause and pass --resume"
-            ) from error
-        except BaseException:
-            self._usable = False
-            raise
+        with _interrupt_held():
+            try:
+                yield
+            except WriteError as error:
+                self._usable = False
+                raise WriteError(
+                    f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
+                    "mend the cause and pass --resume"
+                ) from error
+            except BaseException:
+                self._usable = False
+                raise
 
 
 def write_empty(root: Place, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
@@ -362,6 +365,28 @@ def write_metadata(root: Place, manifest: Manifest) -> None:
             path, data = root / name / METADATA_NAME, json_bytes(document, name)
             queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the body is done, so that no sequence is logged by halves. A second one is not held."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, usual)
+        held.append((number, frame))
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        usual(*held[0])
 
 
 def _target(path: str | os.PathLike[str]) -> Place:
