@@ -30,6 +30,7 @@ from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
 from nla_engine.prompts import Prompt, PromptSet, read_prompts
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter, row_flags
+from nla_engine.store.objects import place
 from nla_engine.tap import RowRange, RowTap
 from nla_engine.tokens import token_bytes
 
@@ -97,7 +98,7 @@ def run_capture(
     """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: ask `nla_engine.estimate.estimate_capture`")
-    if options.out.exists() and not (options.resume or options.overwrite):
+    if place(options.out).exists() and not (options.resume or options.overwrite):
         raise StoreError(
             f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
         )
@@ -139,7 +140,7 @@ def _open_store(
     same["layer"] = list(options.layer)
     same["prompts"] = prompts_fingerprint(prompts.prompts)
     same |= {key: described[key] for key in ("weights", "tokenizer", "dtype")}
-    if options.resume and options.out.exists():
+    if options.resume and place(options.out).exists():
         return StoreWriter.resume(options.out, options=same)
     codec = Codec.named(options.codec, lm.d_model)
     calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)

@@ -61,7 +61,7 @@ class CaptureOptions(Options):
         "Prompts: .jsonl or .parquet with prompt or messages, or text with a prompt a line."
     )
     layer: tuple[int, ...] = option("Block to capture, counted from 0: its output. Repeat for several.")
-    out: Path = option("The Zarr store to write.")
+    out: str = option("The Zarr store to write: a directory, or s3://bucket/run.zarr.")
     max_new_tokens: int = option("Most tokens to generate for a prompt; 0 only reads it.", 128)
     positions: str | None = option(
         "Rows to keep: generated, prompt, all, last (the prompt's last token), or several joined by commas. "

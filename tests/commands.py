@@ -59,7 +59,7 @@ def contents(path: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()}
 
 
-def capture(root: Path, out: Path, **changes: object) -> list[object]:
+def capture(root: Path, out: Path | str, **changes: object) -> list[object]:
     """A capture command into `out`. changes: options instead of these; None leaves one out, True is a flag."""
     options = {"prompts": root / "prompts.jsonl", "layer": LAYER, "out": out, "max_new_tokens": 4}
     return ["capture", root / "base", *flags({**options, "device": "cpu", **changes})]

@@ -22,6 +22,7 @@ from nla_engine import extension
 from nla_engine.codec import Codec
 from nla_engine.errors import WriteError
 from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, shards
+from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.verify import verify
 
 CODEC = Codec.named("int8", 16)
@@ -211,6 +212,27 @@ def test_an_exception_commits_what_was_appended(tmp_path: Path) -> None:
     finish(path, sequences)
     assert CaptureStore.open(path).complete
     check_committed(path, sequences, 3)
+
+
+def test_an_interrupt_while_appending_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    path = tmp_path / "run.zarr"
+    append = ArrayLog.append
+
+    def interrupted(log: ArrayLog, rows: np.ndarray) -> None:
+        append(log, rows)
+        if log.spec.path == "rows/position":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), create_store(path, CODEC, shard_rows=8) as writer:  # noqa: PT012
+        writer.append(sequences[0])
+        monkeypatch.setattr(ArrayLog, "append", interrupted)
+        writer.append(sequences[1])
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    check_committed(path, sequences, 2)
+    finish(path, sequences)
+    assert CaptureStore.open(path).sequences == 3
 
 
 def test_rows_past_the_commit_are_not_shown(tmp_path: Path) -> None:

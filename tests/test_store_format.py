@@ -58,10 +58,9 @@ def test_what_went_in_is_what_bare_zarr_reads(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.zarr"
         with create_store(path, codec, layers, shard_rows=shard_rows) as writer:
-            for number, sequence in enumerate(sequences):
-                writer.append(sequence)
-                if number % commit_every == 0:
-                    writer.commit()
+            for start in range(0, len(sequences), commit_every):
+                writer.append_many(sequences[start : start + commit_every])
+                writer.commit()
         root = zarr.open_group(path, mode="r")
         assert sorted(root.group_keys()) == sorted(
             ["rows", "sequences", "vocabulary", *(f"layer_{k}" for k in layers)]

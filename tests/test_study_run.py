@@ -118,7 +118,7 @@ def test_what_was_read_again_is_what_the_reconstructor_gives(ran: tuple[Path, di
     ar = Reconstructor.load(str(TRIO / "ar"), device=torch.device("cpu"), dtype=torch.float32)
     chosen = table[:: max(len(table) // 40, 1)]
     cos = score.cosine(
-        store.layer(LAYER)[np.array([e["row"] for e in chosen])], ar.reconstruct([e["text"] for e in chosen])
+        store.layer(LAYER).torch([e["row"] for e in chosen]), ar.reconstruct([e["text"] for e in chosen])
     )
     assert [entry["cos"] for entry in chosen] == pytest.approx(cos.tolist(), abs=1e-4)
     texts = {entry["row"]: entry["text"] for entry in table if entry["variant"] == "whole"}

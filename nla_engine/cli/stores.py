@@ -16,7 +16,7 @@ from nla_engine.cli.output import Json, console, finish, print_json, progress_ba
 if TYPE_CHECKING:
     from nla_engine.store.verify import Check
 
-StorePath = Annotated[Path, typer.Argument(help="A store that capture wrote.", metavar="STORE")]
+StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s3://...", metavar="STORE")]
 
 
 @app.command()
@@ -67,7 +67,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _audit(store: Path, model: str, sample: int, device: str | None) -> list[Check]:
+def _audit(store: str, model: str, sample: int, device: str | None) -> list[Check]:
     from nla_engine.audit import audit
     from nla_engine.models import load_model, pick_device, pick_dtype
     from nla_engine.store import CaptureStore

@@ -59,7 +59,7 @@ def run_demo(
         model=str(TRIO / "base"),
         prompts=prompts,
         layer=(LAYER,),
-        out=out / "run.zarr",
+        out=str(out / "run.zarr"),
         max_new_tokens=32,
         device=device,
         overwrite=True,

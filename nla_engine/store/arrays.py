@@ -5,12 +5,11 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from nla_engine.store.format import ArraySpec
 from nla_engine.store.manifest import METADATA_NAME, json_bytes
+from nla_engine.store.objects import ObjectPath, Place
 from nla_engine.store.queue import WriteQueue
 from nla_engine.store.shards import (
     TEMPORARY_SUFFIX,
@@ -28,7 +27,7 @@ class ArrayLog:
     What `flush` and `describe` hand to the queue is on disk once the queue has been joined.
     """
 
-    def __init__(self, root: Path, spec: ArraySpec, queue: WriteQueue) -> None:
+    def __init__(self, root: Place, spec: ArraySpec, queue: WriteQueue) -> None:
         """A log of length 0. Nothing is written."""
         self.spec = spec
         self._queue = queue
@@ -40,7 +39,7 @@ class ArrayLog:
         self._described: int | None = None
 
     @classmethod
-    def resume(cls, root: Path, spec: ArraySpec, length: int, queue: WriteQueue) -> ArrayLog:
+    def resume(cls, root: Place, spec: ArraySpec, length: int, queue: WriteQueue) -> ArrayLog:
         """The log as it was when `length` rows were committed: what lies beyond is removed or written over.
 
         Raises StoreError when the last committed rows are damaged, WriteError when a stale file stays.
@@ -51,20 +50,31 @@ class ArrayLog:
         log.length = length
         # The last shard on disk may hold rows past the commit: the next flush writes it anew.
         log._flushed = first
-        needed = -(-length // spec.shard_rows)
-        chunks = root / spec.path / "c"
+        log._remove_stale(-(-length // spec.shard_rows))
+        return log
+
+    def _remove_stale(self, needed: int) -> None:
+        """Remove temporary files, and shards from number `needed` on."""
+        array = self._root / self.spec.path
+        if isinstance(array, ObjectPath):
+            with writing(array):
+                for name in (array / "c").names():
+                    shard = name.split("/")[0]
+                    if shard.isdigit() and int(shard) >= needed:
+                        (array / "c" / name).unlink()
+            return
+        chunks = array / "c"
         for path in sorted(chunks.rglob("*")):
             shard = path.relative_to(chunks).parts[0]
             stale = path.name.endswith(TEMPORARY_SUFFIX) or (shard.isdigit() and int(shard) >= needed)
             if stale and path.is_file():
                 with writing(path):
                     path.unlink()
-        with writing(root / spec.path):
-            (root / spec.path / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+        with writing(array):
+            (array / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
             fsync_directory(
                 chunks
             )  # directories that a killed writer had just made; they will not be made again
-        return log
 
     def append(self, rows: np.ndarray) -> None:
         """Append a copy of rows [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write."""
@@ -115,7 +125,7 @@ class ArrayLog:
 class ArrayReader:
     """The first `length` rows of an array. Stateless: every read opens the shards it needs."""
 
-    def __init__(self, root: Path, spec: ArraySpec, length: int) -> None:
+    def __init__(self, root: Place, spec: ArraySpec, length: int) -> None:
         self.spec = spec
         self.length = length
         self._root = root

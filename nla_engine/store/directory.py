@@ -1,4 +1,4 @@
-"""The directory of a store as a whole: one writer at a time, created and replaced in one step.
+"""A store's place as a whole: one writer at a time; a directory is created and replaced in one step.
 
 Nothing is ever deleted that might not be a store of ours.
 Knows nothing of what lies inside beyond the names that a store may hold.
@@ -10,11 +10,12 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
+from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath
 from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, make_directory, writing
 
 GROUP_NAMES = ("rows", "sequences", "vocabulary")
@@ -93,6 +94,30 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
             replaced.release()
 
 
+@contextlib.contextmanager
+def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
+    """The lock of a place on an object store, to be filled inside; the lock is still held on leaving normally.
+
+    There is no rename there: an old store is removed before the new one is written, its zarr.json first.
+    Raises StoreError when what is there may not be replaced.
+    """
+    lock = ObjectLock(root)
+    try:
+        names = [name for name in root.names() if name != LOCK_NAME]
+        if names and not overwrite:
+            raise StoreError(f"{root} exists: pass --resume to go on or --overwrite to replace")
+        if foreign := _foreign({name.split("/")[0] for name in names}):
+            raise StoreError(
+                f"{root}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
+            )
+        for name in sorted(names, key=lambda name: name != METADATA_NAME):
+            (root / name).unlink()
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
 def _lock_replaceable(path: Path, overwrite: bool) -> DirectoryLock | None:
     """The lock of the store that is to be replaced; None when nothing is there."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -113,8 +138,13 @@ def _lock_replaceable(path: Path, overwrite: bool) -> DirectoryLock | None:
 
 
 def _foreign_names(path: Path) -> list[str]:
+    return _foreign(os.listdir(path))
+
+
+def _foreign(names: Iterable[str]) -> list[str]:
+    """Those of the names in a root that no store holds."""
     known = {*GROUP_NAMES, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX}
-    return sorted(name for name in os.listdir(path) if name not in known and not name.startswith("layer_"))
+    return sorted(name for name in names if name not in known and not name.startswith("layer_"))
 
 
 def _remove_leftover(path: Path) -> None:

@@ -103,7 +103,7 @@ def export(
     path = Path(out)
     if path.is_dir() or (path.exists() and not overwrite):
         raise StoreError(f"{path} exists: " + ("it is a directory" if path.is_dir() else "pass --overwrite"))
-    if path.resolve().is_relative_to(store.path.resolve()):
+    if isinstance(store.path, Path) and path.resolve().is_relative_to(store.path.resolve()):
         raise StoreError(f"{path}: lies inside the store: choose a place outside")
     number = store.layers[0] if layer is None else layer
     rows = np.arange(store.rows) if where is None else store.where(where)

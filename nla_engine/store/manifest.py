@@ -29,6 +29,7 @@ from nla_engine.store.format import (
     array_specs,
     exact_unit,
 )
+from nla_engine.store.objects import Place
 from nla_engine.store.shards import write_file_atomically
 
 METADATA_NAME = "zarr.json"
@@ -162,7 +163,7 @@ class Manifest:
         manifest.specs(), manifest.lengths()  # what they need is there and sane
         return manifest
 
-    def write(self, root: Path) -> None:
+    def write(self, root: Place) -> None:
         """Replace the root group's zarr.json: this is the moment of commit. Raises WriteError."""
         write_file_atomically(root / METADATA_NAME, json_bytes(self.document(), "the manifest"))
 
@@ -183,7 +184,7 @@ class Manifest:
         return {"kind": "inline", "must_understand": False, "metadata": nodes}
 
     @classmethod
-    def read(cls, root: Path) -> Manifest:
+    def read(cls, root: Place) -> Manifest:
         """The manifest of the store at `root`. Raises StoreError when there is none that can be read."""
         data = read_attributes(root)
         version = data.get("format_version")
@@ -201,21 +202,22 @@ class Manifest:
             raise StoreError(f"{root / METADATA_NAME}: damaged: {error}") from None
 
 
-def read_attributes(root: Path) -> dict[str, Any]:
+def read_attributes(root: Place) -> dict[str, Any]:
     """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
     path = root / METADATA_NAME
-    if not root.exists():
+    try:
+        missing = not root.exists()
+    except OSError as error:
+        raise StoreError(f"{root}: cannot be read: {error.strerror}") from None
+    if missing:
         raise StoreError(f"{root}: there is no such store: give the directory that capture wrote")
-    if not root.is_dir():
+    if isinstance(root, Path) and not root.is_dir():
         raise StoreError(f"{root}: a file, not a store (a store is a directory)")
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
-        kind = (
-            "a Zarr v2 store"
-            if (root / ".zgroup").exists() or (root / ".zarray").exists()
-            else "not a Zarr store"
-        )
+        old = any((root / name).exists() for name in (".zgroup", ".zarray"))
+        kind = "a Zarr v2 store" if old else "not a Zarr store"
         raise StoreError(f"{root}: {kind}, so not one that nla_engine capture wrote") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None

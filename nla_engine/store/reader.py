@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.format import ArraySpec, layer_group
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.manifest import Commit, Manifest
+from nla_engine.store.objects import Place, place
 from nla_engine.store.sequences import SequenceTable, StoredSequence, Vocabulary
 from nla_engine.store.where import select_rows
 
@@ -26,7 +26,7 @@ from nla_engine.store.where import select_rows
 class CaptureStore:
     """The committed rows and sequences of a store. Open one with `CaptureStore.open`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path = path
         self._manifest = manifest
         self._vocabulary: Vocabulary | None = None
@@ -36,7 +36,8 @@ class CaptureStore:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> CaptureStore:
         """Raises StoreError when there is no store at `path` that this version can read."""
-        return cls(Path(path), Manifest.read(Path(path)))
+        opened = place(path)
+        return cls(opened, Manifest.read(opened))
 
     def refresh(self) -> bool:
         """Show the last commit; True when it is another one. Readers handed out before keep showing theirs.

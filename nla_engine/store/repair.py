@@ -22,6 +22,7 @@ from nla_engine.store.damage import Damage
 from nla_engine.store.directory import DirectoryLock, staged
 from nla_engine.store.format import Finish, layer_group
 from nla_engine.store.manifest import Commit, Manifest
+from nla_engine.store.objects import place
 from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.verify import Check, Verification
 from nla_engine.store.writer import StoreWriter, write_empty, write_metadata
@@ -62,6 +63,10 @@ def repair(
     Returns the checks that were made before. Raises StoreError when the damage belongs to no sequence or the store is
     being written, WriteError.
     """
+    if not isinstance(place(path), Path):
+        raise StoreError(
+            f"{path}: repair needs a rename, which an object store has not: repair a copy on a disk"
+        )
     target = Path(os.path.realpath(path))
     manifest = Manifest.read(target)
     verification = Verification(target, manifest, progress)

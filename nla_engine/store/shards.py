@@ -11,7 +11,7 @@ import contextlib
 import errno
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -20,6 +20,7 @@ import numpy as np
 from nla_engine import extension
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.format import ArraySpec
+from nla_engine.store.objects import ObjectPath, Place
 
 CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
@@ -95,13 +96,13 @@ class ShardImage:
         contents[-CHECKSUM_BYTES:] = _checksum(contents[present * stride : -CHECKSUM_BYTES])
         return contents.data
 
-    def write(self, path: Path, rows: int) -> None:
+    def write(self, path: Place, rows: int) -> None:
         """Seal the shard and put it in place as `write_file_atomically` does.
 
         With the extension that is one call, which needs the interpreter's lock for none of its steps.
         """
         native = extension.load()
-        if native is None:
+        if native is None or isinstance(path, ObjectPath):
             write_file_atomically(path, self.seal(rows))
             return
         arguments = (rows * self._row_bytes, self._chunk_bytes, self._spec.shard_chunks)
@@ -109,32 +110,32 @@ class ShardImage:
             native.write_shard(path, self._bytes, *arguments)
 
 
-def read_chunks(path: Path, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
+def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
     """Read inner chunks of a shard file into out [len(chunks), chunk_rows, ...] (C order), checksums tested.
 
     Raises StoreError, naming the file, when it is missing, cut short, or any byte read is not as written.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with _open_object(path, len(chunks)) if isinstance(path, ObjectPath) else _open_file(path) as opened:
+            _read_shard(*opened, chunks, shard_chunks, out)
     except FileNotFoundError:
         raise StoreError(f"{path}: a shard with committed rows is missing: {_MEND}") from None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        _read_open_shard(fd, chunks, shard_chunks, out)
     except _Damage as damage:
         raise StoreError(f"{path}: damaged: {damage}: {_MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    finally:
-        os.close(fd)
 
 
-def write_file_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_file_atomically(path: Place, data: bytes | memoryview) -> None:
     """Put a file in place whole or not at all, durably: temporary name, fsync, rename, fsync of directory.
 
-    Raises WriteError with the file and the system's message; the temporary file is gone then.
+    On an object store: one put. Raises WriteError with the file and the system's message; the temporary file is gone
+    then.
     """
+    if isinstance(path, ObjectPath):
+        with writing(path):
+            path.write_bytes(data)
+        return
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(path):
         make_directory(path.parent)
@@ -156,7 +157,7 @@ def write_file_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Place) -> Iterator[None]:
     """Turn an OSError inside into a WriteError that names `path`."""
     try:
         yield
@@ -188,10 +189,43 @@ class _Damage(Exception):
     """What is wrong with a shard file."""
 
 
-def _read_open_shard(fd: int, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
-    body_bytes = os.fstat(fd).st_size - index_bytes(shard_chunks)
+#: read(buffers, offset): fills buffers in turn with what stands from offset on; the number of bytes, fewer at the end.
+_Read = Callable[[Sequence[memoryview], int], int]
+
+
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[tuple[int, _Read]]:
+    """Size of a file, and how to read it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # With a mapping, a cut file would be a signal, not an error.
+        yield os.fstat(fd).st_size, lambda buffers, offset: os.preadv(fd, buffers, offset)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _open_object(path: ObjectPath, chunks: int) -> Iterator[tuple[int, _Read]]:
+    """Size of an object, and how to read it: at once if more than one chunk is wanted, since a request costs more."""
+    whole = path.read_bytes() if chunks > 1 else None
+
+    def read(buffers: Sequence[memoryview], offset: int) -> int:
+        size = sum(buffer.nbytes for buffer in buffers)
+        data = path.read_range(offset, offset + size) if whole is None else whole[offset : offset + size]
+        done = 0
+        for buffer in buffers:
+            part = data[done : done + buffer.nbytes]
+            buffer.cast("B")[: len(part)] = part
+            done += len(part)
+        return done
+
+    yield path.size() if whole is None else len(whole), read
+
+
+def _read_shard(size: int, read: _Read, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
+    body_bytes = size - index_bytes(shard_chunks)
     raw = np.empty(index_bytes(shard_chunks), np.uint8)
-    if body_bytes < 0 or os.preadv(fd, [raw.data], body_bytes) != raw.size:
+    if body_bytes < 0 or read([raw.data], body_bytes) != raw.size:
         raise _Damage("it is cut short")
     if not np.array_equal(raw[-CHECKSUM_BYTES:], _checksum(raw[:-CHECKSUM_BYTES])):
         raise _Damage("its index fails its checksum (or the file is cut short)")
@@ -203,8 +237,7 @@ def _read_open_shard(fd: int, chunks: Sequence[int], shard_chunks: int, out: np.
             raise _Damage(f"inner chunk {number} is absent")
         if length != values.nbytes + CHECKSUM_BYTES or offset + length > body_bytes:
             raise _Damage(f"inner chunk {number} has {length} bytes at {offset}, which cannot be")
-        # Straight into the caller's array. (With a mapping, a cut file would be a signal, not an error.)
-        if os.preadv(fd, [values.data, stored.data], offset) != length:
+        if read([values.data, stored.data], offset) != length:  # straight into the caller's array
             raise _Damage(f"inner chunk {number} is cut short")
         if not np.array_equal(stored, _checksum(values)):
             raise _Damage(f"inner chunk {number} fails its checksum")

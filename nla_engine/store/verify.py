@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from nla_engine.store.format import (
     layer_group,
 )
 from nla_engine.store.manifest import GROUP_METADATA, METADATA_NAME, Manifest
+from nla_engine.store.objects import LOCK_NAME, ObjectPath, Place, place
 from nla_engine.store.shards import TEMPORARY_SUFFIX
 
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> li
 
     progress is called with (shards read, shards in all). Raises StoreError when there is no store to verify.
     """
-    root = Path(path)
+    root = place(path)
     return list(Verification(root, Manifest.read(root), progress).run())
 
 
@@ -58,7 +58,7 @@ class Verification:
     After `run`: damage is what could not be read, disagreement names a relation between readable arrays that fails.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, progress: Progress | None) -> None:
+    def __init__(self, root: Place, manifest: Manifest, progress: Progress | None) -> None:
         self._root = root
         self._manifest = manifest
         self._specs = manifest.specs()
@@ -118,7 +118,10 @@ class Verification:
 
     def _names(self) -> Check:
         known = {METADATA_NAME, *(name.split("/")[0] for name in self._specs)}
-        found = set(os.listdir(self._root)) - {METADATA_NAME + TEMPORARY_SUFFIX}
+        if isinstance(self._root, ObjectPath):
+            found = {name.split("/")[0] for name in self._root.names()} - {LOCK_NAME}
+        else:
+            found = set(os.listdir(self._root)) - {METADATA_NAME + TEMPORARY_SUFFIX}
         detail = [f"'{name}' is missing" for name in sorted(known - found)]
         detail += [f"'{name}' is no part of a store" for name in sorted(found - known)]
         return Check("names", not detail, "; ".join(detail) or "all there, nothing foreign")

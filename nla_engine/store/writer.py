@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ import numpy as np
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.arrays import ArrayLog
-from nla_engine.store.directory import DirectoryLock, staged
+from nla_engine.store.directory import DirectoryLock, emptied, staged
 from nla_engine.store.format import default_shard_rows, layer_group
 from nla_engine.store.manifest import (
     GROUP_METADATA,
@@ -35,6 +37,7 @@ from nla_engine.store.manifest import (
     json_bytes,
     strict_json,
 )
+from nla_engine.store.objects import ObjectLock, ObjectPath, Place, place
 from nla_engine.store.queue import WriteQueue
 from nla_engine.store.records import SequenceBatch, SequenceRows
 from nla_engine.store.shards import (
@@ -57,7 +60,9 @@ class StoreWriter:
     goes on. After a WriteError the writer is dead: nothing committed is harmed, and `resume` goes on.
     """
 
-    def __init__(self, path: Path, lock: DirectoryLock, manifest: Manifest, commit_seconds: float) -> None:
+    def __init__(
+        self, path: Place, lock: DirectoryLock | ObjectLock, manifest: Manifest, commit_seconds: float
+    ) -> None:
         """For `create` and `resume`. `manifest` is what stands on disk."""
         self.path = path
         self._lock = lock
@@ -101,7 +106,7 @@ class StoreWriter:
         shard_rows: rows in a shard, a power of two; None chooses
         Raises StoreError when the path is taken or an argument unfit, WriteError when it cannot be written.
         """
-        target = Path(os.path.realpath(path))
+        target = _target(path)
         manifest = Manifest(
             store_id=uuid.uuid4().hex,
             layers=tuple(int(layer) for layer in layers),
@@ -116,6 +121,10 @@ class StoreWriter:
                 0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=_now()
             ),
         )
+        if isinstance(target, ObjectPath):
+            with writing(target), emptied(target, overwrite) as held:
+                write_empty(target, manifest, vocabulary)
+            return cls(target, held, manifest, commit_seconds)
         with staged(target, overwrite) as (staging, lock):
             write_empty(staging, manifest, vocabulary)
         return cls(target, lock, manifest, commit_seconds)
@@ -133,9 +142,10 @@ class StoreWriter:
         Raises StoreError when there is no store, another writer has it, its options differ (each difference
         is named), or its last committed rows are damaged.
         """
-        target = Path(os.path.realpath(path))
+        target = _target(path)
         Manifest.read(target)
-        lock = DirectoryLock(target)
+        with writing(target):
+            lock = ObjectLock(target) if isinstance(target, ObjectPath) else DirectoryLock(target)
         try:
             manifest = Manifest.read(target)  # again: another writer may have just let go
             if changed := differences(manifest.options, strict_json(options, "options")):
@@ -143,9 +153,10 @@ class StoreWriter:
                     f"{target}: cannot be resumed with other options: {'; '.join(changed)}: "
                     "give those of the first run, or --overwrite to start again"
                 )
-            with writing(target):
-                (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
-                fsync_directory(target.parent)  # its creator may have been killed before it did
+            if isinstance(target, Path):
+                with writing(target):
+                    (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+                    fsync_directory(target.parent)  # its creator may have been killed before it did
             writer = cls(target, lock, manifest, commit_seconds)
             writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
         except BaseException:
@@ -297,6 +308,9 @@ class StoreWriter:
                 time=_now(),
             )
             manifest = replace(self._manifest, commit=committed, codec_error=dict(self._codec_error))
+            if isinstance(self._lock, ObjectLock):
+                with writing(self.path):
+                    self._lock.check()
             manifest.write(self.path)
             self._manifest = manifest
             for log in logs.values():
@@ -310,25 +324,27 @@ class StoreWriter:
             raise StoreError(
                 f"{self.path}: this writer is closed or has failed: resume the store with a new one"
             )
-        try:
-            yield
-        except WriteError as error:
-            self._usable = False
-            raise WriteError(
-                f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
-                "mend the cause and pass --resume"
-            ) from error
-        except BaseException:
-            self._usable = False
-            raise
+        with _interrupt_held():
+            try:
+                yield
+            except WriteError as error:
+                self._usable = False
+                raise WriteError(
+                    f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
+                    "mend the cause and pass --resume"
+                ) from error
+            except BaseException:
+                self._usable = False
+                raise
 
 
-def write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
+def write_empty(root: Place, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
     """Fill a new directory: groups, empty arrays, the vocabulary, the manifest. Raises WriteError."""
     specs = manifest.specs()
-    with writing(root):
-        for path in specs:
-            make_directory(root / path / "c")
+    if isinstance(root, Path):
+        with writing(root):
+            for path in specs:
+                make_directory(root / path / "c")
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     with WriteQueue() as queue:
         logs = {name: ArrayLog(root, specs[name], queue) for name in ("vocabulary/start", "vocabulary/text")}
@@ -339,7 +355,7 @@ def write_empty(root: Path, manifest: Manifest, vocabulary: Sequence[bytes]) -> 
     write_metadata(root, manifest)
 
 
-def write_metadata(root: Path, manifest: Manifest) -> None:
+def write_metadata(root: Place, manifest: Manifest) -> None:
     """Every zarr.json of a store, the manifest last. Raises WriteError."""
     lengths = manifest.lengths()
     with WriteQueue() as queue:
@@ -349,6 +365,33 @@ def write_metadata(root: Path, manifest: Manifest) -> None:
             path, data = root / name / METADATA_NAME, json_bytes(document, name)
             queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the body is done, so that no sequence is logged by halves. A second one is not held."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, usual)
+        held.append((number, frame))
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        usual(*held[0])
+
+
+def _target(path: str | os.PathLike[str]) -> Place:
+    found = place(path)
+    return Path(os.path.realpath(found)) if isinstance(found, Path) else found
 
 
 def _now() -> str:

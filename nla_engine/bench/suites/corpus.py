@@ -87,7 +87,7 @@ def _captured(session: Session, lengths: list[int]) -> Iterator[Prepared]:
             model=session.lm.name,
             prompts=prompts,
             layer=(session.layer,),
-            out=out,
+            out=str(out),
             corpus=True,
             batch_size=max(given) if given else None,
             overwrite=True,

@@ -102,7 +102,7 @@ def _capture(
         model=session.lm.name,
         prompts=prompts,
         layer=layers,
-        out=out,
+        out=str(out),
         max_new_tokens=new,
         batch_size=slots,
         chat=False,

@@ -1,0 +1,169 @@
+"""A store's place on an object store (S3 and the like), reached through zarr's own store interface.
+
+An object is put whole or not at all and is durable when the call returns, so a commit is one put of the root's
+zarr.json. There is no rename, and no lock that ends with its process. Knows nothing of what an object holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nla_engine.errors import StoreError, WriteError
+
+if TYPE_CHECKING:  # a store on a disk is read without importing zarr
+    from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer
+
+LOCK_NAME = ".nla-writer"
+_T = TypeVar("_T")
+
+
+class ObjectPath:
+    """A key of an object store, with the little of `pathlib.Path` that a store's files need. Errors are OSErrors."""
+
+    def __init__(self, store: Store, url: str, key: str = "") -> None:
+        """store: where keys are below `url`."""
+        self._store, self._url, self._key = store, url, key
+
+    @classmethod
+    def open(cls, url: str) -> ObjectPath:
+        """The place that `url` names; region, credentials and endpoint come from the environment (AWS_...).
+
+        Raises StoreError when it cannot be reached that way.
+        """
+        try:
+            import obstore.store
+            from zarr.storage import ObjectStore
+        except ImportError:
+            raise StoreError(f"{url}: object stores need obstore: pip install 'nla-engine[s3]'") from None
+        try:
+            return cls(ObjectStore(obstore.store.from_url(url)), url.rstrip("/"))
+        except Exception as error:  # obstore's own, and ValueError for a scheme it does not know
+            raise StoreError(f"{url}: cannot be reached: {_first_line(error)}") from None
+
+    def __truediv__(self, key: str) -> ObjectPath:
+        return ObjectPath(self._store, self._url, f"{self._key}/{key}".lstrip("/"))
+
+    def __str__(self) -> str:
+        return f"{self._url}/{self._key}".rstrip("/")
+
+    def read_bytes(self) -> bytes:
+        """The whole object."""
+        return self._get()
+
+    def size(self) -> int:
+        """Bytes of the object."""
+        return self._run(self._store.getsize(self._key))
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer if it ends before."""
+        return self._get((start, stop))
+
+    def write_bytes(self, data: bytes | memoryview) -> None:
+        """Put the object, whole or not at all."""
+        self._run(self._store.set(self._key, _buffer(data)))
+
+    def create(self, data: bytes) -> bool:
+        """Put the object unless it is there; False when another one is. One conditional request."""
+        self._run(self._store.set_if_not_exists(self._key, _buffer(data)))
+        return self.read_bytes() == data
+
+    def unlink(self) -> None:
+        """Delete the object if it is there."""
+        self._run(self._store.delete(self._key))
+
+    def names(self) -> list[str]:
+        """The keys below this one, relative to it, sorted."""
+        prefix = f"{self._key}/" if self._key else ""
+
+        async def collect() -> list[str]:
+            return [key async for key in self._store.list_prefix(prefix)]
+
+        return sorted(key.removeprefix(prefix) for key in self._run(collect()))
+
+    def exists(self) -> bool:
+        """Whether there is anything here or below."""
+        return bool(self.names())
+
+    def _get(self, part: tuple[int, int] | None = None) -> bytes:
+        from zarr.abc.store import RangeByteRequest
+        from zarr.core.buffer import default_buffer_prototype
+
+        request = RangeByteRequest(*part) if part else None
+        found = self._run(self._store.get(self._key, default_buffer_prototype(), request))
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
+        return found.to_bytes()
+
+    def _run(self, request: Coroutine[Any, Any, _T]) -> _T:
+        from zarr.core.sync import sync
+
+        try:
+            return sync(request)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object or bucket", str(self)) from None
+        except Exception as error:  # each kind of object store has its own
+            raise OSError(errno.EIO, _first_line(error), str(self)) from error
+
+
+#: Where a store's files are.
+Place = Path | ObjectPath
+
+
+def place(path: str | os.PathLike[str] | ObjectPath) -> Place:
+    """A directory, or with a scheme (s3://bucket/run.zarr) a place on an object store."""
+    if isinstance(path, ObjectPath):
+        return path
+    name = os.fspath(path)
+    return ObjectPath.open(name) if "://" in name else Path(name)
+
+
+class ObjectLock:
+    """The right to write a store: an object that only one writer can create. A killed writer leaves it behind."""
+
+    def __init__(self, root: ObjectPath) -> None:
+        """Raises StoreError, naming the holder, when there is one; WriteError is left to the caller (OSError)."""
+        self._object = root / LOCK_NAME
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "token": os.urandom(8).hex()}
+        self._data = json.dumps(holder).encode()
+        self._held = self._object.create(self._data)
+        if not self._held:
+            raise StoreError(
+                f"{root}: another process is writing this store, or was killed: {self._object} names "
+                f"{self._object.read_bytes().decode(errors='replace')}: wait for it; delete that object if it is dead"
+            )
+
+    def check(self) -> None:
+        """Raise WriteError when it was taken away, so that a writer that was thought dead commits nothing."""
+        try:
+            self._held = self._object.read_bytes() == self._data
+        except FileNotFoundError:
+            self._held = False
+        if not self._held:
+            raise WriteError(
+                f"{self._object}: deleted or replaced while this process was writing: nothing is committed"
+            )
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError, WriteError):  # if it stays, the next writer's error names it
+            if self._held:
+                self.check()
+                self._object.unlink()
+        self._held = False
+
+
+def _buffer(data: bytes | memoryview) -> Buffer:
+    from zarr.core.buffer import default_buffer_prototype
+
+    return default_buffer_prototype().buffer.from_bytes(bytes(data))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
