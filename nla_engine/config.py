@@ -126,7 +126,7 @@ class CaptureOptions(Options):
 class RoundtripOptions(Options):
     """Stage 2. See each field's help."""
 
-    store: Path = option("The store that capture wrote.")
+    store: str = option("The store that capture wrote: a directory, or s3://bucket/run.zarr.")
     av: str = option("Verbalizer (AV): a local directory or a Hub id.")
     ar: str = option("Reconstructor (AR): a local directory or a Hub id.")
     out: Path = option("The Parquet file to write.")

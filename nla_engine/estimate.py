@@ -18,6 +18,7 @@ from nla_engine.errors import StoreError
 from nla_engine.models import LanguageModel
 from nla_engine.prompts import read_prompts
 from nla_engine.store import CaptureStore
+from nla_engine.store.objects import place
 
 #: Most sequences, and new tokens of each, that are run to measure the speed.
 SAMPLE = (64, 32)
@@ -54,7 +55,7 @@ def estimate_capture(
     lm: LanguageModel | None = None,
 ) -> CaptureEstimate:
     """Plan a capture and measure its speed on its first prompts. Raises what `run_capture` raises before it writes."""
-    if options.out.exists() and not (options.resume or options.overwrite):
+    if place(options.out).exists() and not (options.resume or options.overwrite):
         raise StoreError(
             f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
         )
@@ -67,7 +68,7 @@ def estimate_capture(
     prompts = read_prompts(
         options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
     )
-    done = CaptureStore.open(options.out).sequences if options.resume and options.out.exists() else 0
+    done = CaptureStore.open(options.out).sequences if options.resume and place(options.out).exists() else 0
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))
     todo = prompts.prompts[done:]
@@ -83,7 +84,7 @@ def estimate_capture(
             short = replace(
                 options,
                 prompts=sample,
-                out=Path(directory) / "sample.zarr",
+                out=str(Path(directory) / "sample.zarr"),
                 max_new_tokens=new,
                 dry_run=False,
                 resume=False,

@@ -68,7 +68,7 @@ def run_demo(
         captured = run_capture(capture_options, announce=announce, progress=update)
     announce("2  round trip: every captured row into words and back")
     roundtrip_options = RoundtripOptions(
-        store=out / "run.zarr",
+        store=str(out / "run.zarr"),
         av=str(TRIO / "av"),
         ar=str(TRIO / "ar"),
         out=out / "explained.parquet",

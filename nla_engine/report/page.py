@@ -85,7 +85,7 @@ def write_report(
             else "exists: pass --overwrite to replace it"
         )
         raise RequestError(f"{out}: {mend}")
-    if out.resolve().is_relative_to(store.path.resolve()):
+    if isinstance(store.path, Path) and out.resolve().is_relative_to(store.path.resolve()):
         raise RequestError(f"{out}: lies inside the store: choose a place outside")
     taken = list(AREAS)
     for section in sections:

@@ -88,6 +88,19 @@ class ObjectPath:
 
         return sorted(key.removeprefix(prefix) for key in self._run(collect()))
 
+    @property
+    def name(self) -> str:
+        """The last part of the key or URL."""
+        return str(self).rsplit("/", 1)[-1]
+
+    def is_object(self) -> bool:
+        """Whether there is an object of this very key."""
+        return self._run(self._store.exists(self._key))
+
+    def total_size(self) -> int:
+        """Bytes of every object below."""
+        return sum((self / name).size() for name in self.names())
+
     def exists(self) -> bool:
         """Whether there is anything here or below."""
         return bool(self.names())

@@ -203,7 +203,7 @@ class _Stages:
             model=self.base,
             prompts=self.out / PROBLEMS,
             layer=(self.layer,),
-            out=self.out / STORE,
+            out=str(self.out / STORE),
             max_new_tokens=self.options.max_new_tokens,
             positions="generated,last",  # the prompt's last token comes before an answer that opens the reply
             seed=self.options.seed,
@@ -269,7 +269,7 @@ class _Stages:
         self, name: str, rows: np.ndarray, av: Verbalizer, ar: Reconstructor, **changes: Any
     ) -> None:
         roundtrip_options = RoundtripOptions(
-            store=self.out / STORE,
+            store=str(self.out / STORE),
             av=self.av,
             ar=self.ar,
             out=self.out / name,

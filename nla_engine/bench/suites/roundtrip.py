@@ -48,7 +48,7 @@ def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
     codec = Codec.named("int8", session.lm.d_model)
     write_store(store, codec, session.layer, encoded_sequences(codec, session.layer, sizes.vectors))
     options = RoundtripOptions(
-        store=store,
+        store=str(store),
         av="bench-av",
         ar="bench-ar",
         out=session.directory / "explained.parquet",
