@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -118,5 +119,7 @@ def _layers(store: CaptureStore) -> Table:
 
 
 def _size(store: CaptureStore) -> str:
+    if not isinstance(store.path, Path):
+        return "not on a local disk"
     size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
     return f"{size / 2**30:.3g} GiB" if size >= 1 << 28 else f"{size / 2**20:.3g} MiB"
