@@ -102,7 +102,7 @@ def estimate_capture(
         codec=options.codec,
         layers=list(options.layer),
         skipped=len(prompts.skipped),
-        seconds_expected=round(seconds * tokens / measured, 1) if measured else 0.0,
+        seconds_expected=round(seconds * tokens / measured, 3) if measured else 0.0,
         load_seconds=round(load_seconds, 1),
         sample_sequences=count,
         sample_tokens=measured,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -96,3 +97,9 @@ def test_rows_of_a_store(
     ):
         assert main(f"codec --rows {tmp_path / f'{name}.zarr'}".split()) == 2
         assert message in capsys.readouterr().err
+
+
+def test_no_time_is_left(capsys: pytest.CaptureFixture) -> None:
+    assert main(["codec", "--time-limit", "0.000001"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["lines"], result["skipped"]) == ([], ["codec: every scheme"])

@@ -201,3 +201,20 @@ def test_a_state_of_another_stream_is_refused(store: CaptureStore) -> None:
     dataset.load_state_dict(dataset.state_dict(3, workers=2))
     with pytest.raises(RequestError, match="the state is of 2 workers, not 1"):
         next(iter(dataset))
+
+
+def test_ranks_are_those_of_torch_distributed(
+    store: CaptureStore, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One process that says it is the only rank; then two that `rank` and `ranks` name."""
+    rendezvous = tmp_path_factory.mktemp("group") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    try:
+        alone = ShuffledRows(store, batch_size=50, numbers=True)
+        assert (alone.state_dict()["ranks"], len(flat(numbers(alone)))) == (1, ROWS)
+        halves = [ShuffledRows(store, batch_size=50, numbers=True, rank=rank, ranks=2) for rank in (0, 1)]
+        seen = [flat(numbers(half)) for half in halves]
+        assert len(seen[0]) == len(seen[1]) == ROWS // 2
+        assert sorted(seen[0] + seen[1]) == list(range(ROWS))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -31,6 +31,9 @@ _RECONSTRUCTION_COS = 0.9
 def run(session: Session) -> None:
     """A line a scheme and measure, the plot, then the lossless split."""
     settings = session.settings
+    if settings.time_limit is not None and time.monotonic() - session.started > settings.time_limit:
+        session.skipped.append("codec: every scheme")
+        return
     source = "made-up rows" if settings.rows is None else str(settings.rows)
     rows = (
         synthetic_rows(session.sizes.codec_rows, session.d_model)
