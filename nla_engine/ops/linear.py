@@ -3,6 +3,7 @@
 Torch takes the first algorithm that cublasLt proposes for a shape; another one is often a few percent faster. `tune`
 measures all of them for one number of rows, on real weights, and from then on this process computes that product by
 the winner. Algorithms sum in different orders, so two of them may round differently: tune before a run, never in it.
+A clock decides, so two processes may choose differently too.
 Reference: `torch.nn.functional.linear` and `addmm_`, which compute every product that was not tuned.
 """
 
