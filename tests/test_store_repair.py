@@ -119,7 +119,8 @@ def test_rows_that_are_lost_are_dropped_and_no_others(
     dropped = [k for k, size in enumerate(SIZES) if size and starts[k] < last and starts[k + 1] > first]
     assert sorted(done.dropped) == dropped
     assert done.rows_lost == sum(SIZES[number] for number in dropped)
-    assert all(str(path / file) in fault for fault in done.dropped.values())
+    for fault in done.dropped.values():
+        assert re.fullmatch(rf"{file}: damaged: inner chunk \d fails its checksum", fault)
     check_sequences(path, dict(done.dropped))
     store = CaptureStore.open(path)
     assert store.complete

@@ -24,6 +24,7 @@ from nla_engine.store.format import Finish, layer_group
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import place
 from nla_engine.store.records import LayerRows, SequenceRows
+from nla_engine.store.shards import MEND
 from nla_engine.store.verify import Check, Verification
 from nla_engine.store.writer import StoreWriter, write_empty, write_metadata
 
@@ -87,7 +88,10 @@ def repair(
     if not damage.lost and not damage.restored:  # the metadata alone
         _rewrite_metadata(target, manifest)
         return checks, Repair({}, 0, [])
-    dropped = damage.sequences()
+    dropped = {  # the fault alone: neither where the store was, nor what could be done
+        number: fault.removeprefix(f"{target}/").removesuffix(f": {MEND}")
+        for number, fault in damage.sequences().items()
+    }
     _rewrite(target, manifest, damage, dropped)
     lost = int(damage.values["sequences/row_size"][list(dropped)].sum())
     return checks, Repair(dropped, lost, damage.restored)

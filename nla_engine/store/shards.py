@@ -25,7 +25,8 @@ from nla_engine.store.objects import ObjectPath, Place
 CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
-_MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
+#: What can be done about damage.
+MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
 
 
 def index_bytes(shard_chunks: int) -> int:
@@ -119,9 +120,9 @@ def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.n
         with _open_object(path, len(chunks)) if isinstance(path, ObjectPath) else _open_file(path) as opened:
             _read_shard(*opened, chunks, shard_chunks, out)
     except FileNotFoundError:
-        raise StoreError(f"{path}: a shard with committed rows is missing: {_MEND}") from None
+        raise StoreError(f"{path}: a shard with committed rows is missing: {MEND}") from None
     except _Damage as damage:
-        raise StoreError(f"{path}: damaged: {damage}: {_MEND}") from None
+        raise StoreError(f"{path}: damaged: {damage}: {MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
 
