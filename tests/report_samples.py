@@ -121,7 +121,6 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
     table = ResultTable.open(
         path,
         options={"store": store.attributes["store_id"]},
-        metadata={**metadata, **changes},
         resume=False,
         overwrite=False,
     )
@@ -144,13 +143,13 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
             "n_tokens": [len(entry.text.split()) for entry in flat],
             "cos": [entry.cos for entry in flat],
             "mse_nrm": nothing,
-            "fve_nrm": nothing,
-            "fve_meannorm": nothing,
             "cos_shuffled": [entry.cos_shuffled for entry in flat],
             "retrieval_rank": [entry.rank for entry in flat],
         }
     )
-    table.finish()
+    table.finish(
+        {**metadata, **changes}, lambda mse: {name: [None] * len(mse) for name in ("fve_nrm", "fve_meannorm")}
+    )
 
 
 def cos_of(fve: float) -> float:

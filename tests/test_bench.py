@@ -228,7 +228,7 @@ def test_wrong_work_has_no_figure(
 ) -> None:
     monkeypatch.setattr(
         "nla_engine.bench.suites.verbalize.Verbalizer.explain",
-        lambda self, rows, max_new_tokens, batch_size: [Explanation(0, "", "ok", 1)],
+        lambda self, rows, **options: [Explanation(0, "", "ok", 1)],
     )
     assert run("verbalize --shape tiny --repeats 1 --requests 3") == 1
     result = result_of(capsys)

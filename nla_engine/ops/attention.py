@@ -136,13 +136,14 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         "GROUP": heads // groups,
         "HEAD": size,
         "BLOCK_H": max(16, triton.next_power_of_2(size)),
-        "BLOCK_N": 64 if size <= 128 else 32,
         "WINDOW": shape.window > 0,
         "SOFTCAP": shape.softcap > 0,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "num_warps": 4,
-        "num_stages": 3 if size <= 128 and query.dtype != torch.float32 else 2,
     }
+    small = size <= 128 and query.dtype != torch.float32
+    wide = {"BLOCK_N": 64 if size <= 128 else 32, "num_warps": 4, "num_stages": 3 if small else 2}
+    # A decode step only streams keys and values: one warp a program, many programs at once.
+    narrow = {"BLOCK_N": 32, "num_warps": 1, "num_stages": 2}
     partial = torch.empty((tokens, heads, size) if kv.prefix_size else 0, device=query.device)
     state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
     if kv.prefix_size:
@@ -166,6 +167,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             shape.softcap,
             BLOCK_M=rows,
             **options,
+            **wide,
         )
     _attend_kernel[(len(tiles.token), groups)](
         query,
@@ -191,6 +193,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         PREFIX=kv.prefix_size > 0,
         BLOCK_M=tiles.rows,
         **options,
+        **(narrow if small and tiles.rows == 16 else wide),
     )
     return out
 

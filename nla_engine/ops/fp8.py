@@ -86,7 +86,8 @@ def quantise_reference(x: torch.Tensor) -> Quantised:
     """`quantise` in plain torch."""
     wide = x.float()
     size = torch.where(wide.isnan(), torch.inf, wide.abs()).amax(-1, keepdim=True).clamp(min=_TINY)
-    return Quantised((wide * (_LARGEST / size)).to(torch.float8_e4m3fn), size * (1 / _LARGEST))
+    inverse = torch.full_like(size, _LARGEST) / size  # a number over a tensor is rounded twice
+    return Quantised((wide * inverse).to(torch.float8_e4m3fn), size * (1 / _LARGEST))
 
 
 def rms_norm_quantised_reference(

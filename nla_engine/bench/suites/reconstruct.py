@@ -15,6 +15,7 @@ from nla_engine.bench.shapes import twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts
 from nla_engine.checkpoint import Sidecar
+from nla_engine.models import LanguageModel
 from nla_engine.ops.fp8 import has_fp8
 from nla_engine.reconstruct import Reconstructor
 
@@ -48,7 +49,7 @@ def run(session: Session) -> None:
             "reconstruct",
             f"HF dense B={batch} {prompt} tokens",
             "vectors/s",
-            baselines.reconstructor(session, batch, prompt, _head(session)),
+            baselines.reconstructor(session, batch, prompt, _head(session.lm.d_model)),
         )
         if line is not None:
             line.compare(theirs)
@@ -59,13 +60,13 @@ def limit(session: Session, prompt: int) -> float:
     return 1 / prefill_seconds(session.size, session.hardware, prompt, session.layer + 1)
 
 
-def make_reconstructor(session: Session, precision: str = "full") -> Reconstructor:
-    """The session's weights, cut behind the tapped block, as an AR with a random head."""
+def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> Reconstructor:
+    """A model's weights, cut behind the tapped block, as an AR with a random head."""
     sidecar = Sidecar(
         path=Path("bench-ar"),
         role="ar",
-        d_model=session.lm.d_model,
-        layer=session.layer,
+        d_model=lm.d_model,
+        layer=layer,
         injection_scale=None,
         template=_TEMPLATE,
         marker=None,
@@ -74,19 +75,16 @@ def make_reconstructor(session: Session, precision: str = "full") -> Reconstruct
         right_id=None,
         suffix_ids=(),
     )
-    return Reconstructor(
-        twin(session.lm).truncated(session.layer), sidecar, _head(session), precision=precision
-    )
+    return Reconstructor(twin(lm).truncated(layer), sidecar, _head(lm.d_model), precision=precision)
 
 
-def _head(session: Session) -> torch.Tensor:
-    width = session.lm.d_model
+def _head(width: int) -> torch.Tensor:
     return torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
 
 
 @contextmanager
 def _reconstructed(session: Session, count: int, prompt: int, precision: str = "full") -> Iterator[Prepared]:
-    reconstructor = make_reconstructor(session, precision)
+    reconstructor = reconstructor_of(session.lm, session.layer, precision)
     written = texts([prompt - AROUND] * count)
 
     def reconstruct() -> None:

@@ -64,8 +64,8 @@ def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
         free_memory(session.device)  # of the run before
         summary = run_roundtrip(
             options,
-            verbalizer=verbalize.make_verbalizer(session),
-            reconstructor=reconstruct.make_reconstructor(session, precision),
+            verbalizer=verbalize.verbalizer_of(session.lm, session.layer),
+            reconstructor=reconstruct.reconstructor_of(session.lm, session.layer, precision),
         )
         expect("explanations", summary.explanations, sizes.vectors)
         expect("tokens generated", round(summary.n_tokens * sizes.vectors), sizes.vectors * sizes.av_new)

@@ -13,6 +13,7 @@ from nla_engine.bench.shapes import MARKER, twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
 from nla_engine.checkpoint import Sidecar
+from nla_engine.models import LanguageModel
 from nla_engine.ops.fp8 import has_fp8
 from nla_engine.verbalize import Verbalizer
 
@@ -69,22 +70,22 @@ def limit(session: Session) -> float:
     return count / generate_seconds(session.size, session.hardware, count, PROMPT, new, slots, shared=BEFORE)
 
 
-def make_verbalizer(session: Session) -> Verbalizer:
-    """The session's weights as an AV."""
+def verbalizer_of(lm: LanguageModel, layer: int) -> Verbalizer:
+    """A model's weights as an AV."""
     sidecar = Sidecar(
         path=Path("bench-av"),
         role="av",
-        d_model=session.lm.d_model,
-        layer=session.layer,
+        d_model=lm.d_model,
+        layer=layer,
         injection_scale=_INJECTION_SCALE,
         template=texts([BEFORE])[0] + "{injection_char}" + texts([AFTER])[0],
         marker=MARKER,
-        marker_id=session.lm.tokenizer.convert_tokens_to_ids(MARKER),
+        marker_id=lm.tokenizer.convert_tokens_to_ids(MARKER),
         left_id=None,
         right_id=None,
         suffix_ids=(),
     )
-    return Verbalizer(twin(session.lm), sidecar)
+    return Verbalizer(twin(lm), sidecar)
 
 
 def _explain(
@@ -110,7 +111,7 @@ def _explain(
 def _explained(
     session: Session, count: int, new: int, slots: int, precision: str = "full"
 ) -> Iterator[Prepared]:
-    verbalizer = make_verbalizer(session)
+    verbalizer = verbalizer_of(session.lm, session.layer)
     yield Prepared(
         lambda: count / _explain(session, verbalizer, count, new, slots, precision),
         lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots, precision),
@@ -120,5 +121,5 @@ def _explained(
 @contextmanager
 def _set_up(session: Session, slots: int) -> Iterator[Prepared]:
     """Seconds of one explanation of one token with the same slots."""
-    verbalizer = make_verbalizer(session)
+    verbalizer = verbalizer_of(session.lm, session.layer)
     yield Prepared(lambda: _explain(session, verbalizer, 1, 1, slots))
