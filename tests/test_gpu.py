@@ -78,7 +78,7 @@ def test_greedy_tokens_equal_transformers(architecture: str, prefix: tuple[int, 
 def test_fast_and_reference_paths_agree_with_vectors_and_sampling(rng) -> None:
     lm = language_model()
     vectors = rng.standard_normal((40, lm.d_model)).astype(np.float32)
-    requests = [Request(i, (VECTOR, 20, 21), 15, vectors[i]) for i in range(40)]
+    requests = [Request(i, (VECTOR, 20, 21), 15, torch.from_numpy(vectors[i])) for i in range(40)]
     for sampling in (Sampling(), Sampling(1.0, 3)):
         fast = run(lm, requests, slots=16, prefix=PREFIX, sampling=sampling)
         slow = run(lm, requests, slots=5, prefix=PREFIX, sampling=sampling, kernels="reference")
