@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
 from nla_engine.ops import choose
 from nla_engine.ops.choose import Choosing, SlotState
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
-)
 DTYPES = [torch.float32, torch.bfloat16]
 MOST = 5
 
@@ -134,15 +125,6 @@ def test_hashes_of_integers_and_tensors_are_one() -> None:
     assert choose._hash(torch.tensor(values)).tolist() == [choose._hash(value) for value in values]
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run here directly")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    """Every kernel test above, in a process of its own where Triton interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_in_the_interpreter(__file__)

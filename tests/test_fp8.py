@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from triton.runtime import interpreter
 
@@ -23,12 +19,6 @@ from nla_engine.ops.fp8 import Quantised
 from nla_engine.ops.gate import gate_reference
 from nla_engine.ops.norm import rms_norm_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
-)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -181,15 +171,6 @@ def test_fp8_that_cannot_be_is_refused() -> None:
         Runner(lm, slots=1, length=8, precision="int3")
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run here directly")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    """Every kernel test above, in a process of its own where Triton interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_in_the_interpreter(__file__)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
 from nla_engine.ops import attention, gate, norm, rotary
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
-)
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
@@ -166,15 +156,6 @@ def test_rotation_is_that_of_transformers(rng) -> None:
     assert torch.equal(values[0], k[0].transpose(0, 1))
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run here directly")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    """Every kernel test above, in a process of its own where Triton interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_in_the_interpreter(__file__)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from nla_engine.demo.problems import OPERAND_LIMIT, PHRASINGS, TIMES_KEYS, held_out_pairs
 from nla_engine.errors import RequestError
 
-SPLITS = ("held_out", "trained", "any")
-
 
 @dataclass(frozen=True)
 class Multiplication:

@@ -1,0 +1,34 @@
+"""Where the tests of Triton kernels run: on a GPU, or in a process in which Triton interprets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
+)
+starts_the_interpreter = pytest.mark.skipif(
+    DEVICE == "cuda" or INTERPRETED, reason="the kernels run here directly"
+)
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """Every kernel test of a file, in a process of its own where Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
