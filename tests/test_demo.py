@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from nla_engine import reconstruct as ar_module
 from nla_engine.capture import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.demo import evaluate
 from nla_engine.demo.run import LAYER, TRIO, run_demo
 from nla_engine.engine.request import VECTOR
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.roundtrip import RoundtripSummary, run_roundtrip
-from nla_engine.verbalize import Verbalizer
+from nla_engine.store import CaptureStore
+from nla_engine.verbalize import Verbalizer, parse_explanation
 
 PROBLEMS = 12
 
@@ -60,6 +63,18 @@ def test_the_demo_keeps_its_promises(demo: tuple[dict[str, Any], list[Any], Path
         "report.html",
     }
     assert summary["report"] == str(out / "report.html")
+
+
+def test_the_round_trip_is_that_of_plain_transformers(demo: tuple[dict[str, Any], list[Any], Path]) -> None:
+    """The same greedy texts and the same FVE as transformers alone gives, in float32."""
+    summary, _, out = demo
+    vectors = torch.from_numpy(CaptureStore.open(out / "run.zarr").layer(LAYER)[:])
+    table = pq.read_table(out / "explained.parquet").to_pydict()
+    texts, _ = evaluate.verbalize(TRIO / "av", torch.device("cpu"), vectors)
+    plain = [parse_explanation(text)[0] for text in texts]
+    assert plain == table["explanation"]
+    r = evaluate.reconstruct(TRIO / "ar", torch.device("cpu"), plain)
+    assert evaluate.scores(vectors, r)["fve_nrm"] == pytest.approx(summary["fve_nrm"], abs=5e-4)
 
 
 @dataclass

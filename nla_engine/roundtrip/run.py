@@ -74,8 +74,9 @@ def run_roundtrip(
             for part in segments:
                 first, known = known, known + len(part)
                 there = max(table.done // options.samples - first, 0)
+                each = "an explanation" if options.samples == 1 else f"{options.samples} explanations"
                 announce(
-                    f"{known:,} rows of layer {layer}, {options.samples} explanations each"
+                    f"{known:,} rows of layer {layer}, {each} each"
                     + (f" ({table.done:,} already there)" if there else "")
                 )
                 if there < len(part):
