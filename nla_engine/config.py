@@ -6,6 +6,7 @@ A field's metadata holds its help text. Knows nothing of how an option is used.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,13 @@ def option(help: str, default: Any = ..., **metadata: Any) -> Any:
     """A dataclass field with a help text for the command line."""
     metadata["help"] = help
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def check_local(*paths: Path) -> None:
+    """RequestError if one of them is a URL: a Path has lost a slash of it, and a directory `s3:` would be made."""
+    for path in paths:
+        if re.match(r"[a-z0-9]+:/", str(path)):
+            raise RequestError(f"{path}: this has to be on a local disk, not on an object store")
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,7 @@ class RoundtripOptions(Options):
         self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
         self._need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         self._need(self.residency in RESIDENCIES, "residency", f"one of {', '.join(RESIDENCIES)}")
+        check_local(self.out)
         if self.follow and self.limit is not None:
             raise RequestError(
                 "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"

@@ -38,3 +38,7 @@ class StoreError(RequestError):
 
 class WhereError(RequestError):
     """A `--where` expression cannot be parsed or names an unknown field."""
+
+
+class WhereRecordError(WhereError):
+    """A `--where` expression asks for something that no prompt record of the store has (yet)."""

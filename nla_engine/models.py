@@ -150,6 +150,12 @@ def pick_device(device: str | None) -> torch.device:
         raise RequestError(f"device '{device}' was asked for, but torch finds no CUDA GPU: pass --device cpu")
     if chosen.type not in ("cuda", "cpu"):
         raise RequestError(f"device '{device}' is not supported: use cuda, cuda:N or cpu")
+    if chosen.type == "cuda" and chosen.index is not None:
+        if chosen.index >= torch.cuda.device_count():
+            raise RequestError(
+                f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(chosen)  # kernels and graphs go to the current device
     return chosen
 
 

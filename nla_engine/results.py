@@ -92,7 +92,8 @@ class ResultTable:
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
             else:
-                parts.mkdir(exist_ok=True)
+                shutil.rmtree(parts, ignore_errors=True)  # parts without a record are nobody's
+                parts.mkdir()
                 _replace(record, json.dumps({"options": options}, indent=1).encode())
             files = _part_files(parts)
             return cls(out, parts, options, schema, sum(_rows(file) for file in files), len(files))

@@ -303,3 +303,21 @@ def test_a_truncated_base_model(root: Path, tmp_path: Path) -> None:
     model = truncated(root / "base", tmp_path / "cut")
     command = capture(root, tmp_path / "x.zarr")
     check_refused(call("capture", model, *command[2:]), "cut: the model cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("import", "rows.npy", "--layer", 1, "--out", "s3://bucket/x.zarr"),
+        ("merge", "s3://bucket/a.zarr", "b.zarr", "--out", "c.zarr"),
+        ("export", "a.zarr", "--to", "npy", "--out", "s3://bucket/x.npy"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_works_on_local_disks_alone_says_so(
+    command: tuple[object, ...], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = call(*command)
+    assert ran.code == 2 and "has to be on a local disk" in ran.err
+    assert not list(tmp_path.iterdir())

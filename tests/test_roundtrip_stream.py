@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tiny import D, save_ar, save_av
 from nla_engine.codec import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.sampling import Sampling
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.errors import RequestError, StoreError, WhereError
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.roundtrip import pipeline, rows, run, run_roundtrip
 from nla_engine.roundtrip.behind import Behind
@@ -235,7 +236,7 @@ def test_an_error_behind_stops_the_run(pair: Path, tmp_path: Path, monkeypatch: 
 
 def test_what_runs_behind_tells_its_error() -> None:
     def work() -> None:
-        with Behind(torch.device("cpu")) as behind:
+        with Behind() as behind:
             behind.submit(lambda: time.sleep(0.1))
             behind.submit(lambda: {}["second"])
             behind.submit(lambda: ran_after.append(1))
@@ -281,3 +282,51 @@ def test_killed_at_random_moments_and_resumed(pair: Path, tmp_path: Path) -> Non
     run_roundtrip(options(pair, store, out, resume=True, **sampled))
     assert table(out) == table(whole)
     assert CaptureStore.open(store).rows * 2 == len(table(out))
+
+
+def test_following_until_nothing_was_selected(pair: Path, tmp_path: Path) -> None:
+    store, out = make_store(tmp_path / "s.zarr", 1), tmp_path / "x.parquet"
+    with pytest.raises(StoreError, match="no row for --where"):
+        run_roundtrip(options(pair, store, out, follow=True, where="position > 99"))
+    assert not out.exists()
+
+
+def test_following_waits_for_a_record_that_later_prompts_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "POLL_SECONDS", 0.01)
+    writer = open_writer(tmp_path / "s.zarr")
+    writer.append(sequence(0))
+    writer.commit()
+    store = CaptureStore.open(tmp_path / "s.zarr")
+    waited = threading.Event()
+    found: list[int] = []
+
+    def follow() -> None:
+        for part in rows.follow_rows(store, "record.tag == 'late'", lambda _: waited.set()):
+            found.extend(part.tolist())
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    assert waited.wait(30)
+    writer.append(replace(sequence(1), source=b'{"tag": "late"}'))
+    writer.close()
+    thread.join(30)
+    assert found == [5, 6, 7, 8, 9]
+    with pytest.raises(WhereError, match="no prompt record has 'other'"):
+        list(rows.follow_rows(store, "record.other == 1"))
+
+
+def test_parts_without_a_record_belong_to_nobody(pair: Path, tmp_path: Path) -> None:
+    """What a kill between the last two steps of `finish` leaves, once the finished table has been moved away."""
+    store, out = make_store(tmp_path / "s.zarr", 2), tmp_path / "x.parquet"
+    parts = tmp_path / "x.parquet.parts"
+    parts.mkdir()
+    (parts / "part-000000.parquet").write_bytes(b"of another run")
+    run_roundtrip(options(pair, store, out, resume=True))
+    assert len(table(out)) == 10
+
+
+def test_a_table_cannot_be_on_an_object_store(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="has to be on a local disk"):
+        options(pair, tmp_path / "s.zarr", Path("s3://bucket/x.parquet"))

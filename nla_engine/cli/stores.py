@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nla_engine.cli.app import app
 from nla_engine.cli.output import Json, console, finish, print_json, progress_bar
+from nla_engine.config import check_local
 
 if TYPE_CHECKING:
     from nla_engine.store.verify import Check
@@ -51,19 +52,20 @@ def verify(
     from nla_engine.store.verify import verify as run_checks
 
     checks, repaired = run_repair(store) if repair else (run_checks(store), None)
-    if model is not None and all(check.ok for check in checks):
-        checks += _audit(store, model, sample, device)
+    sound = repaired is not None or all(check.ok for check in checks)
+    audited = _audit(store, model, sample, device) if model is not None and sound else []
+    checks += audited
     table = Table("check", "", "detail", box=None)
     for check in checks:
         table.add_row(escape(check.name), "ok" if check.ok else "FAILED", escape(check.detail))
     console.print(table)
     if repaired is not None:
         console.print(escape(str(repaired)))
-    good = all(check.ok for check in checks)
+    good = sound and all(check.ok for check in audited)
     if as_json:
-        outcome = {"ok": good or repaired is not None, "repair": repaired and repaired.to_dict()}
+        outcome = {"ok": good, "repair": repaired and repaired.to_dict()}
         print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})
-    if not good and repaired is None:
+    if not good:
         raise typer.Exit(1)
 
 
@@ -97,6 +99,7 @@ def export(
     from nla_engine.store import CaptureStore
     from nla_engine.store.export import export as run_export
 
+    check_local(out)
     opened = CaptureStore.open(store)
     rows = run_export(opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows)
     finish("exported", {"out": str(out), "to": to, "rows": rows}, as_json)
@@ -116,6 +119,7 @@ def import_(
     """Make a store of vectors from elsewhere: a row of the file is a sequence with one row."""
     from nla_engine.store.importing import import_rows
 
+    check_local(source, out)
     made = import_rows(source, out, layer=layer, codec=codec, overwrite=overwrite)
     finish("imported", {"store": str(out), **dataclasses.asdict(made)}, as_json)
 
@@ -130,6 +134,7 @@ def merge(
     """Join stores of the same run parameters, sequence after sequence; rows stay as they are, bit for bit."""
     from nla_engine.store.merge import merge as run_merge
 
+    check_local(*stores, out)
     with progress_bar("sequences") as progress:
         merged = run_merge(stores, out, overwrite=overwrite, progress=progress)
     facts = {

@@ -31,6 +31,7 @@ def default_slots(lm: LanguageModel, length: int, prefix: int = 0, most: int = 5
         return min(most, _MOST_SLOTS_CPU)
     heads, head_size = _kv_shape(lm.config)
     slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
+    torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
     free = torch.cuda.mem_get_info(lm.device)[0]
     return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
 

@@ -19,11 +19,12 @@ class Behind:
     No job runs after one that failed: what it would write would stand in the wrong place.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        """stream: where the jobs' work on a GPU goes."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
         self._jobs: deque[Future[None]] = deque()
         self._failed = False
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream
 
     def submit(self, job: Callable[[], None]) -> None:
         """Start a job after those before it; waits while too many are under way."""

@@ -5,6 +5,7 @@ Both stay on the GPU if they fit; else they take turns there, and the other wait
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ def load_pair(
     dtype = pick_dtype(options.dtype, device)
     turns = options.residency == "turns"
     if options.residency == "auto" and device.type == "cuda" and verbalizer is None and reconstructor is None:
-        weights = sum(_weight_bytes(find_directory(name)) for name in (options.av, options.ar))
+        weights = sum(_weight_bytes(find_directory(name), dtype) for name in (options.av, options.ar))
+        if options.precision == "fp8":
+            weights += weights // 2  # the quantised ones lie beside the models' own
         free = torch.cuda.mem_get_info(device)[0]
         turns = weights + _WORKING_BYTES > free
         if turns:
@@ -82,8 +85,12 @@ def load_pair(
     return Pair(verbalizer, reconstructor, device, turns)
 
 
-def _weight_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32."""
+    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    wide = (config.get("dtype") or config.get("torch_dtype")) == "float32"
+    return stored * dtype.itemsize // (4 if wide else 2)
 
 
 def choose_layer(store: CaptureStore, options: RoundtripOptions, pair: Pair) -> int:

@@ -53,17 +53,21 @@ class Pipeline:
     ) -> None:
         self.options, self.store, self.layer = options, store, layer
         self.pair, self.controls, self.write = pair, controls, write
+        device = pair.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reader = store.layer(layer)
 
     def run(self, rows: np.ndarray, first: int) -> None:
         """Explain, score and write these rows. first: place of the first one among all selected rows.
 
         The places name the random numbers, so that neither segments nor resuming change a sampled text.
         """
+        self._reader = self.store.layer(self.layer)  # a store that is followed has grown
         turn = max(TURN // self.options.samples, 1) if self.pair.in_turns else len(rows)
         for start in range(0, len(rows), turn):
             part = rows[start : start + turn]
             self.pair.verbalize_next()
-            with Behind(self.pair.device) as behind, closing(self._chunks(part, first + start)) as chunks:
+            with Behind(self._stream) as behind, closing(self._chunks(part, first + start)) as chunks:
                 ready: Iterable[Explained] = chunks
                 if self.pair.in_turns:
                     ready = list(chunks)
@@ -83,7 +87,7 @@ class Pipeline:
     def _explanations(self, rows: np.ndarray, first: int) -> Generator[Explanation, None, None]:
         """In order, `samples` a row. Vectors without a direction get a status instead of a text."""
         options = self.options
-        norm = self.store.layer(self.layer).norm(0, self.store.rows)[rows]
+        norm = self._reader.norm_at(rows)
         sound = np.isfinite(norm) & (norm > 0)
         written = self.pair.verbalizer.explain(
             self._vectors(rows, np.flatnonzero(sound), first),
@@ -107,9 +111,9 @@ class Pipeline:
         self, rows: np.ndarray, places: np.ndarray, first: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
-        reader, device = self.store.layer(self.layer), self.pair.device
+        reader, device = self._reader, self.pair.device
         blocks = [places[start : start + READ_AHEAD] for start in range(0, len(places), READ_AHEAD)]
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        with ThreadPoolExecutor(1, "read-ahead", _on_device, (device,)) as pool:
             ahead = [pool.submit(reader.torch, rows[block], device) for block in blocks[:1]]
             for number, block in enumerate(blocks):
                 vectors = ahead.pop().result()
@@ -120,7 +124,7 @@ class Pipeline:
     def _score(self, chunk: Explained) -> dict[str, Any]:
         """The columns of a chunk, but for those that need Var."""
         store, samples, rows, written = self.store, self.options.samples, chunk.rows, chunk.written
-        v = store.layer(self.layer).torch(rows, self.pair.device)
+        v = self._reader.torch(rows, self.pair.device)
         sequence = store.column("sequence")[rows]
         sound = torch.tensor([e.status not in ("zero_vector", "nonfinite_vector") for e in written])
         r = torch.full_like(v, torch.nan)
@@ -141,7 +145,7 @@ class Pipeline:
             "next_token": store.token_text(store.column("next_token_id")[rows]),
             "generated": (flags & RowFlag.GENERATED) != 0,
             "early": (flags & RowFlag.EARLY) != 0,
-            "norm": store.layer(self.layer).norm(0, store.rows)[rows],
+            "norm": self._reader.norm_at(rows),
             "sample": [e.id % samples for e in written],
             "best": best.reshape(-1),
             "explanation": [e.text for e in written],
@@ -152,6 +156,12 @@ class Pipeline:
             "cos_shuffled": nullable(self.controls.shuffled(rows, sequence, r)),
             "retrieval_rank": [None if np.isnan(value) else int(value) for value in rank],
         }
+
+
+def _on_device(device: torch.device) -> None:
+    """A new thread starts on the first GPU."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def nullable(values: np.ndarray) -> list[float | None]:

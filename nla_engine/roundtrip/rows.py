@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from nla_engine.config import RoundtripOptions
-from nla_engine.errors import StoreError
+from nla_engine.errors import RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, has_writer
 
 #: Seconds between two looks at a store that is being written.
@@ -35,12 +36,21 @@ def follow_rows(
 ) -> Iterator[np.ndarray]:
     """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
-    StoreError if the writer has gone without finishing.
+    StoreError if the writer has gone without finishing; RequestError if the store is not on a local disk.
     """
+    if not isinstance(store.path, Path):
+        raise RequestError(
+            f"{store.path}: --follow needs a store on a local disk: wait for the writer, then leave --follow out"
+        )
     seen, waiting, gone = 0, False, False
     while True:
         store.refresh()
-        rows, seen = _matching(store, where, seen), store.rows
+        try:
+            rows, seen = _matching(store, where, seen), store.rows
+        except WhereRecordError:  # a later prompt may have what these lack
+            if store.complete:
+                raise
+            rows = np.zeros(0, np.int64)
         if len(rows):
             waiting = gone = False
             yield rows

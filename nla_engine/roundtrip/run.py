@@ -51,6 +51,8 @@ def run_roundtrip(
         rows = select_rows(store, options)
     segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
     segments, sample = _control_sample(segments, options)
+    if not len(sample):
+        select_rows(store, options)  # says why there is nothing
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
     vectors = store.layer(layer).torch(sample, pair.device)

@@ -113,8 +113,12 @@ class ShuffledRows(IterableDataset[Row]):
         self._workers: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another shuffled order, from its start."""
-        self._epoch, self._done, self._workers = epoch, 0, None
+        """Take another shuffled order, from its start. The epoch that is set already stays where it stands.
+
+        With persistent workers of a DataLoader it has no effect on them: make a new loader for each epoch.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._done, self._workers = epoch, 0, None
 
     def batches(self, workers: int = 1) -> int:
         """Batches that this rank gets in an epoch, through a DataLoader with that many workers (0 counts as 1)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
-from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath, Place
+from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath
 from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, make_directory, writing
 
 GROUP_NAMES = ("rows", "sequences", "vocabulary")
@@ -49,10 +49,8 @@ class DirectoryLock:
             self._fd = -1
 
 
-def has_writer(path: Place) -> bool:
-    """Whether a process holds the right to write the store at this moment; on an object store, or died with it."""
-    if isinstance(path, ObjectPath):
-        return (path / LOCK_NAME).is_object()
+def has_writer(path: Path) -> bool:
+    """Whether a process holds the right to write the store at this moment."""
     with writing(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

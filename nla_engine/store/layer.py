@@ -111,6 +111,10 @@ class LayerReader:
         first, last = np.searchsorted(self.exact_row, [start, stop])
         return self.exact_row[first:last] - start, self.arrays["exact"].read(int(first), int(last))
 
+    def norm_at(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Exact L2 norms of rows by number or mask, float32 [n]."""
+        return self.arrays["norm"].take(self._row_numbers(rows))
+
     @cached_property
     def exact_row(self) -> np.ndarray:
         """int64 [M], ascending: rows that are kept exactly."""

@@ -97,7 +97,7 @@ def _common_options(store: CaptureStore) -> dict[str, Any]:
 
 def _origin(store: CaptureStore) -> dict[str, Any]:
     about = store.attributes
-    kept = ("store_id", "codec_error", "sink_norm", "commit", "provenance", "options")
+    kept = ("store_id", "codec_error", "sink_norm", "commit", "dropped", "provenance", "options")
     return {"path": str(store.path), **{key: about[key] for key in kept}}
 
 

@@ -93,10 +93,6 @@ class ObjectPath:
         """The last part of the key or URL."""
         return str(self).rsplit("/", 1)[-1]
 
-    def is_object(self) -> bool:
-        """Whether there is an object of this very key."""
-        return self._run(self._store.exists(self._key))
-
     def total_size(self) -> int:
         """Bytes of every object below."""
         return sum((self / name).size() for name in self.names())

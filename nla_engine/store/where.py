@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import lark
 import numpy as np
 
-from nla_engine.errors import WhereError
+from nla_engine.errors import WhereError, WhereRecordError
 from nla_engine.store.format import RowFlag
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class _Selection:
             values.append(value)
         if values and all(value is MISSING for value in values):
             shown = ", ".join(sorted(known)[:20]) or "none"
-            raise self._error(f"no prompt record has '{name}' (keys seen: {shown})", node)
+            raise self._error(f"no prompt record has '{name}' (keys seen: {shown})", node, WhereRecordError)
         return _Labels("record", self._store.column("sequence"), values)
 
     def _compared(self, node: lark.Tree) -> np.ndarray:
@@ -235,17 +235,19 @@ class _Selection:
         if present and not any(fits):
             shown = json.dumps(present[0])[:40]
             raise self._error(
-                f"the field is never {_NAMES[kind]} in the prompt records (it is {shown}, say)", node
+                f"the field is never {_NAMES[kind]} in the prompt records (it is {shown}, say)",
+                node,
+                WhereRecordError,
             )
         return _spread(
             labels, [fit and bool(holds(value)) for fit, value in zip(fits, labels.values, strict=True)]
         )
 
-    def _error(self, message: str, place: lark.Tree | int) -> WhereError:
+    def _error(self, message: str, place: lark.Tree | int, kind: type[WhereError] = WhereError) -> WhereError:
         start = place if isinstance(place, int) else place.meta.start_pos
         norms = ", ".join(f"norm_{layer}" for layer in self._store.layers)
         fields = ", ".join([*TEXT_FIELDS, *NUMBER_FIELDS, "row", "norm", norms, "prompt", *TRUTH_FIELDS])
-        return WhereError(
+        return kind(
             f"where expression, column {start + 1}: {message}: {self._expression[start : start + 40]!r} "
             f"(fields: {fields}, record.KEY)"
         )
