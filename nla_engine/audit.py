@@ -13,6 +13,7 @@ import torch
 
 from nla_engine.errors import StoreError
 from nla_engine.models import LanguageModel
+from nla_engine.score import draw_rows
 from nla_engine.store import CaptureStore
 from nla_engine.store.verify import Check
 
@@ -52,9 +53,7 @@ def audit(
         )
         for key in ("weights", "tokenizer")
     ]
-    chosen = np.arange(store.sequences)
-    if len(chosen) > sample:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, sample, replace=False))
+    chosen = draw_rows(np.arange(store.sequences), sample, seed)
     errors: dict[int, dict[int, list[np.ndarray]]] = {layer: {-1: [], 0: [], 1: []} for layer in store.layers}
     for done, number in enumerate(chosen, 1):
         _compare(store, lm, int(number), errors)

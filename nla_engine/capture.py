@@ -27,7 +27,7 @@ from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
-from nla_engine.prompts import Prompt, PromptSet, read_prompts
+from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prompts
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter, row_flags
 from nla_engine.store.objects import place
@@ -98,23 +98,33 @@ def run_capture(
     """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: ask `nla_engine.estimate.estimate_capture`")
-    if place(options.out).exists() and not (options.resume or options.overwrite):
-        raise StoreError(
-            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
-        )
+    check_out(options)
     lm = lm or load_base_model(options)
-    for layer in options.layer:
-        lm.check_layer(layer)
-    room = lm.max_length - options.max_new_tokens
-    prompts = read_prompts(
-        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
-    )
+    prompts = read_job(options, lm)
     for message in prompts.skipped:
         announce(f"skipped: {message}")
     tokens = token_bytes(lm.tokenizer, lm.vocab_size)
     writer = _open_store(options, lm, prompts, tokens)
     with writer:
         return _fill_store(options, lm, prompts, tokens, writer, announce, progress)
+
+
+def check_out(options: CaptureOptions) -> None:
+    """StoreError if a store is in the way that is neither to be gone on with nor to be replaced."""
+    if place(options.out).exists() and not (options.resume or options.overwrite):
+        raise StoreError(
+            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
+        )
+
+
+def read_job(options: CaptureOptions, lm: LanguageModel) -> PromptSet:
+    """The prompts, for layers that the model has. Raises what `read_prompts` and `check_layer` raise."""
+    for layer in options.layer:
+        lm.check_layer(layer)
+    room = lm.max_length - options.max_new_tokens
+    return read_prompts(
+        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
+    )
 
 
 def load_base_model(options: CaptureOptions) -> LanguageModel:
@@ -169,15 +179,6 @@ def _open_store(
     for layer, entry in calibration.items():
         writer.record_codec_error(layer, entry.error)
     return writer
-
-
-def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """sha256 over the token ids and the record of every prompt, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        sizes = (len(prompt.token_ids), len(prompt.source))
-        digest.update(np.asarray((*sizes, *prompt.token_ids), np.int64).tobytes() + prompt.source)
-    return digest.hexdigest()[:16]
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:

@@ -42,3 +42,9 @@ class WhereError(RequestError):
 
 class WhereRecordError(WhereError):
     """A `--where` expression asks for something that no prompt record of the store has (yet)."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

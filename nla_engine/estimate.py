@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nla_engine.capture import load_base_model, plan_capture, run_capture
+from nla_engine.capture import check_out, load_base_model, plan_capture, read_job, run_capture
 from nla_engine.config import CaptureOptions
-from nla_engine.errors import StoreError
 from nla_engine.models import LanguageModel
-from nla_engine.prompts import read_prompts
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 
@@ -55,19 +53,11 @@ def estimate_capture(
     lm: LanguageModel | None = None,
 ) -> CaptureEstimate:
     """Plan a capture and measure its speed on its first prompts. Raises what `run_capture` raises before it writes."""
-    if place(options.out).exists() and not (options.resume or options.overwrite):
-        raise StoreError(
-            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
-        )
+    check_out(options)
     started = time.perf_counter()
     lm = lm or load_base_model(options)
     load_seconds = time.perf_counter() - started
-    for layer in options.layer:
-        lm.check_layer(layer)
-    room = lm.max_length - options.max_new_tokens
-    prompts = read_prompts(
-        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
-    )
+    prompts = read_job(options, lm)
     done = CaptureStore.open(options.out).sequences if options.resume and place(options.out).exists() else 0
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))

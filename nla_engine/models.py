@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nla_engine.errors import CheckpointError, RequestError
+from nla_engine.errors import CheckpointError, RequestError, first_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -198,9 +198,7 @@ def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:  # the library raises many kinds for one fault
-        raise CheckpointError(
-            f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})"
-        ) from error
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def load_model(
@@ -237,7 +235,7 @@ def load_model(
         )
     except Exception as error:  # the library raises many kinds for one fault
         raise CheckpointError(
-            f"{directory}: the model cannot be loaded ({_first_line(error)}): is the checkpoint whole?"
+            f"{directory}: the model cannot be loaded ({first_line(error)}): is the checkpoint whole?"
         ) from error
     finally:
         transformers.logging.set_verbosity(noise)
@@ -282,8 +280,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _commit_of(directory: Path) -> str | None:
     """The Hub commit of a snapshot directory (.../snapshots/<commit>), if it is one."""
     return directory.name if directory.parent.name == "snapshots" else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -6,11 +6,14 @@ Knows tokenizers, not models: length limits are given to it.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nla_engine.errors import PromptError
 
@@ -172,3 +175,12 @@ def _json_value(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """sha256 over the token ids and the record of every prompt, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        sizes = (len(prompt.token_ids), len(prompt.source))
+        digest.update(np.asarray((*sizes, *prompt.token_ids), np.int64).tobytes() + prompt.source)
+    return digest.hexdigest()[:16]

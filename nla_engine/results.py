@@ -232,6 +232,11 @@ class _writing:
             raise WriteError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
 
+def nullable(values: np.ndarray, kind: Callable[[Any], Any] = float) -> list[Any]:
+    """A column of `kind` (float or int), with null for NaN."""
+    return [None if np.isnan(value) else kind(value) for value in values]
+
+
 def batches(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Columns of a result as numpy arrays, some thousand rows at a time."""
     with pq.ParquetFile(path) as file:

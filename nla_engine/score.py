@@ -71,6 +71,13 @@ def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
     return 1.0 - mse / baseline if baseline > 0 else np.full_like(mse, math.nan)
 
 
+def draw_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` of the numbers, drawn by the seed, ascending; all of them if they are no more."""
+    if len(rows) <= count:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
+
+
 @dataclass(frozen=True)
 class Controls:
     """A fixed sample of rows that reconstructions are held against.

@@ -115,11 +115,15 @@ class Session:
         prepared: AbstractContextManager[Prepared],
         *,
         limit: float | None = None,
+        against: Line | None = None,
         warmups: int = 1,
         repeats: int | None = None,
         detail: Callable[[float], str] = lambda p50: "",
     ) -> Line | None:
-        """Run a case `warmups` times, then `repeats` times for the record. None if it was skipped or failed."""
+        """Run a case `warmups` times, then `repeats` times for the record. None if it was skipped or failed.
+
+        against: the line that this one is compared with.
+        """
         settings = self.settings
         if settings.time_limit is not None and time.monotonic() - self.started > settings.time_limit:
             self.skipped.append(f"{suite}: {case}")
@@ -149,6 +153,7 @@ class Session:
         finally:
             free_memory(self.device)
         line.detail = detail(line.p50)
+        line.compare(against)
         self.record(line)
         return line
 

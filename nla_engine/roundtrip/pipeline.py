@@ -17,10 +17,11 @@ import torch
 from nla_engine import score
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.sampling import Sampling
+from nla_engine.results import nullable
 from nla_engine.roundtrip.behind import Behind
 from nla_engine.roundtrip.pair import Pair
 from nla_engine.score import Controls
-from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store import CaptureStore, LayerReader, RowFlag
 from nla_engine.verbalize import Explanation
 
 #: Explanations scored and committed together.
@@ -55,7 +56,7 @@ class Pipeline:
         self.pair, self.controls, self.write = pair, controls, write
         device = pair.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reader = store.layer(layer)
+        self._reader: LayerReader
 
     def run(self, rows: np.ndarray, first: int) -> None:
         """Explain, score and write these rows. first: place of the first one among all selected rows.
@@ -154,7 +155,7 @@ class Pipeline:
             "cos": nullable(cos),
             "mse_nrm": nullable(score.mse_nrm(cos)),
             "cos_shuffled": nullable(self.controls.shuffled(rows, sequence, r)),
-            "retrieval_rank": [None if np.isnan(value) else int(value) for value in rank],
+            "retrieval_rank": nullable(rank, int),
         }
 
 
@@ -162,8 +163,3 @@ def _on_device(device: torch.device) -> None:
     """A new thread starts on the first GPU."""
     if device.index is not None:
         torch.cuda.set_device(device)
-
-
-def nullable(values: np.ndarray) -> list[float | None]:
-    """NaN as null."""
-    return [None if np.isnan(value) else float(value) for value in values]

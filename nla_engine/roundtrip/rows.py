@@ -20,15 +20,20 @@ def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
     """int64 [n]: the row numbers that `where` and `limit` leave, ascending. StoreError if there are none."""
     rows = _matching(store, options.where, 0)
     if not len(rows):
-        what = (
-            "holds no rows: nothing to explain"
-            if options.where is None
-            else f"has no row for --where {options.where!r}: widen it (docs/where.md says what there is)"
-        )
-        raise StoreError(f"{options.store}: {what}")
+        raise nothing_selected(options)
     if options.limit is not None and options.limit < len(rows):
         rows = rows[np.linspace(0, len(rows) - 1, options.limit).round().astype(np.int64)]
     return rows
+
+
+def nothing_selected(options: RoundtripOptions) -> StoreError:
+    """The error of a store, or a selection, without rows."""
+    what = (
+        "holds no rows: nothing to explain"
+        if options.where is None
+        else f"has no row for --where {options.where!r}: widen it (docs/where.md says what there is)"
+    )
+    return StoreError(f"{options.store}: {what}")
 
 
 def follow_rows(

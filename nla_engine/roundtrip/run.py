@@ -15,12 +15,12 @@ from nla_engine import score
 from nla_engine.config import RoundtripOptions
 from nla_engine.provenance import describe_run
 from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import ResultTable
+from nla_engine.results import ResultTable, nullable
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
-from nla_engine.roundtrip.pipeline import Pipeline, nullable
-from nla_engine.roundtrip.rows import follow_rows, select_rows
+from nla_engine.roundtrip.pipeline import Pipeline
+from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
 from nla_engine.roundtrip.summary import RoundtripSummary, summarise
-from nla_engine.score import Controls, DirectionVariance
+from nla_engine.score import Controls, DirectionVariance, draw_rows
 from nla_engine.store import CaptureStore
 from nla_engine.verbalize import Verbalizer
 
@@ -52,7 +52,7 @@ def run_roundtrip(
     segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
     segments, sample = _control_sample(segments, options)
     if not len(sample):
-        select_rows(store, options)  # says why there is nothing
+        raise nothing_selected(options)
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
     vectors = store.layer(layer).torch(sample, pair.device)
@@ -107,7 +107,7 @@ def _control_sample(
     if options.follow:
         sample = rows[:CONTROL_ROWS]
     else:
-        sample = _some(rows, CONTROL_ROWS, options.seed)
+        sample = draw_rows(rows, CONTROL_ROWS, options.seed)
 
     def again() -> Iterator[np.ndarray]:
         if len(rows):
@@ -115,13 +115,6 @@ def _control_sample(
         yield from segments
 
     return again(), sample
-
-
-def _some(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """At most `count` of the rows, drawn by the seed, ascending."""
-    if len(rows) <= count:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
 
 
 def _identity(
@@ -171,7 +164,7 @@ def _variance(
     """Var, and the number of rows it was measured on: 0 if it was given."""
     if options.variance is not None:
         return options.variance, 0
-    rows = _some(np.arange(store.rows), VARIANCE_ROWS, options.seed)
+    rows = draw_rows(np.arange(store.rows), VARIANCE_ROWS, options.seed)
     reader, variance = store.layer(layer), DirectionVariance()
     for start in range(0, len(rows), _VARIANCE_BLOCK):
         variance.add(reader.torch(rows[start : start + _VARIANCE_BLOCK], device))

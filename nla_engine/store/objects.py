@@ -15,13 +15,15 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nla_engine.errors import StoreError, WriteError
+from nla_engine.errors import StoreError, WriteError, first_line
 
 if TYPE_CHECKING:  # a store on a disk is read without importing zarr
     from zarr.abc.store import Store
     from zarr.core.buffer import Buffer
 
 LOCK_NAME = ".nla-writer"
+#: Characters of a library's error that ours repeats.
+_LONGEST_REASON = 300
 _T = TypeVar("_T")
 
 
@@ -46,7 +48,7 @@ class ObjectPath:
         try:
             return cls(ObjectStore(obstore.store.from_url(url)), url.rstrip("/"))
         except Exception as error:  # obstore's own, and ValueError for a scheme it does not know
-            raise StoreError(f"{url}: cannot be reached: {_first_line(error)}") from None
+            raise StoreError(f"{url}: cannot be reached: {first_line(error)[:_LONGEST_REASON]}") from None
 
     def __truediv__(self, key: str) -> ObjectPath:
         return ObjectPath(self._store, self._url, f"{self._key}/{key}".lstrip("/"))
@@ -119,7 +121,7 @@ class ObjectPath:
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "there is no such object or bucket", str(self)) from None
         except Exception as error:  # each kind of object store has its own
-            raise OSError(errno.EIO, _first_line(error), str(self)) from error
+            raise OSError(errno.EIO, first_line(error)[:_LONGEST_REASON], str(self)) from error
 
 
 #: Where a store's files are.
@@ -172,7 +174,3 @@ def _buffer(data: bytes | memoryview) -> Buffer:
     from zarr.core.buffer import default_buffer_prototype
 
     return default_buffer_prototype().buffer.from_bytes(bytes(data))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

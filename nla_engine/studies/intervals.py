@@ -116,9 +116,7 @@ class Bootstrap:
 
     def difference(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
         """Mean of values where bool `group` [n] holds, less the mean where it does not. Clusters may lie in both."""
-        keep = np.isfinite(values)
-        values, group = np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep]
-        _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+        values, group, index = _finite(values, group, clusters)
         if not group.any() or group.all():
             return UNKNOWN
         size = index.max() + 1
@@ -134,9 +132,7 @@ class Bootstrap:
 
     def separation(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
         """How often a value of the group lies above one outside (ties count half): the area under the ROC curve."""
-        keep = np.isfinite(values)
-        values, group = np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep]
-        _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+        values, group, index = _finite(values, group, clusters)
         if not group.any() or group.all():
             return UNKNOWN
         size = int(index.max() + 1)
@@ -174,3 +170,12 @@ def _measured(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.
 def _per_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, index = np.unique(clusters, return_inverse=True)
     return np.bincount(index, values), np.bincount(index).astype(np.float64)
+
+
+def _finite(
+    values: np.ndarray, group: np.ndarray, clusters: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finite values float64 [n], their bool group [n], and the number of their cluster, from 0 on, int64 [n]."""
+    keep = np.isfinite(values)
+    _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+    return np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep], index

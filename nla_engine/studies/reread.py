@@ -22,10 +22,9 @@ import torch
 from nla_engine import score
 from nla_engine.provenance import describe_run
 from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import ResultTable
+from nla_engine.results import ResultTable, nullable
 from nla_engine.roundtrip import CONTROL_ROWS
-from nla_engine.roundtrip.pipeline import nullable
-from nla_engine.score import Controls
+from nla_engine.score import Controls, draw_rows
 from nla_engine.store import CaptureStore
 
 CHUNK = 512
@@ -176,8 +175,7 @@ def run_reread(
     controls: dict[str, Controls] = {}
     for place in {reading.place for reading in readings}:
         rows = np.unique([reading.row for reading in readings if reading.place == place])
-        if len(rows) > CONTROL_ROWS:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, CONTROL_ROWS, replace=False))
+        rows = draw_rows(rows, CONTROL_ROWS, seed)
         controls[place] = Controls.of(rows, sequence[rows], vectors.torch(rows, device), seed)
     with closing(reconstructor):
         for chunk in _chunks(readings[table.done :]):
@@ -214,5 +212,5 @@ def _columns(chunk: list[Reading], cos: np.ndarray, rank: np.ndarray) -> dict[st
         **{name: [getattr(reading, name) for reading in chunk] for name in named},
         "cos": nullable(cos),
         "mse_nrm": nullable(score.mse_nrm(cos)),
-        "rank_in_place": [None if np.isnan(value) else int(value) for value in rank],
+        "rank_in_place": nullable(rank, int),
     }

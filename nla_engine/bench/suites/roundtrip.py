@@ -29,9 +29,7 @@ def run(session: Session) -> None:
         limit=_both(verbalize.limit(session), reconstruct.limit(session, prompt)),
     )
     if has_fp8(session.device):
-        faster = session.measure("roundtrip", f"{case} fp8", "vectors/s", _explained(session, "fp8"))
-        if faster is not None:
-            faster.compare(line)
+        session.measure("roundtrip", f"{case} fp8", "vectors/s", _explained(session, "fp8"), against=line)
     av, ar = session.find("verbalize", "HF "), session.find("reconstruct", "HF ")
     if line is not None and av is not None and ar is not None:  # their halves were measured in this run
         line.compare(Line("roundtrip", "HF AV and AR in turn", "vectors/s", [_both(av.p50, ar.p50)]))

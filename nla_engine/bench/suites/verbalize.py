@@ -38,14 +38,13 @@ def run(session: Session) -> None:
         detail=lambda p50: f"{p50 * sizes.av_new:,.0f} tok/s",
     )
     if has_fp8(session.device):
-        faster = session.measure(
+        session.measure(
             "verbalize",
             f"{case} fp8",
             "vectors/s",
             _explained(session, sizes.vectors, sizes.av_new, slots, "fp8"),
+            against=line,
         )
-        if faster is not None:
-            faster.compare(line)
     setup = session.measure("verbalize", "explain set-up", "s", _set_up(session, slots), warmups=0, repeats=2)
     session.take_off(line, setup, sizes.vectors)
     if session.settings.baseline == "hf":
