@@ -29,22 +29,28 @@ def latest(results: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
+def model_of(line: dict[str, Any]) -> str:
+    """With which a case begins."""
+    return str(line["case"]).partition(": ")[0]
+
+
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """One table a GPU; its heading says the dates, commits and versions that are in it."""
+    """One table a GPU and model; its heading says the dates, commits and versions that are in it."""
     parts = []
-    for gpu in dict.fromkeys(line["gpu"] for line in lines):
-        mine = [line for line in lines if line["gpu"] == gpu]
+    for gpu, model in dict.fromkeys((line["gpu"], model_of(line)) for line in lines):
+        mine = [line for line in lines if (line["gpu"], model_of(line)) == (gpu, model)]
         dates, commits, versions = (
             ", ".join(sorted({line[name][:10] if name == "date" else line[name] for line in mine}))
             for name in ("date", "commit", "versions")
         )
-        parts += [f"{gpu}; {dates}; commit {commits}; {versions}", ""]
+        parts += [f"{gpu}; {model}; {dates}; commit {commits}; {versions}", ""]
         parts += ["| suite | case | median | of limit | times the baseline |", "|---|---|---:|---:|---|"]
         for line in mine:
             part = "" if line["limit_fraction"] is None else f"{line['limit_fraction']:.0%}"
             ratio = "" if line["ratio"] is None else f"{line['ratio']:.1f} ({line['baseline']})"
             value = f"{format_number(line['p50'])} {line['unit']}"
-            parts.append(f"| {line['suite']} | {line['case']} | {value} | {part} | {ratio} |")
+            case = line["case"].removeprefix(f"{model}: ")
+            parts.append(f"| {line['suite']} | {case} | {value} | {part} | {ratio} |")
         parts.append("")
     return "\n".join(parts).rstrip()
 

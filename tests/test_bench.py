@@ -21,7 +21,7 @@ from nla_engine.bench.report import COLUMNS, Line, Machine, append_csv, read_csv
 from nla_engine.bench.settings import Settings
 from nla_engine.bench.shapes import MARKER, SHAPES, character_tokenizer, random_model, twin
 from nla_engine.bench.timing import percentiles
-from nla_engine.bench.workload import document_lengths, texts
+from nla_engine.bench.workload import document_lengths, ragged_lengths, texts
 from nla_engine.errors import RequestError
 from nla_engine.models import wrap_model
 from nla_engine.tokens import token_bytes
@@ -86,6 +86,13 @@ def test_a_character_is_a_token() -> None:
     assert b"".join(token_bytes(tokenizer, 500)).decode() == tokenizer.decode(range(500))
 
 
+def test_ragged_lengths() -> None:
+    lengths = ragged_lengths(512, 16, 2048)
+    assert (min(lengths), max(lengths), len(lengths)) == (16, 2048, 512)
+    assert abs(sorted(lengths)[256] - (16 * 2048) ** 0.5) < 3, "half of them below the geometric mean"
+    assert lengths != sorted(lengths) and lengths == ragged_lengths(512, 16, 2048)
+
+
 def test_document_lengths() -> None:
     lengths = document_lengths(256, 741, 2048)
     assert abs(sum(lengths) / 256 - 741) < 1
@@ -113,11 +120,12 @@ def test_csv_round_trip(tmp_path: Path) -> None:
     machine = Machine("2026-01-02T03:04:05+00:00", "abc1234", "a GPU, with a comma", "torch 2.11")
     theirs = Line("generate", "theirs", "tok/s", [50.0])
     ours = Line("generate", "ours", "tok/s", [100.0, 110.0, 120.0], limit=220.0)
-    ours.compare(theirs)
+    ours.compare(None, Line("generate", "slower", "tok/s", [40.0]), theirs)
     path = tmp_path / "new" / "results.csv"
-    append_csv(path, machine, [ours])
-    append_csv(path, machine, [theirs])
+    append_csv(path, machine, "a-model", [ours])
+    append_csv(path, machine, "a-model", [theirs])
     first, second = read_csv(path)
+    assert (first["case"], second["case"]) == ("a-model: ours", "a-model: theirs")
     assert list(first) == COLUMNS
     assert (first["gpu"], first["p20"], first["p50"], first["p80"]) == (
         "a GPU, with a comma",
@@ -148,14 +156,16 @@ def test_readme_table(tmp_path: Path) -> None:
     old = Machine("2026-01-01T00:00:00+00:00", "aaa", "GPU", "torch")
     new = Machine("2026-01-02T00:00:00+00:00", "bbb", "GPU", "torch")
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    append_csv(results / "a.csv", new, [Line("generate", "case", "tok/s", [2000.0], limit=4000.0)])
-    append_csv(results / "b.csv", old, [Line("generate", "case", "tok/s", [1000.0])])
+    append_csv(results / "a.csv", new, "one", [Line("generate", "case", "tok/s", [2000.0], limit=4000.0)])
+    append_csv(results / "b.csv", old, "one", [Line("generate", "case", "tok/s", [1000.0])])
+    append_csv(results / "b.csv", old, "two", [Line("generate", "case", "tok/s", [3000.0])])
     readme.write_text(f"before\n{module.START}\nstale\n{module.END}\nafter\n")
     arguments = ["--readme", str(readme), "--results", str(results)]
     assert module.main([*arguments, "--check"]) == 1
     assert module.main(arguments) == 0
     text = readme.read_text()
     assert "| generate | case | 2,000 tok/s | 50% |" in text and "1,000" not in text and "stale" not in text
+    assert "GPU; one; 2026-01-02" in text and "GPU; two; 2026-01-01" in text and "| 3,000 tok/s |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert module.main([*arguments, "--check"]) == 0
 
@@ -186,10 +196,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job["unit"] == "tok/s" and job["repeats"] == 2
     assert 0 < job["p20"] <= job["p50"] <= job["p80"] < job["limit"]
     assert "5 x 6+4 layer 2 to disk" in lines and "steady B=4 context 24 layer 2" in lines
+    assert "5 x 4-64 (mean 25)+4 layer 2 to disk" in lines and "steady B=1 context 24 layer 2" in lines
     with table.open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == COLUMNS
-    assert [row[COLUMNS.index("case")] for row in rows] == list(lines)
+    assert [row[COLUMNS.index("case")] for row in rows] == [f"tiny: {case}" for case in lines]
     assert list(store.iterdir()) == []  # captured data is removed
 
 
@@ -241,7 +252,7 @@ def test_wrong_work_has_no_figure(
         "nonsense",
         "store --shape none",
         "store --repeats 0",
-        "store --batch-size 2",
+        "store --batch-size 0",
         "store --baseline vllm",
         "store --repeats many",
     ],

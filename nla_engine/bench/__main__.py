@@ -19,6 +19,7 @@ from nla_engine.bench.report import append_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
 from nla_engine.bench.settings import SUITES, Settings
 from nla_engine.bench.shapes import find_shape
+from nla_engine.bench.vllm_peer import measure_vllm
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models import pick_device, pick_dtype
 
@@ -45,6 +46,9 @@ def bench(
     layer: Annotated[int | None, typer.Option(help="Block to capture. [default: that of the NLA]")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 3,
     baseline: Annotated[str, typer.Option(help="hf: also measure plain Hugging Face; or none.")] = "none",
+    vllm: Annotated[
+        str | None, typer.Option(help="A Python that has vLLM: also measure that, without capture.")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(help="Directory for a trace and a table a case.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the JSON object.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to add the lines to.")] = None,
@@ -80,6 +84,7 @@ def bench(
         layer=layer,
         repeats=repeats,
         baseline=baseline,
+        vllm=vllm,
         profile=profile,
         json=json_file,
         csv=csv,
@@ -104,12 +109,15 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     session = Session.start(settings, directory, console)
+    if settings.vllm is not None:
+        measure_vllm(session, settings.vllm)
     result: dict[str, Any] = {}
+    written = 0
     for name in settings.suites:
-        before = len(session.lines)
         importlib.import_module(f"nla_engine.bench.suites.{name}").run(session)
         if settings.csv is not None:
-            append_csv(settings.csv, session.machine, session.lines[before:])
+            append_csv(settings.csv, session.machine, session.model_name, session.lines[written:])
+        written = len(session.lines)
         result = to_json(
             session.machine,
             session.lines,

@@ -75,11 +75,12 @@ def prefill_seconds(size: ModelSize, hardware: Hardware, tokens: float, blocks: 
 
 
 def generate_seconds(
-    size: ModelSize, hardware: Hardware, requests: int, prompt: int, new: int, slots: int, shared: int = 0
+    size: ModelSize, hardware: Hardware, requests: int, prompt: float, new: int, slots: int, shared: int = 0
 ) -> float:
     """`requests` of `prompt` + `new` tokens in `slots`, always full; `shared` prompt tokens are read once for all.
 
-    Prefill of what is not shared, then requests / slots * new steps at the mean context, prompt + new / 2.
+    prompt: the mean, if they differ. Prefill of what is not shared, then requests / slots * new steps at the mean
+    context, prompt + new / 2.
     """
     steps = requests / slots * new
     step = decode_step_seconds(size, hardware, slots, prompt + new / 2, shared)

@@ -58,10 +58,12 @@ class Line:
     def p50(self) -> float:
         return percentiles(self.values)[1]
 
-    def compare(self, baseline: Line | None) -> None:
-        """Set the line that this one is measured against (None: there is none)."""
-        if baseline is not None:
-            self.baseline, self.baseline_p50 = baseline.case, baseline.p50
+    def compare(self, *baselines: Line | None) -> None:
+        """Set the line that this one is measured against: the largest of those that there are."""
+        found = [line for line in baselines if line is not None]
+        if found:
+            best = max(found, key=lambda line: line.p50)
+            self.baseline, self.baseline_p50 = best.case, best.p50
 
     def to_dict(self) -> dict[str, Any]:
         """The columns of a line that belong to it alone, numbers rounded to five digits."""
@@ -106,15 +108,15 @@ def to_json(machine: Machine, lines: Sequence[Line], **more: Any) -> dict[str, A
     return {**vars(machine), **more, "lines": entries}
 
 
-def append_csv(path: Path, machine: Machine, lines: Sequence[Line]) -> None:
-    """Add lines to a CSV file, with a header if it is new."""
+def append_csv(path: Path, machine: Machine, model: str, lines: Sequence[Line]) -> None:
+    """Add lines to a CSV file, with a header if it is new. A case begins with its model: one file may hold several."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        writer.writerows(vars(machine) | line.to_dict() for line in lines)
+        writer.writerows(vars(machine) | line.to_dict() | {"case": f"{model}: {line.case}"} for line in lines)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:

@@ -101,6 +101,11 @@ class Session:
         return layer
 
     @property
+    def model_name(self) -> str:
+        """The shape, or the last part of the checkpoint's name."""
+        return Path(self.settings.model).name if self.settings.model is not None else self.settings.shape
+
+    @property
     def d_model(self) -> int:
         """Width of the rows; known without making the model."""
         if self.settings.model is not None:

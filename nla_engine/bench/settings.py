@@ -18,7 +18,8 @@ BASELINES = ("hf", "none")
 class Sizes:
     """How much work a case is.
 
-    requests, prompt, new: of a generation; batches, context, steps: of steady decode
+    requests, prompt, new: of a generation; ragged: shortest and longest prompt of the job whose prompts differ
+    batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
     kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
     slots, av_slots: sequences that capture and the AV run at once, at most
@@ -27,6 +28,7 @@ class Sizes:
     requests: int
     prompt: int
     new: int
+    ragged: tuple[int, int]
     batches: tuple[int, ...]
     context: int
     steps: int
@@ -47,7 +49,8 @@ _GPU = Sizes(
     requests=512,
     prompt=64,
     new=128,
-    batches=(64, 256, 512),
+    ragged=(16, 2048),
+    batches=(1, 8, 64, 256, 512),
     context=250,
     steps=128,
     documents=256,
@@ -66,7 +69,8 @@ _CPU = Sizes(
     requests=8,
     prompt=16,
     new=8,
-    batches=(4,),
+    ragged=(4, 64),
+    batches=(1, 4),
     context=24,
     steps=8,
     documents=8,
@@ -99,6 +103,7 @@ class Settings:
     layer: int | None = None
     repeats: int = 3
     baseline: str = "none"
+    vllm: str | None = None
     profile: Path | None = None
     json: Path | None = None
     csv: Path | None = None
@@ -120,10 +125,8 @@ class Settings:
                 raise RequestError(f"--{flag.replace('_', '-')} is {value}: it must be above 0")
         if self.prompt_tokens == 1:
             raise RequestError("--prompt-tokens is 1: it must be 2 or more")
-        if any(batch < 4 for batch in self.batch_sizes):
-            raise RequestError(
-                "--batch-size must be 4 or more: steady decode is timed between two of its sequences"
-            )
+        if any(batch < 1 for batch in self.batch_sizes):
+            raise RequestError(f"--batch-size is {min(self.batch_sizes)}: it must be above 0")
 
     @property
     def sizes(self) -> Sizes:

@@ -54,6 +54,12 @@ def document_lengths(count: int, mean: int, longest: int) -> list[int]:
     return [int(size) for size in np.random.default_rng(0).permutation(lengths.round())]
 
 
+def ragged_lengths(count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths spread evenly over the logarithm, both ends among them; the same ones every time, shuffled."""
+    lengths = np.geomspace(shortest, longest, count).round().astype(int)
+    return [int(size) for size in np.random.default_rng(0).permutation(lengths)]
+
+
 def requests(lm: LanguageModel, lengths: Sequence[int], new_tokens: Sequence[int]) -> list[Request]:
     """Random prompts of these lengths, to be continued by these numbers of tokens."""
     rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
-"""Generation with and without capture: a whole job, from the first prompt to the last byte on disk; steady decode."""
+"""Generation with and without capture: whole jobs, from the first prompt to the last byte on disk; steady decode."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,18 +13,23 @@ from nla_engine.bench.limits import decode_step_seconds, generate_seconds
 from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
-from nla_engine.bench.workload import open_generator, prompt_file, requests, run_all
+from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
 from nla_engine.capture import MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Request
 
 #: Steps before the timed ones, for every prompt to have been read.
 _LEAD = 32
 _BRIEF_TOKENS = 8
+#: Below so many sequences two of them cannot be timed within one run.
+_FEW = 4
 
 
 def run(session: Session) -> None:
-    """The job, then steady decode at every batch size."""
+    """The jobs, then steady decode at every batch size."""
     _job(session)
+    _ragged_job(session)
     for batch in session.sizes.batches:
         _steady_batch(session, batch)
 
@@ -46,13 +51,11 @@ def _job(session: Session) -> None:
         _captured(session, (layer,), [prompt] * count, new, slots),
         limit=limit,
     )
+    theirs = [session.find("generate", "vLLM ")]
     if session.settings.baseline == "hf":
         batch = min(baselines.GENERATE_BATCH, count)
-        for what, prepare in (
-            ("output_hidden_states", baselines.generate_hidden_states),
-            ("hook to host", baselines.generate_hook),
-        ):
-            theirs = session.measure(
+        theirs += [
+            session.measure(
                 "generate",
                 f"HF generate {what} B={batch} {prompt}+{new}",
                 "tok/s",
@@ -60,9 +63,31 @@ def _job(session: Session) -> None:
                 warmups=1,
                 repeats=min(session.settings.repeats, 2),
             )
-            if ours is not None and theirs is not None:
-                better = ours.baseline_p50 is None or theirs.p50 > ours.baseline_p50
-                ours.compare(theirs if better else None)
+            for what, prepare in (
+                ("output_hidden_states", baselines.generate_hidden_states),
+                ("hook to host", baselines.generate_hook),
+            )
+        ]
+    if ours is not None:
+        ours.compare(*theirs)
+
+
+def _ragged_job(session: Session) -> None:
+    """Prompts of very different lengths, in as many slots as memory allows (or --batch-size)."""
+    sizes, layer, given = session.sizes, session.layer, session.settings.batch_sizes
+    shortest, longest = sizes.ragged
+    lengths = ragged_lengths(sizes.requests, shortest, longest)
+    count, new, mean = len(lengths), sizes.new, sum(lengths) / len(lengths)
+    # With every request in a slot of its own: no run can have more.
+    limit = count * new / generate_seconds(session.size, session.hardware, count, mean, new, count)
+    session.measure(
+        "generate",
+        f"{count} x {shortest}-{longest} (mean {mean:.0f})+{new} layer {layer} to disk",
+        "tok/s",
+        _captured(session, (layer,), lengths, new, max(given) if given else None),
+        limit=limit,
+        detail=lambda p50: f"{p50 * (mean + new) / new:,.0f} tok/s read and written",
+    )
 
 
 @contextmanager
@@ -81,7 +106,7 @@ def _untapped(session: Session, slots: int) -> Iterator[Prepared]:
 
 @contextmanager
 def _captured(
-    session: Session, layers: tuple[int, ...], lengths: list[int], new: int, slots: int
+    session: Session, layers: tuple[int, ...], lengths: list[int], new: int, slots: int | None
 ) -> Iterator[Prepared]:
     """`run_capture` to disk, from after the prompts are read to the last commit. New tokens a second."""
     tokens = len(lengths) * new
@@ -94,7 +119,7 @@ def _captured(
 
 
 def _capture(
-    session: Session, prompts: Path, layers: tuple[int, ...], new: int, slots: int, tokens: int
+    session: Session, prompts: Path, layers: tuple[int, ...], new: int, slots: int | None, tokens: int
 ) -> float:
     """Seconds of one capture, whose store is removed afterwards."""
     out = session.directory / "generate.zarr"
@@ -147,32 +172,66 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 @contextmanager
 def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
-    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second.
-
-    The last two requests enter in one prefill pass, one to generate `steps` tokens more than the other; all others
-    outlast both. The time between their ends is that of `steps` steps.
-    """
-    lm, sizes = session.lm, session.sizes
+    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second."""
+    sizes = session.sizes
     steps, lead = sizes.steps, min(_LEAD, sizes.steps)
     prompt = max(sizes.context - lead - steps // 2, 2)
+    timed = _between_runs if batch < _FEW else _between_ends
+    with timed(session, batch, layers, prompt, lead, steps) as (generator, once):
+        warm = requests(session.lm, [2] * batch, [_BRIEF_TOKENS] * batch)
+        run_all(generator, warm)
+        yield Prepared(lambda: batch * steps / once(), lambda: run_all(generator, warm))
+
+
+Timed = tuple[Generator, Callable[[], float]]
+
+
+@contextmanager
+def _between_runs(
+    session: Session, batch: int, layers: tuple[int, ...], prompt: int, lead: int, steps: int
+) -> Iterator[Timed]:
+    """The same requests twice, the second time for `steps` tokens more: those are the difference of the times."""
+    lm, longest = session.lm, lead + steps
+    short, long = (requests(lm, [prompt] * batch, [new] * batch) for new in (lead, longest))
+    with open_generator(
+        lm, slots=batch, length=prompt + longest, new_tokens=longest, layers=layers, prompt=prompt
+    ) as generator:
+
+        def run(work: list[Request]) -> float:
+            return seconds(lambda: run_all(generator, work), lm.device)
+
+        def once() -> float:
+            less = run(short)
+            return run(long) - less
+
+        yield generator, once
+
+
+@contextmanager
+def _between_ends(
+    session: Session, batch: int, layers: tuple[int, ...], prompt: int, lead: int, steps: int
+) -> Iterator[Timed]:
+    """Within one run: the last two requests enter in one prefill pass, one for `steps` tokens more than the other.
+
+    All others outlast both. The time between their ends is that of `steps` steps.
+    """
+    lm = session.lm
     most = max(MAX_PREFILL_TOKENS[lm.device.type] // prompt, 3)
     together = next(n for n in range(min(most, batch), 1, -1) if batch % n != 1)
     longest = lead + steps + batch // together + 2
     limits = [longest] * (batch - 2) + [lead, lead + steps]
     work = requests(lm, [prompt] * batch, limits)
-    warm = requests(lm, [2] * batch, [_BRIEF_TOKENS] * batch)
 
     def once() -> float:
-        ended, count = {}, 0
+        ended = {}
         for completion in generator.run(iter(work)):
             ended[completion.request.id] = time.perf_counter()
             expect("tokens generated", len(completion.generated), completion.request.max_new_tokens)
-            count += 1
-        expect("sequences ended", count, batch)
+        expect("sequences ended", len(ended), batch)
         elapsed = ended[batch - 1] - ended[batch - 2]
         early = sum(ended[id_] < ended[batch - 1] - 0.05 * elapsed for id_ in range(batch - 2))
         expect("sequences ended inside the timed steps", early, 0)
-        return batch * steps / elapsed
+        return elapsed
 
     with open_generator(
         lm,
@@ -183,5 +242,4 @@ def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[P
         prompt=prompt,
         max_prefill=together * prompt,
     ) as generator:
-        run_all(generator, warm)
-        yield Prepared(once, lambda: run_all(generator, warm))
+        yield generator, once

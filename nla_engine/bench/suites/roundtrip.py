@@ -30,9 +30,17 @@ def run(session: Session) -> None:
     )
     if has_fp8(session.device):
         session.measure("roundtrip", f"{case} fp8", "vectors/s", _explained(session, "fp8"), against=line)
-    av, ar = session.find("verbalize", "HF "), session.find("reconstruct", "HF ")
-    if line is not None and av is not None and ar is not None:  # their halves were measured in this run
-        line.compare(Line("roundtrip", "HF AV and AR in turn", "vectors/s", [_both(av.p50, ar.p50)]))
+    ar = session.find("reconstruct", "HF ")
+    if line is not None and ar is not None:  # of others, the halves that were measured in this run
+        line.compare(
+            *(
+                Line(
+                    "roundtrip", f"{av.case.split()[0]} AV, then HF AR", "vectors/s", [_both(av.p50, ar.p50)]
+                )
+                for av in verbalize.peers(session)
+                if av is not None
+            )
+        )
 
 
 def _both(av: float, ar: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nla_engine.bench import baselines
 from nla_engine.bench.limits import generate_seconds
+from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.shapes import MARKER, twin
 from nla_engine.bench.timing import seconds
@@ -49,7 +50,7 @@ def run(session: Session) -> None:
     session.take_off(line, setup, sizes.vectors)
     if session.settings.baseline == "hf":
         batch = min(baselines.AV_BATCH, sizes.vectors)
-        theirs = session.measure(
+        session.measure(
             "verbalize",
             f"HF generate inputs_embeds B={batch} {PROMPT}+{sizes.av_new}",
             "vectors/s",
@@ -57,8 +58,13 @@ def run(session: Session) -> None:
             warmups=1,
             repeats=1,
         )
-        if line is not None:
-            line.compare(theirs)
+    if line is not None:
+        line.compare(*peers(session))
+
+
+def peers(session: Session) -> list[Line | None]:
+    """What others took for the same work in this run, as far as it was measured."""
+    return [session.find("verbalize", name) for name in ("HF ", "vLLM ")]
 
 
 def limit(session: Session) -> float:

@@ -1,0 +1,136 @@
+"""The same work done by vLLM, under an interpreter of its own, before this process needs the device's memory.
+
+vLLM captures nothing: its figures are what generation alone costs elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nla_engine.bench import vllm_job
+from nla_engine.bench.session import Prepared, Session
+from nla_engine.bench.shapes import find_shape
+from nla_engine.bench.suites import verbalize
+from nla_engine.errors import RequestError, first_line
+
+_VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
+_VERSION_SECONDS = 60
+
+
+def vllm_version(python: str) -> str:
+    """The version that this interpreter would import. RequestError if it has none, or is no interpreter."""
+    try:
+        found = subprocess.run(
+            [python, "-c", _VERSION], capture_output=True, text=True, timeout=_VERSION_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RequestError(f"--vllm {python}: {first_line(error)}") from error
+    if found.returncode:
+        raise RequestError(f"--vllm {python}: it has no vLLM installed")
+    return found.stdout.split()[-1]
+
+
+def measure_vllm(session: Session, python: str) -> None:
+    """A line for suite generate and one for suite verbalize, if these are to run."""
+    sizes, suites, version = session.sizes, session.settings.suites, vllm_version(python)
+    if "generate" in suites:
+        slots = min(sizes.slots, sizes.requests)
+        session.measure(
+            "generate",
+            f"vLLM {version} {sizes.requests} x {sizes.prompt}+{sizes.new} B={slots}, no capture",
+            "tok/s",
+            _done(session, python, slots, sizes.requests, sizes.prompt, sizes.new, unit=sizes.new),
+            warmups=0,
+        )
+    if "verbalize" in suites:
+        slots = min(sizes.slots, sizes.vectors)
+        before, prompt, new = verbalize.BEFORE, verbalize.PROMPT, sizes.av_new
+        session.measure(
+            "verbalize",
+            f"vLLM {version} token ids {before}+{prompt - before}+{new} B={slots}, prefix cached",
+            "vectors/s",
+            _done(session, python, slots, sizes.vectors, prompt, new, shared=before),
+            warmups=0,
+        )
+
+
+@contextmanager
+def _done(
+    session: Session,
+    python: str,
+    slots: int,
+    requests: int,
+    prompt: int,
+    new: int,
+    *,
+    shared: int = 0,
+    unit: int = 1,
+) -> Iterator[Prepared]:
+    """One process does all repeats beforehand. `unit` a request, a second."""
+    model, vocabulary = _model(session)
+    job = {
+        "model": model,
+        "load_format": "auto" if session.settings.model else "dummy",
+        "dtype": str(session.settings.dtype).removeprefix("torch."),
+        "slots": slots,
+        "max_model_len": prompt + new,
+        "prefix_caching": shared > 0,
+        "repeats": session.settings.repeats,
+        "requests": requests,
+        "prompt": prompt,
+        "shared": shared,
+        "new": new,
+        "vocabulary": vocabulary,
+    }
+    seconds = iter(_run(session.directory, python, job))
+    yield Prepared(lambda: requests * unit / next(seconds))
+
+
+def _model(session: Session) -> tuple[str, int]:
+    """What vLLM loads: the checkpoint, or a directory with the shape's config.json alone; and its vocabulary."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    given = session.settings.model
+    if given is not None:
+        return given, AutoConfig.from_pretrained(given).get_text_config().vocab_size
+    config = find_shape(session.settings.shape).config()
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = session.settings.dtype
+    directory = session.directory / "vllm-model"
+    config.save_pretrained(directory)
+    return str(directory), config.vocab_size
+
+
+def _run(directory: Path, python: str, job: dict[str, Any]) -> list[float]:
+    """The seconds of each repeat of a job. RuntimeError with the last line that vLLM wrote if it fails."""
+    job_file, result, log = (directory / f"vllm-{name}" for name in ("job.json", "seconds.json", "log"))
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    result.unlink(missing_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [python, vllm_job.__file__, str(job_file), str(result)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Our modules lie beside the job: their names must not come before those of installed ones.
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait()
+        finally:  # the processes that it started end with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code or not result.exists():
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"vLLM ended with {code}: {lines[-1]}")
+    return list(json.loads(result.read_text(encoding="utf-8")))
