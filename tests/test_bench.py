@@ -196,7 +196,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job["unit"] == "tok/s" and job["repeats"] == 2
     assert 0 < job["p20"] <= job["p50"] <= job["p80"] < job["limit"]
     assert "5 x 6+4 layer 2 to disk" in lines and "steady B=4 context 24 layer 2" in lines
-    assert "5 x 4-64 (mean 25)+4 layer 2 to disk" in lines and "steady B=1 context 24 layer 2" in lines
+    assert "5 x 4-64 (mean 25)+4 layer 2 to disk" in lines and "1 x 6+4 layer 2" in lines
     with table.open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == COLUMNS

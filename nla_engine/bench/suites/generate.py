@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,22 +16,20 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
 from nla_engine.capture import MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.generator import Generator
-from nla_engine.engine.request import Request
 
 #: Steps before the timed ones, for every prompt to have been read.
 _LEAD = 32
 _BRIEF_TOKENS = 8
-#: Below so many sequences two of them cannot be timed within one run.
+#: Below so many sequences steps cannot be timed between the ends of two of them.
 _FEW = 4
 
 
 def run(session: Session) -> None:
-    """The jobs, then steady decode at every batch size."""
+    """The jobs, then every batch size: steady decode, or how long a few sequences take."""
     _job(session)
     _ragged_job(session)
     for batch in session.sizes.batches:
-        _steady_batch(session, batch)
+        _few(session, batch) if batch < _FEW else _steady_batch(session, batch)
 
 
 # ---- a whole job ----
@@ -43,7 +41,7 @@ def _job(session: Session) -> None:
     slots = min(sizes.slots, count)
     name = f"{count} x {prompt}+{new}"
     limit = count * new / generate_seconds(session.size, session.hardware, count, prompt, new, slots)
-    session.measure("generate", f"{name} no tap", "tok/s", _untapped(session, slots), limit=limit)
+    session.measure("generate", f"{name} no tap", "tok/s", _generated(session, count, slots), limit=limit)
     ours = session.measure(
         "generate",
         f"{name} layer {layer} to disk",
@@ -90,16 +88,32 @@ def _ragged_job(session: Session) -> None:
     )
 
 
+def _few(session: Session, batch: int) -> None:
+    """Too few sequences to time steps within a run: all of it, their prompts too. What one waits for a token."""
+    sizes, hardware = session.sizes, session.hardware
+    prompt, new = sizes.prompt, sizes.new
+    for what, layers in (("no tap", ()), (f"layer {session.layer}", (session.layer,))):
+        session.measure(
+            "generate",
+            f"{batch} x {prompt}+{new} {what}",
+            "tok/s",
+            _generated(session, batch, batch, layers),
+            limit=batch * new / generate_seconds(session.size, hardware, batch, prompt, new, batch),
+            detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms a token",
+        )
+
+
 @contextmanager
-def _untapped(session: Session, slots: int) -> Iterator[Prepared]:
-    """Generation alone, the generator made beforehand. New tokens a second."""
-    lm, sizes = session.lm, session.sizes
-    lengths = [sizes.prompt] * sizes.requests
-    work = requests(lm, lengths, [sizes.new] * len(lengths))
-    brief = requests(lm, lengths[:slots], [min(_BRIEF_TOKENS, sizes.new)] * slots)
-    with open_generator(lm, slots=slots, length=sizes.prompt + sizes.new, new_tokens=sizes.new) as generator:
+def _generated(session: Session, count: int, slots: int, layers: tuple[int, ...] = ()) -> Iterator[Prepared]:
+    """Generation alone, the generator made beforehand; tapped rows end on the host. New tokens a second."""
+    lm, prompt, new = session.lm, session.sizes.prompt, session.sizes.new
+    work = requests(lm, [prompt] * count, [new] * count)
+    brief = requests(lm, [prompt] * slots, [min(_BRIEF_TOKENS, new)] * slots)
+    with open_generator(
+        lm, slots=slots, length=prompt + new, new_tokens=new, layers=layers, prompt=prompt
+    ) as generator:
         yield Prepared(
-            lambda: sizes.requests * sizes.new / seconds(lambda: run_all(generator, work), lm.device),
+            lambda: count * new / seconds(lambda: run_all(generator, work), lm.device),
             lambda: run_all(generator, brief),
         )
 
@@ -172,66 +186,32 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 @contextmanager
 def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
-    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second."""
-    sizes = session.sizes
+    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second.
+
+    The last two requests enter in one prefill pass, one to generate `steps` tokens more than the other; all others
+    outlast both. The time between their ends is that of `steps` steps.
+    """
+    lm, sizes = session.lm, session.sizes
     steps, lead = sizes.steps, min(_LEAD, sizes.steps)
     prompt = max(sizes.context - lead - steps // 2, 2)
-    timed = _between_runs if batch < _FEW else _between_ends
-    with timed(session, batch, layers, prompt, lead, steps) as (generator, once):
-        warm = requests(session.lm, [2] * batch, [_BRIEF_TOKENS] * batch)
-        run_all(generator, warm)
-        yield Prepared(lambda: batch * steps / once(), lambda: run_all(generator, warm))
-
-
-Timed = tuple[Generator, Callable[[], float]]
-
-
-@contextmanager
-def _between_runs(
-    session: Session, batch: int, layers: tuple[int, ...], prompt: int, lead: int, steps: int
-) -> Iterator[Timed]:
-    """The same requests twice, the second time for `steps` tokens more: those are the difference of the times."""
-    lm, longest = session.lm, lead + steps
-    short, long = (requests(lm, [prompt] * batch, [new] * batch) for new in (lead, longest))
-    with open_generator(
-        lm, slots=batch, length=prompt + longest, new_tokens=longest, layers=layers, prompt=prompt
-    ) as generator:
-
-        def run(work: list[Request]) -> float:
-            return seconds(lambda: run_all(generator, work), lm.device)
-
-        def once() -> float:
-            less = run(short)
-            return run(long) - less
-
-        yield generator, once
-
-
-@contextmanager
-def _between_ends(
-    session: Session, batch: int, layers: tuple[int, ...], prompt: int, lead: int, steps: int
-) -> Iterator[Timed]:
-    """Within one run: the last two requests enter in one prefill pass, one for `steps` tokens more than the other.
-
-    All others outlast both. The time between their ends is that of `steps` steps.
-    """
-    lm = session.lm
     most = max(MAX_PREFILL_TOKENS[lm.device.type] // prompt, 3)
     together = next(n for n in range(min(most, batch), 1, -1) if batch % n != 1)
     longest = lead + steps + batch // together + 2
     limits = [longest] * (batch - 2) + [lead, lead + steps]
     work = requests(lm, [prompt] * batch, limits)
+    warm = requests(lm, [2] * batch, [_BRIEF_TOKENS] * batch)
 
     def once() -> float:
-        ended = {}
+        ended, count = {}, 0
         for completion in generator.run(iter(work)):
             ended[completion.request.id] = time.perf_counter()
             expect("tokens generated", len(completion.generated), completion.request.max_new_tokens)
-        expect("sequences ended", len(ended), batch)
+            count += 1
+        expect("sequences ended", count, batch)
         elapsed = ended[batch - 1] - ended[batch - 2]
         early = sum(ended[id_] < ended[batch - 1] - 0.05 * elapsed for id_ in range(batch - 2))
         expect("sequences ended inside the timed steps", early, 0)
-        return elapsed
+        return batch * steps / elapsed
 
     with open_generator(
         lm,
@@ -242,4 +222,5 @@ def _between_ends(
         prompt=prompt,
         max_prefill=together * prompt,
     ) as generator:
-        yield generator, once
+        run_all(generator, warm)
+        yield Prepared(once, lambda: run_all(generator, warm))
