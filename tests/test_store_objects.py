@@ -86,7 +86,7 @@ def test_resume_and_overwrite(url: str) -> None:
     with pytest.raises(StoreError, match=r"exists: pass --resume to go on or --overwrite to replace"):
         create_store(url, CODEC)
     # A writer that dies after its shards and before its commit.
-    dying = StoreWriter.resume(url, options=OPTIONS)
+    dying = StoreWriter.resume(url, options=OPTIONS, commit_seconds=1e9)
     dying.append_many(sequences[2:3])
     for log in dying._logs.values():
         log.flush()

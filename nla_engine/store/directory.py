@@ -73,9 +73,14 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
     staging, aside = path.with_name(f".{path.name}.nla-new"), path.with_name(f".{path.name}.nla-old")
     try:
         _remove_leftover(staging)
-        with writing(staging):
-            make_directory(staging)
-        lock = DirectoryLock(staging)
+        try:
+            with writing(staging):
+                make_directory(staging)
+            lock = DirectoryLock(staging)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # empty ones alone: without the lock it may be another process's by now
+            raise
         try:
             yield staging, lock
             with writing(path):

@@ -49,8 +49,8 @@ from nla_engine.store.shards import (
 )
 
 COMMIT_SECONDS = 30.0
-#: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this long.
-FILLED_COMMIT_SECONDS = 1.0
+#: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this part.
+FILLED_COMMIT_PART = 1 / 30
 
 
 class StoreWriter:
@@ -193,7 +193,7 @@ class StoreWriter:
     def append_many(self, sequences: Sequence[SequenceRows]) -> None:
         """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
 
-        Commits when `commit_seconds` have passed, or a row shard has filled.
+        Commits when `commit_seconds` have passed; a thirtieth of them when a row shard has filled.
         Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
         if not sequences:
@@ -213,7 +213,7 @@ class StoreWriter:
                     if len(rows.exact):
                         logs[f"{group}/exact"].append(rows.exact)
         filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
-        pause = min(FILLED_COMMIT_SECONDS, self._commit_seconds) if filled else self._commit_seconds
+        pause = self._commit_seconds * (FILLED_COMMIT_PART if filled else 1)
         if time.monotonic() - self._committed_at >= pause:
             self.commit()
 
