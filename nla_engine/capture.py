@@ -232,11 +232,11 @@ def _fill_store(
     if done < len(prompts):
         generator, tap = _fitting_generator(options, lm, prompts, plan, tokens, writer, announce)
         started = time.perf_counter()  # setting up is not part of the run
-        order = InOrder(int(options.host_memory * 2**30), _size)
+        order = InOrder(int(options.host_memory * 2**30))
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
         with generator.runner:
             for group in generator.groups(requests):
-                in_turn = [ended for completion in group for ended in order.add(completion)]
+                in_turn = order.add(group)
                 sequences: list[SequenceRows] = []
                 try:
                     for ended in in_turn:
@@ -348,11 +348,6 @@ def _requests(
         while order.is_full:
             yield None
         yield order.asked(Request(id_, prompts[id_].token_ids[prefix:], max_new_tokens))
-
-
-def _size(completion: Completion) -> int:
-    rows = completion.rows.values()
-    return sum(r.codes.nbytes + r.scales.nbytes + r.norm.nbytes + r.exact.nbytes for r in rows)
 
 
 @dataclass

@@ -115,7 +115,7 @@ class Verbalizer:
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
         slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS)
-        order = InOrder(_WAITING_BYTES, lambda completion: completion.generated.nbytes)
+        order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:
             for id_, vector in self._at_scale(vectors):
@@ -130,8 +130,8 @@ class Verbalizer:
         ) as runner:
             generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
             generator.prepare()
-            for completion in generator.run(requests()):
-                for ended in order.add(completion):
+            for group in generator.groups(requests()):
+                for ended in order.add(group):
                     text, status = parse_explanation(
                         lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
                     )

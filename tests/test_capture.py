@@ -14,6 +14,8 @@ from nla_engine import capture as stage
 from nla_engine.capture import run_capture
 from nla_engine.codec import bf16_bits, bf16_values
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, wrap_model
 from nla_engine.store import CaptureStore, Finish, RowFlag
@@ -247,10 +249,31 @@ def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
     assert np.linalg.norm(rows[sink]) > store.sink_norm[3]
 
 
-def test_finished_sequences_wait_within_the_memory_given(tmp_path: Path) -> None:
+def test_finished_sequences_wait_within_the_memory_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(self: InOrder, group: list[Completion]) -> list[Completion]:
+        leaving = real(self, group)
+        for ended in self._waiting.values():
+            for rows in ended.rows.values():
+                for name, array in vars(rows).items():
+                    owner = array
+                    while owner.base is not None:
+                        owner = owner.base
+                    assert owner.nbytes == array.nbytes, (
+                        f"{name} of a waiting sequence holds more than its own"
+                    )
+        waited.append(self.bytes)
+        return leaving
+
+    real, waited = InOrder.add, []
+    monkeypatch.setattr(InOrder, "add", add)
     lm = language_model()
-    run_capture(options(tmp_path, host_memory=1e-9, batch_size=4), lm=lm)
+    lm.model.generation_config.eos_token_id = list(range(0, 256, 5))  # so that later ones end first
+    write_prompts(tmp_path / "prompts.jsonl", 30)
+    run_capture(options(tmp_path, host_memory=1e-9, batch_size=4, temperature=1.0), lm=lm)
     check_store(lm, tmp_path / "run.zarr", "generated", (1, 3), limit=2**-8)
+    assert max(waited) > 0 == waited[-1]
 
 
 def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine.generator import Generator
+from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
@@ -259,3 +260,31 @@ def test_the_keeper_is_prepared_after_everything_else() -> None:
     with Runner(language_model(), slots=1, length=4) as runner:
         Generator(runner, max_new_tokens=0, keeper=keeper).prepare()  # type: ignore[arg-type]
     assert keeper.prepared == 1
+
+
+# ---- order ----
+
+
+def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generator) -> None:
+    count, size = 200, 40
+    order, left, held = InOrder(10 * size), [], {}
+    for id_ in range(count):
+        order.asked(Request(id_, (1,), 10))
+    ending = rng.permutation(count).tolist()
+    while ending:
+        ids = [ending.pop() for _ in range(min(len(ending), int(rng.integers(1, 9))))]
+        shared = np.repeat(np.asarray(ids, np.int32), 10).reshape(-1, 10)
+        group = [
+            Completion(Request(i, (1,), 10), own, Finish.STOP) for i, own in zip(ids, shared, strict=True)
+        ]
+        leaving = order.add(group)
+        shared[:] = -1  # the group's memory is used again
+        left += [c.request.id for c in leaving]
+        held |= dict.fromkeys(ids)
+        for completion in leaving:
+            del held[completion.request.id]
+            if completion.request.id not in ids:
+                assert (completion.generated == completion.request.id).all()
+        assert order.bytes == size * len(held)
+        assert order.is_full == (len(held) > 10)
+    assert left == list(range(count)) and order.bytes == 0

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 
 from nla_engine.engine.request import Completion, Request
 
 
 class InOrder:
-    """Holds completions back until every earlier request has left. `size` gives the bytes one takes while it waits."""
+    """Holds completions back until every earlier request has left, at most about `limit` bytes of them."""
 
-    def __init__(self, limit: int, size: Callable[[Completion], int]) -> None:
-        self._limit, self._size = limit, size
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._asked: deque[int] = deque()
         self._waiting: dict[int, Completion] = {}
-        self._bytes = 0
+        self.bytes = 0
 
     def asked(self, request: Request) -> Request:
         """Note that this request comes next; returns it."""
@@ -25,13 +25,24 @@ class InOrder:
     @property
     def is_full(self) -> bool:
         """Whether more than `limit` bytes wait: nothing new should be started."""
-        return self._bytes > self._limit
+        return self.bytes > self._limit
 
-    def add(self, completion: Completion) -> Iterator[Completion]:
-        """Take one; yield every completion whose turn it now is."""
-        self._waiting[completion.request.id] = completion
-        self._bytes += self._size(completion)
-        while self._asked and (ended := self._waiting.pop(self._asked[0], None)) is not None:
+    def add(self, group: Iterable[Completion]) -> list[Completion]:
+        """Take those that ended together; returns every completion whose turn it now is.
+
+        The others are copied: one that waits must not keep the memory of its whole group.
+        """
+        new = {completion.request.id: completion for completion in group}
+        leaving = []
+        while self._asked:
+            id_ = self._asked[0]
+            if (ended := new.pop(id_, None)) is None:
+                if (ended := self._waiting.pop(id_, None)) is None:
+                    break
+                self.bytes -= ended.nbytes
             self._asked.popleft()
-            self._bytes -= self._size(ended)
-            yield ended
+            leaving.append(ended)
+        for id_, completion in new.items():
+            self._waiting[id_] = completion.copy()
+            self.bytes += completion.nbytes
+        return leaving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -42,9 +42,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (None without a tap)."""
+    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (none without a tap).
+
+    Sequences that end together share the memory of their arrays.
+    """
 
     request: Request
     generated: np.ndarray
     finish: Finish
     rows: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        return self.generated.nbytes + sum(rows.nbytes for rows in self.rows.values())
+
+    def copy(self) -> Completion:
+        """The same in memory of its own."""
+        rows = {layer: kept.copy() for layer, kept in self.rows.items()}
+        return replace(self, generated=self.generated.copy(), rows=rows)

@@ -45,6 +45,15 @@ class LayerRows:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in vars(self).values())
+
+    def copy(self) -> LayerRows:
+        """The same in memory of its own."""
+        return LayerRows(**{name: array.copy() for name, array in vars(self).items()})
+
+    @property
     def encoded(self) -> EncodedRows:
         """The quantised part."""
         return EncodedRows(self.codes, self.scales, self.norm)
