@@ -100,7 +100,7 @@ def test_every_row_exactly_once(store, seed, epoch, ranks, workers, batch, buffe
         dataset.set_epoch(epoch)
         sizes = []
         for worker in range(workers):
-            parts = [rows.tolist() for rows, _ in dataset._stream(dataset._span(worker, workers), 0)]
+            parts = [rows.tolist() for rows, _ in dataset._stream(epoch, dataset._span(worker, workers), 0)]
             assert all(len(part) == batch for part in parts[: None if even else -1])
             sizes.append(len(parts))
             seen += flat(parts)
@@ -149,6 +149,22 @@ def test_a_loader_goes_on_where_it_was(store: CaptureStore, workers: int, batch:
     for done in {0, 1, workers, total // 2, total - 1, total} if workers < 2 else {1, total // 2, total - 1}:
         state = loader().dataset.state_dict(done, workers)
         assert numbers(loader(state)) == numbers(uninterrupted)[done:]
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_workers_that_stay_follow_the_epoch(store: CaptureStore, how: str) -> None:
+    dataset = ShuffledRows(store, batch_size=16, buffer_rows=48, numbers=True)
+    kept = DataLoader(
+        dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=how
+    )
+    seen = []
+    for epoch in (0, 1, 7, 0):
+        dataset.set_epoch(epoch)
+        seen.append(numbers(kept))
+        fresh = ShuffledRows(store, batch_size=16, buffer_rows=48, numbers=True)
+        fresh.set_epoch(epoch)
+        assert numbers(DataLoader(fresh, batch_size=None, num_workers=2)) == seen[-1]
+    assert seen[0] == seen[3] != seen[1] != seen[2]
 
 
 def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:

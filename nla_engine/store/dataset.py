@@ -97,7 +97,7 @@ class ShuffledRows(IterableDataset[Row]):
             if value < 1:
                 raise RequestError(f"{name} is {value}: it must be 1 or more")
         self._batch, self._buffer = batch_size, buffer_rows
-        self._seed, self._epoch, self._even, self._numbers = seed, 0, even, numbers
+        self._seed, self._even, self._numbers = seed, even, numbers
         self._dtype, self._device = checked_dtype(dtype), torch.device(device)
         # What a state must agree on to mean the same rows.
         self._same = {
@@ -109,16 +109,13 @@ class ShuffledRows(IterableDataset[Row]):
             "even": even,
             "ranks": self._ranks,
         }
-        self._done = 0
-        self._workers: int | None = None
+        # Epoch, batches done, workers (0: not known), in memory that the workers of a DataLoader see too.
+        self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another shuffled order, from its start. The epoch that is set already stays where it stands.
-
-        With persistent workers of a DataLoader it has no effect on them: make a new loader for each epoch.
-        """
-        if epoch != self._epoch:
-            self._epoch, self._done, self._workers = epoch, 0, None
+        """Take another shuffled order, from its start. The epoch that is set already stays where it stands."""
+        if epoch != self._place[0]:
+            self._place.copy_(torch.tensor([epoch, 0, 0]))
 
     def batches(self, workers: int = 1) -> int:
         """Batches that this rank gets in an epoch, through a DataLoader with that many workers (0 counts as 1)."""
@@ -130,8 +127,9 @@ class ShuffledRows(IterableDataset[Row]):
         batches, workers: with a DataLoader that has workers, the batches taken from it since the epoch began, and
             their number; without workers the dataset has counted itself
         """
-        done = self._done if batches is None else batches
-        return {**self._same, "epoch": self._epoch, "batches": done, "workers": max(workers, 1)}
+        epoch, done, _ = self._place.tolist()
+        done = done if batches is None else batches
+        return {**self._same, "epoch": epoch, "batches": done, "workers": max(workers, 1)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there: the next iteration gives what would have come next. Raises StoreError for another stream's."""
@@ -139,22 +137,23 @@ class ShuffledRows(IterableDataset[Row]):
             raise StoreError(
                 f"a state of another stream: {'; '.join(changed)}: make the dataset as it was then"
             )
-        self._epoch, self._done, self._workers = state["epoch"], state["batches"], state["workers"]
+        self._place.copy_(torch.tensor([state["epoch"], state["batches"], state["workers"]]))
 
     def __iter__(self) -> Iterator[Row]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if self._workers not in (None, workers):
+        epoch, done, before = self._place.tolist()
+        if before not in (0, workers):
             raise RequestError(
-                f"the state is of {self._workers} workers, not {workers}: give the DataLoader as many"
+                f"the state is of {before} workers, not {workers}: give the DataLoader as many"
             )
-        stream, done = _turns(self._batch_counts(workers), self._done)[worker]
-        for numbers, vectors in self._stream(self._span(stream, workers), done):
+        stream, done = _turns(self._batch_counts(workers), done)[worker]
+        for numbers, vectors in self._stream(epoch, self._span(stream, workers), done):
             if info is None:
-                self._done += 1
+                self._place[1] += 1
             yield (torch.from_numpy(numbers), vectors) if self._numbers else vectors
         if info is None:
-            self._done = 0
+            self._place[1] = 0
 
     def _batch_counts(self, workers: int) -> list[int]:
         """Batches of each worker of this rank."""
@@ -168,15 +167,15 @@ class ShuffledRows(IterableDataset[Row]):
             return range(place * each, (place + 1) * each)
         return range(place * total // consumers, (place + 1) * total // consumers)
 
-    def _stream(self, span: range, done: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _stream(self, epoch: int, span: range, done: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Batches of a span from number `done` on: row numbers int64 [b], vectors [b, d]."""
-        skip, shards = min(done * self._batch, len(span)), self._shards_in_turn()
+        skip, shards = min(done * self._batch, len(span)), self._shards_in_turn(epoch)
         if skip == len(span):
             return
         rest: tuple[np.ndarray, Tensor] | None = None
         for first in range(span.start + skip // self._buffer * self._buffer, span.stop, self._buffer):
             numbers, vectors = self._read(shards, first, min(first + self._buffer, span.stop))
-            order = np.random.default_rng((self._seed, self._epoch, first)).permutation(len(numbers))
+            order = np.random.default_rng((self._seed, epoch, first)).permutation(len(numbers))
             order = order[max(span.start + skip - first, 0) :]
             ends = np.arange(self._batch - (len(rest[0]) if rest else 0), len(order), self._batch)
             for part in np.split(order, ends):
@@ -190,11 +189,11 @@ class ShuffledRows(IterableDataset[Row]):
         if rest is not None:
             yield rest
 
-    def _shards_in_turn(self) -> list[np.ndarray]:
-        """The chosen rows of every shard, ascending; the shards in the order of this epoch."""
+    def _shards_in_turn(self, epoch: int) -> list[np.ndarray]:
+        """The chosen rows of every shard, ascending; the shards in the order of an epoch."""
         edges = np.flatnonzero(np.diff(self._rows // self._layer.shard_rows)) + 1
         parts = np.split(self._rows, edges) if len(self._rows) else []
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(len(parts))
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(parts))
         return [parts[place] for place in order]
 
     def _read(self, shards: list[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, Tensor]:
