@@ -114,7 +114,7 @@ class Verbalizer:
         """
         lm = self.lm
         length = len(self.prefix) + len(self.tail) + max_new_tokens
-        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS)
+        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS, precision)
         order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:

@@ -14,7 +14,7 @@ from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
-from nla_engine.engine.slots import slot_size
+from nla_engine.engine.slots import default_slots, slot_size
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel, wrap_model
@@ -260,6 +260,24 @@ def test_the_keeper_is_prepared_after_everything_else() -> None:
     with Runner(language_model(), slots=1, length=4) as runner:
         Generator(runner, max_new_tokens=0, keeper=keeper).prepare()  # type: ignore[arg-type]
     assert keeper.prepared == 1
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8"])
+def test_slots_take_a_part_of_what_is_free(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model()
+    weights = sum(
+        p.numel() for name, p in lm.blocks.named_parameters() if "norm" not in name and "bias" not in name
+    )
+    with Runner(lm, slots=1, length=100) as runner:
+        slot_bytes = 2 * runner.cache.keys[:, 0].nbytes
+    free = weights + 100 * slot_bytes
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda", 3))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    left = free - weights if precision == "fp8" else free
+    assert default_slots(lm, 100, precision=precision) == int(0.7 * left) // slot_bytes
+    assert default_slots(lm, 100, most=7, precision=precision) == 7
+    free = 0
+    assert default_slots(lm, 100, precision=precision) == 1
 
 
 # ---- order ----

@@ -24,15 +24,19 @@ def slot_size(length: int, prefix: int) -> int:
     return max(length - prefix, prefix) + 1
 
 
-def default_slots(lm: LanguageModel, length: int, prefix: int = 0, most: int = 512) -> int:
+def default_slots(
+    lm: LanguageModel, length: int, prefix: int = 0, most: int = 512, precision: str = "full"
+) -> int:
     """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, as many as fit
-    the memory that is free on the model's device."""
+    the memory that is free on the model's device once a runner of that precision has made its weights."""
     if lm.device.type == "cpu":
         return min(most, _MOST_SLOTS_CPU)
     heads, head_size = _kv_shape(lm.config)
     slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
     torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
     free = torch.cuda.mem_get_info(lm.device)[0]
+    if precision == "fp8":
+        free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # a byte each
     return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
 
 
