@@ -7,7 +7,6 @@ temporary name and renamed. The last step joins them. Knows nothing of how a sco
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_engine.errors import RequestError, WriteError
+from nla_engine.errors import RequestError
+from nla_engine.store.shards import make_directory, replacing, write_file_atomically, writing
 
 METADATA_KEY = b"nla_engine"
 SCHEMA = pa.schema(
@@ -80,7 +80,7 @@ class ResultTable:
         if out.is_dir():
             raise RequestError(f"{out}: is a directory; choose another name for the table")
         record = parts / "run.json"
-        with _writing(parts):
+        with writing(parts):
             if overwrite:
                 shutil.rmtree(parts, ignore_errors=True)
             elif out.exists() and not record.exists():
@@ -88,13 +88,12 @@ class ResultTable:
                 shutil.rmtree(parts, ignore_errors=True)
                 rows = pq.read_metadata(out).num_rows
                 return cls(out, parts, options, schema, done=rows, next_part=-1)
-            out.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(out.parent)
             if record.exists():
                 _check_same(parts, _read_json(record).get("options", {}), options)
             else:
                 shutil.rmtree(parts, ignore_errors=True)  # parts without a record are nobody's
-                parts.mkdir()
-                _replace(record, json.dumps({"options": options}, indent=1).encode())
+                write_file_atomically(record, json.dumps({"options": options}, indent=1).encode())
             files = _part_files(parts)
             return cls(out, parts, options, schema, sum(_rows(file) for file in files), len(files))
 
@@ -106,16 +105,8 @@ class ResultTable:
         """Commit a part: columns of the schema that do not come at the end, all of one length."""
         table = pa.table(columns, schema=_but_last(self._schema))
         path = self._parts / f"part-{self._next_part:06d}.parquet"
-        with _writing(path):
-            temporary = path.with_suffix(".tmp")
-            try:
-                pq.write_table(table, temporary)
-                _sync(temporary)
-                os.replace(temporary, path)
-                _sync(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary)
         self._next_part += 1
         self.done += len(table)
 
@@ -128,23 +119,15 @@ class ResultTable:
         """
         if self.finished:
             return
-        temporary = self.out.with_name(self.out.name + ".tmp")
         described = json.dumps({**metadata, "options": self._options}).encode()
         schema = self._schema.with_metadata({METADATA_KEY: described})
-        with _writing(self.out):
-            try:
-                with pq.ParquetWriter(temporary, schema) as writer:
-                    for path in _part_files(self._parts):
-                        part = pq.read_table(path, schema=_but_last(self._schema))
-                        columns = dict(zip(part.column_names, part.columns, strict=True))
-                        columns |= last(part["mse_nrm"].to_numpy())
-                        writer.write_table(pa.table(columns, schema=schema))
-                _sync(temporary)
-                os.replace(temporary, self.out)
-                _sync(self.out.parent)  # before the parts go
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        with replacing(self.out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for path in _part_files(self._parts):
+                part = pq.read_table(path, schema=_but_last(self._schema))
+                columns = dict(zip(part.column_names, part.columns, strict=True))
+                columns |= last(part["mse_nrm"].to_numpy())
+                writer.write_table(pa.table(columns, schema=schema))
+        with writing(self._parts):
             (self._parts / "run.json").unlink()  # without it the parts are nobody's
             shutil.rmtree(self._parts)
         self._next_part = -1
@@ -201,35 +184,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: cannot be read ({error}); start again with --overwrite") from error
     return data if isinstance(data, dict) else {}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class _writing:
-    """Turns an OSError inside into a WriteError that names the path."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError):
-            raise WriteError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
 
 def nullable(values: np.ndarray, kind: Callable[[Any], Any] = float) -> list[Any]:

@@ -176,7 +176,7 @@ def test_roundtrip_with_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pyt
     real, calls = pq.write_table, itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(results.pq, "write_table", lambda *a: full() if next(calls) == 2 else real(*a))
-        check_failed(call(*roundtrip(root, out)), "part-000002.parquet: cannot be written .No space left")
+        check_failed(call(*roundtrip(root, out)), "part-000002.parquet: cannot be written: No space left")
     assert not out.exists() and len(list(Path(f"{out}.parts").glob("*.parquet"))) == 2
     with monkeypatch.context() as patch:
         patch.setattr(results.os, "replace", full)

@@ -86,9 +86,15 @@ def load_pair(
 
 
 def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32."""
+    """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32.
+
+    0 where there is no readable config: loading it says what is wrong.
+    """
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
     wide = (config.get("dtype") or config.get("torch_dtype")) == "float32"
     return stored * dtype.itemsize // (4 if wide else 2)
 

@@ -12,10 +12,8 @@ Knows nothing of models.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from nla_engine.store.format import RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.sequences import StoredSequence
-from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, writing
+from nla_engine.store.shards import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,38 +113,15 @@ def export(
         shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
     selection = _Selection(store, number, store.layer(number), rows)
     write = _WRITERS[to]
-    with _renamed_at_end(path) as temporary:
+    with replacing(path) as temporary:
         if shard_rows is not None:
             _write_shards(selection, to, temporary, shard_rows)
         else:
             write(selection, temporary)
     if to == "nla":
-        with _renamed_at_end(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
+        with replacing(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
             temporary.write_text(_nla_sidecar(selection), encoding="utf-8")
     return len(rows)
-
-
-@contextlib.contextmanager
-def _renamed_at_end(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes it when the body succeeds, else goes away."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    with writing(path):
-        try:
-            yield temporary
-            for file in [temporary] if temporary.is_file() else [*temporary.rglob("*"), temporary]:
-                fsync_directory(file) if file.is_dir() else _fsync(file)
-            temporary.replace(path)
-        except BaseException:
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_directory(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _write_shards(selection: _Selection, to: str, directory: Path, shard_rows: int) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -164,6 +165,32 @@ def writing(path: Place) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or a directory that becomes it, durably, when the body succeeds.
+
+    Else it goes away. An OSError inside is a WriteError that names `path`.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    with writing(path):
+        try:
+            yield temporary
+            for file in [temporary] if temporary.is_file() else [*temporary.rglob("*"), temporary]:
+                fsync_directory(file) if file.is_dir() else _fsync(file)
+            temporary.replace(path)
+        except BaseException:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def make_directory(path: Path) -> None:
