@@ -179,8 +179,8 @@ def test_roundtrip_with_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pyt
         check_failed(call(*roundtrip(root, out)), "part-000002.parquet: cannot be written: No space left")
     assert not out.exists() and len(list(Path(f"{out}.parts").glob("*.parquet"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(results.os, "replace", full)
-        check_failed(call(*roundtrip(root, out), "--resume"), "cannot be written .No space left")
+        patch.setattr(Path, "replace", full)
+        check_failed(call(*roundtrip(root, out), "--resume"), "cannot be written: No space left")
     assert call(*roundtrip(root, out), "--resume").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.parquet"]
     columns = ["row", "explanation", "cos", "retrieval_rank"]
