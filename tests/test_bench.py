@@ -213,6 +213,14 @@ def test_other_suites(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["failed"] == [] and code == 0
     compared = {line["suite"] for line in result["lines"] if line["ratio"]}
     assert compared == {"corpus", "verbalize", "reconstruct", "roundtrip", "store"}
+    lines = {line["case"]: line["p50"] for line in result["lines"]}
+    av, ar, both = (
+        lines[f"5 {case}"]
+        for case in ("vectors 111+14+3 B=4", "texts 140 tokens 3 blocks", "vectors 125+3 and 20")
+    )
+    assert lines["5 vectors 125+3 and 20: longer than AV and AR in turn"] == pytest.approx(
+        100 * ((1 / both) / (1 / av + 1 / ar) - 1), rel=0.01, abs=0.1
+    )
 
 
 def test_what_does_not_fit_the_time_is_named(capsys: pytest.CaptureFixture[str]) -> None:

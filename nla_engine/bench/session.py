@@ -173,12 +173,6 @@ class Session:
             soft_wrap=True,
         )
 
-    def take_off(self, line: Line | None, setup: Line | None, work: int) -> None:
-        """Record the rate of `work` without the seconds of its set-up, where the set-up is not most of the time."""
-        if line is not None and setup is not None and setup.p50 < 0.5 * work / max(line.values):
-            values = [1 / (1 / rate - setup.p50 / work) for rate in line.values]
-            self.record(Line(line.suite, f"{line.case}, set-up taken off", line.unit, values, line.limit))
-
     def find(self, suite: str, start: str) -> Line | None:
         """The first line of a suite whose case begins with `start`."""
         return next((e for e in self.lines if e.suite == suite and e.case.startswith(start)), None)

@@ -30,6 +30,10 @@ def run(session: Session) -> None:
     )
     if has_fp8(session.device):
         session.measure("roundtrip", f"{case} fp8", "vectors/s", _explained(session, "fp8"), against=line)
+    own = session.find("verbalize", f"{sizes.vectors} "), session.find("reconstruct", f"{sizes.vectors} ")
+    if line is not None and own[0] is not None and own[1] is not None:
+        beyond = 100 * (_both(own[0].p50, own[1].p50) / line.p50 - 1)
+        session.record(Line("roundtrip", f"{case}: longer than AV and AR in turn", "%", [beyond]))
     ar = session.find("reconstruct", "HF ")
     if line is not None and ar is not None:  # of others, the halves that were measured in this run
         line.compare(

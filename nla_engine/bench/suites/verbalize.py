@@ -26,7 +26,7 @@ _BRIEF_TOKENS = 8
 
 
 def run(session: Session) -> None:
-    """One case, and what of it is set-up."""
+    """One case, and the seconds of it that are set-up."""
     sizes = session.sizes
     slots = min(sizes.av_slots, sizes.vectors)
     case = f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}"
@@ -46,8 +46,7 @@ def run(session: Session) -> None:
             _explained(session, sizes.vectors, sizes.av_new, slots, "fp8"),
             against=line,
         )
-    setup = session.measure("verbalize", "explain set-up", "s", _set_up(session, slots), warmups=0, repeats=2)
-    session.take_off(line, setup, sizes.vectors)
+    session.measure("verbalize", "explain set-up", "s", _set_up(session, slots))
     if session.settings.baseline == "hf":
         batch = min(baselines.AV_BATCH, sizes.vectors)
         session.measure(
