@@ -184,7 +184,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, object_file, store = tmp_path / "out.csv", tmp_path / "out.json", tmp_path / "store"
     code = run(
-        "generate kernels --shape tiny --requests 5 --prompt-tokens 6 --new-tokens 4 --repeats 2 "
+        "generate kernels --shape tiny --requests 5 --prompt-tokens 6 --new-tokens 4 --repeats 2 --baseline hf "
         f"--csv {table} --json {object_file} --store {store}"
     )
     result = result_of(capsys)
@@ -192,6 +192,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result == json.loads(object_file.read_text())
     lines = {line["case"]: line for line in result["lines"]}
     assert any(case.startswith("encode int8 1024 x 64") for case in lines)
+    assert "HF generate static cache, no capture B=5 6+4" in lines
+    assert lines["5 x 6+4 layer 2 to disk"]["baseline"].startswith("HF generate ")
     job = lines["5 x 6+4 no tap"]
     assert job["unit"] == "tok/s" and job["repeats"] == 2
     assert 0 < job["p20"] <= job["p50"] <= job["p80"] < job["limit"]

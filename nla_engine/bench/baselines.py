@@ -94,6 +94,28 @@ def generate_hook(session: Session, batch: int, prompt: int, new: int) -> Iterat
 
 
 @contextmanager
+def generate_static(session: Session, batch: int, prompt: int, new: int) -> Iterator[Prepared]:
+    """`generate` with a static cache, which it compiles for on a GPU. Nothing is captured. New tokens a second."""
+    lm = session.lm
+    _plain(lm)
+    ids = _ids(lm, batch, prompt)
+
+    def run() -> None:
+        out = _generate(
+            lm, new, input_ids=ids, attention_mask=torch.ones_like(ids), cache_implementation="static"
+        )
+        expect("tokens generated", (out.sequences.shape[1] - prompt) * batch, new * batch)
+
+    try:
+        with torch.inference_mode():
+            run()  # compiles for this length
+            yield Prepared(lambda: batch * new / seconds(run, lm.device))
+    finally:  # what was compiled holds memory
+        vars(lm.model).pop("_compiled_call", None)
+        torch.compiler.reset()
+
+
+@contextmanager
 def padded_extractor(session: Session, lengths: Sequence[int]) -> Iterator[Prepared]:
     """The reference extractor: padded batches through the whole model with its head, rows to the host as float32.
 

@@ -64,6 +64,7 @@ def _job(session: Session) -> None:
             for what, prepare in (
                 ("output_hidden_states", baselines.generate_hidden_states),
                 ("hook to host", baselines.generate_hook),
+                ("static cache, no capture", baselines.generate_static),
             )
         ]
     if ours is not None:
