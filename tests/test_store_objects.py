@@ -77,6 +77,29 @@ def test_the_same_store_as_on_a_disk(url: str, tmp_path: Path) -> None:
     assert np.array_equal(bare["layer_3/codes"][:], store.layer(3).encoded().codes)
 
 
+def test_an_object_replaced_between_two_requests_is_not_damaged(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_store(url, CODEC, SIZES, shard_rows=16)
+    store, wholes = CaptureStore.open(url), []
+    expected = store.layer(3)[:]
+
+    def stale(self: ObjectPath) -> int:
+        return real(self) - 100 if self.name == "0" else real(self)
+
+    def whole(self: ObjectPath) -> bytes:
+        wholes.append(self.name)
+        return read(self)
+
+    real, read = ObjectPath.size, ObjectPath.read_bytes
+    monkeypatch.setattr(ObjectPath, "size", stale)
+    monkeypatch.setattr(ObjectPath, "read_bytes", whole)
+    for row in (0, 3, 15):
+        wholes.clear()
+        np.testing.assert_array_equal(store.layer(3)[row], expected[row])
+        assert wholes
+
+
 def test_resume_and_overwrite(url: str) -> None:
     sequences, _ = sample_sequences(0, CODEC, (3,), SIZES)
     with pytest.raises(KeyboardInterrupt), create_store(url, CODEC, shard_rows=16) as writer:  # noqa: PT012

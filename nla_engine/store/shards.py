@@ -118,8 +118,11 @@ def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.n
     Raises StoreError, naming the file, when it is missing, cut short, or any byte read is not as written.
     """
     try:
-        with _open_object(path, len(chunks)) if isinstance(path, ObjectPath) else _open_file(path) as opened:
-            _read_shard(*opened, chunks, shard_chunks, out)
+        if isinstance(path, ObjectPath):
+            _read_object(path, chunks, shard_chunks, out)
+        else:
+            with _open_file(path) as (size, read):
+                _read_shard(size, read, chunks, shard_chunks, out)
     except FileNotFoundError:
         raise StoreError(f"{path}: a shard with committed rows is missing: {MEND}") from None
     except _Damage as damage:
@@ -232,22 +235,32 @@ def _open_file(path: Path) -> Iterator[tuple[int, _Read]]:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def _open_object(path: ObjectPath, chunks: int) -> Iterator[tuple[int, _Read]]:
-    """Size of an object, and how to read it: at once if more than one chunk is wanted, since a request costs more."""
-    whole = path.read_bytes() if chunks > 1 else None
+def _read_object(path: ObjectPath, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
+    """One chunk in three small requests, several in one for the whole object, since a request costs more.
+
+    An object that a writer replaces between two requests looks damaged: then that one, too, is read as a whole.
+    """
+    if len(chunks) == 1:
+        with contextlib.suppress(_Damage):
+            read = _reading(path.read_range)
+            return _read_shard(path.size(), read, chunks, shard_chunks, out)
+    whole = path.read_bytes()
+    return _read_shard(len(whole), _reading(lambda start, stop: whole[start:stop]), chunks, shard_chunks, out)
+
+
+def _reading(part: Callable[[int, int], bytes]) -> _Read:
+    """A reader of what `part` gives of [start, stop)."""
 
     def read(buffers: Sequence[memoryview], offset: int) -> int:
-        size = sum(buffer.nbytes for buffer in buffers)
-        data = path.read_range(offset, offset + size) if whole is None else whole[offset : offset + size]
+        data = part(offset, offset + sum(buffer.nbytes for buffer in buffers))
         done = 0
         for buffer in buffers:
-            part = data[done : done + buffer.nbytes]
-            buffer.cast("B")[: len(part)] = part
-            done += len(part)
+            piece = data[done : done + buffer.nbytes]
+            buffer.cast("B")[: len(piece)] = piece
+            done += len(piece)
         return done
 
-    yield path.size() if whole is None else len(whole), read
+    return read
 
 
 def _read_shard(size: int, read: _Read, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
