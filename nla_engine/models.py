@@ -139,9 +139,12 @@ class LanguageModel:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """'cuda', 'cuda:N', 'cpu', or None for CUDA if there is one. RequestError if it is not there."""
+    """'cuda', 'cuda:N', 'cpu', or None for CUDA if there is one. RequestError if it is not there.
+
+    A GPU comes back with its number, and is the current one from now on: kernels and graphs go there.
+    """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -150,13 +153,13 @@ def pick_device(device: str | None) -> torch.device:
         raise RequestError(f"device '{device}' was asked for, but torch finds no CUDA GPU: pass --device cpu")
     if chosen.type not in ("cuda", "cpu"):
         raise RequestError(f"device '{device}' is not supported: use cuda, cuda:N or cpu")
-    if chosen.type == "cuda" and chosen.index is not None:
-        if chosen.index >= torch.cuda.device_count():
-            raise RequestError(
-                f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(chosen)  # kernels and graphs go to the current device
-    return chosen
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    number = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if number >= torch.cuda.device_count():
+        raise RequestError(f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:

@@ -83,6 +83,12 @@ class Reconstructor:
         self.bias = None if self.bias is None else self.bias.to(device)
 
     @torch.inference_mode()
+    def prepare(self, tokens: int) -> None:
+        """Take the memory that texts of so many tokens need, and check the engine against the library's forward."""
+        (empty,) = reconstructor_prompts(self.sidecar, self.lm.tokenizer, [""])
+        self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
+
+    @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
         """float32 [n, d] on the model's device: the vector that each text stands for. Packed passes, no padding."""
         prompts = reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nla_engine.bench.__main__ import main
+from nla_engine.bench.vllm_peer import _visible
 
 STAND_IN = """
 import json, os, pathlib, sys, time
@@ -25,7 +27,8 @@ class LLM:
     def __init__(self, model, **options):
         if os.environ.get("STAND_IN") == "fails":
             raise ValueError("no room\\nfor the cache")
-        note(config=json.loads(pathlib.Path(model, "config.json").read_text()), **options)
+        config = json.loads(pathlib.Path(model, "config.json").read_text())
+        note(visible=os.environ["CUDA_VISIBLE_DEVICES"], config=config, **options)
 
     def generate(self, prompts, sampling, use_tqdm):
         note(prompts=[prompt["prompt_token_ids"] for prompt in prompts], sampling=vars(sampling))
@@ -80,6 +83,7 @@ def test_the_same_work(python: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     engines = [entry for entry in seen if "config" in entry]
     assert [entry["enable_prefix_caching"] for entry in engines] == [False, True]
     for engine in engines:
+        assert engine["visible"] == "", "figures of a CPU"
         assert engine["config"]["architectures"] == ["Qwen2ForCausalLM"]
         assert (engine["config"]["hidden_size"], engine["config"]["num_hidden_layers"]) == (64, 4)
         assert (engine["load_format"], engine["dtype"], engine["max_num_seqs"]) == ("dummy", "float32", 3)
@@ -113,6 +117,13 @@ def test_what_vllm_did_not_do_is_named(
     (failure,) = result["failed"]
     assert failure["case"].startswith("vLLM 9.8.7") and message in failure["error"]
     assert any(line["case"] == "3 x 6+4 layer 2 to disk" for line in result["lines"]), "the others go on"
+
+
+def test_vllm_gets_the_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [_visible(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")] == ["", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [_visible(torch.device(name)) for name in ("cuda:0", "cuda:1")] == ["5", "3"]
 
 
 @pytest.mark.parametrize("what", ["nothing there", "no interpreter", "no vLLM"])

@@ -14,11 +14,13 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.capture import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import VECTOR, Completion, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.streams import capture_stream, side_stream
 from nla_engine.models import LanguageModel, wrap_model
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
@@ -124,6 +126,30 @@ def test_ten_thousand_ragged_requests_lose_and_misplace_nothing(
         got = store.layer(1)[sequence.rows]
         error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
         assert error.max() <= limit
+
+
+def test_work_beside_a_capture_never_goes_to_its_stream() -> None:
+    device = torch.device("cuda")
+    capture, side = capture_stream(device), side_stream(device)
+    assert capture.cuda_stream != side.cuda_stream
+    for _ in range(40):  # more than torch has
+        torch.cuda.Stream()
+        assert (capture_stream(torch.device("cuda", 0)), side_stream(device)) == (capture, side)
+
+
+def test_merged_weights_are_read_before_their_memory_is_used_again() -> None:
+    """On a stream of its own, behind work that takes long, while another stream asks for memory and writes to it."""
+    device, size = torch.device("cuda"), 1 << 24
+    for _ in range(5):
+        weights = [torch.nn.Parameter(torch.full((size,), float(i), device=device)) for i in range(3)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side_stream(device)):
+            torch.cuda._sleep(20_000_000)
+            merged = _merge_tensors(weights)
+        taken = [torch.full((size,), float("nan"), device=device) for _ in range(3)]
+        torch.cuda.synchronize()
+        assert merged.view(3, size).eq(torch.arange(3.0, device=device)[:, None]).all()
+        del taken
 
 
 @pytest.fixture(params=[0, 1])

@@ -167,6 +167,12 @@ def test_workers_that_stay_follow_the_epoch(store: CaptureStore, how: str) -> No
     assert seen[0] == seen[3] != seen[1] != seen[2]
 
 
+def test_its_place_is_in_host_memory_wherever_it_is_made(store: CaptureStore) -> None:
+    with torch.inference_mode(), torch.device("meta"):
+        dataset = ShuffledRows(store, batch_size=16, numbers=True)
+    assert sorted(flat(numbers(dataset))) == list(range(ROWS))
+
+
 def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:
     dataset = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
     everything = numbers(dataset)

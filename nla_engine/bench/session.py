@@ -143,7 +143,7 @@ class Session:
                     work.once()
                 line.values = [work.once() for _ in range(repeats or settings.repeats)]
                 if self.device.type == "cuda":
-                    line.peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+                    line.peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30 or None
                 if settings.profile is not None and work.brief is not None:
                     self._profile(settings.profile, f"{suite}-{case}", work.brief)
         except Exception as error:

@@ -10,10 +10,13 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nla_engine.bench import vllm_job
 from nla_engine.bench.session import Prepared, Session
@@ -23,6 +26,8 @@ from nla_engine.errors import RequestError, first_line
 
 _VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
 _VERSION_SECONDS = 60
+#: Seconds that killed processes may take to let the device's memory go.
+_END_SECONDS = 10
 
 
 def vllm_version(python: str) -> str:
@@ -51,7 +56,7 @@ def measure_vllm(session: Session, python: str) -> None:
             warmups=0,
         )
     if "verbalize" in suites:
-        slots = min(sizes.slots, sizes.vectors)
+        slots = min(sizes.av_slots, sizes.vectors)
         before, prompt, new = verbalize.BEFORE, verbalize.PROMPT, sizes.av_new
         session.measure(
             "verbalize",
@@ -90,7 +95,7 @@ def _done(
         "new": new,
         "vocabulary": vocabulary,
     }
-    seconds = iter(_run(session.directory, python, job))
+    seconds = iter(_run(session.directory, python, session.device, job))
     yield Prepared(lambda: requests * unit / next(seconds))
 
 
@@ -110,27 +115,45 @@ def _model(session: Session) -> tuple[str, int]:
     return str(directory), config.vocab_size
 
 
-def _run(directory: Path, python: str, job: dict[str, Any]) -> list[float]:
+def _run(directory: Path, python: str, device: torch.device, job: dict[str, Any]) -> list[float]:
     """The seconds of each repeat of a job. RuntimeError with the last line that vLLM wrote if it fails."""
     job_file, result, log = (directory / f"vllm-{name}" for name in ("job.json", "seconds.json", "log"))
     job_file.write_text(json.dumps(job), encoding="utf-8")
     result.unlink(missing_ok=True)
+    # Our modules lie beside the job: their names must not come before those of installed ones.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": _visible(device)}
     with log.open("w") as output:
         process = subprocess.Popen(
             [python, vllm_job.__file__, str(job_file), str(result)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Our modules lie beside the job: their names must not come before those of installed ones.
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            env=environment,
             start_new_session=True,
         )
         try:
             code = process.wait()
         finally:  # the processes that it started end with it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
     if code or not result.exists():
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise RuntimeError(f"vLLM ended with {code}: {lines[-1]}")
     return list(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _visible(device: torch.device) -> str:
+    """What lets a process see this device alone, by its number among those that are visible here; no GPU for a CPU."""
+    if device.type != "cuda":
+        return ""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return given.split(",")[number] if given else str(number)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started, and wait until they are gone."""
+    deadline = time.monotonic() + _END_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(0.05)

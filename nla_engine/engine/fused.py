@@ -145,6 +145,8 @@ def _merge_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     merged = torch.cat([tensor.data for tensor in tensors])
     for tensor, part in zip(tensors, merged.split([tensor.shape[0] for tensor in tensors]), strict=True):
+        if tensor.is_cuda:  # its old memory is still being read, and may be another stream's to give away
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
         tensor.data = part
     return merged
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from nla_engine.engine.streams import capture_stream
+
 #: Numbers of lanes that a graph is captured for: a step runs on the next larger one.
 LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
@@ -27,7 +29,7 @@ class DecodeGraph:
         self._spare = spare
         self._lanes = torch.full((size,), spare, dtype=torch.int64, device=device)
         self._slots: list[int] | None = None
-        stream = torch.cuda.Stream(device)
+        stream = capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(2):  # compiles kernels, loads libraries; on the spare slot only
@@ -35,7 +37,7 @@ class DecodeGraph:
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may use the device meanwhile: what it does is no business of this capture.
-        capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with torch.inference_mode(), capture:
             step(self._lanes)
 

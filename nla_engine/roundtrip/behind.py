@@ -9,6 +9,8 @@ from contextlib import nullcontext
 
 import torch
 
+from nla_engine.engine.streams import enter_device
+
 #: Jobs that may wait or be under way, so that what they hold stays bounded.
 _MOST = 3
 
@@ -21,7 +23,8 @@ class Behind:
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         """stream: where the jobs' work on a GPU goes."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        device = torch.device("cpu") if stream is None else stream.device
+        self._pool = ThreadPoolExecutor(1, "behind", enter_device, (device,))
         self._jobs: deque[Future[None]] = deque()
         self._failed = False
         self._stream = stream

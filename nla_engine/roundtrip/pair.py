@@ -64,6 +64,7 @@ def load_pair(
         weights = sum(_weight_bytes(find_directory(name), dtype) for name in (options.av, options.ar))
         if options.precision == "fp8":
             weights += weights // 2  # the quantised ones lie beside the models' own
+        torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
         free = torch.cuda.mem_get_info(device)[0]
         turns = weights + _WORKING_BYTES > free
         if turns:

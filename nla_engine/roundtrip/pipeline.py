@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from nla_engine import score
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.streams import enter_device, side_stream
 from nla_engine.results import nullable
 from nla_engine.roundtrip.behind import Behind
 from nla_engine.roundtrip.pair import Pair
@@ -55,7 +56,7 @@ class Pipeline:
         self.options, self.store, self.layer = options, store, layer
         self.pair, self.controls, self.write = pair, controls, write
         device = pair.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device) if device.type == "cuda" else None
         self._reader: LayerReader
 
     def run(self, rows: np.ndarray, first: int) -> None:
@@ -68,6 +69,8 @@ class Pipeline:
         for start in range(0, len(rows), turn):
             part = rows[start : start + turn]
             self.pair.verbalize_next()
+            if not self.pair.in_turns:
+                self._prepare_ar()
             with Behind(self._stream) as behind, closing(self._chunks(part, first + start)) as chunks:
                 ready: Iterable[Explained] = chunks
                 if self.pair.in_turns:
@@ -75,6 +78,13 @@ class Pipeline:
                     self.pair.reconstruct_next()
                 for chunk in ready:
                     behind.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
+
+    def _prepare_ar(self) -> None:
+        """Have the AR take the memory that it needs before the AV shares out what is free."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            self.pair.reconstructor.prepare(self.options.max_new_tokens)
+            if self._stream is not None:
+                self._stream.synchronize()
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
         """The explanations, CHUNK at a time; the samples of a row stay together."""
@@ -114,7 +124,7 @@ class Pipeline:
         """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
         reader, device = self._reader, self.pair.device
         blocks = [places[start : start + READ_AHEAD] for start in range(0, len(places), READ_AHEAD)]
-        with ThreadPoolExecutor(1, "read-ahead", _on_device, (device,)) as pool:
+        with ThreadPoolExecutor(1, "read-ahead", enter_device, (device,)) as pool:
             ahead = [pool.submit(reader.torch, rows[block], device) for block in blocks[:1]]
             for number, block in enumerate(blocks):
                 vectors = ahead.pop().result()
@@ -157,9 +167,3 @@ class Pipeline:
             "cos_shuffled": nullable(self.controls.shuffled(rows, sequence, r)),
             "retrieval_rank": nullable(rank, int),
         }
-
-
-def _on_device(device: torch.device) -> None:
-    """A new thread starts on the first GPU."""
-    if device.index is not None:
-        torch.cuda.set_device(device)

@@ -110,7 +110,8 @@ class ShuffledRows(IterableDataset[Row]):
             "ranks": self._ranks,
         }
         # Epoch, batches done, workers (0: not known), in memory that the workers of a DataLoader see too.
-        self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
+        with torch.inference_mode(False):
+            self._place = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Take another shuffled order, from its start. The epoch that is set already stays where it stands."""

@@ -1,0 +1,37 @@
+"""The CUDA streams of this process beside torch's default one, and the device of a thread.
+
+torch gives out 32 streams in turn. One that is made for each use would now and then be one that is in use: what another
+thread launches on the stream of a graph's capture becomes part of the graph instead of being run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured."""
+    return _streams(_number(device))[0]
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For work of another thread beside the default stream and any capture."""
+    return _streams(_number(device))[1]
+
+
+def enter_device(device: torch.device) -> None:
+    """For a new thread, which starts on the first GPU whatever its parent's is. Nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(_number(device))
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _streams(number: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    device = torch.device("cuda", number)
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # one after the other: never the same
