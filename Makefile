@@ -23,7 +23,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/nla-engine demo --out $(OUT)/demo
+	$(BIN)/nla-engine demo --out $(OUT)/demo --overwrite
 
 test: $(STAMP)
 	.ci/browser

@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from nla_engine import extension
 from nla_engine.calibrate import calibrate
+from nla_engine.checkpoint import SIDECAR
 from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.generator import STEPS_BETWEEN_POLLS, Generator
@@ -99,6 +101,10 @@ def run_capture(
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: ask `nla_engine.estimate.estimate_capture`")
     check_out(options)
+    if (Path(options.model) / SIDECAR).is_file():
+        announce(
+            f"{options.model} is an AV or AR (it has {SIDECAR}); their pair explains the base model's rows"
+        )
     lm = lm or load_base_model(options)
     prompts = read_job(options, lm)
     for message in prompts.skipped:
@@ -143,10 +149,8 @@ def load_base_model(options: CaptureOptions) -> LanguageModel:
 def _open_store(
     options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, tokens: list[bytes]
 ) -> StoreWriter:
-    described = lm.describe()
-    same = {
-        key: options.to_dict()[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")
-    }
+    described, given = lm.describe(), options.to_dict()
+    same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
     same["layer"] = list(options.layer)
     same["prompts"] = prompts_fingerprint(prompts.prompts)
     same |= {key: described[key] for key in ("weights", "tokenizer", "dtype")}
@@ -163,7 +167,7 @@ def _open_store(
         "sampling": "greedy"
         if options.temperature == 0
         else "softmax at the temperature, no truncation or penalty",
-        "options": options.to_dict(),
+        "options": given,
         "skipped_prompts": len(prompts.skipped),
     }
     writer = StoreWriter.create(

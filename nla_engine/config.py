@@ -68,7 +68,9 @@ class CaptureOptions(Options):
     prompts: Path = option(
         "Prompts: .jsonl or .parquet with prompt or messages, or text with a prompt a line."
     )
-    layer: tuple[int, ...] = option("Block to capture, counted from 0: its output. Repeat for several.")
+    layer: tuple[int, ...] = option(
+        "Block to capture, counted from 0: its output. Several joined by commas, or repeated."
+    )
     out: str = option("The Zarr store to write: a directory, or s3://bucket/run.zarr.")
     max_new_tokens: int = option("Most tokens to generate for a prompt; 0 only reads it.", 128)
     positions: str | None = option(
@@ -103,6 +105,8 @@ class CaptureOptions(Options):
         if self.corpus:
             if self.chat:
                 raise RequestError("--corpus reads text as it is: leave --chat out")
+            if self.temperature or self.max_new_tokens not in (0, type(self).max_new_tokens):
+                raise RequestError("--corpus generates nothing: leave --max-new-tokens and --temperature out")
             object.__setattr__(self, "chat", False)
             object.__setattr__(self, "max_new_tokens", 0)
         if self.positions is None:
@@ -111,6 +115,7 @@ class CaptureOptions(Options):
         self._need(
             len(self.layer) > 0 and min(self.layer) >= 0, "layer", "one or several block numbers from 0 on"
         )
+        self._need(bool(self.out), "out", "the name of a store")
         self._need(self.max_new_tokens >= 0, "max_new_tokens", "0 or more")
         names = str(self.positions).split(",")
         self._need(
@@ -153,7 +158,7 @@ class RoundtripOptions(Options):
     )
     follow: bool = option("Read a store that is still being written, until its writer has finished.", False)
     residency: str = option(
-        "AV and AR on the GPU: both at once, or in turns; auto: both if they fit.", "auto"
+        "AV and AR on the GPU: both (at once), turns (one at a time), or auto: both if they fit.", "auto"
     )
     precision: str = option(
         "Products of AV and AR: full (in --dtype), or fp8, faster and close to it (docs/roundtrip.md).",

@@ -15,8 +15,9 @@ from typing import Any
 from nla_engine.capture import check_out, load_base_model, plan_capture, read_job, run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.models import LanguageModel
-from nla_engine.store import CaptureStore
+from nla_engine.store import CaptureStore, Finish
 from nla_engine.store.objects import place
+from nla_engine.tap import RowRange
 
 #: Most sequences, and new tokens of each, that are run to measure the speed.
 SAMPLE = (64, 32)
@@ -26,13 +27,15 @@ SAMPLE = (64, 32)
 class CaptureEstimate:
     """rows and bytes: at most, since replies may end early; sequences: those still to be done.
 
-    seconds_expected: sample_seconds by tokens, read and generated; set-up and loading (load_seconds) apart
+    rows_expected: replies of the sample that ended early stand for their part of all, the others for full length
+    seconds_expected: sample_seconds by tokens, read and so expected; set-up and loading (load_seconds) apart
     """
 
     sequences: int
     already_done: int
     rows: int
     bytes: int
+    rows_expected: int
     codec: str
     layers: list[int]
     skipped: int
@@ -62,7 +65,7 @@ def estimate_capture(
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))
     todo = prompts.prompts[done:]
-    tokens = sum(len(prompt.token_ids) + options.max_new_tokens for prompt in todo)
+    replies = float(options.max_new_tokens)
     count, new = min(len(todo), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
     read = generated = 0
     seconds = 0.0
@@ -81,20 +84,35 @@ def estimate_capture(
                 overwrite=False,
             )
             summary = run_capture(short, lm=lm)
+            replies = _reply_tokens(CaptureStore.open(short.out), options.max_new_tokens)
         read = sum(len(prompt.token_ids) for prompt in todo[:count])
         generated, seconds = summary.tokens_generated, summary.seconds
     measured = read + generated
+    sizes = [len(prompt.token_ids) for prompt in todo]
+    keep = RowRange.parse(str(options.positions))
     return CaptureEstimate(
         sequences=len(todo),
         already_done=done,
         rows=plan.rows,
         bytes=plan.bytes,
+        rows_expected=sum(keep.count(size, size + round(replies)) for size in sizes),
         codec=options.codec,
         layers=list(options.layer),
         skipped=len(prompts.skipped),
-        seconds_expected=round(seconds * tokens / measured, 3) if measured else 0.0,
+        seconds_expected=round(seconds * (sum(sizes) + replies * len(sizes)) / measured, 3)
+        if measured
+        else 0.0,
         load_seconds=round(load_seconds, 1),
         sample_sequences=count,
         sample_tokens=measured,
         sample_seconds=seconds,
     )
+
+
+def _reply_tokens(sample: CaptureStore, most: int) -> float:
+    """Mean tokens of a reply, if those that the sample's own limit cut off would have `most`."""
+    sizes = [
+        most if sequence.finish == Finish.LENGTH else len(sequence.tokens) - sequence.prompt_size
+        for sequence in sample.iter_sequences()
+    ]
+    return sum(sizes) / len(sizes)

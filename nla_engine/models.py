@@ -221,6 +221,8 @@ def load_model(
     import transformers
 
     directory = find_directory(name, revision)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: has no config.json: give the directory of one checkpoint")
     tokenizer = load_tokenizer(directory, remote_code=remote_code)
     kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
     noise = transformers.logging.get_verbosity()

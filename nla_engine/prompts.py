@@ -68,6 +68,8 @@ def read_prompts(
         raise PromptError(
             f"{path}: --chat was asked for, but the model's tokenizer has no chat template; use --raw"
         )
+    if max_tokens is not None and max_tokens < 1:
+        raise PromptError(f"{path}: no prompt fits beside so many new tokens: lower --max-new-tokens")
     chat = bool(tokenizer.chat_template) if chat is None else chat
     prompts, skipped = [], []
     for place, record in _records(path):
@@ -98,7 +100,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _parquet_records(path)
         return
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as UTF-8 text ({error}): convert it") from error
     for number, line in enumerate(lines, 1):
@@ -111,7 +113,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            yield f"line {number}", PromptError(f"not JSON ({error.msg} at column {error.colno})")
+            message = f"not JSON, one object a line ({error.msg} at column {error.colno})"
+            yield f"line {number}", PromptError(message)
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -149,6 +152,8 @@ def _encode(record: Any, tokenizer: Any, chat: bool, max_tokens: int | None) -> 
 
 
 def _text(record: dict[str, Any], tokenizer: Any, chat: bool) -> str:
+    if "messages" in record and "prompt" in record:
+        raise PromptError('has "prompt" and "messages": leave one out')
     if "messages" in record:
         messages = record["messages"]
         if not chat:
@@ -158,6 +163,8 @@ def _text(record: dict[str, Any], tokenizer: Any, chat: bool) -> str:
     elif "prompt" in record:
         if not isinstance(record["prompt"], str):
             raise PromptError('"prompt" is not a text')
+        if not record["prompt"]:
+            raise PromptError("the prompt is empty")
         if not chat:
             return record["prompt"]
         messages = [{"role": "user", "content": record["prompt"]}]

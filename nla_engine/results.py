@@ -139,11 +139,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         found = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
     except (OSError, pa.ArrowException) as error:
         raise RequestError(
-            f"{path}: cannot be read as Parquet ({error}): choose another --out, or --overwrite"
+            f"{path}: cannot be read as Parquet ({error}): it is not the table of a round trip"
         ) from error
     if found is None:
         raise RequestError(
-            f"{path}: is not the result of a round trip (no {METADATA_KEY.decode()} metadata): choose another --out"
+            f"{path}: is not the table of a round trip: it has no {METADATA_KEY.decode()} metadata"
         )
     data: dict[str, Any] = json.loads(found)
     return data

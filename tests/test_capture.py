@@ -31,7 +31,7 @@ def options(tmp_path: Path, **changes: object) -> CaptureOptions:
     prompts = tmp_path / "prompts.jsonl"
     if not prompts.exists():
         write_prompts(prompts)
-    base = {
+    base: dict[str, object] = {
         "model": "in memory",
         "prompts": prompts,
         "layer": (1, 3),
@@ -40,6 +40,8 @@ def options(tmp_path: Path, **changes: object) -> CaptureOptions:
         "codec": "bf16",
         "batch_size": 5,
     }
+    if changes.get("corpus"):
+        del base["max_new_tokens"]
     return CaptureOptions(**{**base, **changes})  # type: ignore[arg-type]
 
 
@@ -247,6 +249,14 @@ def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
     assert np.isnan(rows[bad]).all()
     assert (rows[sink] == bf16_values(bf16_bits(rows[sink]))).all() and np.isfinite(rows[sink]).all()
     assert np.linalg.norm(rows[sink]) > store.sink_norm[3]
+
+
+def test_a_checkpoint_of_a_pair_is_named(tmp_path: Path) -> None:
+    lm, said = language_model(), []
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar" / "nla_meta.yaml").touch()
+    run_capture(options(tmp_path, model=str(tmp_path / "ar")), lm=lm, announce=said.append)
+    assert "ar is an AV or AR (it has nla_meta.yaml)" in said[0]
 
 
 def test_finished_sequences_wait_within_the_memory_given(

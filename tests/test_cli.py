@@ -33,7 +33,10 @@ def kept(root: Path) -> Iterator[None]:
 CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     "no such layer": (lambda r, t: {"layer": 9}, "layer 9 does not exist: .*base has 4 blocks, 0 to 3"),
     "layer below 0": (lambda r, t: {"layer": -1}, "--layer is .*must be"),
-    "layer no number": (lambda r, t: {"layer": "two"}, "'--layer': .*valid integer"),
+    "layer no number": (
+        lambda r, t: {"layer": "1,two"},
+        "--layer is '1,two': it must be numbers, joined by commas",
+    ),
     "no prompt file": (lambda r, t: {"prompts": t / "none.jsonl"}, "none.jsonl: no such file"),
     "empty prompt file": (
         lambda r, t: {"prompts": written(t / "p.jsonl", "\n")},
@@ -41,8 +44,26 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     ),
     "prompt not JSON": (
         lambda r, t: {"prompts": written(t / "p.jsonl", '{"prompt": "a"}\n{"prompt": oops}\n')},
-        r"p.jsonl, line 2: not JSON .*--skip-bad",
+        r"p.jsonl, line 2: not JSON, one object a line .*--skip-bad",
     ),
+    "prompt in two ways": (
+        lambda r, t: {"prompts": written(t / "p.jsonl", '{"prompt": "a", "messages": []}\n')},
+        'line 1: has "prompt" and "messages": leave one out',
+    ),
+    "prompt of nothing": (
+        lambda r, t: {"prompts": written(t / "p.jsonl", '{"prompt": ""}\n')},
+        "line 1: the prompt is empty",
+    ),
+    "more new tokens than the model holds": (
+        lambda r, t: {"max_new_tokens": 100_000},
+        "no prompt fits beside so many new tokens: lower --max-new-tokens$",
+    ),
+    "a store without a name": (lambda r, t: {"out": ""}, "--out is '': it must be the name of a store"),
+    "a corpus that is sampled": (
+        lambda r, t: {"corpus": True, "max_new_tokens": None, "temperature": 1.0},
+        "--corpus generates nothing: leave --max-new-tokens and --temperature out",
+    ),
+    "a corpus that is continued": (lambda r, t: {"corpus": True}, "--corpus generates nothing"),
     "prompt without text": (
         lambda r, t: {"prompts": written(t / "p.jsonl", '{"text": "a"}\n')},
         r'p.jsonl, line 1: no field "prompt" or "messages"',
@@ -274,6 +295,22 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "info of nothing": (lambda r, t: ["info", t / "none"], "none"),
     "info of a foreign group": (lambda r, t: ["info", foreign_group(t / "f.zarr")], "f.zarr"),
     "verify of nothing": (lambda r, t: ["verify", t / "none"], "none"),
+    "capture from a directory of checkpoints": (
+        lambda r, t: ["capture", r, *capture(r, t / "x")[2:]],
+        "has no config.json: give the directory of one checkpoint",
+    ),
+    "report on what is no table": (
+        lambda r, t: ["report", r / "run.zarr", "--explained", r / "prompts.jsonl", "--out", t / "x"],
+        r"prompts.jsonl: cannot be read as Parquet \(.*\): it is not the table of a round trip$",
+    ),
+    "demo over someone's store": (
+        lambda r, t: ["demo", "--out", r],
+        r"run.zarr: exists; choose another --out, or pass --overwrite to replace problems.jsonl",
+    ),
+    "demo into a file": (
+        lambda r, t: ["demo", "--out", written(t / "y", "mine")],
+        "y: a file is in the way; choose another --out",
+    ),
     "no such command": (lambda r, t: ["explain"], "No such command 'explain'"),
     "no argument": (lambda r, t: ["info"], "Missing argument 'STORE'"),
     "demo of one problem": (

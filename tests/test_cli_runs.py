@@ -52,13 +52,23 @@ def test_json_is_the_last_line_and_has_its_keys(root: Path, tmp_path: Path) -> N
     assert ran.code == 0 and ran.json == {"out": str(out), "to": "npy", "rows": len(np.load(out))}
 
 
-def test_without_json_stdout_is_empty_and_the_summary_is_for_people(root: Path, tmp_path: Path) -> None:
+def test_results_for_people_are_on_stdout_unless_json_is(root: Path, tmp_path: Path) -> None:
     ran = call(*capture(root, tmp_path / "x.zarr"))
-    assert (ran.code, ran.out) == (0, "")
-    assert "5 sequences: at most 20 rows" in ran.err and "rows_per_second" in ran.err
-    for command in (["info", root / "run.zarr"], ["verify", root / "run.zarr"]):
-        ran = call(*command)
-        assert ((ran.code, ran.out) == (0, "") and "ok" in ran.err) or "complete" in ran.err
+    assert ran.code == 0 and "rows_per_second" in ran.out
+    assert "5 sequences: at most 20 rows" in ran.err and "rows_per_second" not in ran.err
+    for command, told in {"info": "complete", "verify": "run.zarr: sound: "}.items():
+        ran = call(command, root / "run.zarr")
+        assert (ran.code, ran.err) == (0, "") and told in ran.out
+        ran = call(command, root / "run.zarr", "--json")
+        assert ran.code == 0 and told in ran.err and ran.json and len(ran.out.splitlines()) == 1
+    assert "; nothing to repair" in call("verify", root / "run.zarr", "--repair").out
+
+
+@pytest.mark.parametrize("words", [[], ["study"]])
+def test_a_bare_command_shows_its_help(words: list[str]) -> None:
+    ran = call(*words)
+    assert ran.code == 2 and ran.err.startswith("Usage: nla-engine") and "\n\nCommands:\n" in ran.err
+    assert call(*words, "-h").out.strip() == call(*words, "--help").out.strip() == ran.err.strip()
 
 
 def test_resume_of_finished_work_and_overwrite(root: Path, tmp_path: Path) -> None:
@@ -118,7 +128,7 @@ def test_verify_of_a_damaged_store(root: Path, tmp_path: Path) -> None:
     ran = call("verify", store, "--json")
     assert ran.code == 1 and ran.json["ok"] is False
     assert f"layer_{LAYER}/codes data" in {check["name"] for check in ran.json["checks"] if not check["ok"]}
-    assert "FAILED" in ran.err
+    assert "FAILED" in ran.err and re.search(r"x.zarr: \d+ of \d+ checks failed", ran.err)
 
 
 # ---- work that fails ----

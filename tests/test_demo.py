@@ -39,7 +39,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
 
     said: list[str] = []
     summary, samples = run_demo(
-        out, problems=PROBLEMS, device="cpu", seed=0, announce=said.append, progress=silent
+        out,
+        problems=PROBLEMS,
+        device="cpu",
+        seed=0,
+        overwrite=False,
+        announce=said.append,
+        progress=silent,
     )
     return summary, samples, out
 

@@ -114,9 +114,14 @@ def test_requests_that_cannot_be_met(store: CaptureStore, tmp_path: Path) -> Non
     fill_store(tmp_path / "empty.zarr", store.codec, [])
     with pytest.raises(StoreError, match="holds no rows"):
         export(CaptureStore.open(tmp_path / "empty.zarr"), "npy", out)
-    with pytest.raises(WriteError, match="No such file or directory"):
-        export(store, "npy", tmp_path / "nowhere" / "out.npy")
+    with pytest.raises(StoreError, match=r"out: a file of format npy ends in .npy: readers go by it"):
+        export(store, "npy", out)
     assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="File exists"):
+        export(store, "npy", tmp_path / "file" / "below" / "out.npy")
+    export(store, "npy", tmp_path / "new" / "directory" / "out.npy")
+    assert np.load(tmp_path / "new" / "directory" / "out.npy").shape == (sum(SIZES), 24)
 
 
 @pytest.mark.parametrize("to", ["parquet", "safetensors", "npy"])
@@ -128,7 +133,7 @@ def test_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WriteError, match="No space left on device"):
-        export(store, to, tmp_path / "out")
+        export(store, to, tmp_path / f"out.{to}")
     assert os.listdir(tmp_path) == ["run.zarr"]
 
 

@@ -64,7 +64,7 @@ def test_out_and_in_again(store: CaptureStore, tmp_path: Path, to: str, shard_ro
     directory = to == "datasets" or shard_rows
     out = tmp_path / ("out" if directory else {"nla": "out.parquet"}.get(to, f"out.{to}"))
     rows = export(store, to, out, layer=9, where="position > 1", shard_rows=shard_rows)
-    told = None if to in ("nla", "safetensors") else 9
+    told = 9 if to == "npy" else None  # a bare array says nothing of itself
     made = import_rows(out, tmp_path / "back.zarr", layer=told)
     assert (made.rows, made.layer, made.d_model, made.codec) == (rows, 9, D, "bf16")
     back, chosen = CaptureStore.open(tmp_path / "back.zarr"), store.where("position > 1")

@@ -62,6 +62,15 @@ def test_bos_is_given_once_in_both_ways(tmp_path: Path) -> None:
         assert ids[0] == start and ids[1] != start
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("a" if name == "p.txt" else '{"prompt": "a"}', encoding="utf-8-sig")
+    assert [json.loads(p.source) for p in read_prompts(path, TOKENIZER, chat=False).prompts] == [
+        {"prompt": "a"}
+    ]
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b"], "n": [1, None]}), path)

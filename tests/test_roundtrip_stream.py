@@ -213,6 +213,26 @@ def test_following_a_writer_gives_every_row_once(
     assert len({line for line in said if "rows of layer" in line}) > 1
 
 
+def test_slow_explanations_are_committed_before_a_chunk_is_full(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, parts = make_store(tmp_path / "s.zarr", 2), []
+    real = run.ResultTable.append
+    monkeypatch.setattr(
+        run.ResultTable,
+        "append",
+        lambda self, columns: (parts.append(len(columns["row"])), real(self, columns)),
+    )
+    run_roundtrip(options(pair, store, tmp_path / "whole.parquet", samples=2, temperature=0.7))
+    monkeypatch.setattr(pipeline, "COMMIT_SECONDS", 0.0)
+    run_roundtrip(options(pair, store, tmp_path / "parts.parquet", samples=2, temperature=0.7))
+    assert parts == [20] + [2] * 10, "the samples of a row stay together"
+    sums = ("cos", "mse_nrm", "fve_nrm", "fve_meannorm", "cos_shuffled", "best", "retrieval_rank")
+    parted, whole = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("parts", "whole"))
+    assert parted.drop_columns(list(sums)).equals(whole.drop_columns(list(sums)))
+    np.testing.assert_allclose(parted["cos"].to_numpy(), whole["cos"].to_numpy(), atol=1e-5)
+
+
 def test_a_writer_that_has_gone_is_told(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "POLL_SECONDS", 0.02)
     writer = open_writer(tmp_path / "s.zarr")

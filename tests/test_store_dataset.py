@@ -173,6 +173,14 @@ def test_its_place_is_in_host_memory_wherever_it_is_made(store: CaptureStore) ->
     assert sorted(flat(numbers(dataset))) == list(range(ROWS))
 
 
+def test_even_batches_that_nobody_gets_are_refused(store: CaptureStore) -> None:
+    with pytest.raises(
+        RequestError, match=r"rows give none of 1 workers a whole batch of 4096: lower batch_size"
+    ):
+        next(iter(ShuffledRows(store, batch_size=4096, even=True)))
+    assert len(list(ShuffledRows(store, batch_size=4096))) == 1
+
+
 def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:
     dataset = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
     everything = numbers(dataset)

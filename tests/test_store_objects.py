@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -75,6 +76,17 @@ def test_the_same_store_as_on_a_disk(url: str, tmp_path: Path) -> None:
     assert all(check.ok for check in verify(url)), [check for check in verify(url) if not check.ok]
     bare = zarr.open_group(there._store, mode="r")
     assert np.array_equal(bare["layer_3/codes"][:], store.layer(3).encoded().codes)
+
+
+def test_a_place_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: ObjectPath) -> list[str]:
+        raise OSError(errno.EIO, "no credentials", str(self))
+
+    monkeypatch.setattr(ObjectPath, "names", refuse)
+    with pytest.raises(
+        StoreError, match=r"cannot be reached: no credentials: are AWS_ACCESS_KEY_ID, .* set\?"
+    ):
+        ObjectPath.open("s3://nowhere/x").exists()
 
 
 def test_an_object_replaced_between_two_requests_is_not_damaged(
@@ -174,7 +186,7 @@ def test_damage_is_named(url: str) -> None:
 def test_places_that_are_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad, message in (
         (url, "there is no such store"),
-        ("s3://no-such-bucket-here/run.zarr", "there is no such store|cannot be read"),
+        ("s3://no-such-bucket-here/run.zarr", "cannot be reached: .*404"),
         ("gopher://x/run.zarr", "^gopher://x/run.zarr: cannot be reached"),
     ):
         with pytest.raises(StoreError, match=message) as caught:

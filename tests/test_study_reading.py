@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,46 @@ def outcome(**changes: object) -> Outcome:
 
 def reading(**changes: object) -> str:
     return " ".join(read_outcome(outcome(**changes)))
+
+
+def unbounded(estimate: Estimate) -> Estimate:
+    return replace(estimate, low=math.nan, high=math.nan)
+
+
+def test_without_intervals_neither_a_difference_nor_its_absence_is_claimed() -> None:
+    """As from fewer than five operand pairs, whatever the means are."""
+    base = outcome()
+    findings = [
+        replace(
+            f, **{name: unbounded(getattr(f, name)) for name in ("own", "shuffled", "text_only", "margin")}
+        )
+        for f in base.findings
+    ]
+    for swapped in (1.2, 0.0):
+        text = reading(
+            findings=findings,
+            by_kind=[
+                replace(c, removed=unbounded(at(1.0)), swapped=unbounded(at(swapped))) for c in base.by_kind
+            ],
+            detection=[(base.detection[0][0], unbounded(at(0.95)))],
+            correctness=[],
+            origins=[],
+        )
+        for claim in (
+            "At no place",
+            "Hardly",
+            "do not name",
+            "no rarer",
+            "rarer than with explanations of other problems everywhere",
+            "more often than chance",
+            "hold something",
+            "belongs to the problem",
+            "does not tell",
+            "usefully",
+            "What belongs",
+        ):
+            assert claim not in text, claim
+        assert text.count("cannot be told") >= 9
 
 
 def with_margin(measure: str, value: float, places: tuple[str, ...] = ("first", "middle", "last", "end")):

@@ -16,13 +16,14 @@ import typer
 
 from nla_engine.cli.output import Json
 from nla_engine.config import Options
-from nla_engine.errors import NLAError
+from nla_engine.errors import NLAError, RequestError
 
 app = typer.Typer(
     name="nla-engine",
     help="Capture a language model's activations, explain them in words, and measure how far the words can be trusted.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -77,7 +78,8 @@ def command(
         def run(**values: Any) -> None:
             as_json = values.pop("as_json")
             values = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+                key: _numbers(key, value) if isinstance(value, list) else value
+                for key, value in values.items()
             }
             function(options(**values), as_json)
 
@@ -90,10 +92,19 @@ def command(
     return register
 
 
+def _numbers(name: str, given: list[str]) -> tuple[int, ...]:
+    """Numbers, each given alone or several joined by commas."""
+    try:
+        return tuple(int(number) for words in given for number in words.split(","))
+    except ValueError:
+        flag = "--" + name.replace("_", "-")
+        raise RequestError(f"{flag} is {','.join(given)!r}: it must be numbers, joined by commas") from None
+
+
 def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, ...]) -> inspect.Parameter:
     help = field.metadata["help"]
     if hint == tuple[int, ...]:
-        hint = list[int]
+        hint = list[str]
     if field.name in arguments:
         marker: Any = typer.Argument(help=help, metavar=field.name.upper())
     else:
@@ -111,19 +122,22 @@ def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="nla-engine")
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _fail("interrupted; what is finished is committed, and --resume goes on after it", 1)
+        code = _fail("interrupted; what is committed is safe, and --resume goes on after it", 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
-        if usage is not None:
-            code = _fail(usage(), 2)
-        else:
+        if usage is None:
             code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        elif type(error).__name__ == "NoArgsIsHelpError":
+            code = 2
+            print(usage(), file=sys.stderr)
+        else:
+            code = _fail(usage(), 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

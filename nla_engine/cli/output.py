@@ -1,4 +1,4 @@
-"""What commands tell: announcements and progress on stderr, summaries as a table or one JSON line."""
+"""What commands tell: announcements and progress on stderr; results on stdout, as a table or one JSON line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-#: Everything for people goes to stderr; stdout carries results.
+#: What a command says on its way.
 console = Console(stderr=True)
+#: Columns of a result where no terminal says how many there are.
+_FILE_WIDTH = 200
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
 
@@ -55,14 +57,27 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+def results(as_json: bool) -> Console:
+    """Where a result for people goes: stdout, or stderr when stdout carries a JSON line."""
+    out = Console(stderr=as_json)
+    if not out.is_terminal:
+        out.width = _FILE_WIDTH
+    return out
+
+
 def finish(title: str, facts: dict[str, Any], as_json: bool) -> None:
     """The summary: a table for people, and one JSON line on stdout if asked."""
+    show_facts(title, facts, as_json)
+    if as_json:
+        print_json(facts)
+
+
+def show_facts(title: str, facts: dict[str, Any], as_json: bool) -> None:
+    """A table for people. as_json: a JSON line will follow."""
     table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
     for key, value in facts.items():
         table.add_row(key, escape(show(value)))
-    console.print(table)
-    if as_json:
-        print_json(facts)
+    results(as_json).print(table)
 
 
 def show(value: Any) -> str:

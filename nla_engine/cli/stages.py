@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import Json, console, finish, progress_bar, say
+from nla_engine.cli.output import Json, finish, progress_bar, results, say
 from nla_engine.config import CaptureOptions, RoundtripOptions
 
 
@@ -49,18 +49,26 @@ def demo(
     ] = 64,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N or cpu.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Which problems.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that exists.")] = False,
     as_json: Json = False,
 ) -> None:
     """The whole job on the bundled models: capture, explain, reconstruct, score, write the page. A CPU is enough."""
     from nla_engine.demo.run import run_demo
 
     summary, samples = run_demo(
-        out, problems=problems, device=device, seed=seed, announce=say, progress=progress_bar
+        out,
+        problems=problems,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        announce=say,
+        progress=progress_bar,
     )
+    shown = results(as_json)
     for sample in samples:
         text = textwrap.indent(sample.explanation, "  ")
-        console.print(
+        shown.print(
             f"\n[bold]{escape(sample.heading)}[/bold]\n{escape(text)}", soft_wrap=True, highlight=False
         )
-    console.print()
+    shown.print()
     finish("demo", summary, as_json)

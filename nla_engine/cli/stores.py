@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.app import app
-from nla_engine.cli.output import Json, console, finish, print_json, progress_bar
+from nla_engine.cli.output import Json, finish, print_json, progress_bar, results
 from nla_engine.config import check_local
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def info(store: StorePath, as_json: Json = False) -> None:
     from nla_engine.store import CaptureStore
 
     opened = CaptureStore.open(store)
-    show_page(opened, console)
+    show_page(opened, results(as_json))
     if as_json:
         print_json(facts(opened))
 
@@ -55,13 +55,21 @@ def verify(
     sound = repaired is not None or all(check.ok for check in checks)
     audited = _audit(store, model, sample, device) if model is not None and sound else []
     checks += audited
-    table = Table("check", "", "detail", box=None)
+    table = Table(box=None)
+    for heading in ("check", "", "detail"):
+        table.add_column(heading, overflow="fold")
     for check in checks:
         table.add_row(escape(check.name), "ok" if check.ok else "FAILED", escape(check.detail))
-    console.print(table)
-    if repaired is not None:
-        console.print(escape(str(repaired)))
     good = sound and all(check.ok for check in audited)
+    failed = sum(not check.ok for check in checks)
+    verdict = f"{failed} of {len(checks)} checks failed" if failed else f"sound: {len(checks)} checks"
+    if repaired is not None:
+        verdict += f"; {repaired}"
+    elif repair:
+        verdict += "; nothing to repair"
+    shown = results(as_json)
+    shown.print(table)
+    shown.print(escape(f"{store}: {verdict}"), highlight=False, soft_wrap=True)
     if as_json:
         outcome = {"ok": good, "repair": repaired and repaired.to_dict()}
         print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})
@@ -107,7 +115,9 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="Parquet, safetensors or npy; or a directory of shards.")],
+    source: Annotated[
+        Path, typer.Argument(help="Parquet, safetensors or npy; or a directory of shards.", metavar="SOURCE")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The Zarr store to write.")],
     layer: Annotated[
         int | None, typer.Option("--layer", help="Layer of the vectors. [default: what the file says]")

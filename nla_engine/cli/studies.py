@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import console, finish, print_json, progress_bar, say
+from nla_engine.cli.output import print_json, progress_bar, results, say, show, show_facts
 from nla_engine.config import MultiplicationOptions
 
 #: In the tables and the reading for people; whole in the JSON line.
@@ -26,12 +26,14 @@ def multiplication_command(options: MultiplicationOptions, as_json: bool) -> Non
     from nla_engine.studies.multiplication import run_multiplication
 
     summary = run_multiplication(options, announce=say, progress=progress_bar)
-    console.print()
+    out = results(as_json)
     for paragraph in summary.reading:
         text = textwrap.fill(paragraph, 110, initial_indent="- ", subsequent_indent="  ")
-        console.print(escape(text), highlight=False, soft_wrap=True)
-    console.print()
+        out.print(escape(text), highlight=False, soft_wrap=True)
+    out.print()
     shown = summary.to_dict()
-    finish("study", {key: value for key, value in shown.items() if key not in _LONG}, as_json=False)
+    value, low, high = (show(number) for number in summary.product_accuracy)
+    told = {**shown, "product_accuracy": f"{value} (95% interval {low} to {high})"}
+    show_facts("study", {key: value for key, value in told.items() if key not in _LONG}, as_json)
     if as_json:
         print_json(shown)

@@ -19,12 +19,16 @@ from nla_engine.claims import operands_named
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.demo.explanations import answer_correct, token_named
 from nla_engine.demo.problems import held_out_problems, prompt_record
+from nla_engine.errors import RequestError
 from nla_engine.report import write_report
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
+from nla_engine.store.shards import make_directory, writing
 
 TRIO = Path(__file__).parent / "trio"
 LAYER = 5
+#: What a demo writes.
+FILES = ("problems.jsonl", "run.zarr", "explained.parquet", "report.html")
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,19 @@ def run_demo(
     problems: int,
     device: str | None,
     seed: int,
+    overwrite: bool,
     announce: Callable[[str], None],
     progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Capture and round-trip `problems` held-out multiplications into the directory `out` (replaced if it is there).
+    """Capture and round-trip `problems` held-out multiplications into the directory `out`.
 
-    Returns the summary (keys of `--json`) and three sample explanations.
+    Returns the summary (keys of `--json`) and three sample explanations. RequestError if one of the demo's files is
+    there already, unless they are to be overwritten.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    _check_out(out, overwrite)
     prompts = out / "problems.jsonl"
+    with writing(out):
+        make_directory(out)
     records = [prompt_record(problem) for problem in held_out_problems(problems, seed)]
     prompts.write_text(
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
@@ -95,6 +103,16 @@ def run_demo(
         "report": page.out,
     }
     return summary, choose_samples(out / "explained.parquet")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"{out}: a file is in the way; choose another --out")
+    there = [name for name in FILES if (out / name).exists()]
+    if there and not overwrite:
+        raise RequestError(
+            f"{out / there[0]}: exists; choose another --out, or pass --overwrite to replace {', '.join(FILES)} there"
+        )
 
 
 def check_facts(store_path: Path, explained: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ Knows nothing of how rows are selected or where results go.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -25,8 +26,9 @@ from nla_engine.score import Controls
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
 from nla_engine.verbalize import Explanation
 
-#: Explanations scored and committed together.
+#: Explanations scored and committed together, or as many as there are after so many seconds.
 CHUNK = 512
+COMMIT_SECONDS = 30.0
 #: Vectors read at once, one such block ahead of need.
 READ_AHEAD = 1024
 #: Explanations of a turn, when AV and AR take turns: some minutes of work, lost if the run is killed before the AR's.
@@ -87,13 +89,16 @@ class Pipeline:
                 self._stream.synchronize()
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
-        """The explanations, CHUNK at a time; the samples of a row stay together."""
-        samples = self.options.samples
-        size = max(CHUNK // samples, 1)
+        """The explanations, CHUNK at a time, fewer where they take long; the samples of a row stay together."""
+        samples, start, since = self.options.samples, 0, time.monotonic()
+        group: list[Explanation] = []
         with closing(self._explanations(rows, first)) as written:
-            for start in range(0, len(rows), size):
-                part = np.repeat(rows[start : start + size], samples)
-                yield Explained(part, [next(written) for _ in part])
+            for place in range(len(rows)):
+                group += [next(written) for _ in range(samples)]
+                late = time.monotonic() - since >= COMMIT_SECONDS
+                if late or len(group) + samples > CHUNK or place + 1 == len(rows):
+                    yield Explained(np.repeat(rows[start : place + 1], samples), group)
+                    group, start, since = [], place + 1, time.monotonic()
 
     def _explanations(self, rows: np.ndarray, first: int) -> Generator[Explanation, None, None]:
         """In order, `samples` a row. Vectors without a direction get a status instead of a text."""

@@ -84,7 +84,8 @@ class ShuffledRows(IterableDataset[Row]):
         """layer: None for the store's first; where: None for every row
         buffer_rows: rows in memory at once, of which batches are drawn
         device: where rows are decoded; leave it at cpu when a DataLoader has workers
-        even: leave out the few rows at the end (another few each epoch) that would give ranks unequal batches
+        even: every worker of every rank gets equally many whole batches; what is over is left out (other rows each
+            epoch)
         rank, ranks: None for those of torch.distributed, or 0 and 1 without it
 
         Raises RequestError for arguments that cannot be, StoreError, WhereError.
@@ -148,7 +149,12 @@ class ShuffledRows(IterableDataset[Row]):
             raise RequestError(
                 f"the state is of {before} workers, not {workers}: give the DataLoader as many"
             )
-        stream, done = _turns(self._batch_counts(workers), done)[worker]
+        if not any(counts := self._batch_counts(workers)):
+            raise RequestError(
+                f"{len(self._rows):,} rows give none of {self._ranks * workers} workers a whole batch of "
+                f"{self._batch}: lower batch_size, or leave even out"
+            )
+        stream, done = _turns(counts, done)[worker]
         for numbers, vectors in self._stream(epoch, self._span(stream, workers), done):
             if info is None:
                 self._place[1] += 1

@@ -26,7 +26,7 @@ from nla_engine.store.format import RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.sequences import StoredSequence
-from nla_engine.store.shards import replacing
+from nla_engine.store.shards import make_directory, replacing, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,7 +112,11 @@ def export(
     if to == "datasets" and shard_rows is None:
         shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
     selection = _Selection(store, number, store.layer(number), rows)
+    if shard_rows is None and path.suffix != SUFFIXES[to]:
+        raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers go by it")
     write = _WRITERS[to]
+    with writing(path):
+        make_directory(path.parent)
     with replacing(path) as temporary:
         if shard_rows is not None:
             _write_shards(selection, to, temporary, shard_rows)

@@ -221,6 +221,9 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
             )
             if not lists or not pa.types.is_floating(kind.value_type):
                 raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
+            told = schema.metadata or {}
+            layer = told.get(b"layer", b"").decode() if b"nla_engine" in told else ""
+            more = {"activation_layer": int(layer)} if layer.isdigit() else {}
             for batch in table.iter_batches(BATCH_ROWS):
                 column = batch.column(VECTOR_COLUMN)
                 flat = column.flatten()
@@ -229,7 +232,8 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                 if column.null_count or flat.null_count or not width or set(lengths.to_pylist()) != {width}:
                     raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
                 vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float32)
-                yield Batch(vectors, [_plain(row) for row in batch.drop_columns(VECTOR_COLUMN).to_pylist()])
+                records = batch.drop_columns(VECTOR_COLUMN).to_pylist()
+                yield Batch(vectors, [_plain(more | record) for record in records])
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
 

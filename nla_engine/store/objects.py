@@ -100,8 +100,14 @@ class ObjectPath:
         return sum((self / name).size() for name in self.names())
 
     def exists(self) -> bool:
-        """Whether there is anything here or below."""
-        return bool(self.names())
+        """Whether there is anything here or below. StoreError if it cannot be asked: a store's first question."""
+        try:
+            return bool(self.names())
+        except OSError as error:
+            raise StoreError(
+                f"{self}: cannot be reached: {error.strerror}: are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_REGION and, beside Amazon's own, AWS_ENDPOINT_URL set?"
+            ) from error
 
     def _get(self, part: tuple[int, int] | None = None) -> bytes:
         from zarr.abc.store import RangeByteRequest

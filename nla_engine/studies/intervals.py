@@ -33,6 +33,11 @@ class Estimate:
     def known(self) -> bool:
         return math.isfinite(self.value)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval: without one nothing can be claimed, neither a difference nor its absence."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
     def above(self, limit: float) -> bool:
         """The whole interval lies above."""
         return self.known and self.low > limit

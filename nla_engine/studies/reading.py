@@ -1,7 +1,7 @@
 """The study in words: what its controls show and what they do not, chosen by the measured numbers and intervals.
-"their intervals.
 
-A sentence that claims a difference is written only where the whole 95% interval lies on one side. Knows no files.
+A sentence that claims a difference is written only where the whole 95% interval lies on one side, and one that claims
+there is none only where there is an interval. Knows no files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from nla_engine.studies.analysis import ALL, FEWEST, Finding
 from nla_engine.studies.answers import PLACE_TITLES
-from nla_engine.studies.intervals import Estimate
+from nla_engine.studies.intervals import FEWEST_CLUSTERS, Estimate
 from nla_engine.studies.outcome import Outcome
 from nla_engine.studies.tables import decimal, show
 
@@ -19,6 +19,7 @@ from nla_engine.studies.tables import decimal, show
 LITTLE = 0.1
 #: Separation (AUC) from which a threshold on FVE sorts true from false numbers usefully.
 USEFUL = 0.9
+_FEW = f"fewer than {FEWEST_CLUSTERS} operand pairs give no interval"
 _NAMES = {
     "operands": "both true operands",
     "product": "the true product",
@@ -75,6 +76,8 @@ def _scope(outcome: Outcome) -> str:
 def _variance(outcome: Outcome) -> str:
     found = _of(outcome, "fve")
     above, open_ = _split(found, lambda f: f.margin.above(0))
+    if not _bounded(found):
+        return f"Whether explanations carry more of their vector than those of other problems cannot be told: {_FEW}."
     if not above:
         return (
             "At no place do explanations carry measurably more of their vector than explanations of other "
@@ -92,7 +95,7 @@ def _variance(outcome: Outcome) -> str:
             f" A high FVE alone says less at “{PLACE_TITLES[high.place]}”: there another problem's explanation "
             f"already reaches {show(high.shuffled)}, the part that belongs to the place and not to the problem."
         )
-    else:
+    elif high.shuffled.bounded:
         text += (
             " Another problem's explanation reaches no FVE that could be told from 0 (at best "
             f"{show(high.shuffled)}): what is carried belongs to the problem."
@@ -103,6 +106,10 @@ def _variance(outcome: Outcome) -> str:
 def _retrieval(outcome: Outcome) -> str:
     found = _of(outcome, "top1_place")
     above, open_ = _split(found, lambda f: f.margin.above(0))
+    if not _bounded(found):
+        return (
+            f"Whether an explanation finds its own row among those of the same place cannot be told: {_FEW}."
+        )
     if not above:
         return "Among rows of the same place no explanation finds its own row more often than chance."
     text = (
@@ -120,6 +127,11 @@ def _naming(measure: str) -> Callable[[Outcome], str]:
             return ""
         above, open_ = _split(found, lambda f: f.margin.above(0))
         name = _NAMES[measure]
+        if not _bounded(found):
+            return (
+                f"Whether explanations name {name} more often than those of other problems cannot be told "
+                f"({_span(found)} against {_span(found, 'shuffled')}): {_FEW}."
+            )
         if not above:
             return (
                 f"Explanations do not name {name} more often than those of other problems at any place "
@@ -144,15 +156,17 @@ def _other(outcome: Outcome) -> str:
     if not found:
         return ""
     low, high = min(found, key=lambda f: f.own.value), max(found, key=lambda f: f.own.value)
-    if not any(f.own.above(0) for f in found):
+    if all(f.own.bounded and f.own.high < LITTLE and not f.own.above(0) for f in found):
         return "Hardly an explanation names a number that is not of its problem."
     text = (
         f"Between {show(low.own)} (“{PLACE_TITLES[low.place]}”) and {show(high.own)} "
         f"(“{PLACE_TITLES[high.place]}”) of explanations name a number that is neither operand, product nor "
         "anything in the conversation."
     )
-    same = [f for f in found if not f.margin.below(0)]
-    if same:
+    same = [f for f in found if f.margin.bounded and not f.margin.below(0)]
+    if not _bounded(found):
+        text += f" Whether that is rarer than with explanations of other problems cannot be told: {_FEW}."
+    elif same:
         text += (
             f" {_at(same, found).capitalize()} that is no rarer than with explanations of other problems: such "
             "numbers are no evidence."
@@ -198,6 +212,8 @@ def _trust(outcome: Outcome) -> str:
         f"Explanations with the true operands and no other number have FVE {show(contrast.first)}, those with "
         f"another number {show(contrast.second)}; the former lie higher in {show(auc)} of comparisons."
     )
+    if not auc.bounded:
+        return f"{numbers} Whether FVE tells true numbers from false ones cannot be told from so few operand pairs."
     if not auc.above(0.5):
         return f"{numbers} FVE does not tell true numbers from false ones here."
     if auc.value >= USEFUL:
@@ -269,8 +285,10 @@ def _clauses(outcome: Outcome) -> str:
     text = f"With one clause taken from another problem's explanation, FVE falls by {told}."
     if len(ordered) > 1 and ordered[0].swapped.low > ordered[1].swapped.high:
         text += f" What belongs to the problem stands in the clauses about {_about(ordered[0].clause)}."
+    elif not ordered[0].swapped.bounded:
+        text += f" Whether any of these losses is more than chance cannot be told: {_FEW}."
     elif not ordered[0].swapped.above(0):
-        text += " None of these losses can be told from none: the clauses hold nothing of the single problem."
+        text += " None of these losses can be told from none: that the clauses hold something was not shown."
     elif len(ordered) > 1:
         text += " The intervals of the first two overlap: which carries more cannot be told."
     return text
@@ -319,6 +337,11 @@ def _limits(outcome: Outcome) -> str:
 
 def _of(outcome: Outcome, measure: str) -> list[Finding]:
     return [finding for finding in outcome.findings if finding.measure == measure and finding.own.known]
+
+
+def _bounded(found: Sequence[Finding]) -> list[Finding]:
+    """Those whose difference from other problems has an interval."""
+    return [finding for finding in found if finding.margin.bounded]
 
 
 def _split(found: Sequence[Finding], holds: Callable[[Finding], bool]) -> tuple[list[Finding], list[Finding]]:
