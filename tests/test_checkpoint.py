@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_sidecar
 
 from nla_engine.checkpoint import read_sidecar, reconstructor_prompts, verbalizer_prompt
-from nla_engine.errors import CheckpointError, NLAError
+from nla_engine.errors import CheckpointError, NLAError, RequestError
 from nla_engine.models import load_model, pick_device, pick_dtype
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.verbalize import Verbalizer
@@ -231,8 +231,24 @@ def test_value_head_bias_is_used(tmp_path: Path) -> None:
 def test_places_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         load_model(str(tmp_path / "nothing"), **CPU)
+    with pytest.raises(CheckpointError, match="has no config.json: give the directory of one checkpoint"):
+        load_model(str(tmp_path), **CPU)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(str(tmp_path), **CPU)
+
+
+def test_a_gpu_is_picked_by_number_and_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [pick_device(name) for name in (None, "cuda")] == [torch.device("cuda", 1)] * 2
+    assert pick_device("cuda:0") == torch.device("cuda", 0) and current[-1] == 0
+    assert pick_device("cpu:0") == pick_device("cpu") == torch.device("cpu") and current[-1] == 0
+    with pytest.raises(RequestError, match="'cuda:2' is not there: torch finds 2 GPUs"):
+        pick_device("cuda:2")
 
 
 def test_devices_and_dtypes() -> None:
