@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Open = Callable[..., "Page"]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, children too
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
 
 
