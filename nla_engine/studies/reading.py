@@ -171,7 +171,7 @@ def _other(outcome: Outcome) -> str:
             f" {_at(same, found).capitalize()} that is no rarer than with explanations of other problems: such "
             "numbers are no evidence."
         )
-    else:
+    elif len(_bounded(found)) == len(found):
         text += (
             " That is rarer than with explanations of other problems everywhere, but a reader of one text cannot "
             "see which."

@@ -29,7 +29,8 @@ def run(session: Session) -> None:
     _job(session)
     _ragged_job(session)
     for batch in session.sizes.batches:
-        _few(session, batch) if batch < _FEW else _steady_batch(session, batch)
+        measure = _few if batch < _FEW else _steady_batch
+        measure(session, batch)
 
 
 # ---- a whole job ----
