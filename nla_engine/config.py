@@ -31,6 +31,11 @@ def option(help: str, default: Any = ..., **metadata: Any) -> Any:
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
+def flag(name: str) -> str:
+    """A field as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def check_local(*paths: Path) -> None:
     """RequestError if one of them is a URL: a Path has lost a slash of it, and a directory `s3:` would be made."""
     for path in paths:
@@ -56,8 +61,7 @@ class Options:
 
     def _need(self, holds: bool, name: str, must: str) -> None:
         if not holds:
-            flag = "--" + name.replace("_", "-")
-            raise RequestError(f"{flag} is {getattr(self, name)!r}: it must be {must}")
+            raise RequestError(f"{flag(name)} is {getattr(self, name)!r}: it must be {must}")
 
 
 @dataclass(frozen=True)

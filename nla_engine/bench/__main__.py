@@ -19,7 +19,6 @@ from nla_engine.bench.report import append_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
 from nla_engine.bench.settings import SUITES, Settings
 from nla_engine.bench.shapes import find_shape
-from nla_engine.bench.vllm_peer import measure_vllm
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models import pick_device, pick_dtype
 
@@ -110,6 +109,8 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
         console.width = _LOG_WIDTH
     session = Session.start(settings, directory, console)
     if settings.vllm is not None:
+        from nla_engine.bench.vllm_peer import measure_vllm
+
         measure_vllm(session, settings.vllm)
     result: dict[str, Any] = {}
     written = 0

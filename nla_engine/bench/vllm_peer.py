@@ -145,8 +145,7 @@ def _visible(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    number = torch.cuda.current_device() if device.index is None else device.index
-    return given.split(",")[number] if given else str(number)
+    return given.split(",")[device.index] if given else str(device.index)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from nla_engine.cli.output import Json
-from nla_engine.config import Options
+from nla_engine.config import Options, flag
 from nla_engine.errors import NLAError, RequestError
 
 app = typer.Typer(
@@ -97,8 +97,9 @@ def _numbers(name: str, given: list[str]) -> tuple[int, ...]:
     try:
         return tuple(int(number) for words in given for number in words.split(","))
     except ValueError:
-        flag = "--" + name.replace("_", "-")
-        raise RequestError(f"{flag} is {','.join(given)!r}: it must be numbers, joined by commas") from None
+        raise RequestError(
+            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
+        ) from None
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, ...]) -> inspect.Parameter:
@@ -108,10 +109,10 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, .
     if field.name in arguments:
         marker: Any = typer.Argument(help=help, metavar=field.name.upper())
     else:
-        flag = "--" + field.name.replace("_", "-")
+        names = flag(field.name)
         if typing.get_origin(hint) is types.UnionType and bool in typing.get_args(hint):
-            flag += "/--raw"
-        marker = typer.Option(flag, help=help)
+            names += "/--raw"
+        marker = typer.Option(names, help=help)
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, marker]

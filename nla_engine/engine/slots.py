@@ -33,11 +33,16 @@ def default_slots(
         return min(most, _MOST_SLOTS_CPU)
     heads, head_size = _kv_shape(lm.config)
     slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
-    torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
-    free = torch.cuda.mem_get_info(lm.device)[0]
+    free = free_bytes(lm.device)
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # a byte each
     return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, to which torch has given back what it keeps of earlier work."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _kv_shape(config: Any) -> tuple[int, int]:

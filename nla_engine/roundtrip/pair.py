@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nla_engine.config import RoundtripOptions
+from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
 from nla_engine.models import find_directory, pick_device, pick_dtype
 from nla_engine.reconstruct import Reconstructor
@@ -64,8 +65,7 @@ def load_pair(
         weights = sum(_weight_bytes(find_directory(name), dtype) for name in (options.av, options.ar))
         if options.precision == "fp8":
             weights += weights // 2  # the quantised ones lie beside the models' own
-        torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_bytes(device)
         turns = weights + _WORKING_BYTES > free
         if turns:
             announce(

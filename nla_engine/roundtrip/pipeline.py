@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,9 @@ class Pipeline:
                     behind.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
 
     def _prepare_ar(self) -> None:
-        """Have the AR take the memory that it needs before the AV shares out what is free."""
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            self.pair.reconstructor.prepare(self.options.max_new_tokens)
-            if self._stream is not None:
-                self._stream.synchronize()
+        """Have the AR take the memory that it needs before the AV shares out what is free: done when this returns."""
+        with Behind(self._stream) as behind:
+            behind.submit(lambda: self.pair.reconstructor.prepare(self.options.max_new_tokens))
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
         """The explanations, CHUNK at a time, fewer where they take long; the samples of a row stay together."""

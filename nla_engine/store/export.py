@@ -26,7 +26,7 @@ from nla_engine.store.format import RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.sequences import StoredSequence
-from nla_engine.store.shards import make_directory, replacing, writing
+from nla_engine.store.shards import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,8 +115,6 @@ def export(
     if shard_rows is None and path.suffix != SUFFIXES[to]:
         raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers go by it")
     write = _WRITERS[to]
-    with writing(path):
-        make_directory(path.parent)
     with replacing(path) as temporary:
         if shard_rows is not None:
             _write_shards(selection, to, temporary, shard_rows)

@@ -222,8 +222,7 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
             if not lists or not pa.types.is_floating(kind.value_type):
                 raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
             told = schema.metadata or {}
-            layer = told.get(b"layer", b"").decode() if b"nla_engine" in told else ""
-            more = {"activation_layer": int(layer)} if layer.isdigit() else {}
+            more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
             for batch in table.iter_batches(BATCH_ROWS):
                 column = batch.column(VECTOR_COLUMN)
                 flat = column.flatten()
@@ -256,8 +255,7 @@ def _read_safetensors(file: Path) -> Iterator[Batch]:
             columns = {
                 name: values.tolist() for name, values in columns.items() if values.shape == (shape[0],)
             }
-            layer = (tensors.metadata() or {}).get("layer", "")
-            more = {"activation_layer": int(layer)} if layer.isdigit() else {}
+            more = _told((tensors.metadata() or {}).get("layer", ""))
             for start in range(0, shape[0], BATCH_ROWS):
                 part = vectors[start : start + BATCH_ROWS].to(torch.float32).numpy()
                 rows = range(start, start + len(part))
@@ -276,6 +274,11 @@ def _read_npy(file: Path) -> Iterator[Batch]:
     for start in range(0, len(values), BATCH_ROWS):
         part = np.array(values[start : start + BATCH_ROWS], np.float32)
         yield Batch(part, [{"row": start + i} for i in range(len(part))])
+
+
+def _told(layer: str) -> dict[str, int]:
+    """What each record has of the layer that the head of its file names, if it names one."""
+    return {"activation_layer": int(layer)} if layer.isdigit() else {}
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     with writing(path):
+        make_directory(path.parent)
         try:
             yield temporary
             for file in [temporary] if temporary.is_file() else [*temporary.rglob("*"), temporary]:

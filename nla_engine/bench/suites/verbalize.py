@@ -61,9 +61,9 @@ def run(session: Session) -> None:
         line.compare(*peers(session))
 
 
-def peers(session: Session) -> list[Line | None]:
+def peers(session: Session) -> list[Line]:
     """What others took for the same work in this run, as far as it was measured."""
-    return [session.find("verbalize", name) for name in ("HF ", "vLLM ")]
+    return [line for name in ("HF ", "vLLM ") if (line := session.find("verbalize", name))]
 
 
 def limit(session: Session) -> float:
