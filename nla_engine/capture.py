@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nla_engine import extension
+from nla_engine.appender import Appender
 from nla_engine.calibrate import calibrate
 from nla_engine.checkpoint import SIDECAR
 from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.generator import STEPS_BETWEEN_POLLS, Generator
 from nla_engine.engine.order import InOrder
-from nla_engine.engine.request import Completion, Request
+from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
@@ -31,7 +31,7 @@ from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
 from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prompts
 from nla_engine.provenance import describe_run
-from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter, row_flags
+from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.objects import place
 from nla_engine.tap import RowRange, RowTap
 from nla_engine.tokens import token_bytes
@@ -229,29 +229,21 @@ def _fill_store(
     progress: Progress,
 ) -> CaptureSummary:
     done, rows_before = writer.sequences, writer.rows
-    counts = _Counts()
+    appender = Appender(writer, prompts.prompts, RowRange.parse(str(options.positions)))
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))
     started = time.perf_counter()
     if done < len(prompts):
-        generator, tap = _fitting_generator(options, lm, prompts, plan, tokens, writer, announce)
+        generator = _fitting_generator(options, lm, prompts, plan, tokens, writer, announce)
         started = time.perf_counter()  # setting up is not part of the run
         order = InOrder(int(options.host_memory * 2**30))
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
         with generator.runner:
             for group in generator.groups(requests):
-                in_turn = order.add(group)
-                sequences: list[SequenceRows] = []
-                try:
-                    for ended in in_turn:
-                        prompt = prompts.prompts[ended.request.id]
-                        sequences.append(sequence_rows(prompt, ended, tap.rows, writer.sink_norm))
-                finally:  # those before one that fails are sound
-                    writer.append_many(sequences)
-                counts.add(sequences, in_turn)
-                progress(done + counts.sequences, len(prompts))
-    if done + counts.sequences != len(prompts):
-        raise EngineError(f"{len(prompts) - done} sequences were asked for, {counts.sequences} ended")
+                appender.add(order.add(group))
+                progress(done + appender.sequences, len(prompts))
+    if done + appender.sequences != len(prompts):
+        raise EngineError(f"{len(prompts) - done} sequences were asked for, {appender.sequences} ended")
     writer.close(complete=True)
     seconds = time.perf_counter() - started
     return CaptureSummary(
@@ -264,12 +256,12 @@ def _fill_store(
         sequences=writer.sequences,
         rows=writer.rows,
         skipped=len(prompts.skipped),
-        sink_rows=counts.sink_rows,
-        nonfinite_rows=counts.nonfinite_rows,
-        tokens_generated=counts.tokens_generated,
+        sink_rows=appender.sink_rows,
+        nonfinite_rows=appender.nonfinite_rows,
+        tokens_generated=appender.tokens_generated,
         seconds=round(seconds, 3),
         rows_per_second=round((writer.rows - rows_before) / seconds, 1),
-        tokens_per_second=round(counts.tokens_generated / seconds, 1),
+        tokens_per_second=round(appender.tokens_generated / seconds, 1),
     )
 
 
@@ -281,7 +273,7 @@ def _fitting_generator(
     tokens: list[bytes],
     writer: StoreWriter,
     announce: Callable[[str], None],
-) -> tuple[Generator, RowTap]:
+) -> Generator:
     """The generator of the plan, or of the largest halving of its slots that the GPU has memory for."""
     if lm.device.type == "cuda" and not extension.has_cuda():
         announce(f"rows are encoded by torch, not by the CUDA kernel: {extension.why_missing()}")
@@ -304,7 +296,7 @@ def _generator(
     plan: CapturePlan,
     tokens: list[bytes],
     writer: StoreWriter,
-) -> tuple[Generator, RowTap]:
+) -> Generator:
     new = options.max_new_tokens
     keep = RowRange.parse(str(options.positions))
     budget = MAX_PREFILL_TOKENS[lm.device.type]
@@ -341,7 +333,7 @@ def _generator(
     except BaseException:
         runner.close()
         raise
-    return generator, tap
+    return generator
 
 
 def _requests(
@@ -352,48 +344,3 @@ def _requests(
         while order.is_full:
             yield None
         yield order.asked(Request(id_, prompts[id_].token_ids[prefix:], max_new_tokens))
-
-
-@dataclass
-class _Counts:
-    """Running totals of this run."""
-
-    sequences: int = 0
-    tokens_generated: int = 0
-    sink_rows: int = 0
-    nonfinite_rows: int = 0
-
-    def add(self, sequences: Sequence[SequenceRows], completions: Sequence[Completion]) -> None:
-        self.sequences += len(sequences)
-        self.tokens_generated += sum(len(completion.generated) for completion in completions)
-        flags = np.concatenate([np.zeros(0, np.uint8), *(sequence.flags for sequence in sequences)])
-        self.sink_rows += int(np.count_nonzero(flags & RowFlag.SINK))
-        self.nonfinite_rows += int(np.count_nonzero(flags & RowFlag.NONFINITE))
-
-
-def sequence_rows(
-    prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
-) -> SequenceRows:
-    """A finished sequence as the store wants it: what each kept row read, what came next, and its flags."""
-    tokens = np.concatenate([np.asarray(prompt.token_ids, np.int32), completion.generated])
-    prompt_size = len(prompt.token_ids)
-    position = np.arange(keep.first(prompt_size), keep.end(prompt_size, len(tokens)), dtype=np.int32)
-    following = np.append(tokens[1:], np.int32(-1))
-    sink = np.zeros(len(position), bool)
-    nonfinite = np.zeros(len(position), bool)
-    for layer, rows in completion.rows.items():
-        if len(rows.norm) != len(position):
-            raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
-        sink |= rows.norm > sink_norm[layer]
-        nonfinite |= ~np.isfinite(rows.norm)
-    return SequenceRows(
-        token_id=tokens[position],
-        next_token_id=following[position],
-        position=position,
-        flags=row_flags(position, prompt_size, len(tokens), sink, nonfinite),
-        layers=completion.rows,
-        tokens=tokens,
-        prompt_size=prompt_size,
-        finish=completion.finish,
-        source=prompt.source,
-    )

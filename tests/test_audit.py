@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import byte_tokenizer, save_model, tiny_model, write_prompts
 
+from nla_engine import appender
 from nla_engine import capture as stage
 from nla_engine.audit import audit
 from nla_engine.capture import run_capture
@@ -81,7 +82,7 @@ def test_rows_of_the_layer_below_are_noticed(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_swapped_rows_are_noticed(tmp_path: Path, monkeypatch) -> None:
-    real = stage.sequence_rows
+    real = appender.sequence_rows
 
     def swapped(*args):
         sequence = real(*args)
@@ -91,7 +92,7 @@ def test_swapped_rows_are_noticed(tmp_path: Path, monkeypatch) -> None:
         rows = replace(rows, codes=rows.codes[order], scales=rows.scales[order], norm=rows.norm[order])
         return replace(sequence, layers={1: rows})
 
-    monkeypatch.setattr(stage, "sequence_rows", swapped)
+    monkeypatch.setattr(appender, "sequence_rows", swapped)
     assert failed(audit(captured(tmp_path), language_model())) == ["layer 1: rows are the output of block 1"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
 
+from nla_engine import appender
 from nla_engine import capture as stage
 from nla_engine.capture import run_capture
 from nla_engine.codec import bf16_bits, bf16_values
@@ -182,14 +183,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: 
     lm = language_model()
     sampled = {"temperature": 0.8, "codec": "int8"}
     run_capture(options(tmp_path, out=tmp_path / "whole.zarr", **sampled), lm=lm)
-    real = stage.sequence_rows
+    real = appender.sequence_rows
 
     def fail_at(prompt, completion, *rest):
         if completion.request.id == committed:
             raise KeyboardInterrupt
         return real(prompt, completion, *rest)
 
-    monkeypatch.setattr(stage, "sequence_rows", fail_at)
+    monkeypatch.setattr(appender, "sequence_rows", fail_at)
     with pytest.raises(KeyboardInterrupt):
         run_capture(options(tmp_path, **sampled), lm=lm)
     monkeypatch.undo()

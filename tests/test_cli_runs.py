@@ -21,8 +21,8 @@ import pytest
 from commands import LAYER, Ran, call, capture, contents, roundtrip, shell, written
 from tiny import write_prompts
 
+from nla_engine import appender, results
 from nla_engine import capture as capture_stage
-from nla_engine import results
 from nla_engine.capture import CaptureSummary
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.roundtrip import RoundtripSummary
@@ -236,7 +236,7 @@ def test_a_real_limit_on_file_size(root: Path, tmp_path: Path) -> None:
 def test_an_interrupt_leaves_a_store_that_resumes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = capture_stage.sequence_rows
+    real = appender.sequence_rows
 
     def interrupted(prompt, completion, *rest):
         if completion.request.id == 3:
@@ -244,7 +244,7 @@ def test_an_interrupt_leaves_a_store_that_resumes(
         return real(prompt, completion, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture_stage, "sequence_rows", interrupted)
+        patch.setattr(appender, "sequence_rows", interrupted)
         check_failed(call(*capture(root, tmp_path / "x.zarr")), "interrupted; .* --resume goes on")
     store = CaptureStore.open(tmp_path / "x.zarr")
     assert (store.sequences, store.complete) == (3, False)

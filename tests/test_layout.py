@@ -23,7 +23,7 @@ ORDER = (
     {"engine"},
     {"store"},
     {"tap", "score", "results"},
-    {"calibrate", "verbalize", "reconstruct"},
+    {"appender", "calibrate", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
     {"estimate"},
     {"report"},

@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from test_store_samples import SINK_NORM, VOCABULARY, create_store, fill_store, 
 
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
-from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, writer
+from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, arrays, writer
+from nla_engine.store.shards import ShardImage
 
 CODEC = Codec.named("int8", 16)
 OPTIONS = {"seed": 1, "capture": {"layer": 3}}
@@ -196,7 +199,20 @@ def test_an_unfit_sequence_leaves_the_writer_usable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [(3,), (0, 20)])
-def test_a_group_of_sequences_is_those_sequences(tmp_path: Path, layers: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("by_the_queue", [False, True])
+def test_a_group_of_sequences_is_those_sequences(
+    tmp_path: Path, layers: tuple[int, ...], by_the_queue: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = ShardImage.put
+
+    def late(*given) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02)
+        put(*given)
+
+    if by_the_queue:  # who copies a large shard
+        monkeypatch.setattr(arrays, "_COPIED_BY_QUEUE_BYTES", 0)
+        monkeypatch.setattr(ShardImage, "put", late)
     sequences, _ = sample_sequences(0, CODEC, layers, [3, 0, 40, 1, 0, 0, 17, 8, 30])
     with create_store(tmp_path / "one.zarr", CODEC, layers, shard_rows=8) as one:
         for sequence in sequences:

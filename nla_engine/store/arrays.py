@@ -5,6 +5,9 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from threading import Event
+
 import numpy as np
 
 from nla_engine.store.format import ArraySpec
@@ -19,6 +22,11 @@ from nla_engine.store.shards import (
     write_file_atomically,
     writing,
 )
+
+#: A smaller shard is copied sooner than a thread of the queue takes it up.
+_COPIED_BY_QUEUE_BYTES = 1 << 20
+#: Rows, and where in the shard they start.
+_Piece = tuple[int, np.ndarray]
 
 
 class ArrayLog:
@@ -76,18 +84,29 @@ class ArrayLog:
                 chunks
             )  # directories that a killed writer had just made; they will not be made again
 
-    def append(self, rows: np.ndarray) -> None:
-        """Append a copy of rows [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write."""
-        done, shard_rows = 0, self.spec.shard_rows
-        while done < len(rows):
-            used = self.length % shard_rows
-            count = min(shard_rows - used, len(rows) - done)
-            self._tail.put(used, rows[done : done + count])
-            self.length += count
-            done += count
-            if used + count == shard_rows:
-                self._write_tail()
-                self._tail = self._written.pop() if self._written else ShardImage(self.spec)
+    def append(self, *parts: np.ndarray) -> None:
+        """Append copies of parts [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write.
+
+        Large shards that fill are copied by the queue's threads, several at once, before they write them.
+        """
+        shard_rows = self.spec.shard_rows
+        pieces: list[_Piece] = []
+        copied: list[Event] = []
+        for rows in parts:
+            done = 0
+            while done < len(rows):
+                used = self.length % shard_rows
+                count = min(shard_rows - used, len(rows) - done)
+                pieces.append((used, rows[done : done + count]))
+                self.length += count
+                done += count
+                if used + count == shard_rows:
+                    copied.append(self._write_tail(pieces))
+                    pieces = []
+                    self._tail = self._written.pop() if self._written else ShardImage(self.spec)
+        _put(self._tail, pieces)
+        for event in copied:
+            event.wait()
 
     def flush(self) -> None:
         """Hand every row to the queue: the last partial shard is written anew if it has grown.
@@ -105,21 +124,37 @@ class ArrayLog:
             self._queue.submit(lambda: write_file_atomically(path, metadata), len(metadata))
             self._described = self.length
 
-    def _write_tail(self) -> None:
+    def _write_tail(self, pieces: Sequence[_Piece] = ()) -> Event:
+        """Hand the tail to the queue, with what is still to be put into it. Set once that has been copied."""
         shard, last = divmod(self.length - 1, self.spec.shard_rows)
         path, image, full = (
             self._root / self.spec.shard_path(shard),
             self._tail,
             last + 1 == self.spec.shard_rows,
         )
+        copied = Event()
+        if image.nbytes < _COPIED_BY_QUEUE_BYTES:
+            _put(image, pieces)
+            pieces = ()
+            copied.set()
 
         def write() -> None:
+            try:
+                _put(image, pieces)
+            finally:
+                copied.set()
             image.write(path, last + 1)
             if full:
                 self._written.append(image)
 
         self._queue.submit(write, image.nbytes)
         self._flushed = self.length
+        return copied
+
+
+def _put(image: ShardImage, pieces: Iterable[_Piece]) -> None:
+    for start, rows in pieces:
+        image.put(start, rows)
 
 
 class ArrayReader:

@@ -204,14 +204,12 @@ class StoreWriter:
         with self._write_errors():
             for name, values in self._columns(batch).items():
                 logs[name].append(values)
-            for layers in batch.rows:
-                for layer, rows in layers.items():
-                    group = layer_group(layer)
-                    logs[f"{group}/codes"].append(rows.codes)
-                    if self.codec.scale_width:
-                        logs[f"{group}/scales"].append(rows.scales)
-                    if len(rows.exact):
-                        logs[f"{group}/exact"].append(rows.exact)
+            for layer in self.layers:
+                group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
+                logs[f"{group}/codes"].append(*(each.codes for each in rows))
+                if self.codec.scale_width:
+                    logs[f"{group}/scales"].append(*(each.scales for each in rows))
+                logs[f"{group}/exact"].append(*(each.exact for each in rows))
         filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
         pause = self._commit_seconds * (FILLED_COMMIT_PART if filled else 1)
         if time.monotonic() - self._committed_at >= pause:
