@@ -1,14 +1,17 @@
 // Binds the extension nla_engine._C. Only binds: names, pointers as integers, the GIL and the exceptions.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "checks.hpp"
 #include "crc32c.hpp"
 #include "encode.hpp"
+#include "gated.hpp"
 #include "matmul.hpp"
 #include "shard.hpp"
 
@@ -154,6 +157,20 @@ void decode_rows(int device, uintptr_t stream, const std::string& codec, int d, 
 }
 #endif
 
+#ifdef NLA_WITH_HOPPER
+py::list gated_tiles() {
+    py::list tiles;
+    for (const nla::GatedTile& tile : nla::gated_tiles()) tiles.append(py::make_tuple(tile.rows, tile.width));
+    return tiles;
+}
+
+void gated_linear(int device, uintptr_t stream, int64_t m, int64_t n, int64_t k, bool silu,
+                  const std::pair<int, int>& tile, uintptr_t x, uintptr_t w, uintptr_t out) {
+    nla::gated_linear(device, stream, {m, n, k, silu}, {tile.first, tile.second}, pointer<const void>(x),
+                      pointer<const void>(w), pointer<void>(out));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -181,5 +198,13 @@ PYBIND11_MODULE(_C, m) {
           "One launch of the decoder; addresses as integers (see csrc/encode.hpp).");
 #else
     m.attr("cuda") = false;
+#endif
+
+#ifdef NLA_WITH_HOPPER
+    m.attr("gated_tiles") = gated_tiles();
+    m.def("gated_linear", &gated_linear, "device"_a, "stream"_a, py::kw_only(), "m"_a, "n"_a, "k"_a, "silu"_a, "tile"_a,
+          "x"_a, "w"_a, "out"_a, "One launch of the gated product; addresses as integers (see csrc/gated.hpp).");
+#else
+    m.attr("gated_tiles") = py::list();
 #endif
 }

@@ -1,4 +1,4 @@
-// What the encoder and the decoder share: how a row lies over threads, the Hadamard rotation, CUDA's return codes.
+// What the encoder and the decoder share: how a row lies over threads, and the Hadamard rotation.
 // Knows neither codes nor scales.
 //
 // Fast layout (block 128): a quad of 4 neighbouring lanes owns one block of 128 channels, 32 to a lane, in 4 chunks of
@@ -13,14 +13,13 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "checks.hpp"
+#include "device.cuh"
 #include "encode.hpp"
 
 namespace nla {
@@ -113,30 +112,6 @@ __device__ __forceinline__ void rotate_shared(float* row, int d, int block, floa
 
 // ---- host side ----
 
-inline void cuda_check(cudaError_t code, const char* what) {
-    if (code != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
-}
-
-// Makes `device` current while it lives.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (device != before_) cuda_check(cudaSetDevice(device), "cudaSetDevice");
-        changed_ = device != before_;
-    }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-
-  private:
-    int before_ = 0;
-    bool changed_ = false;
-};
-
 inline void check_codec(const CodecShape& codec) {
     check_positive(codec.d, "d");
     check(is_power_of_two(codec.block) && codec.block <= kBlock && codec.d % codec.block == 0, "block",
@@ -164,28 +139,6 @@ inline Tiling tiling(int d) {
         if (now > then || (now == then && best.threads < 128)) best = {rows, best.quads, threads};
     }
     return best;
-}
-
-// As many CTAs as the device holds at once, but no more than there is work.
-template <typename Kernel>
-int persistent_grid(Kernel kernel, int threads, size_t shared, int64_t pieces, int device) {
-    int processors = 0, resident = 0;
-    cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared),
-               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int64_t most = int64_t{processors} * (resident > 0 ? resident : 1);
-    return static_cast<int>(pieces < most ? pieces : most);
-}
-
-// Lets `kernel` use `shared` bytes of dynamic shared memory, if the device has them.
-template <typename Kernel>
-void allow_shared(Kernel kernel, size_t shared, int device) {
-    int most = 0;
-    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-    check(shared <= static_cast<size_t>(most), "d",
-          "a row needs " + std::to_string(shared) + " bytes of shared memory, the device has " + std::to_string(most));
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-               "cudaFuncSetAttribute");
 }
 
 }  // namespace nla

@@ -13,6 +13,13 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.models import wrap_model
 from nla_engine.ops import fp8, linear
+from nla_engine.ops import gated_linear as gated_linear_module
+from nla_engine.ops.gated_linear import (
+    gated_linear,
+    gated_linear_cuda,
+    gated_linear_reference,
+    tried_tiles,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -84,6 +91,85 @@ def test_what_gains_nothing_is_left_to_torch(monkeypatch) -> None:
     assert list(linear._tuned.values()) == [None]
     x = bf16(64, 512)
     assert torch.equal(linear.linear(x, w[0]), torch.nn.functional.linear(x, w[0]))
+
+
+TILES = getattr(extension.load(), "gated_tiles", [])
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584)])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gate_and_up_in_one_launch(tile: tuple[int, int], m: int, n: int, k: int, activation: str) -> None:
+    module = extension.load()
+    assert module is not None
+    x, w = bf16(m, k), bf16(2 * n, k) * k**-0.5
+    around = torch.full((m * n + 512,), 7.0, dtype=torch.bfloat16, device="cuda")
+    out = around[256:-256].view(m, n).fill_(float("nan"))
+    stream = torch.cuda.current_stream().cuda_stream
+    sizes = {"m": m, "n": n, "k": k, "silu": activation == "silu", "tile": tile}
+    module.gated_linear(0, stream, x=x.data_ptr(), w=w.data_ptr(), out=out.data_ptr(), **sizes)
+    g, u = (x.double() @ w.double().T).chunk(2, 1)
+    act = torch.nn.functional
+    truth = (act.silu(g) if activation == "silu" else act.gelu(g, approximate="tanh")) * u
+    assert (
+        (out.double() - truth).abs() <= 2**-8 * truth.abs() + 2**-18
+    ).all()  # bfloat16's rounding, and float32's
+    assert (around[:256] == 7).all() and (around[-256:] == 7).all()
+
+
+@pytest.mark.parametrize("m", [1, 64, 100, 512, 1000])
+def test_a_row_is_the_same_beside_any_others(m: int) -> None:
+    x, w = bf16(m, 3584), bf16(2 * 1000, 3584) * 3584**-0.5
+    tiles = tried_tiles(w, "silu")
+    assert list(tiles) == TILES and tiles  # each computes what product and gate compute
+    many = gated_linear(x, w, "silu", tiles)
+    for tile in tiles:
+        assert torch.equal(gated_linear_cuda(x, w, "silu", tile), many), tile
+    assert torch.equal(gated_linear(x[-1:].clone(), w, "silu", tiles), many[-1:])
+    assert error(many, gated_linear_reference(x, w, "silu").double()) <= 2**-7
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = gated_linear(x, w, "silu", tiles)
+    x.neg_()
+    graph.replay()
+    assert torch.equal(again, gated_linear(x, w, "silu", tiles)) and not torch.equal(again, many)
+
+
+def test_what_is_not_finite_is_not_gated_away() -> None:
+    x, w = bf16(70, 256), bf16(2 * 64, 256)
+    x[3, 5], x[69, 0] = float("nan"), float("inf")
+    finite = torch.isfinite(gated_linear(x, w, "silu", tried_tiles(w, "silu"))).all(1)
+    assert not finite[3] and not finite[69] and finite.sum() == 68
+
+
+def test_a_tile_that_computes_something_else_is_not_taken(monkeypatch) -> None:
+    w, true = bf16(2 * 64, 256), gated_linear_module.gated_linear_cuda
+
+    def wrong(x: torch.Tensor, w: torch.Tensor, activation: str, tile: tuple[int, int]) -> torch.Tensor:
+        made = true(x, w, activation, tile)
+        if tile == TILES[1]:
+            made[-1] = float("nan")
+        return made * (1.1 if tile == TILES[2] else 1)
+
+    monkeypatch.setattr(gated_linear_module, "gated_linear_cuda", wrong)
+    assert list(tried_tiles(w, "gelu")) == [TILES[0], *TILES[3:]]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"), [(60, 64, "bfloat16"), (64, 96, "bfloat16"), (64, 64, "float32")]
+)
+def test_other_weights_take_two_launches(n: int, k: int, dtype: str) -> None:
+    x, w = (bf16(rows, k).to(getattr(torch, dtype)) for rows in (3, 2 * n))
+    assert tried_tiles(w, "gelu") == ()
+    assert torch.equal(gated_linear(x, w, "gelu", ()), gated_linear_reference(x, w, "gelu"))
+
+
+def test_other_rows_take_two_launches() -> None:
+    w = bf16(2 * 64, 64)
+    tiles = tried_tiles(w, "silu")
+    for x in (bf16(0, 64), bf16(3 * 64 + 1)[1:].view(3, 64), bf16(64, 3).T):
+        assert torch.equal(gated_linear(x, w, "silu", tiles), gated_linear_reference(x, w, "silu"))
+    assert tried_tiles(bf16(2 * 64 * 64 + 1)[1:].view(2 * 64, 64), "silu") == ()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 64), (3, 4608, 3584), (512, 3584, 18944), (130, 144, 272)])

@@ -1,4 +1,4 @@
-"""Decoder blocks in few launches: merged projections, fused norm, rotation and gate, residual adds inside the products.
+"""Decoder blocks in few launches: merged projections, fused norm and rotation, gate and residual add in the products.
 
 Takes the place of a block's `forward` for the families whose arithmetic is known here; the weights stay those of the
 model (merged ones are shared, not copied). The runner compares the result with transformers before it is used.
@@ -15,7 +15,8 @@ from torch import nn
 from nla_engine.engine.attention import current_pass
 from nla_engine.ops.attention import Shape
 from nla_engine.ops.fp8 import gate_quantised, quantise, rms_norm_quantised, scaled_linear
-from nla_engine.ops.gate import ACTIVATIONS, gate
+from nla_engine.ops.gate import ACTIVATIONS
+from nla_engine.ops.gated_linear import gated_linear, tried_tiles
 from nla_engine.ops.linear import add_linear_, linear, tune
 from nla_engine.ops.norm import rms_norm
 from nla_engine.ops.rotary import HeadNorm, rotate_and_store
@@ -46,6 +47,7 @@ class FusedBlock:
         self.both, _ = _merge(mlp.gate_proj, mlp.up_proj)
         self.down = mlp.down_proj.weight
         self.activation = _activation(block)
+        self.tiles = tried_tiles(self.both, str(self.activation))
         self.offset = 1.0 if gemma else 0.0
         self.head_norm = None
         if hasattr(attn, "q_norm"):
@@ -66,8 +68,9 @@ class FusedBlock:
         x = hidden_states[0]
         row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
         x = self._add(x, self._attend(row, position_embeddings), self.out, self.after_attention)
-        both = linear(rms_norm(x, self.before_mlp, self.eps, self.offset), self.both)
-        return self._add(x, gate(both, str(self.activation)), self.down, self.after_mlp)[None]
+        read = rms_norm(x, self.before_mlp, self.eps, self.offset)
+        inner = gated_linear(read, self.both, str(self.activation), self.tiles)
+        return self._add(x, inner, self.down, self.after_mlp)[None]
 
     def _attend(
         self, row: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -124,7 +127,8 @@ def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
     add = blocks[0].after_attention is None
     tune(rows, [block.qkv for block in blocks], [block.qkv_bias for block in blocks])
     tune(rows, [block.out for block in blocks], add=add)
-    tune(rows, [block.both for block in blocks])
+    if not blocks[0].tiles:
+        tune(rows, [block.both for block in blocks])
     tune(rows, [block.down for block in blocks], add=add)
 
 

@@ -1,0 +1,116 @@
+"""The first half of a gated MLP, act(x Wg^T) * (x Wu^T): a product and a gate, or both in one launch.
+
+The one launch is a CUDA kernel for Hopper (csrc/gated.cu): gate and up of a result meet in the registers of one thread,
+are never written, and are rounded once. It sums in the same order whatever the number of rows.
+Reference: `ops.linear.linear` and `ops.gate.gate`, which compute whatever the kernel does not take.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from nla_engine import extension
+from nla_engine.ops.gate import gate
+from nla_engine.ops.linear import linear
+
+_HOPPER = (9, 0)
+#: What the kernel asks of n, of k and of addresses.
+_N_MULTIPLE, _K_MULTIPLE, _ALIGNMENT = 8, 64, 16
+#: What a tile costs beside its columns, in columns.
+_TILE_COST = 8
+#: Rows of the trial: several tiles, the last of them ragged. Largest relative L2 difference, as in `ops.linear`.
+_TRIAL_ROWS, _DIFFERENCE = 321, 2**-7
+
+#: Rows of x and columns of the result that a CTA makes at a time.
+Tile = tuple[int, int]
+
+
+def gated_linear(x: torch.Tensor, w: torch.Tensor, activation: str, tiles: tuple[Tile, ...]) -> torch.Tensor:
+    """x [m, k], w [2 n, k] the gate's rows and below them the up projection's -> act(x Wg^T) * (x Wu^T) [m, n].
+
+    activation: "silu" or "gelu" (tanh-approximated); tiles: of `tried_tiles` for w; none: two launches
+    """
+    if not tiles or not _fits(x):
+        return gated_linear_reference(x, w, activation)
+    return gated_linear_cuda(x, w, activation, choose_tile(tiles, len(x), len(w) // 2, _processors(x.device)))
+
+
+def gated_linear_reference(x: torch.Tensor, w: torch.Tensor, activation: str) -> torch.Tensor:
+    """`gated_linear` as a product and a gate, which rounds the product too."""
+    return gate(linear(x, w), activation)
+
+
+def gated_linear_cuda(x: torch.Tensor, w: torch.Tensor, activation: str, tile: Tile) -> torch.Tensor:
+    """`gated_linear` as one launch, cut into such tiles."""
+    module = extension.load()
+    assert module is not None
+    out = x.new_empty((len(x), len(w) // 2))
+    module.gated_linear(
+        x.device.index,
+        torch.cuda.current_stream(x.device).cuda_stream,
+        m=len(x),
+        n=len(w) // 2,
+        k=x.shape[1],
+        silu=activation == "silu",
+        tile=tile,
+        x=x.data_ptr(),
+        w=w.data_ptr(),
+        out=out.data_ptr(),
+    )
+    return out
+
+
+@torch.inference_mode()
+def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
+    """The tiles by which the kernel computes what product and gate compute, tried here and now with w [2 n, k].
+
+    None where the extension lacks the kernel, the device is no Hopper GPU, or w is not bfloat16 or of a shape that the
+    kernel does not take. Before a graph is captured: this waits for the device.
+    """
+    module = extension.load()
+    if module is None or not w.is_cuda or torch.cuda.get_device_capability(w.device) != _HOPPER:
+        return ()
+    if not _fits(w) or len(w) % (2 * _N_MULTIPLE) or w.shape[1] % _K_MULTIPLE:
+        return ()
+    x = torch.randn(_TRIAL_ROWS, w.shape[1], device=w.device).to(w.dtype)
+    wanted = gated_linear_reference(x, w, activation).float()
+
+    def agrees(tile: Tile) -> bool:
+        made = gated_linear_cuda(x, w, activation, tile).float()
+        return bool((made - wanted).norm() <= _DIFFERENCE * wanted.norm())
+
+    return tuple(tile for tile in module.gated_tiles if agrees(tile))
+
+
+def choose_tile(tiles: tuple[Tile, ...], m: int, n: int, processors: int) -> Tile:
+    """The tile for a result [m, n]: the least work for the busiest multiprocessor, which makes one after the other.
+
+    Where all rows fit the lowest tiles, these: few rows are bound by the weights' way through memory.
+    """
+    lowest = min(rows for rows, _ in tiles)
+    candidates = [tile for tile in tiles if (tile[0] == lowest) == (m <= lowest)] or tiles
+
+    def cost(tile: Tile) -> int:
+        rows, width = tile
+        waves = math.ceil(math.ceil(m / rows) * math.ceil(n / width) / processors)
+        return waves * rows * (width + _TILE_COST)
+
+    return min(candidates, key=cost)
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    """Whether the kernel can take a tensor as it lies; those of a block always do."""
+    return (
+        tensor.dtype == torch.bfloat16
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
+        and tensor.data_ptr() % _ALIGNMENT == 0
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
