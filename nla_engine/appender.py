@@ -12,7 +12,7 @@ from nla_engine.prompts import Prompt
 from nla_engine.store import RowFlag, SequenceRows, StoreWriter, row_flags
 from nla_engine.tap import RowRange
 
-#: Many, for their arrays to be checked as one; few, for the disk to be at work while the next are looked at.
+#: Many, for their arrays to be checked as one; few, for threads to copy and write while the next are looked at.
 _TOGETHER = 64
 
 
@@ -28,8 +28,11 @@ class Appender:
 
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError."""
-        for at in range(0, len(ended), _TOGETHER):
-            self._append(ended[at : at + _TOGETHER])
+        try:
+            for at in range(0, len(ended), _TOGETHER):
+                self._append(ended[at : at + _TOGETHER])
+        finally:
+            self._writer.wait_until_copied()
 
     def _append(self, ended: Sequence[Completion]) -> None:
         sequences: list[SequenceRows] = []
@@ -38,7 +41,7 @@ class Appender:
                 prompt = self._prompts[completion.request.id]
                 sequences.append(sequence_rows(prompt, completion, self._keep, self._writer.sink_norm))
         finally:
-            self._writer.append_many(sequences)
+            self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
         flags = np.concatenate([sequence.flags for sequence in sequences])

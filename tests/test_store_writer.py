@@ -221,7 +221,8 @@ def test_a_group_of_sequences_is_those_sequences(
         many.append_many([])
         for start, stop in ((0, 1), (1, 7), (7, 9)):
             group = [copied(sequence) for sequence in sequences[start:stop]]
-            many.append_many(group)
+            many.append_many(group, wait=stop < 9)
+            many.wait_until_copied()
             for sequence in group:  # the caller's arrays are the caller's again
                 for rows in sequence.layers.values():
                     rows.codes[:] = 99

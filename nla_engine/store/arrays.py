@@ -84,10 +84,11 @@ class ArrayLog:
                 chunks
             )  # directories that a killed writer had just made; they will not be made again
 
-    def append(self, *parts: np.ndarray) -> None:
+    def append(self, *parts: np.ndarray) -> list[Event]:
         """Append copies of parts [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write.
 
-        Large shards that fill are copied by the queue's threads, several at once, before they write them.
+        Large shards that fill are copied by the queue's threads, several at once: the parts must stay as they are
+        until the events given have been set.
         """
         shard_rows = self.spec.shard_rows
         pieces: list[_Piece] = []
@@ -105,8 +106,7 @@ class ArrayLog:
                     pieces = []
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
         _put(self._tail, pieces)
-        for event in copied:
-            event.wait()
+        return copied
 
     def flush(self) -> None:
         """Hand every row to the queue: the last partial shard is written anew if it has grown.

@@ -77,12 +77,12 @@ def row_flags(
         RowFlag.PROMPT_END: position == prompt_size - 1,
         RowFlag.SEQUENCE_END: position == size - 1,
         RowFlag.EARLY: position < EARLY_POSITIONS,
-        RowFlag.SINK: np.broadcast_to(sink, position.shape),
-        RowFlag.NONFINITE: np.broadcast_to(nonfinite, position.shape),
+        RowFlag.SINK: sink,
+        RowFlag.NONFINITE: nonfinite,
     }
     flags = np.zeros(position.shape, np.uint8)
     for bit, mask in bits.items():
-        flags |= mask.astype(np.uint8) * np.uint8(bit)
+        flags |= np.where(mask, np.uint8(bit), np.uint8(0))
     return flags
 
 

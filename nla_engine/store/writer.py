@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from threading import Event
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.directory import DirectoryLock, emptied, staged
 from nla_engine.store.format import default_shard_rows, layer_group
+from nla_engine.store.interrupt import interrupt_held
 from nla_engine.store.manifest import (
     GROUP_METADATA,
     METADATA_NAME,
@@ -72,6 +72,7 @@ class StoreWriter:
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
         self._queue = WriteQueue()
+        self._copying: list[Event] = []
         lengths = manifest.lengths()
         try:
             self._logs = {
@@ -190,9 +191,10 @@ class StoreWriter:
         """`append_many` of one sequence."""
         self.append_many([sequence])
 
-    def append_many(self, sequences: Sequence[SequenceRows]) -> None:
+    def append_many(self, sequences: Sequence[SequenceRows], *, wait: bool = True) -> None:
         """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
 
+        wait: false: they may be used again after `wait_until_copied`, which lets several calls copy at once
         Commits when `commit_seconds` have passed; a thirtieth of them when a row shard has filled.
         Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
@@ -203,17 +205,23 @@ class StoreWriter:
         batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
         with self._write_errors():
             for name, values in self._columns(batch).items():
-                logs[name].append(values)
+                self._copying += logs[name].append(values)
             for layer in self.layers:
                 group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
-                logs[f"{group}/codes"].append(*(each.codes for each in rows))
-                if self.codec.scale_width:
-                    logs[f"{group}/scales"].append(*(each.scales for each in rows))
-                logs[f"{group}/exact"].append(*(each.exact for each in rows))
+                for name in ("codes", "scales", "exact") if self.codec.scale_width else ("codes", "exact"):
+                    parts = [getattr(each, name) for each in rows]
+                    self._copying += logs[f"{group}/{name}"].append(*parts)
+            if wait:
+                self.wait_until_copied()
         filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
         pause = self._commit_seconds * (FILLED_COMMIT_PART if filled else 1)
         if time.monotonic() - self._committed_at >= pause:
             self.commit()
+
+    def wait_until_copied(self) -> None:
+        """Until the arrays of every sequence appended may be used again."""
+        while self._copying:
+            self._copying.pop().wait()
 
     def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
         """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
@@ -322,7 +330,7 @@ class StoreWriter:
             raise StoreError(
                 f"{self.path}: this writer is closed or has failed: resume the store with a new one"
             )
-        with _interrupt_held():
+        with interrupt_held():
             try:
                 yield
             except WriteError as error:
@@ -363,28 +371,6 @@ def write_metadata(root: Place, manifest: Manifest) -> None:
             path, data = root / name / METADATA_NAME, json_bytes(document, name)
             queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
-
-
-@contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the body is done, so that no sequence is logged by halves. A second one is not held."""
-    usual = signal.getsignal(signal.SIGINT)
-    if not callable(usual) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, usual)
-        held.append((number, frame))
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if held:
-        usual(*held[0])
 
 
 def _target(path: str | os.PathLike[str]) -> Place:
