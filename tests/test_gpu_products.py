@@ -100,20 +100,14 @@ TILES = getattr(extension.load(), "gated_tiles", [])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584)])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gate_and_up_in_one_launch(tile: tuple[int, int], m: int, n: int, k: int, activation: str) -> None:
-    module = extension.load()
-    assert module is not None
     x, w = bf16(m, k), bf16(2 * n, k) * k**-0.5
     around = torch.full((m * n + 512,), 7.0, dtype=torch.bfloat16, device="cuda")
     out = around[256:-256].view(m, n).fill_(float("nan"))
-    stream = torch.cuda.current_stream().cuda_stream
-    sizes = {"m": m, "n": n, "k": k, "silu": activation == "silu", "tile": tile}
-    module.gated_linear(0, stream, x=x.data_ptr(), w=w.data_ptr(), out=out.data_ptr(), **sizes)
+    assert gated_linear_cuda(x, w, activation, tile, out) is out
     g, u = (x.double() @ w.double().T).chunk(2, 1)
     act = torch.nn.functional
     truth = (act.silu(g) if activation == "silu" else act.gelu(g, approximate="tanh")) * u
-    assert (
-        (out.double() - truth).abs() <= 2**-8 * truth.abs() + 2**-18
-    ).all()  # bfloat16's rounding, and float32's
+    assert ((out.double() - truth).abs() <= 2**-8 * truth.abs() + 2**-13).all()  # tensor cores cut their sums
     assert (around[:256] == 7).all() and (around[-256:] == 7).all()
 
 
@@ -145,11 +139,10 @@ def test_what_is_not_finite_is_not_gated_away() -> None:
 def test_a_tile_that_computes_something_else_is_not_taken(monkeypatch) -> None:
     w, true = bf16(2 * 64, 256), gated_linear_module.gated_linear_cuda
 
-    def wrong(x: torch.Tensor, w: torch.Tensor, activation: str, tile: tuple[int, int]) -> torch.Tensor:
-        made = true(x, w, activation, tile)
+    def wrong(x, w, activation, tile, out):
         if tile == TILES[1]:
-            made[-1] = float("nan")
-        return made * (1.1 if tile == TILES[2] else 1)
+            return out  # nothing written
+        return true(x, w, activation, tile, out) * (1.1 if tile == TILES[2] else 1)
 
     monkeypatch.setattr(gated_linear_module, "gated_linear_cuda", wrong)
     assert list(tried_tiles(w, "gelu")) == [TILES[0], *TILES[3:]]

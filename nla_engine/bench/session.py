@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -105,12 +105,20 @@ class Session:
         """The shape, or the last part of the checkpoint's name."""
         return Path(self.settings.model).name if self.settings.model is not None else self.settings.shape
 
+    @cached_property
+    def config(self) -> Any:
+        """Of the text model; known without making one of random weights."""
+        return self.lm.config if self.settings.model is not None else find_shape(self.settings.shape).config()
+
     @property
     def d_model(self) -> int:
-        """Width of the rows; known without making the model."""
-        if self.settings.model is not None:
-            return self.lm.d_model
-        return int(find_shape(self.settings.shape).config().hidden_size)
+        """Width of the rows."""
+        return int(self.config.hidden_size)
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels between the two halves of an MLP."""
+        return int(self.config.intermediate_size)
 
     def measure(
         self,

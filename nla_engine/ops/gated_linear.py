@@ -43,11 +43,13 @@ def gated_linear_reference(x: torch.Tensor, w: torch.Tensor, activation: str) ->
     return gate(linear(x, w), activation)
 
 
-def gated_linear_cuda(x: torch.Tensor, w: torch.Tensor, activation: str, tile: Tile) -> torch.Tensor:
-    """`gated_linear` as one launch, cut into such tiles."""
+def gated_linear_cuda(
+    x: torch.Tensor, w: torch.Tensor, activation: str, tile: Tile, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`gated_linear` as one launch, cut into such tiles; out: where to."""
     module = extension.load()
     assert module is not None
-    out = x.new_empty((len(x), len(w) // 2))
+    out = x.new_empty((len(x), len(w) // 2)) if out is None else out
     module.gated_linear(
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
@@ -63,15 +65,20 @@ def gated_linear_cuda(x: torch.Tensor, w: torch.Tensor, activation: str, tile: T
     return out
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether the extension has the kernel, and the device is a Hopper GPU."""
+    built = getattr(extension.load(), "gated_tiles", [])
+    return bool(built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
+
+
 @torch.inference_mode()
 def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
     """The tiles by which the kernel computes what product and gate compute, tried here and now with w [2 n, k].
 
-    None where the extension lacks the kernel, the device is no Hopper GPU, or w is not bfloat16 or of a shape that the
-    kernel does not take. Before a graph is captured: this waits for the device.
+    None where there is no kernel, or w is not bfloat16 or of a shape that it does not take. Before a graph is captured:
+    this waits for the device.
     """
-    module = extension.load()
-    if module is None or not w.is_cuda or torch.cuda.get_device_capability(w.device) != _HOPPER:
+    if not has_kernel(w.device):
         return ()
     if not _fits(w) or len(w) % (2 * _N_MULTIPLE) or w.shape[1] % _K_MULTIPLE:
         return ()
@@ -79,9 +86,12 @@ def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
     wanted = gated_linear_reference(x, w, activation).float()
 
     def agrees(tile: Tile) -> bool:
-        made = gated_linear_cuda(x, w, activation, tile).float()
+        out = torch.full_like(wanted, math.nan, dtype=x.dtype)  # what is not written is no number
+        made = gated_linear_cuda(x, w, activation, tile, out).float()
         return bool((made - wanted).norm() <= _DIFFERENCE * wanted.norm())
 
+    module = extension.load()
+    assert module is not None
     return tuple(tile for tile in module.gated_tiles if agrees(tile))
 
 

@@ -1,4 +1,4 @@
-"""Encoding and decoding rows: bytes moved a second, beside what a copy moves."""
+"""Encoding and decoding rows: bytes moved a second, beside what a copy moves. The gated product: operations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 from nla_engine.bench.session import Prepared, Session
 from nla_engine.bench.timing import median, time_launches
+from nla_engine.capture import MAX_PREFILL_TOKENS
 from nla_engine.codec import CODEC_NAMES, Codec
 from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
+from nla_engine.ops.gated_linear import Tile, gated_linear, has_kernel, tried_tiles
+from nla_engine.ops.linear import tune
 
 #: Input that is rotated through, so that no launch finds its own in a cache; and most sets of buffers.
 _ROTATE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 20}
@@ -20,7 +23,16 @@ _REPEATS = 20
 
 
 def run(session: Session) -> None:
-    """Every codec, both ways, at every number of rows."""
+    """Every codec, both ways, at every number of rows; then the gated product of a decode step and of a full pass."""
+    _codecs(session)
+    for rows in sorted({*session.sizes.batches, MAX_PREFILL_TOKENS[session.device.type]}):
+        _gated_product(session, rows)
+
+
+# ---- codecs ----
+
+
+def _codecs(session: Session) -> None:
     width, chosen = session.d_model, backend(session.device)
     for name in CODEC_NAMES:
         codec = Codec.named(name, width)
@@ -81,3 +93,53 @@ def _decode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
         for _, stage in _sets(session, codec, rows)
     ]
     yield _timed(session, codec, rows, runs)
+
+
+# ---- the gated product ----
+
+
+def _gated_product(session: Session, rows: int) -> None:
+    """A product and a gate; where there is a kernel for it, one launch beside them."""
+    n, k, hardware = session.mlp_width, session.d_model, session.hardware
+    operations = 2 * rows * 2 * n * k
+    read = 2 * n * k * session.settings.dtype.itemsize
+    limit = operations / max(operations / hardware.flops, read / hardware.copy) / 1e12
+    two = session.measure(
+        "kernels",
+        f"gate and up {rows} x 2 x {n} x {k}, two launches",
+        "TFLOP/s",
+        _gated(session, rows, operations, lambda w: ()),
+        limit=limit,
+    )
+    if has_kernel(session.device):
+        session.measure(
+            "kernels",
+            f"gate and up {rows} x 2 x {n} x {k}, one launch",
+            "TFLOP/s",
+            _gated(session, rows, operations, lambda w: tried_tiles(w, "silu")),
+            limit=limit,
+            against=two,
+        )
+
+
+@contextmanager
+def _gated(
+    session: Session,
+    rows: int,
+    operations: int,
+    tiles_for: Callable[[torch.Tensor], tuple[Tile, ...]],
+) -> Iterator[Prepared]:
+    n, k, device, dtype = session.mlp_width, session.d_model, session.device, session.settings.dtype
+    count = max(-(-_ROTATE_BYTES[device.type] // (2 * n * k * dtype.itemsize)), 2)
+    weights = [torch.randn(2 * n, k, device=device).mul_(k**-0.5).to(dtype) for _ in range(count)]
+    x, tiles = torch.randn(rows, k, device=device).to(dtype), tiles_for(weights[0])
+    tune(rows, weights)
+    runs: list[Callable[[], object]] = [
+        lambda w=w: gated_linear(x, w, "silu", tiles)  # type: ignore[misc]
+        for w in weights
+    ]
+
+    def once() -> float:
+        return operations / median(time_launches(runs, device, _REPEATS)) / 1e12
+
+    yield Prepared(once, runs[0])
