@@ -82,7 +82,7 @@ def row_flags(
     }
     flags = np.zeros(position.shape, np.uint8)
     for bit, mask in bits.items():
-        flags |= np.where(mask, np.uint8(bit), np.uint8(0))
+        flags |= np.multiply(mask, np.uint8(bit))
     return flags
 
 
