@@ -22,7 +22,7 @@ constexpr int kDepth = 64;                  // channels of a stage: 128 bytes, t
 constexpr int kGroupRows = 2048;            // rows of x that stay in L2 while all of w passes
 constexpr int kShared = 227 * 1024 - 2048;  // bytes for stages and output; the rest for barriers and alignment
 constexpr int kMaxStages = 8;
-// L2 policies, as createpolicy makes them. The rows are read again for every tile of w, the weights once or twice.
+// L2 policies, as createpolicy makes them. The rows are read again for every tile of w, the weights seldom.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
 // The sizes of a kernel, which all follow from those of its tile.
@@ -267,10 +267,10 @@ void launch(const Call& call) {
                     silu,
                     kEvictLast,
                     kEvictFirst};
+    allow_shared(kernel, S::kSharedBytes, call.device);
     const Maps maps{matrix_map(call.x, m, k, rows, kDepth, CU_TENSOR_MAP_SWIZZLE_128B),
                     matrix_map(call.w, 2 * n, k, width, kDepth, CU_TENSOR_MAP_SWIZZLE_128B),
                     matrix_map(call.out, m, n, 64, S::kBox, S::kBoxSwizzle)};
-    allow_shared(kernel, S::kSharedBytes, call.device);
     const int grid = persistent_grid(kernel, S::kThreads, S::kSharedBytes, tiles, call.device);
     kernel<<<grid, S::kThreads, S::kSharedBytes, call.stream>>>(maps, work);
     cuda_check(cudaGetLastError(), "gated_linear");

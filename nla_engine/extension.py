@@ -43,4 +43,9 @@ def why_missing() -> str:
             "the compiled extension has no CUDA part: CUDA rows are encoded by plain torch, slower; "
             "put nvcc on PATH and reinstall nla-engine with NLA_CUDA=1"
         )
+    if not getattr(module, "gated_tiles", ()):
+        return (
+            "the compiled extension has no gated product for Hopper GPUs, which compute it in two launches, slower; "
+            "put nvcc 12.5 or later on PATH and reinstall nla-engine with NLA_CUDA=1"
+        )
     return ""

@@ -183,6 +183,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: 
     lm = language_model()
     sampled = {"temperature": 0.8, "codec": "int8"}
     run_capture(options(tmp_path, out=tmp_path / "whole.zarr", **sampled), lm=lm)
+    monkeypatch.setattr(appender, "_TOGETHER", 2)
     real = appender.sequence_rows
 
     def fail_at(prompt, completion, *rest):

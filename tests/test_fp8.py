@@ -109,7 +109,9 @@ def test_rms_norm_quantised(rng, dtype: torch.dtype, rows: int, d: int, offset: 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 77), (2, 5000)])
 def test_gate_quantised(rng, dtype: torch.dtype, activation: str, rows: int, width: int) -> None:
-    both = (randn(rng, rows, 2 * width, dtype=dtype) * 3).clamp(min=-4)  # below, torch's 1 + tanh cancels
+    both = randn(rng, rows, 2 * width, dtype=dtype) * 3
+    if activation == "gelu":
+        both.clamp_(min=-4)  # below, torch's 1 + tanh cancels
     fast, slow = fp8.gate_quantised_triton(both, activation), fp8.gate_quantised_reference(both, activation)
     nearly(fast, slow, dtype)
     parts = fp8.quantise_reference(gate_reference(both, activation))

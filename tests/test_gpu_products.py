@@ -18,6 +18,7 @@ from nla_engine.ops.gated_linear import (
     gated_linear,
     gated_linear_cuda,
     gated_linear_reference,
+    has_kernel,
     tried_tiles,
 )
 
@@ -94,10 +95,17 @@ def test_what_gains_nothing_is_left_to_torch(monkeypatch) -> None:
 
 
 TILES = getattr(extension.load(), "gated_tiles", [])
+needs_kernel = pytest.mark.skipif(
+    torch.cuda.is_available() and not has_kernel(torch.device("cuda", 0)),
+    reason="no kernel for this GPU is built",
+)
+#: The last ones: a CTA's second tile, and more rows than stay in the cache together.
+GATED = [(1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584), (513, 18944, 128), (4097, 264, 64)]
 
 
+@needs_kernel
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584)])
+@pytest.mark.parametrize(("m", "n", "k"), [*GATED, (2048 + 65, 1912, 192)])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gate_and_up_in_one_launch(tile: tuple[int, int], m: int, n: int, k: int, activation: str) -> None:
     x, w = bf16(m, k), bf16(2 * n, k) * k**-0.5
@@ -111,6 +119,7 @@ def test_gate_and_up_in_one_launch(tile: tuple[int, int], m: int, n: int, k: int
     assert (around[:256] == 7).all() and (around[-256:] == 7).all()
 
 
+@needs_kernel
 @pytest.mark.parametrize("m", [1, 64, 100, 512, 1000])
 def test_a_row_is_the_same_beside_any_others(m: int) -> None:
     x, w = bf16(m, 3584), bf16(2 * 1000, 3584) * 3584**-0.5
@@ -129,23 +138,32 @@ def test_a_row_is_the_same_beside_any_others(m: int) -> None:
     assert torch.equal(again, gated_linear(x, w, "silu", tiles)) and not torch.equal(again, many)
 
 
+@needs_kernel
 def test_what_is_not_finite_is_not_gated_away() -> None:
     x, w = bf16(70, 256), bf16(2 * 64, 256)
     x[3, 5], x[69, 0] = float("nan"), float("inf")
-    finite = torch.isfinite(gated_linear(x, w, "silu", tried_tiles(w, "silu"))).all(1)
+    tiles = tried_tiles(w, "silu")
+    assert tiles
+    finite = torch.isfinite(gated_linear(x, w, "silu", tiles)).all(1)
     assert not finite[3] and not finite[69] and finite.sum() == 68
 
 
+@needs_kernel
 def test_a_tile_that_computes_something_else_is_not_taken(monkeypatch) -> None:
-    w, true = bf16(2 * 64, 256), gated_linear_module.gated_linear_cuda
+    w, true = bf16(2 * 64, 256) / 16, gated_linear_module.gated_linear_cuda
 
     def wrong(x, w, activation, tile, out):
         if tile == TILES[1]:
             return out  # nothing written
-        return true(x, w, activation, tile, out) * (1.1 if tile == TILES[2] else 1)
+        if tile == TILES[3]:
+            raise RuntimeError("the driver has none")
+        made = true(x, w, activation, tile, out)
+        if tile == TILES[4]:
+            made[300, 5] += 1  # one element of all
+        return made * (1.1 if tile == TILES[2] else 1)
 
     monkeypatch.setattr(gated_linear_module, "gated_linear_cuda", wrong)
-    assert list(tried_tiles(w, "gelu")) == [TILES[0], *TILES[3:]]
+    assert list(tried_tiles(w, "gelu")) == [TILES[0], *TILES[5:]]
 
 
 @pytest.mark.parametrize(
@@ -157,9 +175,11 @@ def test_other_weights_take_two_launches(n: int, k: int, dtype: str) -> None:
     assert torch.equal(gated_linear(x, w, "gelu", ()), gated_linear_reference(x, w, "gelu"))
 
 
+@needs_kernel
 def test_other_rows_take_two_launches() -> None:
     w = bf16(2 * 64, 64)
     tiles = tried_tiles(w, "silu")
+    assert tiles
     for x in (bf16(0, 64), bf16(3 * 64 + 1)[1:].view(3, 64), bf16(64, 3).T):
         assert torch.equal(gated_linear(x, w, "silu", tiles), gated_linear_reference(x, w, "silu"))
     assert tried_tiles(bf16(2 * 64 * 64 + 1)[1:].view(2 * 64, 64), "silu") == ()

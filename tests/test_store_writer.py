@@ -219,18 +219,42 @@ def test_a_group_of_sequences_is_those_sequences(
             one.append(sequence)
     with create_store(tmp_path / "many.zarr", CODEC, layers, shard_rows=8) as many:
         many.append_many([])
-        for start, stop in ((0, 1), (1, 7), (7, 9)):
-            group = [copied(sequence) for sequence in sequences[start:stop]]
-            many.append_many(group, wait=stop < 9)
-            many.wait_until_copied()
-            for sequence in group:  # the caller's arrays are the caller's again
-                for rows in sequence.layers.values():
-                    rows.codes[:] = 99
+        given: list[SequenceRows] = []
+        for start, stop, wait in ((0, 1, True), (1, 7, True), (7, 8, False), (8, 9, False)):
+            given += [copied(sequence) for sequence in sequences[start:stop]]
+            many.append_many(given[start - stop :], wait=wait)
+            if stop == 9:
+                many.wait_until_copied()
+            if wait or stop == 9:  # the caller's arrays are the caller's again
+                for sequence in given:
+                    for rows in sequence.layers.values():
+                        rows.codes[:] = 99
     assert CaptureStore.open(tmp_path / "many.zarr").rows == 99
     for file in (tmp_path / "one.zarr").rglob("c/**/*"):
         if file.is_file():
             other = tmp_path / "many.zarr" / file.relative_to(tmp_path / "one.zarr")
             assert file.read_bytes() == other.read_bytes(), file
+
+
+def test_copies_are_waited_for_when_writing_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no thread will copy any more, because its shard will not be written, is nobody's to wait for."""
+
+    def full(image: ShardImage, path: Path, rows: int) -> None:
+        time.sleep(0.05)
+        raise WriteError(f"{path}: no space left")
+
+    sequences, _ = sample_sequences(0, CODEC, (3,), [8] * 30)
+    open_writer = create_store(tmp_path / "run.zarr", CODEC, shard_rows=8)
+    monkeypatch.setattr(arrays, "_COPIED_BY_QUEUE_BYTES", 0)
+    monkeypatch.setattr(ShardImage, "write", full)
+    with pytest.raises(WriteError, match="no space left"), open_writer:
+        open_writer.append_many(sequences, wait=False)
+    waiting = threading.Thread(target=open_writer.wait_until_copied, daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
 
 
 def copied(sequence: SequenceRows) -> SequenceRows:

@@ -7,6 +7,7 @@ model (merged ones are shared, not copied). The runner compares the result with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from nla_engine.engine.attention import current_pass
 from nla_engine.ops.attention import Shape
 from nla_engine.ops.fp8 import gate_quantised, quantise, rms_norm_quantised, scaled_linear
 from nla_engine.ops.gate import ACTIVATIONS
-from nla_engine.ops.gated_linear import gated_linear, tried_tiles
+from nla_engine.ops.gated_linear import Tile, gated_linear, tried_tiles
 from nla_engine.ops.linear import add_linear_, linear, tune
 from nla_engine.ops.norm import rms_norm
 from nla_engine.ops.rotary import HeadNorm, rotate_and_store
@@ -47,7 +48,6 @@ class FusedBlock:
         self.both, _ = _merge(mlp.gate_proj, mlp.up_proj)
         self.down = mlp.down_proj.weight
         self.activation = _activation(block)
-        self.tiles = tried_tiles(self.both, str(self.activation))
         self.offset = 1.0 if gemma else 0.0
         self.head_norm = None
         if hasattr(attn, "q_norm"):
@@ -61,6 +61,11 @@ class FusedBlock:
             block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
         ).weight
         self.after_mlp = block.post_feedforward_layernorm.weight if gemma else None
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Of the gated product. First asked for in the runner's check, before any graph is captured."""
+        return tried_tiles(self.both, str(self.activation))
 
     def __call__(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any

@@ -101,7 +101,8 @@ def tune(
     ):
         return
     bias = biases[0] if biases else None
-    x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    random = torch.Generator(weight.device).manual_seed(0)  # the caller's stays where it is
+    x = torch.randn(rows, weight.shape[1], device=weight.device, generator=random).to(weight.dtype)
     key = _key(x, weight, bias, add)
     if key in _tuned or any(w.shape != weight.shape for w in weights):
         return

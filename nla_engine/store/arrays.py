@@ -5,8 +5,8 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from threading import Event
+from collections.abc import Sequence
+from threading import Event, Lock
 
 import numpy as np
 
@@ -23,10 +23,41 @@ from nla_engine.store.shards import (
     writing,
 )
 
-#: A smaller shard is copied sooner than a thread of the queue takes it up.
+#: Fewer bytes are copied sooner than a thread of the queue takes them up.
 _COPIED_BY_QUEUE_BYTES = 1 << 20
 #: Rows, and where in the shard they start.
 _Piece = tuple[int, np.ndarray]
+
+
+class _Copy:
+    """Pieces to be put into an image once, by whichever thread comes first."""
+
+    def __init__(self, image: ShardImage, pieces: list[_Piece]) -> None:
+        self._image, self._pieces = image, pieces
+        self._claim, self._ended = Lock(), Event()
+        self._made = False
+
+    @property
+    def made(self) -> bool:
+        return self._made
+
+    def make(self) -> None:
+        """Copy, unless another thread does or did."""
+        if self._claim.acquire(blocking=False):
+            try:
+                for start, rows in self._pieces:
+                    self._image.put(start, rows)
+                self._made = True
+            finally:
+                self._pieces.clear()  # the caller's arrays may go
+                self._ended.set()
+
+    def wait(self) -> None:
+        """Until it is made, by this thread if no other has begun. RuntimeError if it failed in another thread."""
+        self.make()
+        self._ended.wait()
+        if not self._made:
+            raise RuntimeError("rows could not be copied")
 
 
 class ArrayLog:
@@ -42,6 +73,7 @@ class ArrayLog:
         self.length = 0
         self._root = root
         self._tail = ShardImage(spec)
+        self._copying: list[_Copy] = []
         self._written: list[ShardImage] = []  # images to use again: fresh memory costs more than the copy
         self._flushed = 0
         self._described: int | None = None
@@ -84,15 +116,14 @@ class ArrayLog:
                 chunks
             )  # directories that a killed writer had just made; they will not be made again
 
-    def append(self, *parts: np.ndarray) -> list[Event]:
+    def append(self, *parts: np.ndarray) -> None:
         """Append copies of parts [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write.
 
-        Large shards that fill are copied by the queue's threads, several at once: the parts must stay as they are
-        until the events given have been set.
+        What fills a shard is copied by the queue's threads if it is much, several shards at once: the parts must stay
+        as they are until `wait_until_copied`.
         """
         shard_rows = self.spec.shard_rows
         pieces: list[_Piece] = []
-        copied: list[Event] = []
         for rows in parts:
             done = 0
             while done < len(rows):
@@ -102,11 +133,18 @@ class ArrayLog:
                 self.length += count
                 done += count
                 if used + count == shard_rows:
-                    copied.append(self._write_tail(pieces))
+                    self._write_tail(pieces)
                     pieces = []
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
-        _put(self._tail, pieces)
-        return copied
+        _Copy(self._tail, pieces).make()
+
+    def wait_until_copied(self) -> None:
+        """Until everything appended has been copied. What no thread has begun with is copied here."""
+        for copy in self._copying:
+            copy.make()
+        while self._copying:
+            self._copying[-1].wait()
+            self._copying.pop()
 
     def flush(self) -> None:
         """Hand every row to the queue: the last partial shard is written anew if it has grown.
@@ -124,37 +162,29 @@ class ArrayLog:
             self._queue.submit(lambda: write_file_atomically(path, metadata), len(metadata))
             self._described = self.length
 
-    def _write_tail(self, pieces: Sequence[_Piece] = ()) -> Event:
-        """Hand the tail to the queue, with what is still to be put into it. Set once that has been copied."""
+    def _write_tail(self, pieces: Sequence[_Piece] = ()) -> None:
+        """Hand the tail to the queue, with what is still to be put into it."""
         shard, last = divmod(self.length - 1, self.spec.shard_rows)
         path, image, full = (
             self._root / self.spec.shard_path(shard),
             self._tail,
             last + 1 == self.spec.shard_rows,
         )
-        copied = Event()
-        if image.nbytes < _COPIED_BY_QUEUE_BYTES:
-            _put(image, pieces)
-            pieces = ()
-            copied.set()
+        copy = _Copy(image, list(pieces))
+        if sum(rows.nbytes for _, rows in pieces) < _COPIED_BY_QUEUE_BYTES:
+            copy.make()
+        else:
+            self._copying = [each for each in self._copying if not each.made]
+            self._copying.append(copy)
 
         def write() -> None:
-            try:
-                _put(image, pieces)
-            finally:
-                copied.set()
+            copy.wait()
             image.write(path, last + 1)
             if full:
                 self._written.append(image)
 
         self._queue.submit(write, image.nbytes)
         self._flushed = self.length
-        return copied
-
-
-def _put(image: ShardImage, pieces: Iterable[_Piece]) -> None:
-    for start, rows in pieces:
-        image.put(start, rows)
 
 
 class ArrayReader:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -72,7 +71,6 @@ class StoreWriter:
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
         self._queue = WriteQueue()
-        self._copying: list[Event] = []
         lengths = manifest.lengths()
         try:
             self._logs = {
@@ -204,15 +202,18 @@ class StoreWriter:
         first = logs["rows/token_id"].length
         batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
         with self._write_errors():
-            for name, values in self._columns(batch).items():
-                self._copying += logs[name].append(values)
-            for layer in self.layers:
-                group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
-                for name in ("codes", "scales", "exact") if self.codec.scale_width else ("codes", "exact"):
-                    parts = [getattr(each, name) for each in rows]
-                    self._copying += logs[f"{group}/{name}"].append(*parts)
-            if wait:
-                self.wait_until_copied()
+            try:
+                for name, values in self._columns(batch).items():
+                    logs[name].append(values)
+                for layer in self.layers:
+                    group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
+                    for name in (
+                        ("codes", "scales", "exact") if self.codec.scale_width else ("codes", "exact")
+                    ):
+                        logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
+            finally:
+                if wait:
+                    self.wait_until_copied()
         filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
         pause = self._commit_seconds * (FILLED_COMMIT_PART if filled else 1)
         if time.monotonic() - self._committed_at >= pause:
@@ -220,8 +221,8 @@ class StoreWriter:
 
     def wait_until_copied(self) -> None:
         """Until the arrays of every sequence appended may be used again."""
-        while self._copying:
-            self._copying.pop().wait()
+        for log in self._logs.values():
+            log.wait_until_copied()
 
     def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
         """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
