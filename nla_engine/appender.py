@@ -10,6 +10,7 @@ from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.prompts import Prompt
 from nla_engine.store import RowFlag, SequenceRows, StoreWriter, row_flags
+from nla_engine.store.format import NO_TOKEN
 from nla_engine.tap import RowRange
 
 #: Many, for their arrays to be checked as one; few, for threads to copy and write while the next are looked at.
@@ -53,10 +54,11 @@ def sequence_rows(
     prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
 ) -> SequenceRows:
     """A finished sequence as the store wants it: what each kept row read, what came next, and its flags."""
-    tokens = np.concatenate([np.asarray(prompt.token_ids, np.int32), completion.generated])
-    prompt_size = len(prompt.token_ids)
-    position = np.arange(keep.first(prompt_size), keep.end(prompt_size, len(tokens)), dtype=np.int32)
-    following = np.append(tokens[1:], np.int32(-1))
+    given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
+    with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
+    tokens, prompt_size = with_end[:-1], len(given)
+    first, end = keep.first(prompt_size), keep.end(prompt_size, len(tokens))
+    position = np.arange(first, end, dtype=np.int32)
     sink = np.zeros(len(position), bool)
     nonfinite = np.zeros(len(position), bool)
     for layer, rows in completion.rows.items():
@@ -65,8 +67,8 @@ def sequence_rows(
         sink |= rows.norm > sink_norm[layer]
         nonfinite |= ~np.isfinite(rows.norm)
     return SequenceRows(
-        token_id=tokens[position],
-        next_token_id=following[position],
+        token_id=with_end[first:end],
+        next_token_id=with_end[first + 1 : end + 1],
         position=position,
         flags=row_flags(position, prompt_size, len(tokens), sink, nonfinite),
         layers=completion.rows,

@@ -133,38 +133,35 @@ class RowTap:
         ]
         places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
         at = torch.from_numpy(np.concatenate(places)).to(self._first.device)
-        borders = np.cumsum(counts)[:-1]
+        ends = np.cumsum(counts)
+        starts = ends - counts
         collected: list[dict[int, LayerRows]] = [{} for _ in slots]
         for layer, stage in self.stages.items():
-            parts = [np.split(_to_host(a[at]), borders) for a in (stage.codes, stage.scales, stage.norm)]
-            for i, (codes, scales, norm) in enumerate(zip(*parts, strict=True)):
-                collected[i][layer] = self._check(layer, slots[i], codes, scales, norm)
+            codes, scales, norm = (_to_host(a[at]) for a in (stage.codes, stage.scales, stage.norm))
+            codes = codes.view(self.codec.code_dtype)
+            if missing := int((norm == _UNWRITTEN).sum()):
+                raise EngineError(f"layer {layer}: {missing} rows of sequences that ended were never written")
+            exact = np.zeros(0, np.int64)
+            if self.codec.name != "bf16":
+                exact = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
+            borders = np.searchsorted(exact, [starts, ends])
+            for i, slot in enumerate(slots):
+                mine = slice(starts[i], ends[i])
+                index = exact[slice(*borders[:, i])] - starts[i]
+                bits = self._exact_bits(layer, slot, index)
+                collected[i][layer] = LayerRows(codes[mine], scales[mine], norm[mine], index, bits)
         return collected
 
-    def _check(
-        self, layer: int, slot: int, codes: np.ndarray, scales: np.ndarray, norm: np.ndarray
-    ) -> LayerRows:
-        if (norm == _UNWRITTEN).any():
-            raise EngineError(
-                f"layer {layer}: {int((norm == _UNWRITTEN).sum())} rows of a sequence were never written"
-            )
-        expected = np.zeros(0, np.int64)
-        if self.codec.name != "bf16":
-            expected = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
-        bits = np.zeros((0, self.codec.d_model), np.uint16)
-        if len(expected):
-            index, rows = self._exact[layer].get(slot, (np.zeros(0, np.int64), bits))
-            order = {int(row): place for place, row in enumerate(index)}
-            if any(int(row) not in order for row in expected):
-                raise EngineError(f"layer {layer}: a row that must be kept exactly is missing")
-            bits = rows[[order[int(row)] for row in expected]]
-        return LayerRows(
-            codes=codes.view(self.codec.code_dtype),
-            scales=scales,
-            norm=norm,
-            exact_index=expected,
-            exact=bits,
-        )
+    def _exact_bits(self, layer: int, slot: int, wanted: np.ndarray) -> np.ndarray:
+        """uint16 [m, d] of the rows `wanted` [m] of a slot, as they were polled."""
+        none = np.zeros((0, self.codec.d_model), np.uint16)
+        if not len(wanted):
+            return none
+        index, rows = self._exact[layer].get(slot, (np.zeros(0, np.int64), none))
+        order = {int(row): place for place, row in enumerate(index)}
+        if any(int(row) not in order for row in wanted):
+            raise EngineError(f"layer {layer}: a row that must be kept exactly is missing")
+        return rows[[order[int(row)] for row in wanted]]
 
 
 def _to_host(tensor: torch.Tensor) -> np.ndarray:

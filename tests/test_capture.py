@@ -21,7 +21,7 @@ from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, wrap_model
 from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.verify import verify
-from nla_engine.tap import RowRange
+from nla_engine.tap import RowRange, RowTap
 
 
 def language_model(architecture: str = "qwen2", seed: int = 0) -> LanguageModel:
@@ -309,6 +309,28 @@ def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch)
 
 
 CODEC = stage.Codec.named("bf16", 64)
+
+
+def test_rows_kept_exactly_find_their_sequence(rng) -> None:
+    sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
+    hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
+    hidden[big] *= 100
+    tap = RowTap(
+        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), slots=3, rows_per_slot=4, exact_capacity=9,
+        sink_norm={1: 100.0}, device=torch.device("cpu"),
+    )  # fmt: skip
+    tap.open([0, 1, 2], [1, 1, 1], sizes)
+    position = torch.cat([torch.arange(size) for size in sizes])
+    tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
+    tap.poll()
+    collected = [rows[1] for rows in tap.collect([2, 0, 1], [4, 4, 3])]
+    assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
+    for rows, start in zip(collected, (7, 0, 4), strict=True):
+        assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
+        assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
+    del tap._exact[1][2]
+    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
+        tap.collect([2, 0, 1], [4, 4, 3])
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
