@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nla_engine import extension
-from nla_engine.ops.gated_linear import choose_tile, gated_linear, tried_tiles
+from nla_engine.ops import gated_linear as module
+from nla_engine.ops.gated_linear import Tile, choose_tile, gated_linear, gated_linear_reference, tried_tiles
 
 TILES = ((128, 128), (128, 120), (128, 112), (128, 96), (128, 72), (64, 120), (64, 112), (64, 96), (64, 72))
 
@@ -21,6 +23,40 @@ def test_it_is_a_product_and_a_gate(activation: str) -> None:
     act = torch.nn.functional
     truth = (act.silu(g) if activation == "silu" else act.gelu(g, approximate="tanh")) * u
     torch.testing.assert_close(gated_linear(x, w, activation, ()).double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tile_that_computes_something_else_is_not_taken(monkeypatch) -> None:
+    """Its trial, once for a shape, with a stand-in for the kernel."""
+    tried: list[Tile] = []
+
+    def kernel(x, w, activation, tile, out):
+        tried.append(tile)
+        if tile == TILES[3]:
+            raise RuntimeError("the driver has none")
+        if tile == TILES[1]:
+            return out  # nothing written
+        made = gated_linear_reference(x, w, activation)
+        if tile == TILES[4]:
+            made[300, 5] += 1  # one element of all
+        return made * (1.1 if tile == TILES[2] else 1)
+
+    monkeypatch.setattr(module, "_tried", {})
+    monkeypatch.setattr(module, "has_kernel", lambda device: True)
+    monkeypatch.setattr(module.extension, "load", lambda: SimpleNamespace(gated_tiles=list(TILES)))
+    monkeypatch.setattr(module, "gated_linear_cuda", kernel)
+    for _ in range(3):
+        w = torch.randn(2 * 64, 256).to(torch.bfloat16) / 16
+        assert tried_tiles(w, "gelu") == (TILES[0], *TILES[5:])
+        assert (
+            tried_tiles(w[:, 1:], "gelu")
+            == tried_tiles(w.float(), "gelu")
+            == tried_tiles(w[:24], "gelu")
+            == ()
+        )
+    assert tried == list(TILES)
+    tried_tiles(w, "silu")
+    tried_tiles(w[:64], "silu")
+    assert tried == 3 * list(TILES)
 
 
 @pytest.mark.parametrize("n", [18944, 14336, 15360, 8])
@@ -51,8 +87,8 @@ def test_the_tiles_that_were_measured_fastest_are_chosen() -> None:
 
 @pytest.mark.skipif(not getattr(extension.load(), "gated_tiles", []), reason="no kernel for Hopper is built")
 def test_the_kernel_refuses_what_it_cannot_compute() -> None:
-    module = extension.load()
-    assert module is not None and set(module.gated_tiles) == set(TILES)
+    built = extension.load()
+    assert built is not None and set(built.gated_tiles) == set(TILES)
     good = {"m": 3, "n": 8, "k": 64, "silu": True, "tile": TILES[0], "x": 16, "w": 16, "out": 16}
     wrong = {
         "m, n or k: 0 is not positive": {"m": 0},
@@ -65,4 +101,4 @@ def test_the_kernel_refuses_what_it_cannot_compute() -> None:
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            module.gated_linear(0, 0, **(good | change))
+            built.gated_linear(0, 0, **(good | change))

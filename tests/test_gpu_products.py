@@ -13,7 +13,6 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.models import wrap_model
 from nla_engine.ops import fp8, linear
-from nla_engine.ops import gated_linear as gated_linear_module
 from nla_engine.ops.gated_linear import (
     gated_linear,
     gated_linear_cuda,
@@ -99,13 +98,16 @@ needs_kernel = pytest.mark.skipif(
     torch.cuda.is_available() and not has_kernel(torch.device("cuda", 0)),
     reason="no kernel for this GPU is built",
 )
-#: The last ones: a CTA's second tile, and more rows than stay in the cache together.
-GATED = [(1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584), (513, 18944, 128), (4097, 264, 64)]
+#: m, n, k; the last three: a CTA's second tile, and more rows than stay in the cache together.
+GATED = [
+    (1, 8, 64), (65, 1000, 192), (130, 136, 128), (513, 1912, 3584),
+    (513, 18944, 128), (4097, 264, 64), (2048 + 65, 1912, 192),
+]  # fmt: skip
 
 
 @needs_kernel
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [*GATED, (2048 + 65, 1912, 192)])
+@pytest.mark.parametrize(("m", "n", "k"), GATED)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gate_and_up_in_one_launch(tile: tuple[int, int], m: int, n: int, k: int, activation: str) -> None:
     x, w = bf16(m, k), bf16(2 * n, k) * k**-0.5
@@ -146,24 +148,6 @@ def test_what_is_not_finite_is_not_gated_away() -> None:
     assert tiles
     finite = torch.isfinite(gated_linear(x, w, "silu", tiles)).all(1)
     assert not finite[3] and not finite[69] and finite.sum() == 68
-
-
-@needs_kernel
-def test_a_tile_that_computes_something_else_is_not_taken(monkeypatch) -> None:
-    w, true = bf16(2 * 64, 256) / 16, gated_linear_module.gated_linear_cuda
-
-    def wrong(x, w, activation, tile, out):
-        if tile == TILES[1]:
-            return out  # nothing written
-        if tile == TILES[3]:
-            raise RuntimeError("the driver has none")
-        made = true(x, w, activation, tile, out)
-        if tile == TILES[4]:
-            made[300, 5] += 1  # one element of all
-        return made * (1.1 if tile == TILES[2] else 1)
-
-    monkeypatch.setattr(gated_linear_module, "gated_linear_cuda", wrong)
-    assert list(tried_tiles(w, "gelu")) == [TILES[0], *TILES[5:]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 from nla_engine import extension
 from nla_engine.ops.gate import gate
-from nla_engine.ops.linear import linear
+from nla_engine.ops.linear import DIFFERENCE, linear
 
 _HOPPER = (9, 0)
 #: What the kernel asks of n, of k and of addresses.
@@ -23,11 +23,13 @@ _N_MULTIPLE, _K_MULTIPLE, _ALIGNMENT = 8, 64, 16
 _TILE_COST = 8
 #: Rows of the trial: several tiles, the last of them ragged.
 _TRIAL_ROWS = 321
-#: Largest relative L2 difference, as in `ops.linear`; of one element, in parts of itself and of a typical one.
-_DIFFERENCE, _ELEMENT_DIFFERENCE = 2**-7, 2**-4
+#: Largest difference of one element, in parts of itself and of a typical one (of all: `ops.linear.DIFFERENCE`).
+_ELEMENT_DIFFERENCE = 2**-4
 
 #: Rows of x and columns of the result that a CTA makes at a time.
 Tile = tuple[int, int]
+#: The tiles that passed their trial, by device, shape of w and activation.
+_tried: dict[tuple[torch.device, torch.Size, str], tuple[Tile, ...]] = {}
 
 
 def gated_linear(x: torch.Tensor, w: torch.Tensor, activation: str, tiles: tuple[Tile, ...]) -> torch.Tensor:
@@ -73,17 +75,25 @@ def has_kernel(device: torch.device) -> bool:
     return bool(built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
 
 
-@torch.inference_mode()
 def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
-    """The tiles by which the kernel computes what product and gate compute, tried here and now with w [2 n, k].
+    """The tiles by which the kernel computes what product and gate compute, tried with the first w [2 n, k] of a shape.
 
     None where there is no kernel, or w is not bfloat16 or of a shape that it does not take. Before a graph is captured:
-    this waits for the device.
+    the trial waits for the device.
     """
     if not has_kernel(w.device):
         return ()
     if not _fits(w) or len(w) % (2 * _N_MULTIPLE) or w.shape[1] % _K_MULTIPLE:
         return ()
+    key = (w.device, w.shape, activation)
+    if key not in _tried:
+        _tried[key] = _try_tiles(w, activation)
+    return _tried[key]
+
+
+@torch.inference_mode()
+def _try_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
+    """The tiles that agree with product and gate on random rows."""
     random = torch.Generator(w.device).manual_seed(0)  # torch's own may be part of another thread's graph
     x = torch.randn(_TRIAL_ROWS, w.shape[1], device=w.device, generator=random).to(w.dtype)
     wanted = gated_linear_reference(x, w, activation).float()
@@ -98,7 +108,7 @@ def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:
             raise
         except (RuntimeError, ValueError):  # a driver without what the kernel needs
             return False
-        return bool((apart.norm() <= _DIFFERENCE * size) & (apart <= room).all())
+        return bool((apart.norm() <= DIFFERENCE * size) & (apart <= room).all())
 
     module = extension.load()
     assert module is not None

@@ -29,7 +29,7 @@ _SECONDS, _HOLD_CYCLES = 6e-3, 1_000_000
 #: Everything is measured once, and the fastest so many again, so many times.
 _FINALISTS, _ROUNDS = 4, 3
 #: Largest relative L2 difference from torch's product: bfloat16 rounds each to 2^-9.
-_DIFFERENCE = 2**-7
+DIFFERENCE = 2**-7
 _COMPARED_ROWS = 256
 
 #: way(x, w, bias, out) computes a product into `out`.
@@ -119,7 +119,7 @@ def tune(
     def agrees(way: _Way) -> bool:
         """Whether an algorithm runs at all, and computes what torch computes."""
         try:
-            return bool((sample(way) - wanted).norm() <= _DIFFERENCE * wanted.norm())
+            return bool((sample(way) - wanted).norm() <= DIFFERENCE * wanted.norm())
         except RuntimeError:
             return False
 

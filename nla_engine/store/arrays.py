@@ -5,7 +5,7 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Event, Lock
 
 import numpy as np
@@ -29,6 +29,11 @@ _COPIED_BY_QUEUE_BYTES = 1 << 20
 _Piece = tuple[int, np.ndarray]
 
 
+def _put(image: ShardImage, pieces: Iterable[_Piece]) -> None:
+    for start, rows in pieces:
+        image.put(start, rows)
+
+
 class _Copy:
     """Pieces to be put into an image once, by whichever thread comes first."""
 
@@ -45,8 +50,7 @@ class _Copy:
         """Copy, unless another thread does or did."""
         if self._claim.acquire(blocking=False):
             try:
-                for start, rows in self._pieces:
-                    self._image.put(start, rows)
+                _put(self._image, self._pieces)
                 self._made = True
             finally:
                 self._pieces.clear()  # the caller's arrays may go
@@ -136,7 +140,7 @@ class ArrayLog:
                     self._write_tail(pieces)
                     pieces = []
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
-        _Copy(self._tail, pieces).make()
+        _put(self._tail, pieces)
 
     def wait_until_copied(self) -> None:
         """Until everything appended has been copied. What no thread has begun with is copied here."""

@@ -207,10 +207,9 @@ class StoreWriter:
                     logs[name].append(values)
                 for layer in self.layers:
                     group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
-                    for name in (
-                        ("codes", "scales", "exact") if self.codec.scale_width else ("codes", "exact")
-                    ):
-                        logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
+                    for name in ("codes", "scales", "exact"):
+                        if name != "scales" or self.codec.scale_width:
+                            logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
             finally:
                 if wait:
                     self.wait_until_copied()

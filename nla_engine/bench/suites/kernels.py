@@ -29,6 +29,11 @@ def run(session: Session) -> None:
         _gated_product(session, rows)
 
 
+def _timed(session: Session, amount: float, runs: list[Callable[[], object]]) -> Prepared:
+    """amount: of the case's unit, without the second, in a launch."""
+    return Prepared(lambda: amount / median(time_launches(runs, session.device, _REPEATS)), runs[0])
+
+
 # ---- codecs ----
 
 
@@ -69,13 +74,6 @@ def _sets(session: Session, codec: Codec, rows: int) -> list[tuple[torch.Tensor,
     return out
 
 
-def _timed(session: Session, codec: Codec, rows: int, runs: list[Callable[[], object]]) -> Prepared:
-    def once() -> float:
-        return _moved(codec, rows) / median(time_launches(runs, session.device, _REPEATS)) / 1e9
-
-    return Prepared(once, runs[0])
-
-
 @contextmanager
 def _encode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
     dest = torch.arange(rows, device=session.device)
@@ -83,7 +81,7 @@ def _encode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
         lambda hidden=hidden, stage=stage: encode_rows(hidden, dest, stage, math.inf)  # type: ignore[misc]
         for hidden, stage in _sets(session, codec, rows)
     ]
-    yield _timed(session, codec, rows, runs)
+    yield _timed(session, _moved(codec, rows) / 1e9, runs)
 
 
 @contextmanager
@@ -92,7 +90,7 @@ def _decode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
         lambda s=stage: decode_rows(s.codes, s.scales, s.norm, codec, torch.bfloat16)  # type: ignore[misc]
         for _, stage in _sets(session, codec, rows)
     ]
-    yield _timed(session, codec, rows, runs)
+    yield _timed(session, _moved(codec, rows) / 1e9, runs)
 
 
 # ---- the gated product ----
@@ -136,8 +134,4 @@ def _gated(session: Session, rows: int, operations: int, *, one_launch: bool) ->
         lambda w=w: gated_linear(x, w, "silu", tiles)  # type: ignore[misc]
         for w in weights
     ]
-
-    def once() -> float:
-        return operations / median(time_launches(runs, device, _REPEATS)) / 1e12
-
-    yield Prepared(once, runs[0])
+    yield _timed(session, operations / 1e12, runs)
