@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int
 #pragma unroll
             for (int c = 0; c < 4; ++c) scaled<false>(packed.codes[c], scale[c], v + c * kChunk);
         }
-        rotate<Layout::Spread>(v, sub, args.unit);
+        rotate<Layout::Spread>(v, sub);
         if (here >= places) continue;
         Out* out = static_cast<Out*>(args.out) + here * kBlock;
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], rms);
+        for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], args.unit), rms);
 #pragma unroll
         for (int c = 0; c < 4; ++c) store_chunk(out + chunk_of<Layout::Spread>(sub, c) * kChunk, v + c * kChunk);
     }
@@ -178,10 +178,11 @@ __global__ void __launch_bounds__(256) decode_any(const DecodeArgs args) {
             row[i] = __fmul_rn(static_cast<float>(code), __half2float(scales[i / group]));
         }
         __syncthreads();
-        rotate_shared(row, d, args.codec.block, args.unit);
+        rotate_shared(row, d, args.codec.block);
         const float rms = __fdiv_rn(norm, args.sqrt_d);
         Out* out = static_cast<Out*>(args.out) + r * d;
-        for (int i = threadIdx.x; i < d; i += blockDim.x) store_value(out + i, ordinary ? __fmul_rn(row[i], rms) : 0.0f);
+        for (int i = threadIdx.x; i < d; i += blockDim.x)
+            store_value(out + i, ordinary ? __fmul_rn(__fmul_rn(row[i], args.unit), rms) : 0.0f);
     }
 }
 

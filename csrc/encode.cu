@@ -1,156 +1,18 @@
 // Rows of the residual stream -> codec bytes, each row read from global memory once.
 //
 //     norm = sqrt(sum x^2)                 summed in float64
-//     y    = H (x / (norm / sqrt(d)))      H: orthonormal Hadamard matrix on each block
+//     y    = (H x) / (norm / sqrt(d))      H: orthonormal Hadamard matrix on each block
 //     scale, code                          see nla_engine/codec.py, the contract for every bit
 //
+// Codecs bf16 and int4, and int8 where encode_int8.cu does not serve.
 // Pointers and shapes: EncodeArgs in encode.hpp. The layout of a row over threads: rows.cuh.
-#include "rows.cuh"
+#include "encode.cuh"
 
 namespace nla {
 namespace {
 
-// Added and so rounded to an integer, nearest even, whose two's complement stands in the low bits: for |v| < 2^22.
-constexpr float kRounder = 12582912.0f;
-constexpr float kSmallestNormalHalf = 6.103515625e-05f;
 constexpr int kClips = 6;
 __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
-
-// Eight neighbouring channels as they lie in memory: float32 32 bytes, the halves 16.
-template <typename T>
-struct Chunk {
-    uint4 part[sizeof(T) / 2];
-};
-
-__device__ __forceinline__ float2 two_floats(uint32_t word, __nv_bfloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-__device__ __forceinline__ float2 two_floats(uint32_t word, __half) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&word));
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const Chunk<T>& chunk, float (&out)[kChunk]) {
-    const uint32_t* words = &chunk.part[0].x;
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) out[i] = __uint_as_float(words[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kChunk / 2; ++i) {
-            const float2 two = two_floats(words[i], T{});
-            out[2 * i] = two.x;
-            out[2 * i + 1] = two.y;
-        }
-    }
-}
-
-// Eight channels as bfloat16 bits.
-__device__ __forceinline__ uint4 bf16_chunk(const float (&v)[kChunk]) {
-    uint32_t word[kChunk / 2];
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i)
-        word[i] = bf16_bits(__float_as_uint(v[2 * i])) | bf16_bits(__float_as_uint(v[2 * i + 1])) << 16;
-    return {word[0], word[1], word[2], word[3]};
-}
-
-// A lane's 32 channels of one row, packed, and where that row goes.
-template <typename T>
-struct Lane {
-    Chunk<T> chunk[4];
-    int64_t dest;
-};
-
-template <typename T, Layout layout>
-__device__ __forceinline__ Lane<T> load_lane(const EncodeArgs& args, int64_t row, int quad, int sub, bool works) {
-    Lane<T> lane;
-    lane.dest = works && row < args.rows ? args.dest[row] : -1;
-    const T* x = static_cast<const T*>(args.hidden) + row * args.row_stride + quad * kBlock;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const uint4* from = reinterpret_cast<const uint4*>(x + chunk_of<layout>(sub, c) * kChunk);
-#pragma unroll
-        for (int part = 0; part < static_cast<int>(sizeof(T) / 2); ++part)
-            lane.chunk[c].part[part] = lane.dest >= 0 ? __ldg(from + part) : uint4{0, 0, 0, 0};
-    }
-    return lane;
-}
-
-// What the first thread of a row finds out for the others.
-struct RowState {
-    float norm;
-    float inverse;   // 1 / (norm / sqrt(d)); 0 for rows that the codec cannot hold
-    int exact_slot;  // place in the exact pool, -1: none
-};
-
-__device__ __forceinline__ RowState row_state(const EncodeArgs& args, double sum, int64_t dest) {
-    RowState state;
-    state.norm = __double2float_rn(__dsqrt_rn(sum));
-    const bool ordinary = is_ordinary(state.norm);
-    state.inverse = ordinary ? __fdiv_rn(1.0f, __fdiv_rn(state.norm, args.sqrt_d)) : 0.0f;
-    state.exact_slot = -1;
-    args.norm[dest] = state.norm;
-    const bool keep = !(ordinary && state.norm <= args.sink_norm) && state.norm != 0.0f;
-    if (keep && args.codec.kind != CodecKind::bf16) {
-        const int slot = atomicAdd(args.exact_count, 1);
-        if (slot < args.exact_capacity) {
-            args.exact_dest[slot] = dest;
-            state.exact_slot = slot;
-        }
-    }
-    return state;
-}
-
-// codec: scale = float16(clip * largest / top) and its reciprocal, 0 if the scale is.
-struct Scale {
-    __half half;
-    float value, reciprocal;
-};
-
-__device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
-    Scale scale;
-    scale.half = __float2half_rn(__fmul_rn(range, inverse_top));
-    scale.value = __half2float(scale.half);
-    scale.reciprocal = scale.value > 0.0f ? __frcp_rn(scale.value) : 0.0f;
-    return scale;
-}
-
-__device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    return largest;
-}
-
-__device__ __forceinline__ float clamp(float v, float top) { return fminf(fmaxf(v, -top), top); }
-
-// One scale a block. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes within +-127.
-__device__ __forceinline__ void store_int8(const EncodeArgs& args, float (&v)[kPerLane], int64_t dest, int quad, int sub) {
-    float largest = largest_in_lane(v);
-    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
-    const Scale scale = make_scale(largest, 1.0f / 127.0f);
-    if (dest < 0) return;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], scale.reciprocal);
-    if (scale.value < kSmallestNormalHalf) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) v[i] = clamp(v[i], 127.0f);
-    }
-    uint32_t word[kPerLane / 4];
-#pragma unroll
-    for (int i = 0; i < kPerLane / 4; ++i) {
-        uint32_t bits[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) bits[k] = __float_as_uint(__fadd_rn(v[4 * i + k], kRounder));
-        word[i] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
-    }
-    int8_t* codes = static_cast<int8_t*>(args.codes) + dest * args.codec.d + quad * kBlock;
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-        *reinterpret_cast<uint2*>(codes + chunk_of<Layout::Spread>(sub, c) * kChunk) = {word[2 * c], word[2 * c + 1]};
-    if (sub == 0) static_cast<__half*>(args.scales)[dest * (args.codec.d / kBlock) + quad] = scale.half;
-}
 
 // Squared error of value i at a scale. Signs fall out of a square; code (3 bits) * scale (11 bits) is exact, so the
 // fused operation rounds once, as the subtraction of the product does.
@@ -205,16 +67,6 @@ __device__ __forceinline__ void store_int4(const EncodeArgs& args, float (&v)[kP
     static_cast<__half*>(args.scales)[dest * (args.codec.d / 32) + quad * 4 + sub] = best.half;
 }
 
-template <typename T, Layout layout>
-__device__ __forceinline__ void store_bf16(const Lane<T>& lane, uint16_t* row, int quad, int sub) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        float v[kChunk];
-        unpack(lane.chunk[c], v);
-        *reinterpret_cast<uint4*>(row + quad * kBlock + chunk_of<layout>(sub, c) * kChunk) = bf16_chunk(v);
-    }
-}
-
 // Half-width input leaves registers free to load the next rows before working at those in hand, without spilling.
 template <typename T, CodecKind kind>
 constexpr bool loads_ahead = sizeof(T) == 2 && kind != CodecKind::int4;
@@ -224,7 +76,8 @@ constexpr bool loads_ahead = sizeof(T) == 2 && kind != CodecKind::int4;
 template <typename T, CodecKind kind>
 constexpr int fast_registers = kind == CodecKind::int4 ? 112 : 80;
 
-// Blocks of 128, 16-byte accesses. A CTA works at `rows_per_cta` rows side by side, a quad of lanes per block. Dynamic shared memory: RowState[rows_per_cta], double[rows * quads].
+// Codecs bf16 and int4, blocks of 128, 16-byte accesses. A CTA works at `rows_per_cta` rows side by side, a quad of lanes
+// per block. Dynamic shared memory: double[rows * quads], RowState[rows_per_cta].
 template <typename T, CodecKind kind>
 __global__ void __maxnreg__((fast_registers<T, kind>)) encode_fast(const EncodeArgs args, int rows_per_cta, int quads) {
     constexpr Layout layout = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
@@ -239,64 +92,40 @@ __global__ void __maxnreg__((fast_registers<T, kind>)) encode_fast(const EncodeA
 
     int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_cta;
     Lane<T> next;
-    if constexpr (loads_ahead<T, kind>) next = load_lane<T, layout>(args, first + row_in_cta, quad, sub, works);
+    int64_t next_dest = -1;
+    const auto load = [&](int64_t row) {
+        next_dest = works ? dest_of(args, row) : -1;
+        next = load_lane<T, layout>(args, row, quad, sub, next_dest >= 0);
+    };
+    if constexpr (loads_ahead<T, kind>) load(first + row_in_cta);
     for (; first < args.rows; first += stride) {
-        Lane<T> lane;
-        if constexpr (loads_ahead<T, kind>) {
-            lane = next;
-            next = load_lane<T, layout>(args, first + stride + row_in_cta, quad, sub, works);
-        } else {
-            lane = load_lane<T, layout>(args, first + row_in_cta, quad, sub, works);
-        }
+        if constexpr (!loads_ahead<T, kind>) load(first + row_in_cta);
+        const Lane<T> lane = next;
+        const int64_t dest = next_dest;
+        if constexpr (loads_ahead<T, kind>) load(first + stride + row_in_cta);
 
-        double sum = 0.0;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            float v[kChunk];
-            unpack(lane.chunk[c], v);
-#pragma unroll
-            for (int e = 0; e < kChunk; ++e) sum = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sum);
-        }
-        sum += __shfl_xor_sync(kAll, sum, 1);
-        sum += __shfl_xor_sync(kAll, sum, 2);
+        const double sum = sum_of_squares(lane);
         if (works && sub == 0) partial[place] = sum;
-        if (!__syncthreads_or(lane.dest >= 0)) continue;  // none of these rows was selected
+        if (!__syncthreads_or(dest >= 0)) continue;  // none of these rows was selected
 
-        for (int r = warp; r < rows_per_cta; r += warps) {  // a warp sums a row
-            double total = 0.0;
-            for (int q = lane_id; q < quads; q += 32) total += partial[r * quads + q];
-#pragma unroll
-            for (int mask = 16; mask; mask /= 2) total += __shfl_xor_sync(kAll, total, mask);
-            const int64_t dest = first + r < args.rows ? args.dest[first + r] : -1;
-            if (lane_id == 0 && dest >= 0) states[r] = row_state(args, total, dest);
-        }
+        find_states(args, first, rows_per_cta, quads, partial, states, warp, warps, lane_id);
         __syncthreads();
 
         if constexpr (kind == CodecKind::bf16) {
-            if (lane.dest >= 0)
-                store_bf16<T, layout>(lane, static_cast<uint16_t*>(args.codes) + lane.dest * args.codec.d, quad, sub);
+            if (dest >= 0)
+                store_bf16<T, layout>(lane, static_cast<uint16_t*>(args.codes) + dest * args.codec.d, quad, sub);
         } else {
-            const RowState state = lane.dest >= 0 ? states[row_in_cta] : RowState{0.0f, 0.0f, -1};
+            const RowState state = dest >= 0 ? states[row_in_cta] : RowState{0.0f, 0.0f, -1};
             if (state.exact_slot >= 0)
                 store_bf16<T, layout>(lane, args.exact + static_cast<int64_t>(state.exact_slot) * args.codec.d, quad, sub);
-            if (state.inverse == 0.0f) {  // Inf * 0 is not 0: such rows get zero codes
-#pragma unroll
-                for (int c = 0; c < 4; ++c) lane.chunk[c] = Chunk<T>{};
-            }
             float v[kPerLane];
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                float eight[kChunk];
-                unpack(lane.chunk[c], eight);
+            for (int c = 0; c < 4; ++c) unpack(lane.chunk[c], v + c * kChunk);
+            rotate<layout>(v, sub);
 #pragma unroll
-                for (int e = 0; e < kChunk; ++e) v[c * kChunk + e] = __fmul_rn(eight[e], state.inverse);
-            }
-            rotate<layout>(v, sub, args.unit);
-            if constexpr (kind == CodecKind::int8) {
-                store_int8(args, v, lane.dest, quad, sub);
-            } else {
-                store_int4(args, v, lane.dest, quad, sub);
-            }
+            for (int i = 0; i < kPerLane; ++i)  // Inf * 0 is not 0
+                v[i] = state.factor == 0.0f ? 0.0f : __fmul_rn(v[i], state.factor);
+            store_int4(args, v, dest, quad, sub);
         }
     }
 }
@@ -338,13 +167,14 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
                                                         : nullptr;
         for (int i = threadIdx.x; i < d; i += blockDim.x) {
             if (exact) exact[i] = static_cast<uint16_t>(bf16_bits(__float_as_uint(row[i])));
-            row[i] = state.inverse == 0.0f ? 0.0f : __fmul_rn(row[i], state.inverse);
         }
         if constexpr (kind != CodecKind::bf16) {
             __syncthreads();
-            rotate_shared(row, d, args.codec.block, args.unit);
-            for (int i = threadIdx.x; i < d; i += blockDim.x)
+            rotate_shared(row, d, args.codec.block);
+            for (int i = threadIdx.x; i < d; i += blockDim.x) {
+                row[i] = state.factor == 0.0f ? 0.0f : __fmul_rn(row[i], state.factor);  // Inf * 0 is not 0
                 atomicMax(&largest[i / group], __float_as_uint(fabsf(row[i])));  // magnitudes order as their bits
+            }
             __syncthreads();
             __half* const scales = static_cast<__half*>(args.scales) + dest * groups;
             for (int base = threadIdx.x & ~31; base < d; base += blockDim.x) {  // whole warps: int4 shuffles
@@ -387,17 +217,19 @@ void launch(const EncodeArgs& args, int device, cudaStream_t stream) {
     const bool fast = d % kBlock == 0 && d <= kBlock * 128 && (args.row_stride * sizeof(T)) % 16 == 0 &&
                       is_aligned(args.hidden, 16) && is_aligned(args.codes, 16) &&
                       (args.exact_capacity == 0 || is_aligned(args.exact, 16));
-    if (fast) {
+    if (!fast || (kind == CodecKind::int8 && sizeof(T) == 4)) {
+        const size_t shared = sizeof(float) * (size_t(d) + args.codec.scales());
+        allow_shared(encode_any<T, kind>, shared, device);
+        const int grid = persistent_grid(encode_any<T, kind>, 256, shared, args.rows, device);
+        encode_any<T, kind><<<grid, 256, shared, stream>>>(args);
+    } else if constexpr (kind != CodecKind::int8) {
         const Tiling tile = tiling(d);
         const size_t shared = tile.rows * (tile.quads * sizeof(double) + sizeof(RowState));
         const int64_t pieces = (args.rows + tile.rows - 1) / tile.rows;
         const int grid = persistent_grid(encode_fast<T, kind>, tile.threads, shared, pieces, device);
         encode_fast<T, kind><<<grid, tile.threads, shared, stream>>>(args, tile.rows, tile.quads);
-    } else {
-        const size_t shared = sizeof(float) * (size_t(d) + args.codec.scales());
-        allow_shared(encode_any<T, kind>, shared, device);
-        const int grid = persistent_grid(encode_any<T, kind>, 256, shared, args.rows, device);
-        encode_any<T, kind><<<grid, 256, shared, stream>>>(args);
+    } else if constexpr (sizeof(T) == 2) {
+        launch_int8<T>(args, device, stream);
     }
     cuda_check(cudaGetLastError(), "encode_rows");
 }

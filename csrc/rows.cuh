@@ -74,9 +74,9 @@ __device__ __forceinline__ void butterfly_across(float (&v)[kPerLane], int sub) 
     for (int i = 0; i < kPerLane; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAll, v[i], mask));
 }
 
-// v = H v over a quad's block of 128: steps 1, 2, 4 ... 64, then the factor 1 / sqrt(128). All lanes of the warp call.
+// v = sqrt(128) H v over a quad's block of 128: steps 1, 2, 4 ... 64. All lanes of the warp call.
 template <Layout layout>
-__device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub, float unit) {
+__device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub) {
     butterfly_in_lane<1>(v);
     butterfly_in_lane<2>(v);
     butterfly_in_lane<4>(v);
@@ -91,12 +91,10 @@ __device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub, float unit
         butterfly_across<1>(v, sub);
         butterfly_across<2>(v, sub);
     }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], unit);
 }
 
 // The same over row[d] in shared memory, blocks of any power of two; the whole CTA calls. Ends with a barrier.
-__device__ __forceinline__ void rotate_shared(float* row, int d, int block, float unit) {
+__device__ __forceinline__ void rotate_shared(float* row, int d, int block) {
     for (int step = 1; step < block; step *= 2) {
         for (int pair = threadIdx.x; pair < d / 2; pair += blockDim.x) {
             const int low = (pair / step) * 2 * step + pair % step;
@@ -106,8 +104,6 @@ __device__ __forceinline__ void rotate_shared(float* row, int d, int block, floa
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < d; i += blockDim.x) row[i] = __fmul_rn(row[i], unit);
-    __syncthreads();
 }
 
 // ---- host side ----

@@ -2,7 +2,7 @@
 
 A row x of width d is stored as its exact L2 norm and a quantised direction. With rms = norm / sqrt(d):
 
-    y     = H (x / rms)            H: orthonormal Hadamard matrix on each block of `block` channels
+    y     = (H x) / rms            H: orthonormal Hadamard matrix on each block of `block` channels
     scale = float16(clip * max|y| / top)         one for each group of `group` channels
     code  = clamp(round_half_even(y / scale), -top, top)
     x'    = rms * H (scale * code)               H is its own inverse
@@ -11,7 +11,11 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
 code + 8 in a nibble, even channel low.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no scales.
 
 Every float32 operation below is a single IEEE addition or multiplication in a stated order, never fused, so that
-the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. Knows nothing of files, layers or sequences.
+the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8 for
+rows of 16-bit floats: tensor cores sum four of the seven steps of the rotation in an order of their own. Where the
+float32 sums of a block are exact (bfloat16 magnitudes within a factor of about 2^9) that changes nothing; elsewhere the
+last bits of a sum may differ, so a code by one where y / scale is next to a tie, or a scale by one unit in the last
+place. Knows nothing of files, layers or sequences.
 """
 
 from __future__ import annotations

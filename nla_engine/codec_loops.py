@@ -29,8 +29,8 @@ def norms(x, norm):
 
 
 @numba.njit(cache=True, nogil=True)
-def _rotate(row, block, unit):
-    """In place y = H x on each block: butterflies of step 1, 2, 4 ..., then one multiplication by 1/sqrt(block)."""
+def _rotate(row, block):
+    """In place y = sqrt(block) H x on each block: butterflies of step 1, 2, 4 ..."""
     for start in range(0, row.shape[0], block):
         step = 1
         while step < block:
@@ -41,8 +41,6 @@ def _rotate(row, block, unit):
                     row[j] = a + b
                     row[j + step] = a - b
             step *= 2
-        for j in range(start, start + block):
-            row[j] = row[j] * unit
 
 
 @numba.njit(cache=True, nogil=True)
@@ -66,10 +64,11 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
     for i in range(x.shape[0]):
         if not (norm[i] >= _LEAST_NORM and norm[i] <= _MOST_NORM):
             continue
-        inverse = one / (norm[i] / sqrt_d)
+        row[:] = x[i]
+        _rotate(row, block)
+        factor = one / (norm[i] / sqrt_d) * unit
         for j in range(d):
-            row[j] = x[i, j] * inverse
-        _rotate(row, block, unit)
+            row[j] = row[j] * factor
         for g in range(d // group):
             start = g * group
             largest = np.float32(0.0)

@@ -1,4 +1,4 @@
-"""ops/encode: every implementation against the host codec, bit for bit, and the codec's bounds against float64."""
+"""ops/encode: every implementation against the host codec, bit for bit, and the codec's definition against float64."""
 
 import dataclasses
 import math
@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from nla_engine import extension
-from nla_engine.codec import Codec, EncodedRows, bf16_bits, bf16_values, decode_reference, exact_rows
+from nla_engine.codec import (
+    Codec,
+    EncodedRows,
+    bf16_bits,
+    bf16_values,
+    decode_reference,
+    exact_rows,
+    hadamard_matrix,
+    ordinary_rows,
+)
 from nla_engine.errors import RequestError
 from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
 
@@ -102,10 +111,35 @@ def same_norm(got: np.ndarray, want: np.ndarray) -> None:
     assert apart.max(initial=0) <= 1
 
 
+def sums_on_tensor_cores(name: str, codec: Codec, hidden: torch.Tensor) -> bool:
+    """Whether the rotation may round in an order of its own (see nla_engine/codec.py)."""
+    return name == "cuda" and codec.name == "int8" and codec.block == 128 and hidden.dtype != torch.float32
+
+
+def check_definition(codec: Codec, rows: np.ndarray, norm: np.ndarray, codes: np.ndarray, scales: np.ndarray):
+    """int8: scale is the float16 nearest to largest / 127, code the integer nearest to y / scale, y from float64."""
+    ordinary = ordinary_rows(norm)
+    assert not codes[~ordinary].any()
+    assert not scales[~ordinary].any()
+    rows, scales = rows[ordinary].astype(np.float64), scales[ordinary]
+    rms = norm[ordinary].astype(np.float64) / math.sqrt(codec.d_model)
+    blocks = rows.reshape(len(rows), codec.scale_width, codec.block)
+    y = blocks @ hadamard_matrix(codec.block) / rms[:, None, None]
+    exact = np.abs(y).max(axis=2) / 127
+    wide = scales.astype(np.float64)
+    room = np.spacing(scales).astype(np.float64) / 2
+    assert (np.abs(wide - exact) <= room * 1.001 + exact * 1e-6).all()
+    code = codes[ordinary].reshape(y.shape).astype(np.float64)
+    apart = np.abs(code * wide[:, :, None] - y)
+    cut = (np.abs(code) == 127) & (np.abs(y) > 127 * wide[:, :, None])
+    assert (cut | (apart <= (0.5 + 2**-11) * wide[:, :, None]) | (wide == 0)[:, :, None]).all()
+    assert not code[wide == 0].any()
+
+
 def check_stage(
-    stage: RowStage, hidden: torch.Tensor, dest: np.ndarray, sink_norm: float = SINK_NORM
+    stage: RowStage, hidden: torch.Tensor, dest: np.ndarray, sink_norm: float = SINK_NORM, *, name: str
 ) -> None:
-    """What `stage`, poisoned before, must hold after `hidden` went to `dest`."""
+    """What `stage`, poisoned before, must hold after `hidden` went to `dest` by the implementation `name`."""
     codec, stage = stage.codec, on_host(stage)
     chosen = dest >= 0
     rows = hidden.cpu().float().numpy()[chosen]
@@ -121,8 +155,13 @@ def check_stage(
     got_codes, want_codes = codes[places], want.codes
     if codec.name == "bf16":
         got_codes, want_codes = one_nan(got_codes), one_nan(want_codes)
-    np.testing.assert_array_equal(got_codes[agree], want_codes[agree])
-    np.testing.assert_array_equal(bits(stage.scales.numpy()[places])[agree], bits(want.scales)[agree])
+    got_scales = stage.scales.numpy()[places]
+    if sums_on_tensor_cores(name, codec, hidden):
+        check_definition(codec, rows, stage.norm.numpy()[places], got_codes, got_scales)
+        assert (got_codes == want_codes)[agree].mean() > 0.99
+    else:
+        np.testing.assert_array_equal(got_codes[agree], want_codes[agree])
+        np.testing.assert_array_equal(bits(got_scales)[agree], bits(want.scales)[agree])
 
     untouched = np.setdiff1d(np.arange(len(codes)), places)
     assert (stage.codes[untouched] == POISON[stage.codes.dtype]).all()
@@ -157,7 +196,26 @@ def test_bits_are_those_of_the_host_codec(implementation, codec_name, d, dtype, 
     dest[rng.permutation(n)[:9]] = -1
     stage = poisoned_stage(codec, n + 6, n, device)
     encode_rows(hidden, torch.from_numpy(dest).to(device), stage, SINK_NORM, with_backend=name)
-    check_stage(stage, hidden, dest)
+    check_stage(stage, hidden, dest, name=name)
+
+
+@pytest.mark.parametrize("d", [128, 640, 1152, 3584])
+@pytest.mark.parametrize("dtype", INPUTS[1:], ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.parametrize("n", [1, 2, 7, 600])
+def test_int8_bits_where_float32_sums_are_exact(implementation, d, dtype, n, rng):
+    """Whole numbers: no order of summing rounds, so codes and scales are the host codec's to the bit."""
+    name, device = implementation
+    codec = Codec.named("int8", d)
+    rows = rng.integers(-200, 201, (n, d)) * 2.0 ** rng.integers(-3, 4, (n, 1))
+    hidden = torch.from_numpy(rows.astype(np.float32)).to(dtype).to(device)
+    dest = rng.permutation(n)
+    stage = poisoned_stage(codec, n, n, device)
+    encode_rows(hidden, torch.from_numpy(dest).to(device), stage, math.inf, with_backend=name)
+    want = codec.encode(rows.astype(np.float32))
+    agree = bits(stage.norm.cpu().numpy()[dest]) == bits(want.norm)
+    assert agree.mean() > 0.9
+    np.testing.assert_array_equal(stage.codes.cpu().numpy()[dest][agree], want.codes[agree])
+    np.testing.assert_array_equal(bits(stage.scales.cpu().numpy()[dest])[agree], bits(want.scales)[agree])
 
 
 @pytest.mark.parametrize("d", [96, 256, 3584])
@@ -173,7 +231,7 @@ def test_strided_and_unaligned_rows(implementation, codec_name, d, offset, gap, 
     dest = np.arange(n)[::-1].astype(np.int64)
     stage = poisoned_stage(codec, n, n, device)
     encode_rows(hidden, torch.from_numpy(dest.copy()).to(device), stage, SINK_NORM, with_backend=name)
-    check_stage(stage, hidden, dest)
+    check_stage(stage, hidden, dest, name=name)
 
 
 def test_no_rows(implementation, codec_name):
@@ -210,7 +268,7 @@ def test_a_full_exact_pool_counts_on_and_writes_no_further(implementation, codec
         encode_rows(
             hidden[part].contiguous(), torch.from_numpy(dest[part]).to(device), stage, 1e-3, with_backend=name
         )
-    check_stage(stage, hidden, dest, sink_norm=1e-3)
+    check_stage(stage, hidden, dest, sink_norm=1e-3, name=name)
     assert int(stage.exact_count) == 20
 
 
@@ -221,7 +279,7 @@ def test_no_exact_pool_and_no_sink_limit(implementation, codec_name, rng):
     hidden = torch.from_numpy(awkward_rows(rng, 30, 128)).to(device)
     stage = poisoned_stage(codec, 30, 0, device)
     encode_rows(hidden, torch.arange(30, device=device), stage, math.inf, with_backend=name)
-    check_stage(stage, hidden, np.arange(30), sink_norm=math.inf)
+    check_stage(stage, hidden, np.arange(30), sink_norm=math.inf, name=name)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -317,7 +375,10 @@ def test_inside_a_cuda_graph_and_on_many_rows(codec_name, rng):
     same_norm(stage.norm[dest[9:]].cpu().numpy(), want.norm[dest[9:]].cpu().numpy())
     agree = (stage.norm == want.norm) | want.norm.isnan()
     assert agree.float().mean() > 0.999
-    assert torch.equal(stage.codes[agree], want.codes[agree])
+    same = (stage.codes[agree] == want.codes[agree]).all(1)
+    # int8 sums on tensor cores: a code beside a tie may be one off, in few rows.
+    assert same.all() if codec_name == "int4" else same.float().mean() > 0.9
+    assert (stage.codes[agree].int() - want.codes[agree].int()).abs().max() <= (codec_name == "int8")
     assert int(stage.exact_count) == int(want.exact_count) == 1
     assert torch.equal(stage.exact[0], want.exact[0])
     graph.replay()

@@ -3,8 +3,8 @@
     for every row t with dest[t] >= 0:    stage.codes/scales/norm[dest[t]] = codec(hidden[t])
     and if the codec cannot hold it:      stage.exact[k] = bfloat16(hidden[t]), stage.exact_dest[k] = dest[t]
 
-where k counts up from `stage.exact_count`. All three give the bits of `nla_engine.codec`, which is the contract; the
-order of rows in the exact pool is free. Knows nothing of rings, sequences or when a stage is emptied.
+where k counts up from `stage.exact_count`. `nla_engine.codec` is the contract, for the bits too, and names the one
+exception; the order of rows in the exact pool is free. Knows nothing of rings, sequences or when a stage is emptied.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_no
     else:
         # The divisor is a tensor: CUDA torch turns division by a Python number into a product with its reciprocal.
         inverse = 1.0 / (norm / _scalar(math.sqrt(codec.d_model), x))
-        y = _rotate(torch.where(ordinary[:, None], x * inverse[:, None], 0.0), codec.block)
+        factor = inverse * _unit(codec, x)
+        y = torch.where(ordinary[:, None], _rotate(x, codec.block) * factor[:, None], 0.0)
         raw, scales = _quantise(y.view(len(x), codec.scale_width, codec.group), codec)
         codes = raw if codec.name == "int8" else _pack_nibbles(raw)
 
@@ -166,7 +167,7 @@ def decode_rows_reference(
         return codes.view(torch.bfloat16).to(out_dtype)
     raw = codes if codec.name == "int8" else _unpack_nibbles(codes)
     grouped = raw.float().view(len(raw), codec.scale_width, codec.group) * scales.float()[:, :, None]
-    y = _rotate(grouped.view(len(raw), codec.d_model), codec.block)
+    y = _rotate(grouped.view(len(raw), codec.d_model), codec.block) * _unit(codec, norm)
     rms = norm / _scalar(math.sqrt(codec.d_model), norm)
     ordinary = (norm >= float(NORM_RANGE[0])) & (norm <= float(NORM_RANGE[1]))
     return torch.where(ordinary[:, None], y * rms[:, None], 0.0).to(out_dtype)
@@ -177,14 +178,19 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
+def _unit(codec: Codec, like: Tensor) -> Tensor:
+    """What makes the rotation orthonormal: float32(1 / sqrt(block))."""
+    return _scalar(1.0 / math.sqrt(codec.block), like)
+
+
 def _rotate(x: Tensor, block: int) -> Tensor:
-    """H x on each block of x [n, d]: butterflies of step 1, 2, 4 ..., then the factor 1/sqrt(block)."""
+    """sqrt(block) H x on each block of x [n, d]: butterflies of step 1, 2, 4 ..."""
     shape, step = x.shape, 1
     while step < block:
         a, b = x.reshape(shape[0], shape[1] // (2 * step), 2, step).unbind(dim=2)
         x = torch.stack((a + b, a - b), dim=2)
         step *= 2
-    return x.reshape(shape) * _scalar(1.0 / math.sqrt(block), x)
+    return x.reshape(shape)
 
 
 def _quantise(y: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
