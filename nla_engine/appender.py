@@ -28,7 +28,12 @@ class Appender:
         self.sequences = self.tokens_generated = self.sink_rows = self.nonfinite_rows = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
-        """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError."""
+        """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError.
+
+        A commit that is due is made of what came before, which is on disk by now: nothing waits for it.
+        """
+        if ended:
+            self._writer.commit_if_due()
         try:
             for at in range(0, len(ended), _TOGETHER):
                 self._append(ended[at : at + _TOGETHER])

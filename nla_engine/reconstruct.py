@@ -116,13 +116,14 @@ class Reconstructor:
         first = [
             shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
         ]
-        hidden = runner.prefill(
-            [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))]
+        sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
+        states = runner.prefill(
+            [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))],
+            (np.cumsum(sizes) - 1).tolist(),
         )
         if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
             runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
-        sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
-        return hidden[np.cumsum(sizes) - 1]
+        return states
 
     def _shared_prefix(self) -> tuple[int, ...]:
         """Token ids that prompts begin with, but for texts that a tokenizer merges with the template before them."""

@@ -213,6 +213,39 @@ def test_self_check_refuses_an_attention_the_engine_gets_wrong(monkeypatch) -> N
         Runner(lm, slots=2, length=20)
 
 
+@pytest.mark.parametrize("precision", ["full", "fp8"])
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wanted_states_are_those_of_their_tokens(
+    architecture: str, tapped: bool, precision: str, rng
+) -> None:
+    """The last block goes on with the wanted tokens alone, but where its rows are tapped: then with all."""
+    lm, seen = language_model(architecture), []
+    last = len(lm.blocks) - 1
+    parts = [(slot, 6, rng.integers(1, 250, size).tolist()) for slot, size in enumerate((1, 23, 9, 1, 40, 2))]
+    total, prefix = sum(len(ids) for _, _, ids in parts), rng.integers(1, 250, 6).tolist()
+    layers = (last,) if tapped else ()
+    with Runner(
+        lm,
+        slots=6,
+        length=60,
+        prefix=prefix,
+        tap=lambda layer, hidden, slot, position: seen.append((len(hidden), len(slot), len(position))),
+        tap_layers=layers,
+        kernels="fused",
+        precision=precision,
+    ) as runner:
+        every = runner.prefill(parts)
+        for wanted in ([total - 1], list(range(total)), rng.permutation(total)[:17].tolist(), [5, 5, 0]):
+            got = runner.prefill(parts, wanted)
+            assert got.shape == (len(wanted), lm.d_model)
+            torch.testing.assert_close(got, every[wanted], atol=2e-5, rtol=1e-4)
+        keys = runner.cache.keys.clone()
+        runner.prefill(parts)
+        torch.testing.assert_close(keys, runner.cache.keys, atol=0, rtol=0)
+    assert seen == [(total, total, total)] * (6 if tapped else 0)
+
+
 def test_requests_that_cannot_run_are_refused() -> None:
     lm = language_model()
     with pytest.raises(EngineError, match="do not fit a slot"):

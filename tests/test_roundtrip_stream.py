@@ -115,7 +115,7 @@ def test_a_prompt_is_read_once_for_its_samples(pair: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         Runner,
         "prefill",
-        lambda self, parts: (read.append(sum(len(p[2]) for p in parts)), real(self, parts))[1],
+        lambda self, parts, *rest: (read.append(sum(len(p[2]) for p in parts)), real(self, parts, *rest))[1],
     )
     verbalizer = Verbalizer.load(str(pair / "av"), **CPU)
     vectors = list(enumerate(np.ones((2, D), np.float32)))

@@ -296,6 +296,28 @@ def test_it_commits_by_time_and_by_filled_shard(tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "run.zarr" / "zarr.json").stat().st_ino == before.st_ino
 
 
+def test_without_waiting_a_filled_shard_is_committed_by_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that end together are all handed to the disk before anything waits for it."""
+    sequences, _ = sample_sequences(0, CODEC, (3,), [8, 8, 8])
+    now = 100.0
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now)
+    with create_store(tmp_path / "run.zarr", CODEC, shard_rows=8, commit_seconds=30.0) as open_writer:
+        now += 5.0
+        open_writer.append_many(sequences[:1], wait=False)
+        open_writer.append_many(sequences[1:2], wait=False)
+        open_writer.wait_until_copied()
+        assert open_writer.sequences == 0
+        open_writer.commit_if_due()
+        assert open_writer.sequences == 2
+        now += 29.0
+        open_writer.commit_if_due()  # nothing has filled since
+        now += 1.0
+        open_writer.append_many(sequences[2:], wait=False)
+        assert open_writer.sequences == 3
+
+
 def test_a_large_vocabulary_and_long_sequences_cross_shards(tmp_path: Path) -> None:
     vocabulary = [b"%d" % i for i in range(200_000)]
     codec = Codec.named("bf16", 2)

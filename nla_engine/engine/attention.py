@@ -23,11 +23,23 @@ from nla_engine.ops.attention import Shape, Tiles, attend, attend_one_each, atte
 NAME = "nla_engine"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The tokens of a pass whose states are asked for, int64 [n]. Behind the attention of `layer`, the last, a fused
+    block goes on with these alone: of the others only keys and values are ever used again.
+    """
+
+    layer: int
+    token: torch.Tensor
+    tiles: Tiles
+
+
 @dataclass
 class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
-    reference: use plain torch on every device. written: layers that attended (each must, once).
+    reference: use plain torch on every device. wanted: None: every token's state is. written: layers that attended
+    (each must, once).
     """
 
     cache: SlotCache
@@ -35,6 +47,7 @@ class Pass:
     position: torch.Tensor
     tiles: Tiles
     reference: bool
+    wanted: Wanted | None = None
     place: torch.Tensor = field(init=False)
     written: set[int] = field(default_factory=set)
 
@@ -51,10 +64,22 @@ class Pass:
 
     def attend(self, query: torch.Tensor, layer: int, shape: Shape) -> torch.Tensor:
         """query [T, H, h] -> [T, H, h], over what the cache holds of this layer."""
+        return self._attend(query, self.tiles, layer, shape)
+
+    def attend_wanted(
+        self, query: torch.Tensor, x: torch.Tensor, layer: int, shape: Shape
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`attend`, and the residual stream x [T, d], both [n, ...] of the tokens with which this layer goes on."""
+        wanted = self.wanted
+        if wanted is None or wanted.layer != layer:
+            return self.attend(query, layer, shape), x
+        return self._attend(query[wanted.token], wanted.tiles, layer, shape), x[wanted.token]
+
+    def _attend(self, query: torch.Tensor, tiles: Tiles, layer: int, shape: Shape) -> torch.Tensor:
         if self.reference:
-            run = attend_one_each if len(self.tiles.token) == len(query) else attend_reference
-            return run(query, self.cache.layer(layer), self.tiles, shape)
-        return attend(query, self.cache.layer(layer), self.tiles, shape)
+            run = attend_one_each if len(tiles.token) == len(query) else attend_reference
+            return run(query, self.cache.layer(layer), tiles, shape)
+        return attend(query, self.cache.layer(layer), tiles, shape)
 
 
 def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest: int) -> Tiles:

@@ -36,7 +36,10 @@ def can_fuse(block: Any) -> bool:
 
 
 class FusedBlock:
-    """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner."""
+    """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner.
+
+    The last one gives those of the pass's wanted tokens alone.
+    """
 
     def __init__(self, block: Any) -> None:
         attn, mlp = block.self_attn, block.mlp
@@ -72,15 +75,16 @@ class FusedBlock:
     ) -> torch.Tensor:
         x = hidden_states[0]
         row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
-        x = self._add(x, self._attend(row, position_embeddings), self.out, self.after_attention)
+        inner, x = self._attend(row, x, position_embeddings)
+        x = self._add(x, inner, self.out, self.after_attention)
         read = rms_norm(x, self.before_mlp, self.eps, self.offset)
         inner = gated_linear(read, self.both, str(self.activation), self.tiles)
         return self._add(x, inner, self.down, self.after_mlp)[None]
 
     def _attend(
-        self, row: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h]."""
+        self, row: torch.Tensor, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h]; and x [T, d], or both of the wanted tokens."""
         work = current_pass()
         work.enter(self.layer)
         kv = work.cache.layer(self.layer)
@@ -88,7 +92,8 @@ class FusedBlock:
         query = rotate_and_store(
             row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
         )
-        return work.attend(query, self.layer, self.shape).flatten(1)
+        attended, x = work.attend_wanted(query, x, self.layer, self.shape)
+        return attended.flatten(1), x
 
     def _add(
         self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
@@ -114,7 +119,8 @@ class Fp8Block(FusedBlock):
         x, dtype = hidden_states[0], hidden_states.dtype
         read = rms_norm_quantised(x, self.before_attention, self.eps, self.offset)
         row = scaled_linear(read, self.qkv8, self.qkv_bias, dtype)
-        inner = scaled_linear(quantise(self._attend(row, position_embeddings)), self.out8, None, dtype)
+        attended, x = self._attend(row, x, position_embeddings)
+        inner = scaled_linear(quantise(attended), self.out8, None, dtype)
         if self.after_attention is None:
             read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset, add=inner)
         else:

@@ -214,7 +214,9 @@ class Generator:
     def _prefill(self, reading: deque[_Admitted]) -> list[_Admitted]:
         """One packed pass. Returns the requests whose prompt has now been read; their first token is chosen."""
         room, prefix = self.max_prefill_tokens, self.runner.cache.prefix_size
-        parts, complete, last_rows, offset = [], [], [], 0
+        parts, complete, offset = [], [], 0
+        wanted: list[int] = []  # tokens of the pass at which a prompt ends
+        rows: list[int] = []  # and for each complete request, which of these is its own
         while reading and room > 0:
             admitted = reading[0]
             ids = admitted.request.token_ids[admitted.done : admitted.done + room]
@@ -225,8 +227,9 @@ class Generator:
             if admitted.done == len(admitted.request.token_ids):
                 reading.popleft()
                 complete += [admitted, *admitted.twins]
-                last_rows += [offset - 1] * (1 + len(admitted.twins))
-        hidden = self.runner.prefill(parts)
+                rows += [len(wanted)] * (1 + len(admitted.twins))
+                wanted.append(offset - 1)
+        hidden = self.runner.prefill(parts, wanted or None)
         twins = [(admitted, twin) for admitted in complete for twin in admitted.twins]
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
@@ -234,7 +237,7 @@ class Generator:
         going_on = [i for i, admitted in enumerate(complete) if admitted.request.max_new_tokens]
         if going_on:
             lanes = torch.tensor([complete[i].slot for i in going_on], device=hidden.device)
-            self._advance(lanes, hidden[[last_rows[i] for i in going_on]])
+            self._advance(lanes, hidden[[rows[i] for i in going_on]])
         return complete
 
     def _decode(self, decoding: dict[int, _Admitted], hurry: bool) -> None:

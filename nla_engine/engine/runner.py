@@ -14,7 +14,7 @@ import torch
 
 from nla_engine.config import PRECISIONS
 from nla_engine.engine import attention
-from nla_engine.engine.attention import Pass
+from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.fused import Fp8Block, FusedBlock, can_fuse, tune_products
 from nla_engine.engine.request import VECTOR
 from nla_engine.engine.slots import SlotCache, slot_size
@@ -74,6 +74,7 @@ class Runner:
         self._tap: Tap | None = None
         self._fused: list[Any] = []
         self._hooks: list[Any] = []
+        self._narrows = False  # whether the last block goes on with the wanted tokens alone
         try:
             self._take_over(prefix, tap_layers)
         except BaseException:
@@ -89,7 +90,10 @@ class Runner:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
                 block.forward = FusedBlock(block)
                 self._fused.append(block)
-        for layer in dict.fromkeys(tap_layers):
+        layers = set(tap_layers)
+        last = len(self.lm.blocks) - 1
+        self._narrows = self.lm.blocks[last] in self._fused and last not in layers
+        for layer in layers:
             self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
         self._check(expected, _CHECK_LIMIT.get(self.lm.dtype, 1e-3), "")
         if self.precision == "fp8":  # whose arithmetic has just been checked, but for rounding
@@ -135,16 +139,23 @@ class Runner:
         return hook
 
     @torch.inference_mode()
-    def prefill(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
-        """Read runs of tokens: (slot, start position, token ids). Returns hidden states [T, d], run by run."""
+    def prefill(
+        self, parts: Sequence[tuple[int, int, Sequence[int]]], wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Read runs of tokens: (slot, start position, token ids). Returns their hidden states, run by run.
+
+        wanted: which of the T tokens' states [n, d] are asked for, 0 < n <= T; None: all of them
+        """
         runs = [(slot, start, len(ids)) for slot, start, ids in parts]
         lengths = [length for _, _, length in runs]
         ids = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
         slots = np.repeat([slot for slot, _, _ in runs], lengths)
         positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
-        packed = torch.from_numpy(np.stack([ids, slots, positions])).to(self.device)
+        chosen = np.resize(np.arange(len(ids)) if wanted is None else np.asarray(wanted, np.int64), len(ids))
+        packed = torch.from_numpy(np.stack([ids, slots, positions, chosen])).to(self.device)
         tiles = attention.prefill_tiles(runs, self.group, packed[2])
-        return self._forward(packed[0], packed[1], packed[2], tiles, with_vectors=VECTOR in ids)
+        token = None if wanted is None else packed[3, : len(wanted)]
+        return self._forward(packed[0], packed[1], packed[2], tiles, VECTOR in ids, token)
 
     @torch.inference_mode()
     def decode(
@@ -155,12 +166,22 @@ class Runner:
         longest: an upper bound on position + 1 (a tight one is faster where attention is plain torch).
         """
         tiles = attention.decode_tiles(slot, position, self.group, longest)
-        return self._forward(ids, slot, position, tiles, with_vectors=False)
+        return self._forward(ids, slot, position, tiles)
 
     def _forward(
-        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, tiles: Tiles, with_vectors: bool
+        self,
+        ids: torch.Tensor,
+        slot: torch.Tensor,
+        position: torch.Tensor,
+        tiles: Tiles,
+        with_vectors: bool = False,
+        token: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """token: int64 [n], those whose states are returned."""
         work = Pass(self.cache, slot, position, tiles, self.reference)
+        if token is not None and self._narrows:
+            own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)
+            work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
         embeds = self.lm.embedding(ids.clamp(min=0) if with_vectors else ids)
         if with_vectors:
             embeds = torch.where((ids == VECTOR)[:, None], self.vectors[slot], embeds)
@@ -175,7 +196,7 @@ class Runner:
         if len(work.written) != len(self.lm.blocks):
             missing = sorted(set(range(len(self.lm.blocks))) - work.written)
             raise EngineError(f"{self.lm.name}: blocks {missing} did not attend through the engine")
-        return hidden[0]
+        return hidden[0] if token is None or self._narrows else hidden[0, token]
 
     def _sample(self) -> torch.Tensor:
         """A short run of token ids for the self-check, int64 [n]."""
@@ -198,7 +219,7 @@ class Runner:
         size = len(ids)
         parts = []
         if size > 1:
-            parts.append(self.prefill([(0, 0, ids[:-1].tolist())]))
+            parts.append(self.prefill([(0, 0, ids[:-1].tolist())], range(size - 1)))
         at = torch.tensor([0, size - 1], device=self.device)
         parts.append(self.decode(ids[-1:], at[:1], at[1:], size))
         error = float((torch.cat(parts).float() - expected).norm() / expected.norm())

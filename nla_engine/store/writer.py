@@ -68,6 +68,7 @@ class StoreWriter:
         self._manifest = manifest
         self._commit_seconds = commit_seconds
         self._committed_at = time.monotonic()
+        self._filled = False  # a row shard, since the last commit
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
         self._queue = WriteQueue()
@@ -193,7 +194,7 @@ class StoreWriter:
         """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
 
         wait: false: they may be used again after `wait_until_copied`, which lets several calls copy at once
-        Commits when `commit_seconds` have passed; a thirtieth of them when a row shard has filled.
+        Commits when `commit_seconds` have passed; if it waits, when a thirtieth of them has and a row shard has filled.
         Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
         if not sequences:
@@ -201,22 +202,38 @@ class StoreWriter:
         logs, shard_rows = self._logs, self._manifest.shard_rows
         first = logs["rows/token_id"].length
         batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
+        columns = self._columns(batch)
         with self._write_errors():
             try:
-                for name, values in self._columns(batch).items():
-                    logs[name].append(values)
-                for layer in self.layers:
+                for layer in self.layers:  # what is largest keeps the disk busy while the rest is made
                     group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
                     for name in ("codes", "scales", "exact"):
                         if name != "scales" or self.codec.scale_width:
                             logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
+                for name, values in columns.items():
+                    logs[name].append(values)
             finally:
                 if wait:
                     self.wait_until_copied()
-        filled = first // shard_rows != logs["rows/token_id"].length // shard_rows
-        pause = self._commit_seconds * (FILLED_COMMIT_PART if filled else 1)
-        if time.monotonic() - self._committed_at >= pause:
+        self._filled |= first // shard_rows != logs["rows/token_id"].length // shard_rows
+        if wait:
+            self.commit_if_due()
+        elif self._since_commit >= self._commit_seconds:
             self.commit()
+
+    def commit_if_due(self) -> None:
+        """Commit if `commit_seconds` have passed, or a thirtieth of them and a row shard has filled.
+
+        Cheap when what has been appended is on disk already, as some time after `append_many` without waiting.
+        Raises WriteError.
+        """
+        if self._since_commit >= self._commit_seconds * (FILLED_COMMIT_PART if self._filled else 1):
+            self.commit()
+
+    @property
+    def _since_commit(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self._committed_at
 
     def wait_until_copied(self) -> None:
         """Until the arrays of every sequence appended may be used again."""
@@ -260,7 +277,7 @@ class StoreWriter:
             or self._codec_error != self._manifest.codec_error
         ):
             self._write_commit(complete=False)
-        self._committed_at = time.monotonic()
+        self._committed_at, self._filled = time.monotonic(), False
 
     def record_codec_error(self, layer: int, error: Mapping[str, Any]) -> None:
         """Note the codec's measured error on a layer (JSON) for the next commit."""
