@@ -1,4 +1,5 @@
-// What the encoders share: a row as it lies in memory, what its norm decides, scales. The contract: nla_engine/codec.py.
+// What both encoders share: channels as they lie in memory, what a row's norm decides, scales. The contract:
+// nla_engine/codec.py.
 #pragma once
 
 #include "rows.cuh"
@@ -7,6 +8,8 @@ namespace nla {
 
 // Added and so rounded to an integer, nearest even, whose two's complement stands in the low bits: for |v| < 2^22.
 constexpr float kRounder = 12582912.0f;
+constexpr int kClips = 6;
+__constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
 
 // Eight neighbouring channels as they lie in memory: float32 32 bytes, the halves 16.
 template <typename T>
@@ -46,55 +49,33 @@ __device__ __forceinline__ uint4 bf16_chunk(const float (&v)[kChunk]) {
     return {word[0], word[1], word[2], word[3]};
 }
 
-// A lane's 32 channels of one row, packed.
-template <typename T>
-struct Lane {
-    Chunk<T> chunk[4];
-};
-
 // Where a row goes; -1 if it is not selected, or past the end.
 __device__ __forceinline__ int64_t dest_of(const EncodeArgs& args, int64_t row) {
     return row < args.rows ? __ldg(args.dest + row) : -1;
 }
 
-// Zeros unless `chosen`: nothing is read then.
-template <typename T, Layout layout>
-__device__ __forceinline__ Lane<T> load_lane(const EncodeArgs& args, int64_t row, int quad, int sub, bool chosen) {
-    Lane<T> lane;
-    const T* x = static_cast<const T*>(args.hidden) + row * args.row_stride + quad * kBlock;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const uint4* from = reinterpret_cast<const uint4*>(x + chunk_of<layout>(sub, c) * kChunk);
-#pragma unroll
-        for (int part = 0; part < static_cast<int>(sizeof(T) / 2); ++part)
-            lane.chunk[c].part[part] = chosen ? __ldg(from + part) : uint4{0, 0, 0, 0};
-    }
-    return lane;
-}
-
-// What the first thread of a row finds out for the others.
 struct RowState {
     float norm;
-    float factor;    // 1 / (norm / sqrt(d)) / sqrt(block); 0 for rows that the codec cannot hold
-    int exact_slot;  // place in the exact pool, -1: none
+    float factor;  // 1 / (norm / sqrt(d)) / sqrt(block); 0 for rows that the codec cannot hold
+    bool keep;     // exactly, too
 };
 
-__device__ __forceinline__ RowState row_state(const EncodeArgs& args, double sum, int64_t dest) {
+// From the sum of the squares of a row.
+__device__ __forceinline__ RowState state_of(const EncodeArgs& args, double sum) {
     RowState state;
     state.norm = __double2float_rn(__dsqrt_rn(sum));
     const bool ordinary = is_ordinary(state.norm);
     state.factor = ordinary ? __fmul_rn(__fdiv_rn(1.0f, __fdiv_rn(state.norm, args.sqrt_d)), args.unit) : 0.0f;
-    state.exact_slot = -1;
-    args.norm[dest] = state.norm;
-    const bool keep = !(ordinary && state.norm <= args.sink_norm) && state.norm != 0.0f;
-    if (keep && args.codec.kind != CodecKind::bf16) {
-        const int slot = atomicAdd(args.exact_count, 1);
-        if (slot < args.exact_capacity) {
-            args.exact_dest[slot] = dest;
-            state.exact_slot = slot;
-        }
-    }
+    state.keep = args.codec.kind != CodecKind::bf16 && !(ordinary && state.norm <= args.sink_norm) && state.norm != 0.0f;
     return state;
+}
+
+// A place in the exact pool for the row that goes to `dest`: one thread calls. nullptr if the pool is full.
+__device__ __forceinline__ uint16_t* take_exact(const EncodeArgs& args, int64_t dest) {
+    const int slot = atomicAdd(args.exact_count, 1);
+    if (slot >= args.exact_capacity) return nullptr;
+    args.exact_dest[slot] = dest;
+    return args.exact + static_cast<int64_t>(slot) * args.codec.d;
 }
 
 // codec: scale = float16(clip * largest / top) and its reciprocal, 0 if the scale is.
@@ -111,56 +92,21 @@ __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
     return scale;
 }
 
-__device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    return largest;
+// kRounder + the code of y before it is cut at the top: y / scale, rounded once.
+__device__ __forceinline__ float shifted_code(float y, const Scale& scale) {
+    return __fmaf_rn(y, scale.reciprocal, kRounder);
 }
 
-__device__ __forceinline__ float clamp(float v, float top) { return fminf(fmaxf(v, -top), top); }
-
-// A lane's channels of a row that is kept exactly, or of codec bf16.
-template <typename T, Layout layout>
-__device__ __forceinline__ void store_bf16(const Lane<T>& lane, uint16_t* row, int quad, int sub) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        float v[kChunk];
-        unpack(lane.chunk[c], v);
-        *reinterpret_cast<uint4*>(row + quad * kBlock + chunk_of<layout>(sub, c) * kChunk) = bf16_chunk(v);
-    }
+// Squared error of y at a scale of int4. Signs fall out of a square; code (3 bits) * scale (11 bits) is exact, so the
+// fused operation rounds once, as the subtraction of the product does.
+__device__ __forceinline__ float int4_error(float y, const Scale& scale) {
+    const float code = fminf(__fsub_rn(shifted_code(fabsf(y), scale), kRounder), 7.0f);
+    const float delta = __fmaf_rn(-code, scale.value, fabsf(y));
+    return __fmul_rn(delta, delta);
 }
 
-// Sum of the squares of a quad's block, in all its lanes.
+// Blocks of 128 and 16-byte accesses: a warp a row (encode_fast.cu). False if it does not take these arguments.
 template <typename T>
-__device__ __forceinline__ double sum_of_squares(const Lane<T>& lane) {
-    double sum = 0.0;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        float v[kChunk];
-        unpack(lane.chunk[c], v);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) sum = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sum);
-    }
-    sum += __shfl_xor_sync(kAll, sum, 1);
-    return sum + __shfl_xor_sync(kAll, sum, 2);
-}
-
-// The state of each of a CTA's rows from the sums of its blocks, double [rows, quads]: a warp takes a row.
-__device__ __forceinline__ void find_states(const EncodeArgs& args, int64_t first, int rows, int quads,
-                                            const double* partial, RowState* states, int warp, int warps, int lane) {
-    for (int r = warp; r < rows; r += warps) {
-        double total = 0.0;
-        for (int q = lane; q < quads; q += 32) total += partial[r * quads + q];
-#pragma unroll
-        for (int mask = 16; mask; mask /= 2) total += __shfl_xor_sync(kAll, total, mask);
-        const int64_t dest = dest_of(args, first + r);
-        if (lane == 0 && dest >= 0) states[r] = row_state(args, total, dest);
-    }
-}
-
-// Rows of 16-bit floats, blocks of 128 and 16-byte accesses (encode_int8.cu).
-template <typename T>
-void launch_int8(const EncodeArgs& args, int device, cudaStream_t stream);
+bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream);
 
 }  // namespace nla

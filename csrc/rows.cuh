@@ -31,9 +31,13 @@ constexpr unsigned kAll = 0xffffffffu;
 
 enum class Layout { Spread, Packed };
 
+// Chunks from a lane's slot to its next.
+template <Layout layout>
+constexpr int kChunkStep = layout == Layout::Spread ? 4 : 1;
+
 template <Layout layout>
 __device__ __forceinline__ int chunk_of(int sub, int slot) {
-    return layout == Layout::Spread ? 4 * slot + sub : 4 * sub + slot;
+    return sub * (layout == Layout::Spread ? 1 : 4) + slot * kChunkStep<layout>;
 }
 
 // Norms outside this range (or not finite) cannot be divided by: codec.py NORM_RANGE.
@@ -120,21 +124,5 @@ inline void check_codec(const CodecShape& codec) {
 
 inline float float_sqrt(int d) { return static_cast<float>(std::sqrt(static_cast<double>(d))); }
 inline float float_unit(int block) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(block))); }
-
-// How the fast kernels cut the rows: `rows` rows side by side in a CTA of `threads`, so that few lanes idle.
-struct Tiling {
-    int rows, quads, threads;
-};
-
-inline Tiling tiling(int d) {
-    Tiling best{1, d / kBlock, (d / kBlock * 4 + 31) / 32 * 32};
-    for (int rows = 2; rows <= 64; ++rows) {
-        const int used = rows * best.quads * 4, threads = (used + 31) / 32 * 32;
-        if (threads > 256) break;
-        const int64_t now = int64_t{used} * best.threads, then = int64_t{best.rows} * best.quads * 4 * threads;
-        if (now > then || (now == then && best.threads < 128)) best = {rows, best.quads, threads};
-    }
-    return best;
-}
 
 }  // namespace nla

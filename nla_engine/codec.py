@@ -4,7 +4,7 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
 
     y     = (H x) / rms            H: orthonormal Hadamard matrix on each block of `block` channels
     scale = float16(clip * max|y| / top)         one for each group of `group` channels
-    code  = clamp(round_half_even(y / scale), -top, top)
+    code  = clamp(round_half_even(y * (1 / scale)), -top, top)      the product is not rounded before
     x'    = rms * H (scale * code)               H is its own inverse
 
 `int8`: top 127, group = block, clip 1.  `int4`: top 7, group 32, clip = the candidate of least squared error,
@@ -12,7 +12,7 @@ code + 8 in a nibble, even channel low.  `bf16`: the row itself, rounded to bflo
 
 Every float32 operation below is a single IEEE addition or multiplication in a stated order, never fused, so that
 the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8 for
-rows of 16-bit floats: tensor cores sum four of the seven steps of the rotation in an order of their own. Where the
+rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in an order of their own. Where the
 float32 sums of a block are exact (bfloat16 magnitudes within a factor of about 2^9) that changes nothing; elsewhere the
 last bits of a sum may differ, so a code by one where y / scale is next to a tie, or a scale by one unit in the last
 place. Knows nothing of files, layers or sequences.

@@ -54,6 +54,12 @@ def _half(value):
 
 
 @numba.njit(cache=True, nogil=True)
+def _code(value, reciprocal, top):
+    """The product of two float32, exact in float64, rounded to a whole number (even on ties) and cut at the top."""
+    return np.float32(min(max(np.rint(np.float64(value) * np.float64(reciprocal)), -top), top))
+
+
+@numba.njit(cache=True, nogil=True)
 def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
     """Codes int8 [n, d] and scales float32 [n, d / group] of the ordinary rows; others are left as they are."""
     d = x.shape[1]
@@ -80,8 +86,7 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
                 reciprocal = one / scale if scale > 0 else np.float32(0.0)
                 if len(clips) > 1:
                     for j in range(group):
-                        code = min(max(np.rint(row[start + j] * reciprocal), -top), top)
-                        product = code * scale
+                        product = _code(row[start + j], reciprocal, top) * scale
                         delta = row[start + j] - product
                         errors[j] = delta * delta
                     width = group // 2
@@ -94,7 +99,7 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
                     best_error = errors[0]
                 scales[i, g] = scale
                 for j in range(start, start + group):
-                    codes[i, j] = np.int8(min(max(np.rint(row[j] * reciprocal), -top), top))
+                    codes[i, j] = np.int8(_code(row[j], reciprocal, top))
 
 
 @numba.njit(cache=True, nogil=True)

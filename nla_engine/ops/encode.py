@@ -217,7 +217,7 @@ def _codes(y: Tensor, scale: Tensor, top: int) -> Tensor:
     """clamp(round(y / scale)) as float32, by the reciprocal; 0 where the scale is 0."""
     wide = scale.float()
     reciprocal = torch.where(wide > 0, 1.0 / wide, 0.0)
-    return (y * reciprocal[:, :, None]).round().clamp(-top, top)
+    return (y.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
 
 
 def _bf16_bits(x: Tensor) -> Tensor:

@@ -1,0 +1,345 @@
+// Rows -> codec bytes where blocks are of 128 and accesses of 16 bytes: a warp a row, no warp waits for another.
+//
+// A lane copies its chunks (rows.cuh) to shared memory, squares them, and when the warp knows the norm works at eight
+// blocks at a time, a quad of lanes a block. What a lane reads there it has put there itself.
+//
+// int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
+// tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
+// its own: a code may be one off that of codec.py where the float32 sums of a block are not exact and y / scale is next
+// to a tie. A chunk's four words, as they lie, are a lane's part of the first factor A [16, 16]:
+//
+//     row of A      the quad in the warp (8), channel bit 1 (2)
+//     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
+//
+// The column of the result means what that of A does, so what comes out lies as what went in. Channel bits 5 and 6 tell
+// a lane's chunks apart: each chunk of the result sums the products of all four, with their signs. Left is bit 1.
+#include <cuda_pipeline_primitives.h>
+
+#include <type_traits>
+
+#include "encode.cuh"
+
+namespace nla {
+namespace {
+
+constexpr int kWarps = 4;                // of a CTA, unless their rows would not fit
+constexpr int kQuads = 8;                // of a warp
+constexpr size_t kShared = 48 << 10;     // what a CTA has without asking for more
+constexpr float kSmallestNormalHalf = 6.103515625e-05f;
+
+// ---- a row in shared memory ----
+
+// A warp's row: for each pass of the warp over eight blocks, each lane's chunks.
+template <typename T, Layout layout>
+class StagedRow {
+  public:
+    static constexpr int kParts = sizeof(T) / 2;  // 16-byte pieces of a chunk
+
+    static constexpr __host__ __device__ int passes(int quads) { return (quads + kQuads - 1) / kQuads; }
+    static constexpr __host__ __device__ int pieces(int quads) { return passes(quads) * 4 * kParts * 32; }
+
+    __device__ StagedRow(uint4* memory, int quads, int lane)
+        : mine_(memory + lane), quads_(quads), sub_(lane & 3), quad_(lane / 4) {}
+
+    __device__ int passes() const { return passes(quads_); }
+    __device__ bool works(int pass) const { return quad(pass) < quads_; }
+    __device__ int quad(int pass) const { return pass * kQuads + quad_; }
+
+    // From global memory.
+    __device__ void copy(const T* row) const {
+        const uint4* from = reinterpret_cast<const uint4*>(row + quad_ * kBlock + chunk_of<layout>(sub_, 0) * kChunk);
+#pragma unroll 1
+        for (int pass = 0; pass < passes(); ++pass, from += kQuads * (kBlock / kChunk) * kParts) {
+            if (!works(pass)) continue;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+#pragma unroll
+                for (int part = 0; part < kParts; ++part)
+                    __pipeline_memcpy_async(piece(pass, c, part), from + (c * kChunkStep<layout> * kParts + part), 16);
+            }
+        }
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+    }
+
+    // What no copy has reached is undefined.
+    __device__ Chunk<T> chunk(int pass, int c) const {
+        Chunk<T> chunk;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) chunk.part[part] = *piece(pass, c, part);
+        return chunk;
+    }
+
+  private:
+    __device__ uint4* piece(int pass, int c, int part) const { return mine_ + ((pass * 4 + c) * kParts + part) * 32; }
+
+    uint4* mine_;
+    int quads_, sub_, quad_;
+};
+
+template <typename Row>
+__device__ __forceinline__ double sum_of_squares(const Row& row) {
+    double sums[4] = {};  // so that one need not wait for another
+    for (int pass = 0; pass < row.passes(); ++pass) {
+        if (!row.works(pass)) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            float v[kChunk];
+            unpack(row.chunk(pass, c), v);
+#pragma unroll
+            for (int e = 0; e < kChunk; ++e)
+                sums[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums[c]);
+        }
+    }
+    double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
+    return sum;
+}
+
+template <typename Row>
+__device__ __forceinline__ void store_bits(const Row& row, uint16_t* to, int pass, int at, int step) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        float v[kChunk];
+        unpack(row.chunk(pass, c), v);
+        *reinterpret_cast<uint4*>(to + (at + c * step * kChunk)) = bf16_chunk(v);
+    }
+}
+
+// ---- the rotation on tensor cores ----
+
+// out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8, g being the quad of the warp.
+__device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1, __half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// The matrix of order 16 as this lane's part of the second factor: b[half][pair] holds rows k, k + 1 of column n, with
+// k = 2 sub + 8 pair and n = 8 half + g.
+template <typename T>
+struct Hadamard {
+    uint32_t b[2][2];
+
+    __device__ explicit Hadamard(int lane) {
+        constexpr uint32_t one = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                const int k = 2 * (lane & 3) + 8 * pair, n = 8 * half + lane / 4;
+                const uint32_t low = one | (__popc(k & n) & 1) << 15, high = one | (__popc((k + 1) & n) & 1) << 15;
+                b[half][pair] = low | high << 16;
+            }
+        }
+    }
+
+    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. All lanes of the warp call.
+    __device__ void rotate(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
+#pragma unroll
+        for (int from = 0; from < 4; ++from) {
+#pragma unroll
+            for (int to = 0; to < 4; ++to) {
+                const int common = from & to;  // bits 5 and 6: the sign of this chunk in that one
+                const uint32_t sign = (common == 1 || common == 2) ? 0x80008000u : 0u;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    multiply(v + to * kChunk + 4 * half, x[from].part[0], b[half][0] ^ sign, b[half][1] ^ sign, T{});
+            }
+        }
+        butterfly_in_lane<2>(v);
+    }
+};
+
+// ---- codes of a quad's block, each lane 32 channels ----
+
+__device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) largest = fmaxf(largest, fabsf(v[i]));
+    return largest;
+}
+
+// One scale a block. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes within +-127.
+// codes: of the lane's first chunk; scales: of the block. All lanes of the warp call, those that `works` store.
+__device__ __forceinline__ void store_int8(float (&v)[kPerLane], int8_t* codes, __half* scales, bool works, int sub) {
+    float largest = largest_in_lane(v);
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
+    const Scale scale = make_scale(largest, 1.0f / 127.0f);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], scale);
+    if (scale.value < kSmallestNormalHalf) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = fminf(fmaxf(v[i], kRounder - 127.0f), kRounder + 127.0f);
+    }
+    uint32_t word[kPerLane / 4];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 4; ++i) {
+        const float* const code = v + 4 * i;
+        const uint32_t low = __byte_perm(__float_as_uint(code[0]), __float_as_uint(code[1]), 0x0040);
+        const uint32_t high = __byte_perm(__float_as_uint(code[2]), __float_as_uint(code[3]), 0x0040);
+        word[i] = __byte_perm(low, high, 0x5410);
+    }
+    if (!works) return;
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        reinterpret_cast<uint2*>(codes)[c * kChunkStep<Layout::Spread>] = {word[2 * c], word[2 * c + 1]};
+    if (sub == 0) *scales = scale.half;
+}
+
+// Sum over errors i, i + width, i + 2 width ... in the order of a butterfly reduction: steps 16, 8, 4, 2, 1.
+template <int width>
+__device__ __forceinline__ float int4_error_sum(const float (&v)[kPerLane], int i, const Scale& scale) {
+    if constexpr (width == kPerLane) {
+        return int4_error(v[i], scale);
+    } else {
+        return __fadd_rn(int4_error_sum<2 * width>(v, i, scale), int4_error_sum<2 * width>(v, i + width, scale));
+    }
+}
+
+// One group to a lane. codes: of the lane; scales: of its group.
+__device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* codes, __half* scales) {
+    const float largest = largest_in_lane(v);
+    Scale best = make_scale(largest, 1.0f / 7.0f);
+    float best_error = int4_error_sum<1>(v, 0, best);
+#pragma unroll 1
+    for (int c = 1; c < kClips; ++c) {
+        const Scale scale = make_scale(__fmul_rn(largest, clips[c]), 1.0f / 7.0f);
+        // A rounded sum of squares is no less than any of them: if what is cut off the largest value costs too much
+        // alone, the sum does.
+        if (int4_error(largest, scale) >= best_error) continue;
+        const float error = int4_error_sum<1>(v, 0, scale);
+        if (error < best_error) {
+            best_error = error;
+            best = scale;
+        }
+    }
+    uint32_t word[kPerLane / 8];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 8; ++i) {
+        word[i] = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float code = fminf(fmaxf(shifted_code(v[8 * i + k], best), kRounder - 7.0f), kRounder + 7.0f);
+            word[i] |= (__float_as_uint(code) & 15u) << (4 * k);
+        }
+        word[i] ^= 0x88888888u;  // two's complement + 8
+    }
+    *reinterpret_cast<uint4*>(codes) = {word[0], word[1], word[2], word[3]};
+    *scales = best.half;
+}
+
+// ---- the kernel ----
+
+template <CodecKind kind>
+constexpr Layout layout_of = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
+
+// So many CTAs share a multiprocessor: int4 computes more than it waits.
+template <CodecKind kind>
+constexpr int kResident = kind == CodecKind::int4 ? 4 : 7;
+
+// Dynamic shared memory: uint4[warps, StagedRow::pieces].
+template <typename T, CodecKind kind>
+__global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(const EncodeArgs args) {
+    constexpr Layout layout = layout_of<kind>;
+    constexpr bool packed = kind == CodecKind::int8 && sizeof(T) == 2;  // what the tensor cores take
+    extern __shared__ uint4 shared[];
+    const int d = args.codec.d, quads = d / kBlock;
+    const int lane = threadIdx.x & 31, sub = lane & 3, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const StagedRow<T, layout> staged(shared + warp * StagedRow<T, layout>::pieces(quads), quads, lane);
+    const int first_chunk = chunk_of<layout>(sub, 0) * kChunk;  // of the lane, in channels
+    const Hadamard<std::conditional_t<packed, T, __half>> matrix(lane);
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * warps;
+
+    int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp, next_dest = dest_of(args, row);
+    for (; row < args.rows; row += stride) {
+        const int64_t dest = next_dest;
+        next_dest = dest_of(args, row + stride);  // on its way meanwhile
+        if (dest < 0) continue;
+        staged.copy(static_cast<const T*>(args.hidden) + row * args.row_stride);
+        const RowState state = state_of(args, sum_of_squares(staged));
+        if (lane == 0) args.norm[dest] = state.norm;
+
+        uint16_t* bits = nullptr;  // where the row's bfloat16 bits go, if anywhere
+        if constexpr (kind == CodecKind::bf16) {
+            bits = static_cast<uint16_t*>(args.codes) + dest * d;
+        } else if (state.keep) {
+            uint64_t address = lane == 0 ? reinterpret_cast<uint64_t>(take_exact(args, dest)) : 0;
+            bits = reinterpret_cast<uint16_t*>(__shfl_sync(kAll, address, 0));
+        }
+        if (bits) {
+            for (int pass = 0; pass < staged.passes(); ++pass)
+                if (staged.works(pass))
+                    store_bits(staged, bits, pass, staged.quad(pass) * kBlock + first_chunk, kChunkStep<layout>);
+        }
+        if constexpr (kind == CodecKind::bf16) continue;
+
+        uint8_t* const codes = static_cast<uint8_t*>(args.codes) + dest * (kind == CodecKind::int8 ? d : d / 2);
+        __half* const scales = static_cast<__half*>(args.scales) + dest * (kind == CodecKind::int8 ? quads : quads * 4);
+#pragma unroll 1
+        for (int pass = 0; pass < staged.passes(); ++pass) {
+            const int channel = staged.quad(pass) * kBlock + first_chunk;
+            float v[kPerLane];
+            if constexpr (packed) {
+                const Chunk<T> x[4] = {staged.chunk(pass, 0), staged.chunk(pass, 1), staged.chunk(pass, 2),
+                                       staged.chunk(pass, 3)};
+                matrix.rotate(x, v);
+            } else {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) unpack(staged.chunk(pass, c), v + c * kChunk);
+                rotate<layout>(v, sub);
+            }
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], state.factor);
+            if (state.factor == 0.0f) {  // Inf * 0 is not 0
+#pragma unroll
+                for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
+            }
+            if constexpr (kind == CodecKind::int8) {
+                store_int8(v, reinterpret_cast<int8_t*>(codes) + channel, scales + staged.quad(pass), staged.works(pass), sub);
+            } else if (staged.works(pass)) {
+                store_int4(v, codes + channel / 2, scales + staged.quad(pass) * 4 + sub);
+            }
+        }
+    }
+}
+
+template <typename T, CodecKind kind>
+void launch(const EncodeArgs& args, size_t row_bytes, int device, cudaStream_t stream) {
+    const int warps = static_cast<int>(std::min<size_t>(kWarps, kShared / row_bytes));
+    const size_t shared = warps * row_bytes;
+    const int grid = persistent_grid(encode_fast<T, kind>, 32 * warps, shared, (args.rows + warps - 1) / warps, device);
+    encode_fast<T, kind><<<grid, 32 * warps, shared, stream>>>(args);
+}
+
+}  // namespace
+
+template <typename T>
+bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream) {
+    const size_t row_bytes = sizeof(uint4) * StagedRow<T, Layout::Spread>::pieces(args.codec.d / kBlock);
+    const bool fits = args.codec.d % kBlock == 0 && row_bytes <= kShared && (args.row_stride * sizeof(T)) % 16 == 0 &&
+                      is_aligned(args.hidden, 16) && is_aligned(args.codes, 16) &&
+                      (args.exact_capacity == 0 || is_aligned(args.exact, 16));
+    if (!fits) return false;
+    switch (args.codec.kind) {
+        case CodecKind::bf16: launch<T, CodecKind::bf16>(args, row_bytes, device, stream); break;
+        case CodecKind::int8: launch<T, CodecKind::int8>(args, row_bytes, device, stream); break;
+        case CodecKind::int4: launch<T, CodecKind::int4>(args, row_bytes, device, stream); break;
+    }
+    return true;
+}
+
+template bool launch_fast<float>(const EncodeArgs&, int, cudaStream_t);
+template bool launch_fast<__nv_bfloat16>(const EncodeArgs&, int, cudaStream_t);
+template bool launch_fast<__half>(const EncodeArgs&, int, cudaStream_t);
+
+}  // namespace nla
