@@ -100,7 +100,6 @@ SOURCES = [
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short(path: Path) -> None:
-    name = str(path.relative_to(ROOT))
     assert len(path.read_text().splitlines()) <= LONGEST
 
 
