@@ -1,7 +1,8 @@
 // Rows -> codec bytes where blocks are of 128 and accesses of 16 bytes: a warp a row, no warp waits for another.
 //
 // A lane copies its chunks (rows.cuh) to shared memory, squares them, and when the warp knows the norm works at eight
-// blocks at a time, a quad of lanes a block. What a lane reads there it has put there itself.
+// blocks at a time, a quad of lanes a block, and copies those of its next row into their place. What a lane reads there
+// it has put there itself.
 //
 // int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
 // tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
@@ -45,19 +46,19 @@ class StagedRow {
     __device__ bool works(int pass) const { return quad(pass) < quads_; }
     __device__ int quad(int pass) const { return pass * kQuads + quad_; }
 
-    // From global memory.
-    __device__ void copy(const T* row) const {
-        const uint4* from = reinterpret_cast<const uint4*>(row + quad_ * kBlock + chunk_of<layout>(sub_, 0) * kChunk);
-#pragma unroll 1
-        for (int pass = 0; pass < passes(); ++pass, from += kQuads * (kBlock / kChunk) * kParts) {
-            if (!works(pass)) continue;
+    // Start copying a pass of a row from global memory. What was there must have been read by this lane.
+    __device__ void copy(const T* row, int pass) const {
+        if (!works(pass)) return;
+        const uint4* from = reinterpret_cast<const uint4*>(row + (quad(pass) * kBlock + chunk_of<layout>(sub_, 0) * kChunk));
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < 4; ++c) {
 #pragma unroll
-                for (int part = 0; part < kParts; ++part)
-                    __pipeline_memcpy_async(piece(pass, c, part), from + (c * kChunkStep<layout> * kParts + part), 16);
-            }
+            for (int part = 0; part < kParts; ++part)
+                __pipeline_memcpy_async(piece(pass, c, part), from + (c * kChunkStep<layout> * kParts + part), 16);
         }
+    }
+
+    __device__ void wait() const {
         __pipeline_commit();
         __pipeline_wait_prior(0);
     }
@@ -80,6 +81,7 @@ class StagedRow {
 template <typename Row>
 __device__ __forceinline__ double sum_of_squares(const Row& row) {
     double sums[4] = {};  // so that one need not wait for another
+#pragma unroll 2
     for (int pass = 0; pass < row.passes(); ++pass) {
         if (!row.works(pass)) continue;
 #pragma unroll
@@ -162,10 +164,10 @@ struct Hadamard {
 // ---- codes of a quad's block, each lane 32 channels ----
 
 __device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
-    float largest = 0.0f;
+    float largest[4] = {};  // so that one need not wait for another
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    return largest;
+    for (int i = 0; i < kPerLane; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(v[i]));
+    return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
 }
 
 // One scale a block. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes within +-127.
@@ -260,15 +262,23 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(cons
     const Hadamard<std::conditional_t<packed, T, __half>> matrix(lane);
     const int64_t stride = static_cast<int64_t>(gridDim.x) * warps;
 
+    const auto at = [&](int64_t row) { return static_cast<const T*>(args.hidden) + row * args.row_stride; };
+
     int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp, next_dest = dest_of(args, row);
+    bool copied = false;  // whether this row is in shared memory, or on its way there
     for (; row < args.rows; row += stride) {
         const int64_t dest = next_dest;
         next_dest = dest_of(args, row + stride);  // on its way meanwhile
         if (dest < 0) continue;
-        staged.copy(static_cast<const T*>(args.hidden) + row * args.row_stride);
+        if (!copied) {
+#pragma unroll 1
+            for (int pass = 0; pass < staged.passes(); ++pass) staged.copy(at(row), pass);
+        }
+        staged.wait();
+        copied = next_dest >= 0;  // the next row takes the place of what has been read of this one
+
         const RowState state = state_of(args, sum_of_squares(staged));
         if (lane == 0) args.norm[dest] = state.norm;
-
         uint16_t* bits = nullptr;  // where the row's bfloat16 bits go, if anywhere
         if constexpr (kind == CodecKind::bf16) {
             bits = static_cast<uint16_t*>(args.codes) + dest * d;
@@ -277,9 +287,12 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(cons
             bits = reinterpret_cast<uint16_t*>(__shfl_sync(kAll, address, 0));
         }
         if (bits) {
-            for (int pass = 0; pass < staged.passes(); ++pass)
+#pragma unroll 1
+            for (int pass = 0; pass < staged.passes(); ++pass) {
                 if (staged.works(pass))
                     store_bits(staged, bits, pass, staged.quad(pass) * kBlock + first_chunk, kChunkStep<layout>);
+                if (kind == CodecKind::bf16 && copied) staged.copy(at(row + stride), pass);
+            }
         }
         if constexpr (kind == CodecKind::bf16) continue;
 
@@ -298,6 +311,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(cons
                 for (int c = 0; c < 4; ++c) unpack(staged.chunk(pass, c), v + c * kChunk);
                 rotate<layout>(v, sub);
             }
+            if (copied) staged.copy(at(row + stride), pass);
 #pragma unroll
             for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], state.factor);
             if (state.factor == 0.0f) {  // Inf * 0 is not 0
