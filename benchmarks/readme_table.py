@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def latest(results: Path) -> list[dict[str, Any]]:
-    """The last line of every (gpu, suite, case, unit), in the order in which the cases first appear."""
+    """The last line of every (gpu, suite, case, unit), suite by suite, in the order in which they first appear."""
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(results.glob("*.csv")):
         for line in read_csv(path):
             key = (line["gpu"], line["suite"], line["case"], line["unit"])
             if key not in lines or line["date"] >= lines[key]["date"]:
                 lines[key] = line
-    return list(lines.values())
+    suites = list(dict.fromkeys(line["suite"] for line in lines.values()))
+    return sorted(lines.values(), key=lambda line: suites.index(line["suite"]))
 
 
 def model_of(line: dict[str, Any]) -> str:
@@ -35,22 +36,23 @@ def model_of(line: dict[str, Any]) -> str:
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """One table a GPU and model; its heading says the dates, commits and versions that are in it."""
+    """One table a GPU and model; its heading says the dates and versions that are in it."""
     parts = []
     for gpu, model in dict.fromkeys((line["gpu"], model_of(line)) for line in lines):
         mine = [line for line in lines if (line["gpu"], model_of(line)) == (gpu, model)]
-        dates, commits, versions = (
+        dates, versions = (
             ", ".join(sorted({line[name][:10] if name == "date" else line[name] for line in mine}))
-            for name in ("date", "commit", "versions")
+            for name in ("date", "versions")
         )
-        parts += [f"{gpu}; {model}; {dates}; commit {commits}; {versions}", ""]
-        parts += ["| suite | case | median | of limit | times the baseline |", "|---|---|---:|---:|---|"]
+        parts += [f"{gpu}; {model}; {dates}; {versions}", ""]
+        parts += ["| suite | case | median | of limit | times the baseline | commit |"]
+        parts += ["|---|---|---:|---:|---|---|"]
         for line in mine:
             part = "" if line["limit_fraction"] is None else f"{line['limit_fraction']:.0%}"
             ratio = "" if line["ratio"] is None else f"{line['ratio']:.1f} ({line['baseline']})"
             value = f"{format_number(line['p50'])} {line['unit']}"
             case = line["case"].removeprefix(f"{model}: ")
-            parts.append(f"| {line['suite']} | {case} | {value} | {part} | {ratio} |")
+            parts.append(f"| {line['suite']} | {case} | {value} | {part} | {ratio} | {line['commit']} |")
         parts.append("")
     return "\n".join(parts).rstrip()
 
