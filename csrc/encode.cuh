@@ -9,7 +9,7 @@ namespace nla {
 // Added and so rounded to an integer, nearest even, whose two's complement stands in the low bits: for |v| < 2^22.
 constexpr float kRounder = 12582912.0f;
 constexpr int kClips = 6;
-__constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
+static __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
 
 // Eight neighbouring channels as they lie in memory: float32 32 bytes, the halves 16.
 template <typename T>

@@ -1,4 +1,4 @@
-// The tap's kernels: rows of the residual stream -> codec bytes (encode.cu) and back (decode.cu).
+// The tap's kernels: rows of the residual stream -> codec bytes (encode.cu, encode_fast.cu) and back (decode.cu).
 // Knows nothing of layers, sequences or rings; nla_engine/codec.py is the contract for the bits.
 #pragma once
 

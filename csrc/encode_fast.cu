@@ -6,8 +6,7 @@
 //
 // int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
 // tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
-// its own: a code may be one off that of codec.py where the float32 sums of a block are not exact and y / scale is next
-// to a tie. A chunk's four words, as they lie, are a lane's part of the first factor A [16, 16]:
+// its own, which shows where the float32 sums of a block are not exact (codec.py says how). A chunk's four words, as they lie, are a lane's part of the first factor A [16, 16]:
 //
 //     row of A      the quad in the warp (8), channel bit 1 (2)
 //     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
@@ -245,7 +244,7 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
 template <CodecKind kind>
 constexpr Layout layout_of = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
 
-// So many CTAs share a multiprocessor: int4 computes more than it waits.
+// So many CTAs share a multiprocessor, where their rows fit: int4 computes more than it waits.
 template <CodecKind kind>
 constexpr int kResident = kind == CodecKind::int4 ? 4 : 7;
 

@@ -7,8 +7,8 @@
 //     Packed   4 * s + c     a lane holds 32 neighbouring channels (an int4 group); channel bits 3, 4 lie in the lane
 // The other two bits lie across lanes: two shuffle stages of seven, whichever layout.
 //
-// Every float operation is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec.py: the compiler may
-// neither fuse nor reorder them, so the bits agree.
+// Every float operation here is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec.py: the compiler
+// may neither fuse nor reorder them, so the bits agree.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -97,7 +97,8 @@ __device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub) {
     }
 }
 
-// The same over row[d] in shared memory, blocks of any power of two; the whole CTA calls. Ends with a barrier.
+// The same over row[d] in shared memory, blocks of any power of two; the whole CTA calls. Ends with a barrier unless
+// block is 1.
 __device__ __forceinline__ void rotate_shared(float* row, int d, int block) {
     for (int step = 1; step < block; step *= 2) {
         for (int pair = threadIdx.x; pair < d / 2; pair += blockDim.x) {

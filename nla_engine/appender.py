@@ -30,15 +30,19 @@ class Appender:
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError.
 
-        A commit that is due is made of what came before, which is on disk by now: nothing waits for it.
+        Because a shard has filled, what came before is committed, whose full shards are on disk by now. A commit that
+        is overdue holds these sequences too: the next ones may be long in coming.
         """
-        if ended:
+        overdue = self._writer.is_overdue
+        if not overdue:
             self._writer.commit_if_due()
         try:
             for at in range(0, len(ended), _TOGETHER):
                 self._append(ended[at : at + _TOGETHER])
         finally:
             self._writer.wait_until_copied()
+        if overdue:
+            self._writer.commit()
 
     def _append(self, ended: Sequence[Completion]) -> None:
         sequences: list[SequenceRows] = []

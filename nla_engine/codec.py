@@ -10,12 +10,12 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
 `int8`: top 127, group = block, clip 1.  `int4`: top 7, group 32, clip = the candidate of least squared error,
 code + 8 in a nibble, even channel low.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no scales.
 
-Every float32 operation below is a single IEEE addition or multiplication in a stated order, never fused, so that
-the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8 for
-rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in an order of their own. Where the
-float32 sums of a block are exact (bfloat16 magnitudes within a factor of about 2^9) that changes nothing; elsewhere the
-last bits of a sum may differ, so a code by one where y / scale is next to a tie, or a scale by one unit in the last
-place. Knows nothing of files, layers or sequences.
+Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused but for the code, so
+that the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8
+for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in an order of their own. Where the
+float32 sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) that changes
+nothing; elsewhere the last bits of a sum may differ, so a code by one where y / scale is next to a tie, or, rarer, a
+scale by one unit in the last place and the codes of its block with it. Knows nothing of files, layers or sequences.
 """
 
 from __future__ import annotations

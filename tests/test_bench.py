@@ -164,7 +164,11 @@ def test_readme_table(tmp_path: Path) -> None:
     assert module.main([*arguments, "--check"]) == 1
     assert module.main(arguments) == 0
     text = readme.read_text()
-    assert "| generate | case | 2,000 tok/s | 50% |  | bbb |" in text and "1,000" not in text and "stale" not in text
+    assert (
+        "| generate | case | 2,000 tok/s | 50% |  | bbb |" in text
+        and "1,000" not in text
+        and "stale" not in text
+    )
     assert "GPU; one; 2026-01-02" in text and "GPU; two; 2026-01-01" in text and "| 3,000 tok/s |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert module.main([*arguments, "--check"]) == 0

@@ -300,7 +300,7 @@ def test_without_waiting_a_filled_shard_is_committed_by_the_next_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that end together are all handed to the disk before anything waits for it."""
-    sequences, _ = sample_sequences(0, CODEC, (3,), [8, 8, 8])
+    sequences, _ = sample_sequences(0, CODEC, (3,), [8, 8, 3, 3])
     now = 100.0
     monkeypatch.setattr(writer.time, "monotonic", lambda: now)
     with create_store(tmp_path / "run.zarr", CODEC, shard_rows=8, commit_seconds=30.0) as open_writer:
@@ -312,10 +312,13 @@ def test_without_waiting_a_filled_shard_is_committed_by_the_next_look(
         open_writer.commit_if_due()
         assert open_writer.sequences == 2
         now += 29.0
+        open_writer.append_many(sequences[2:3], wait=False)
         open_writer.commit_if_due()  # nothing has filled since
+        assert open_writer.sequences == 2 and not open_writer.is_overdue
         now += 1.0
-        open_writer.append_many(sequences[2:], wait=False)
-        assert open_writer.sequences == 3
+        assert open_writer.is_overdue
+        open_writer.append_many(sequences[3:], wait=False)
+        assert open_writer.sequences == 2  # left to the caller
 
 
 def test_a_large_vocabulary_and_long_sequences_cross_shards(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Wanted:
 class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
-    reference: use plain torch on every device. wanted: None: every token's state is. written: layers that attended
-    (each must, once).
+    reference: use plain torch on every device. wanted: None: every block goes on with every token. written: layers that
+    attended (each must, once).
     """
 
     cache: SlotCache

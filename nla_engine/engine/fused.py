@@ -38,7 +38,7 @@ def can_fuse(block: Any) -> bool:
 class FusedBlock:
     """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner.
 
-    The last one gives those of the pass's wanted tokens alone.
+    The last one gives those of the pass's wanted tokens alone, if it names any.
     """
 
     def __init__(self, block: Any) -> None:

@@ -229,7 +229,7 @@ class Generator:
                 complete += [admitted, *admitted.twins]
                 rows += [len(wanted)] * (1 + len(admitted.twins))
                 wanted.append(offset - 1)
-        hidden = self.runner.prefill(parts, wanted or None)
+        hidden = self.runner.prefill(parts, wanted or [offset - 1])
         twins = [(admitted, twin) for admitted in complete for twin in admitted.twins]
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)

@@ -151,6 +151,8 @@ class Runner:
         ids = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
         slots = np.repeat([slot for slot, _, _ in runs], lengths)
         positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
+        if wanted is not None and not 0 < len(wanted) <= len(ids):
+            raise EngineError(f"states of {len(wanted)} tokens are asked for, of a pass of {len(ids)}")
         chosen = np.resize(np.arange(len(ids)) if wanted is None else np.asarray(wanted, np.int64), len(ids))
         packed = torch.from_numpy(np.stack([ids, slots, positions, chosen])).to(self.device)
         tiles = attention.prefill_tiles(runs, self.group, packed[2])

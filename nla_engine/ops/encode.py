@@ -280,7 +280,7 @@ def _decode_numba(
     return torch.from_numpy(codec.decode(EncodedRows(stored, scales.numpy(), norm.numpy()))).to(out_dtype)
 
 
-# ---- CUDA: the extension, csrc/encode.cu and csrc/decode.cu ----
+# ---- CUDA: the extension, csrc/encode*.cu and csrc/decode.cu ----
 
 
 def _extension() -> ModuleType:

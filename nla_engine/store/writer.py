@@ -193,8 +193,8 @@ class StoreWriter:
     def append_many(self, sequences: Sequence[SequenceRows], *, wait: bool = True) -> None:
         """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
 
-        wait: false: they may be used again after `wait_until_copied`, which lets several calls copy at once
-        Commits when `commit_seconds` have passed; if it waits, when a thirtieth of them has and a row shard has filled.
+        wait: false: they may be used again after `wait_until_copied`, which lets several calls copy at once, and the
+            caller sees to commits; true: `commit_if_due`
         Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
         if not sequences:
@@ -218,22 +218,22 @@ class StoreWriter:
         self._filled |= first // shard_rows != logs["rows/token_id"].length // shard_rows
         if wait:
             self.commit_if_due()
-        elif self._since_commit >= self._commit_seconds:
-            self.commit()
 
     def commit_if_due(self) -> None:
-        """Commit if `commit_seconds` have passed, or a thirtieth of them and a row shard has filled.
+        """Commit if `commit_seconds` have passed, or a thirtieth of them and a row shard has filled. Raises WriteError.
 
-        Cheap when what has been appended is on disk already, as some time after `append_many` without waiting.
-        Raises WriteError.
+        Waits for little some time after `append_many` without waiting: what fills a shard is on disk by then.
         """
-        if self._since_commit >= self._commit_seconds * (FILLED_COMMIT_PART if self._filled else 1):
+        if self.is_overdue or (self._filled and self._passed(FILLED_COMMIT_PART)):
             self.commit()
 
     @property
-    def _since_commit(self) -> float:
-        """Seconds."""
-        return time.monotonic() - self._committed_at
+    def is_overdue(self) -> bool:
+        """Whether `commit_seconds` have passed since the last commit."""
+        return self._passed(1)
+
+    def _passed(self, part: float) -> bool:
+        return time.monotonic() - self._committed_at >= part * self._commit_seconds
 
     def wait_until_copied(self) -> None:
         """Until the arrays of every sequence appended may be used again."""
