@@ -26,6 +26,11 @@ constexpr int kWarps = 4;                // of a CTA, unless their rows would no
 constexpr int kQuads = 8;                // of a warp
 constexpr size_t kShared = 48 << 10;     // what a CTA has without asking for more
 constexpr float kSmallestNormalHalf = 6.103515625e-05f;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTensorCores = false;     // that take bfloat16: older ones rotate as the host does
+#else
+constexpr bool kTensorCores = true;
+#endif
 
 // ---- a row in shared memory ----
 
@@ -252,7 +257,7 @@ constexpr int kResident = kind == CodecKind::int4 ? 4 : 7;
 template <typename T, CodecKind kind>
 __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(const EncodeArgs args) {
     constexpr Layout layout = layout_of<kind>;
-    constexpr bool packed = kind == CodecKind::int8 && sizeof(T) == 2;  // what the tensor cores take
+    constexpr bool packed = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;  // what they take
     extern __shared__ uint4 shared[];
     const int d = args.codec.d, quads = d / kBlock;
     const int lane = threadIdx.x & 31, sub = lane & 3, warp = threadIdx.x / 32, warps = blockDim.x / 32;
