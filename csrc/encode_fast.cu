@@ -6,7 +6,8 @@
 //
 // int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
 // tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
-// its own, which shows where the float32 sums of a block are not exact (codec.py says how). A chunk's four words, as they lie, are a lane's part of the first factor A [16, 16]:
+// its own, which shows where the float32 sums of a block are not exact (codec.py says how). A chunk's four words, as
+// they lie, are a lane's part of the first factor A [16, 16]:
 //
 //     row of A      the quad in the warp (8), channel bit 1 (2)
 //     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
@@ -116,12 +117,14 @@ __device__ __forceinline__ void store_bits(const Row& row, uint16_t* to, int pas
 // ---- the rotation on tensor cores ----
 
 // out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8, g being the quad of the warp.
-__device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
+[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
+                                                          __nv_bfloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1, __half) {
+[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
+                                                          __half) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
