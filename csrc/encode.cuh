@@ -1,5 +1,4 @@
-// What both encoders share: channels as they lie in memory, what a row's norm decides, scales. The contract:
-// nla_engine/codec.py.
+// What both encoders share: where a row goes, what its norm decides, scales. The contract: nla_engine/codec.py.
 #pragma once
 
 #include "rows.cuh"
@@ -10,44 +9,6 @@ namespace nla {
 constexpr float kRounder = 12582912.0f;
 constexpr int kClips = 6;
 static __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
-
-// Eight neighbouring channels as they lie in memory: float32 32 bytes, the halves 16.
-template <typename T>
-struct Chunk {
-    uint4 part[sizeof(T) / 2];
-};
-
-__device__ __forceinline__ float2 two_floats(uint32_t word, __nv_bfloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-__device__ __forceinline__ float2 two_floats(uint32_t word, __half) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&word));
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const Chunk<T>& chunk, float* out) {
-    const uint32_t* words = &chunk.part[0].x;
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) out[i] = __uint_as_float(words[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kChunk / 2; ++i) {
-            const float2 two = two_floats(words[i], T{});
-            out[2 * i] = two.x;
-            out[2 * i + 1] = two.y;
-        }
-    }
-}
-
-// Eight channels as bfloat16 bits.
-__device__ __forceinline__ uint4 bf16_chunk(const float (&v)[kChunk]) {
-    uint32_t word[kChunk / 2];
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i)
-        word[i] = bf16_bits(__float_as_uint(v[2 * i])) | bf16_bits(__float_as_uint(v[2 * i + 1])) << 16;
-    return {word[0], word[1], word[2], word[3]};
-}
 
 // Where a row goes; -1 if it is not selected, or past the end.
 __device__ __forceinline__ int64_t dest_of(const EncodeArgs& args, int64_t row) {

@@ -153,10 +153,9 @@ class Runner:
         positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
         if wanted is not None and not 0 < len(wanted) <= len(ids):
             raise EngineError(f"states of {len(wanted)} tokens are asked for, of a pass of {len(ids)}")
-        chosen = np.resize(np.arange(len(ids)) if wanted is None else np.asarray(wanted, np.int64), len(ids))
-        packed = torch.from_numpy(np.stack([ids, slots, positions, chosen])).to(self.device)
+        packed = torch.from_numpy(np.stack([ids, slots, positions])).to(self.device)
         tiles = attention.prefill_tiles(runs, self.group, packed[2])
-        token = None if wanted is None else packed[3, : len(wanted)]
+        token = None if wanted is None else torch.from_numpy(np.asarray(wanted, np.int64)).to(self.device)
         return self._forward(packed[0], packed[1], packed[2], tiles, VECTOR in ids, token)
 
     @torch.inference_mode()

@@ -68,7 +68,6 @@ class StoreWriter:
         self._manifest = manifest
         self._commit_seconds = commit_seconds
         self._committed_at = time.monotonic()
-        self._filled = False  # a row shard, since the last commit
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
         self._queue = WriteQueue()
@@ -199,8 +198,7 @@ class StoreWriter:
         """
         if not sequences:
             return
-        logs, shard_rows = self._logs, self._manifest.shard_rows
-        first = logs["rows/token_id"].length
+        logs = self._logs
         batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
         columns = self._columns(batch)
         with self._write_errors():
@@ -215,7 +213,6 @@ class StoreWriter:
             finally:
                 if wait:
                     self.wait_until_copied()
-        self._filled |= first // shard_rows != logs["rows/token_id"].length // shard_rows
         if wait:
             self.commit_if_due()
 
@@ -224,7 +221,9 @@ class StoreWriter:
 
         Waits for little some time after `append_many` without waiting: what fills a shard is on disk by then.
         """
-        if self.is_overdue or (self._filled and self._passed(FILLED_COMMIT_PART)):
+        shard_rows = self._manifest.shard_rows
+        filled = self._logs["rows/token_id"].length // shard_rows != self.rows // shard_rows
+        if self.is_overdue or (filled and self._passed(FILLED_COMMIT_PART)):
             self.commit()
 
     @property
@@ -277,7 +276,7 @@ class StoreWriter:
             or self._codec_error != self._manifest.codec_error
         ):
             self._write_commit(complete=False)
-        self._committed_at, self._filled = time.monotonic(), False
+        self._committed_at = time.monotonic()
 
     def record_codec_error(self, layer: int, error: Mapping[str, Any]) -> None:
         """Note the codec's measured error on a layer (JSON) for the next commit."""
