@@ -88,7 +88,19 @@ def test_difference_between_groups(rng: np.random.Generator) -> None:
     values = np.where(group, 2.0, 0.5) + rng.normal(size=500) * 0.1
     found = Bootstrap(0).difference(values, np.arange(500), group)
     assert found.value == pytest.approx(values[group].mean() - values[~group].mean())
-    assert found.low < 1.5 < found.high and found.high - found.low < 0.1
+    assert found.low < found.value < found.high and found.high - found.low < 0.1
+
+
+def test_intervals_of_a_difference_cover_as_often_as_they_say() -> None:
+    """One of 95% misses the truth in one run of twenty, so it is asked of many, always the same ones."""
+    hits = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        group = rng.random(500) < 0.4
+        values = np.where(group, 2.0, 0.5) + rng.normal(size=500) * 0.1
+        found = Bootstrap(0).difference(values, np.arange(500), group)
+        hits += found.low < 1.5 < found.high
+    assert 36 <= hits <= 40
     assert not Bootstrap(0).difference(values, np.arange(500), np.ones(500, bool)).known
 
 
