@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
             __syncthreads();
             rotate_shared(row, d, args.codec.block);
             for (int i = threadIdx.x; i < d; i += blockDim.x) {
-                row[i] = factor == 0.0f ? 0.0f : __fmul_rn(row[i], factor);  // Inf * 0 is not 0
+                if (factor == 0.0f) row[i] = 0.0f;  // Inf * 0 is not 0
+                else if (kind == CodecKind::int4) row[i] = __fmul_rn(row[i], factor);
                 atomicMax(&largest[i / group], __float_as_uint(fabsf(row[i])));  // magnitudes order as their bits
             }
             __syncthreads();
@@ -64,9 +65,11 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
             for (int base = threadIdx.x & ~31; base < d; base += blockDim.x) {  // whole warps: int4 shuffles
                 const int i = base + (threadIdx.x & 31);
                 const float v = i < d ? row[i] : 0.0f;
-                const float range = i < d ? __uint_as_float(largest[i / group]) : 0.0f;
+                float range = i < d ? __uint_as_float(largest[i / group]) : 0.0f;
+                if constexpr (kind == CodecKind::int8) range = __fmul_rn(range, factor);
                 constexpr float top = kind == CodecKind::int8 ? 127.0f : 7.0f;
                 Scale best = make_scale(range, 1.0f / top);
+                if constexpr (kind == CodecKind::int8) best.reciprocal = __fmul_rn(best.reciprocal, factor);
                 if constexpr (kind == CodecKind::int4) {
                     float best_error = INFINITY;
                     for (int c = 0; c < kClips; ++c) {
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
                         }
                     }
                 }
-                const float whole = __fsub_rn(shifted_code(v, best), kRounder);
+                const float whole = __fsub_rn(shifted_code(v, best.reciprocal), kRounder);
                 const int code = static_cast<int>(fminf(fmaxf(whole, -top), top));
                 if (i < d && i % group == 0) scales[i / group] = best.half;
                 if constexpr (kind == CodecKind::int8) {

@@ -53,15 +53,15 @@ __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
     return scale;
 }
 
-// kRounder + the code of y before it is cut at the top: y / scale, rounded once.
-__device__ __forceinline__ float shifted_code(float y, const Scale& scale) {
-    return __fmaf_rn(y, scale.reciprocal, kRounder);
+// kRounder + the code of a value before it is cut at the top: the product, rounded once.
+__device__ __forceinline__ float shifted_code(float value, float reciprocal) {
+    return __fmaf_rn(value, reciprocal, kRounder);
 }
 
 // Squared error of y at a scale of int4. Signs fall out of a square; code (3 bits) * scale (11 bits) is exact, so the
 // fused operation rounds once, as the subtraction of the product does.
 __device__ __forceinline__ float int4_error(float y, const Scale& scale) {
-    const float code = fminf(__fsub_rn(shifted_code(fabsf(y), scale), kRounder), 7.0f);
+    const float code = fminf(__fsub_rn(shifted_code(fabsf(y), scale.reciprocal), kRounder), 7.0f);
     const float delta = __fmaf_rn(-code, scale.value, fabsf(y));
     return __fmul_rn(delta, delta);
 }

@@ -2,7 +2,7 @@
 //
 // A lane copies its chunks (rows.cuh) to shared memory, squares them, and when the warp knows the norm works at eight
 // blocks at a time, a quad of lanes a block, and copies those of its next row into their place. What a lane reads there
-// it has put there itself.
+// it has put there itself. The last four blocks of a row, or fewer, wait for those of the next row (staged_row.cuh).
 //
 // int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
 // tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
@@ -94,15 +94,18 @@ __device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
     return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
 }
 
-// One scale a block. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes within +-127.
-// codes: of the lane's first chunk; scales: of the block. All lanes of the warp call, those that `works` store.
-__device__ __forceinline__ void store_int8(float (&v)[kPerLane], int8_t* codes, __half* scales, bool works, int sub) {
+// One scale a block; v is y / factor. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes
+// within +-127.
+// at: as below; all lanes of the warp call.
+__device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, int8_t* codes, __half* scales, int64_t at,
+                                           int sub) {
     float largest = largest_in_lane(v);
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
-    const Scale scale = make_scale(largest, 1.0f / 127.0f);
+    const Scale scale = make_scale(__fmul_rn(largest, factor), 1.0f / 127.0f);
+    const float reciprocal = __fmul_rn(scale.reciprocal, factor);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], scale);
+    for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], reciprocal);
     if (scale.value < kSmallestNormalHalf) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) v[i] = fminf(fmaxf(v[i], kRounder - 127.0f), kRounder + 127.0f);
@@ -115,11 +118,11 @@ __device__ __forceinline__ void store_int8(float (&v)[kPerLane], int8_t* codes, 
         const uint32_t high = __byte_perm(__float_as_uint(code[2]), __float_as_uint(code[3]), 0x0040);
         word[i] = __byte_perm(low, high, 0x5410);
     }
-    if (!works) return;
+    if (at < 0) return;
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-        reinterpret_cast<uint2*>(codes)[c * kChunkStep<Layout::Spread>] = {word[2 * c], word[2 * c + 1]};
-    if (sub == 0) *scales = scale.half;
+        reinterpret_cast<uint2*>(codes + at)[c * kChunkStep<Layout::Spread>] = {word[2 * c], word[2 * c + 1]};
+    if (sub == 0) scales[at / kBlock] = scale.half;
 }
 
 // Sum over errors i, i + width, i + 2 width ... in the order of a butterfly reduction: steps 16, 8, 4, 2, 1.
@@ -155,7 +158,7 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
         word[i] = 0;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            const float code = fminf(fmaxf(shifted_code(v[8 * i + k], best), kRounder - 7.0f), kRounder + 7.0f);
+            const float code = fminf(fmaxf(shifted_code(v[8 * i + k], best.reciprocal), kRounder - 7.0f), kRounder + 7.0f);
             word[i] |= (__float_as_uint(code) & 15u) << (4 * k);
         }
         word[i] ^= 0x88888888u;  // two's complement + 8
@@ -166,112 +169,172 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
 
 // ---- the kernel ----
 
-template <CodecKind kind>
-constexpr Layout layout_of = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
-
 // So many CTAs share a multiprocessor, where their rows fit: int4 computes more than it waits.
 template <CodecKind kind>
-constexpr int kResident = kind == CodecKind::int4 ? 4 : 7;
+constexpr int kResident = kind == CodecKind::int4 ? 4 : 6;
 
-// Dynamic shared memory: uint4[warps, StagedRow::pieces].
-template <typename T, CodecKind kind>
-__global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_fast(const EncodeArgs args) {
-    constexpr Layout layout = layout_of<kind>;
-    constexpr bool packed = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;  // what they take
-    extern __shared__ uint4 shared[];
-    const int d = args.codec.d, quads = d / kBlock;
-    const int lane = threadIdx.x & 31, sub = lane & 3, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const StagedRow<T, layout> staged(shared + warp * StagedRow<T, layout>::pieces(quads), quads, lane);
-    const int first_chunk = chunk_of<layout>(sub, 0) * kChunk;  // of the lane, in channels
-    const Hadamard<std::conditional_t<packed, T, __half>> matrix(lane);
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * warps;
+// f(dest, next, half) for each row of the warp that goes somewhere, when it lies in `staged` where `half` says; next: the
+// row to be copied behind it, or null. Returns the half of the row that would follow.
+template <typename T, Layout layout, typename F>
+__device__ __forceinline__ int for_each_row(const EncodeArgs& args, const StagedRow<T, layout>& staged, F f) {
+    const uint32_t warps = blockDim.x / 32, stride = gridDim.x * warps;
+    const auto at = [&](uint32_t row) { return static_cast<const T*>(args.hidden) + row * args.row_stride; };
 
-    const auto at = [&](int64_t row) { return static_cast<const T*>(args.hidden) + row * args.row_stride; };
-
-    int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp, next_dest = dest_of(args, row);
+    uint32_t row = blockIdx.x * warps + threadIdx.x / 32;
+    int64_t next_dest = dest_of(args, row);
     bool copied = false;  // whether this row is in shared memory, or on its way there
+    int half = 0;
     for (; row < args.rows; row += stride) {
         const int64_t dest = next_dest;
         next_dest = dest_of(args, row + stride);  // on its way meanwhile
         if (dest < 0) continue;
         if (!copied) {
 #pragma unroll 1
-            for (int pass = 0; pass < staged.passes(); ++pass) staged.copy(at(row), pass);
+            for (int pass = 0; pass < staged.passes(); ++pass) staged.copy(at(row), pass, half);
         }
         staged.wait();
         copied = next_dest >= 0;  // the next row takes the place of what has been read of this one
-
-        const RowState state = state_of(args, sum_of_squares(staged));
-        if (lane == 0) args.norm[dest] = state.norm;
-        uint16_t* bits = nullptr;  // where the row's bfloat16 bits go, if anywhere
-        if constexpr (kind == CodecKind::bf16) {
-            bits = static_cast<uint16_t*>(args.codes) + dest * d;
-        } else if (state.keep) {
-            uint64_t address = lane == 0 ? reinterpret_cast<uint64_t>(take_exact(args, dest)) : 0;
-            bits = reinterpret_cast<uint16_t*>(__shfl_sync(kAll, address, 0));
-        }
-        if (bits) {
-#pragma unroll 1
-            for (int pass = 0; pass < staged.passes(); ++pass) {
-                if (staged.works(pass))
-                    store_bits(staged, bits, pass, staged.quad(pass) * kBlock + first_chunk, kChunkStep<layout>);
-                if (kind == CodecKind::bf16 && copied) staged.copy(at(row + stride), pass);
-            }
-        }
-        if constexpr (kind == CodecKind::bf16) continue;
-
-        uint8_t* const codes = static_cast<uint8_t*>(args.codes) + dest * (kind == CodecKind::int8 ? d : d / 2);
-        __half* const scales = static_cast<__half*>(args.scales) + dest * (kind == CodecKind::int8 ? quads : quads * 4);
-#pragma unroll 1
-        for (int pass = 0; pass < staged.passes(); ++pass) {
-            const int channel = staged.quad(pass) * kBlock + first_chunk;
-            float v[kPerLane];
-            if constexpr (packed) {
-                const Chunk<T> x[4] = {staged.chunk(pass, 0), staged.chunk(pass, 1), staged.chunk(pass, 2),
-                                       staged.chunk(pass, 3)};
-                matrix.rotate(x, v);
-            } else {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) unpack(staged.chunk(pass, c), v + c * kChunk);
-                rotate<layout>(v, sub);
-            }
-            if (copied) staged.copy(at(row + stride), pass);
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], state.factor);
-            if (state.factor == 0.0f) {  // Inf * 0 is not 0
-#pragma unroll
-                for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
-            }
-            if constexpr (kind == CodecKind::int8) {
-                store_int8(v, reinterpret_cast<int8_t*>(codes) + channel, scales + staged.quad(pass), staged.works(pass), sub);
-            } else if (staged.works(pass)) {
-                store_int4(v, codes + channel / 2, scales + staged.quad(pass) * 4 + sub);
-            }
-        }
+        f(dest, copied ? at(row + stride) : nullptr, half);
+        half ^= staged.shares();
     }
+    return half;
 }
 
+// Both kernels: dynamic shared memory uint4[warps, StagedRow::pieces].
+
+// bf16: a chunk is read once.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, kResident<CodecKind::bf16>) encode_bits(const EncodeArgs args) {
+    constexpr Layout layout = Layout::Spread;
+    extern __shared__ uint4 shared[];
+    const StagedRow<T, layout> staged(shared, args.codec.d);
+
+    for_each_row(args, staged, [&](int64_t dest, const T* next, int half) {
+        uint16_t* const bits = static_cast<uint16_t*>(args.codes) + dest * args.codec.d;
+        Squares squares;
+#pragma unroll 1
+        for (int pass = 0; pass < staged.passes(); ++pass) {
+            if (staged.works(pass, half)) {
+                uint4* const to = reinterpret_cast<uint4*>(bits + staged.channel(pass));
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const Chunk<T> chunk = staged.chunk(pass, c);
+                    to[c * kChunkStep<layout>] = bf16_chunk(chunk);
+                    squares.add(chunk, c);
+                }
+            }
+            if (next) staged.copy(next, pass, half ^ staged.shares());
+        }
+        const RowState state = state_of(args, squares.total());
+        if (threadIdx.x % 32 == 0) args.norm[dest] = state.norm;
+    });
+}
+
+// int8, int4.
 template <typename T, CodecKind kind>
-void launch(const EncodeArgs& args, size_t row_bytes, int device, cudaStream_t stream) {
+__global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(const EncodeArgs args) {
+    constexpr Layout layout = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
+    constexpr bool packed = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;  // what they take
+    extern __shared__ uint4 shared[];
+    const int d = args.codec.d, lane = threadIdx.x % 32, sub = lane % 4;
+    const StagedRow<T, layout> staged(shared, d);
+    const Hadamard<std::conditional_t<packed, T, __half>> matrix(lane);
+
+    // A pass over what is staged. at: the place of the lane's first channel among all rows' channels; < 0: none.
+    const auto encode = [&](int pass, int64_t at, float factor, const T* next, int next_half) {
+        float v[kPerLane];
+        if constexpr (packed) {
+            const Chunk<T> x[4] = {staged.chunk(pass, 0), staged.chunk(pass, 1), staged.chunk(pass, 2),
+                                   staged.chunk(pass, 3)};
+            matrix.rotate(x, v);
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) unpack(staged.chunk(pass, c), v + c * kChunk);
+            rotate<layout>(v, sub);
+        }
+        if (next) staged.copy(next, pass, next_half);
+        if (factor == 0.0f) {  // Inf * 0 is not 0
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
+        }
+        if constexpr (kind == CodecKind::int8) {
+            store_int8(v, factor, static_cast<int8_t*>(args.codes), static_cast<__half*>(args.scales), at, sub);
+        } else if (at >= 0) {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], factor);
+            store_int4(v, static_cast<uint8_t*>(args.codes) + at / 2, static_cast<__half*>(args.scales) + at / kPerLane);
+        }
+    };
+
+    int64_t rest_at = -1;  // of the row whose share of a shared pass the lane has at hand
+    float rest_factor = 0.0f;
+    const int half = for_each_row(args, staged, [&](int64_t dest, const T* next, int half) {
+        Squares squares;
+#pragma unroll 2
+        for (int pass = 0; pass < staged.whole(); ++pass) {
+            if (!staged.works(pass, half)) continue;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) squares.add(staged.chunk(pass, c), c);
+        }
+        if (staged.shares() && staged.shared_works()) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) squares.add(staged.shared_chunk(half, i), i);
+        }
+        const RowState state = state_of(args, squares.total());
+        if (lane == 0) args.norm[dest] = state.norm;
+        if (state.keep) {
+            const uint64_t address = lane == 0 ? reinterpret_cast<uint64_t>(take_exact(args, dest)) : 0;
+            uint16_t* const bits = reinterpret_cast<uint16_t*>(__shfl_sync(kAll, address, 0));
+#pragma unroll 1
+            for (int pass = 0; bits && pass < staged.passes(); ++pass) {
+                if (!staged.works(pass, half)) continue;
+                uint4* const to = reinterpret_cast<uint4*>(bits + staged.channel(pass));
+#pragma unroll
+                for (int c = 0; c < 4; ++c) to[c * kChunkStep<layout>] = bf16_chunk(staged.chunk(pass, c));
+            }
+        }
+
+        // A row's share of a shared pass waits for that of the next one.
+        const int next_half = half ^ staged.shares();
+        const int64_t first = dest * d;
+        if (staged.shares() && staged.works(staged.whole(), half)) {
+            rest_at = first + staged.channel(staged.whole());
+            rest_factor = state.factor;
+        }
+        int pass = 0;
+#pragma unroll 1
+        for (; pass < staged.whole() + half; ++pass) {
+            const bool shared = pass == staged.whole();
+            const int64_t at = staged.works(pass, half) ? first + staged.channel(pass) : -1;
+            encode(pass, shared ? rest_at : at, shared ? rest_factor : state.factor, next, next_half);
+        }
+        if (half) rest_at = -1;
+        if (next && pass < staged.passes()) staged.copy(next, pass, next_half);
+    });
+    if (half) encode(staged.whole(), rest_at, rest_factor, nullptr, 0);
+}
+
+template <typename Kernel>
+void launch(Kernel kernel, const EncodeArgs& args, size_t row_bytes, int device, cudaStream_t stream) {
     const int warps = static_cast<int>(std::min<size_t>(kWarps, kShared / row_bytes));
     const size_t shared = warps * row_bytes;
-    const int grid = persistent_grid(encode_fast<T, kind>, 32 * warps, shared, (args.rows + warps - 1) / warps, device);
-    encode_fast<T, kind><<<grid, 32 * warps, shared, stream>>>(args);
+    const int grid = persistent_grid(kernel, 32 * warps, shared, (args.rows + warps - 1) / warps, device);
+    kernel<<<grid, 32 * warps, shared, stream>>>(args);
 }
 
 }  // namespace
 
 template <typename T>
 bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream) {
-    const size_t row_bytes = sizeof(uint4) * StagedRow<T, Layout::Spread>::pieces(args.codec.d / kBlock);
+    const size_t row_bytes = sizeof(uint4) * StagedRow<T, Layout::Spread>::pieces(args.codec.d);
     const bool fits = args.codec.d % kBlock == 0 && row_bytes <= kShared && (args.row_stride * sizeof(T)) % 16 == 0 &&
                       is_aligned(args.hidden, 16) && is_aligned(args.codes, 16) &&
                       (args.exact_capacity == 0 || is_aligned(args.exact, 16));
     if (!fits) return false;
     switch (args.codec.kind) {
-        case CodecKind::bf16: launch<T, CodecKind::bf16>(args, row_bytes, device, stream); break;
-        case CodecKind::int8: launch<T, CodecKind::int8>(args, row_bytes, device, stream); break;
-        case CodecKind::int4: launch<T, CodecKind::int4>(args, row_bytes, device, stream); break;
+        case CodecKind::bf16: launch(encode_bits<T>, args, row_bytes, device, stream); break;
+        case CodecKind::int8: launch(encode_codes<T, CodecKind::int8>, args, row_bytes, device, stream); break;
+        case CodecKind::int4: launch(encode_codes<T, CodecKind::int4>, args, row_bytes, device, stream); break;
     }
     return true;
 }

@@ -39,35 +39,36 @@ __device__ __forceinline__ void unpack(const Chunk<T>& chunk, float* out) {
     }
 }
 
-// Eight channels as bfloat16 bits.
-__device__ __forceinline__ uint4 bf16_chunk(const float (&v)[kChunk]) {
-    uint32_t word[kChunk / 2];
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i)
-        word[i] = bf16_bits(__float_as_uint(v[2 * i])) | bf16_bits(__float_as_uint(v[2 * i + 1])) << 16;
-    return {word[0], word[1], word[2], word[3]};
-}
-
-// A warp's row: for each pass of the warp over eight blocks, each lane's chunks.
+// A warp's row: for each pass of the warp over eight blocks, each lane's chunks. Where the last pass has work for no more
+// than half of the warp, its other half is room for the same blocks of another row: `half` says which one is meant.
 template <typename T, Layout layout>
 class StagedRow {
   public:
     static constexpr int kParts = sizeof(T) / 2;  // 16-byte pieces of a chunk
+    static constexpr int kPass = kQuads * kBlock;  // channels
 
-    static constexpr __host__ __device__ int passes(int quads) { return (quads + kQuads - 1) / kQuads; }
-    static constexpr __host__ __device__ int pieces(int quads) { return passes(quads) * 4 * kParts * 32; }
+    static constexpr __host__ __device__ int passes(int d) { return (d + kPass - 1) / kPass; }
+    static constexpr __host__ __device__ int pieces(int d) { return passes(d) * 4 * kParts * 32; }
 
-    __device__ StagedRow(uint4* memory, int quads, int lane)
-        : mine_(memory + lane), quads_(quads), sub_(lane & 3), quad_(lane / 4) {}
+    // memory: of the CTA's warps, each with `pieces`.
+    __device__ StagedRow(uint4* memory, int d)
+        : mine_(memory + threadIdx.x / 32 * pieces(d) + threadIdx.x % 32),
+          d_(d),
+          whole_(passes(d) - ((d - 1) % kPass < kPass / 2)),
+          channel_(threadIdx.x % 32 / 4 * kBlock + chunk_of<layout>(threadIdx.x % 4, 0) * kChunk) {}
 
-    __device__ int passes() const { return passes(quads_); }
-    __device__ bool works(int pass) const { return quad(pass) < quads_; }
-    __device__ int quad(int pass) const { return pass * kQuads + quad_; }
+    __device__ int passes() const { return passes(d_); }
+    // Passes that a row has for itself; the one behind them, if there is one, has room for two rows.
+    __device__ int whole() const { return whole_; }
+    __device__ bool shares() const { return whole_ < passes(); }
+    // First channel of the lane, and whether it has work: only in the last pass it may have none.
+    __device__ int channel(int pass) const { return channel_ + pass * kPass - (pass < whole_ ? 0 : my_half() * (kPass / 2)); }
+    __device__ bool works(int pass, int half) const { return channel(pass) < d_ && (pass < whole_ || my_half() == half); }
 
     // Start copying a pass of a row from global memory. What was there must have been read by this lane.
-    __device__ void copy(const T* row, int pass) const {
-        if (!works(pass)) return;
-        const uint4* from = reinterpret_cast<const uint4*>(row + (quad(pass) * kBlock + chunk_of<layout>(sub_, 0) * kChunk));
+    __device__ void copy(const T* row, int pass, int half) const {
+        if (!works(pass, half)) return;
+        const uint4* from = reinterpret_cast<const uint4*>(row + channel(pass));
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -76,9 +77,11 @@ class StagedRow {
         }
     }
 
+    // Until what was copied can be read, by any lane.
     __device__ void wait() const {
         __pipeline_commit();
         __pipeline_wait_prior(0);
+        __syncwarp();
     }
 
     // What no copy has reached is undefined.
@@ -89,42 +92,59 @@ class StagedRow {
         return chunk;
     }
 
+    // Two chunks of the half's share of the shared pass, other ones for every lane; i < 2.
+    __device__ Chunk<T> shared_chunk(int half, int i) const {
+        Chunk<T> chunk;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+            chunk.part[part] = piece(whole_, 2 * my_half() + i, part)[16 * (half - my_half())];
+        return chunk;
+    }
+    __device__ bool shared_works() const { return channel(whole_) < d_; }
+
   private:
+    __device__ int my_half() const { return channel_ / (kPass / 2); }
     __device__ uint4* piece(int pass, int c, int part) const { return mine_ + ((pass * 4 + c) * kParts + part) * 32; }
 
     uint4* mine_;
-    int quads_, sub_, quad_;
+    int d_, whole_, channel_;
 };
 
-template <typename Row>
-__device__ __forceinline__ double sum_of_squares(const Row& row) {
-    double sums[4] = {};  // so that one need not wait for another
-#pragma unroll 2
-    for (int pass = 0; pass < row.passes(); ++pass) {
-        if (!row.works(pass)) continue;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            float v[kChunk];
-            unpack(row.chunk(pass, c), v);
-#pragma unroll
-            for (int e = 0; e < kChunk; ++e)
-                sums[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums[c]);
-        }
-    }
-    double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
-    return sum;
-}
-
-template <typename Row>
-__device__ __forceinline__ void store_bits(const Row& row, uint16_t* to, int pass, int at, int step) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
+// Of a row's channels, summed in float64.
+class Squares {
+  public:
+    // Chunks of different c need not wait for one another.
+    template <typename T>
+    __device__ void add(const Chunk<T>& chunk, int c) {
         float v[kChunk];
-        unpack(row.chunk(pass, c), v);
-        *reinterpret_cast<uint4*>(to + (at + c * step * kChunk)) = bf16_chunk(v);
+        unpack(chunk, v);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) sums_[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums_[c]);
     }
+
+    // Of the warp, whose lanes all call.
+    __device__ double total() const {
+        double sum = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
+#pragma unroll
+        for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
+        return sum;
+    }
+
+  private:
+    double sums_[4] = {};
+};
+
+// Eight channels as bfloat16 bits, NaNs quiet.
+template <typename T>
+__device__ __forceinline__ uint4 bf16_chunk(const Chunk<T>& chunk) {
+    float v[kChunk];
+    unpack(chunk, v);
+    uint32_t word[kChunk / 2];
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i)
+        word[i] = bf16_bits(__float_as_uint(v[2 * i])) | bf16_bits(__float_as_uint(v[2 * i + 1])) << 16;
+    return {word[0], word[1], word[2], word[3]};
 }
+__device__ __forceinline__ uint4 bf16_chunk(const Chunk<__nv_bfloat16>& chunk) { return quiet(chunk.part[0]); }
 
 }  // namespace nla

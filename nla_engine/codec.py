@@ -4,11 +4,13 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
 
     y     = (H x) / rms            H: orthonormal Hadamard matrix on each block of `block` channels
     scale = float16(clip * max|y| / top)         one for each group of `group` channels
-    code  = clamp(round_half_even(y * (1 / scale)), -top, top)      the product is not rounded before
+    code  = clamp(round_half_even(y / scale), -top, top)
     x'    = rms * H (scale * code)               H is its own inverse
 
-`int8`: top 127, group = block, clip 1.  `int4`: top 7, group 32, clip = the candidate of least squared error,
-code + 8 in a nibble, even channel low.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no scales.
+`int8`: top 127, group = block, clip 1; y / scale is H x times the float32 (1 / rms) * (1 / scale), not rounded before.
+`int4`: top 7, group 32, clip = the candidate of least squared error, code + 8 in a nibble, even channel low; y / scale
+is y times the float32 1 / scale, not rounded before.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no
+scales.
 
 Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused but for the code, so
 that the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8

@@ -12,8 +12,9 @@ from functools import cache
 import numba
 import numpy as np
 
-#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms would leave float32.
-NORM_RANGE = (np.float32(1e-30), np.float32(1e30))
+#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms, times 2**24 for the smallest scale,
+#: would leave float32.
+NORM_RANGE = (np.float32(1e-28), np.float32(1e30))
 _LEAST_NORM, _MOST_NORM = NORM_RANGE
 
 
@@ -73,13 +74,16 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
         row[:] = x[i]
         _rotate(row, block)
         factor = one / (norm[i] / sqrt_d) * unit
-        for j in range(d):
-            row[j] = row[j] * factor
+        if len(clips) > 1:
+            for j in range(d):
+                row[j] = row[j] * factor
+            factor = one
         for g in range(d // group):
             start = g * group
             largest = np.float32(0.0)
             for j in range(start, start + group):
                 largest = max(largest, abs(row[j]))
+            largest *= factor
             best_error = np.float32(np.inf)
             for c in range(len(clips)):
                 scale = _half((largest * clips[c]) * (one / top))
@@ -98,6 +102,7 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
                         continue
                     best_error = errors[0]
                 scales[i, g] = scale
+                reciprocal *= factor
                 for j in range(start, start + group):
                     codes[i, j] = np.int8(_code(row[j], reciprocal, top))
 

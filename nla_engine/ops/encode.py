@@ -141,9 +141,11 @@ def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_no
     else:
         # The divisor is a tensor: CUDA torch turns division by a Python number into a product with its reciprocal.
         inverse = 1.0 / (norm / _scalar(math.sqrt(codec.d_model), x))
-        factor = inverse * _unit(codec, x)
-        y = torch.where(ordinary[:, None], _rotate(x, codec.block) * factor[:, None], 0.0)
-        raw, scales = _quantise(y.view(len(x), codec.scale_width, codec.group), codec)
+        factor = torch.where(ordinary, inverse * _unit(codec, x), 0.0)[:, None]
+        rotated = torch.where(ordinary[:, None], _rotate(x, codec.block), 0.0)
+        if codec.name == "int4":
+            rotated, factor = rotated * factor, torch.ones_like(factor)
+        raw, scales = _quantise(rotated.view(len(x), codec.scale_width, codec.group), factor, codec)
         codes = raw if codec.name == "int8" else _pack_nibbles(raw)
 
     source = _source_of_place(dest, dest >= 0, len(stage.norm))
@@ -193,16 +195,16 @@ def _rotate(x: Tensor, block: int) -> Tensor:
     return x.reshape(shape)
 
 
-def _quantise(y: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """y [n, groups, group] -> int8 [n, d], float16 [n, groups]."""
+def _quantise(v: Tensor, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """y = v * factor, of v [n, groups, group] and factor [n, 1] -> int8 [n, d], float16 [n, groups]."""
     top = INT8_TOP if codec.name == "int8" else INT4_TOP
     clips = INT4_CLIPS if codec.name == "int4" else INT4_CLIPS[:1]
-    largest = y.abs().amax(dim=2)
+    largest = v.abs().amax(dim=2) * factor
     best_error = torch.full_like(largest, math.inf)
     best_scale = torch.zeros_like(largest, dtype=torch.float16)
     for clip in clips:
-        scale = (largest * _scalar(float(clip), y) * (1.0 / _scalar(top, y))).half()
-        delta = y - _codes(y, scale, top) * scale.float()[:, :, None]
+        scale = (largest * _scalar(float(clip), v) * (1.0 / _scalar(top, v))).half()
+        delta = v * factor[:, :, None] - _codes(v, factor, scale, top) * scale.float()[:, :, None]
         error = delta * delta
         while error.shape[2] > 1:  # the order of a warp's butterfly reduction
             half = error.shape[2] // 2
@@ -210,14 +212,14 @@ def _quantise(y: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         better = error[:, :, 0] < best_error
         best_error = torch.where(better, error[:, :, 0], best_error)
         best_scale = torch.where(better, scale, best_scale)
-    return _codes(y, best_scale, top).to(torch.int8).view(len(y), codec.d_model), best_scale
+    return _codes(v, factor, best_scale, top).to(torch.int8).view(len(v), codec.d_model), best_scale
 
 
-def _codes(y: Tensor, scale: Tensor, top: int) -> Tensor:
-    """clamp(round(y / scale)) as float32, by the reciprocal; 0 where the scale is 0."""
+def _codes(v: Tensor, factor: Tensor, scale: Tensor, top: int) -> Tensor:
+    """clamp(round(v * factor / scale)) as float32, by one rounded reciprocal; 0 where the scale is 0."""
     wide = scale.float()
-    reciprocal = torch.where(wide > 0, 1.0 / wide, 0.0)
-    return (y.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
+    reciprocal = torch.where(wide > 0, 1.0 / wide, 0.0) * factor
+    return (v.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
 
 
 def _bf16_bits(x: Tensor) -> Tensor:
