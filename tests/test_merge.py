@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import call, check_refused
-from test_store_samples import SINK_NORM, VOCABULARY, create_store, sample_sequences
+from test_store_samples import SINK_NORM, VOCABULARY, create_store, fill_old_store, sample_sequences
 
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError
+from nla_engine.store import CaptureStore
 from nla_engine.store.merge import merge
 from nla_engine.store.verify import verify
 
@@ -76,6 +77,18 @@ def test_an_unfinished_store_leaves_an_unfinished_one(tmp_path: Path) -> None:
         store(tmp_path / "b.zarr", 2, [6], complete=False)[0],
     )
     assert not merge([first, second], tmp_path / "out.zarr").complete
+
+
+def test_narrow_shards_may_differ(tmp_path: Path) -> None:
+    """Those of the result are those of a new store."""
+    old, new = tmp_path / "old.zarr", store(tmp_path / "new.zarr", 1, [300])[0]
+    fill_old_store(old, Codec.named("int8", 32), [40, 7], layers=LAYERS, options=OPTIONS, shard_rows=16)
+    merged = merge([old, new], tmp_path / "out.zarr")
+    assert (merged.rows, merged.attributes["narrow_shard_rows"]) == (347, 256)
+    for part, start in ((CaptureStore.open(old), 0), (CaptureStore.open(new), 47)):
+        rows = merged.layer(9).encoded(start, start + part.rows)
+        assert rows.scales.tobytes() == part.layer(9).encoded().scales.tobytes()
+    assert all(check.ok for check in verify(tmp_path / "out.zarr"))
 
 
 @pytest.mark.parametrize(

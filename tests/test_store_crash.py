@@ -31,8 +31,14 @@ SIZES = [5, 0, 14]  # with shards of 8 rows: a partial shard, nothing, one that 
 
 
 def write_all(path: Path, sequences: list[SequenceRows]) -> Iterator[int]:
-    """Create a store and append, with a commit after each sequence; yields what is committed."""
-    with create_store(path, CODEC, shard_rows=8, commit_seconds=0.0) as writer:
+    """Create a store and append, with a commit after each sequence; yields what is committed.
+
+    A narrow shard holds 16 rows: one that grows full, and one more.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nla_engine.store.format.NARROW_SHARD_FACTOR", 2)
+        opened = create_store(path, CODEC, shard_rows=8, commit_seconds=0.0)
+    with opened as writer:
         yield writer.sequences
         for sequence in sequences:
             writer.append(sequence)

@@ -25,7 +25,7 @@ ROWS = sum(SIZES)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> CaptureStore:
-    """288 rows in 18 shards."""
+    """288 rows in 18 shards, narrow arrays in 2."""
     path = tmp_path_factory.mktemp("dataset") / "run.zarr"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)

@@ -15,11 +15,12 @@ import xarray
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store_samples import VOCABULARY, create_store, fill_store, sample_sequences
+from test_store_samples import VOCABULARY, create_store, fill_old_store, fill_store, sample_sequences
 
 from nla_engine.codec import Codec, decode_reference
-from nla_engine.store import CaptureStore, RowFlag, row_flags, shards
-from nla_engine.store.format import ArraySpec, array_specs, default_shard_rows
+from nla_engine.store import CaptureStore, RowFlag, StoreWriter, row_flags, shards
+from nla_engine.store.format import ArraySpec, array_specs, default_narrow_shard_rows, default_shard_rows
+from nla_engine.store.repair import repair
 from nla_engine.store.verify import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "store_format.md"
@@ -47,7 +48,7 @@ read_layer = documented_reader()
     width=st.sampled_from([16, 96, 256, 6]),
     layers=st.sampled_from([(3,), (0, 20)]),
     sizes=st.lists(st.integers(0, 40), max_size=8),
-    shard_rows=st.sampled_from([8, 32, 256, None]),
+    shard_rows=st.sampled_from([2, 8, 32, 256, None]),
     commit_every=st.integers(1, 12),
 )
 def test_what_went_in_is_what_bare_zarr_reads(
@@ -136,10 +137,11 @@ def test_each_array_opens_alone_and_nothing_foreign_is_in_the_store(tmp_path: Pa
     codec = Codec.named("int8", 32)
     path = tmp_path / "run.zarr"
     fill_store(path, codec, [40, 7], shard_rows=16)
-    specs = array_specs((3,), codec, 16)
+    specs = array_specs((3,), codec, 16, 256)
     for name, spec in specs.items():
         array = zarr.open_array(path / name, mode="r")
         assert (array.dtype, array.metadata.dimension_names) == (spec.dtype, spec.dimensions)
+        assert (array.shards[0], array.chunks[0]) == (spec.shard_rows, spec.chunk_rows)
     members = dict(zarr.open_group(path, mode="r", use_consolidated=False).members(max_depth=None))
     assert {name for name, node in members.items() if isinstance(node, zarr.Array)} == set(specs)
     allowed = re.compile(r"(\w+/){0,2}zarr\.json|\w+/\w+/c/\d+(/0)?")
@@ -186,6 +188,7 @@ def test_attributes_say_what_the_numbers_mean(tmp_path: Path) -> None:
     about = json.loads(text, parse_constant=refuse)["attributes"]["nla_engine"]
     assert about["format_version"] == 1
     assert (about["d_model"], about["layers"]) == (96, [2, 5])
+    assert (about["shard_rows"], about["narrow_shard_rows"]) == (4096, 65536)
     assert about["sink_norm"] == {"2": 7.5, "5": None}
     assert about["codec_error"] == {"2": None, "5": {"mean": 0.01, "worst": 0.1}}
     assert "hidden_states[K+1]" in about["layer_convention"]
@@ -215,7 +218,45 @@ def test_row_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "rows"), [("int8", 3584, 4096), ("bf16", 3584, 2048), ("bf16", 65536, 128)]
+    ("name", "width", "rows", "narrow"),
+    [
+        ("int8", 3584, 4096, 65536),
+        ("int8", 65536, 256, 4096),
+        ("int4", 3584, 4096, 16384),
+        ("int4", 16384, 2048, 4096),
+        ("bf16", 3584, 2048, 32768),
+        ("bf16", 65536, 128, 2048),
+    ],
 )
-def test_shards_stay_small(name: str, width: int, rows: int) -> None:
-    assert default_shard_rows(Codec.named(name, width)) == rows
+def test_shards_stay_small(name: str, width: int, rows: int, narrow: int) -> None:
+    codec = Codec.named(name, width)
+    assert default_shard_rows(codec) == rows
+    assert default_narrow_shard_rows(codec, rows) == narrow
+    for path, spec in array_specs((3,), codec, rows, narrow).items():
+        if spec.unit == "rows":
+            assert spec.shard_rows == (rows if path.endswith("/codes") else narrow)
+            size = spec.shard_rows * np.prod(spec.trailing, dtype=int) * spec.dtype.itemsize
+            assert size <= (16 << 20 if path.endswith("/codes") else 4 << 20), path
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "bf16"])
+def test_a_store_without_narrow_shards_keeps_its_layout(tmp_path: Path, name: str) -> None:
+    codec, path, sizes = Codec.named(name, 32), tmp_path / "run.zarr", [5, 0, 40, 30]
+    fill_old_store(path, codec, sizes[:3], shard_rows=16)
+    sequences, vectors = sample_sequences(0, codec, (3,), sizes)
+    kept = np.isfinite(vectors[3][:45]).all(axis=1)
+    np.testing.assert_allclose(
+        CaptureStore.open(path).layer(3)[:][kept], read_layer(path, 3)[kept], rtol=1e-5
+    )
+    assert all(check.ok for check in verify(path))
+    with StoreWriter.resume(path, options={"seed": 1, "capture": {"layer": 3}}) as writer:
+        writer.append(sequences[3])
+    assert all(check.ok for check in verify(path))
+    (path / "layer_3/codes/c/0/0").unlink()
+    assert list(repair(path)[1].dropped) == [0, 2]
+    assert all(check.ok for check in verify(path))
+    assert CaptureStore.open(path).attributes["narrow_shard_rows"] == 16
+    root = zarr.open_group(path, mode="r")
+    assert root["rows/position"][:].tolist() == sequences[3].position.tolist()
+    assert root["layer_3/norm"][:].tobytes() == sequences[3].layers[3].norm.tobytes()
+    assert sorted(file.name for file in (path / "rows/position/c").iterdir()) == ["0", "1"]

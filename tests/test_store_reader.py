@@ -34,8 +34,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "bf16"])
-def test_every_way_to_pick_rows(tmp_path: Path, name: str, rng: np.random.Generator) -> None:
-    fill_store(tmp_path / "run.zarr", Codec.named(name, 48), SIZES, shard_rows=256)
+@pytest.mark.parametrize("shard_rows", [256, 16])  # one narrow shard, two
+def test_every_way_to_pick_rows(tmp_path: Path, name: str, shard_rows: int, rng: np.random.Generator) -> None:
+    fill_store(tmp_path / "run.zarr", Codec.named(name, 48), SIZES, shard_rows=shard_rows)
     layer = CaptureStore.open(tmp_path / "run.zarr").layer(3)
     everything = layer[:]
     n = sum(SIZES)
@@ -186,6 +187,8 @@ def replace_by_file(path: Path) -> None:
         (edit(lambda about: about["commit"].update(rows="many")), "damaged: invalid literal"),
         (edit(lambda about: about["commit"].update(exact={})), "damaged: "),
         (edit(lambda about: about.update(layers=None)), "damaged: "),
+        (edit(lambda about: about.update(narrow_shard_rows=8)), "damaged: narrow_shard_rows 8 is less than"),
+        (edit(lambda about: about.update(narrow_shard_rows=800)), "narrow_shard_rows 800 is not a power of"),
         (edit(lambda about: about["codec"].update(name="zip")), "damaged: codec 'zip' is unknown"),
     ],
 )
@@ -253,8 +256,8 @@ def test_damage_anywhere_is_found(path: Path, name: str) -> None:
 
 
 def test_resume_refuses_a_damaged_tail(path: Path) -> None:
-    flip(path / "rows/token_id/c/1", 3)
-    with pytest.raises(StoreError, match="rows/token_id/c/1: damaged"):
+    flip(path / "rows/token_id/c/0", 256 * 4 + 4 + 3)
+    with pytest.raises(StoreError, match="rows/token_id/c/0: damaged: inner chunk 1"):
         StoreWriter.resume(path, options={"seed": 1, "capture": {"layer": 3}})
 
 

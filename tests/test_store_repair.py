@@ -102,8 +102,9 @@ def test_a_whole_store_is_left_alone(path: Path) -> None:
         ("layer_3/codes/c/0/0", 128 * 48 + 4 + 9, 128, 256),
         ("layer_7/codes/c/1/0", 9, 256, 384),
         ("layer_7/scales/c/0/0", 3, 0, 128),
+        ("layer_7/scales/c/0/0", 2 * (128 * 2 * CODEC.scale_width + 4) + 3, 256, 384),
         ("rows/position/c/0", 3, 0, 256),
-        ("layer_3/norm/c/1", 3, 256, 512),
+        ("layer_3/norm/c/0", 256 * 4 + 4 + 3, 256, 512),
     ],
 )
 def test_rows_that_are_lost_are_dropped_and_no_others(
@@ -128,6 +129,17 @@ def test_rows_that_are_lost_are_dropped_and_no_others(
     with StoreWriter.resume(path, options=OPTIONS) as writer:  # it goes on where the run was
         assert writer.sequences == len(SIZES)
     assert os.listdir(path.parent) == ["run.zarr"]
+
+
+@pytest.mark.parametrize("name", ["rows/position/c/0", "layer_7/scales/c/0/0"])
+def test_a_shard_without_its_index_is_lost_and_no_other(folder: Path, name: str) -> None:
+    """A narrow shard holds 256 rows."""
+    path = folder / "small.zarr"
+    fill_store(path, CODEC, SIZES, layers=LAYERS, shard_rows=16)
+    flip(path / name, -20)
+    _, done = repair(path)
+    assert sorted(done.dropped) == [0, 2, 3, 4, 5]
+    check_sequences(path, dict(done.dropped))
 
 
 @pytest.mark.parametrize("name", ["finish", "prompt_size", "tokens", "source"])

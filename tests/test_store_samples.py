@@ -12,6 +12,7 @@ import pytest
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
+from nla_engine.store.manifest import attributes_checksum
 from nla_engine.store.records import SequenceBatch
 
 VOCABULARY = [f"{i}".encode() for i in range(10)] + [b" times", b"\n", "é".encode(), "é".encode()[:1], b""]
@@ -86,6 +87,19 @@ def fill_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -> di
     with create_store(path, codec, **changes) as writer:
         for sequence in sequences:
             writer.append(sequence)
+    return vectors
+
+
+def fill_old_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -> dict[int, np.ndarray]:
+    """`fill_store` as it was before narrow arrays had shards of their own: the manifest says nothing of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nla_engine.store.format.NARROW_SHARD_FACTOR", 1)
+        vectors = fill_store(path, codec, sizes, **changes)
+    document = json.loads((path / "zarr.json").read_text())
+    about = document["attributes"]["nla_engine"]
+    assert about.pop("narrow_shard_rows") == about["shard_rows"]
+    about["checksum"] = attributes_checksum(about)
+    (path / "zarr.json").write_text(json.dumps(document))
     return vectors
 
 

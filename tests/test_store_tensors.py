@@ -20,10 +20,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=CODEC_NAMES)
 def layer(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayerReader:
-    """358 rows in shards of 64 rows, read in blocks of 16."""
+    """358 rows in shards of 64 rows (narrow: 128), read in blocks of 16."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(tensors, "BLOCK_BYTES", 4 * 48 * 20)
     monkeypatch.setattr("nla_engine.store.format.CHUNK_ROWS", 16)
+    monkeypatch.setattr("nla_engine.store.format.NARROW_SHARD_FACTOR", 2)
     fill_store(tmp_path / "run.zarr", Codec.named(request.param, 48), SIZES, shard_rows=64)
     return CaptureStore.open(tmp_path / "run.zarr").layer(3)
 
@@ -59,15 +60,16 @@ def test_in_bulk(layer: LayerReader, dtype: torch.dtype, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_damage_is_an_error(layer: LayerReader, tmp_path: Path, threads: int) -> None:
-    path = tmp_path / "run.zarr/layer_3/codes/c/1/0"
+@pytest.mark.parametrize(("name", "first"), [("codes/c/1/0", 64), ("norm/c/1", 128)])
+def test_damage_is_an_error(layer: LayerReader, tmp_path: Path, name: str, first: int, threads: int) -> None:
+    path = tmp_path / "run.zarr/layer_3" / name
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
     seen = []
     with pytest.raises(StoreError, match="inner chunk 0 fails its checksum"):
         seen.extend(number for number, _ in layer.tensors(threads=threads))
-    assert seen == [0, 16, 32, 48]
+    assert seen == list(range(0, first, 16))
 
 
 def test_what_cannot_be_had(layer: LayerReader) -> None:

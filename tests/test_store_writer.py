@@ -214,10 +214,10 @@ def test_a_group_of_sequences_is_those_sequences(
         monkeypatch.setattr(arrays, "_COPIED_BY_QUEUE_BYTES", 0)
         monkeypatch.setattr(ShardImage, "put", late)
     sequences, _ = sample_sequences(0, CODEC, layers, [3, 0, 40, 1, 0, 0, 17, 8, 30])
-    with create_store(tmp_path / "one.zarr", CODEC, layers, shard_rows=8) as one:
+    with create_store(tmp_path / "one.zarr", CODEC, layers, shard_rows=4) as one:
         for sequence in sequences:
             one.append(sequence)
-    with create_store(tmp_path / "many.zarr", CODEC, layers, shard_rows=8) as many:
+    with create_store(tmp_path / "many.zarr", CODEC, layers, shard_rows=4) as many:
         many.append_many([])
         given: list[SequenceRows] = []
         for start, stop, wait in ((0, 1, True), (1, 7, True), (7, 8, False), (8, 9, False)):

@@ -71,7 +71,7 @@ def show_page(store: CaptureStore, console: Console) -> None:
         "codec": codec.name,
         "decoding": about["codec"]["decode"],
         "bytes a row and layer": f"{codec.row_bytes:,} (bfloat16: {2 * codec.d_model:,})",
-        "rows in a shard": about["shard_rows"],
+        "rows in a shard": f"{about['shard_rows']:,} of codes, {about['narrow_shard_rows']:,} of the other row arrays",
     }
     console.print(str(store.path), style="bold", markup=False, highlight=False)
     _section(console, "contents", contents)

@@ -24,6 +24,10 @@ NO_TOKEN = -1
 CHUNK_ROWS = 128
 MAX_SHARD_ROWS = 4096
 MAX_SHARD_BYTES = 16 << 20
+#: Narrow are the arrays that count rows, but `codes`. A small file costs a sync too, so their shards hold more rows.
+NARROW_SHARD_FACTOR = 16
+#: Every commit writes the last shard of each array anew: those of narrow ones are to be small beside that of codes.
+MAX_NARROW_SHARD_BYTES = 4 << 20
 EXACT_CHUNK_ROWS = 16
 EXACT_SHARD_BYTES = 2 << 20
 
@@ -146,10 +150,24 @@ def default_shard_rows(codec: Codec) -> int:
     )
 
 
-def array_specs(layers: Sequence[int], codec: Codec, shard_rows: int) -> dict[str, ArraySpec]:
+def default_narrow_shard_rows(codec: Codec, shard_rows: int) -> int:
+    """Rows in a shard of a narrow array: 16 * shard_rows, or the power of two that keeps every one within 4 MiB.
+
+    Never fewer than shard_rows.
+    """
+    row_bytes = max(2 * codec.scale_width, 8)  # of the widest: `scales`, or else `rows/sequence`
+    return _shard_rows(row_bytes, NARROW_SHARD_FACTOR * shard_rows, MAX_NARROW_SHARD_BYTES, shard_rows)
+
+
+def array_specs(
+    layers: Sequence[int], codec: Codec, shard_rows: int, narrow_shard_rows: int
+) -> dict[str, ArraySpec]:
     """Every array of a store, by path, in the order in which they are written."""
-    if shard_rows < 1 or shard_rows & (shard_rows - 1):
-        raise StoreError(f"shard_rows {shard_rows} is not a power of two")
+    for name, rows in (("shard_rows", shard_rows), ("narrow_shard_rows", narrow_shard_rows)):
+        if rows < 1 or rows & (rows - 1):
+            raise StoreError(f"{name} {rows} is not a power of two")
+    if narrow_shard_rows < shard_rows:
+        raise StoreError(f"narrow_shard_rows {narrow_shard_rows} is less than shard_rows {shard_rows}")
     specs: list[ArraySpec] = []
 
     def flat(
@@ -159,23 +177,23 @@ def array_specs(layers: Sequence[int], codec: Codec, shard_rows: int) -> dict[st
             path = f"{group}/{name}"
             specs.append(ArraySpec(path, np.dtype(dtype), (dimension,), unit, chunk or shard, shard))
 
-    def wide(path: str, dtype: np.dtype, dimensions: tuple[str, str], unit: str, width: int) -> None:
+    def wide(path: str, dtype: np.dtype, dimension: str, width: int, shard: int) -> None:
         chunk = min(CHUNK_ROWS, shard_rows)
-        specs.append(ArraySpec(path, dtype, dimensions, unit, chunk, shard_rows, (width,)))
+        specs.append(ArraySpec(path, dtype, ("row", dimension), "rows", chunk, shard, (width,)))
 
-    flat("rows", "token_id next_token_id position", "<i4", "row", "rows", shard_rows)
-    flat("rows", "sequence", "<i8", "row", "rows", shard_rows)
-    flat("rows", "flags", "u1", "row", "rows", shard_rows)
+    flat("rows", "token_id next_token_id position", "<i4", "row", "rows", narrow_shard_rows, shard_rows)
+    flat("rows", "sequence", "<i8", "row", "rows", narrow_shard_rows, shard_rows)
+    flat("rows", "flags", "u1", "row", "rows", narrow_shard_rows, shard_rows)
     d = codec.d_model
     exact_shard = _shard_rows(2 * d, 256, EXACT_SHARD_BYTES, EXACT_CHUNK_ROWS)
     for layer in layers:
         group, exact = layer_group(layer), exact_unit(layer)
         channel = "channel_pair" if codec.code_width != d else "channel"
         code_dtype = codec.code_dtype.newbyteorder("<")
-        wide(f"{group}/codes", code_dtype, ("row", channel), "rows", codec.code_width)
+        wide(f"{group}/codes", code_dtype, channel, codec.code_width, shard_rows)
         if codec.scale_width:
-            wide(f"{group}/scales", np.dtype("<f2"), ("row", "group"), "rows", codec.scale_width)
-        flat(group, "norm", "<f4", "row", "rows", shard_rows)
+            wide(f"{group}/scales", np.dtype("<f2"), "group", codec.scale_width, narrow_shard_rows)
+        flat(group, "norm", "<f4", "row", "rows", narrow_shard_rows, shard_rows)
         flat(group, "exact_row", "<i8", "exact", exact, 4096)
         specs.append(
             ArraySpec(

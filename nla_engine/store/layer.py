@@ -103,7 +103,7 @@ class LayerReader:
 
     @property
     def shard_rows(self) -> int:
-        """Rows in a shard file."""
+        """Rows in a shard of codes."""
         return self.arrays["codes"].spec.shard_rows
 
     def exact_between(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,6 +69,7 @@ class Manifest:
     """Everything that attributes["nla_engine"] holds.
 
     store_id: random, tells a store from one that replaced it under the same name
+    shard_rows: rows in a shard of codes; narrow_shard_rows: of every other array that counts rows
     sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
     codec_error: measured reconstruction error of each layer, or None
     dropped: sequences whose rows were lost to damage and dropped by a repair, with the fault
@@ -78,6 +79,7 @@ class Manifest:
     layers: tuple[int, ...]
     codec: Codec
     shard_rows: int
+    narrow_shard_rows: int
     sink_norm: Mapping[int, float]
     vocabulary_size: int
     vocabulary_bytes: int
@@ -101,7 +103,7 @@ class Manifest:
 
     def specs(self) -> dict[str, ArraySpec]:
         """Every array of the store, by path."""
-        return array_specs(self.layers, self.codec, self.shard_rows)
+        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows)
 
     def lengths(self) -> dict[str, int]:
         """Committed length of an array, by the unit of its spec."""
@@ -127,6 +129,7 @@ class Manifest:
             "codec": self.codec.to_dict(),
             "codec_error": {str(layer): self.codec_error.get(layer) for layer in self.layers},
             "shard_rows": self.shard_rows,
+            "narrow_shard_rows": self.narrow_shard_rows,
             "sink_norm": {str(k): float(v) if math.isfinite(v) else None for k, v in self.sink_norm.items()},
             "row_flags": {
                 flag.name: {"bit": flag.value, "meaning": text} for flag, text in FLAG_MEANINGS.items()
@@ -151,6 +154,8 @@ class Manifest:
             layers=tuple(int(layer) for layer in data["layers"]),
             codec=Codec.from_dict(data["codec"]),
             shard_rows=int(data["shard_rows"]),
+            # A store from before there were narrow shards does not say it.
+            narrow_shard_rows=int(data.get("narrow_shard_rows", data["shard_rows"])),
             sink_norm={int(k): math.inf if v is None else float(v) for k, v in data["sink_norm"].items()},
             vocabulary_size=int(data["vocabulary"]["size"]),
             vocabulary_bytes=int(data["vocabulary"]["bytes"]),
@@ -198,7 +203,7 @@ class Manifest:
             return cls.from_attributes(data)
         except KeyError as error:
             raise StoreError(f"{root / METADATA_NAME}: damaged: {error} is missing") from None
-        except (RequestError, TypeError, ValueError, AttributeError) as error:
+        except (RequestError, StoreError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{root / METADATA_NAME}: damaged: {error}") from None
 
 

@@ -271,10 +271,9 @@ def _read_shard(size: int, read: _Read, chunks: Sequence[int], shard_chunks: int
         raise _Damage("it is cut short")
     if not np.array_equal(raw[-CHECKSUM_BYTES:], _checksum(raw[:-CHECKSUM_BYTES])):
         raise _Damage("its index fails its checksum (or the file is cut short)")
-    index = raw[:-CHECKSUM_BYTES].view("<u8").reshape(shard_chunks, 2).tolist()
+    index = raw[:-CHECKSUM_BYTES].view("<u8").reshape(shard_chunks, 2)[list(chunks)].tolist()
     stored = np.empty(CHECKSUM_BYTES, np.uint8)
-    for number, values in zip(chunks, out, strict=True):
-        offset, length = index[number]
+    for number, (offset, length), values in zip(chunks, index, out, strict=True):
         if offset == ABSENT:
             raise _Damage(f"inner chunk {number} is absent")
         if length != values.nbytes + CHECKSUM_BYTES or offset + length > body_bytes:

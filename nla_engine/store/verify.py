@@ -148,7 +148,7 @@ class Verification:
         )
 
     def _damage(self, spec: ArraySpec) -> list[Part]:
-        """Every committed part of an array that cannot be read. The values of narrow arrays are kept."""
+        """Every committed part of an array that cannot be read. The values of flat arrays are kept."""
         length = self._lengths[spec.unit]
         reader = ArrayReader(self._root, spec, length)
         found: list[Part] = []

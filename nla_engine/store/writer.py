@@ -25,7 +25,7 @@ from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.directory import DirectoryLock, emptied, staged
-from nla_engine.store.format import default_shard_rows, layer_group
+from nla_engine.store.format import default_narrow_shard_rows, default_shard_rows, layer_group
 from nla_engine.store.interrupt import interrupt_held
 from nla_engine.store.manifest import (
     GROUP_METADATA,
@@ -102,15 +102,17 @@ class StoreWriter:
         sink_norm: norm above which rows are kept exactly, for each layer (infinity: never)
         vocabulary: the bytes of every token's text, by token id
         options: JSON; what `resume` compares
-        shard_rows: rows in a shard, a power of two; None chooses
+        shard_rows: rows in a shard of codes, a power of two; None chooses
         Raises StoreError when the path is taken or an argument unfit, WriteError when it cannot be written.
         """
         target = _target(path)
+        shard_rows = shard_rows or default_shard_rows(codec)
         manifest = Manifest(
             store_id=uuid.uuid4().hex,
             layers=tuple(int(layer) for layer in layers),
             codec=codec,
-            shard_rows=shard_rows or default_shard_rows(codec),
+            shard_rows=shard_rows,
+            narrow_shard_rows=default_narrow_shard_rows(codec, shard_rows),
             sink_norm={int(layer): float(norm) for layer, norm in sink_norm.items()},
             vocabulary_size=len(vocabulary),
             vocabulary_bytes=sum(map(len, vocabulary)),
@@ -217,7 +219,7 @@ class StoreWriter:
             self.commit_if_due()
 
     def commit_if_due(self) -> None:
-        """Commit if `commit_seconds` have passed, or a thirtieth of them and a row shard has filled. Raises WriteError.
+        """Commit if `commit_seconds` have passed, or a thirtieth and a shard of codes has filled. Raises WriteError.
 
         Waits for little some time after `append_many` without waiting: what fills a shard is on disk by then.
         """
