@@ -91,9 +91,15 @@ class RowTap:
 
     def prepare(self) -> None:
         """Have pinned memory ready for the first large collection; last, since capturing a graph gives it back."""
-        if self._first.is_cuda:
-            size = min(max(stage.codes.nbytes for stage in self.stages.values()), _PINNED_BYTES)
-            torch.empty(size, dtype=torch.uint8, pin_memory=True)  # the allocator keeps it
+        if not self._first.is_cuda:
+            return
+        room, held = _PINNED_BYTES, []
+        for stage in self.stages.values():
+            for tensor in (stage.codes, stage.scales, stage.norm):
+                if tensor.nbytes <= room:
+                    held.append(torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True))
+                    room -= tensor.nbytes
+        held.clear()  # the allocator keeps them
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         first = [self.rows.first(size) for size in prompt_sizes]

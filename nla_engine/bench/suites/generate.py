@@ -165,11 +165,8 @@ def _steady_batch(session: Session, batch: int) -> None:
     sizes, hardware = session.sizes, session.hardware
     limit = batch / decode_step_seconds(session.size, hardware, batch, sizes.context)
     every = tuple(range(len(session.lm.blocks)))
-    kinds: list[tuple[str, tuple[int, ...]]] = [("no tap", ()), (f"layer {session.layer}", (session.layer,))]
-    if batch == max(sizes.batches):
-        kinds.append(("all layers", every))
     untapped = None
-    for what, layers in kinds:
+    for what, layers in (("no tap", ()), (f"layer {session.layer}", (session.layer,)), ("all layers", every)):
         line = session.measure(
             "generate",
             f"steady B={batch} context {sizes.context} {what}",
