@@ -4,9 +4,11 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "checks.hpp"
 #include "crc32c.hpp"
@@ -42,6 +44,20 @@ nla::ShardLayout shard_layout(const Bytes& image, int64_t data_bytes, int64_t ch
     nla::check(image.size() == layout.image_bytes(), "image",
                std::to_string(image.size()) + " bytes, a shard needs " + std::to_string(layout.image_bytes()));
     return layout;
+}
+
+void fill_shard(const py::object& image, int64_t chunk_bytes, int64_t chunks_per_shard,
+                const std::vector<std::pair<size_t, py::object>>& pieces) {
+    const Bytes bytes(image, PyBUF_WRITABLE);
+    const nla::ShardLayout layout = shard_layout(bytes, 0, chunk_bytes, chunks_per_shard);
+    std::deque<Bytes> held;
+    std::vector<nla::Piece> places;
+    for (const auto& [start, piece] : pieces) {
+        held.emplace_back(piece);
+        places.push_back({start, held.back().data(), held.back().size()});
+    }
+    py::gil_scoped_release unlocked;
+    nla::fill_shard(layout, bytes.data(), places);
 }
 
 size_t seal_shard(const py::object& image, int64_t data_bytes, int64_t chunk_bytes, int64_t chunks_per_shard) {
@@ -180,6 +196,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("crc32c", &checksum, "data"_a, "portable"_a = false, "CRC-32C of a contiguous buffer.");
     m.attr("crc32c_hardware") = nla::crc32c_has_hardware();
+    m.def("fill_shard", &fill_shard, "image"_a, "chunk_bytes"_a, "chunks_per_shard"_a, "pieces"_a,
+          "Copies contiguous buffers, each to a byte of a shard's data, into its image. Releases the GIL.");
     m.def("seal_shard", &seal_shard, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
           "Checksums and index into the image of a Zarr v3 shard (see csrc/shard.hpp); the size of the file.");
     m.def("write_shard", &write_shard, "path"_a, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,

@@ -97,6 +97,22 @@ size_t ShardLayout::shard_bytes(size_t data_bytes) const {
 
 size_t ShardLayout::image_bytes() const { return shard_bytes(chunk_bytes * chunks_per_shard); }
 
+void fill_shard(const ShardLayout& layout, uint8_t* image, const std::vector<Piece>& pieces) {
+    const size_t room = layout.chunk_bytes * layout.chunks_per_shard;
+    for (const Piece& piece : pieces)
+        check(piece.size <= room && piece.start <= room - piece.size, "piece",
+              std::to_string(piece.size) + " bytes at " + std::to_string(piece.start) + " stick out of " +
+                  std::to_string(room));
+    for (const Piece& piece : pieces) {
+        for (size_t done = 0; done < piece.size;) {
+            const size_t chunk = (piece.start + done) / layout.chunk_bytes, used = (piece.start + done) % layout.chunk_bytes;
+            const size_t size = std::min(layout.chunk_bytes - used, piece.size - done);
+            std::memcpy(image + chunk * (layout.chunk_bytes + kChecksum) + used, piece.data + done, size);
+            done += size;
+        }
+    }
+}
+
 size_t seal_shard(const ShardLayout& layout, uint8_t* image, size_t data_bytes) {
     const size_t present = layout.chunks(data_bytes);
     const size_t stride = layout.chunk_bytes + kChecksum;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace nla {
 
@@ -31,6 +32,16 @@ struct ShardLayout {
     size_t shard_bytes(size_t data_bytes) const;
     size_t image_bytes() const;
 };
+
+// `size` bytes that belong at byte `start` of a shard's data, checksums not counted.
+struct Piece {
+    size_t start;
+    const uint8_t* data;
+    size_t size;
+};
+
+// Copies pieces to their places in `image`. Raises std::invalid_argument if one sticks out, before anything is copied.
+void fill_shard(const ShardLayout& layout, uint8_t* image, const std::vector<Piece>& pieces);
 
 // `image` holds the raw chunks at their places in the file, with room for a whole shard: fills the last chunk that has
 // data up with zeros and adds checksums and index. Returns the size of the file; chunks beyond the data are absent.

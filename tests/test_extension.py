@@ -101,14 +101,53 @@ def test_python_gives_the_same_bytes(tmp_path, rng, monkeypatch, rows):
         if not native:
             monkeypatch.setattr(extension, "load", lambda: None)
         shard = shards.ShardImage(spec)
-        shard.put(0, data)
+        shard.put([(0, data)])
         shard.seal(32)
-        shard.put(0, data[:rows])  # used again: the old rows behind must not show
+        shard.put([(0, data[:rows])])  # used again: the old rows behind must not show
         contents.append(shard.seal(rows).tobytes())
         shard.write(tmp_path / str(native) / "0", rows)
         contents.append((tmp_path / str(native) / "0").read_bytes())
         assert os.listdir(tmp_path / str(native)) == ["0"]
     assert contents == [sealed(data[:rows])] * 4
+
+
+@built
+def test_rows_lie_where_they_belong(rng, monkeypatch):
+    """Pieces of any size at any row, in any order: both ways against one plain array; what none covers stays."""
+    spec = ArraySpec("a", np.dtype("<f2"), ("row", "channel"), "rows", 8, 32, (3,))
+    for _ in range(20):
+        edges = np.unique(rng.integers(0, 33, 12))
+        pieces = [(int(a), rng.normal(size=(b - a, 3)).astype("<f2")) for a, b in zip(edges, edges[1:], strict=False)]
+        dropped = [pieces.pop(rng.integers(len(pieces)))] if len(pieces) > 1 else []
+        pieces = [pieces[i] for i in rng.permutation(len(pieces))] + [(5, np.empty((0, 3), "<f2"))]
+        want = np.full((32, 3), -7, "<f2")
+        for start, rows in pieces:
+            want[start : start + len(rows)] = rows
+        assert all((want[a : a + len(rows)] == -7).all() for a, rows in dropped)
+        for put in (shards.ShardImage.put, shards.ShardImage.put_reference):
+            shard = shards.ShardImage(spec)
+            shard.chunks[:] = -7
+            put(shard, pieces)
+            np.testing.assert_array_equal(shard.chunks.reshape(32, 3), want)
+    shard.put([(4, want[:9].astype(np.float32)), (20, want[::2][:7])])  # of another type, or not contiguous
+    np.testing.assert_array_equal(shard.chunks.reshape(32, 3)[4:13], want[:9])
+    np.testing.assert_array_equal(shard.chunks.reshape(32, 3)[20:27], want[::2][:7])
+    with pytest.raises(ValueError, match="broadcast"):
+        shard.put([(0, np.zeros((2, 6), "<f2"))])
+
+
+@built
+def test_pieces_that_stick_out_are_refused():
+    shard, _, chunk, chunks = image(np.ones((5, 3), np.uint16))
+    before, inside = shard.copy(), np.zeros(48, np.uint8)
+    for start, size in ((192, 1), (0, 193), (150, 43), (2**64 - 8, 16)):
+        with pytest.raises(ValueError, match=f"piece: {size} bytes at {start} stick out of 192"):
+            _C.fill_shard(shard, chunk, chunks, [(0, inside), (start, np.zeros(size, np.uint8))])
+    with pytest.raises(ValueError, match="contiguous"):
+        _C.fill_shard(shard, chunk, chunks, [(0, inside[::2])])
+    assert np.array_equal(shard, before)
+    with pytest.raises(BufferError):
+        _C.fill_shard(shard.tobytes(), chunk, chunks, [(0, inside)])
 
 
 @built

@@ -167,7 +167,7 @@ def test_zarr_writes_the_same_shard_bytes(tmp_path: Path) -> None:
     written = (tmp_path / "a.zarr" / "c" / "0" / "0").read_bytes()
     spec = ArraySpec("a", np.dtype("<i4"), ("row", "channel"), "rows", 8, 64, (3,))
     image = shards.ShardImage(spec)
-    image.put(0, values)
+    image.put([(0, values)])
     built = image.seal(20).tobytes()
     assert len(built) == len(written)
     stride = 8 * 3 * 4 + 4

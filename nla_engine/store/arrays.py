@@ -5,7 +5,7 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from threading import Event, Lock
 
 import numpy as np
@@ -16,6 +16,7 @@ from nla_engine.store.objects import ObjectPath, Place
 from nla_engine.store.queue import WriteQueue
 from nla_engine.store.shards import (
     TEMPORARY_SUFFIX,
+    Piece,
     ShardImage,
     fsync_directory,
     read_chunks,
@@ -25,19 +26,12 @@ from nla_engine.store.shards import (
 
 #: Fewer bytes are copied sooner than a thread of the queue takes them up.
 _COPIED_BY_QUEUE_BYTES = 1 << 20
-#: Rows, and where in the shard they start.
-_Piece = tuple[int, np.ndarray]
-
-
-def _put(image: ShardImage, pieces: Iterable[_Piece]) -> None:
-    for start, rows in pieces:
-        image.put(start, rows)
 
 
 class _Copy:
     """Pieces to be put into an image once, by whichever thread comes first."""
 
-    def __init__(self, image: ShardImage, pieces: list[_Piece]) -> None:
+    def __init__(self, image: ShardImage, pieces: list[Piece]) -> None:
         self._image, self._pieces = image, pieces
         self._claim, self._ended = Lock(), Event()
         self._made = False
@@ -50,7 +44,7 @@ class _Copy:
         """Copy, unless another thread does or did."""
         if self._claim.acquire(blocking=False):
             try:
-                _put(self._image, self._pieces)
+                self._image.put(self._pieces)
                 self._made = True
             finally:
                 self._pieces.clear()  # the caller's arrays may go
@@ -90,7 +84,7 @@ class ArrayLog:
         """
         log = cls(root, spec, queue)
         first = length - length % spec.shard_rows
-        log._tail.put(0, ArrayReader(root, spec, length).read(first, length))
+        log._tail.put([(0, ArrayReader(root, spec, length).read(first, length))])
         log.length = length
         # The last shard on disk may hold rows past the commit: the next flush writes it anew.
         log._flushed = first
@@ -127,7 +121,7 @@ class ArrayLog:
         as they are until `wait_until_copied`.
         """
         shard_rows = self.spec.shard_rows
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         for rows in parts:
             done = 0
             while done < len(rows):
@@ -140,7 +134,7 @@ class ArrayLog:
                     self._write_tail(pieces)
                     pieces = []
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
-        _put(self._tail, pieces)
+        self._tail.put(pieces)
 
     def wait_until_copied(self) -> None:
         """Until everything appended has been copied. What no thread has begun with is copied here."""
@@ -166,7 +160,7 @@ class ArrayLog:
             self._queue.submit(lambda: write_file_atomically(path, metadata), len(metadata))
             self._described = self.length
 
-    def _write_tail(self, pieces: Sequence[_Piece] = ()) -> None:
+    def _write_tail(self, pieces: Sequence[Piece] = ()) -> None:
         """Hand the tail to the queue, with what is still to be put into it."""
         shard, last = divmod(self.length - 1, self.spec.shard_rows)
         path, image, full = (
