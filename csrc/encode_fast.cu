@@ -158,7 +158,8 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
         word[i] = 0;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            const float code = fminf(fmaxf(shifted_code(v[8 * i + k], best.reciprocal), kRounder - 7.0f), kRounder + 7.0f);
+            const float shifted = shifted_code(v[8 * i + k], best.reciprocal);
+            const float code = fminf(fmaxf(shifted, kRounder - 7.0f), kRounder + 7.0f);
             word[i] |= (__float_as_uint(code) & 15u) << (4 * k);
         }
         word[i] ^= 0x88888888u;  // two's complement + 8
@@ -173,8 +174,8 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
 template <CodecKind kind>
 constexpr int kResident = kind == CodecKind::int4 ? 4 : 6;
 
-// f(dest, next, half) for each row of the warp that goes somewhere, when it lies in `staged` where `half` says; next: the
-// row to be copied behind it, or null. Returns the half of the row that would follow.
+// f(dest, next, half) for each row of the warp that goes somewhere, when it lies in `staged` where `half` says; next:
+// the row to be copied behind it, or null. Returns the half of the row that would follow.
 template <typename T, Layout layout, typename F>
 __device__ __forceinline__ int for_each_row(const EncodeArgs& args, const StagedRow<T, layout>& staged, F f) {
     const uint32_t warps = blockDim.x / 32, stride = gridDim.x * warps;

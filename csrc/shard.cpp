@@ -105,7 +105,7 @@ void fill_shard(const ShardLayout& layout, uint8_t* image, const std::vector<Pie
                   std::to_string(room));
     for (const Piece& piece : pieces) {
         for (size_t done = 0; done < piece.size;) {
-            const size_t chunk = (piece.start + done) / layout.chunk_bytes, used = (piece.start + done) % layout.chunk_bytes;
+            const size_t at = piece.start + done, chunk = at / layout.chunk_bytes, used = at % layout.chunk_bytes;
             const size_t size = std::min(layout.chunk_bytes - used, piece.size - done);
             std::memcpy(image + chunk * (layout.chunk_bytes + kChecksum) + used, piece.data + done, size);
             done += size;

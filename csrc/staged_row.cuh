@@ -39,8 +39,8 @@ __device__ __forceinline__ void unpack(const Chunk<T>& chunk, float* out) {
     }
 }
 
-// A warp's row: for each pass of the warp over eight blocks, each lane's chunks. Where the last pass has work for no more
-// than half of the warp, its other half is room for the same blocks of another row: `half` says which one is meant.
+// A warp's row: for each pass of the warp over eight blocks, each lane's chunks. Where the last pass has work for no
+// more than half of the warp, its other half is room for the same blocks of another row: `half` says which is meant.
 template <typename T, Layout layout>
 class StagedRow {
   public:
@@ -62,8 +62,12 @@ class StagedRow {
     __device__ int whole() const { return whole_; }
     __device__ bool shares() const { return whole_ < passes(); }
     // First channel of the lane, and whether it has work: only in the last pass it may have none.
-    __device__ int channel(int pass) const { return channel_ + pass * kPass - (pass < whole_ ? 0 : my_half() * (kPass / 2)); }
-    __device__ bool works(int pass, int half) const { return channel(pass) < d_ && (pass < whole_ || my_half() == half); }
+    __device__ int channel(int pass) const {
+        return channel_ + pass * kPass - (pass < whole_ ? 0 : my_half() * (kPass / 2));
+    }
+    __device__ bool works(int pass, int half) const {
+        return channel(pass) < d_ && (pass < whole_ || my_half() == half);
+    }
 
     // Start copying a pass of a row from global memory. What was there must have been read by this lane.
     __device__ void copy(const T* row, int pass, int half) const {
@@ -119,7 +123,8 @@ class Squares {
         float v[kChunk];
         unpack(chunk, v);
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) sums_[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums_[c]);
+        for (int e = 0; e < kChunk; ++e)
+            sums_[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums_[c]);
     }
 
     // Of the warp, whose lanes all call.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import google_crc32c
@@ -117,7 +118,7 @@ def test_rows_lie_where_they_belong(rng, monkeypatch):
     spec = ArraySpec("a", np.dtype("<f2"), ("row", "channel"), "rows", 8, 32, (3,))
     for _ in range(20):
         edges = np.unique(rng.integers(0, 33, 12))
-        pieces = [(int(a), rng.normal(size=(b - a, 3)).astype("<f2")) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [(int(a), rng.normal(size=(b - a, 3)).astype("<f2")) for a, b in pairwise(edges)]
         dropped = [pieces.pop(rng.integers(len(pieces)))] if len(pieces) > 1 else []
         pieces = [pieces[i] for i in rng.permutation(len(pieces))] + [(5, np.empty((0, 3), "<f2"))]
         want = np.full((32, 3), -7, "<f2")
