@@ -35,14 +35,19 @@ class OnDevice {
     bool changed_ = false;
 };
 
+inline int processors(int device) {
+    int count = 0;
+    cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
 // As many CTAs as the device holds at once, but no more than there is work.
 template <typename Kernel>
 int persistent_grid(Kernel kernel, int threads, size_t shared, int64_t pieces, int device) {
-    int processors = 0, resident = 0;
-    cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    int resident = 0;
     cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int64_t most = int64_t{processors} * (resident > 0 ? resident : 1);
+    const int64_t most = int64_t{processors(device)} * (resident > 0 ? resident : 1);
     return static_cast<int>(pieces < most ? pieces : most);
 }
 

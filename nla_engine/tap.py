@@ -15,6 +15,7 @@ import torch
 from nla_engine.codec import Codec, exact_rows
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import RowStage, encode_rows
+from nla_engine.ops.places import row_places
 from nla_engine.store import LayerRows
 
 #: Most pinned host memory to have ready before the run.
@@ -84,9 +85,8 @@ class RowTap:
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Encode the rows of hidden [T, d] whose (slot, position) is to be kept. Launches only: no synchronisation."""
         if self._places is None or self._places[0] is not position:  # once a pass, not once a layer
-            index = position - self._first[slot]
-            kept = (index >= 0) & (position < self._end[slot])
-            self._places = (position, torch.where(kept, slot * self.rows_per_slot + index, -1))
+            places = row_places(slot, position, self._first, self._end, self.rows_per_slot)
+            self._places = (position, places)
         encode_rows(hidden, self._places[1], self.stages[layer], self.sink_norm[layer])
 
     def prepare(self) -> None:

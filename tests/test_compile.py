@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import choose, fp8, gate
+from nla_engine.ops import choose, fp8, gate, places
 
 INT, LONG, BYTE, HALF, FLOAT, CODE = "i32", "*i64", "*u8", "*bf16", "fp32", "*fp8e4nv"
 BEST = {
@@ -34,6 +34,10 @@ NORM = {
     "eps": FLOAT,
     "offset": FLOAT,
 }
+PLACES = dict.fromkeys(("slot", "position", "first", "end", "out"), LONG) | {
+    "tokens": INT,
+    "rows_per_slot": INT,
+}
 GATE = {"both": HALF, "codes": CODE, "scale": "*fp32", "width": INT}
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
@@ -52,6 +56,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
     (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
+    (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from nla_engine.ops import attention, gate, norm, rotary
+from nla_engine.ops import attention, gate, norm, places, rotary
 
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -154,6 +154,24 @@ def test_rotation_is_that_of_transformers(rng) -> None:
     assert torch.allclose(got, want_q[0].transpose(0, 1), atol=1e-6)
     assert torch.allclose(keys[0], want_k[0].transpose(0, 1), atol=1e-6)
     assert torch.equal(values[0], k[0].transpose(0, 1))
+
+
+@runs_kernels
+@pytest.mark.parametrize("tokens", [1, 255, 256, 700])
+def test_row_places(rng, tokens: int) -> None:
+    """Positions before, inside and behind what a slot keeps, slots that keep nothing among them."""
+    slots, room = 9, 40
+    first = rng.integers(0, 60, slots)
+    end = first + rng.integers(0, room + 1, slots)
+    slot, position = rng.integers(0, slots, tokens), rng.integers(0, 110, tokens)
+    columns = [torch.from_numpy(column).to(DEVICE) for column in (slot, position, first, end)]
+    want = [
+        s * room + p - first[s] if first[s] <= p < end[s] else -1 for s, p in zip(slot, position, strict=True)
+    ]
+    assert places.row_places_triton(*columns, room).tolist() == want
+    assert places.row_places_reference(*columns, room).tolist() == want
+    with pytest.raises(ValueError, match="contiguous int64"):
+        places.row_places_triton(columns[0], columns[1].int(), *columns[2:], room)
 
 
 @starts_the_interpreter

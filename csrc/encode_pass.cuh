@@ -1,0 +1,211 @@
+// A pass of the fast encoder: eight blocks of 128 channels at once, a quad of lanes each. Rotation, scales, codes.
+// Knows neither where rows come from nor norms.
+//
+// int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
+// tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
+// its own, which shows where the float32 sums of a block are not exact (codec.py says how). A chunk's four words, as
+// they lie, are a lane's part of the first factor A [16, 16]:
+//
+//     row of A      the quad in the warp (8), channel bit 1 (2)
+//     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
+//
+// The column of the result means what that of A does, so what comes out lies as what went in. Channel bits 5 and 6 tell
+// a lane's chunks apart: each chunk of the result sums the products of all four, with their signs. Left is bit 1.
+#pragma once
+
+#include <type_traits>
+
+#include "encode.cuh"
+#include "staged_row.cuh"
+
+namespace nla {
+
+constexpr float kSmallestNormalHalf = 6.103515625e-05f;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTensorCores = false;     // that take bfloat16: older ones rotate as the host does
+#else
+constexpr bool kTensorCores = true;
+#endif
+
+// ---- the rotation on tensor cores ----
+
+// out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8, g being the quad of the warp.
+[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
+                                                          __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
+                                                          __half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// The matrix of order 16 as this lane's part of the second factor: b[half][pair] holds rows k, k + 1 of column n, with
+// k = 2 sub + 8 pair and n = 8 half + g.
+template <typename T>
+struct Hadamard {
+    uint32_t b[2][2];
+
+    __device__ explicit Hadamard(int lane) {
+        constexpr uint32_t one = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                const int k = 2 * (lane & 3) + 8 * pair, n = 8 * half + lane / 4;
+                const uint32_t low = one | (__popc(k & n) & 1) << 15, high = one | (__popc((k + 1) & n) & 1) << 15;
+                b[half][pair] = low | high << 16;
+            }
+        }
+    }
+
+    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. All lanes of the warp call.
+    __device__ void rotate(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
+#pragma unroll
+        for (int from = 0; from < 4; ++from) {
+#pragma unroll
+            for (int to = 0; to < 4; ++to) {
+                const int common = from & to;  // bits 5 and 6: the sign of this chunk in that one
+                const uint32_t sign = (common == 1 || common == 2) ? 0x80008000u : 0u;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    multiply(v + to * kChunk + 4 * half, x[from].part[0], b[half][0] ^ sign, b[half][1] ^ sign, T{});
+            }
+        }
+        butterfly_in_lane<2>(v);
+    }
+};
+
+// ---- codes of a quad's block, each lane 32 channels ----
+
+__device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
+    float largest[4] = {};  // so that one need not wait for another
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(v[i]));
+    return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+}
+
+// One scale a block; v is y / factor. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes
+// within +-127.
+// at: as below; all lanes of the warp call.
+__device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, int8_t* codes, __half* scales, int64_t at,
+                                           int sub) {
+    float largest = largest_in_lane(v);
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
+    const Scale scale = make_scale(__fmul_rn(largest, factor), 1.0f / 127.0f);
+    const float reciprocal = __fmul_rn(scale.reciprocal, factor);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], reciprocal);
+    if (scale.value < kSmallestNormalHalf) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = fminf(fmaxf(v[i], kRounder - 127.0f), kRounder + 127.0f);
+    }
+    uint32_t word[kPerLane / 4];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 4; ++i) {
+        const float* const code = v + 4 * i;
+        const uint32_t low = __byte_perm(__float_as_uint(code[0]), __float_as_uint(code[1]), 0x0040);
+        const uint32_t high = __byte_perm(__float_as_uint(code[2]), __float_as_uint(code[3]), 0x0040);
+        word[i] = __byte_perm(low, high, 0x5410);
+    }
+    if (at < 0) return;
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        reinterpret_cast<uint2*>(codes + at)[c * kChunkStep<Layout::Spread>] = {word[2 * c], word[2 * c + 1]};
+    if (sub == 0) scales[at / kBlock] = scale.half;
+}
+
+// Sum over errors i, i + width, i + 2 width ... in the order of a butterfly reduction: steps 16, 8, 4, 2, 1.
+template <int width>
+__device__ __forceinline__ float int4_error_sum(const float (&v)[kPerLane], int i, const Scale& scale) {
+    if constexpr (width == kPerLane) {
+        return int4_error(v[i], scale);
+    } else {
+        return __fadd_rn(int4_error_sum<2 * width>(v, i, scale), int4_error_sum<2 * width>(v, i + width, scale));
+    }
+}
+
+// One group to a lane. codes: of the lane; scales: of its group.
+__device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* codes, __half* scales) {
+    const float largest = largest_in_lane(v);
+    Scale best = make_scale(largest, 1.0f / 7.0f);
+    float best_error = int4_error_sum<1>(v, 0, best);
+#pragma unroll 1
+    for (int c = 1; c < kClips; ++c) {
+        const Scale scale = make_scale(__fmul_rn(largest, clips[c]), 1.0f / 7.0f);
+        // A rounded sum of squares is no less than any of them: if what is cut off the largest value costs too much
+        // alone, the sum does.
+        if (int4_error(largest, scale) >= best_error) continue;
+        const float error = int4_error_sum<1>(v, 0, scale);
+        if (error < best_error) {
+            best_error = error;
+            best = scale;
+        }
+    }
+    uint32_t word[kPerLane / 8];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 8; ++i) {
+        word[i] = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float shifted = shifted_code(v[8 * i + k], best.reciprocal);
+            const float code = fminf(fmaxf(shifted, kRounder - 7.0f), kRounder + 7.0f);
+            word[i] |= (__float_as_uint(code) & 15u) << (4 * k);
+        }
+        word[i] ^= 0x88888888u;  // two's complement + 8
+    }
+    *reinterpret_cast<uint4*>(codes) = {word[0], word[1], word[2], word[3]};
+    *scales = best.half;
+}
+
+// ---- a pass: eight blocks, a quad each ----
+
+template <CodecKind kind>
+constexpr Layout layout_of = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
+
+template <typename T, CodecKind kind>
+class Rotation {
+  public:
+    __device__ explicit Rotation(int lane) : matrix_(lane), sub_(lane % 4) {}
+
+    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. All lanes of the warp call.
+    __device__ void apply(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
+        if constexpr (kPacked) {
+            matrix_.rotate(x, v);
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) unpack(x[c], v + c * kChunk);
+            rotate<layout_of<kind>>(v, sub_);
+        }
+    }
+
+  private:
+    static constexpr bool kPacked = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;  // what they take
+    Hadamard<std::conditional_t<kPacked, T, __half>> matrix_;
+    int sub_;
+};
+
+// at: the place of the lane's first channel among all rows' channels; < 0: none. All lanes of the warp call.
+template <CodecKind kind>
+__device__ __forceinline__ void store_codes(const EncodeArgs& args, float (&v)[kPerLane], float factor, int64_t at) {
+    if (factor == 0.0f) {  // Inf * 0 is not 0
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
+    }
+    __half* const scales = static_cast<__half*>(args.scales);
+    if constexpr (kind == CodecKind::int8) {
+        store_int8(v, factor, static_cast<int8_t*>(args.codes), scales, at, threadIdx.x % 4);
+    } else if (at >= 0) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], factor);
+        store_int4(v, static_cast<uint8_t*>(args.codes) + at / 2, scales + at / kPerLane);
+    }
+}
+
+}  // namespace nla

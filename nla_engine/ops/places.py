@@ -1,0 +1,66 @@
+"""Where a slot's rows go in buffers of so many rows a slot: reference in torch, one Triton kernel.
+
+place = slot * rows_per_slot + position - first[slot]     if first[slot] <= position < end[slot], else -1
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 256
+
+
+def row_places(
+    slot: torch.Tensor, position: torch.Tensor, first: torch.Tensor, end: torch.Tensor, rows_per_slot: int
+) -> torch.Tensor:
+    """slot, position [T]; first, end [slots]; all int64 and contiguous -> int64 [T].
+
+    Triton on CUDA, else the reference.
+    """
+    run = row_places_triton if slot.is_cuda else row_places_reference
+    return run(slot, position, first, end, rows_per_slot)
+
+
+def row_places_reference(
+    slot: torch.Tensor, position: torch.Tensor, first: torch.Tensor, end: torch.Tensor, rows_per_slot: int
+) -> torch.Tensor:
+    """`row_places` in plain torch."""
+    index = position - first[slot]
+    kept = (index >= 0) & (position < end[slot])
+    return torch.where(kept, slot * rows_per_slot + index, -1)
+
+
+def row_places_triton(
+    slot: torch.Tensor, position: torch.Tensor, first: torch.Tensor, end: torch.Tensor, rows_per_slot: int
+) -> torch.Tensor:
+    """`row_places` as one launch. Raises ValueError for tensors that are not contiguous int64."""
+    for tensor in (slot, position, first, end):
+        if tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            raise ValueError("slot, position, first and end are contiguous int64")
+    out = torch.empty_like(slot)
+    _places_kernel[(triton.cdiv(len(slot), _BLOCK),)](
+        slot, position, first, end, out, len(slot), rows_per_slot, BLOCK=_BLOCK, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _places_kernel(
+    slot,  # [tokens]
+    position,  # [tokens]
+    first,  # [slots]
+    end,  # [slots]
+    out,  # [tokens]
+    tokens,
+    rows_per_slot,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = token < tokens
+    at = tl.load(slot + token, mask=real, other=0)
+    index = tl.load(position + token, mask=real, other=0)
+    begin = tl.load(first + at, mask=real, other=0)
+    kept = (index >= begin) & (index < tl.load(end + at, mask=real, other=0))
+    tl.store(out + token, tl.where(kept, at * rows_per_slot + index - begin, -1), mask=real)
