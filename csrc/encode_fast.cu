@@ -13,7 +13,7 @@ namespace nla {
 namespace {
 
 constexpr int kWarps = 4;                // of a CTA that takes row after row, unless they would not fit
-constexpr int kFewRows = 4;              // a multiprocessor: up to so many, each has a CTA of its own
+constexpr int kFewRows = 16;             // a multiprocessor: up to so many, each has a CTA of its own
 constexpr int kMostPasses = 16;          // of such a row
 constexpr size_t kShared = 48 << 10;     // what a CTA has without asking for more
 
