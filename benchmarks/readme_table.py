@@ -38,8 +38,11 @@ def model_of(line: dict[str, Any]) -> str:
 def markdown(lines: list[dict[str, Any]]) -> str:
     """One table a GPU and model; its heading says the dates and versions that are in it."""
     parts = []
-    for gpu, model in dict.fromkeys((line["gpu"], model_of(line)) for line in lines):
-        mine = [line for line in lines if (line["gpu"], model_of(line)) == (gpu, model)]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["gpu"], model_of(line)), []).append(line)
+    # What is measured most comes first.
+    for (gpu, model), mine in sorted(groups.items(), key=lambda group: -len(group[1])):
         dates, versions = (
             ", ".join(sorted({line[name][:10] if name == "date" else line[name] for line in mine}))
             for name in ("date", "versions")
