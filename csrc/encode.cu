@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
                 if constexpr (kind == CodecKind::int8) range = __fmul_rn(range, factor);
                 constexpr float top = kind == CodecKind::int8 ? 127.0f : 7.0f;
                 Scale best = make_scale(range, 1.0f / top);
-                if constexpr (kind == CodecKind::int8) best.reciprocal = __fmul_rn(best.reciprocal, factor);
+                if constexpr (kind == CodecKind::int8) best.reciprocal = whole_reciprocal(best, factor);
                 if constexpr (kind == CodecKind::int4) {
                     float best_error = INFINITY;
                     for (int c = 0; c < kClips; ++c) {
@@ -123,7 +123,7 @@ void launch(const EncodeArgs& args, int device, cudaStream_t stream) {
 
 void encode_rows(int device, uintptr_t stream, EncodeArgs args) {
     check_codec(args.codec);
-    check(args.rows >= 0, "rows", "is negative");
+    check(args.rows >= 0 && args.rows <= INT32_MAX, "rows", "is not an int32");
     if (args.rows == 0) return;
     check(args.row_stride >= args.codec.d || args.rows == 1, "row_stride", "is less than d");
     check(args.exact_capacity >= 0 && args.exact_capacity <= INT32_MAX, "exact_capacity", "is not an int32");

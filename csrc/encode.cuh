@@ -1,6 +1,8 @@
 // What both encoders share: where a row goes, what its norm decides, scales. The contract: nla_engine/codec.py.
 #pragma once
 
+#include <cfloat>
+
 #include "rows.cuh"
 
 namespace nla {
@@ -53,6 +55,11 @@ __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
     return scale;
 }
 
+// What a value of int8 is multiplied by: factor / scale, cut at the largest float32, so that 0 stays 0.
+__device__ __forceinline__ float whole_reciprocal(const Scale& scale, float factor) {
+    return fminf(__fmul_rn(scale.reciprocal, factor), FLT_MAX);
+}
+
 // kRounder + the code of a value before it is cut at the top: the product, rounded once.
 __device__ __forceinline__ float shifted_code(float value, float reciprocal) {
     return __fmaf_rn(value, reciprocal, kRounder);
@@ -66,7 +73,7 @@ __device__ __forceinline__ float int4_error(float y, const Scale& scale) {
     return __fmul_rn(delta, delta);
 }
 
-// Blocks of 128 and 16-byte accesses: a warp a row (encode_fast.cu). False if it does not take these arguments.
+// Blocks of 128 and 16-byte accesses (encode_fast.cu). False if it does not take these arguments.
 template <typename T>
 bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream);
 

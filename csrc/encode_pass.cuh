@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "encode.cuh"
+#include "mma.cuh"
 #include "staged_row.cuh"
 
 namespace nla {
@@ -28,20 +29,6 @@ constexpr bool kTensorCores = true;
 #endif
 
 // ---- the rotation on tensor cores ----
-
-// out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8, g being the quad of the warp.
-[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
-                                                          __nv_bfloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-[[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
-                                                          __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
 
 // The matrix of order 16 as this lane's part of the second factor: b[half][pair] holds rows k, k + 1 of column n, with
 // k = 2 sub + 8 pair and n = 8 half + g.
@@ -99,7 +86,7 @@ __device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, i
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
     const Scale scale = make_scale(__fmul_rn(largest, factor), 1.0f / 127.0f);
-    const float reciprocal = __fmul_rn(scale.reciprocal, factor);
+    const float reciprocal = whole_reciprocal(scale, factor);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], reciprocal);
     if (scale.value < kSmallestNormalHalf) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ int chunk_of(int sub, int slot) {
 }
 
 // Norms outside this range (or not finite) cannot be divided by: codec.py NORM_RANGE.
-__device__ __forceinline__ bool is_ordinary(float norm) { return norm >= 1e-28f && norm <= 1e30f; }
+__device__ __forceinline__ bool is_ordinary(float norm) { return norm >= 1e-30f && norm <= 1e30f; }
 
 // float32 bits -> bfloat16 bits, nearest even, NaN stays NaN: codec.bf16_bits.
 __device__ __forceinline__ uint32_t bf16_bits(uint32_t bits) {

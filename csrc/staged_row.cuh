@@ -1,4 +1,5 @@
-// A warp's row in shared memory, as the fast encoder reads it: chunks of eight channels (rows.cuh), a lane's own.
+// A warp's row in shared memory, as the fast encoder reads it: chunks of eight channels (rows.cuh), each a lane's own but
+// where two rows share a pass.
 // Knows nothing of codes.
 #pragma once
 

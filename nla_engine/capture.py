@@ -309,6 +309,7 @@ def _generator(
         exact_capacity=plan.slots * STEPS_BETWEEN_POLLS + (budget if keep.first(2) < 1 else plan.slots),
         sink_norm=writer.sink_norm,
         device=lm.device,
+        reference=options.kernels == "reference",
     )
     runner = Runner(
         lm if new else lm.truncated(max(options.layer)),

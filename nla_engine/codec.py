@@ -7,7 +7,8 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
     code  = clamp(round_half_even(y / scale), -top, top)
     x'    = rms * H (scale * code)               H is its own inverse
 
-`int8`: top 127, group = block, clip 1; y / scale is H x times the float32 (1 / rms) * (1 / scale), not rounded before.
+`int8`: top 127, group = block, clip 1; y / scale is H x times the float32 (1 / rms) * (1 / scale), at most its largest,
+and not rounded before.
 `int4`: top 7, group 32, clip = the candidate of least squared error, code + 8 in a nibble, even channel low; y / scale
 is y times the float32 1 / scale, not rounded before.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no
 scales.

@@ -12,10 +12,10 @@ from functools import cache
 import numba
 import numpy as np
 
-#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms, times 2**24 for the smallest scale,
-#: would leave float32.
-NORM_RANGE = (np.float32(1e-28), np.float32(1e30))
+#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms would leave float32.
+NORM_RANGE = (np.float32(1e-30), np.float32(1e30))
 _LEAST_NORM, _MOST_NORM = NORM_RANGE
+_LARGEST = np.finfo(np.float32).max
 
 
 @numba.njit(cache=True, nogil=True)
@@ -102,7 +102,7 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
                         continue
                     best_error = errors[0]
                 scales[i, g] = scale
-                reciprocal *= factor
+                reciprocal = min(reciprocal * factor, _LARGEST)
                 for j in range(start, start + group):
                     codes[i, j] = np.int8(_code(row[j], reciprocal, top))
 

@@ -15,7 +15,7 @@ import torch
 from nla_engine.codec import Codec, exact_rows
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import RowStage, encode_rows
-from nla_engine.ops.places import row_places
+from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.store import LayerRows
 
 #: Most pinned host memory to have ready before the run.
@@ -55,6 +55,7 @@ class RowTap:
     """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows a slot and layer.
 
     exact_capacity: most rows of one layer that may have to be kept exactly between two polls.
+    reference: places of rows by plain torch, as `--kernels reference` asks; the encoder goes by what is built.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class RowTap:
         exact_capacity: int,
         sink_norm: Mapping[int, float],
         device: torch.device,
+        reference: bool = False,
     ) -> None:
+        self._row_places = row_places_reference if reference else row_places
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.rows_per_slot = rows_per_slot
         self._counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # one look for all layers
@@ -85,7 +88,7 @@ class RowTap:
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Encode the rows of hidden [T, d] whose (slot, position) is to be kept. Launches only: no synchronisation."""
         if self._places is None or self._places[0] is not position:  # once a pass, not once a layer
-            places = row_places(slot, position, self._first, self._end, self.rows_per_slot)
+            places = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
             self._places = (position, places)
         encode_rows(hidden, self._places[1], self.stages[layer], self.sink_norm[layer])
 
@@ -96,9 +99,9 @@ class RowTap:
         room, held = _PINNED_BYTES, []
         for stage in self.stages.values():
             for tensor in (stage.codes, stage.scales, stage.norm):
-                if tensor.nbytes <= room:
-                    held.append(torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True))
-                    room -= tensor.nbytes
+                size = min(tensor.nbytes, room)
+                held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+                room -= size
         held.clear()  # the allocator keeps them
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:

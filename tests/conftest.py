@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from commands import LAYER, call, capture, roundtrip
+from encoded import IMPLEMENTATIONS
+from stand_in_gpu import StandIn, build, install
 from tiny import save_ar, save_av, save_model, write_prompts
+
+from nla_engine import extension
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -55,6 +59,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert call(*capture(root, root / "run.zarr")).code == 0
     assert call(*roundtrip(root, root / "explained.parquet")).code == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    """csrc's encoder and decoder, on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    return StandIn(build(tmp_path_factory.mktemp("stand_in_gpu")))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(
+    request: pytest.FixtureRequest, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str]:
+    """The name of an implementation of ops/encode, and its device."""
+    name, device, multiprocessors = request.param
+    if multiprocessors:
+        install(request.getfixturevalue("stand_in"), multiprocessors, monkeypatch, seed)
+    elif name == "cuda" and not extension.has_cuda():
+        pytest.skip(extension.why_missing())
+    return name, device
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,24 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from nla_engine.codec import Codec, bf16_bits, exact_rows, hadamard_matrix, ordinary_rows
 from nla_engine.ops.encode import RowStage
+
+#: name, device, and for kernels on a CPU the multiprocessors played: up to 16 rows for each have a CTA of their own.
+NUMBA = pytest.param(("numba", "cpu", 0), id="numba")
+CUDA = [
+    pytest.param(("cuda", "cpu", 1), id="cuda-on-cpu"),
+    pytest.param(("cuda", "cpu", 99), id="cuda-on-cpu-few-rows"),
+    pytest.param(("cuda", "cuda", 0), id="cuda", marks=pytest.mark.gpu),
+]
+TORCH = [
+    pytest.param(("torch", "cpu", 0), id="torch"),
+    pytest.param(("torch", "cuda", 0), id="torch-cuda", marks=pytest.mark.gpu),
+]
+IMPLEMENTATIONS = [NUMBA, *TORCH, *CUDA]
 
 SINK_NORM = 2000.0
 POISON = {torch.int8: -77, torch.uint8: 199, torch.int16: -12345, torch.int64: -999, torch.int32: 0}

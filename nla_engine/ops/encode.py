@@ -218,7 +218,7 @@ def _quantise(v: Tensor, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
 def _codes(v: Tensor, factor: Tensor, scale: Tensor, top: int) -> Tensor:
     """clamp(round(v * factor / scale)) as float32, by one rounded reciprocal; 0 where the scale is 0."""
     wide = scale.float()
-    reciprocal = torch.where(wide > 0, 1.0 / wide, 0.0) * factor
+    reciprocal = (torch.where(wide > 0, 1.0 / wide, 0.0) * factor).clamp(max=torch.finfo(torch.float32).max)
     return (v.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
 
 

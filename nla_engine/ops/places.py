@@ -35,10 +35,12 @@ def row_places_reference(
 def row_places_triton(
     slot: torch.Tensor, position: torch.Tensor, first: torch.Tensor, end: torch.Tensor, rows_per_slot: int
 ) -> torch.Tensor:
-    """`row_places` as one launch. Raises ValueError for tensors that are not contiguous int64."""
+    """`row_places` as one launch. Raises ValueError for tensors that are not contiguous int64, or differ in length."""
     for tensor in (slot, position, first, end):
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError("slot, position, first and end are contiguous int64")
+    if slot.shape != position.shape or first.shape != end.shape:
+        raise ValueError("slot and position, first and end have the same length")
     out = torch.empty_like(slot)
     _places_kernel[(triton.cdiv(len(slot), _BLOCK),)](
         slot, position, first, end, out, len(slot), rows_per_slot, BLOCK=_BLOCK, num_warps=4
@@ -46,7 +48,8 @@ def row_places_triton(
     return out
 
 
-@triton.jit
+# Packed passes have any number of tokens: one compilation serves them all.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slot", "position"])
 def _places_kernel(
     slot,  # [tokens]
     position,  # [tokens]
@@ -60,7 +63,7 @@ def _places_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = token < tokens
     at = tl.load(slot + token, mask=real, other=0)
-    index = tl.load(position + token, mask=real, other=0)
-    begin = tl.load(first + at, mask=real, other=0)
-    kept = (index >= begin) & (index < tl.load(end + at, mask=real, other=0))
-    tl.store(out + token, tl.where(kept, at * rows_per_slot + index - begin, -1), mask=real)
+    read = tl.load(position + token, mask=real, other=0)
+    index = read - tl.load(first + at, mask=real, other=0)
+    kept = (index >= 0) & (read < tl.load(end + at, mask=real, other=0))
+    tl.store(out + token, tl.where(kept, at * rows_per_slot + index, -1), mask=real)
