@@ -39,7 +39,16 @@ def build(directory: Path) -> Path:
             (directory / path.name).write_text(path.read_text())
     library = directory / "stand_in_gpu.so"
     # Fortified jumps refuse to leave a stack for another.
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-I", str(directory)]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        "-I",
+        str(directory),
+    ]
     objects = [directory / f"{Path(name).stem}.o" for name in (*_KERNELS, "gpu.cpp")]
     compiling = [
         subprocess.Popen(
