@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kChecksum = 4;
 constexpr size_t kEntry = 16;
+constexpr size_t kPart = 2 << 20;  // of a file, written at a time
 
 template <typename T>
 uint8_t* put_little_endian(uint8_t* out, T value) {
@@ -39,10 +40,15 @@ class TemporaryFile {
     }
 
     void write(const uint8_t* data, size_t size) {
+        off_t at = 0;
         while (size) {
-            const ssize_t written = ::write(descriptor_, data, size);
+            const ssize_t written = ::write(descriptor_, data, std::min(size, kPart));
             if (written < 0 && errno == EINTR) continue;
             if (written < 0) throw FileError(errno, path_);
+#ifdef __linux__
+            ::sync_file_range(descriptor_, at, written, SYNC_FILE_RANGE_WRITE);  // the disk may begin; a hint
+#endif
+            at += written;
             data += written;
             size -= static_cast<size_t>(written);
         }
