@@ -233,7 +233,7 @@ def test_other_suites(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_the_time_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("store --shape tiny --time-limit 0.000001") == 0
     result = result_of(capsys)
-    assert result["lines"] == [] and len(result["skipped"]) == 10
+    assert result["lines"] == [] and len(result["skipped"]) == 11
 
 
 def test_a_failed_case_is_reported_and_the_others_go_on(
@@ -246,7 +246,7 @@ def test_a_failed_case_is_reported_and_the_others_go_on(
     assert run("store --shape tiny --repeats 1") == 1
     result = result_of(capsys)
     assert [entry["error"] for entry in result["failed"]] == ["OSError: no such thing"] * 5
-    assert len(result["lines"]) == 5
+    assert len(result["lines"]) == 6
 
 
 def test_wrong_work_has_no_figure(
