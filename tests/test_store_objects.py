@@ -21,6 +21,7 @@ from nla_engine.errors import StoreError, WriteError
 from nla_engine.store import CaptureStore, StoreWriter, objects
 from nla_engine.store.objects import LOCK_NAME, ObjectPath
 from nla_engine.store.repair import repair
+from nla_engine.store.shards import index_bytes
 from nla_engine.store.verify import verify
 
 CODEC = Codec.named("int8", 48)
@@ -87,6 +88,26 @@ def test_a_place_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None
         StoreError, match=r"cannot be reached: no credentials: are AWS_ACCESS_KEY_ID, .* set\?"
     ):
         ObjectPath.open("s3://nowhere/x").exists()
+
+
+def test_a_small_part_of_an_object_is_read_by_itself(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_store(url, CODEC, SIZES, shard_rows=16)  # scales: 16 inner chunks to a shard
+    layer = CaptureStore.open(url).layer(3)
+    expected, asked, get = layer[:], [], ObjectPath._get
+
+    def recorded(self: ObjectPath, part: tuple[int, int] | None = None) -> bytes:
+        data = get(self, part)
+        if "scales" in str(self):
+            asked.append((part is None, len(data)))
+        return data
+
+    monkeypatch.setattr(ObjectPath, "_get", recorded)
+    np.testing.assert_array_equal(layer[3:30], expected[3:30])
+    two_chunks = 2 * (16 * CODEC.scale_width * 2 + 4)
+    assert asked == [(False, index_bytes(16)), (False, two_chunks)]
+    asked.clear()
+    np.testing.assert_array_equal(layer[[1, 40]], expected[[1, 40]])
+    assert [whole for whole, _ in asked] == [True]
 
 
 def test_an_object_replaced_between_two_requests_is_not_damaged(

@@ -26,6 +26,8 @@ from nla_engine.store.objects import ObjectPath, Place
 CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
+#: Of an object no more than this part is read by itself: a fourth.
+_FEW_CHUNKS_PART = 4
 #: What can be done about damage.
 MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
 
@@ -258,16 +260,30 @@ def _open_file(path: Path) -> Iterator[tuple[int, _Read]]:
 
 
 def _read_object(path: ObjectPath, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
-    """One chunk in three small requests, several in one for the whole object, since a request costs more.
+    """A few chunks side by side in three small requests, others in one for the whole object: a request costs more.
 
     An object that a writer replaces between two requests looks damaged: then that one, too, is read as a whole.
     """
-    if len(chunks) == 1:
+    few = len(chunks) == 1 or len(chunks) <= shard_chunks // _FEW_CHUNKS_PART
+    if few and chunks[-1] - chunks[0] + 1 == len(chunks):
         with contextlib.suppress(_Damage):
-            read = _reading(path.read_range)
+            read = _reading(_ahead(path.read_range, out.nbytes + CHECKSUM_BYTES * len(chunks)))
             return _read_shard(path.size(), read, chunks, shard_chunks, out)
     whole = path.read_bytes()
     return _read_shard(len(whole), _reading(lambda start, stop: whole[start:stop]), chunks, shard_chunks, out)
+
+
+def _ahead(part: Callable[[int, int], bytes], size: int) -> Callable[[int, int], bytes]:
+    """`part`, asked for `size` bytes at a time: what lies behind is wanted next."""
+    start, data = 0, b""
+
+    def read(first: int, stop: int) -> bytes:
+        nonlocal start, data
+        if not start <= first <= stop <= start + len(data):
+            start, data = first, part(first, max(stop, first + size))
+        return data[first - start : stop - start]
+
+    return read
 
 
 def _reading(part: Callable[[int, int], bytes]) -> _Read:
