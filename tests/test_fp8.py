@@ -55,7 +55,8 @@ def nearly(actual: Quantised, wanted: Quantised, dtype: torch.dtype) -> None:
     assert ((actual.scale - wanted.scale).abs() <= 2**-7 * wanted.scale).all()
     apart = (bits(actual) - bits(wanted)).abs()
     assert apart.max() <= 1
-    assert (apart > 0).float().mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3)
+    part = 0.05 if dtype == torch.bfloat16 else 1e-3
+    assert (apart > 0).sum() <= 1 + part * apart.numel()  # one of a few values may be such
 
 
 @runs_kernels
