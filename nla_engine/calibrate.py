@@ -51,6 +51,7 @@ def calibrate(
         exact_capacity=1,
         sink_norm=dict.fromkeys(layers, float("inf")),
         device=lm.device,
+        reference=kernels == "reference",
     )
     with Runner(lm, slots=slots, length=longest, tap=tap, tap_layers=layers, kernels=kernels) as runner:
         for completion in Generator(runner, max_new_tokens=0, keeper=tap).run(sample):

@@ -311,6 +311,19 @@ def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch)
 CODEC = stage.Codec.named("bf16", 64)
 
 
+def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatch) -> None:
+    """Neither in the calibration nor in the run."""
+
+    def fails(*_: object) -> None:
+        raise AssertionError("a kernel was chosen")
+
+    monkeypatch.setattr("nla_engine.tap.row_places", fails)
+    lm = language_model()
+    run_capture(options(tmp_path, kernels="reference"), lm=lm)
+    with pytest.raises(AssertionError, match="a kernel was chosen"):
+        run_capture(options(tmp_path, out=tmp_path / "other.zarr"), lm=lm)
+
+
 def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
     hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))

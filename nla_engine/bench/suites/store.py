@@ -39,7 +39,7 @@ def run(session: Session) -> None:
     rows = session.sizes.store_rows
     name = f"int8 {rows} x {codec.d_model}"
     ours = [
-        session.measure("store", f"write {name}", "MB/s", _write(session, codec, rows)),
+        session.measure("store", f"write {name}", "MB/s", _write(session, codec, rows, _rate)),
         session.measure("store", f"read {name} as stored", "MB/s", _read(session, codec, rows)),
     ]
     theirs = [
@@ -53,7 +53,7 @@ def run(session: Session) -> None:
         "store",
         f"CPU time of write {name}",
         "s/GB",
-        _write_cpu(session, codec, rows),
+        _write(session, codec, rows, _cpu_time),
         detail=lambda p50: (
             f"{p50 * _GPU_RATE:.2f} cores at the {_GPU_RATE} GB/s that a GPU gives of one layer"
         ),
@@ -85,30 +85,29 @@ def _decoded(session: Session, codec: Codec, rows: int) -> None:
         row.compare(their_row)
 
 
+def _rate(write: Callable[[], None], size: int) -> float:
+    """Megabytes a second."""
+    return size / seconds(write, _CPU) / 1e6
+
+
+def _cpu_time(write: Callable[[], None], size: int) -> float:
+    """Of all threads of the process, the system's part included: seconds a gigabyte."""
+    start = time.process_time()
+    write()
+    return (time.process_time() - start) / (size / 1e9)
+
+
 @contextmanager
-def _write(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
+def _write(
+    session: Session, codec: Codec, rows: int, figure: Callable[[Callable[[], None], int], float]
+) -> Iterator[Prepared]:
+    """figure(write, bytes): what is measured of writing a store."""
     sequences, path = encoded_sequences(codec, _LAYER, rows), session.directory / "written.zarr"
     size = sum(len(s.position) for s in sequences) * codec.row_bytes
 
     def once() -> float:
         shutil.rmtree(path, ignore_errors=True)
-        return size / seconds(lambda: write_store(path, codec, _LAYER, sequences), session.device) / 1e6
-
-    yield Prepared(once)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _write_cpu(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
-    """Of all threads of the process, the system's part included. Seconds a stored gigabyte."""
-    sequences, path = encoded_sequences(codec, _LAYER, rows), session.directory / "written.zarr"
-    size = sum(len(s.position) for s in sequences) * codec.row_bytes
-
-    def once() -> float:
-        shutil.rmtree(path, ignore_errors=True)
-        start = time.process_time()
-        write_store(path, codec, _LAYER, sequences)
-        return (time.process_time() - start) / (size / 1e9)
+        return figure(partial(write_store, path, codec, _LAYER, sequences), size)
 
     yield Prepared(once)
     shutil.rmtree(path, ignore_errors=True)
