@@ -55,8 +55,7 @@ def nearly(actual: Quantised, wanted: Quantised, dtype: torch.dtype) -> None:
     assert ((actual.scale - wanted.scale).abs() <= 2**-7 * wanted.scale).all()
     apart = (bits(actual) - bits(wanted)).abs()
     assert apart.max() <= 1
-    part = 0.05 if dtype == torch.bfloat16 else 1e-3
-    assert (apart > 0).sum() <= 1 + part * apart.numel()  # one of a few values may be such
+    assert (apart > 0).float().mean() <= (0.05 if dtype == torch.bfloat16 else 1e-3)
 
 
 @runs_kernels
@@ -89,7 +88,7 @@ def test_what_is_not_finite_stays_so(rng) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "d"), [(1, 16), (3, 96), (2, 3584)])
+@pytest.mark.parametrize(("rows", "d"), [(1, 16), (13, 96), (2, 3584)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("added", [False, True])
 def test_rms_norm_quantised(rng, dtype: torch.dtype, rows: int, d: int, offset: float, added: bool) -> None:
@@ -108,7 +107,7 @@ def test_rms_norm_quantised(rng, dtype: torch.dtype, rows: int, d: int, offset: 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 77), (2, 5000)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (13, 77), (2, 5000)])
 def test_gate_quantised(rng, dtype: torch.dtype, activation: str, rows: int, width: int) -> None:
     both = randn(rng, rows, 2 * width, dtype=dtype) * 3
     if activation == "gelu":
