@@ -306,7 +306,7 @@ def _generator(
         keep,
         slots=plan.slots,
         rows_per_slot=max(keep.count(plan.length - new, plan.length), 1),
-        exact_capacity=plan.slots * STEPS_BETWEEN_POLLS + (budget if keep.first(2) < 1 else plan.slots),
+        exact_capacity=plan.slots * (STEPS_BETWEEN_POLLS + 1) + (budget if keep.first(2) < 1 else plan.slots),
         sink_norm=writer.sink_norm,
         device=lm.device,
         reference=options.kernels == "reference",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nla_engine.codec import Codec, exact_rows
+from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import RowStage, encode_rows
 from nla_engine.ops.places import row_places, row_places_reference
@@ -75,6 +76,7 @@ class RowTap:
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.rows_per_slot = rows_per_slot
         self._counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # one look for all layers
+        self._seen = Glance(self._counts)
         self.stages = {}
         for i, layer in enumerate(layers):
             stage = RowStage.allocate(codec, (slots + 1) * rows_per_slot, exact_capacity, device)
@@ -109,13 +111,24 @@ class RowTap:
         end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
         if any(b - a > self.rows_per_slot for a, b in zip(first, end, strict=True)):
             raise EngineError("a sequence has more rows to keep than its slot has room for")
-        columns = torch.tensor([slots, first, end]).to(self._first.device)
+        columns = to_device(np.array([slots, first, end]), self._first.device)
         self._first[columns[0]], self._end[columns[0]] = columns[1], columns[2]
         self._prompt_size[slots] = prompt_sizes
         for layer, stage in self.stages.items():
             stage.norm.view(-1, self.rows_per_slot)[columns[0]] = _UNWRITTEN
             for slot in slots:
                 self._exact[layer].pop(slot, None)
+
+    @property
+    def keeps_given(self) -> bool:
+        return self.rows.first(2) < 2
+
+    def glance(self) -> None:
+        self._seen.take()
+
+    def waits(self) -> bool:
+        """Whether rows that must be kept exactly were there at the last glance."""
+        return any(self._seen.read())
 
     def poll(self) -> None:
         """Fetch the rows kept exactly since the last poll."""
@@ -141,12 +154,12 @@ class RowTap:
             self.rows.count(int(self._prompt_size[s]), size) for s, size in zip(slots, sizes, strict=True)
         ]
         places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
-        at = torch.from_numpy(np.concatenate(places)).to(self._first.device)
+        at = to_device(np.concatenate(places), self._first.device)
         ends = np.cumsum(counts)
         starts = ends - counts
         collected: list[dict[int, LayerRows]] = [{} for _ in slots]
         for layer, stage in self.stages.items():
-            codes, scales, norm = (_to_host(a[at]) for a in (stage.codes, stage.scales, stage.norm))
+            codes, scales, norm = (to_host(a[at]) for a in (stage.codes, stage.scales, stage.norm))
             codes = codes.view(self.codec.code_dtype)
             if missing := int((norm == _UNWRITTEN).sum()):
                 raise EngineError(f"layer {layer}: {missing} rows of sequences that ended were never written")
@@ -171,11 +184,3 @@ class RowTap:
         if any(int(row) not in order for row in wanted):
             raise EngineError(f"layer {layer}: a row that must be kept exactly is missing")
         return rows[[order[int(row)] for row in wanted]]
-
-
-def _to_host(tensor: torch.Tensor) -> np.ndarray:
-    """A copy on the host, through pinned memory where the tensor is on a GPU (ten times the rate of pageable)."""
-    if tensor.device.type == "cpu":
-        return tensor.numpy()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor).numpy()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
+from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
@@ -270,6 +271,20 @@ def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, 
     assert {i: c.generated.tolist() for i, c in patient.items()} == {
         i: c.generated.tolist() for i, c in eager.items()
     }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_model_gets_its_own_norm_and_blocks_back(architecture: str, rng: np.random.Generator) -> None:
+    lm = language_model(architecture)
+    parts = [(0, 0, tuple(rng.integers(1, 250, 20).tolist()))]
+    with Runner(lm, slots=1, length=60, kernels="reference") as runner:
+        assert "forward" not in vars(lm.decoder.norm)
+        expected = runner.prefill(parts)
+    with Runner(lm, slots=1, length=60, kernels="fused") as runner:
+        assert isinstance(lm.decoder.norm.forward, FusedNorm)
+        assert all(isinstance(block.forward, FusedBlock) for block in lm.blocks)
+        torch.testing.assert_close(runner.prefill(parts), expected, atol=2e-5, rtol=1e-4)
+    assert not any("forward" in vars(module) for module in (lm.decoder.norm, *lm.blocks))
 
 
 def test_a_slot_has_room_for_the_shared_prefix() -> None:

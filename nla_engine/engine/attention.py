@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface
 
 from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.attention import Shape, Tiles, attend, attend_one_each, attend_reference, tile_rows
 
@@ -93,19 +94,21 @@ def prefill_tiles(parts: Sequence[tuple[int, int, int]], group: int, own: torch.
 
     own: int64 [T], the position of every query.
     """
-    longest_run = max(length for _, _, length in parts)
-    rows = tile_rows(longest_run, group)
+    slot, start, length = np.asarray(parts, np.int64).T
+    rows = tile_rows(int(length.max()), group)
     step = max(rows // group, 1)
-    columns, offset = [], 0
-    for slot, start, length in parts:
-        first = np.arange(0, length, step)
-        count = np.minimum(length - first, step)
-        columns.append(np.stack([offset + first, count, np.full_like(first, slot), start + first]))
-        offset += length
-    packed = torch.from_numpy(np.concatenate(columns, 1)).to(own.device)
-    token, count, slot, position = packed
-    longest = max(start + length for _, start, length in parts)
-    return Tiles(token, count, slot, position, own, rows, longest)
+    tiles = -(-length // step)
+    part = np.repeat(np.arange(len(length)), tiles)
+    first = step * counted(tiles)
+    token = (np.cumsum(length) - length)[part] + first
+    count = np.minimum(length[part] - first, step)
+    packed = to_device(np.stack([token, count, slot[part], start[part] + first]), own.device)
+    return Tiles(packed[0], packed[1], packed[2], packed[3], own, rows, int((start + length).max()))
+
+
+def counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, ... n - 1 for each n of sizes, one after another: int64 [sum of sizes]."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 #: The passes under way on this thread, the innermost last: AV and AR may run on two.

@@ -23,6 +23,8 @@ from nla_engine.ops.norm import rms_norm
 from nla_engine.ops.rotary import HeadNorm, rotate_and_store
 
 _FAMILIES = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "Gemma3DecoderLayer")
+#: Norms, and what is added to their weights.
+_NORMS = {"Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "LlamaRMSNorm": 0.0, "Gemma3RMSNorm": 1.0}
 
 
 def can_fuse(block: Any) -> bool:
@@ -33,6 +35,21 @@ def can_fuse(block: Any) -> bool:
     attn = block.self_attn
     biased = {layer.bias is not None for layer in (attn.q_proj, attn.k_proj, attn.v_proj)}
     return all(layer.bias is None for layer in bare) and len(biased) == 1 and _activation(block) is not None
+
+
+def can_fuse_norm(norm: Any) -> bool:
+    """Whether this module knows the arithmetic of the norm behind the last block."""
+    return type(norm).__name__ in _NORMS
+
+
+class FusedNorm:
+    """Calls like the norm it replaces: hidden states [1, T, d] -> [1, T, d]."""
+
+    def __init__(self, norm: Any) -> None:
+        self.weight, self.eps, self.offset = norm.weight, _eps(norm), _NORMS[type(norm).__name__]
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states[0], self.weight, self.eps, self.offset)[None]
 
 
 class FusedBlock:

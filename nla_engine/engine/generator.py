@@ -7,6 +7,7 @@ host only polls which slots have ended. Knows nothing of files, codecs or what a
 from __future__ import annotations
 
 import collections.abc
+import math
 from collections import deque
 from collections.abc import Iterable
 from contextlib import closing
@@ -21,6 +22,7 @@ from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.choose import Choosing, SlotState, advance
 
@@ -29,8 +31,8 @@ STEPS_BETWEEN_POLLS = 8
 
 
 #: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
+#: Before that nobody needs to know which sequences have ended.
 REFILL_PART = 1 / 16
-
 
 _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]
@@ -45,8 +47,18 @@ class RowKeeper(Protocol):
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
 
+    @property
+    def keeps_given(self) -> bool:
+        """Whether tokens of prompts have rows, too."""
+
+    def glance(self) -> None:
+        """Queue a look at what there is to fetch. No synchronisation."""
+
+    def waits(self) -> bool:
+        """Whether the last look saw something, for which `poll` must come before more passes. Waits for the look."""
+
     def poll(self) -> None:
-        """A pass has run; the device may be looked at."""
+        """Fetch it. Always called before `collect`. Waits for the device."""
 
     def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, Any]]:
         """The rows of sequences that ended with `size` tokens, by layer."""
@@ -106,6 +118,7 @@ class Generator:
         self.stop = stop.to(runner.device) if stop is not None else None
         self.state = SlotState.allocate(runner.cache.slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)
+        self._active = Glance(self.state.active)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
@@ -124,12 +137,13 @@ class Generator:
         """
         source = _Source(requests)
         free = deque(range(self.runner.cache.slots))
+        refill = max(math.ceil(self.runner.cache.slots * REFILL_PART), 1)
         reading: deque[_Admitted] = deque()
         decoding: dict[int, _Admitted] = {}
         ready: list[Completion] = []
         while True:
             entered = False
-            if not decoding or len(free) >= self.runner.cache.slots * REFILL_PART:
+            if not decoding or len(free) >= refill:
                 entered = self._admit(source, free, reading)
             if not reading and not decoding:
                 if ready:  # the caller may let requests go once it has these
@@ -150,13 +164,16 @@ class Generator:
             filling = entered and bool(free) and not reading and not source.dry
             stepping = bool(decoding) and not filling
             if stepping:
-                self._decode(decoding, hurry=bool(reading))
+                ends = 0 if reading else refill if source.dry else refill - len(free)
+                self._decode(decoding, ends)
             if ready:
                 yield ready  # while the device works: what the caller does with them costs no time
             if stepping:
-                active = self.state.active.tolist()
+                active = self._active.read()
                 ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
-            if self.keeper is not None:
+            elif self.keeper is not None and self.keeper.keeps_given:
+                self.keeper.glance()
+            if self.keeper is not None and (ended or self.keeper.waits()):
                 self.keeper.poll()
             ready = self._complete(ended) if ended else []
             free.extend(admitted.slot for admitted in ended)
@@ -194,7 +211,9 @@ class Generator:
         slots = [a.slot for a in entered]
         sizes = [prefix + len(a.request.token_ids) for a in entered]
         limits = [a.request.max_new_tokens for a in entered]
-        columns = torch.tensor([slots, [a.request.id for a in entered], limits, sizes]).to(self.runner.device)
+        columns = to_device(
+            np.array([slots, [a.request.id for a in entered], limits, sizes]), self.runner.device
+        )
         at = columns[0]
         state.sequence[at], state.limit[at] = columns[1], columns[2]
         state.position[at] = columns[3] - 1  # the last prompt token, whose reading gives the first new one
@@ -206,7 +225,7 @@ class Generator:
         if carriers:
             table = self.runner.vectors
             rows = torch.stack([a.request.vector for a in carriers])  # type: ignore[misc]
-            at = torch.tensor([a.slot for a in carriers]).to(table.device)
+            at = to_device(np.array([a.slot for a in carriers]), table.device)
             table[at] = rows.to(table.device, table.dtype)
         if self.keeper is not None:
             self.keeper.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
@@ -236,24 +255,38 @@ class Generator:
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
         going_on = [i for i, admitted in enumerate(complete) if admitted.request.max_new_tokens]
         if going_on:
-            lanes = torch.tensor([complete[i].slot for i in going_on], device=hidden.device)
-            self._advance(lanes, hidden[[rows[i] for i in going_on]])
+            lanes, mine = [complete[i].slot for i in going_on], [rows[i] for i in going_on]
+            at = to_device(np.array([lanes, mine]), hidden.device)
+            self._advance(at[0], hidden[at[1]])
         return complete
 
-    def _decode(self, decoding: dict[int, _Admitted], hurry: bool) -> None:
-        """Read a token each and choose the next: some steps if the device can go on alone, one if prompts wait."""
+    def _decode(self, decoding: dict[int, _Admitted], ends: int) -> None:
+        """Read a token each and choose the next: some steps, up to where `ends` sequences must have ended; 0: one step.
+
+        Then `_active` can be read.
+        """
         slots = sorted(decoding)
         if not self.runner.graphable:
             lanes = torch.tensor(slots, device=self.runner.device)
             self._step(lanes, int(self.state.position[lanes].max()) + 1)
+            self._glance()
             return
-        # A sequence can only end early; up to the nearest certain end nothing is lost by not looking.
-        certain = min(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
-        steps = max(1, min(1 if hurry else STEPS_BETWEEN_POLLS, certain))
+        left = sorted(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
+        steps = max(min(left[min(ends, len(left)) - 1], STEPS_BETWEEN_POLLS), 1) if ends > 0 else 1
+        # The host looks before the last step, and queues the next ones while the device takes it. What ends in that
+        # step is seen a look later; if something must end there, the host waits for it.
+        early = int(steps > 1 and steps not in left)
         graph = self._graph(len(slots))
-        graph.run(slots, steps)
+        graph.run(slots, steps - early)
+        self._glance()
+        graph.run(slots, early)
         for admitted in decoding.values():
             admitted.steps += steps
+
+    def _glance(self) -> None:
+        self._active.take()
+        if self.keeper is not None:
+            self.keeper.glance()
 
     def _graph(self, lanes: int) -> DecodeGraph:
         """The captured decode step for at least so many lanes."""
@@ -301,7 +334,7 @@ class Generator:
     def _complete(self, ended: list[_Admitted]) -> list[Completion]:
         state = self.state
         slots = [a.slot for a in ended]
-        at = torch.tensor(slots, device=self.runner.device)
+        at = to_device(np.array(slots), self.runner.device)
         counts = state.count[at].tolist()
         generated = state.generated[at].cpu().numpy().astype(np.int32)
         codes = (

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from nla_engine.engine.streams import capture_stream
+from nla_engine.engine.transfer import to_device
 
 #: Numbers of lanes that a graph is captured for: a step runs on the next larger one.
 LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -45,7 +47,7 @@ class DecodeGraph:
         """Take `steps` steps on the given slots, without waiting for them."""
         if slots != self._slots:
             padded = slots + [self._spare] * (len(self._lanes) - len(slots))
-            self._lanes.copy_(torch.tensor(padded))
+            self._lanes.copy_(to_device(np.array(padded), self._lanes.device))
             self._slots = list(slots)
         for _ in range(steps):
             self._graph.replay()

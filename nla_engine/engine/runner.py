@@ -15,9 +15,10 @@ import torch
 from nla_engine.config import PRECISIONS
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
-from nla_engine.engine.fused import Fp8Block, FusedBlock, can_fuse, tune_products
+from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, can_fuse, can_fuse_norm, tune_products
 from nla_engine.engine.request import VECTOR
 from nla_engine.engine.slots import SlotCache, slot_size
+from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import Tiles
@@ -72,7 +73,8 @@ class Runner:
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self._tap: Tap | None = None
-        self._fused: list[Any] = []
+        self._fused: list[Any] = []  # blocks whose forward is the engine's own
+        self._norm: Any = None  # the norm behind the last block, if its is
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block goes on with the wanted tokens alone
         try:
@@ -90,6 +92,10 @@ class Runner:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
                 block.forward = FusedBlock(block)
                 self._fused.append(block)
+        norm: Any = getattr(self.lm.decoder, "norm", None)
+        if self._fused and can_fuse_norm(norm):
+            norm.forward = FusedNorm(norm)
+            self._norm = norm
         layers = set(tap_layers)
         last = len(self.lm.blocks) - 1
         self._narrows = self.lm.blocks[last] in self._fused and last not in layers
@@ -116,7 +122,9 @@ class Runner:
             hook.remove()
         for block in self._fused:
             del block.forward
-        self._hooks, self._fused = [], []
+        if self._norm is not None:
+            del self._norm.forward
+        self._hooks, self._fused, self._norm = [], [], None
         self.lm.model.set_attn_implementation("eager")
 
     @property
@@ -147,15 +155,14 @@ class Runner:
         wanted: which of the T tokens' states [n, d] are asked for, 0 < n <= T; None: all of them
         """
         runs = [(slot, start, len(ids)) for slot, start, ids in parts]
-        lengths = [length for _, _, length in runs]
+        slot, start, length = np.asarray(runs, np.int64).T
         ids = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
-        slots = np.repeat([slot for slot, _, _ in runs], lengths)
-        positions = np.concatenate([np.arange(start, start + length) for _, start, length in runs])
+        positions = np.repeat(start, length) + attention.counted(length)
         if wanted is not None and not 0 < len(wanted) <= len(ids):
             raise EngineError(f"states of {len(wanted)} tokens are asked for, of a pass of {len(ids)}")
-        packed = torch.from_numpy(np.stack([ids, slots, positions])).to(self.device)
+        packed = to_device(np.stack([ids, np.repeat(slot, length), positions]), self.device)
         tiles = attention.prefill_tiles(runs, self.group, packed[2])
-        token = None if wanted is None else torch.from_numpy(np.asarray(wanted, np.int64)).to(self.device)
+        token = None if wanted is None else to_device(np.array(wanted, np.int64), self.device)
         return self._forward(packed[0], packed[1], packed[2], tiles, VECTOR in ids, token)
 
     @torch.inference_mode()

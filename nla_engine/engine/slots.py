@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from nla_engine.engine.transfer import to_device
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import KeyValues
 
@@ -76,7 +78,7 @@ class SlotCache:
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         """Give each target slot the first `length` places of its source slot, in every layer."""
-        at = torch.tensor([source, target]).to(self.keys.device)
+        at = to_device(np.array([source, target]), self.keys.device)
         for held in (self.keys, self.values):
             held[:, at[1], :length] = held[:, at[0], :length]
 
