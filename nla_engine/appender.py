@@ -9,7 +9,7 @@ import numpy as np
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.prompts import Prompt
-from nla_engine.store import RowFlag, SequenceRows, StoreWriter, row_flags
+from nla_engine.store import SequenceRows, StoreWriter, row_flags
 from nla_engine.store.format import NO_TOKEN
 from nla_engine.tap import RowRange
 
@@ -25,7 +25,7 @@ class Appender:
 
     def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt], keep: RowRange) -> None:
         self._writer, self._prompts, self._keep = writer, prompts, keep
-        self.sequences = self.tokens_generated = self.sink_rows = self.nonfinite_rows = 0
+        self.sequences = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError.
@@ -54,9 +54,6 @@ class Appender:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
-        flags = np.concatenate([sequence.flags for sequence in sequences])
-        self.sink_rows += int(np.count_nonzero(flags & RowFlag.SINK))
-        self.nonfinite_rows += int(np.count_nonzero(flags & RowFlag.NONFINITE))
 
 
 def sequence_rows(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nla_engine import extension
@@ -31,7 +32,7 @@ from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
 from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prompts
 from nla_engine.provenance import describe_run
-from nla_engine.store import CaptureStore, StoreWriter
+from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.objects import place
 from nla_engine.tap import RowRange, RowTap
 from nla_engine.tokens import token_bytes
@@ -70,7 +71,10 @@ class CapturePlan:
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What a run did; its keys are those of `--json`. The rates are of this run alone."""
+    """What a store holds after a run; its keys are those of `--json`.
+
+    tokens_generated, seconds and the rates are of this run alone.
+    """
 
     store: str
     layers: list[int]
@@ -246,18 +250,18 @@ def _fill_store(
         raise EngineError(f"{len(prompts) - done} sequences were asked for, {appender.sequences} ended")
     writer.close(complete=True)
     seconds = time.perf_counter() - started
+    store = CaptureStore.open(options.out)
+    flags = store.column("flags")
     return CaptureSummary(
         store=str(options.out),
         layers=list(options.layer),
         codec=options.codec,
-        codec_error={
-            str(k): round(v["mean"], 6) for k, v in CaptureStore.open(options.out).codec_error.items() if v
-        },
+        codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
         sequences=writer.sequences,
         rows=writer.rows,
         skipped=len(prompts.skipped),
-        sink_rows=appender.sink_rows,
-        nonfinite_rows=appender.nonfinite_rows,
+        sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
+        nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
         tokens_generated=appender.tokens_generated,
         seconds=round(seconds, 3),
         rows_per_second=round((writer.rows - rows_before) / seconds, 1),

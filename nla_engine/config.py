@@ -134,7 +134,7 @@ class CaptureOptions(Options):
         self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
         self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
         self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
-        self._need(self.host_memory > 0, "host_memory", "above 0")
+        self._need(0 < self.host_memory < math.inf, "host_memory", "above 0, and finite")
         if self.resume and self.overwrite:
             raise RequestError("--resume and --overwrite exclude each other")
 

@@ -172,9 +172,14 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 
 def find_directory(name: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint: `name` itself, or a snapshot of the Hub repository `name`."""
+    """The local directory of a checkpoint: `name` itself, or a snapshot of the Hub repository `name`.
+
+    Raises CheckpointError if there is none, RequestError for a revision of a directory.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise RequestError(f"{name}: is a directory, and has no revisions: leave --revision out")
         return path
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise CheckpointError(

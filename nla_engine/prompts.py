@@ -137,7 +137,12 @@ def _encode(record: Any, tokenizer: Any, chat: bool, max_tokens: int | None) -> 
         raise record
     if not isinstance(record, dict):
         raise PromptError('not an object with "prompt" or "messages"')
-    ids = tokenizer.encode(_text(record, tokenizer, chat), add_special_tokens=not chat)
+    text = _text(record, tokenizer, chat)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"half of a surrogate pair at character {error.start}: not Unicode text") from error
+    ids = tokenizer.encode(text, add_special_tokens=not chat)
     if not ids:
         raise PromptError("the prompt is empty")
     if max_tokens is not None and len(ids) > max_tokens:

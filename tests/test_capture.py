@@ -244,6 +244,13 @@ def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
     lm.blocks[3].register_forward_hook(disturb)
     summary = run_capture(options(tmp_path, prompts=text, layer=(3,), corpus=True, codec="int8"), lm=lm)
     assert (summary.sink_rows, summary.nonfinite_rows) == (1, 1)
+    resumed = options(tmp_path, prompts=text, layer=(3,), corpus=True, codec="int8", resume=True)
+    again = run_capture(resumed, lm=lm)
+    assert (again.sink_rows, again.nonfinite_rows, again.rows) == (
+        1,
+        1,
+        summary.rows,
+    )  # of the store, as its rows
     store = CaptureStore.open(tmp_path / "run.zarr")
     flags, rows = store.column("flags"), store.layer(3)[:]
     sink, bad = np.flatnonzero(flags & RowFlag.SINK), np.flatnonzero(flags & RowFlag.NONFINITE)

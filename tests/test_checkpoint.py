@@ -231,6 +231,8 @@ def test_value_head_bias_is_used(tmp_path: Path) -> None:
 def test_places_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         load_model(str(tmp_path / "nothing"), **CPU)
+    with pytest.raises(RequestError, match="is a directory, and has no revisions: leave --revision out"):
+        load_model(str(tmp_path), revision="main", **CPU)
     with pytest.raises(CheckpointError, match="has no config.json: give the directory of one checkpoint"):
         load_model(str(tmp_path), **CPU)
     (tmp_path / "config.json").write_text("{}")

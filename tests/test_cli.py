@@ -93,6 +93,10 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     "no such policy": (lambda r, t: {"positions": "some"}, "--positions is 'some': it must be of"),
     "nothing to keep": (lambda r, t: {"max-new-tokens": 0}, "--positions generated keeps nothing"),
     "below zero": (lambda r, t: {"temperature": -1}, "--temperature is -1.0: it must be 0 or more"),
+    "without end": (
+        lambda r, t: {"host-memory": "inf"},
+        "--host-memory is inf: it must be above 0, and finite",
+    ),
     "prompt too long": (lambda r, t: {"max-new-tokens": 500}, "line 1: the prompt has .* the limit is 12"),
     "unknown option": (lambda r, t: {"layers": 2}, "No such option: --layers"),
     "missing option": (lambda r, t: {"layer": None}, "Missing option '--layer'"),

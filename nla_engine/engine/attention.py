@@ -163,11 +163,31 @@ def slot_attention(
             f"{type(module).__name__} asks for attention that the engine does not offer (mask or sinks)"
         )
     layer = module.layer_idx
+    wanted, room = key.shape[1::2], work.cache.keys.shape[3:]
+    if wanted != room or value.shape != key.shape:
+        raise EngineError(
+            f"{type(module).__name__}: keys {tuple(wanted)} and values {tuple(value.shape[1::2])} (heads, head size) "
+            f"are not the {tuple(room)} of its configuration: this architecture is not supported"
+        )
+    if sliding_window is None:
+        _check_no_window(module, work.cache)
     work.enter(layer)
     work.cache.write(layer, work.slot, work.place, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = work.attend(query[0].transpose(0, 1), layer, Shape(scale, sliding_window or 0, softcap or 0.0))
     return out[None], None
+
+
+def _check_no_window(module: Any, cache: SlotCache) -> None:
+    """EngineError if the model tells a layer's window by its mask alone, which nobody makes for this attention."""
+    config, kinds = module.config, getattr(module.config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    windowed = window is not None if kinds is None else kinds[module.layer_idx] != "full_attention"
+    if windowed and (window is None or window < cache.prefix_size + cache.size - 1):
+        raise EngineError(
+            f"{type(module).__name__}: block {module.layer_idx} attends to a part of the sequence that the model names "
+            "in its mask alone, which the engine does not use: this architecture is not supported"
+        )
 
 
 AttentionInterface.register(NAME, slot_attention)

@@ -64,6 +64,7 @@ class Runner:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
             )
+        _check_rotation(lm, length)
         self.lm = lm
         self.device = lm.device
         self.precision = precision
@@ -235,4 +236,17 @@ class Runner:
             raise EngineError(
                 f"{lm.name}: the engine's forward pass differs from transformers' own by {error:.2g} "
                 f"(limit {limit:.2g}); this architecture is not supported{how}"
+            )
+
+
+def _check_rotation(lm: LanguageModel, length: int) -> None:
+    """EngineError if rotations of one sequence would depend on how long the others of a pass are."""
+    given: Any = getattr(lm.config, "rope_parameters", None) or {}
+    own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
+    for rope in (given, *(each for each in given.values() if isinstance(each, dict))):
+        most = rope.get("original_max_position_embeddings", own)
+        if rope.get("rope_type") == "longrope" and length > most:
+            raise EngineError(
+                f"{lm.name}: sequences of {length} tokens are longer than {most}, beyond which its rotation (longrope) "
+                "of every sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
             )

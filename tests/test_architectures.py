@@ -1,0 +1,122 @@
+"""Architectures that the engine does not know by name: it gives the states of transformers, or refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import byte_tokenizer
+
+from nla_engine.engine.runner import Runner
+from nla_engine.errors import EngineError
+from nla_engine.models import LanguageModel, wrap_model
+
+SHAPE = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+}
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 2,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+
+
+def language_model(config: str, **more: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SHAPE | more))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data.mul_(3)
+    return wrap_model(model.float().eval(), byte_tokenizer(), name=config)
+
+
+def phi3() -> LanguageModel:
+    rope = {**LONGROPE, "original_max_position_embeddings": 64}
+    return language_model("Phi3Config", original_max_position_embeddings=64, rope_parameters=rope)
+
+
+def states(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
+    """By transformers alone, one sequence."""
+    lm.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return lm.decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "longest"),
+    [
+        (lambda: language_model("MistralConfig", sliding_window=16), 100),
+        (lambda: language_model("Qwen2MoeConfig", **MOE, sliding_window=200), 100),
+        (lambda: language_model("PhimoeConfig", num_local_experts=4, sliding_window=200), 100),
+        (phi3, 60),
+    ],
+)
+def test_every_sequence_of_a_pass_has_the_states_it_has_alone(
+    make, longest: int, rng: np.random.Generator
+) -> None:
+    lm = make()
+    given = [rng.integers(3, 250, size).tolist() for size in (20, longest, 1, 35)]
+    expected = [states(lm, ids) for ids in given]
+    with Runner(lm, slots=4, length=longest + 1) as runner:
+        got = runner.prefill([(slot, 0, ids) for slot, ids in enumerate(given)])
+    for own, want in zip(got.split([len(ids) for ids in given]), expected, strict=True):
+        assert float((own - want).norm() / want.norm()) < 1e-4
+
+
+def test_rotations_that_depend_on_the_longest_of_a_batch_are_refused() -> None:
+    with pytest.raises(EngineError, match=r"Phi3Config: sequences of 65 tokens are longer than 64.*longrope"):
+        Runner(phi3(), slots=2, length=65)
+    lm = phi3()
+    lm.config.rope_parameters = {"full_attention": lm.config.rope_parameters}
+    with pytest.raises(EngineError, match="longrope"):
+        Runner(lm, slots=2, length=65)
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "reason"),
+    [
+        ("Qwen2MoeConfig", {**MOE, "sliding_window": 16}, "block 0 attends to a part .* mask alone"),
+        (
+            "PhimoeConfig",
+            {"num_local_experts": 4, "sliding_window": 16},
+            "block 0 attends to a part .* mask alone",
+        ),
+        ("DeepseekV3Config", MLA, "are not the .* of its configuration"),
+    ],
+)
+def test_architectures_that_would_give_other_states_are_refused(config: str, more: dict, reason: str) -> None:
+    lm = language_model(config, **more)
+    own = states(lm, [5, 6, 7])
+    with pytest.raises(EngineError, match=reason):
+        Runner(lm, slots=2, length=100)
+    assert torch.equal(states(lm, [5, 6, 7]), own)  # and the model has been given back
