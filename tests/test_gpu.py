@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +14,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
+from nla_engine import tap
 from nla_engine.capture import run_capture
+from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
@@ -126,6 +130,39 @@ def test_ten_thousand_ragged_requests_lose_and_misplace_nothing(
         got = store.layer(1)[sequence.rows]
         error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
         assert error.max() <= limit
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
+def test_rows_are_read_before_the_next_block_changes_them_however_late_the_tap(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph the tap runs beside the next block: held back by 0.1 ms a layer, it keeps the same bits as outside."""
+    lm = language_model(architecture, torch.bfloat16)
+    layers, slots, kept = tuple(range(len(lm.blocks))), 64, []
+    stop = StopAutomaton([b""] * lm.vocab_size, ())
+    work = [Request(i, tuple(range(1 + i, 12 + i)), 20) for i in range(slots)]
+    encode = tap.encode_rows
+
+    def late(*given: Any) -> None:
+        torch.cuda._sleep(200_000)
+        encode(*given)
+
+    monkeypatch.setattr(tap, "encode_rows", late)
+    for graphs in (True, False):
+        monkeypatch.setattr(Runner, "graphable", property(lambda self, graphs=graphs: graphs))
+        keeper = tap.RowTap(
+            layers, Codec.named("bf16", lm.d_model), tap.RowRange.parse("all"), slots=slots, rows_per_slot=31,
+            exact_capacity=1, sink_norm=dict.fromkeys(layers, math.inf), device=lm.device,
+        )  # fmt: skip
+        with Runner(lm, slots=slots, length=31, tap=keeper, tap_layers=layers) as runner:
+            generator = Generator(runner, max_new_tokens=20, stop=stop, keeper=keeper, read_last=True)
+            generator.prepare()
+            kept.append({ended.request.id: ended for ended in generator.run(iter(work))})
+    for id_ in range(slots):
+        one, other = kept[0][id_], kept[1][id_]
+        assert one.generated.tolist() == other.generated.tolist()
+        for layer in layers:
+            assert (one.rows[layer].codes == other.rows[layer].codes).all(), (id_, layer)
 
 
 def test_work_beside_a_capture_never_goes_to_its_stream() -> None:

@@ -8,7 +8,8 @@ and its slot.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import AttentionInterface
 
 from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.streams import branch_stream
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.attention import Shape, Tiles, attend, attend_one_each, attend_reference, tile_rows
@@ -40,7 +42,7 @@ class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
     reference: use plain torch on every device. wanted: None: every block goes on with every token. written: layers that
-    attended (each must, once).
+    attended (each must, once). branch: where work `beside` the pass runs until `join`.
     """
 
     cache: SlotCache
@@ -49,6 +51,7 @@ class Pass:
     tiles: Tiles
     reference: bool
     wanted: Wanted | None = None
+    branch: torch.cuda.Stream | None = None
     place: torch.Tensor = field(init=False)
     written: set[int] = field(default_factory=set)
 
@@ -62,6 +65,24 @@ class Pass:
                 f"block {layer} attends twice in one pass: the engine keeps one key and value a position"
             )
         self.written.add(layer)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside reads the residual stream as it is now. In a graph that is being captured it runs
+        beside what follows, so `join` must come before the stream changes; elsewhere before what follows."""
+        if not (self.slot.is_cuda and torch.cuda.is_current_stream_capturing()):
+            yield
+            return
+        self.branch = branch_stream(self.slot.device)
+        self.branch.wait_stream(torch.cuda.current_stream(self.slot.device))
+        with torch.cuda.stream(self.branch):
+            yield
+
+    def join(self) -> None:
+        """What follows waits for the branch."""
+        if self.branch is not None:
+            torch.cuda.current_stream(self.slot.device).wait_stream(self.branch)
+            self.branch = None
 
     def attend(self, query: torch.Tensor, layer: int, shape: Shape) -> torch.Tensor:
         """query [T, H, h] -> [T, H, h], over what the cache holds of this layer."""

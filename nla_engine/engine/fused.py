@@ -110,6 +110,7 @@ class FusedBlock:
             row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
         )
         attended, x = work.attend_wanted(query, x, self.layer, self.shape)
+        work.join()  # what read the residual stream as the block before left it has done so: it changes from here on
         return attended.flatten(1), x
 
     def _add(

@@ -7,6 +7,7 @@ sampling or when a sequence ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -139,11 +140,16 @@ class Runner:
             tune_products([block.forward for block in self._fused], rows)
 
     def _on_block(self, layer: int) -> Callable[..., None]:
+        joined = (
+            layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
+        )  # by the next block
+
         def hook(_module: object, _inputs: object, output: object) -> None:
             if self._tap is not None and self._pass is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 assert isinstance(hidden, torch.Tensor)
-                self._tap(layer, hidden[0], self._pass.slot, self._pass.position)
+                with self._pass.beside() if joined else nullcontext():
+                    self._tap(layer, hidden[0], self._pass.slot, self._pass.position)
 
         return hook
 

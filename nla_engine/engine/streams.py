@@ -21,6 +21,11 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams(_number(device))[1]
 
 
+def branch_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of a graph that is being captured: what may run beside the rest."""
+    return _streams(_number(device))[2]
+
+
 def enter_device(device: torch.device) -> None:
     """For a new thread, which starts on the first GPU whatever its parent's is. Nothing on a CPU."""
     if device.type == "cuda":
@@ -32,6 +37,6 @@ def _number(device: torch.device) -> int:
 
 
 @cache
-def _streams(number: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+def _streams(number: int) -> tuple[torch.cuda.Stream, ...]:
     device = torch.device("cuda", number)
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # one after the other: never the same
+    return tuple(torch.cuda.Stream(device) for _ in range(3))  # one after the other: never the same
