@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
+from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.shards import make_directory, replacing, write_file_atomically, writing
 
 METADATA_KEY = b"nla_engine"
@@ -79,6 +80,7 @@ class ResultTable:
             )
         if out.is_dir():
             raise RequestError(f"{out}: is a directory; choose another name for the table")
+        check_outside_stores(out)
         record = parts / "run.json"
         with writing(parts):
             if overwrite:

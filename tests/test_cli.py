@@ -227,6 +227,10 @@ ROUNDTRIP_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str
     "no store": (lambda r, t: {"store": t / "none.zarr"}, "none.zarr"),
     "foreign group": (lambda r, t: {"store": foreign_group(t / "f.zarr")}, "f.zarr"),
     "unreadable group": (lambda r, t: {"store": garbled(r, t / "g.zarr")}, "g.zarr"),
+    "result in the store": (
+        lambda r, t: {"out": r / "run.zarr" / "x.parquet"},
+        "x.parquet: lies inside the store .*run.zarr",
+    ),
     "result exists": (
         lambda r, t: {"out": r / "explained.parquet"},
         "explained.parquet: exists; pass --resume .*--overwrite",
@@ -295,6 +299,10 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "export into the store": (
         lambda r, t: ["export", r / "run.zarr", "--to", "npy", "--out", r / "run.zarr" / "x.npy"],
         "lies inside the store",
+    ),
+    "capture into a store": (
+        lambda r, t: capture(r, r / "run.zarr" / "x.zarr"),
+        "x.zarr: lies inside the store .*run.zarr",
     ),
     "info of nothing": (lambda r, t: ["info", t / "none"], "none"),
     "info of a foreign group": (lambda r, t: ["info", foreign_group(t / "f.zarr")], "f.zarr"),

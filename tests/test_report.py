@@ -291,6 +291,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     ),
     "no such store": (lambda r, t: {"store": t / "none.zarr"}, "none.zarr"),
     "a directory in the way": (lambda r, t: {"out": r, "overwrite": True}, "is a directory"),
+    "onto its table": (
+        lambda r, t: {"out": r / "explained.parquet", "overwrite": True},
+        "is the table that the page is made of",
+    ),
     "into the store": (lambda r, t: {"out": r / "run.zarr" / "x.html"}, "lies inside the store"),
 }
 

@@ -48,7 +48,7 @@ def check_vectors(store: CaptureStore, batches, layer: int = 3) -> None:
 
 
 def test_rows_by_number(store: CaptureStore) -> None:
-    everything = RowDataset(store)
+    everything = RowDataset(store, 3)
     assert len(everything) == ROWS
     assert torch.equal(everything[7], torch.from_numpy(store.layer(3)[7]))
     assert torch.equal(everything[-1], torch.from_numpy(store.layer(3)[-1]))
@@ -64,7 +64,7 @@ def test_rows_by_number(store: CaptureStore) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_by_number_through_a_loader(store: CaptureStore, workers: int) -> None:
-    loader = DataLoader(RowDataset(store, numbers=True), batch_size=50, num_workers=workers)
+    loader = DataLoader(RowDataset(store, 3, numbers=True), batch_size=50, num_workers=workers)
     batches = list(loader)
     assert flat(numbers(batches)) == list(range(ROWS))
     check_vectors(store, batches)
@@ -89,6 +89,7 @@ def test_every_row_exactly_once(store, seed, epoch, ranks, workers, batch, buffe
     for rank in range(ranks):
         dataset = ShuffledRows(
             store,
+            3,
             batch_size=batch,
             where=where,
             seed=seed,
@@ -117,7 +118,7 @@ def test_every_row_exactly_once(store, seed, epoch, ranks, workers, batch, buffe
 
 def test_the_order_depends_on_seed_and_epoch_alone(store: CaptureStore) -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        dataset = ShuffledRows(store, batch_size=10, seed=seed, buffer_rows=64, numbers=True)
+        dataset = ShuffledRows(store, 3, batch_size=10, seed=seed, buffer_rows=64, numbers=True)
         dataset.set_epoch(epoch)
         return flat(numbers(dataset))
 
@@ -135,7 +136,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(store: CaptureStore) -> None:
 @pytest.mark.parametrize("batch", [9, 16])
 def test_a_loader_goes_on_where_it_was(store: CaptureStore, workers: int, batch: int) -> None:
     def loader(state: dict | None = None) -> DataLoader:
-        dataset = ShuffledRows(store, batch_size=batch, seed=3, buffer_rows=40, numbers=True)
+        dataset = ShuffledRows(store, 3, batch_size=batch, seed=3, buffer_rows=40, numbers=True)
         dataset.set_epoch(5)
         if state is not None:
             dataset.load_state_dict(json.loads(json.dumps(state)))
@@ -153,7 +154,7 @@ def test_a_loader_goes_on_where_it_was(store: CaptureStore, workers: int, batch:
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_workers_that_stay_follow_the_epoch(store: CaptureStore, how: str) -> None:
-    dataset = ShuffledRows(store, batch_size=16, buffer_rows=48, numbers=True)
+    dataset = ShuffledRows(store, 3, batch_size=16, buffer_rows=48, numbers=True)
     kept = DataLoader(
         dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=how
     )
@@ -161,7 +162,7 @@ def test_workers_that_stay_follow_the_epoch(store: CaptureStore, how: str) -> No
     for epoch in (0, 1, 7, 0):
         dataset.set_epoch(epoch)
         seen.append(numbers(kept))
-        fresh = ShuffledRows(store, batch_size=16, buffer_rows=48, numbers=True)
+        fresh = ShuffledRows(store, 3, batch_size=16, buffer_rows=48, numbers=True)
         fresh.set_epoch(epoch)
         assert numbers(DataLoader(fresh, batch_size=None, num_workers=2)) == seen[-1]
     assert seen[0] == seen[3] != seen[1] != seen[2]
@@ -169,7 +170,7 @@ def test_workers_that_stay_follow_the_epoch(store: CaptureStore, how: str) -> No
 
 def test_its_place_is_in_host_memory_wherever_it_is_made(store: CaptureStore) -> None:
     with torch.inference_mode(), torch.device("meta"):
-        dataset = ShuffledRows(store, batch_size=16, numbers=True)
+        dataset = ShuffledRows(store, 3, batch_size=16, numbers=True)
     assert sorted(flat(numbers(dataset))) == list(range(ROWS))
 
 
@@ -177,12 +178,12 @@ def test_even_batches_that_nobody_gets_are_refused(store: CaptureStore) -> None:
     with pytest.raises(
         RequestError, match=r"rows give none of 1 workers a whole batch of 4096: lower batch_size"
     ):
-        next(iter(ShuffledRows(store, batch_size=4096, even=True)))
-    assert len(list(ShuffledRows(store, batch_size=4096))) == 1
+        next(iter(ShuffledRows(store, 3, batch_size=4096, even=True)))
+    assert len(list(ShuffledRows(store, 3, batch_size=4096))) == 1
 
 
 def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:
-    dataset = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
+    dataset = ShuffledRows(store, 3, batch_size=16, numbers=True, buffer_rows=48)
     everything = numbers(dataset)
     taken = []
     for rows, _ in dataset:
@@ -191,7 +192,7 @@ def test_without_workers_the_dataset_counts_itself(store: CaptureStore) -> None:
             break
     state = dataset.state_dict()
     assert state["batches"] == 4
-    other = ShuffledRows(store, batch_size=16, numbers=True, buffer_rows=48)
+    other = ShuffledRows(store, 3, batch_size=16, numbers=True, buffer_rows=48)
     other.load_state_dict(state)
     assert taken + numbers(other) == everything
     assert other.state_dict()["batches"] == 0  # the next epoch starts afresh
@@ -202,7 +203,7 @@ def test_a_dataset_goes_to_other_processes(store: CaptureStore) -> None:
     dataset = ShuffledRows(store, 9, batch_size=32, numbers=True)
     assert numbers(pickle.loads(pickle.dumps(dataset))) == numbers(dataset)
     check_vectors(store, list(dataset), layer=9)
-    vectors = list(ShuffledRows(store, batch_size=100, dtype=torch.float16))
+    vectors = list(ShuffledRows(store, 3, batch_size=100, dtype=torch.float16))
     assert [tuple(part.shape) for part in vectors] == [(100, 16), (100, 16), (88, 16)]
     assert vectors[0].dtype == torch.float16
 
@@ -221,13 +222,13 @@ def test_a_dataset_goes_to_other_processes(store: CaptureStore) -> None:
 )
 def test_requests_that_cannot_be_met(store: CaptureStore, change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        ShuffledRows(store, **{"batch_size": 4, **change})
+        ShuffledRows(store, **{"layer": 3, "batch_size": 4, **change})
 
 
 def test_a_state_of_another_stream_is_refused(store: CaptureStore) -> None:
-    dataset = ShuffledRows(store, batch_size=4)
+    dataset = ShuffledRows(store, 3, batch_size=4)
     with pytest.raises(StoreError, match="another stream: batch_size was 8, is now 4"):
-        dataset.load_state_dict(ShuffledRows(store, batch_size=8).state_dict())
+        dataset.load_state_dict(ShuffledRows(store, 3, batch_size=8).state_dict())
     dataset.load_state_dict(dataset.state_dict(3, workers=2))
     with pytest.raises(RequestError, match="the state is of 2 workers, not 1"):
         next(iter(dataset))
@@ -240,9 +241,9 @@ def test_ranks_are_those_of_torch_distributed(
     rendezvous = tmp_path_factory.mktemp("group") / "file"
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
     try:
-        alone = ShuffledRows(store, batch_size=50, numbers=True)
+        alone = ShuffledRows(store, 3, batch_size=50, numbers=True)
         assert (alone.state_dict()["ranks"], len(flat(numbers(alone)))) == (1, ROWS)
-        halves = [ShuffledRows(store, batch_size=50, numbers=True, rank=rank, ranks=2) for rank in (0, 1)]
+        halves = [ShuffledRows(store, 3, batch_size=50, numbers=True, rank=rank, ranks=2) for rank in (0, 1)]
         seen = [flat(numbers(half)) for half in halves]
         assert len(seen[0]) == len(seen[1]) == ROWS // 2
         assert sorted(seen[0] + seen[1]) == list(range(ROWS))

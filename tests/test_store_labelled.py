@@ -40,7 +40,7 @@ def test_values_are_those_of_the_reader(store: CaptureStore) -> None:
     same(chosen.activation.values, rows[store.where("position > 20")])
     same(view.sel(row=slice(10, 12)).activation.values, rows[10:13])
     assert view.attrs["layer"] == 9
-    assert isinstance(open_dataset(store), xarray.Dataset)
+    assert isinstance(open_dataset(store, 3), xarray.Dataset)
     with pytest.raises(StoreError, match="layer 4 is not in"):
         open_dataset(store, 4)
 
@@ -53,7 +53,7 @@ def test_nothing_is_decoded_before_it_is_asked_for(
     monkeypatch.setattr(
         LayerReader, "__getitem__", lambda self, rows: (read.append(rows), original(self, rows))[1]
     )
-    view = open_dataset(store)
+    view = open_dataset(store, 3)
     part = view.activation[40:60, 3]
     repr(view)
     assert read == []

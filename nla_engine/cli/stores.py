@@ -100,17 +100,20 @@ def export(
     shard_rows: Annotated[
         int | None, typer.Option("--shard-rows", help="Rows in a file; OUT is then a directory.", min=1)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists; never a directory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a store's rows as Parquet, safetensors or npy, decoded to float32."""
+    """Write a store's rows, decoded to float32, for other tools; nla is the Parquet of NLA training data."""
     from nla_engine.store import CaptureStore
     from nla_engine.store.export import export as run_export
 
     check_local(out)
     opened = CaptureStore.open(store)
     rows = run_export(opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows)
-    finish("exported", {"out": str(out), "to": to, "rows": rows}, as_json)
+    facts = {"out": str(out), "to": to, "layer": opened.chosen_layer(layer), "rows": rows}
+    finish("exported", facts, as_json)
 
 
 @app.command("import")

@@ -23,6 +23,7 @@ from nla_engine.errors import RequestError
 from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import facts, figures, lead, warnings
 from nla_engine.store import CaptureStore
+from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.shards import write_file_atomically
 
 #: Parts of the page in the order in which they are joined.
@@ -75,8 +76,8 @@ def write_report(
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
-    Raises RequestError (`out` exists, the two do not belong together, a section's id is unfit or taken), StoreError,
-    WriteError; `out` is whole or as it was.
+    Raises RequestError (`out` exists or is the table, the two do not belong together, a section's id is unfit or
+    taken), StoreError, WriteError; `out` is whole or as it was.
     """
     if out.is_dir() or (out.exists() and not overwrite):
         mend = (
@@ -85,8 +86,9 @@ def write_report(
             else "exists: pass --overwrite to replace it"
         )
         raise RequestError(f"{out}: {mend}")
-    if isinstance(store.path, Path) and out.resolve().is_relative_to(store.path.resolve()):
-        raise RequestError(f"{out}: lies inside the store: choose a place outside")
+    if out.exists() and explained.exists() and out.samefile(explained):
+        raise RequestError(f"{out}: is the table that the page is made of: choose another name")
+    check_outside_stores(out)
     taken = list(AREAS)
     for section in sections:
         if not _SECTION_ID.fullmatch(section.id) or section.id in taken:

@@ -38,8 +38,8 @@ class RowDataset(Dataset[Row]):
         dtype: torch.dtype = torch.float32,
         numbers: bool = False,
     ) -> None:
-        """layer: None for the store's first; where: None for every row. Raises StoreError, WhereError, RequestError."""
-        self.layer = store.layer(store.layers[0] if layer is None else layer)
+        """layer: None for the only one; where: None for every row. Raises StoreError, WhereError, RequestError."""
+        self.layer = store.layer(store.chosen_layer(layer))
         self.rows = chosen_rows(store, where)
         self.dtype = checked_dtype(dtype)
         self.numbers = numbers
@@ -81,7 +81,7 @@ class ShuffledRows(IterableDataset[Row]):
         rank: int | None = None,
         ranks: int | None = None,
     ) -> None:
-        """layer: None for the store's first; where: None for every row
+        """layer: None for the store's only one; where: None for every row
         buffer_rows: rows in memory at once, of which batches are drawn
         device: where rows are decoded; leave it at cpu when a DataLoader has workers
         even: every worker of every rank gets equally many whole batches; what is over is left out (other rows each
@@ -91,7 +91,7 @@ class ShuffledRows(IterableDataset[Row]):
         Raises RequestError for arguments that cannot be, StoreError, WhereError.
         """
         super().__init__()
-        self._layer = store.layer(store.layers[0] if layer is None else layer)
+        self._layer = store.layer(store.chosen_layer(layer))
         self._rows = chosen_rows(store, where)
         self._rank, self._ranks = _place_in_group(rank, ranks)
         for name, value in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):

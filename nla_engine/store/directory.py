@@ -62,13 +62,30 @@ def has_writer(path: Path) -> bool:
     return False
 
 
+def check_outside_stores(path: Path) -> None:
+    """Raises StoreError if `path` would lie in a directory that is a store: it would be no part of it."""
+    for parent in path.resolve().parents:
+        if _is_store(parent):
+            raise StoreError(f"{path}: lies inside the store {parent}: choose a place outside")
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        read_attributes(path)
+    except StoreError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
     """A new locked directory beside `path`, to be filled inside; on leaving it takes the name `path`.
 
     An existing store is replaced only at that moment and only with `overwrite`; when the body raises, it is
-    untouched and the new directory is gone. Raises StoreError when what `path` holds may not be replaced.
+    untouched and the new directory is gone. Raises StoreError when what `path` holds may not be replaced, or it
+    lies in another store.
     """
+    check_outside_stores(path)
     replaced = _lock_replaceable(path, overwrite)
     staging, aside = path.with_name(f".{path.name}.nla-new"), path.with_name(f".{path.name}.nla-old")
     try:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nla_engine.errors import RequestError, StoreError
+from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.format import RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
@@ -86,9 +87,10 @@ def export(
 ) -> int:
     """Write vectors (float32) and, but for npy, their row columns; returns the number of rows.
 
-    to: one of FORMATS; layer: None for the first; where: None for every row
+    to: one of FORMATS; layer: None for the store's only one; where: None for every row
     shard_rows: rows in a file, and `out` is a directory then; None: one file (datasets: files of some 500 MB)
-    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected, `out` exists), WriteError.
+    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected, `out` exists or lies in a store,
+    several layers and none is named), WriteError.
     """
     if to not in FORMATS:
         raise RequestError(f"export format '{to}' is unknown: choose one of {', '.join(FORMATS)}")
@@ -100,10 +102,10 @@ def export(
         )
     path = Path(out)
     if path.is_dir() or (path.exists() and not overwrite):
-        raise StoreError(f"{path} exists: " + ("it is a directory" if path.is_dir() else "pass --overwrite"))
-    if isinstance(store.path, Path) and path.resolve().is_relative_to(store.path.resolve()):
-        raise StoreError(f"{path}: lies inside the store: choose a place outside")
-    number = store.layers[0] if layer is None else layer
+        mend = "a directory, which is never replaced: remove it, or choose another name"
+        raise StoreError(f"{path} exists: " + (mend if path.is_dir() else "pass --overwrite"))
+    check_outside_stores(path)
+    number = store.chosen_layer(layer)
     rows = np.arange(store.rows) if where is None else store.where(where)
     if len(rows) == 0:
         raise StoreError(

@@ -23,7 +23,7 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
     """`activation` float32 (row, channel), lazy: reading a part decodes that part; `norm` (row); the row columns.
 
     The columns are coordinates along `row`; the store's attributes become those of the dataset.
-    layer: None for the store's first. Raises StoreError for another layer, RequestError without xarray.
+    layer: None for the store's only one. Raises StoreError for another layer, RequestError without xarray.
     """
     try:
         import xarray
@@ -31,7 +31,7 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
     except ImportError as error:
         raise RequestError("a labelled view needs xarray: pip install xarray") from error
 
-    number = store.layers[0] if layer is None else layer
+    number = store.chosen_layer(layer)
     reader = store.layer(number)
 
     class Lazy(xarray.backends.BackendArray):

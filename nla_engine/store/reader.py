@@ -102,6 +102,14 @@ class CaptureStore:
     def options(self) -> Mapping[str, Any]:
         return self._manifest.options
 
+    def chosen_layer(self, layer: int | None) -> int:
+        """`layer`, or for None the only one there is. Raises StoreError if there are several."""
+        if layer is None and len(self.layers) > 1:
+            raise StoreError(
+                f"{self.path}: holds layers {', '.join(map(str, self.layers))}: name one of them"
+            )
+        return self.layers[0] if layer is None else layer
+
     def layer(self, number: int) -> LayerReader:
         """The vectors of one layer."""
         if number not in self.layers:
