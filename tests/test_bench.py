@@ -277,6 +277,41 @@ def test_wrong_requests(arguments: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_results_that_could_not_be_kept_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_engine.bench.__main__.run_suites", lambda *_: pytest.fail("it has begun"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "mine"}')
+    for option, fault in (
+        (f"--csv {prompts}", f"--csv {prompts}: its columns are not date,commit"),
+        (f"--csv {tmp_path}", f"--csv {tmp_path}: cannot be written: Is a directory"),
+        (f"--csv {prompts}/x.csv", "cannot be written"),
+        (f"--json {prompts}/x.json", "cannot be written"),
+        (f"--profile {prompts}", "no directory to write to"),
+        (f"--store {prompts}/x", "no directory to write to"),
+        (f"--plot {prompts}", "no directory to write to"),
+    ):
+        assert run(f"kernels --shape tiny {option}") == 2
+        assert fault in capsys.readouterr().err
+    assert prompts.read_text() == '{"prompt": "mine"}' and list(tmp_path.iterdir()) == [prompts]
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nla_engine.bench.suites.store._zarr_write", interrupt)
+    assert run(f"store kernels codec --shape tiny --repeats 1 --csv {tmp_path / 'out.csv'}") == 1
+    result = result_of(capsys)
+    assert result["interrupted"] and not result["failed"]
+    assert [line["case"].split()[0] for line in result["lines"]] == ["write", "read"]
+    assert [name.split(":")[0] for name in result["skipped"]] == ["store", "kernels", "codec"]
+    assert len(read_csv(tmp_path / "out.csv")) == 2
+
+
 def test_options_change_the_sizes() -> None:
     settings = Settings(("store",), CPU, torch.float32, requests=3, batch_sizes=(16, 8), new_tokens=5)
     sizes = settings.sizes

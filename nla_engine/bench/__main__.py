@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from nla_engine.bench.plot import plot_batches
-from nla_engine.bench.report import append_csv, table, to_json
+from nla_engine.bench.report import append_csv, check_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
 from nla_engine.bench.settings import SUITES, Settings
 from nla_engine.bench.shapes import find_shape
@@ -25,7 +26,12 @@ from nla_engine.models import pick_device, pick_dtype
 #: Columns of the table where no terminal says how many there are.
 _LOG_WIDTH = 180
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
@@ -70,6 +76,12 @@ def bench(
     shape = shape or ("qwen2.5-7b" if where.type == "cuda" else "tiny")
     find_shape(shape)
     check_plot(plot)
+    for flag, file in (("--csv", csv), ("--json", json_file)):
+        _check_file(flag, file)
+    for flag, place in (("--plot", plot), ("--profile", profile), ("--store", store)):
+        _check_directory(flag, place)
+    if csv is not None:
+        check_csv(csv)
     settings = Settings(
         suites=SUITES if "all" in suites else tuple(dict.fromkeys(suites)),
         device=where,
@@ -93,17 +105,43 @@ def bench(
         time_limit=time_limit,
         debug=debug,
     )
-    if store is not None:
-        store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="nla-bench-", dir=store) as directory:
         result = run_suites(settings, Path(directory))
     print(json.dumps(result))
-    if result["failed"]:
+    if result["failed"] or result["interrupted"]:
         raise typer.Exit(1)
 
 
+def _check_file(flag: str, path: Path | None) -> None:
+    """RequestError if a result could not be written there once it has been measured."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise RequestError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+
+
+def _check_directory(flag: str, path: Path | None) -> None:
+    """The same for a directory, which is made."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise RequestError(f"{flag} {path}: no directory to write to: {error.strerror}") from error
+
+
 def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
-    """Run the suites in turn; what each gave is written before the next begins. Returns the JSON object."""
+    """Run the suites in turn; what each gave is written before the next begins. Returns the JSON object.
+
+    Ctrl-C ends the suite that runs and leaves out the others; what was measured is kept.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -113,9 +151,16 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
 
         measure_vllm(session, settings.vllm)
     result: dict[str, Any] = {}
-    written = 0
+    written, interrupted = 0, False
     for name in settings.suites:
-        importlib.import_module(f"nla_engine.bench.suites.{name}").run(session)
+        if interrupted:
+            session.skipped.append(name)
+            continue
+        try:
+            importlib.import_module(f"nla_engine.bench.suites.{name}").run(session)
+        except KeyboardInterrupt:
+            interrupted = True
+            session.skipped.append(f"{name}: what was not measured when it was interrupted")
         if settings.csv is not None:
             append_csv(settings.csv, session.machine, session.model_name, session.lines[written:])
         written = len(session.lines)
@@ -126,6 +171,7 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
             dtype=str(settings.dtype).removeprefix("torch."),
             hardware={"copy_bytes_per_second": session.hardware.copy, "flops": session.hardware.flops},
             seconds=round(time.monotonic() - session.started, 1),
+            interrupted=interrupted,
             skipped=session.skipped,
             failed=session.failed,
         )
@@ -139,11 +185,13 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 done; 1 a case failed; 2 the request is wrong."""
+    """0 done; 1 a case failed, or interrupted; 2 the request is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="python -m nla_engine.bench")
-        return int(code or 0)
+        if code:  # what typer makes of Ctrl-C, without a word
+            print("error: interrupted before anything was measured", file=sys.stderr)
+        return int(bool(code))
     except NLAError as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -153,11 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
-        if usage is None:
-            raise
-        print(f"error: {usage()}", file=sys.stderr)
-        return 2
+        if usage is None and "--debug" in arguments:
+            traceback.print_exc()
+        message = f"{type(error).__name__}: {error} (--debug shows where)" if usage is None else usage()
+        print(f"error: {message}", file=sys.stderr)
+        return 1 if usage is None else 2
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a time limit from outside ends it as Ctrl-C does
     sys.exit(main())

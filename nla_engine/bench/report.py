@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from nla_engine.bench.timing import percentiles
+from nla_engine.errors import RequestError, first_line
 from nla_engine.provenance import now
 
 COLUMNS = [
@@ -117,6 +118,15 @@ def append_csv(path: Path, machine: Machine, model: str, lines: Sequence[Line]) 
         if fresh:
             writer.writeheader()
         writer.writerows(vars(machine) | line.to_dict() | {"case": f"{model}: {line.case}"} for line in lines)
+
+
+def check_csv(path: Path) -> None:
+    """RequestError if a file is there that is none of `append_csv`'s: lines would be added to it."""
+    if path.exists() and path.stat().st_size:
+        try:
+            read_csv(path)
+        except (ValueError, csv.Error) as error:
+            raise RequestError(f"--csv {first_line(error)}: choose another file") from error
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
