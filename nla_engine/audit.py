@@ -15,6 +15,7 @@ from nla_engine.errors import StoreError
 from nla_engine.models import LanguageModel
 from nla_engine.score import draw_rows
 from nla_engine.store import CaptureStore
+from nla_engine.store.format import IMPORTED
 from nla_engine.store.verify import Check
 
 #: Relative L2 error of a row that is allowed beside the codec's own: batching changes the order of sums.
@@ -36,8 +37,13 @@ def audit(
 ) -> list[Check]:
     """Checks of weights and tokenizer; for each layer, of its rows against that block's output and its neighbours'.
 
-    sample: sequences to read again, at most. Raises StoreError if the model's width or depth cannot be the store's.
+    sample: sequences to read again, at most. Raises StoreError if the store was imported, or the model's width or depth
+    cannot be its own.
     """
+    if IMPORTED in store.options:
+        raise StoreError(
+            f"{store.path}: was imported: its tokens are not known, so no model can read them again"
+        )
     if lm.d_model != store.d_model:
         raise StoreError(
             f"{lm.name} has width {lm.d_model}, {store.path} holds rows of width {store.d_model}"

@@ -40,7 +40,8 @@ def check_local(*paths: Path) -> None:
     """RequestError if one of them is a URL: a Path has lost a slash of it, and a directory `s3:` would be made."""
     for path in paths:
         if re.match(r"[a-z0-9]+:/", str(path)):
-            raise RequestError(f"{path}: this has to be on a local disk, not on an object store")
+            url = str(path).replace(":/", "://", 1)
+            raise RequestError(f"{url}: this has to be on a local disk, not on an object store")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Options:
 
     def _need(self, holds: bool, name: str, must: str) -> None:
         if not holds:
-            raise RequestError(f"{flag(name)} is {getattr(self, name)!r}: it must be {must}")
+            value = getattr(self, name)
+            given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+            raise RequestError(f"{flag(name)} is {given}: it must be {must}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ class CaptureOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
+    kernels: str = option(
+        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
+        "auto",
+    )
     revision: str | None = option("Revision of a Hub model.", None)
     skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
     resume: bool = option("Go on with a store that was interrupted.", False)
@@ -132,7 +138,7 @@ class CaptureOptions(Options):
         self._need(self.codec in CODEC_NAMES, "codec", f"one of {', '.join(CODEC_NAMES)}")
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
         self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
+        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
         self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
         self._need(0 < self.host_memory < math.inf, "host_memory", "above 0, and finite")
         if self.resume and self.overwrite:
@@ -170,7 +176,10 @@ class RoundtripOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
+    kernels: str = option(
+        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
+        "auto",
+    )
     resume: bool = option("Go on with a round trip that was interrupted.", False)
     overwrite: bool = option("Replace a result that exists.", False)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
@@ -179,7 +188,7 @@ class RoundtripOptions(Options):
         self._need(self.limit is None or self.limit > 0, "limit", "1 or more")
         self._need(self.samples > 0, "samples", "1 or more")
         self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
+        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
         self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
         self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
         self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
@@ -187,6 +196,8 @@ class RoundtripOptions(Options):
         self._need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         self._need(self.residency in RESIDENCIES, "residency", f"one of {', '.join(RESIDENCIES)}")
         check_local(self.out)
+        if self.precision == "fp8" and self.kernels == "reference":
+            raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
         if self.follow and self.limit is not None:
             raise RequestError(
                 "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
@@ -233,7 +244,10 @@ class MultiplicationOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option("auto; or reference: the library's own modules and torch attention.", "auto")
+    kernels: str = option(
+        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
+        "auto",
+    )
     resume: bool = option("Go on with a study that was interrupted.", False)
     overwrite: bool = option("Replace a study that exists.", False)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
@@ -251,7 +265,7 @@ class MultiplicationOptions(Options):
             raise RequestError(
                 f"--split {self.split}: which pairs were held out is known of the bundled models alone; leave it out"
             )
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 or more")
+        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
         self._need(self.rows in ("answer", "generated"), "rows", "answer or generated")
         self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
         self._need(self.explanation_tokens > 0, "explanation_tokens", "1 or more")

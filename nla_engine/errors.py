@@ -36,6 +36,12 @@ class StoreError(RequestError):
     """A store is missing, foreign, damaged, or does not fit the request."""
 
 
+class DamageError(StoreError):
+    """A store's bytes are not those that were written: `nla-engine verify` says more (exit code 1)."""
+
+    exit_code = 1
+
+
 class WhereError(RequestError):
     """A `--where` expression cannot be parsed or names an unknown field."""
 

@@ -95,7 +95,8 @@ def read_prompts(
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, record or the PromptError that reading it gave) of every record."""
     if not path.is_file():
-        raise PromptError(f"{path}: no such file: give .jsonl, .parquet or text with a prompt a line")
+        what = "a directory" if path.is_dir() else "no such file"
+        raise PromptError(f"{path}: {what}: give .jsonl, .parquet or text with a prompt a line")
     if path.suffix == ".parquet":
         yield from _parquet_records(path)
         return

@@ -21,6 +21,8 @@ from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.shards import make_directory, replacing, write_file_atomically, writing
 
 METADATA_KEY = b"nla_engine"
+#: What the name of a table that is not finished ends in: a directory.
+PARTS_SUFFIX = ".parts"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64()),
@@ -72,7 +74,7 @@ class ResultTable:
         A result that is to be overwritten stays until the new one is whole.
         RequestError if something is there and neither is asked for, or if the options differ.
         """
-        parts = out.with_name(out.name + ".parts")
+        parts = out.with_name(out.name + PARTS_SUFFIX)
         if not (resume or overwrite) and (out.exists() or parts.exists()):
             found = out if out.exists() else parts
             raise RequestError(

@@ -75,6 +75,11 @@ class Verbalizer:
         sidecar = read_sidecar(find_directory(name), "av")
         return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
 
+    @property
+    def room(self) -> int:
+        """Most tokens of an explanation: the model's positions behind the prompt."""
+        return self.lm.max_length - len(self.prefix) - len(self.tail)
+
     def fingerprint(self) -> str:
         """Of everything that an explanation depends on: weights and sidecar."""
         return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}"

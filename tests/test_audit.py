@@ -15,9 +15,10 @@ from nla_engine import capture as stage
 from nla_engine.audit import audit
 from nla_engine.capture import run_capture
 from nla_engine.config import CaptureOptions
-from nla_engine.errors import RequestError
+from nla_engine.errors import RequestError, StoreError
 from nla_engine.models import LanguageModel, wrap_model
 from nla_engine.store import CaptureStore
+from nla_engine.store.importing import import_rows
 from nla_engine.store.verify import Check
 
 
@@ -39,6 +40,13 @@ def captured(tmp_path: Path, **changes: object) -> CaptureStore:
 
 def failed(checks: list[Check]) -> list[str]:
     return [check.name for check in checks if not check.ok]
+
+
+def test_an_imported_store_cannot_be_read_again(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((3, 64), np.float32))
+    import_rows(tmp_path / "x.npy", tmp_path / "in.zarr", layer=1)
+    with pytest.raises(StoreError, match="in.zarr: was imported: its tokens are not known"):
+        audit(CaptureStore.open(tmp_path / "in.zarr"), language_model())
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "bf16"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from commands import LAYER, Ran, call, capture, contents, roundtrip, shell, written
+from commands import LAYER, Ran, call, capture, check_refused, contents, roundtrip, shell, written
 from tiny import write_prompts
 
 from nla_engine import appender, results
@@ -49,7 +49,12 @@ def test_json_is_the_last_line_and_has_its_keys(root: Path, tmp_path: Path) -> N
     assert ran.code == 0 and ran.json["ok"] is True and len(ran.json["checks"]) > 5
     out = tmp_path / "x.npy"
     ran = call("export", tmp_path / "x.zarr", "--to", "npy", "--out", out, "--where", "generated", "--json")
-    assert ran.code == 0 and ran.json == {"out": str(out), "to": "npy", "rows": len(np.load(out))}
+    assert ran.code == 0 and ran.json == {
+        "out": str(out),
+        "to": "npy",
+        "layer": LAYER,
+        "rows": len(np.load(out)),
+    }
 
 
 def test_results_for_people_are_on_stdout_unless_json_is(root: Path, tmp_path: Path) -> None:
@@ -108,6 +113,9 @@ def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     ran = call("--debug", "info", tmp_path / "none")
     assert ran.code == 2 and "Traceback (most recent call last)" in ran.err
     assert ran.err.splitlines()[-1].startswith("error: ")
+    behind = call("info", tmp_path / "none", "--debug")
+    assert behind.code == 2 and "Traceback (most recent call last)" in behind.err
+    check_refused(call("info", tmp_path / "none", "--no-such", "--debug"), "No such option: --no-such")
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too(
@@ -129,6 +137,10 @@ def test_verify_of_a_damaged_store(root: Path, tmp_path: Path) -> None:
     assert ran.code == 1 and ran.json["ok"] is False
     assert f"layer_{LAYER}/codes data" in {check["name"] for check in ran.json["checks"] if not check["ok"]}
     assert "FAILED" in ran.err and re.search(r"x.zarr: \d+ of \d+ checks failed", ran.err)
+    command = ["export", store, "--to", "npy", "--out", tmp_path / "x.npy"]
+    check_refused(call(*command), "inner chunk 0 fails its checksum", code=1)
+    (store / "zarr.json").write_text("{")
+    check_refused(call("verify", store), "zarr.json: damaged: broken JSON", code=1)
 
 
 # ---- work that fails ----

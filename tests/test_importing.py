@@ -127,6 +127,21 @@ def test_foreign_precisions_and_lists(tmp_path: Path) -> None:
     assert CaptureStore.open(tmp_path / "in.zarr").where("record.id == 7").tolist() == [7]
 
 
+def test_numbers_that_are_none_are_counted_and_those_without_a_float32_refused(tmp_path: Path) -> None:
+    vectors = np.ones((5, 16))
+    vectors[1, 3], vectors[2, 0], vectors[4, 4] = np.nan, np.inf, 3e38
+    np.save(tmp_path / "x.npy", vectors)
+    assert import_rows(tmp_path / "x.npy", tmp_path / "in.zarr", layer=1).nonfinite_rows == 2
+    assert CaptureStore.open(tmp_path / "in.zarr").where("nonfinite").tolist() == [1, 2]
+    vectors[4, 4] = -1e300
+    np.save(tmp_path / "x.npy", vectors)
+    save_file({"activation": vectors}, tmp_path / "x.safetensors")
+    nla_file(tmp_path / "x.parquet", activation_vector=pa.array([[1e39] * D] * 50, pa.list_(pa.float64())))
+    for name in ("x.npy", "x.safetensors", "x.parquet"):
+        with pytest.raises(StoreError, match=f"{name}: holds a number that float32 has not"):
+            import_rows(tmp_path / name, tmp_path / "other.zarr", layer=20)
+
+
 def text(path: Path, content: str) -> Path:
     path.write_text(content)
     return path
@@ -223,7 +238,7 @@ def test_commands(tmp_path: Path) -> None:
     assert call("import", out, "--out", tmp_path / "back.zarr").code == 0
     np.testing.assert_array_equal(CaptureStore.open(tmp_path / "back.zarr").layer(20)[:], vectors)
     check_refused(
-        call("import", source, "--out", tmp_path / "in.zarr"), "pass --resume to go on or --overwrite", 2
+        call("import", source, "--out", tmp_path / "in.zarr"), "exists: pass --overwrite to replace it", 2
     )
     check_refused(
         call("export", tmp_path / "in.zarr", "--to", "nla", "--out", tmp_path / "x", "--shard-rows", 5),

@@ -278,8 +278,17 @@ def cut_table(root: Path, directory: Path) -> Path:
     return written(directory / "cut.parquet", whole[: len(whole) // 2])
 
 
+def half_done(directory: Path) -> Path:
+    (directory / "half.parquet.parts").mkdir()
+    return directory / "half.parquet"
+
+
 FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     "no such table": (lambda r, t: {"explained": t / "none.parquet"}, "none.parquet: no such file"),
+    "a table that is not finished": (
+        lambda r, t: {"explained": half_done(t)},
+        "half.parquet: no such file: roundtrip --resume finishes it",
+    ),
     "no Parquet": (
         lambda r, t: {"explained": r / "prompts.jsonl"},
         "prompts.jsonl: cannot be read as Parquet",

@@ -256,6 +256,8 @@ def test_what_does_not_fit_together_is_refused(trio: Path, tmp_path: Path) -> No
         run_roundtrip(options(trio, out, ar=str(ar)))
     with pytest.raises(RequestError, match="--layer 3: .* made for layer 2"):
         run_roundtrip(options(trio, out, layer=3))
+    with pytest.raises(RequestError, match=r"--max-new-tokens is 5000: .*av has room for \d+: lower it"):
+        run_roundtrip(options(trio, out, max_new_tokens=5000))
     narrow = tmp_path / "narrow.zarr"
     codec = Codec.named("bf16", 32)
     StoreWriter.create(

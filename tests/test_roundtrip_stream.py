@@ -21,7 +21,7 @@ from tiny import D, save_ar, save_av
 from nla_engine.codec import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.sampling import Sampling
-from nla_engine.errors import RequestError, StoreError, WhereError
+from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.roundtrip import pipeline, rows, run, run_roundtrip
 from nla_engine.roundtrip.behind import Behind
@@ -239,7 +239,7 @@ def test_a_writer_that_has_gone_is_told(pair: Path, tmp_path: Path, monkeypatch:
     writer.append(sequence(0))
     writer.close(complete=False)
     given = {"follow": True}
-    with pytest.raises(StoreError, match="the writer has gone without finishing"):
+    with pytest.raises(EngineError, match="the writer has gone without finishing"):
         run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "x.parquet", **given))
     with StoreWriter.resume(tmp_path / "s.zarr", options={}) as writer:
         writer.append(sequence(1))

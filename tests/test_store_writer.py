@@ -76,7 +76,7 @@ def test_resuming_a_complete_store_marks_it_incomplete_until_closed(tmp_path: Pa
 def test_an_existing_store_is_kept_or_replaced_as_told(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     fill_store(path, CODEC, [3])
-    with pytest.raises(StoreError, match=r"exists: pass --resume to go on or --overwrite to replace"):
+    with pytest.raises(StoreError, match=r"exists: pass --overwrite to replace it"):
         create_store(path, CODEC)
     store = CaptureStore.open(path)
     assert store.rows == 3

@@ -28,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_DEBUG = "--debug"
+#: Commands that go on with what an earlier run of them has committed.
+_RESUMABLE = ("capture", "roundtrip", "study")
 #: What typer makes of Ctrl-C, without a word.
 TYPER_INTERRUPTED = 130
 
@@ -50,7 +53,7 @@ _VERSION_HELP = "Print the version and what is missing, then stop."
 
 @app.callback()
 def _main(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show a traceback with an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help=_VERSION_HELP, is_eager=True, callback=_print_version)
     ] = False,
@@ -122,14 +125,16 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, .
 def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # which may stand behind the command, too
     try:
-        code = app(standalone_mode=False, prog_name="nla-engine")
+        code = app(arguments, standalone_mode=False, prog_name="nla-engine")
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _fail("interrupted; what is committed is safe, and --resume goes on after it", 1)
+        safe = "; what is committed is safe, and --resume goes on after it"
+        code = _fail("interrupted" + (safe if arguments[:1] and arguments[0] in _RESUMABLE else ""), 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
         if usage is None:
@@ -138,12 +143,12 @@ def main() -> None:
             code = 2
             print(usage(), file=sys.stderr)
         else:
-            code = _fail(usage(), 2)
+            code = _fail(usage(), 2, traced=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> int:
-    if "--debug" in sys.argv:
+def _fail(message: str, code: int, traced: bool = True) -> int:
+    if traced and _DEBUG in sys.argv:
         traceback.print_exc()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code

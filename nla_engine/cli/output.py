@@ -30,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSO
 
 def say(text: str) -> None:
     """One line for people; markup in it stays text."""
-    console.print(escape(text), highlight=False)
+    console.print(escape(text), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -74,10 +74,12 @@ def finish(title: str, facts: dict[str, Any], as_json: bool) -> None:
 
 def show_facts(title: str, facts: dict[str, Any], as_json: bool) -> None:
     """A table for people. as_json: a JSON line will follow."""
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table = Table(show_header=False, box=None)
     for key, value in facts.items():
         table.add_row(key, escape(show(value)))
-    results(as_json).print(table)
+    shown = results(as_json)
+    shown.print(escape(title), style="bold", highlight=False, soft_wrap=True)
+    shown.print(table)
 
 
 def show(value: Any) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.results import SCHEMA, read_metadata
+from nla_engine.results import PARTS_SUFFIX, SCHEMA, read_metadata
 from nla_engine.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
 
@@ -51,7 +51,9 @@ class Explained:
     def read(cls, store: CaptureStore, path: Path) -> Explained:
         """Raises RequestError when `path` is no result of a round trip, or one of another store."""
         if not path.exists():
-            raise RequestError(f"{path}: no such file: give the table that roundtrip wrote")
+            begun = path.with_name(path.name + PARTS_SUFFIX).exists()
+            mend = "roundtrip --resume finishes it" if begun else "give the table that roundtrip wrote"
+            raise RequestError(f"{path}: no such file: {mend}")
         metadata = read_metadata(path)
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")

@@ -16,7 +16,7 @@ import numpy as np
 
 from nla_engine.report.data import Explained
 from nla_engine.store import CaptureStore, RowFlag
-from nla_engine.store.format import EARLY_POSITIONS
+from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: The mean FVE should stand at least so far above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
@@ -110,7 +110,8 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     out = []
     flags = store.column("flags")[explained.rows]
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
-    if count := _how_many(flags & RowFlag.EARLY):
+    placed = IMPORTED not in store.options or store.column("position").any()  # else nobody knows
+    if placed and (count := _how_many(flags & RowFlag.EARLY)):
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
             f"below {EARLY_POSITIONS}, and scores there say less about them."

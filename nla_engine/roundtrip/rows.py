@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nla_engine.config import RoundtripOptions
-from nla_engine.errors import RequestError, StoreError, WhereRecordError
+from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, has_writer
 
 #: Seconds between two looks at a store that is being written.
@@ -41,7 +41,7 @@ def follow_rows(
 ) -> Iterator[np.ndarray]:
     """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
-    StoreError if the writer has gone without finishing; RequestError if the store is not on a local disk.
+    EngineError if the writer has gone without finishing; RequestError if the store is not on a local disk.
     """
     if not isinstance(store.path, Path):
         raise RequestError(
@@ -63,7 +63,7 @@ def follow_rows(
         if store.complete:
             return
         if gone:
-            raise StoreError(
+            raise EngineError(
                 f"{store.path}: the writer has gone without finishing: go on with capture --resume, "
                 "then with this command and --resume"
             )

@@ -13,6 +13,7 @@ import torch
 
 from nla_engine import score
 from nla_engine.config import RoundtripOptions
+from nla_engine.errors import RequestError
 from nla_engine.provenance import describe_run
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.results import ResultTable, nullable
@@ -55,6 +56,10 @@ def run_roundtrip(
         raise nothing_selected(options)
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
+    if options.max_new_tokens > (room := pair.verbalizer.room):
+        raise RequestError(
+            f"--max-new-tokens is {options.max_new_tokens}: {options.av} has room for {room}: lower it"
+        )
     vectors = store.layer(layer).torch(sample, pair.device)
     controls = Controls.of(sample, store.column("sequence")[sample], vectors, options.seed)
     table = ResultTable.open(

@@ -127,7 +127,7 @@ def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
     try:
         names = [name for name in root.names() if name != LOCK_NAME]
         if names and not overwrite:
-            raise StoreError(f"{root} exists: pass --resume to go on or --overwrite to replace")
+            raise StoreError(f"{root} exists: pass --overwrite to replace it")
         if foreign := _foreign({name.split("/")[0] for name in names}):
             raise StoreError(
                 f"{root}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
@@ -147,7 +147,7 @@ def _lock_replaceable(path: Path, overwrite: bool) -> DirectoryLock | None:
     if not path.is_dir():
         raise StoreError(f"{path}: a file is in the way: choose another name")
     if not overwrite:
-        raise StoreError(f"{path} exists: pass --resume to go on or --overwrite to replace")
+        raise StoreError(f"{path} exists: pass --overwrite to replace it")
     try:
         read_attributes(path)
     except StoreError as error:

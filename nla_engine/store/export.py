@@ -23,7 +23,7 @@ import numpy as np
 
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.store.directory import check_outside_stores
-from nla_engine.store.format import RowFlag
+from nla_engine.store.format import IMPORTED, RowFlag
 from nla_engine.store.layer import LayerReader
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.sequences import StoredSequence
@@ -44,8 +44,6 @@ FORMATS = tuple(SUFFIXES)
 INDEX_NAME = "index.json"
 SIDECAR_SUFFIX = ".nla_meta.yaml"
 VECTOR_COLUMN = "activation_vector"
-#: The option that marks a store as an imported one: its tokens are not known.
-IMPORTED = "imported"
 BATCH_BYTES = 32 << 20
 #: Vectors in a file of the datasets format, unless the caller says otherwise: what the Hub advises for a shard.
 DATASETS_SHARD_BYTES = 500 << 20

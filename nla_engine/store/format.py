@@ -18,6 +18,8 @@ from nla_engine.errors import StoreError
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "nla_engine"
+#: The option that marks a store as an imported one: its tokens are not known.
+IMPORTED = "imported"
 EARLY_POSITIONS = 50
 NO_TOKEN = -1
 

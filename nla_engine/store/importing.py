@@ -19,8 +19,8 @@ import numpy as np
 from nla_engine.codec import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
-from nla_engine.store.export import IMPORTED, INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
-from nla_engine.store.format import Finish, row_flags
+from nla_engine.store.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
+from nla_engine.store.format import IMPORTED, Finish, row_flags
 from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.writer import StoreWriter
 
@@ -46,6 +46,7 @@ class Imported:
     layer: int
     codec: str
     codec_error: dict[str, float | int]
+    nonfinite_rows: int
 
 
 def import_rows(
@@ -78,6 +79,7 @@ def import_rows(
         options={IMPORTED: str(source), "layer": [number], "codec": codec},
         overwrite=overwrite,
     )
+    nonfinite = 0
     with writer:
         if len(error):
             writer.record_codec_error(number, describe_errors(error))
@@ -87,10 +89,11 @@ def import_rows(
                     f"{source}: rows are {chosen.d_model} wide, and further on "
                     f"{batch.vectors.shape[1]}: import files of one width"
                 )
+            nonfinite += int(np.count_nonzero(~np.isfinite(batch.vectors).all(1)))
             for sequence in _sequences(batch, chosen, number, sink_norm, source):
                 writer.append(sequence)
     described = describe_errors(error) if len(error) else {}
-    return Imported(writer.rows, chosen.d_model, number, codec, described)
+    return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
 
 
 def _sequences(
@@ -230,7 +233,7 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                 lengths = pc.list_value_length(column)
                 if column.null_count or flat.null_count or not width or set(lengths.to_pylist()) != {width}:
                     raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
-                vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float32)
+                vectors = _float32(flat.to_numpy(zero_copy_only=False).reshape(-1, width), file)
                 records = batch.drop_columns(VECTOR_COLUMN).to_pylist()
                 yield Batch(vectors, [_plain(more | record) for record in records])
     except (pa.ArrowException, OSError) as error:
@@ -257,7 +260,9 @@ def _read_safetensors(file: Path) -> Iterator[Batch]:
             }
             more = _told((tensors.metadata() or {}).get("layer", ""))
             for start in range(0, shape[0], BATCH_ROWS):
-                part = vectors[start : start + BATCH_ROWS].to(torch.float32).numpy()
+                held = vectors[start : start + BATCH_ROWS]
+                wide = torch.float64 if held.dtype == torch.float64 else torch.float32
+                part = _float32(held.to(wide).numpy(), file)
                 rows = range(start, start + len(part))
                 yield Batch(part, [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows])
     except (SafetensorError, OSError) as error:
@@ -272,8 +277,19 @@ def _read_npy(file: Path) -> Iterator[Batch]:
     if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
         raise StoreError(f"{file}: {values.dtype} {list(values.shape)}, not floating-point [rows, d_model]")
     for start in range(0, len(values), BATCH_ROWS):
-        part = np.array(values[start : start + BATCH_ROWS], np.float32)
+        part = _float32(np.asarray(values[start : start + BATCH_ROWS]), file)
         yield Batch(part, [{"row": start + i} for i in range(len(part))])
+
+
+def _float32(values: np.ndarray, file: Path) -> np.ndarray:
+    """A copy of values [n, d] in float32. Raises StoreError if a finite one has none."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    if (np.isfinite(values) & ~np.isfinite(narrow)).any():
+        raise StoreError(
+            f"{file}: holds a number that float32 has not (the largest is 3.4e38): scale the vectors"
+        )
+    return narrow
 
 
 def _told(layer: str) -> dict[str, int]:

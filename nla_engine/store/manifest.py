@@ -18,7 +18,7 @@ from typing import Any
 import google_crc32c
 
 from nla_engine.codec import Codec
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.errors import DamageError, RequestError, StoreError
 from nla_engine.store.format import (
     ATTRIBUTE,
     FINISH_MEANINGS,
@@ -194,7 +194,7 @@ class Manifest:
         data = read_attributes(root)
         version = data.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool):
-            raise StoreError(f"{root / METADATA_NAME}: damaged: format_version is {version!r}")
+            raise DamageError(f"{root / METADATA_NAME}: damaged: format_version is {version!r}")
         if version > FORMAT_VERSION:
             raise StoreError(
                 f"{root}: format version {version}, this nla_engine reads up to {FORMAT_VERSION}: upgrade it"
@@ -202,9 +202,9 @@ class Manifest:
         try:
             return cls.from_attributes(data)
         except KeyError as error:
-            raise StoreError(f"{root / METADATA_NAME}: damaged: {error} is missing") from None
+            raise DamageError(f"{root / METADATA_NAME}: damaged: {error} is missing") from None
         except (RequestError, StoreError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{root / METADATA_NAME}: damaged: {error}") from None
+            raise DamageError(f"{root / METADATA_NAME}: damaged: {error}") from None
 
 
 def read_attributes(root: Place) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def read_attributes(root: Place) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise StoreError(f"{path}: damaged: broken JSON: {error}") from None
+        raise DamageError(f"{path}: damaged: broken JSON: {error}") from None
     attributes = document.get("attributes") if isinstance(document, dict) else None
     data = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(data, dict):

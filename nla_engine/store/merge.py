@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import StoreError
+from nla_engine.store.format import IMPORTED
 from nla_engine.store.manifest import differences
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.records import LayerRows, SequenceRows
@@ -91,7 +92,7 @@ def _parameters(store: CaptureStore) -> dict[str, Any]:
 
 
 def _common_options(store: CaptureStore) -> dict[str, Any]:
-    free = (*FREE_OPTIONS, "merged", "imported")
+    free = (*FREE_OPTIONS, "merged", IMPORTED)
     return {key: value for key, value in store.options.items() if key not in free}
 
 

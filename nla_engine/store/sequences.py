@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.engine.request import Finish
-from nla_engine.errors import StoreError
+from nla_engine.errors import DamageError
 from nla_engine.store.arrays import ArrayReader
 
 TABLE_COLUMNS = (
@@ -104,7 +104,7 @@ class SequenceTable:
         return {name: self._arrays[name].read() for name in TABLE_COLUMNS}
 
     def read(self, start: int, stop: int) -> Iterator[StoredSequence]:
-        """Sequences [start, stop), read a block at a time. Raises StoreError on damaged bytes."""
+        """Sequences [start, stop), read a block at a time. Raises DamageError."""
         columns = self.columns
         for first in range(start, stop, BLOCK_SEQUENCES):
             last = min(first + BLOCK_SEQUENCES, stop) - 1
@@ -119,7 +119,7 @@ class SequenceTable:
                     parsed = json.loads(record)
                     finish = Finish(values["finish"])
                 except ValueError as error:
-                    raise StoreError(
+                    raise DamageError(
                         f"sequence {number} is damaged: {error}: run `nla-engine verify`"
                     ) from None
                 yield StoredSequence(

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 
 from nla_engine import extension
-from nla_engine.errors import StoreError, WriteError
+from nla_engine.errors import DamageError, StoreError, WriteError
 from nla_engine.store.format import ArraySpec
 from nla_engine.store.objects import ObjectPath, Place
 
@@ -138,7 +138,7 @@ class ShardImage:
 def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
     """Read inner chunks of a shard file into out [len(chunks), chunk_rows, ...] (C order), checksums tested.
 
-    Raises StoreError, naming the file, when it is missing, cut short, or any byte read is not as written.
+    Raises DamageError, naming the file, when it is missing, cut short, or any byte read is not as written.
     """
     try:
         if isinstance(path, ObjectPath):
@@ -147,9 +147,9 @@ def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.n
             with _open_file(path) as (size, read):
                 _read_shard(size, read, chunks, shard_chunks, out)
     except FileNotFoundError:
-        raise StoreError(f"{path}: a shard with committed rows is missing: {MEND}") from None
+        raise DamageError(f"{path}: a shard with committed rows is missing: {MEND}") from None
     except _Damage as damage:
-        raise StoreError(f"{path}: damaged: {damage}: {MEND}") from None
+        raise DamageError(f"{path}: damaged: {damage}: {MEND}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
 

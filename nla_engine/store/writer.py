@@ -355,7 +355,7 @@ class StoreWriter:
                 self._usable = False
                 raise WriteError(
                     f"{error}; {self.sequences} sequences with {self.rows} rows are committed and safe: "
-                    "mend the cause and pass --resume"
+                    "mend the cause; a capture goes on with --resume"
                 ) from error
             except BaseException:
                 self._usable = False
