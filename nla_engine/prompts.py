@@ -142,7 +142,7 @@ def _encode(record: Any, tokenizer: Any, chat: bool, max_tokens: int | None) -> 
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"half of a surrogate pair at character {error.start}: not Unicode text") from error
+        raise PromptError("the text holds half of a surrogate pair, which is no character") from error
     ids = tokenizer.encode(text, add_special_tokens=not chat)
     if not ids:
         raise PromptError("the prompt is empty")

@@ -92,7 +92,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("p.jsonl", '{"messages": []}', 'line 1: "messages" is not a list'),
         ("p.jsonl", '{"prompt": "' + "a" * 99 + '"}', r"line 1: the prompt has \d+ tokens, the limit is 60"),
         ("p.jsonl", '{"prompt": "a", "x": NaN}', "line 1: the record cannot be kept as JSON"),
-        ("p.jsonl", r'{"prompt": "cut \ud83d"}', "line 1: half of a surrogate pair at character"),
+        ("p.jsonl", r'{"prompt": "cut \ud83d"}', "line 1: the text holds half of a surrogate pair"),
         ("p.jsonl", "", "no usable prompt"),
         ("p.txt", "\n \n", "no usable prompt"),
         ("p.txt", b"\xff\xfe", "cannot be read as UTF-8"),
