@@ -72,7 +72,7 @@ class ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
         A result that is to be overwritten stays until the new one is whole.
-        RequestError if something is there and neither is asked for, or if the options differ.
+        RequestError if something is there and neither is asked for, if it is no result, or if the options differ.
         """
         parts = out.with_name(out.name + PARTS_SUFFIX)
         if not (resume or overwrite) and (out.exists() or parts.exists()):
@@ -83,6 +83,8 @@ class ResultTable:
         if out.is_dir():
             raise RequestError(f"{out}: is a directory; choose another name for the table")
         check_outside_stores(out)
+        if overwrite and out.exists():
+            read_metadata(out)  # nothing but a table of ours is ever replaced
         record = parts / "run.json"
         with writing(parts):
             if overwrite:

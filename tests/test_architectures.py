@@ -94,12 +94,26 @@ def test_every_sequence_of_a_pass_has_the_states_it_has_alone(
 
 
 def test_rotations_that_depend_on_the_longest_of_a_batch_are_refused() -> None:
-    with pytest.raises(EngineError, match=r"Phi3Config: sequences of 65 tokens are longer than 64.*longrope"):
-        Runner(phi3(), slots=2, length=65)
+    with pytest.raises(EngineError, match=r"Phi3Config: sequences of 64 tokens reach 64.*longrope"):
+        Runner(phi3(), slots=2, length=64)  # one that has ended may stand at position 64 for some steps
     lm = phi3()
     lm.config.rope_parameters = {"full_attention": lm.config.rope_parameters}
     with pytest.raises(EngineError, match="longrope"):
-        Runner(lm, slots=2, length=65)
+        Runner(lm, slots=2, length=64)
+    for make, graphable in ((phi3, False), (lambda: language_model("MistralConfig"), True)):
+        with Runner(make(), slots=2, length=63) as runner:
+            runner.device, runner.reference = torch.device("cuda", 0), False
+            assert runner.graphable == graphable
+
+
+def test_a_window_that_no_sequence_fills_is_none() -> None:
+    """Whatever the shared prefix: a slot has room for one, and its sequences may yet be short."""
+    prefix = tuple(range(3, 43))
+    lm = language_model("Qwen2MoeConfig", **MOE, sliding_window=60)
+    with Runner(lm, slots=2, length=60, prefix=prefix) as runner:
+        assert runner.cache.prefix_size == 40
+    with pytest.raises(EngineError, match="mask alone"):
+        Runner(lm, slots=2, length=61, prefix=prefix[:8])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.models import LanguageModel, wrap_model
 from nla_engine.store import CaptureStore
 from nla_engine.store.importing import import_rows
+from nla_engine.store.merge import merge
 from nla_engine.store.verify import Check
 
 
@@ -45,8 +46,11 @@ def failed(checks: list[Check]) -> list[str]:
 def test_an_imported_store_cannot_be_read_again(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((3, 64), np.float32))
     import_rows(tmp_path / "x.npy", tmp_path / "in.zarr", layer=1)
-    with pytest.raises(StoreError, match="in.zarr: was imported: its tokens are not known"):
-        audit(CaptureStore.open(tmp_path / "in.zarr"), language_model())
+    import_rows(tmp_path / "x.npy", tmp_path / "more.zarr", layer=1)
+    merge([tmp_path / "in.zarr", tmp_path / "more.zarr"], tmp_path / "both.zarr")
+    for name in ("in.zarr", "both.zarr"):
+        with pytest.raises(StoreError, match=f"{name}: was imported: its tokens are not known"):
+            audit(CaptureStore.open(tmp_path / name), language_model())
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "bf16"])

@@ -167,6 +167,12 @@ def foreign_group(path: Path) -> Path:
     return path
 
 
+def damaged(root: Path, to: Path) -> Path:
+    shutil.copytree(root / "run.zarr", to)
+    (to / "zarr.json").write_text("{")
+    return to
+
+
 def narrow_store(path: Path) -> Path:
     fill_store(path, Codec.named("int8", 16), [3])
     return path
@@ -229,6 +235,10 @@ ROUNDTRIP_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str
     "result in the store": (
         lambda r, t: {"out": r / "run.zarr" / "x.parquet"},
         "x.parquet: lies inside the store .*run.zarr",
+    ),
+    "result over what is none": (
+        lambda r, t: {"out": r / "av" / "config.json", "overwrite": True},
+        "config.json: cannot be read as Parquet",
     ),
     "result exists": (
         lambda r, t: {"out": r / "explained.parquet"},
@@ -298,6 +308,10 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "export into the store": (
         lambda r, t: ["export", r / "run.zarr", "--to", "npy", "--out", r / "run.zarr" / "x.npy"],
         "lies inside the store",
+    ),
+    "export into a damaged store": (
+        lambda r, t: ["export", r / "run.zarr", "--to", "npy", "--out", damaged(r, t / "d.zarr") / "x.npy"],
+        "x.npy: lies inside the store .*d.zarr",
     ),
     "capture into a store": (
         lambda r, t: capture(r, r / "run.zarr" / "x.zarr"),

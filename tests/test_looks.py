@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,6 +32,19 @@ class Replays:
         lanes = torch.tensor(slots + [cache.spare] * (self.size - len(slots)))
         for _ in range(steps):
             self.generator._step(lanes, cache.prefix_size + cache.size)
+
+
+def test_the_host_looks_before_the_last_of_eight_steps_and_waits_for_certain_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, runs = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="tiny"), []
+    stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), ())
+    with Runner(lm, slots=5, length=60) as runner:
+        generator = Generator(runner, max_new_tokens=31, stop=stop)
+        monkeypatch.setattr(Runner, "graphable", True)
+        monkeypatch.setattr(generator, "_graph", lambda lanes: Replays(generator, lanes, runs))
+        list(generator.run(Request(i, (1, 2, 3), 31) for i in range(5)))
+    assert runs == [7, 1, 7, 1, 7, 1, 6, 0]  # the first of the 31 tokens comes with the prompt
 
 
 @pytest.mark.parametrize("refill", [0.01, 0.5])
@@ -69,15 +81,14 @@ def test_looking_before_the_last_of_several_steps_loses_no_end_and_no_row(
     free = completions()
     eos = tuple({ended.generated[len(ended.generated) // 2] for ended in list(free.values())[:6]})
     for layer in sink:
-        norms = np.concatenate([ended.rows[layer].norm for ended in free.values()])
-        sink[layer] = float(np.quantile(norms, 2 / 3))
+        norms = np.unique(np.concatenate([ended.rows[layer].norm for ended in free.values()]))
+        sink[layer] = float(norms[2 * len(norms) // 3 :][:2].mean())  # between two: no last bit decides
     plain, replayed = completions(eos), completions(eos, replayed=True)
     assert sorted(plain) == sorted(replayed) == list(range(60))
     assert {ended.finish for ended in plain.values()} == {Finish.EOS, Finish.LENGTH}
-    pairs = list(pairwise(runs))  # of a look's steps: those before it and those behind
-    assert (STEPS_BETWEEN_POLLS - 1, 1) in pairs and any(
-        before > 1 and behind == 0 for before, behind in pairs
-    )
+    assert (
+        max(runs) > 1 or refill < 0.1
+    )  # several steps a look; where each end is waited for, there may be none
     exact = 0
     for id_, ended in plain.items():
         other, prompt = replayed[id_], len(ended.request.token_ids)

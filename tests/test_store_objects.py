@@ -139,7 +139,7 @@ def test_resume_and_overwrite(url: str) -> None:
         writer.append_many(sequences[:2])
         raise KeyboardInterrupt
     assert (CaptureStore.open(url).sequences, CaptureStore.open(url).complete) == (2, False)
-    with pytest.raises(StoreError, match=r"exists: pass --resume to go on or --overwrite to replace"):
+    with pytest.raises(StoreError, match=r"exists: pass --overwrite to replace it"):
         create_store(url, CODEC)
     # A writer that dies after its shards and before its commit.
     dying = StoreWriter.resume(url, options=OPTIONS, commit_seconds=1e9)

@@ -23,6 +23,8 @@ from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models import pick_device, pick_dtype
 
+#: What typer makes of Ctrl-C, without a word.
+_TYPER_INTERRUPTED = 130
 #: Columns of the table where no terminal says how many there are.
 _LOG_WIDTH = 180
 
@@ -189,15 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="python -m nla_engine.bench")
-        if code:  # what typer makes of Ctrl-C, without a word
+        if code == _TYPER_INTERRUPTED:
             print("error: interrupted before anything was measured", file=sys.stderr)
         return int(bool(code))
     except NLAError as error:
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except typer.Exit as error:
         return error.exit_code
     except Exception as error:
         usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
@@ -209,7 +209,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a time limit from outside ends it as Ctrl-C does
+    # A time limit from outside ends a run as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

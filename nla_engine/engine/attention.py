@@ -204,7 +204,7 @@ def _check_no_window(module: Any, cache: SlotCache) -> None:
     config, kinds = module.config, getattr(module.config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     windowed = window is not None if kinds is None else kinds[module.layer_idx] != "full_attention"
-    if windowed and (window is None or window < cache.prefix_size + cache.size - 1):
+    if windowed and (window is None or window < cache.length):
         raise EngineError(
             f"{type(module).__name__}: block {module.layer_idx} attends to a part of the sequence that the model names "
             "in its mask alone, which the engine does not use: this architecture is not supported"

@@ -18,7 +18,7 @@ from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, can_fuse, can_fuse_norm, tune_products
 from nla_engine.engine.request import VECTOR
-from nla_engine.engine.slots import SlotCache, slot_size
+from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
@@ -27,6 +27,8 @@ from nla_engine.ops.attention import Tiles
 #: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
+#: Kinds of rotary embeddings whose code in transformers may look at positions on the host.
+_HOST_ROTATIONS = ("dynamic", "longrope")
 #: Relative L2 difference of hidden states that the self-check allows, by dtype: rounding, with room for long sums.
 _CHECK_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 #: The same for fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%, and deep random weights
@@ -70,7 +72,7 @@ class Runner:
         self.device = lm.device
         self.precision = precision
         self.reference = kernels == "reference" or (kernels == "auto" and lm.device.type == "cpu")
-        self.cache = SlotCache(lm, slots, slot_size(length, len(prefix)))
+        self.cache = SlotCache(lm, slots, length, len(prefix))
         self.vectors = torch.zeros(slots + 1, lm.d_model, device=lm.device, dtype=lm.dtype)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
@@ -132,7 +134,8 @@ class Runner:
     @property
     def graphable(self) -> bool:
         """Whether a decode step looks at nothing on the host, so that a CUDA graph can hold it."""
-        return self.device.type == "cuda" and not self.reference
+        looks = any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
+        return self.device.type == "cuda" and not self.reference and not looks
 
     def tune(self, rows: int) -> None:
         """Measure the products of passes of `rows` tokens and take the fastest from now on: before a run, not in it."""
@@ -245,14 +248,22 @@ class Runner:
             )
 
 
-def _check_rotation(lm: LanguageModel, length: int) -> None:
-    """EngineError if rotations of one sequence would depend on how long the others of a pass are."""
+def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
+    """The parameters of the model's rotary embedding, or of each that it has."""
     given: Any = getattr(lm.config, "rope_parameters", None) or {}
+    return [given, *(each for each in given.values() if isinstance(each, dict))]
+
+
+def _check_rotation(lm: LanguageModel, length: int) -> None:
+    """EngineError if rotations of one sequence would depend on how long the others of a pass are.
+
+    A lane that has ended may stand one position behind its last token, so a sequence must end before the limit.
+    """
     own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
-    for rope in (given, *(each for each in given.values() if isinstance(each, dict))):
+    for rope in _rotations(lm):
         most = rope.get("original_max_position_embeddings", own)
-        if rope.get("rope_type") == "longrope" and length > most:
+        if rope.get("rope_type") == "longrope" and length >= most:
             raise EngineError(
-                f"{lm.name}: sequences of {length} tokens are longer than {most}, beyond which its rotation (longrope) "
-                "of every sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
+                f"{lm.name}: sequences of {length} tokens reach {most}, from where on its rotation (longrope) of every "
+                "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
             )

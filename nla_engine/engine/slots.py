@@ -57,11 +57,13 @@ def _kv_shape(config: Any) -> tuple[int, int]:
 class SlotCache:
     """keys, values: [layers, slots + 1, size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV, ...]."""
 
-    def __init__(self, lm: LanguageModel, slots: int, size: int) -> None:
+    def __init__(self, lm: LanguageModel, slots: int, length: int, prefix: int) -> None:
+        """length: of a sequence, at most, `prefix` shared tokens included."""
         heads, head_size = _kv_shape(lm.config)
         layers = len(lm.blocks)
-        self.slots, self.size, self.spare = slots, size, slots
-        shape = (layers, slots + 1, size, heads, head_size)
+        self.length, self.size = length, slot_size(length, prefix)
+        self.slots = self.spare = slots
+        shape = (layers, slots + 1, self.size, heads, head_size)
         self.keys = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
         self.values = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
         self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))

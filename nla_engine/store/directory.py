@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nla_engine.errors import StoreError, WriteError
+from nla_engine.errors import DamageError, StoreError, WriteError
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
 from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath
 from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, make_directory, writing
@@ -72,6 +72,8 @@ def check_outside_stores(path: Path) -> None:
 def _is_store(path: Path) -> bool:
     try:
         read_attributes(path)
+    except DamageError:
+        return True
     except StoreError:
         return False
     return True

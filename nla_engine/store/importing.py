@@ -20,11 +20,13 @@ from nla_engine.codec import SINK_FACTOR, Codec, describe_errors, ordinary_rows,
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
 from nla_engine.store.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
-from nla_engine.store.format import IMPORTED, Finish, row_flags
+from nla_engine.store.format import IMPORTED, Finish, RowFlag, row_flags
 from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.writer import StoreWriter
 
 BATCH_ROWS = 1024
+#: The largest bfloat16; float32 has somewhat larger ones.
+_LARGEST = (2 - 2.0**-7) * 2.0**127
 #: The id of every imported token; its text is empty.
 UNKNOWN_TOKEN = 0
 
@@ -89,9 +91,9 @@ def import_rows(
                     f"{source}: rows are {chosen.d_model} wide, and further on "
                     f"{batch.vectors.shape[1]}: import files of one width"
                 )
-            nonfinite += int(np.count_nonzero(~np.isfinite(batch.vectors).all(1)))
             for sequence in _sequences(batch, chosen, number, sink_norm, source):
                 writer.append(sequence)
+                nonfinite += int(np.count_nonzero(sequence.flags & RowFlag.NONFINITE))
     described = describe_errors(error) if len(error) else {}
     return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
 
@@ -282,14 +284,12 @@ def _read_npy(file: Path) -> Iterator[Batch]:
 
 
 def _float32(values: np.ndarray, file: Path) -> np.ndarray:
-    """A copy of values [n, d] in float32. Raises StoreError if a finite one has none."""
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    if (np.isfinite(values) & ~np.isfinite(narrow)).any():
+    """A copy of values [n, d] in float32. Raises StoreError if a finite one is beyond what every codec can hold."""
+    if (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
         raise StoreError(
-            f"{file}: holds a number that float32 has not (the largest is 3.4e38): scale the vectors"
+            f"{file}: holds a number beyond {_LARGEST:.4g}, the largest of bfloat16: scale the vectors"
         )
-    return narrow
+    return values.astype(np.float32)
 
 
 def _told(layer: str) -> dict[str, int]:

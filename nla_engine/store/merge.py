@@ -61,7 +61,11 @@ def merge(
         sink_norm={layer: max(store.sink_norm[layer] for store in stores) for layer in first.layers},
         vocabulary=[first.vocabulary.raw(token) for token in range(len(first.vocabulary))],
         provenance={**first.provenance, "merged_from": [_origin(store) for store in stores]},
-        options={**_common_options(first), "merged": [store.attributes["store_id"] for store in stores]},
+        options={
+            **_common_options(first),
+            "merged": [store.attributes["store_id"] for store in stores],
+            **({IMPORTED: True} if any(IMPORTED in store.options for store in stores) else {}),
+        },
         overwrite=overwrite,
         shard_rows=first.attributes["shard_rows"],
     )
