@@ -17,6 +17,9 @@ from nla_engine.errors import RequestError
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation a step.
 KERNELS = ("auto", "fused", "reference")
+_KERNELS_HELP = (
+    "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention."
+)
 #: Products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
@@ -97,10 +100,7 @@ class CaptureOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(
-        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
-        "auto",
-    )
+    kernels: str = option(_KERNELS_HELP, "auto")
     revision: str | None = option("Revision of a Hub model.", None)
     skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
     resume: bool = option("Go on with a store that was interrupted.", False)
@@ -176,10 +176,7 @@ class RoundtripOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(
-        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
-        "auto",
-    )
+    kernels: str = option(_KERNELS_HELP, "auto")
     resume: bool = option("Go on with a round trip that was interrupted.", False)
     overwrite: bool = option("Replace a result that exists.", False)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
@@ -244,10 +241,7 @@ class MultiplicationOptions(Options):
     )
     dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(
-        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
-        "auto",
-    )
+    kernels: str = option(_KERNELS_HELP, "auto")
     resume: bool = option("Go on with a study that was interrupted.", False)
     overwrite: bool = option("Replace a study that exists.", False)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)

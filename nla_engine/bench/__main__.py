@@ -178,7 +178,6 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
             failed=session.failed,
         )
         if settings.json is not None:
-            settings.json.parent.mkdir(parents=True, exist_ok=True)
             settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print(table(session.machine, session.lines))
     if settings.plot is not None and "generate" in settings.suites:

@@ -8,7 +8,7 @@ and its slot.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,12 +110,12 @@ def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest
     return Tiles(token, torch.ones_like(token), slot, position, position, tile_rows(1, group), longest)
 
 
-def prefill_tiles(parts: Sequence[tuple[int, int, int]], group: int, own: torch.Tensor) -> Tiles:
-    """Runs of queries, (slot, start position, length) one after another, cut so that a tile is filled.
+def prefill_tiles(parts: np.ndarray, group: int, own: torch.Tensor) -> Tiles:
+    """Runs of queries, one after another, cut so that a tile is filled.
 
-    own: int64 [T], the position of every query.
+    parts: int64 [runs, 3]: slot, start position, length. own: int64 [T], the position of every query.
     """
-    slot, start, length = np.asarray(parts, np.int64).T
+    slot, start, length = parts.T
     rows = tile_rows(int(length.max()), group)
     step = max(rows // group, 1)
     tiles = -(-length // step)

@@ -137,7 +137,7 @@ class Generator:
         """
         source = _Source(requests)
         free = deque(range(self.runner.cache.slots))
-        refill = max(math.ceil(self.runner.cache.slots * REFILL_PART), 1)
+        refill = math.ceil(self.runner.cache.slots * REFILL_PART)
         reading: deque[_Admitted] = deque()
         decoding: dict[int, _Admitted] = {}
         ready: list[Completion] = []

@@ -78,7 +78,7 @@ class Runner:
         self._pass: Pass | None = None
         self._tap: Tap | None = None
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._norm: Any = None  # the norm behind the last block, if its is
+        self._norm: Any = None  # the norm behind the last block, where its forward is, too
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block goes on with the wanted tokens alone
         try:
@@ -134,8 +134,9 @@ class Runner:
     @property
     def graphable(self) -> bool:
         """Whether a decode step looks at nothing on the host, so that a CUDA graph can hold it."""
-        looks = any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
-        return self.device.type == "cuda" and not self.reference and not looks
+        if self.device.type != "cuda" or self.reference:
+            return False
+        return not any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
 
     def tune(self, rows: int) -> None:
         """Measure the products of passes of `rows` tokens and take the fastest from now on: before a run, not in it."""
@@ -143,9 +144,8 @@ class Runner:
             tune_products([block.forward for block in self._fused], rows)
 
     def _on_block(self, layer: int) -> Callable[..., None]:
-        joined = (
-            layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
-        )  # by the next block
+        # A fused block joins what runs beside the one before it; others know nothing of it.
+        joined = layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
 
         def hook(_module: object, _inputs: object, output: object) -> None:
             if self._tap is not None and self._pass is not None:
@@ -164,8 +164,8 @@ class Runner:
 
         wanted: which of the T tokens' states [n, d] are asked for, 0 < n <= T; None: all of them
         """
-        runs = [(slot, start, len(ids)) for slot, start, ids in parts]
-        slot, start, length = np.asarray(runs, np.int64).T
+        runs = np.array([(slot, start, len(ids)) for slot, start, ids in parts], np.int64)
+        slot, start, length = runs.T
         ids = np.concatenate([np.asarray(ids, np.int64) for _, _, ids in parts])
         positions = np.repeat(start, length) + attention.counted(length)
         if wanted is not None and not 0 < len(wanted) <= len(ids):

@@ -34,7 +34,7 @@ class Glance:
         self._passed = torch.cuda.Event() if tensor.is_cuda else None
 
     def take(self) -> None:
-        """Queue the look; one that was taken before must have been read."""
+        """Queue the look, in place of any before it."""
         self._seen.copy_(self._tensor, non_blocking=True)
         if self._passed is not None:
             self._passed.record(torch.cuda.current_stream(self._tensor.device))
