@@ -18,6 +18,10 @@ class WriteError(NLAError):
     """A file could not be written (disk full, read-only directory): what was committed stays valid."""
 
 
+class HubError(NLAError):
+    """The Hub, or the way to it, failed, and the cache cannot stand in: the same request may succeed later."""
+
+
 class RequestError(NLAError):
     """The request itself is wrong: a bad option, file, checkpoint or layer (exit code 2)."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nla_engine.errors import CheckpointError, RequestError, first_line
+from nla_engine.hub import commit_of, find_directory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -171,34 +172,6 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def find_directory(name: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint: `name` itself, or a snapshot of the Hub repository `name`.
-
-    Raises CheckpointError if there is none, RequestError for a revision of a directory.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise RequestError(f"{name}: is a directory, and has no revisions: leave --revision out")
-        return path
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CheckpointError(
-            f"{name}: no such directory (give a local directory or a Hub id like owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"])
-        )
-    except (OSError, HFValidationError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{name}: not a local directory, and the Hub did not deliver it ({reason})"
-        ) from error
-
-
 def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint directory."""
     from transformers import AutoTokenizer
@@ -225,7 +198,7 @@ def load_model(
     """
     import transformers
 
-    directory = find_directory(name, revision)
+    directory = find_directory(name, revision, remote_code=remote_code)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: has no config.json: give the directory of one checkpoint")
     tokenizer = load_tokenizer(directory, remote_code=remote_code)
@@ -262,9 +235,7 @@ def load_model(
         raise CheckpointError(
             f"{directory}: {len(bad)} weights {what}, the first is {bad[0]}: fetch it again"
         )
-    return wrap_model(
-        model, tokenizer, name=name, revision=revision or _commit_of(directory), decoder=decoder
-    )
+    return wrap_model(model, tokenizer, name=name, revision=commit_of(directory), decoder=decoder)
 
 
 def wrap_model(
@@ -285,8 +256,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{text}\n{tokenizer.chat_template}".encode()).hexdigest()[:16]
-
-
-def _commit_of(directory: Path) -> str | None:
-    """The Hub commit of a snapshot directory (.../snapshots/<commit>), if it is one."""
-    return directory.name if directory.parent.name == "snapshots" else None

@@ -13,7 +13,8 @@ import torch
 from nla_engine.checkpoint import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
-from nla_engine.models import LanguageModel, find_directory, load_model
+from nla_engine.hub import find_directory
+from nla_engine.models import LanguageModel, load_model
 
 #: Prompts, and tokens, of one packed pass.
 _BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
@@ -62,7 +63,7 @@ class Reconstructor:
         precision: str = "full",
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
-        directory = find_directory(name)
+        directory = find_directory(name, remote_code=remote_code)
         sidecar = read_sidecar(directory, "ar")
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)

@@ -23,7 +23,8 @@ from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
-from nla_engine.models import LanguageModel, find_directory, load_model
+from nla_engine.hub import find_directory
+from nla_engine.models import LanguageModel, load_model
 from nla_engine.tokens import token_bytes
 
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
@@ -72,7 +73,7 @@ class Verbalizer:
         cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
     ) -> Verbalizer:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
-        sidecar = read_sidecar(find_directory(name), "av")
+        sidecar = read_sidecar(find_directory(name, remote_code=remote_code), "av")
         return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
 
     @property

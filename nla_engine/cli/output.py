@@ -25,6 +25,9 @@ console = Console(stderr=True)
 #: Columns of a result where no terminal says how many there are.
 _FILE_WIDTH = 200
 
+#: Bars that are shown: only the last one moves, the others wait.
+_bars: list[Progress] = []
+
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
 
 
@@ -47,7 +50,7 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar:
+    with _alone(bar):
         task = bar.add_task(unit, total=None, rate="")
 
         def update(done: int, total: int) -> None:
@@ -55,6 +58,21 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
 
         yield update
+
+
+@contextmanager
+def _alone(bar: Progress) -> Iterator[None]:
+    """Show a bar in the place of the one that is shown now, if there is one."""
+    if _bars:
+        _bars[-1].stop()
+    _bars.append(bar)
+    try:
+        with bar:
+            yield
+    finally:
+        _bars.pop()
+        if _bars:
+            _bars[-1].start()
 
 
 def results(as_json: bool) -> Console:

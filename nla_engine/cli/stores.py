@@ -83,7 +83,14 @@ def _audit(store: str, model: str, sample: int, device: str | None) -> list[Chec
     from nla_engine.store import CaptureStore
 
     opened, chosen = CaptureStore.open(store), pick_device(device)
-    lm = load_model(model, device=chosen, dtype=pick_dtype(opened.provenance.get("dtype"), chosen))
+    made = opened.provenance
+    captured = model == made.get("model") and not Path(model).is_dir()
+    lm = load_model(
+        model,
+        device=chosen,
+        dtype=pick_dtype(made.get("dtype"), chosen),
+        revision=made.get("revision") if captured else None,  # the commit that was captured, not today's
+    )
     with progress_bar("sequences") as progress:
         return audit(opened, lm, sample=sample, progress=progress)
 

@@ -15,7 +15,8 @@ import torch
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
-from nla_engine.models import find_directory, pick_device, pick_dtype
+from nla_engine.hub import find_directory
+from nla_engine.models import pick_device, pick_dtype
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.store import CaptureStore
 from nla_engine.verbalize import Verbalizer
@@ -60,9 +61,12 @@ def load_pair(
     """The AV and AR of the options, or the given ones, each on the device unless they are to take turns."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    remote_code = options.trust_remote_code
+    given = ((options.av, verbalizer), (options.ar, reconstructor))
+    directories = [find_directory(name, remote_code=remote_code) for name, model in given if model is None]
     turns = options.residency == "turns"
-    if options.residency == "auto" and device.type == "cuda" and verbalizer is None and reconstructor is None:
-        weights = sum(_weight_bytes(find_directory(name), dtype) for name in (options.av, options.ar))
+    if options.residency == "auto" and device.type == "cuda" and len(directories) == 2:
+        weights = sum(_weight_bytes(directory, dtype) for directory in directories)
         if options.precision == "fp8":
             weights += weights // 2  # the quantised ones lie beside the models' own
         free = free_bytes(device)
@@ -73,7 +77,6 @@ def load_pair(
                 f"{_WORKING_BYTES >> 30} GiB to work in, {free / 2**30:.0f} GiB free"
             )
     place = _HOST if turns else device
-    remote_code = options.trust_remote_code
     verbalizer = verbalizer or Verbalizer.load(options.av, device=place, dtype=dtype, remote_code=remote_code)
     reconstructor = reconstructor or Reconstructor.load(
         options.ar,
