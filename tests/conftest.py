@@ -4,18 +4,23 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from commands import LAYER, call, capture, roundtrip
 from encoded import IMPLEMENTATIONS
+from huggingface_hub import constants
 from stand_in_gpu import StandIn, build, install
+from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
 
 from nla_engine import extension
+from nla_engine.hub import fetch, find
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -128,3 +133,41 @@ def open_page(browser: "Browser") -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def steps() -> list[tuple[str, int, int]]:
+    return []
+
+
+@pytest.fixture
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], steps: list[tuple[str, int, int]]
+) -> Iterator[Hub]:
+    """A Hub for this process, with a cache and a working directory of its own."""
+
+    @contextmanager
+    def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: steps.append((unit, done, total))
+
+    monkeypatch.setattr(fetch, "_announce", said.append)
+    monkeypatch.setattr(fetch, "_progress", bar)
+    monkeypatch.setattr(find, "_commits", {})
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield served
+    huggingface_hub.close_session()

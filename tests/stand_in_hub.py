@@ -12,6 +12,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+from nla_engine.hub import find
+
+SMALL = {"config.json": b"{}", "tokenizer.json": b"[1]", "model.safetensors": b"weights" * 1000}
+#: What repositories carry along, and no one here reads.
+BALLAST = {
+    "README.md": b"# A model",
+    ".gitattributes": b"*",
+    "consolidated.safetensors": b"the weights again",
+    "consolidated.00.pth": b"again",
+    "model.fp16.safetensors": b"again",
+    "pytorch_model.bin": b"again",
+    "tf_model.h5": b"again",
+    "flax_model.msgpack": b"again",
+    "model.tflite": b"again",
+    "model.gguf": b"again",
+    "params.json": b"{}",
+    "preprocessor_config.json": b"{}",
+    "modeling_own.py": b"print()",
+    "onnx/model.onnx": b"again",
+    "original/consolidated.00.pth": b"again",
+    "original/tokenizer.model": b"again",
+    "images/plot.png": b"png",
+}
 #: Files of these endings are kept beside git, as the Hub does: their ETag is their sha256.
 LARGE = (".safetensors", ".bin")
 
@@ -187,3 +213,15 @@ def serve() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def forget(hub: Hub) -> None:
+    """As in a new process."""
+    find._commits.clear()
+    hub.asked.clear()
+
+
+def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cable is out."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    forget(hub)

@@ -1,98 +1,24 @@
-"""Checkpoints from a Hub: which files are asked for, what is said, where the cache stands in, each fault's remedy."""
+"""Checkpoints from a Hub: which files are asked for, what is said, what is resumed, where the cache stands in."""
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from commands import contents
 from huggingface_hub import constants, file_download
-from stand_in_hub import Hub, Repository, serve
+from rich.console import Console
+from stand_in_hub import BALLAST, SMALL, Hub, forget, offline
 
-from nla_engine import hub as package
-from nla_engine.errors import CheckpointError, HubError, NLAError, RequestError, WriteError
-from nla_engine.hub import commit_of, find, find_directory
+from nla_engine.cli import output
+from nla_engine.errors import HubError
+from nla_engine.hub import commit_of, find_directory
 from nla_engine.hub.files import choose
-
-SMALL = {"config.json": b"{}", "tokenizer.json": b"[1]", "model.safetensors": b"weights" * 1000}
-NO_IDS = ["", "x", "./x/y", "~nobody/x", "/no/x", "a/b/c", "a/b/", "a b/c", "a/..", "\0", "y" * 999]
-#: What repositories carry along, and no one here reads.
-BALLAST = {
-    "README.md": b"# A model",
-    ".gitattributes": b"*",
-    "consolidated.safetensors": b"the weights again",
-    "consolidated.00.pth": b"again",
-    "model.fp16.safetensors": b"again",
-    "pytorch_model.bin": b"again",
-    "tf_model.h5": b"again",
-    "flax_model.msgpack": b"again",
-    "model.tflite": b"again",
-    "model.gguf": b"again",
-    "params.json": b"{}",
-    "preprocessor_config.json": b"{}",
-    "modeling_own.py": b"print()",
-    "onnx/model.onnx": b"again",
-    "original/consolidated.00.pth": b"again",
-    "original/tokenizer.model": b"again",
-    "images/plot.png": b"png",
-}
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def steps() -> list[tuple[str, int, int]]:
-    return []
-
-
-@pytest.fixture
-def hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], steps: list[tuple[str, int, int]]
-) -> Iterator[Hub]:
-    """A Hub for this process, with a cache and a working directory of its own."""
-
-    @contextmanager
-    def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-        yield lambda done, total: steps.append((unit, done, total))
-
-    monkeypatch.setattr(package.fetch, "_announce", said.append)
-    monkeypatch.setattr(package.fetch, "_progress", bar)
-    monkeypatch.setattr(find, "_commits", {})
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with serve() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
-        yield served
-    huggingface_hub.close_session()
-
-
-def forget(hub: Hub) -> None:
-    """As in a new process."""
-    find._commits.clear()
-    hub.asked.clear()
-
-
-def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    forget(hub)
 
 
 def test_what_is_loaded_is_fetched_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
@@ -309,177 +235,14 @@ def test_a_read_only_cache_serves(hub: Hub, tmp_path: Path) -> None:
     assert contents(tmp_path / "cache") == before
 
 
-def gated(made: Repository) -> None:
-    made.gated = True
-
-
-def answers(status: int, code: str = "", message: str = "") -> Callable[[Repository], None]:
-    def set_fault(made: Repository) -> None:
-        made.fault = (status, code, message)
-
-    return set_fault
-
-
-Case = tuple[Callable[[Repository], None], type[NLAError], str]
-FAULTS: dict[str, Case] = {
-    "gated": (
-        gated,
-        CheckpointError,
-        r"is gated: accept its licence at http://127\S+/owner/model, and log in",
-    ),
-    "wrong token": (
-        answers(401, message="Invalid credentials in Authorization header"),
-        CheckpointError,
-        "does not take your token .*log in",
-    ),
-    "wrong id, as the Hub says it to strangers": (
-        answers(401, message="Invalid username or password."),
-        CheckpointError,
-        "no such model on the Hub: mend the path or the id; if the model is private, log in",
-    ),
-    "weak token": (answers(403), CheckpointError, "token may not read it"),
-    "disabled": (answers(403, message="Access to this resource is disabled."), CheckpointError, "disabled"),
-    "too many requests": (answers(429), HubError, "wait a few minutes, or log in"),
-    "down": (answers(503), HubError, "the Hub fails for now .503: try again later"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_has_its_remedy(hub: Hub, fault: str) -> None:
-    harm, kind, message = FAULTS[fault]
-    harm(hub.add("owner/model", SMALL))
-    if fault == "wrong token":
-        Path(constants.HF_TOKEN_PATH).write_text("hf_expired")
-    with pytest.raises(kind, match=rf"^owner/model: .*{message}") as raised:
-        find_directory("owner/model")
-    assert type(raised.value) is kind and "\n" not in str(raised.value)
-    assert hub.fetched() == []
-
-
-def test_wrong_ids_and_revisions(hub: Hub, tmp_path: Path) -> None:
-    hub.add("owner/model", SMALL)
-    with pytest.raises(CheckpointError, match=r"^owner/modle: no such directory, and no such model on the"):
-        find_directory("owner/modle")
-    with pytest.raises(CheckpointError, match=r"^owner/model: has no revision 'v9': give a branch, tag or"):
-        find_directory("owner/model", "v9")
-    assert not list(tmp_path.glob("cache/*/snapshots/*"))
-    Path("models/qwen").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no such directory; there is models/qwen, and no such model"):
-        find_directory("models/qwne")
-    with pytest.raises(RequestError, match="has no revisions"):
-        find_directory("models/qwen", "v9")
-
-
-@pytest.mark.parametrize("name", NO_IDS)
-def test_what_is_no_id_is_asked_of_nobody(hub: Hub, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"no such directory \(give a local directory or a Hub id"):
-        find_directory(name)
-    assert not hub.asked
-
-
-def test_no_network_and_nothing_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline(hub, monkeypatch)
-    Path("owner/models").mkdir(parents=True)
-    with pytest.raises(
-        HubError, match=r"no such directory; there is owner/models; as a Hub id: the Hub cannot be reached \("
-    ):
-        find_directory("owner/model")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and the cache has no whole snapshot of it"):
-        find_directory("owner/model")
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"pytorch_model.bin": b"x", "training_args.bin": b"x"}, "pickled, .*: pytorch_model.bin\\)"),
-        ({"consolidated.safetensors": b"x"}, "what it has is not read: consolidated.safetensors"),
-        ({"model.fp16.safetensors": b"x", "tf_model.h5": b"x"}, "model.fp16.safetensors and 1 more"),
-        ({}, "has no model.safetensors, whole or in shards: give"),
-        (
-            {"model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}'},
-            "names model-1.safetensors, which the repository lacks",
-        ),
-        ({"model.safetensors.index.json": b"{}"}, "has no weight_map"),
-        ({"model.safetensors.index.json": b"["}, "cannot be read"),
-    ],
-)
-def test_repositories_without_weights_that_are_read(hub: Hub, files: dict[str, bytes], message: str) -> None:
-    hub.add("owner/model", {"config.json": b"{}"} | files)
-    with pytest.raises(CheckpointError, match=message):
-        find_directory("owner/model")
-    assert [file for file in hub.fetched() if not file.endswith(".json")] == []
-
-
-def test_repositories_that_are_no_checkpoint(hub: Hub) -> None:
-    hub.add("owner/quantised", {"model-q4.gguf": b"x", "README.md": b"x"})
-    with pytest.raises(CheckpointError, match=r"has no config.json, .*not read: model-q4.gguf"):
-        find_directory("owner/quantised")
-    assert hub.fetched() == []
-    hub.add("owner/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
-    assert len(list(find_directory("owner/adapter").iterdir())) == 2
-
-
-def test_a_disk_that_is_too_small_is_told_before_the_download(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, said: list[str]
-) -> None:
-    hub.add("owner/model", SMALL | {"model.safetensors": bytes(5 << 20)})
-    usage = shutil.disk_usage("/")._replace(free=4 << 20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(WriteError, match=r"5.0 MiB to fetch, 4.0 MiB free on the disk of .*set HF_HOME"):
-        find_directory("owner/model")
-    assert hub.fetched() == ["owner/model:config.json"] and not said
-
-
-@pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "is full: free some"), (errno.EROFS, "cannot be written")]
-)
-def test_a_disk_that_fails_underway(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, number: int, message: str
-) -> None:
-    hub.add("owner/model", SMALL)
-    get = file_download.http_get
-
-    def fail(url: str, *arguments: object, **options: object) -> None:
-        if "model.safetensors" in url:
-            raise OSError(number, os.strerror(number))
-        get(url, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(file_download, "http_get", fail)
-    with pytest.raises(WriteError, match=message):
-        find_directory("owner/model")
-    monkeypatch.setattr(file_download, "http_get", get)
-    assert len(list(find_directory("owner/model").iterdir())) == 3
-
-
-def test_ctrl_c_ends_every_download(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library's workers would fetch their files to the end."""
-    hub.add("owner/model", SMALL)
-    started, ended = threading.Event(), threading.Event()
-
-    def trickle(url: str, file: object, *, tqdm_class: type, **options: object) -> None:
-        bar = tqdm_class(total=10)
-        started.set()
-        try:
-            for _ in range(1000):
-                bar.update(1)
-                ended.wait(0.01)
-        except Exception:
-            ended.set()
-            raise
-
-    def interrupted(futures: object) -> Iterator[object]:
-        started.wait(20)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(package.fetch, "as_completed", interrupted)
-    get = file_download.http_get
-    monkeypatch.setattr(
-        file_download,
-        "http_get",
-        lambda url, file, **options: (trickle if "model.saf" in url else get)(url, file, **options),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        find_directory("owner/model")
-    assert ended.is_set()
-    assert not list(tmp_path.rglob("*.incomplete"))
+def test_a_bar_may_stand_in_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is fetched while the bar of the stage waits."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(output, "console", terminal)
+    with output.progress_bar("sequences") as outer:
+        outer(1, 9)
+        with output.progress_bar("MiB") as inner:
+            inner(3, 7)
+        outer(2, 9)
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.index("1/9") < shown.index("3/7") < shown.index("2/9")

@@ -95,6 +95,7 @@ def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]])
 
 
 def need_checkpoint(name: str, files: list[str]) -> None:
+    """CheckpointError unless a repository with these files is a model or an adapter of transformers."""
     if CONFIG not in files and ADAPTER_CONFIG not in files:
         raise CheckpointError(
             f"{name}: this repository has no {CONFIG}, so that it is no checkpoint of transformers"
@@ -113,6 +114,7 @@ def _instead(files: list[str]) -> str:
 
 
 def is_whole(file: Path, size: int) -> bool:
+    """Whether the file is there, all `size` bytes of it."""
     try:
         return file.stat().st_size == size
     except OSError:
@@ -120,6 +122,7 @@ def is_whole(file: Path, size: int) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError if the file holds something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

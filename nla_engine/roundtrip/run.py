@@ -158,6 +158,8 @@ def _metadata(options: RoundtripOptions, layer: int, pair: Pair) -> dict[str, An
         "run": options.to_dict(),
         "av": pair.verbalizer.lm.name,
         "ar": pair.reconstructor.lm.name,
+        "av_revision": pair.verbalizer.lm.revision,
+        "ar_revision": pair.reconstructor.lm.revision,
         "injection_scale": pair.verbalizer.sidecar.injection_scale,
         "layer": layer,
     }
