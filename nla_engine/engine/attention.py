@@ -41,8 +41,8 @@ class Wanted:
 class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
-    reference: use plain torch on every device. wanted: None: every block goes on with every token. written: layers that
-    attended (each must, once). branch: where work `beside` the pass runs until `join`.
+    reference: use plain torch on every device. wanted: None: every block goes on with every token. shapes: how each
+    layer attended (each must, once). branch: where work `beside` the pass runs until `join`.
     """
 
     cache: SlotCache
@@ -53,18 +53,18 @@ class Pass:
     wanted: Wanted | None = None
     branch: torch.cuda.Stream | None = None
     place: torch.Tensor = field(init=False)
-    written: set[int] = field(default_factory=set)
+    shapes: dict[int, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.place = self.position - self.cache.prefix_size
 
-    def enter(self, layer: int) -> None:
-        """Note that a layer attends. EngineError if it has done so already."""
-        if layer in self.written:
+    def enter(self, layer: int, shape: Shape) -> None:
+        """Note how a layer attends. EngineError if it has done so already."""
+        if layer in self.shapes:
             raise EngineError(
                 f"block {layer} attends twice in one pass: the engine keeps one key and value a position"
             )
-        self.written.add(layer)
+        self.shapes[layer] = shape
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -164,6 +164,10 @@ def current_pass() -> Pass:
     return _passes()[-1]
 
 
+#: What else modules of transformers hand to their attention that changes its result.
+_OTHER_ATTENTION = ("s_aux", "sinks", "position_bias", "indices", "alibi", "head_mask")
+
+
 def slot_attention(
     module: Any,
     query: torch.Tensor,
@@ -174,14 +178,17 @@ def slot_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with transformers. query [1, H, T, h], key and value [1, KV, T, h] -> [1, T, H, h]."""
     work = current_pass()
-    if attention_mask is not None or s_aux is not None:
+    asked = [name for name in _OTHER_ATTENTION if more.get(name) is not None]
+    asked += ["attention_mask"] * (attention_mask is not None) + ["is_causal=False"] * (is_causal is False)
+    if asked:
         raise EngineError(
-            f"{type(module).__name__} asks for attention that the engine does not offer (mask or sinks)"
+            f"{type(module).__name__} asks for attention that the engine does not offer ({', '.join(asked)}): "
+            "this architecture is not supported"
         )
     layer = module.layer_idx
     wanted, room = key.shape[1::2], work.cache.keys.shape[3:]
@@ -192,11 +199,11 @@ def slot_attention(
         )
     if sliding_window is None:
         _check_no_window(module, work.cache)
-    work.enter(layer)
-    work.cache.write(layer, work.slot, work.place, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = work.attend(query[0].transpose(0, 1), layer, Shape(scale, sliding_window or 0, softcap or 0.0))
-    return out[None], None
+    shape = Shape(scale, sliding_window or 0, softcap or 0.0)
+    work.enter(layer, shape)
+    work.cache.write(layer, work.slot, work.place, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return work.attend(query[0].transpose(0, 1), layer, shape)[None], None
 
 
 def _check_no_window(module: Any, cache: SlotCache) -> None:

@@ -103,7 +103,7 @@ class FusedBlock:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h]; and x [T, d], or both of the wanted tokens."""
         work = current_pass()
-        work.enter(self.layer)
+        work.enter(self.layer, self.shape)
         kv = work.cache.layer(self.layer)
         cos, sin = position_embeddings
         query = rotate_and_store(

@@ -1,0 +1,163 @@
+"""What transformers' own modules make of a short sample, block by block: the truth of the engine's self-check.
+
+Every block is asked by itself, in the model's dtype and in float32, so that its rounding is known. The lanes of the
+sample read real text; in some of them a block's input is scaled down until the epsilon of a norm matters, which it
+rarely does in text. Knows nothing of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from nla_engine.engine.fused import can_fuse_norm
+from nla_engine.errors import EngineError
+from nla_engine.models import LanguageModel
+
+#: What the lanes read, cut to LENGTH tokens. The first two begin alike: they can share a prefix.
+TEXTS = (
+    "In the spring of 1846 the harbour froze twice, and the ships that had wintered there could not leave before May.",
+    "In the spring of 1846 the harbour was quiet; a list of stores names 37 barrels of rye, 482 of salt and no wine.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total\n",
+    "Question: what is 482 times 37? Multiply 482 by 30, which is 14460, then 482 by 7, which is 3374, and add them.",
+)
+#: Root mean square of a block's input in each lane; None: as it is. Below a norm's epsilon (1e-5 or 1e-6, of the mean
+#: square) the norm is linear, so that what stands behind it is small as well and the next norm meets its own epsilon.
+SCALES = (None, None, 0.05, 3e-3, 5e-4, 1e-5)
+#: Tokens of a lane.
+LENGTH = 16
+#: Tokens that the first two lanes share.
+PREFIX = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What transformers makes of the sample: L lanes of T tokens; lists have an entry a part, see `parts_of`.
+
+    ids: int64 [L, T]. embedded: what arrives at the first block, [L, T, d], the model's dtype. inputs: what a part
+    reads, that or the same rescaled. wide: what it gives of its input in float32, [L, T, d]. size: what errors are
+    relative to, [L, T]: the L2 norm of the input or of what is added to it, whichever is larger. noise: transformers'
+    own error in the model's dtype, relative to `size`, [L, T]; of a float32 model it is not asked, and 0.
+    """
+
+    ids: torch.Tensor
+    embedded: torch.Tensor
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    wide: list[torch.Tensor] = field(default_factory=list)
+    size: list[torch.Tensor] = field(default_factory=list)
+    noise: list[torch.Tensor] = field(default_factory=list)
+
+
+def parts_of(lm: LanguageModel) -> list[nn.Module]:
+    """The blocks, and the norm behind the last where the engine computes it itself."""
+    norm = getattr(lm.decoder, "norm", None)
+    return [*lm.blocks, *([norm] if can_fuse_norm(norm) else [])]
+
+
+@torch.inference_mode()
+def take_sample(lm: LanguageModel) -> Sample:
+    """By transformers' own modules, before the engine takes them over. Needs room for one block in float32."""
+    lm.model.set_attn_implementation("eager")
+    ids = _sample_ids(lm)
+    calls = _library_calls(lm, ids)
+    sample = Sample(ids, calls[0][0])
+    for part, (hidden, args, kwargs) in zip(parts_of(lm), calls, strict=True):
+        read = _rescaled(hidden)
+        own = output_of(part(read, *args, **kwargs))
+        wide = own if own.dtype == torch.float32 else output_of(_in_float32(part, (read, *args), kwargs))
+        size = torch.maximum((wide - read.float()).norm(dim=-1), read.float().norm(dim=-1))
+        sample.inputs.append(read)
+        sample.wide.append(wide)
+        sample.size.append(size)
+        sample.noise.append((own - wide).norm(dim=-1) / size)
+    return sample
+
+
+def _sample_ids(lm: LanguageModel) -> torch.Tensor:
+    """TEXTS by the model's tokenizer, behind its BOS if it has one: int64 [L, T]."""
+    start = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
+    length = min(LENGTH, lm.max_length)
+    lanes = []
+    for lane in range(len(SCALES)):
+        text = TEXTS[lane % len(TEXTS)]
+        ids = [*start, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [i for i in ids if i < lm.vocab_size]
+        given = lm.embedding(torch.tensor(ids, dtype=torch.int64, device=lm.device)).isfinite().all(-1)
+        ids = [i for i, finite in zip(ids, given.tolist(), strict=True) if finite] or [0]
+        lanes.append((ids * length)[:length])
+    return torch.tensor(lanes, device=lm.device)
+
+
+def _rescaled(hidden: torch.Tensor) -> torch.Tensor:
+    """The lanes [L, T, d] with the root mean squares of SCALES."""
+    lanes = []
+    for lane, scale in zip(hidden, SCALES, strict=True):
+        rms = lane.float().square().mean(-1, keepdim=True).sqrt()
+        lanes.append(lane if scale is None else (lane * (scale / rms)).to(lane.dtype))
+    return torch.stack(lanes)
+
+
+#: A block's input, and its other arguments.
+Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
+
+
+def _library_calls(lm: LanguageModel, ids: torch.Tensor) -> list[Call]:
+    """How the library calls each part as it reads ids [L, T]."""
+    parts, calls = parts_of(lm), list[tuple[int, Call]]()
+
+    def recorder(number: int) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((number, split_call(args, kwargs)))
+
+        return record
+
+    hooks = [
+        part.register_forward_pre_hook(recorder(number), with_kwargs=True)
+        for number, part in enumerate(parts)
+    ]
+    try:
+        lm.decoder(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if [number for number, _ in calls] != list(range(len(parts))):
+        raise EngineError(
+            f"{lm.name}: its blocks do not run once each and in their order: this architecture is not supported"
+        )
+    return [call for _, call in calls]
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The hidden states of a block's call, and the rest of it."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+def output_of(output: Any) -> torch.Tensor:
+    """The hidden states that a block gave: all it gave, or the first of several."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def _in_float32(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """part(*args, **kwargs) with weights and arguments in float32."""
+    weights = {name: _to_float32(value) for name, value in [*part.named_parameters(), *part.named_buffers()]}
+    return functional_call(part, weights, _to_float32(args), _to_float32(kwargs))
+
+
+def _to_float32(value: Any) -> Any:
+    """Every floating-point tensor of a nested argument."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_to_float32(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _to_float32(each) for key, each in value.items()}
+    return value

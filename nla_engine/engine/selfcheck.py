@@ -1,0 +1,382 @@
+"""Whether the engine computes what transformers computes, asked of this very model before anything is captured.
+
+Every block reads what transformers' own block read, so nothing piles up from block to block, and a model whose last
+states hang on rounding is judged as fairly as any other. The judge is the arithmetic's own noise: the engine may not be
+much further from the block in float32 than transformers is. Knows nothing of kernels, requests or rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nla_engine.engine.attention import Pass, current_pass
+from nla_engine.engine.graph import DecodeGraph
+from nla_engine.engine.sample import PREFIX, Sample, output_of, parts_of, split_call, take_sample
+from nla_engine.engine.slots import SlotCache
+from nla_engine.errors import EngineError
+from nla_engine.models import LanguageModel
+from nla_engine.ops.attention import Shape
+
+#: The engine's error (relative L2, see `Sample.size`) may be so many times transformers' own ...
+RATIO = 2.0
+#: ... and so much more, for sums in another order.
+FLOOR = {torch.float32: 3e-4, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+#: The same in fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%; a block has three in a row,
+#: and rows with a few massive channels lose most of the others. Unrelated states are 1.4 apart.
+FLOOR_FP8 = 0.5
+#: Tokens of a lane that are read one by one.
+DECODED = 3
+#: Longest text for which the library's masks are looked at, [length, length].
+LONGEST_MASK = 16_384
+#: Stands for the error of a state that is not finite; its square still is.
+_INFINITE = 1e18
+
+
+class Engine(Protocol):
+    """What is asked of the runner that is checked."""
+
+    lm: LanguageModel
+    cache: SlotCache
+    reference: bool
+
+    @property
+    def graphable(self) -> bool: ...
+
+    def prefill(
+        self, parts: Sequence[tuple[int, int, Sequence[int]]], wanted: Sequence[int] | None = None
+    ) -> torch.Tensor: ...
+
+    def decode(
+        self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, longest: int
+    ) -> torch.Tensor: ...
+
+
+class SelfCheck:
+    """Made before the engine takes the model over, and run after it. length: of the run's longest sequence."""
+
+    def __init__(self, engine: Engine, length: int) -> None:
+        self.engine, self.lm, self.length = engine, engine.lm, length
+        self.sample = take_sample(self.lm)
+        self._shapes: list[Shape] = []
+        self._routed = {
+            number
+            for number, block in enumerate(self.lm.blocks)
+            if any("expert" in name or "router" in name for name, _ in block.named_modules())
+        }
+
+    @torch.inference_mode()
+    def note_shapes(self) -> None:
+        """How the library's own modules ask to attend. EngineError if their windows are not those of its masks."""
+        self._shapes = self._attended()
+        cap = float(getattr(self.lm.config, "attn_logit_softcapping", None) or 0.0)
+        for block, shape in enumerate(self._shapes):
+            if shape.softcap != cap:
+                raise EngineError(
+                    f"{self.lm.name}: block {block} asks the engine for a soft cap of {shape.softcap}, and its "
+                    f"configuration names {cap}: this architecture is not supported"
+                )
+        length = min(self.length, _largest_window(self.lm, self._shapes) + 3)
+        if not 3 < length <= LONGEST_MASK:
+            return
+        at = torch.arange(length, device=self.lm.device)
+        masks = masks_of_the_library(self.lm, length)
+        for block, (shape, seen) in enumerate(zip(self._shapes, masks, strict=True)):
+            own = at >= (length - shape.window if shape.window else 0)
+            if seen is not None and not torch.equal(seen, own):
+                raise EngineError(
+                    f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens, and asks the "
+                    f"engine for {int(own.sum())}: this architecture is not supported"
+                )
+
+    @torch.inference_mode()
+    def run(self, fp8: bool = False) -> None:
+        """EngineError if a part of the engine attends otherwise or is further off than rounding explains."""
+        for block, (own, asked) in enumerate(zip(self._attended(), self._shapes, strict=True)):
+            if own != asked:
+                raise EngineError(
+                    f"{self.lm.name}: block {block} of the engine attends with {own}, transformers' own with {asked}: "
+                    + self._mend(fp8)
+                )
+        floor = FLOOR_FP8 if fp8 else FLOOR[self.lm.dtype]
+        for name, seen in self._passes():
+            self._check_embedding(name, seen, fp8)
+            finding = judge(self.sample, seen, floor, self._routed)
+            if not finding.error <= finding.limit:
+                part = f"block {finding.part}"
+                if finding.part == len(self.lm.blocks):
+                    part = "the last norm"
+                raise EngineError(
+                    f"{self.lm.name}: {part} of the engine differs from transformers' own by {finding.error:.2g} "
+                    f"{name} (limit {finding.limit:.2g}; rounding alone makes {finding.noise:.2g}): {self._mend(fp8)}"
+                )
+
+    def _mend(self, fp8: bool) -> str:
+        if fp8:
+            return "this model is not supported in fp8, pass --precision full"
+        if self.engine.reference:
+            return "this architecture is not supported"
+        return (
+            "its rows would be wrong; pass --kernels reference for transformers' own blocks, and report this"
+        )
+
+    def _check_embedding(self, name: str, seen: list[Seen], fp8: bool) -> None:
+        first = seen[0]
+        expected = self.sample.embedded[first.slot, first.position].float()
+        told = torch.isfinite(expected).all(-1, keepdim=True)
+        apart = torch.where(told, first.arrived.float() - expected, 0.0)
+        error = float(apart.norm() / torch.where(told, expected, 0.0).norm().clamp(min=1e-30))
+        if not error <= FLOOR[self.lm.dtype]:
+            raise EngineError(
+                f"{self.lm.name}: block 0 reads what differs from transformers' own by {error:.2g} {name}: "
+                + self._mend(fp8)
+            )
+
+    @contextmanager
+    def _cache(self, slots: int, prefix: int = 0) -> Iterator[SlotCache]:
+        """A cache for the sample in place of the run's."""
+        kept, cache = self.engine.cache, SlotCache(self.lm, slots, self.sample.ids.shape[1], prefix)
+        cache.length = self.length  # what is asked of windows is asked for the run
+        self.engine.cache = cache
+        try:
+            yield cache
+        finally:
+            self.engine.cache = kept
+
+    def _attended(self) -> list[Shape]:
+        """How every block attends now."""
+        with self._cache(1), given_inputs(self.lm, self.sample) as watch:
+            self.engine.prefill([(0, 0, self.sample.ids[0, :1].tolist())])
+        return [watch.work.shapes[block] for block in range(len(self.lm.blocks))]
+
+    def _passes(self) -> Iterator[tuple[str, list[Seen]]]:
+        """Every way in which a run reads tokens: what it is called, and what the parts gave."""
+        ids = self.sample.ids.tolist()
+        lanes, length = len(ids), len(ids[0])
+        decoded = min(DECODED, length - 1)
+        ragged = range(lanes) if length > 3 * DECODED else [0] * lanes
+        ends = [length - decoded - lane % 3 for lane in ragged]
+        starts = [end // 2 for end in ends]
+        with self._cache(lanes) as cache, given_inputs(self.lm, self.sample) as watch:
+            if all(starts):
+                self.engine.prefill([(lane, 0, ids[lane][: starts[lane]]) for lane in reversed(range(lanes))])
+                yield "in a prompt", watch.take()
+            parts = [(lane, starts[lane], ids[lane][starts[lane] : ends[lane]]) for lane in range(lanes)]
+            last = [sum(len(part[2]) for part in parts[: lane + 1]) - 1 for lane in range(lanes)]
+            self.engine.prefill(parts, last)
+            yield "in the second part of a prompt", watch.take()
+            for step in range(decoded):
+                decode = self._decoder([end + step for end in ends])
+                if step == decoded - 1 and self.engine.graphable:
+                    yield "in a graph", self._in_a_graph(decode, cache, watch)
+                else:
+                    decode(torch.arange(lanes, device=self.lm.device))
+                    yield "in a decode step", watch.take()
+        if length > PREFIX + 1 and ids[0][:PREFIX] == ids[1][:PREFIX]:
+            with self._cache(2, PREFIX) as cache, given_inputs(self.lm, self.sample) as watch:
+                self.engine.prefill([(0, 0, ids[0][:PREFIX])])
+                cache.keep_as_prefix(0, PREFIX)
+                watch.take()
+                self.engine.prefill([(lane, PREFIX, ids[lane][PREFIX:-1]) for lane in (1, 0)])
+                yield "behind a shared prefix", watch.take()
+                self._decoder([length - 1] * 2)(torch.arange(2, device=self.lm.device))
+                yield "in a decode step behind a shared prefix", watch.take()
+
+    def _decoder(self, positions: list[int]) -> Callable[[torch.Tensor], None]:
+        """A decode step of lanes (int64 [B], slots) that stand at these positions; the spare slot at position 0."""
+        lanes = len(positions)
+        position = torch.tensor([*positions, 0], device=self.lm.device)
+        token = self.sample.ids[torch.arange(lanes + 1, device=self.lm.device).clamp(max=lanes - 1), position]
+        length = self.sample.ids.shape[1]
+
+        def step(slots: torch.Tensor) -> None:
+            self.engine.decode(token[slots], slots, position[slots], length)
+
+        return step
+
+    def _in_a_graph(
+        self, decode: Callable[[torch.Tensor], None], cache: SlotCache, watch: Watch
+    ) -> list[Seen]:
+        def step(slots: torch.Tensor) -> None:
+            watch.take()  # of the steps before; the last is the one that the graph holds
+            decode(slots)
+
+        pool = torch.cuda.graph_pool_handle()
+        graph = DecodeGraph(step, cache.slots, cache.spare, self.lm.device, pool)
+        graph.run(list(range(cache.slots)), 1)
+        seen = watch.take()
+        torch.cuda.current_stream(self.lm.device).synchronize()
+        return [each.clone() for each in seen]  # the graph's own memory goes with it
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a part of the engine read and gave in one pass. arrived, states: [n, d]; slot, position: int64 [n]."""
+
+    part: int
+    arrived: torch.Tensor
+    states: torch.Tensor
+    slot: torch.Tensor
+    position: torch.Tensor
+
+    def clone(self) -> Seen:
+        return Seen(
+            self.part, self.arrived.clone(), self.states.clone(), self.slot.clone(), self.position.clone()
+        )
+
+
+class Watch:
+    """What has been seen since the last `take`, and the last pass."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.work: Any = None
+
+    def take(self) -> list[Seen]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+@contextmanager
+def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
+    """Inside, slot i of a pass is lane i: every part reads the sample's input, and what it gives is kept."""
+    watch, last_lane = Watch(), len(sample.ids) - 1
+
+    def hook(number: int, part: nn.Module) -> tuple[Any, Any]:
+        arrived: list[torch.Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            watch.work = current_pass()
+            hidden, args, kwargs = split_call(args, kwargs)
+            arrived[:] = [hidden[0]]
+            slot, position = _places(watch.work, hidden.shape[1])
+            # A graph is captured on the spare slot, which is nobody's lane.
+            return (sample.inputs[number][slot.clamp(max=last_lane), position][None], *args), kwargs
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = output_of(output)[0]
+            watch.seen.append(Seen(number, arrived[0], states, *_places(watch.work, len(states))))
+
+        return part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)
+
+    handles = [handle for number, part in enumerate(parts_of(lm)) for handle in hook(number, part)]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _places(work: Pass, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and positions of the tokens of a pass, or of the wanted ones where a block has gone on with these alone."""
+    if work.wanted is not None and count != len(work.slot):
+        return work.slot[work.wanted.token], work.position[work.wanted.token]
+    return work.slot, work.position
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The worst lane of a pass: its part, the engine's error there and what it may be, relative L2 norms."""
+
+    part: int
+    error: float
+    limit: float
+    noise: float
+
+
+def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> Finding:
+    """The finding with the largest share of its limit. One look at the device for all parts of a pass.
+
+    What n tokens of a lane may err by follows from the noise of the n noisiest of that lane: one token's rounding is
+    a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts: there the
+    median of all tokens is judged.
+    """
+    found = torch.stack(
+        [_medians(sample, each) if each.part in routed else _by_lane(sample, each) for each in seen]
+    )
+    findings = []
+    for each, (errors, noises, counts) in zip(seen, found.double().tolist(), strict=True):
+        for error, noise, count in zip(errors, noises, counts, strict=True):
+            if count:
+                error = math.inf if error > _INFINITE / 1e6 else error
+                findings.append(Finding(each.part, error, RATIO * noise + floor, noise))
+    if not findings:
+        raise EngineError(
+            "transformers' own states of a short text are not finite: nothing can be told of this model"
+        )
+    return max(findings, key=lambda finding: finding.error / finding.limit)
+
+
+def _errors(sample: Sample, seen: Seen) -> torch.Tensor:
+    """Relative to `Sample.size`, [n]."""
+    at = (seen.slot, seen.position)
+    apart = (seen.states.float() - sample.wide[seen.part][at]).norm(dim=-1) / sample.size[seen.part][at]
+    return apart.nan_to_num(_INFINITE, posinf=_INFINITE)
+
+
+def _by_lane(sample: Sample, seen: Seen) -> torch.Tensor:
+    """Root mean squares of error and noise of each lane, and how many tokens they are of: [3, L]."""
+    noise = sample.noise[seen.part]
+    told = torch.isfinite(noise)  # a model may overflow in its own dtype: nothing can be told of that token
+    mine = (seen.slot[:, None] == torch.arange(len(noise), device=noise.device)) & told[
+        seen.slot, seen.position
+    ][:, None]
+    count = mine.sum(0)
+    last = (count - 1).clamp(min=0)
+    noisiest = torch.where(told, noise, 0.0).square().sort(1, descending=True).values.cumsum(1)
+    allowed = noisiest.gather(1, last[:, None])[:, 0] / (last + 1)
+    return torch.stack([_errors(sample, seen).square() @ mine.float() / (last + 1), allowed, count]).sqrt()
+
+
+def _medians(sample: Sample, seen: Seen) -> torch.Tensor:
+    """The same of all tokens as one lane; others have none."""
+    noise = sample.noise[seen.part]
+    own = noise[seen.slot, seen.position]
+    out = torch.zeros((3, len(noise)), device=noise.device)
+    told = torch.where(torch.isfinite(own), _errors(sample, seen), torch.nan)
+    out[0, 0], out[1, 0] = told.nanmedian().nan_to_num(0.0), noise.nanmedian().nan_to_num(0.0)
+    out[2, 0] = torch.isfinite(own).sum()
+    return out
+
+
+def _largest_window(lm: LanguageModel, shapes: list[Shape]) -> int:
+    """Of those that the blocks ask for and those that the configuration names; 0: none."""
+    named = [
+        value
+        for name, value in vars(lm.config).items()
+        if ("window" in name or "chunk" in name) and isinstance(value, int) and not isinstance(value, bool)
+    ]
+    return max([shape.window for shape in shapes] + [value for value in named if value > 0])
+
+
+def masks_of_the_library(lm: LanguageModel, length: int) -> list[torch.Tensor | None]:
+    """What the last of `length` tokens attends to by the mask that the library makes for each block: bool [length], or
+    None where it makes none. The blocks themselves do not run."""
+    seen: list[torch.Tensor | None] = []
+
+    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden, _, kwargs = split_call(args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            mask = mask[0, 0, -1, :length]
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        seen.append(mask)
+        return hidden
+
+    implementation = lm.config._attn_implementation
+    lm.model.set_attn_implementation("eager")
+    for block in lm.blocks:
+        block.forward = skip
+    try:
+        lm.decoder(input_ids=torch.zeros((1, length), dtype=torch.int64, device=lm.device), use_cache=False)
+    finally:
+        for block in lm.blocks:
+            del block.forward
+        lm.model.set_attn_implementation(implementation)
+    return seen
