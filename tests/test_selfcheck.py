@@ -335,3 +335,40 @@ def test_blocks_of_experts_are_judged_though_rounding_may_choose_others(
     FAULTS["grouping"][1](monkeypatch)
     with pytest.raises(EngineError, match="this architecture is not supported"):
         check(lm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "gemma2"])
+def test_on_a_gpu_a_right_engine_passes_and_one_that_errs_in_graphs_alone_does_not(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = language_model(name, dtype)
+    lm.move(torch.device("cuda", torch.cuda.current_device()))
+    for kernels in ("reference", "auto"):
+        check(lm, kernels=kernels)
+    right = Pass._attend
+
+    def changed(self: Pass, query: torch.Tensor, tiles: Any, layer: int, shape: Shape) -> torch.Tensor:
+        bad = layer == 2 and torch.cuda.is_current_stream_capturing()
+        return right(self, query, tiles, layer, replace(shape, scale=shape.scale * (1 + bad)))
+
+    monkeypatch.setattr(Pass, "_attend", changed)
+    with pytest.raises(
+        EngineError, match=r"block 2 of the engine differs from transformers' own by .* in a graph"
+    ):
+        check(lm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_refused_on_a_gpu(
+    fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, plant = FAULTS[fault]
+    lm = language_model(name, dtype)
+    lm.move(torch.device("cuda", torch.cuda.current_device()))
+    plant(monkeypatch)
+    with pytest.raises(EngineError, match=r"block \d of the engine .* transformers' own"):
+        check(lm)
