@@ -243,8 +243,9 @@ def _fill_store(
         order = InOrder(int(options.host_memory * 2**30))
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
         with generator.runner:
-            for group in generator.groups(requests):
+            for group in generator.groups(requests, order.portion):
                 appender.add(order.add(group))
+                del group  # its memory, before the next is fetched
                 progress(done + appender.sequences, len(prompts))
     if done + appender.sequences != len(prompts):
         raise EngineError(f"{len(prompts) - done} sequences were asked for, {appender.sequences} ended")
@@ -343,9 +344,7 @@ def _generator(
 
 def _requests(
     prompts: Sequence[Prompt], first: int, prefix: int, max_new_tokens: int, order: InOrder
-) -> Iterator[Request | None]:
-    """Requests for prompts[first:], held back while too much waits for an earlier sequence to end."""
+) -> Iterator[Request]:
+    """Requests for prompts[first:]."""
     for id_ in range(first, len(prompts)):
-        while order.is_full:
-            yield None
         yield order.asked(Request(id_, prompts[id_].token_ids[prefix:], max_new_tokens))

@@ -108,7 +108,7 @@ class CaptureOptions(Options):
     dry_run: bool = option(
         "Write nothing: print rows, bytes and time expected, measured on the first prompts.", False
     )
-    host_memory: float = option("GiB of finished sequences that may wait for an earlier one.", 4.0)
+    host_memory: float = option("GiB of host memory for rows of sequences that have ended.", 4.0)
     trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
 
     def __post_init__(self) -> None:

@@ -148,11 +148,23 @@ class RowTap:
                     index, rows = np.concatenate([known[0], index]), np.concatenate([known[1], rows])
                 self._exact[layer][int(slot)] = (index, rows)
 
-    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, LayerRows]]:
-        """The rows of ended sequences, by layer. EngineError if one is missing."""
-        counts = [
+    def _row_counts(self, slots: list[int], sizes: list[int]) -> list[int]:
+        """Rows of sequences that ended with `size` tokens."""
+        return [
             self.rows.count(int(self._prompt_size[s]), size) for s, size in zip(slots, sizes, strict=True)
         ]
+
+    def nbytes(self, slots: list[int], sizes: list[int]) -> list[int]:
+        """Bytes of the rows of each sequence as `collect` would give them, after a poll."""
+        row_bytes = self.codec.row_bytes * len(self.stages)
+        exact = [
+            sum(part.nbytes for held in self._exact.values() if s in held for part in held[s]) for s in slots
+        ]
+        return [n * row_bytes + more for n, more in zip(self._row_counts(slots, sizes), exact, strict=True)]
+
+    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, LayerRows]]:
+        """The rows of ended sequences, by layer. EngineError if one is missing."""
+        counts = self._row_counts(slots, sizes)
         places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
         at = to_device(np.concatenate(places), self._first.device)
         ends = np.cumsum(counts)

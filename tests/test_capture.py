@@ -268,10 +268,21 @@ def test_a_checkpoint_of_a_pair_is_named(tmp_path: Path) -> None:
     assert "ar is an AV or AR (it has nla_meta.yaml)" in said[0]
 
 
-def test_finished_sequences_wait_within_the_memory_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+#: Most bytes of a sequence of its runs: 9 tokens, their rows of two layers in bf16.
+SEQUENCE_BYTES = 9 * (4 + 2 * (2 * 64 + 4))
+
+
+@pytest.mark.parametrize("sequences", [0.1, 6, 40, 1000])
+def test_ended_sequences_are_held_within_the_memory_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: float
 ) -> None:
+    """Eight sequences end together, and some of them early: with too little memory they leave one by one."""
+    limit, groups, waited = sequences * SEQUENCE_BYTES, [], []
+
     def add(self: InOrder, group: list[Completion]) -> list[Completion]:
+        size = sum(ended.nbytes for ended in group)
+        groups.append(len(group))
+        assert self.bytes + size <= limit or len(group) == 1
         leaving = real(self, group)
         for ended in self._waiting.values():
             for rows in ended.rows.values():
@@ -282,17 +293,21 @@ def test_finished_sequences_wait_within_the_memory_given(
                     assert owner.nbytes == array.nbytes, (
                         f"{name} of a waiting sequence holds more than its own"
                     )
+        assert self.bytes == sum(ended.nbytes for ended in self._waiting.values()) <= limit / 2
         waited.append(self.bytes)
         return leaving
 
-    real, waited = InOrder.add, []
+    real = InOrder.add
     monkeypatch.setattr(InOrder, "add", add)
     lm = language_model()
-    lm.model.generation_config.eos_token_id = list(range(0, 256, 5))  # so that later ones end first
+    lm.model.generation_config.eos_token_id = list(range(0, 256, 40))  # so that some later ones end first
     write_prompts(tmp_path / "prompts.jsonl", 30)
-    run_capture(options(tmp_path, host_memory=1e-9, batch_size=4, temperature=1.0), lm=lm)
+    run_capture(options(tmp_path, host_memory=limit / 2**30, batch_size=8, temperature=1.0), lm=lm)
     check_store(lm, tmp_path / "run.zarr", "generated", (1, 3), limit=2**-8)
-    assert max(waited) > 0 == waited[-1]
+    assert sum(groups) == 30 and waited[-1] == 0
+    assert (max(groups) == 1) == (sequences < 1)
+    assert (max(waited) > 0) == (sequences > 1)
+    assert (max(groups) >= 7) == (sequences >= 40)  # memory enough: those that end together leave together
 
 
 def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch) -> None:
@@ -344,6 +359,7 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
     tap.poll()
     collected = [rows[1] for rows in tap.collect([2, 0, 1], [4, 4, 3])]
+    assert tap.nbytes([2, 0, 1], [4, 4, 3]) == [rows.nbytes for rows in collected]
     assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
     for rows, start in zip(collected, (7, 0, 4), strict=True):
         assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))

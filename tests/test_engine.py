@@ -11,7 +11,6 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
@@ -326,31 +325,3 @@ def test_slots_take_a_part_of_what_is_free(precision: str, monkeypatch: pytest.M
     assert default_slots(lm, 100, most=7, precision=precision) == 7
     free = 0
     assert default_slots(lm, 100, precision=precision) == 1
-
-
-# ---- order ----
-
-
-def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generator) -> None:
-    count, size = 200, 40
-    order, left, held = InOrder(10 * size), [], {}
-    for id_ in range(count):
-        order.asked(Request(id_, (1,), 10))
-    ending = rng.permutation(count).tolist()
-    while ending:
-        ids = [ending.pop() for _ in range(min(len(ending), int(rng.integers(1, 9))))]
-        shared = np.repeat(np.asarray(ids, np.int32), 10).reshape(-1, 10)
-        group = [
-            Completion(Request(i, (1,), 10), own, Finish.STOP) for i, own in zip(ids, shared, strict=True)
-        ]
-        leaving = order.add(group)
-        shared[:] = -1  # the group's memory is used again
-        left += [c.request.id for c in leaving]
-        held |= dict.fromkeys(ids)
-        for completion in leaving:
-            del held[completion.request.id]
-            if completion.request.id not in ids:
-                assert (completion.generated == completion.request.id).all()
-        assert order.bytes == size * len(held)
-        assert order.is_full == (len(held) > 10)
-    assert left == list(range(count)) and order.bytes == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections.abc
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from nla_engine.engine.graph import LANE_BUCKETS, DecodeGraph
+from nla_engine.engine.graph import DecodeGraph, lane_bucket
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
@@ -36,6 +36,8 @@ REFILL_PART = 1 / 16
 
 _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]
+#: Of sequences that ended, bytes by request id: which of them are to be fetched now.
+Portion = Callable[[Mapping[int, int]], Sequence[int]]
 
 
 class RowKeeper(Protocol):
@@ -58,7 +60,10 @@ class RowKeeper(Protocol):
         """Whether the last look saw something, for which `poll` must come before more passes. Waits for the look."""
 
     def poll(self) -> None:
-        """Fetch it. Always called before `collect`. Waits for the device."""
+        """Fetch it. Always called between the end of a sequence and its `collect`. Waits for the device."""
+
+    def nbytes(self, slots: list[int], sizes: list[int]) -> list[int]:
+        """Bytes that the rows of each of these sequences, which ended with `size` tokens, will take on the host."""
 
     def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, Any]]:
         """The rows of sequences that ended with `size` tokens, by layer."""
@@ -80,13 +85,18 @@ class _Source:
 
 @dataclass
 class _Admitted:
-    """A request in a slot. done: prompt tokens read so far; steps: decode steps since; twins: share its prompt."""
+    """A request in a slot. done: prompt tokens read so far; steps: decode steps since; twins: share its prompt.
+
+    count: tokens generated, nbytes: of its generated tokens and rows; known once it has ended.
+    """
 
     request: Request
     slot: int
     done: int = 0
     steps: int = 0
     twins: list[_Admitted] = field(default_factory=list)
+    count: int = 0
+    nbytes: int = 0
 
 
 class Generator:
@@ -129,17 +139,22 @@ class Generator:
                 yield from group
 
     @torch.inference_mode()
-    def groups(self, requests: Iterable[Request | None]) -> Generate[list[Completion]]:
+    def groups(
+        self, requests: Iterable[Request | None], portion: Portion = list
+    ) -> Generate[list[Completion]]:
         """Yield a Completion for each request, in order of ending; those that ended together in one list.
 
         The iterable is read only when a slot is free. It may yield None for "nothing just now" while others still run;
         None with nothing running is an error of the caller.
+        portion: which of the sequences that ended to fetch, all by default. The others stay on the device, in their
+            slots, and are asked for again when the caller has taken those; with nothing running it must choose one.
         """
         source = _Source(requests)
         free = deque(range(self.runner.cache.slots))
         refill = math.ceil(self.runner.cache.slots * REFILL_PART)
         reading: deque[_Admitted] = deque()
         decoding: dict[int, _Admitted] = {}
+        resting: dict[int, _Admitted] = {}  # ended, and not fetched yet, by request id
         ready: list[Completion] = []
         while True:
             entered = False
@@ -148,11 +163,14 @@ class Generator:
             if not reading and not decoding:
                 if ready:  # the caller may let requests go once it has these
                     yield ready
-                    ready = []
-                    continue
-                if source.held:
-                    raise EngineError("requests were held back although nothing is running")
-                return
+                    ready = []  # its memory goes before the next is fetched
+                elif not resting:
+                    if source.held:
+                        raise EngineError("requests were held back although nothing is running")
+                    return
+                elif not (ready := self._fetch(resting, free, portion)):
+                    raise EngineError("no sequence was chosen although all have ended")
+                continue
             ended: list[_Admitted] = []
             if reading:
                 for admitted in self._prefill(reading):
@@ -168,6 +186,7 @@ class Generator:
                 self._decode(decoding, ends)
             if ready:
                 yield ready  # while the device works: what the caller does with them costs no time
+                ready = []
             if stepping:
                 active = self._active.read()
                 ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
@@ -175,8 +194,9 @@ class Generator:
                 self.keeper.glance()
             if self.keeper is not None and (ended or self.keeper.waits()):
                 self.keeper.poll()
-            ready = self._complete(ended) if ended else []
-            free.extend(admitted.slot for admitted in ended)
+            self._measure(ended)
+            resting |= {admitted.request.id: admitted for admitted in ended}
+            ready = self._fetch(resting, free, portion)
 
     def _admit(self, source: _Source, free: deque[int], reading: deque[_Admitted]) -> bool:
         """Fill free slots, with as many prompts as one prefill pass can read. True if any entered."""
@@ -290,8 +310,7 @@ class Generator:
 
     def _graph(self, lanes: int) -> DecodeGraph:
         """The captured decode step for at least so many lanes."""
-        size = next((b for b in LANE_BUCKETS if b >= lanes), lanes)
-        size = min(size, max(self.runner.cache.slots, lanes))
+        size = min(lane_bucket(lanes), max(self.runner.cache.slots, lanes))
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
             self._graphs[size] = DecodeGraph(
@@ -331,24 +350,47 @@ class Generator:
         assert stop is not None
         return Choosing(sampling.temperature, sampling.seed, stop.table, stop.stopped, self.read_last)
 
+    def _measure(self, ended: list[_Admitted]) -> None:
+        """Note how many tokens were generated, and how much there is to fetch."""
+        if not ended:
+            return
+        slots = [a.slot for a in ended]
+        counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
+        for admitted, count in zip(ended, counts, strict=True):
+            admitted.count = count
+        kept = self.keeper.nbytes(slots, self._sizes(ended)) if self.keeper is not None else [0] * len(ended)
+        for admitted, nbytes in zip(ended, kept, strict=True):
+            admitted.nbytes = nbytes + admitted.count * np.dtype(np.int32).itemsize
+
+    def _sizes(self, ended: list[_Admitted]) -> list[int]:
+        """Tokens of each, those of the prefix and the prompt among them."""
+        return [self.runner.cache.prefix_size + len(a.request.token_ids) + a.count for a in ended]
+
+    def _fetch(
+        self, resting: dict[int, _Admitted], free: deque[int], portion: Portion
+    ) -> list[Completion]:
+        """Fetch what `portion` chooses of those that rest; their slots are free then."""
+        if not resting:
+            return []
+        chosen = [resting.pop(id_) for id_ in portion({id_: a.nbytes for id_, a in resting.items()})]
+        free.extend(admitted.slot for admitted in chosen)
+        return self._complete(chosen) if chosen else []
+
     def _complete(self, ended: list[_Admitted]) -> list[Completion]:
         state = self.state
         slots = [a.slot for a in ended]
         at = to_device(np.array(slots), self.runner.device)
-        counts = state.count[at].tolist()
         generated = state.generated[at].cpu().numpy().astype(np.int32)
         codes = (
             self.stop.finish_codes(state.stop_state[at]).tolist()
             if self.stop is not None
             else [0] * len(slots)
         )
-        prefix = self.runner.cache.prefix_size
-        sizes = [prefix + len(a.request.token_ids) + count for a, count in zip(ended, counts, strict=True)]
-        kept = self.keeper.collect(slots, sizes) if self.keeper is not None else [{} for _ in ended]
+        kept = self.keeper.collect(slots, self._sizes(ended)) if self.keeper is not None else [{} for _ in ended]
         return [
             Completion(
                 request=a.request,
-                generated=generated[i, : counts[i]],
+                generated=generated[i, : a.count],
                 finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
                 rows=kept[i],
             )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nla_engine.engine.request import Completion, Request
 
+#: Of the limit: what may be fetched at once, and what may wait. The rest is for memory that is rounded up.
+_PORTION_PART, _WAITING_PART = 1 / 4, 1 / 2
+
 
 class InOrder:
-    """Holds completions back until every earlier request has left, at most about `limit` bytes of them."""
+    """Holds completions back until every earlier request has left, within `limit` bytes.
+
+    Who asks `portion` what to fetch stays within the limit, or takes one sequence at a time where not even one fits.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -26,6 +32,29 @@ class InOrder:
     def is_full(self) -> bool:
         """Whether more than `limit` bytes wait: nothing new should be started."""
         return self.bytes > self._limit
+
+    def portion(self, ended: Mapping[int, int]) -> list[int]:
+        """Which of the sequences that ended to fetch now. ended: bytes by request id.
+
+        Those whose turn it is, and what may wait; together a part of the limit, or one whose turn it is.
+        """
+        chosen: list[int] = []
+        left = self._limit * _PORTION_PART
+        for id_ in self._asked:
+            if id_ in self._waiting:
+                continue  # leaves with those before it
+            if id_ not in ended:
+                break
+            if chosen and ended[id_] > left:
+                return chosen
+            chosen.append(id_)
+            left -= ended[id_]
+        room, turn = self._limit * _WAITING_PART - self.bytes, set(chosen)
+        for id_, size in ended.items():
+            if id_ not in turn and size <= min(left, room):
+                chosen.append(id_)
+                left, room = left - size, room - size
+        return chosen
 
     def add(self, group: Iterable[Completion]) -> list[Completion]:
         """Take those that ended together; returns every completion whose turn it now is.
