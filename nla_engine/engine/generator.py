@@ -366,9 +366,7 @@ class Generator:
         """Tokens of each, those of the prefix and the prompt among them."""
         return [self.runner.cache.prefix_size + len(a.request.token_ids) + a.count for a in ended]
 
-    def _fetch(
-        self, resting: dict[int, _Admitted], free: deque[int], portion: Portion
-    ) -> list[Completion]:
+    def _fetch(self, resting: dict[int, _Admitted], free: deque[int], portion: Portion) -> list[Completion]:
         """Fetch what `portion` chooses of those that rest; their slots are free then."""
         if not resting:
             return []
@@ -386,7 +384,9 @@ class Generator:
             if self.stop is not None
             else [0] * len(slots)
         )
-        kept = self.keeper.collect(slots, self._sizes(ended)) if self.keeper is not None else [{} for _ in ended]
+        kept = (
+            self.keeper.collect(slots, self._sizes(ended)) if self.keeper is not None else [{} for _ in ended]
+        )
         return [
             Completion(
                 request=a.request,

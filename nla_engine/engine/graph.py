@@ -16,7 +16,7 @@ LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448
 
 
 def lane_bucket(lanes: int) -> int:
-    """The lanes of the graph that runs `lanes` > 0 of them. Beyond the table four to a doubling: 1280, ..., 2048, 2560."""
+    """Lanes of the graph that runs `lanes` > 0 of them. Beyond the table four sizes to a doubling: 1280, ..., 2048."""
     if lanes <= LANE_BUCKETS[-1]:
         return next(bucket for bucket in LANE_BUCKETS if bucket >= lanes)
     step = 1 << ((lanes - 1).bit_length() - 3)

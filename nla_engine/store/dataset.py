@@ -40,7 +40,7 @@ class RowDataset(Dataset[Row]):
     ) -> None:
         """layer: None for the only one; where: None for every row. Raises StoreError, WhereError, RequestError."""
         self.layer = store.layer(store.chosen_layer(layer))
-        self.rows = chosen_rows(store, where)
+        self.rows = ChosenRows.of(store, where)
         self.dtype = checked_dtype(dtype)
         self.numbers = numbers
 
@@ -51,7 +51,7 @@ class RowDataset(Dataset[Row]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        rows = self.rows[np.asarray(indices, np.int64)]
+        rows = self.rows.take(np.asarray(indices, np.int64))
         vectors = self.layer.torch(rows, dtype=self.dtype)
         if not self.numbers:
             return list(vectors)
@@ -92,7 +92,8 @@ class ShuffledRows(IterableDataset[Row]):
         """
         super().__init__()
         self._layer = store.layer(store.chosen_layer(layer))
-        self._rows = chosen_rows(store, where)
+        self._rows = ChosenRows.of(store, where)
+        self._parts = self._rows.shards(self._layer.shard_rows)
         self._rank, self._ranks = _place_in_group(rank, ranks)
         for name, value in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
             if value < 1:
@@ -176,16 +177,18 @@ class ShuffledRows(IterableDataset[Row]):
 
     def _stream(self, epoch: int, span: range, done: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Batches of a span from number `done` on: row numbers int64 [b], vectors [b, d]."""
-        skip, shards = min(done * self._batch, len(span)), self._shards_in_turn(epoch)
+        skip = min(done * self._batch, len(span))
         if skip == len(span):
             return
+        turn = np.random.default_rng((self._seed, epoch)).permutation(len(self._parts) - 1)
+        ends = np.cumsum(np.diff(self._parts)[turn])
         rest: tuple[np.ndarray, Tensor] | None = None
         for first in range(span.start + skip // self._buffer * self._buffer, span.stop, self._buffer):
-            numbers, vectors = self._read(shards, first, min(first + self._buffer, span.stop))
+            numbers, vectors = self._read(turn, ends, first, min(first + self._buffer, span.stop))
             order = np.random.default_rng((self._seed, epoch, first)).permutation(len(numbers))
             order = order[max(span.start + skip - first, 0) :]
-            ends = np.arange(self._batch - (len(rest[0]) if rest else 0), len(order), self._batch)
-            for part in np.split(order, ends):
+            cuts = np.arange(self._batch - (len(rest[0]) if rest else 0), len(order), self._batch)
+            for part in np.split(order, cuts):
                 batch = numbers[part], vectors[torch.from_numpy(part)]
                 if rest is not None:
                     batch = np.concatenate([rest[0], batch[0]]), torch.cat([rest[1], batch[1]])
@@ -196,35 +199,63 @@ class ShuffledRows(IterableDataset[Row]):
         if rest is not None:
             yield rest
 
-    def _shards_in_turn(self, epoch: int) -> list[np.ndarray]:
-        """The chosen rows of every shard, ascending; the shards in the order of an epoch."""
-        edges = np.flatnonzero(np.diff(self._rows // self._layer.shard_rows)) + 1
-        parts = np.split(self._rows, edges) if len(self._rows) else []
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(parts))
-        return [parts[place] for place in order]
+    def _read(self, turn: np.ndarray, ends: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, Tensor]:
+        """Places [start, stop) of the shuffled order: their row numbers and vectors.
 
-    def _read(self, shards: list[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, Tensor]:
-        """Places [start, stop) of the shuffled order: their row numbers and vectors."""
-        numbers, vectors, passed = [], [], 0
-        for rows in shards:
-            part = rows[max(start - passed, 0) : max(stop - passed, 0)]
-            passed += len(rows)
-            if len(part):
-                whole = part[-1] - part[0] + 1 == len(part)
-                wanted = slice(int(part[0]), int(part[-1]) + 1) if whole else part
-                numbers.append(part)
-                vectors.append(self._layer.torch(wanted, self._device, self._dtype))
+        turn, ends: int64, the shards in the order of the epoch, and where in the shuffled order each ends
+        """
+        numbers, vectors = [], []
+        for place in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop) + 1):
+            shard, end = turn[place], int(ends[place])
+            last = int(self._parts[shard + 1])
+            size = last - int(self._parts[shard])
+            part = self._rows.between(max(last - size, last - end + start), min(last, last - end + stop))
+            whole = part[-1] - part[0] + 1 == len(part)
+            wanted = slice(int(part[0]), int(part[-1]) + 1) if whole else part
+            numbers.append(part)
+            vectors.append(self._layer.torch(wanted, self._device, self._dtype))
         return np.concatenate(numbers), torch.cat(vectors)
 
 
-def chosen_rows(store: CaptureStore, where: str | None) -> np.ndarray:
-    """Row numbers int64, ascending. Raises StoreError when there are none."""
-    rows = np.arange(store.rows) if where is None else store.where(where)
-    if len(rows) == 0:
-        raise StoreError(
-            f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
-        )
-    return rows
+class ChosenRows:
+    """Row numbers, ascending: those that an expression chose, or all rows of a store, which are not kept in memory."""
+
+    def __init__(self, count: int, numbers: np.ndarray | None = None) -> None:
+        """numbers: int64 [count], None for 0 to count - 1."""
+        self._count, self._numbers = count, numbers
+
+    @classmethod
+    def of(cls, store: CaptureStore, where: str | None) -> ChosenRows:
+        """where: None for every row. Raises StoreError when there are none, WhereError."""
+        numbers = None if where is None else store.where(where)
+        chosen = cls(store.rows if numbers is None else len(numbers), numbers)
+        if not len(chosen):
+            raise StoreError(
+                f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
+            )
+        return chosen
+
+    def __len__(self) -> int:
+        return self._count
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the row numbers at places [start, stop)."""
+        return np.arange(start, stop) if self._numbers is None else self._numbers[start:stop]
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """int64 [n]: the row numbers at places int64 [n], negative ones from the end. Raises IndexError outside."""
+        if self._numbers is not None:
+            return self._numbers[places]
+        if len(places) and not -self._count <= places.min() <= places.max() < self._count:
+            raise IndexError(f"items {places.min()} to {places.max()} reach outside {self._count} rows")
+        return places % self._count
+
+    def shards(self, shard_rows: int) -> np.ndarray:
+        """int64 [k + 1]: the places at which the rows of each of k shards begin, and where the last ends."""
+        if self._numbers is None:
+            return np.append(np.arange(0, self._count, shard_rows), self._count)
+        edges = np.flatnonzero(np.diff(self._numbers // shard_rows)) + 1
+        return np.concatenate([[0], edges, [self._count]])
 
 
 def _turns(counts: Sequence[int], done: int) -> list[tuple[int, int]]:
@@ -233,10 +264,14 @@ def _turns(counts: Sequence[int], done: int) -> list[tuple[int, int]]:
     counts: batches of each stream, which differ by one at most; the DataLoader takes them in turn, and begins with
     its first worker, so that one gets the stream whose turn it is.
     """
-    turns = sorted((turn, stream) for stream, count in enumerate(counts) for turn in range(count))
-    taken = [stream for _, stream in turns[:done]]
-    following = list(dict.fromkeys([*(stream for _, stream in turns[done:]), *range(len(counts))]))
-    return [(stream, taken.count(stream)) for stream in following]
+    streams = len(counts)
+    # Rounds in which every stream takes part, then one of those that have a batch more.
+    whole = min(done // streams, min(counts))
+    longer = [stream for stream, count in enumerate(counts) if whole < count]
+    begun = min(done - whole * streams, len(longer))
+    again = [stream for stream in longer[:begun] if whole + 1 < counts[stream]]
+    following = list(dict.fromkeys([*longer[begun:], *again, *range(streams)]))
+    return [(stream, whole + (stream in longer[:begun])) for stream in following]
 
 
 def _place_in_group(rank: int | None, ranks: int | None) -> tuple[int, int]:
