@@ -20,8 +20,8 @@ from nla_engine.codec import SINK_FACTOR, Codec, describe_errors, ordinary_rows,
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
 from nla_engine.store.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
-from nla_engine.store.format import IMPORTED, Finish, RowFlag, row_flags
-from nla_engine.store.records import LayerRows, SequenceRows
+from nla_engine.store.format import IMPORTED, NO_TOKEN, Finish, RowFlag, row_flags
+from nla_engine.store.records import LayerRows
 from nla_engine.store.writer import StoreWriter
 
 BATCH_ROWS = 1024
@@ -91,45 +91,43 @@ def import_rows(
                     f"{source}: rows are {chosen.d_model} wide, and further on "
                     f"{batch.vectors.shape[1]}: import files of one width"
                 )
-            for sequence in _sequences(batch, chosen, number, sink_norm, source):
-                writer.append(sequence)
-                nonfinite += int(np.count_nonzero(sequence.flags & RowFlag.NONFINITE))
+            rows = LayerRows.encode(chosen, batch.vectors, sink_norm)
+            columns = _columns(batch, number, rows.norm, sink_norm, source)
+            writer.append_block(columns, {number: rows})
+            nonfinite += int(np.count_nonzero(columns["flags"] & RowFlag.NONFINITE))
     described = describe_errors(error) if len(error) else {}
     return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
 
 
-def _sequences(
-    batch: Batch, codec: Codec, layer: int, sink_norm: float, source: Path
-) -> Iterator[SequenceRows]:
-    """One sequence for each row: n_raw_tokens unknown tokens, of which the last was read."""
-    rows = LayerRows.encode(codec, batch.vectors, sink_norm)
-    exact = {int(row): place for place, row in enumerate(rows.exact_index)}
-    for i, record in enumerate(batch.records):
+def _columns(
+    batch: Batch, layer: int, norm: np.ndarray, sink_norm: float, source: Path
+) -> dict[str, np.ndarray]:
+    """One sequence for each row, as `StoreWriter.append_block` takes them: unknown tokens, of which the last was read.
+
+    norm: float32 [n], of the rows
+    """
+    for record in batch.records:
         if record.get("activation_layer", layer) != layer:
             raise StoreError(
                 f"{source}: holds rows of layers {layer} and {record['activation_layer']}: split it by layer first"
             )
-        size = _tokens_read(record, source)
-        places = [exact[i]] if i in exact else []
-        one = LayerRows(
-            codes=rows.codes[i : i + 1],
-            scales=rows.scales[i : i + 1],
-            norm=rows.norm[i : i + 1],
-            exact_index=np.zeros(len(places), np.int64),
-            exact=rows.exact[places],
-        )
-        position = np.array([size - 1], np.int32)
-        yield SequenceRows(
-            token_id=np.array([UNKNOWN_TOKEN], np.int32),
-            next_token_id=np.array([-1], np.int32),
-            position=position,
-            flags=row_flags(position, size, size, rows.norm[i] > sink_norm, ~np.isfinite(rows.norm[i])),
-            layers={layer: one},
-            tokens=np.full(size, UNKNOWN_TOKEN, np.int32),
-            prompt_size=size,
-            finish=Finish.GIVEN,
-            source=json.dumps(record, ensure_ascii=False).encode(),
-        )
+    n = len(batch.records)
+    size = np.fromiter((_tokens_read(record, source) for record in batch.records), np.int64, n)
+    texts = [json.dumps(record, ensure_ascii=False).encode() for record in batch.records]
+    position = (size - 1).astype(np.int32)
+    return {
+        "row_size": np.ones(n, np.int64),
+        "token_size": size,
+        "source_size": np.fromiter(map(len, texts), np.int64, n),
+        "prompt_size": size.astype(np.int32),
+        "finish": np.full(n, Finish.GIVEN, np.uint8),
+        "token_id": np.full(n, UNKNOWN_TOKEN, np.int32),
+        "next_token_id": np.full(n, NO_TOKEN, np.int32),
+        "position": position,
+        "flags": row_flags(position, size, size, norm > sink_norm, ~np.isfinite(norm)),
+        "tokens": np.full(size.sum(), UNKNOWN_TOKEN, np.int32),
+        "source": np.frombuffer(b"".join(texts), np.uint8),
+    }
 
 
 def _tokens_read(record: dict[str, Any], source: Path) -> int:

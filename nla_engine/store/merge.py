@@ -6,23 +6,24 @@ Rows, tokens and prompt records are copied as they are stored; nothing is decode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nla_engine.errors import StoreError
+from nla_engine.errors import DamageError, StoreError
 from nla_engine.store.format import IMPORTED
 from nla_engine.store.manifest import differences
 from nla_engine.store.reader import CaptureStore
-from nla_engine.store.records import LayerRows, SequenceRows
+from nla_engine.store.records import LayerRows
+from nla_engine.store.sequences import TABLE_COLUMNS
 from nla_engine.store.writer import StoreWriter
 
 #: Options that runs of one job may differ in: the prompts are what is being put together.
 FREE_OPTIONS = ("prompts",)
-#: Rows that are read at once.
-BLOCK_ROWS = 4096
+#: Rows, and sequences, that are read at once.
+BLOCK_ROWS = BLOCK_SEQUENCES = 4096
+ROW_COLUMNS = ("token_id", "next_token_id", "position", "flags")
 
 
 def merge(
@@ -75,9 +76,14 @@ def merge(
             if error := _joined_error([store.codec_error.get(layer) for store in stores]):
                 writer.record_codec_error(layer, error)
         for store in stores:
-            for sequence in _sequences(store):
-                writer.append(sequence)
-                done += 1
+            for columns, rows in _blocks(store):
+                try:
+                    writer.append_block(columns, rows)
+                except StoreError as error:
+                    raise DamageError(
+                        f"{store.path}: damaged (sequences are counted as in {out}): {error}: run `nla-engine verify`"
+                    ) from None
+                done += len(columns["finish"])
                 progress(done, total)
         writer.close(complete=all(store.complete for store in stores))
     return CaptureStore.open(out)
@@ -117,33 +123,36 @@ def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
     return {"mean": float(np.average([e["mean"] for e in errors], weights=rows)), **worst, "rows": sum(rows)}
 
 
-def _sequences(store: CaptureStore) -> Iterator[SequenceRows]:
-    """Every sequence as it went in, read in blocks of whole sequences."""
-    sizes = [0, *np.cumsum(store.row_sizes()).tolist()]
-    cuts = [0]
-    for number, end in enumerate(sizes):
-        if end - sizes[cuts[-1]] >= BLOCK_ROWS or number == len(sizes) - 1:
-            cuts.append(number)
-    for start, stop in pairwise(cuts):
-        base = sizes[start]
-        layers = {layer: store.layer(layer).encoded(base, sizes[stop]) for layer in store.layers}
-        for sequence in store.iter_sequences(start, stop):
-            rows = sequence.rows
-            inside = slice(rows.start - base, rows.stop - base)
-            yield SequenceRows(
-                **{
-                    name: store.column(name)[rows]
-                    for name in ("token_id", "next_token_id", "position", "flags")
-                },
-                layers={layer: _cut(part, inside) for layer, part in layers.items()},
-                tokens=sequence.tokens,
-                prompt_size=sequence.prompt_size,
-                finish=sequence.finish,
-                source=sequence.record,
-            )
+def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[int, LayerRows]]]:
+    """Every sequence as it went in, in blocks of whole ones: what `StoreWriter.append_block` takes."""
+    table, rows = store.arrays("sequences"), store.arrays("rows")
+    layers = {layer: store.layer(layer) for layer in store.layers}
+    for first in range(0, store.sequences, BLOCK_SEQUENCES):
+        last = min(first + BLOCK_SEQUENCES, store.sequences)
+        known = {name: table[name].read(first, last) for name in TABLE_COLUMNS}
+        for part in _cuts(known["row_size"]):
+            here = {name: values[part] for name, values in known.items()}
+            spans = {
+                name: (
+                    int(here[f"{name}_start"][0]),
+                    int(here[f"{name}_start"][-1] + here[f"{name}_size"][-1]),
+                )
+                for name in ("row", "token", "source")
+            }
+            columns = {name: here[name] for name in ("row_size", "token_size", "source_size")}
+            columns |= {name: here[name] for name in ("prompt_size", "finish")}
+            columns |= {name: rows[name].read(*spans["row"]) for name in ROW_COLUMNS}
+            columns["tokens"] = table["tokens"].read(*spans["token"])
+            columns["source"] = table["source"].read(*spans["source"])
+            yield columns, {number: layer.encoded(*spans["row"]) for number, layer in layers.items()}
 
 
-def _cut(rows: LayerRows, part: slice) -> LayerRows:
-    first, last = np.searchsorted(rows.exact_index, [part.start, part.stop])
-    index = rows.exact_index[first:last] - part.start
-    return LayerRows(rows.codes[part], rows.scales[part], rows.norm[part], index, rows.exact[first:last])
+def _cuts(sizes: np.ndarray) -> Iterator[slice]:
+    """Runs of sequences that have about BLOCK_ROWS rows together."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = ends[start] - sizes[start]
+        stop = max(int(np.searchsorted(ends, before + BLOCK_ROWS, "right")), start + 1)
+        yield slice(start, stop)
+        start = stop

@@ -116,12 +116,12 @@ class CaptureStore:
             raise StoreError(
                 f"layer {number} is not in {self.path}: it has {', '.join(map(str, self.layers))}"
             )
-        return LayerReader(self.codec, self._arrays(layer_group(number)))
+        return LayerReader(self.codec, self.arrays(layer_group(number)))
 
     def column(self, name: str) -> np.ndarray:
         """An array [rows] of the group `rows` (token_id, position, ...); cached, read-only."""
         if name not in self._columns:
-            arrays = self._arrays("rows")
+            arrays = self.arrays("rows")
             if name not in arrays:
                 raise StoreError(f"'{name}' is no column of the rows: choose one of {', '.join(arrays)}")
             values = arrays[name].read()
@@ -133,7 +133,7 @@ class CaptureStore:
     def vocabulary(self) -> Vocabulary:
         """The text of every token."""
         if self._vocabulary is None:
-            arrays = self._arrays("vocabulary")
+            arrays = self.arrays("vocabulary")
             self._vocabulary = Vocabulary(arrays["text"].read(), arrays["start"].read())
         return self._vocabulary
 
@@ -162,10 +162,11 @@ class CaptureStore:
     @property
     def _table(self) -> SequenceTable:
         if self._sequence_table is None:
-            self._sequence_table = SequenceTable(self._arrays("sequences"), self.vocabulary)
+            self._sequence_table = SequenceTable(self.arrays("sequences"), self.vocabulary)
         return self._sequence_table
 
-    def _arrays(self, group: str) -> dict[str, ArrayReader]:
+    def arrays(self, group: str) -> dict[str, ArrayReader]:
+        """The arrays of a group as they are stored, by name: any part of them can be read."""
         lengths = self._manifest.lengths()
         specs: dict[str, ArraySpec] = self._manifest.specs()
         return {

@@ -92,7 +92,7 @@ class SequenceBatch:
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
     norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
-    The wide arrays stay where they are: `rows` holds the layers of each sequence.
+    The wide arrays stay where they are: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
 
     row_size: np.ndarray
@@ -157,6 +157,58 @@ class SequenceBatch:
         batch._check_values(first, codec)
         return batch
 
+    @classmethod
+    def of_block(
+        cls,
+        columns: Mapping[str, np.ndarray],
+        rows: Mapping[int, LayerRows],
+        layers: Sequence[int],
+        codec: Codec,
+        first: int = 0,
+    ) -> SequenceBatch:
+        """Sequences that lie end to end already.
+
+        columns: the arrays of this class that count a sequence, a row, a token or a byte, by name, but `owner`
+        Raises StoreError as `of` does.
+        """
+        sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
+        k = len(columns["finish"])
+        for name, size in sizes.items():
+            _check_array(name, size, _INT64, (k,))
+            if size.min(initial=0) < 0:
+                raise StoreError(f"{name} is negative for a sequence")
+        n, t, b = (int(size.sum()) for size in sizes.values())
+        for name in ("token_id", "next_token_id", "position"):
+            _check_array(name, columns[name], _INT32, (n,))
+        _check_array("flags", columns["flags"], _UINT8, (n,))
+        _check_array("tokens", columns["tokens"], _INT32, (t,))
+        _check_array("source", columns["source"], _UINT8, (b,))
+        _check_array("prompt_size", columns["prompt_size"], _INT32, (k,))
+        _check_array("finish", columns["finish"], _UINT8, (k,))
+        _check_layers(rows, layers, n, codec)
+        texts, ends = columns["source"].tobytes(), np.cumsum(sizes["source_size"]).tolist()
+        prompts = zip(columns["prompt_size"].tolist(), sizes["token_size"].tolist(), strict=True)
+        finishes, start = set(map(int, Finish)), 0
+        for number, (end, (prompt, size), finish) in enumerate(
+            zip(ends, prompts, columns["finish"].tolist(), strict=True), first
+        ):
+            try:
+                _check_sequence(prompt, size, texts[start:end])
+                if finish not in finishes:
+                    raise StoreError(f"finish {finish} is not known")
+            except StoreError as error:
+                raise StoreError(f"sequence {number}: {error}") from None
+            start = end
+        batch = cls(
+            **columns,
+            owner=np.repeat(np.arange(k), sizes["row_size"]),
+            norm={layer: rows[layer].norm for layer in layers},
+            exact_row={layer: rows[layer].exact_index for layer in layers},
+            rows=[rows],
+        )
+        batch._check_values(first, codec)
+        return batch
+
     def _check_values(self, first: int, codec: Codec) -> None:
         """How the arrays must agree, looked at for all sequences at once."""
 
@@ -179,13 +231,12 @@ class SequenceBatch:
         following = np.where(position == size - 1, NO_TOKEN, tokens[place + 1])
         fault = "next_token_id does not hold tokens[position + 1] (-1 after the last)"
         refuse(self.next_token_id != following, owner, fault)
+        begin = np.cumsum(self.row_size) - self.row_size
         for layer, norm in self.norm.items():
             index = self.exact_row[layer]
-            holder = np.repeat(
-                np.arange(len(self.rows)), [len(rows[layer].exact_index) for rows in self.rows]
-            )
-            begin = np.cumsum(self.row_size) - self.row_size
-            wrong = (index < begin[holder]) | (index >= (begin + self.row_size)[holder])
+            pieces = np.array([[len(rows[layer].norm), len(rows[layer].exact_index)] for rows in self.rows])
+            holder, end = np.repeat(np.arange(len(pieces)), pieces[:, 1]), np.cumsum(pieces[:, 0])
+            wrong = (index < (end - pieces[:, 0])[holder]) | (index >= end[holder])
             wrong |= (np.diff(index, prepend=-1) <= 0) & (np.diff(holder, prepend=-1) == 0)
             refuse(wrong, holder, f"layer {layer} exact_index is not ascending within its rows")
             if codec.name == "bf16":
@@ -204,15 +255,24 @@ def _check_arrays(sequence: SequenceRows, layers: Sequence[int], codec: Codec) -
     _check_array("next_token_id", sequence.next_token_id, _INT32, (n,))
     _check_array("position", sequence.position, _INT32, (n,))
     _check_array("flags", sequence.flags, _UINT8, (n,))
-    if not 0 <= sequence.prompt_size <= t:
-        raise StoreError(f"prompt_size {sequence.prompt_size} does not fit a sequence of {t} tokens")
+    _check_sequence(sequence.prompt_size, t, sequence.source)
+    _check_layers(sequence.layers, layers, n, codec)
+
+
+def _check_sequence(prompt_size: int, tokens: int, source: bytes) -> None:
+    if not 0 <= prompt_size <= tokens:
+        raise StoreError(f"prompt_size {prompt_size} does not fit a sequence of {tokens} tokens")
     try:
-        json.loads(sequence.source)
+        json.loads(source)
     except ValueError as error:
         raise StoreError(f"source is not UTF-8 JSON: {error}") from None
-    if sequence.layers.keys() != set(layers):
-        raise StoreError(f"layers {sorted(sequence.layers)} were given, the store holds {sorted(layers)}")
-    for layer, rows in sequence.layers.items():
+
+
+def _check_layers(held: Mapping[int, LayerRows], layers: Sequence[int], n: int, codec: Codec) -> None:
+    """Shapes and types of n rows in every layer."""
+    if held.keys() != set(layers):
+        raise StoreError(f"layers {sorted(held)} were given, the store holds {sorted(layers)}")
+    for layer, rows in held.items():
         m = len(rows.exact_index)
         _check_array("codes", rows.codes, codec.code_dtype, (n, codec.code_width), layer)
         _check_array("scales", rows.scales, _FLOAT16, (n, codec.scale_width), layer)

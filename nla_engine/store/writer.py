@@ -38,7 +38,7 @@ from nla_engine.store.manifest import (
 )
 from nla_engine.store.objects import ObjectLock, ObjectPath, Place, place
 from nla_engine.store.queue import WriteQueue
-from nla_engine.store.records import SequenceBatch, SequenceRows
+from nla_engine.store.records import LayerRows, SequenceBatch, SequenceRows
 from nla_engine.store.shards import (
     TEMPORARY_SUFFIX,
     fsync_directory,
@@ -198,11 +198,15 @@ class StoreWriter:
             caller sees to commits; true: `commit_if_due`
         Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
         """
-        if not sequences:
-            return
-        logs = self._logs
-        batch = SequenceBatch.of(sequences, self.layers, self.codec, logs["sequences/row_start"].length)
-        columns = self._columns(batch)
+        if sequences:
+            self._append(SequenceBatch.of(sequences, self.layers, self.codec, self._appended), wait)
+
+    def append_block(self, columns: Mapping[str, np.ndarray], rows: Mapping[int, LayerRows]) -> None:
+        """`append_many` of sequences that lie end to end already, as `SequenceBatch.of_block` takes them."""
+        self._append(SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended), True)
+
+    def _append(self, batch: SequenceBatch, wait: bool) -> None:
+        logs, columns = self._logs, self._columns(batch)
         with self._write_errors():
             try:
                 for layer in self.layers:  # what is largest keeps the disk busy while the rest is made
@@ -244,39 +248,35 @@ class StoreWriter:
     def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
         """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
         logs = self._logs
-        row = logs["rows/token_id"].length
-
-        def starts(name: str, sizes: np.ndarray) -> np.ndarray:
-            return logs[name].length + np.cumsum(sizes) - sizes
-
         columns = {
-            "rows/token_id": batch.token_id,
-            "rows/next_token_id": batch.next_token_id,
-            "rows/position": batch.position,
-            "rows/sequence": batch.owner + logs["sequences/row_start"].length,
-            "rows/flags": batch.flags,
-            "sequences/row_start": starts("rows/token_id", batch.row_size),
-            "sequences/row_size": batch.row_size,
-            "sequences/prompt_size": batch.prompt_size,
-            "sequences/finish": batch.finish,
-            "sequences/token_start": starts("sequences/tokens", batch.token_size),
-            "sequences/token_size": batch.token_size,
-            "sequences/tokens": batch.tokens,
-            "sequences/source_start": starts("sequences/source", batch.source_size),
-            "sequences/source_size": batch.source_size,
-            "sequences/source": batch.source,
+            f"rows/{name}": getattr(batch, name)
+            for name in ("token_id", "next_token_id", "position", "flags")
         }
+        columns["rows/sequence"] = batch.owner + self._appended
+        for name in ("prompt_size", "finish", "tokens", "source"):
+            columns[f"sequences/{name}"] = getattr(batch, name)
+        for name, counted in (
+            ("row", "rows/token_id"),
+            ("token", "sequences/tokens"),
+            ("source", "sequences/source"),
+        ):
+            size = getattr(batch, f"{name}_size")
+            columns[f"sequences/{name}_start"] = logs[counted].length + np.cumsum(size) - size
+            columns[f"sequences/{name}_size"] = size
+        row = logs["rows/token_id"].length
         for layer in self.layers:
             columns[f"{layer_group(layer)}/norm"] = batch.norm[layer]
             columns[f"{layer_group(layer)}/exact_row"] = batch.exact_row[layer] + row
         return columns
 
+    @property
+    def _appended(self) -> int:
+        """Sequences, those that are not committed yet among them."""
+        return self._logs["sequences/row_start"].length
+
     def commit(self) -> None:
         """Make every appended sequence readable and durable. Raises WriteError."""
-        if (
-            self._logs["sequences/row_start"].length != self.sequences
-            or self._codec_error != self._manifest.codec_error
-        ):
+        if self._appended != self.sequences or self._codec_error != self._manifest.codec_error:
             self._write_commit(complete=False)
         self._committed_at = time.monotonic()
 
@@ -323,7 +323,7 @@ class StoreWriter:
             self._queue.join()
             committed = Commit(
                 rows=logs["rows/token_id"].length,
-                sequences=logs["sequences/row_start"].length,
+                sequences=self._appended,
                 tokens=logs["sequences/tokens"].length,
                 source_bytes=logs["sequences/source"].length,
                 exact={layer: logs[f"{layer_group(layer)}/exact_row"].length for layer in self.layers},
