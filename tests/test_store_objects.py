@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +80,40 @@ def test_the_same_store_as_on_a_disk(url: str, tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: ObjectPath) -> list[str]:
+    def refuse(self: ObjectPath, request: Coroutine) -> None:
+        request.close()
         raise OSError(errno.EIO, "no credentials", str(self))
 
-    monkeypatch.setattr(ObjectPath, "names", refuse)
-    with pytest.raises(
-        StoreError, match=r"cannot be reached: no credentials: are AWS_ACCESS_KEY_ID, .* set\?"
-    ):
-        ObjectPath.open("s3://nowhere/x").exists()
+    monkeypatch.setattr(ObjectPath, "_run", refuse)
+    for ask in (ObjectPath.exists, CaptureStore.open):
+        with pytest.raises(
+            StoreError, match=r"cannot be reached: no credentials: are AWS_ACCESS_KEY_ID, .* set\?"
+        ):
+            ask(ObjectPath.open("s3://nowhere/x"))
+
+
+def test_requests_do_not_grow_with_the_objects(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening and looking again are one request each; `info` lists besides, a request for a thousand objects."""
+    from werkzeug.serving import WSGIRequestHandler
+
+    fill_store(url, CODEC, [50] * 20, shard_rows=1)
+    there = ObjectPath.open(url)
+    objects, size = there.names(), sum((there / name).size() for name in there.names())
+    assert 1000 < len(objects) < 2000
+    asked: list[str] = []
+    # Called once for every request that the server answers.
+    monkeypatch.setattr(WSGIRequestHandler, "log_request", lambda handler, *_: asked.append(handler.path))
+    store = CaptureStore.open(url)
+    assert (len(asked), asked[0].endswith("/deep/run.zarr/zarr.json")) == (1, True)
+    store.refresh()
+    assert len(asked) == 2
+    asked.clear()
+    ran = call("info", url)
+    assert f"size on disk {size / 2**20:.3g} MiB" in " ".join(ran.out.split())
+    assert len(asked) == 1 + -(-len(objects) // 1000)
+    asked.clear()
+    assert there.exists() and not (there / "no").exists()
+    assert len(asked) == 2
 
 
 def test_a_small_part_of_an_object_is_read_by_itself(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

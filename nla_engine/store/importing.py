@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,9 @@ from nla_engine.store.writer import StoreWriter
 BATCH_ROWS = 1024
 #: The largest bfloat16; float32 has somewhat larger ones.
 _LARGEST = (2 - 2.0**-7) * 2.0**127
+#: Types whose every value JSON holds as it is.
+_PLAIN = {str, int, bool, type(None)}
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 #: The id of every imported token; its text is empty.
 UNKNOWN_TOKEN = 0
 
@@ -85,7 +89,7 @@ def import_rows(
     with writer:
         if len(error):
             writer.record_codec_error(number, describe_errors(error))
-        for batch in chain([first], batches):
+        for batch in chain([first], _read_ahead(batches)):
             if batch.vectors.shape[1] != chosen.d_model:
                 raise StoreError(
                     f"{source}: rows are {chosen.d_model} wide, and further on "
@@ -113,7 +117,7 @@ def _columns(
             )
     n = len(batch.records)
     size = np.fromiter((_tokens_read(record, source) for record in batch.records), np.int64, n)
-    texts = [json.dumps(record, ensure_ascii=False).encode() for record in batch.records]
+    texts = [_encode(record).encode() for record in batch.records]
     position = (size - 1).astype(np.int32)
     return {
         "row_size": np.ones(n, np.int64),
@@ -178,6 +182,15 @@ def _sidecar(source: Path) -> dict[str, Any]:
 # ---- files ----
 
 
+def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; while the caller is at one, a thread reads the next."""
+    with ThreadPoolExecutor(1, thread_name_prefix="import-reader") as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
+
+
 def _files(source: Path) -> list[Path]:
     """The files of a source in order: itself, those that its index names, or the Parquet files below it."""
     if not source.exists():
@@ -231,7 +244,12 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                 flat = column.flatten()
                 width = len(flat) // max(len(column), 1)
                 lengths = pc.list_value_length(column)
-                if column.null_count or flat.null_count or not width or set(lengths.to_pylist()) != {width}:
+                if (
+                    column.null_count
+                    or flat.null_count
+                    or not width
+                    or set(pc.unique(lengths).to_pylist()) != {width}
+                ):
                     raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
                 vectors = _float32(flat.to_numpy(zero_copy_only=False).reshape(-1, width), file)
                 records = batch.drop_columns(VECTOR_COLUMN).to_pylist()
@@ -283,7 +301,8 @@ def _read_npy(file: Path) -> Iterator[Batch]:
 
 def _float32(values: np.ndarray, file: Path) -> np.ndarray:
     """A copy of values [n, d] in float32. Raises StoreError if a finite one is beyond what every codec can hold."""
-    if (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
+    inside = not values.size or max(values.max(), -values.min()) <= _LARGEST  # false for NaN, too
+    if not inside and (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
         raise StoreError(
             f"{file}: holds a number beyond {_LARGEST:.4g}, the largest of bfloat16: scale the vectors"
         )
@@ -297,5 +316,7 @@ def _told(layer: str) -> dict[str, int]:
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
     """A record as strict JSON has it: bytes left out, NaN and Inf as null, dates as text."""
+    if all(type(value) in _PLAIN for value in record.values()):
+        return record
     kept = {key: value for key, value in record.items() if not isinstance(value, bytes)}
     return json.loads(json.dumps(kept, default=str), parse_constant=lambda name: None)

@@ -211,30 +211,36 @@ def read_attributes(root: Place) -> dict[str, Any]:
     """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
     path = root / METADATA_NAME
     try:
-        missing = not root.exists()
+        data = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{root}: cannot be read: {error.strerror}") from None
-    if missing:
-        raise StoreError(f"{root}: there is no such store: give the directory that capture wrote")
-    if isinstance(root, Path) and not root.is_dir():
-        raise StoreError(f"{root}: a file, not a store (a store is a directory)")
+        raise _why_unreadable(root, error) from None
     try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        old = any((root / name).exists() for name in (".zgroup", ".zarray"))
-        kind = "a Zarr v2 store" if old else "not a Zarr store"
-        raise StoreError(f"{root}: {kind}, so not one that nla_engine capture wrote") from None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+        document = json.loads(data)
     except ValueError as error:
         raise DamageError(f"{path}: damaged: broken JSON: {error}") from None
     attributes = document.get("attributes") if isinstance(document, dict) else None
-    data = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-    if not isinstance(data, dict):
+    ours = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    if not isinstance(ours, dict):
         raise StoreError(
             f"{root}: a Zarr store without '{ATTRIBUTE}' attributes: nla_engine capture did not write it"
         )
-    return data
+    return ours
+
+
+def _why_unreadable(root: Place, error: OSError) -> StoreError:
+    """What is wrong with a root whose zarr.json could not be read. Raises StoreError when it cannot be reached."""
+    try:
+        if not root.exists():
+            return StoreError(f"{root}: there is no such store: give the directory that capture wrote")
+        if isinstance(root, Path) and not root.is_dir():
+            return StoreError(f"{root}: a file, not a store (a store is a directory)")
+        if isinstance(error, FileNotFoundError):
+            old = any((root / name).exists() for name in (".zgroup", ".zarray"))
+            kind = "a Zarr v2 store" if old else "not a Zarr store"
+            return StoreError(f"{root}: {kind}, so not one that nla_engine capture wrote")
+    except OSError as other:
+        return StoreError(f"{root}: cannot be read: {other.strerror}")
+    return StoreError(f"{root / METADATA_NAME}: cannot be read: {error.strerror}")
 
 
 def attributes_checksum(attributes: Mapping[str, Any]) -> str:

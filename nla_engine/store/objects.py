@@ -83,12 +83,11 @@ class ObjectPath:
 
     def names(self) -> list[str]:
         """The keys below this one, relative to it, sorted."""
-        prefix = f"{self._key}/" if self._key else ""
 
         async def collect() -> list[str]:
-            return [key async for key in self._store.list_prefix(prefix)]
+            return [key async for key in self._store.list_prefix(self._prefix)]
 
-        return sorted(key.removeprefix(prefix) for key in self._run(collect()))
+        return sorted(key.removeprefix(self._prefix) for key in self._run(collect()))
 
     @property
     def name(self) -> str:
@@ -96,18 +95,29 @@ class ObjectPath:
         return str(self).rsplit("/", 1)[-1]
 
     def total_size(self) -> int:
-        """Bytes of every object below."""
-        return sum((self / name).size() for name in self.names())
+        """Bytes of every object below, as the listing tells them: a request for a thousand objects."""
+        return self._run(self._store.getsize_prefix(self._prefix))
 
     def exists(self) -> bool:
-        """Whether there is anything here or below. StoreError if it cannot be asked: a store's first question."""
+        """Whether there is anything here or below: one request. StoreError if it cannot be asked."""
+
+        async def first() -> str | None:
+            async for key in self._store.list_prefix(self._prefix):
+                return key
+            return None
+
         try:
-            return bool(self.names())
+            return self._run(first()) is not None
         except OSError as error:
             raise StoreError(
                 f"{self}: cannot be reached: {error.strerror}: are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 "AWS_REGION and, beside Amazon's own, AWS_ENDPOINT_URL set?"
             ) from error
+
+    @property
+    def _prefix(self) -> str:
+        """What the keys below this one begin with."""
+        return f"{self._key}/" if self._key else ""
 
     def _get(self, part: tuple[int, int] | None = None) -> bytes:
         from zarr.abc.store import RangeByteRequest

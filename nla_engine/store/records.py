@@ -263,7 +263,7 @@ def _check_sequence(prompt_size: int, tokens: int, source: bytes) -> None:
     if not 0 <= prompt_size <= tokens:
         raise StoreError(f"prompt_size {prompt_size} does not fit a sequence of {tokens} tokens")
     try:
-        json.loads(source)
+        json.loads(source.decode())
     except ValueError as error:
         raise StoreError(f"source is not UTF-8 JSON: {error}") from None
 
