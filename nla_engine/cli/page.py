@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -60,7 +59,7 @@ def show_page(store: CaptureStore, console: Console) -> None:
         "tokens": commit.tokens,
         "layers": list(store.layers),
         "d_model": store.d_model,
-        "size on disk": _size(store),
+        "size": _size(store.nbytes),
         "format version": about["format_version"],
         "store id": about["store_id"],
     }
@@ -118,9 +117,5 @@ def _layers(store: CaptureStore) -> Table:
     return table
 
 
-def _size(store: CaptureStore) -> str:
-    if isinstance(store.path, Path):
-        size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
-    else:
-        size = store.path.total_size()
+def _size(size: int) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 1 << 28 else f"{size / 2**20:.3g} MiB"

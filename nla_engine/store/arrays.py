@@ -5,6 +5,7 @@ Know nothing of what the values mean or when they are committed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from threading import Event, Lock
 
@@ -92,7 +93,11 @@ class ArrayLog:
         return log
 
     def _remove_stale(self, needed: int) -> None:
-        """Remove temporary files, and shards from number `needed` on."""
+        """Remove temporary files, and shards from number `needed` on.
+
+        The last shard that is needed may have been written anew: in those before it nothing can be left over, so they
+        are not looked into.
+        """
         array = self._root / self.spec.path
         if isinstance(array, ObjectPath):
             with writing(array):
@@ -102,12 +107,15 @@ class ArrayLog:
                         (array / "c" / name).unlink()
             return
         chunks = array / "c"
-        for path in sorted(chunks.rglob("*")):
-            shard = path.relative_to(chunks).parts[0]
-            stale = path.name.endswith(TEMPORARY_SUFFIX) or (shard.isdigit() and int(shard) >= needed)
-            if stale and path.is_file():
-                with writing(path):
-                    path.unlink()
+        for name in sorted(os.listdir(chunks)):
+            shard = name.removesuffix(TEMPORARY_SUFFIX)
+            if not shard.isdigit() or int(shard) < needed - 1:
+                continue
+            for path in (chunks / name, *sorted((chunks / name).rglob("*"))):
+                stale = int(shard) >= needed or path.name.endswith(TEMPORARY_SUFFIX)
+                if stale and path.is_file():
+                    with writing(path):
+                        path.unlink()
         with writing(array):
             (array / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
             fsync_directory(

@@ -5,6 +5,7 @@ The words and numbers here are the contract of docs/store_format.md. Knows nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
@@ -32,6 +33,8 @@ NARROW_SHARD_FACTOR = 16
 MAX_NARROW_SHARD_BYTES = 4 << 20
 EXACT_CHUNK_ROWS = 16
 EXACT_SHARD_BYTES = 2 << 20
+
+CHECKSUM_BYTES = 4
 
 LAYER_CONVENTION = (
     "layer K is the residual stream after decoder block K (both residual adds done, before any final norm): "
@@ -112,6 +115,12 @@ class ArraySpec:
     def shard_chunks(self) -> int:
         return self.shard_rows // self.chunk_rows
 
+    def shards_bytes(self, length: int) -> int:
+        """Size of the shard files of `length` rows together."""
+        chunks, shards = -(-length // self.chunk_rows), -(-length // self.shard_rows)
+        chunk_bytes = self.chunk_rows * math.prod(self.trailing) * self.dtype.itemsize
+        return chunks * (chunk_bytes + CHECKSUM_BYTES) + shards * index_bytes(self.shard_chunks)
+
     def shard_path(self, shard: int) -> str:
         """Path of a shard file, relative to the store: the default chunk key of Zarr v3."""
         return f"{self.path}/c/{shard}" + "/0" * len(self.trailing)
@@ -143,6 +152,11 @@ class ArraySpec:
             "dimension_names": list(self.dimensions),
             "storage_transformers": [],
         }
+
+
+def index_bytes(shard_chunks: int) -> int:
+    """Size of the index at the end of a shard of `shard_chunks` inner chunks, its checksum included."""
+    return 16 * shard_chunks + CHECKSUM_BYTES
 
 
 def default_shard_rows(codec: Codec) -> int:

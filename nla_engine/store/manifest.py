@@ -118,6 +118,15 @@ class Manifest:
             **{exact_unit(layer): commit.exact[layer] for layer in self.layers},
         }
 
+    def nbytes(self) -> int:
+        """Size of all files that the commit needs."""
+        lengths, documents = self.lengths(), self.consolidated_metadata()["metadata"]
+        return (
+            sum(spec.shards_bytes(lengths[spec.unit]) for spec in self.specs().values())
+            + sum(len(json_bytes(document, name)) for name, document in documents.items())
+            + len(json_bytes(self.document(), "the manifest"))
+        )
+
     def attributes(self) -> dict[str, Any]:
         """attributes["nla_engine"]; strict JSON."""
         attributes = {

@@ -94,10 +94,6 @@ class ObjectPath:
         """The last part of the key or URL."""
         return str(self).rsplit("/", 1)[-1]
 
-    def total_size(self) -> int:
-        """Bytes of every object below, as the listing tells them: a request for a thousand objects."""
-        return self._run(self._store.getsize_prefix(self._prefix))
-
     def exists(self) -> bool:
         """Whether there is anything here or below: one request. StoreError if it cannot be asked."""
 

@@ -64,6 +64,11 @@ class CaptureStore:
         return self.commit.sequences
 
     @property
+    def nbytes(self) -> int:
+        """Size of the files that the commit needs, as it follows from the commit."""
+        return self._manifest.nbytes()
+
+    @property
     def complete(self) -> bool:
         """The writer finished its work; else it is still writing, or died."""
         return self.commit.complete
@@ -153,7 +158,7 @@ class CaptureStore:
 
     def row_sizes(self) -> np.ndarray:
         """Rows of each sequence, int64 [sequences]."""
-        return self._table.columns["row_size"]
+        return self._table.row_sizes()
 
     def where(self, expression: str) -> np.ndarray:
         """Numbers (int64, ascending) of the rows for which an expression holds. Raises WhereError."""

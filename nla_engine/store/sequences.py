@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,10 @@ TABLE_COLUMNS = (
     "source_start",
     "source_size",
 )
+#: Sequences whose texts are read at once.
 BLOCK_SEQUENCES = 256
+#: And those of which the table is: a multiple, the rows of a shard of it.
+TABLE_BLOCK = 4096
 
 
 class Vocabulary:
@@ -94,47 +96,64 @@ class SequenceTable:
         """arrays: those of the group `sequences`."""
         self._arrays = arrays
         self._vocabulary = vocabulary
+        self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
     def __len__(self) -> int:
         return self._arrays["row_start"].length
 
-    @cached_property
-    def columns(self) -> dict[str, np.ndarray]:
-        """Every array that has one value for each sequence."""
-        return {name: self._arrays[name].read() for name in TABLE_COLUMNS}
+    def row_sizes(self) -> np.ndarray:
+        """Rows of each sequence, int64 [sequences]."""
+        return self._arrays["row_size"].read()
 
     def read(self, start: int, stop: int) -> Iterator[StoredSequence]:
         """Sequences [start, stop), read a block at a time. Raises DamageError."""
-        columns = self.columns
-        for first in range(start, stop, BLOCK_SEQUENCES):
-            last = min(first + BLOCK_SEQUENCES, stop) - 1
-            tokens, token_start = self._ragged("tokens", "token", first, last)
-            source, source_start = self._ragged("source", "source", first, last)
-            for number in range(first, last + 1):
-                values = {name: int(columns[name][number]) for name in TABLE_COLUMNS}
-                begin = values["token_start"] - token_start
-                place = values["source_start"] - source_start
-                record = source[place : place + values["source_size"]].tobytes()
-                try:
-                    parsed = json.loads(record)
-                    finish = Finish(values["finish"])
-                except ValueError as error:
-                    raise DamageError(
-                        f"sequence {number} is damaged: {error}: run `nla-engine verify`"
-                    ) from None
-                yield StoredSequence(
-                    number,
-                    tokens[begin : begin + values["token_size"]],
-                    values["prompt_size"],
-                    finish,
-                    slice(values["row_start"], values["row_start"] + values["row_size"]),
-                    parsed,
-                    record,
-                    self._vocabulary,
-                )
+        while start < stop:
+            last = min((start // BLOCK_SEQUENCES + 1) * BLOCK_SEQUENCES, stop)
+            yield from self._read_block(start, last)
+            start = last
 
-    def _ragged(self, array: str, prefix: str, first: int, last: int) -> tuple[np.ndarray, int]:
-        """The flat values of sequences first..last, and where in the array they start."""
-        starts, sizes = self.columns[f"{prefix}_start"], self.columns[f"{prefix}_size"]
-        start, stop = int(starts[first]), int(starts[last] + sizes[last])
-        return self._arrays[array].read(start, stop), start
+    def _columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """What has one value for each of the sequences [start, stop), all of one block of the table.
+
+        The block that was read last stays in memory.
+        """
+        block, held = self._held
+        if block != start // TABLE_BLOCK:
+            block = start // TABLE_BLOCK
+            first, last = block * TABLE_BLOCK, min((block + 1) * TABLE_BLOCK, len(self))
+            held = {name: self._arrays[name].read(first, last) for name in TABLE_COLUMNS}
+            self._held = block, held
+        first = block * TABLE_BLOCK
+        return {name: values[start - first : stop - first] for name, values in held.items()}
+
+    def _read_block(self, start: int, stop: int) -> Iterator[StoredSequence]:
+        """Sequences [start, stop) of one block."""
+        columns = self._columns(start, stop)
+        tokens, source = (
+            self._arrays[array].read(
+                int(columns[f"{name}_start"][0]),
+                int(columns[f"{name}_start"][-1] + columns[f"{name}_size"][-1]),
+            )
+            for array, name in (("tokens", "token"), ("source", "source"))
+        )
+        token_start, source_start = int(columns["token_start"][0]), int(columns["source_start"][0])
+        for number in range(start, stop):
+            values = {name: int(columns[name][number - start]) for name in TABLE_COLUMNS}
+            begin = values["token_start"] - token_start
+            place = values["source_start"] - source_start
+            record = source[place : place + values["source_size"]].tobytes()
+            try:
+                parsed = json.loads(record)
+                finish = Finish(values["finish"])
+            except ValueError as error:
+                raise DamageError(f"sequence {number} is damaged: {error}: run `nla-engine verify`") from None
+            yield StoredSequence(
+                number,
+                tokens[begin : begin + values["token_size"]],
+                values["prompt_size"],
+                finish,
+                slice(values["row_start"], values["row_start"] + values["row_size"]),
+                parsed,
+                record,
+                self._vocabulary,
+            )

@@ -20,10 +20,9 @@ import numpy as np
 
 from nla_engine import extension
 from nla_engine.errors import DamageError, StoreError, WriteError
-from nla_engine.store.format import ArraySpec
+from nla_engine.store.format import CHECKSUM_BYTES, ArraySpec, index_bytes
 from nla_engine.store.objects import ObjectPath, Place
 
-CHECKSUM_BYTES = 4
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
 #: Of an object no more than this part is read by itself: a fourth.
@@ -33,11 +32,6 @@ MEND = "restore it from a copy, or give up what is lost with `nla-engine verify 
 
 #: Where in a shard rows [n, *trailing] start, and they.
 Piece = tuple[int, np.ndarray]
-
-
-def index_bytes(shard_chunks: int) -> int:
-    """Size of the index at the end of a shard of `shard_chunks` inner chunks, its checksum included."""
-    return 16 * shard_chunks + CHECKSUM_BYTES
 
 
 class ShardImage:
