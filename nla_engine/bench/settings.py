@@ -10,7 +10,17 @@ import torch
 
 from nla_engine.errors import RequestError
 
-SUITES = ("kernels", "generate", "corpus", "verbalize", "reconstruct", "roundtrip", "store", "codec")
+SUITES = (
+    "kernels",
+    "generate",
+    "corpus",
+    "verbalize",
+    "reconstruct",
+    "roundtrip",
+    "store",
+    "scaling",
+    "codec",
+)
 BASELINES = ("hf", "none")
 
 

@@ -51,7 +51,7 @@ class ObjectPath:
             raise StoreError(f"{url}: cannot be reached: {first_line(error)[:_LONGEST_REASON]}") from None
 
     def __truediv__(self, key: str) -> ObjectPath:
-        return ObjectPath(self._store, self._url, f"{self._key}/{key}".lstrip("/"))
+        return type(self)(self._store, self._url, f"{self._key}/{key}".lstrip("/"))
 
     def __str__(self) -> str:
         return f"{self._url}/{self._key}".rstrip("/")

@@ -1,0 +1,213 @@
+"""Costs that must not grow with what is already there: each at three sizes, as cost per unit, so that growth shows.
+
+Everything runs on the CPU. Where the count itself is the cost (requests, graphs, bytes held), it is counted, not timed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.timing import seconds
+from nla_engine.bench.workload import encoded_sequences
+from nla_engine.codec import Codec
+from nla_engine.engine.graph import lane_bucket
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.store import CaptureStore, StoreWriter
+from nla_engine.store.dataset import ShuffledRows
+from nla_engine.store.importing import import_rows
+from nla_engine.store.merge import merge
+from nla_engine.store.objects import ObjectPath
+
+_CPU = torch.device("cpu")
+_SHARDS = (1_000, 10_000, 100_000)
+_SHARD_ROWS = 4096
+_BUFFERS = 20
+_ROWS, _WIDTH = (4_096, 16_384, 65_536), 1024
+_SEQUENCES, _NARROW = (4_000, 16_000, 64_000), 16
+_OBJECTS = (128, 256, 512)
+#: The rows of one of the sequences that end together: 129 tokens, 28 layers of 3,584 channels as int8.
+_SEQUENCE_BYTES, _HOST_MEMORY = 129 * 28 * 3816, 4 << 30
+_ENDED = (64, 512, 4_096)
+_SLOTS = (1_024, 4_096, 16_384)
+
+
+def run(session: Session) -> None:
+    """Every cost at its sizes, the smallest first."""
+    for shards in _SHARDS:
+        session.measure(
+            "scaling", f"shuffled rows, {shards:,} shards", "us/buffer", _shuffled(shards), repeats=5
+        )
+    for rows in _ROWS:
+        session.measure(
+            "scaling", f"import {rows:,} x {_WIDTH} from npy", "us/row", _imported(session, rows), repeats=3
+        )
+    for sequences in _SEQUENCES:
+        path = session.directory / f"{sequences}.zarr"
+        _short(session.directory, path, sequences)
+        name = f"{sequences:,} sequences of one row"
+        session.measure("scaling", f"merge {name} twice", "us/row", _merged(session, path), repeats=3)
+        session.measure("scaling", f"open a store, {name}", "us", _timed(partial(CaptureStore.open, path)))
+        session.measure("scaling", f"open, read one of {name}", "us", _timed(partial(_read_one, path)))
+    for ended in _ENDED:
+        name = f"rows fetched at once, {ended:,} of 28 layers end together"
+        session.measure("scaling", name, "GiB", _counted(partial(_fetched, ended)), warmups=0, repeats=1)
+    for slots in _SLOTS:
+        name = f"graphs for 1 to {slots:,} lanes"
+        session.measure("scaling", name, "graphs", _counted(partial(_graphs, slots)), warmups=0, repeats=1)
+    for rows in _OBJECTS if find_spec("obstore") else ():
+        name = f"open and size a store of {rows:,} shards on an object store"
+        session.measure("scaling", name, "requests", _requests(session, rows), warmups=0, repeats=1)
+
+
+class _Layer:
+    """Stands for a store of many shards, and for its layer: what is timed is finding rows, not reading them."""
+
+    shard_rows = _SHARD_ROWS
+
+    def __init__(self, shards: int) -> None:
+        self.rows, self.attributes = shards * _SHARD_ROWS, {"store_id": ""}
+
+    def chosen_layer(self, layer: int | None) -> int:
+        return 0
+
+    def layer(self, number: int) -> _Layer:
+        return self
+
+    def torch(self, rows: slice, device: Any, dtype: Any) -> torch.Tensor:
+        return torch.empty(rows.stop - rows.start, 1)
+
+
+@contextmanager
+def _shuffled(shards: int) -> Iterator[Prepared]:
+    """The last buffers of an epoch, of 16,384 rows each; a batch is a buffer. The epoch's own start is left out."""
+    store: Any = _Layer(shards)
+    dataset = ShuffledRows(store, batch_size=16_384)
+    total = dataset.batches()
+
+    def once() -> float:
+        dataset.load_state_dict(dataset.state_dict(total - _BUFFERS))
+        batches = iter(dataset)
+        next(batches)
+        started = time.perf_counter()
+        expect("buffers", len(list(islice(batches, _BUFFERS))), _BUFFERS - 1)
+        return 1e6 * (time.perf_counter() - started) / (_BUFFERS - 1)
+
+    yield Prepared(once)
+
+
+@contextmanager
+def _imported(session: Session, rows: int) -> Iterator[Prepared]:
+    source, out = session.directory / "rows.npy", session.directory / "imported.zarr"
+    np.save(source, np.random.default_rng(0).standard_normal((rows, _WIDTH), np.float32))
+
+    def once() -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        took = seconds(lambda: import_rows(source, out, layer=0), _CPU)
+        return 1e6 * took / rows
+
+    yield Prepared(once)
+    shutil.rmtree(out)
+    source.unlink()
+
+
+def _short(directory: Path, path: Path, sequences: int) -> None:
+    """A store of sequences of one row each."""
+    rows = np.random.default_rng(sequences).standard_normal((sequences, _NARROW), np.float32)
+    np.save(directory / "short.npy", rows)
+    import_rows(directory / "short.npy", path, layer=0)
+
+
+@contextmanager
+def _merged(session: Session, path: Path) -> Iterator[Prepared]:
+    other, out = session.directory / "other.zarr", session.directory / "merged.zarr"
+    rows = CaptureStore.open(path).rows
+    _short(session.directory, other, rows)
+
+    def once() -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        took = seconds(lambda: expect("rows", merge([path, other], out).rows, 2 * rows), _CPU)
+        return 1e6 * took / (2 * rows)
+
+    yield Prepared(once)
+    for made in (other, out):
+        shutil.rmtree(made)
+
+
+def _read_one(path: Path) -> None:
+    store = CaptureStore.open(path)
+    expect("sequences", store.sequence(store.sequences - 1).number, store.sequences - 1)
+
+
+@contextmanager
+def _timed(work: Callable[[], object]) -> Iterator[Prepared]:
+    yield Prepared(lambda: 1e6 * min(seconds(work, _CPU) for _ in range(20)))
+
+
+@contextmanager
+def _counted(count: Callable[[], float]) -> Iterator[Prepared]:
+    yield Prepared(count)
+
+
+def _fetched(ended: int) -> float:
+    """GiB of the largest part that is fetched of sequences that ended together."""
+    order, resting, most = InOrder(_HOST_MEMORY), {}, 0
+    for number in range(ended):
+        resting[order.asked(Request(number, (0,), 1)).id] = _SEQUENCE_BYTES
+    while resting:
+        chosen = order.portion(resting)
+        most = max(most, sum(resting.pop(id_) for id_ in chosen))
+        nothing = np.zeros(0, np.int32)
+        order.add(Completion(Request(id_, (0,), 1), nothing, Finish.LENGTH) for id_ in chosen)
+    return most / 2**30
+
+
+def _graphs(slots: int) -> float:
+    return len({min(lane_bucket(lanes), slots) for lanes in range(1, slots + 1)})
+
+
+@contextmanager
+def _requests(session: Session, rows: int) -> Iterator[Prepared]:
+    """Of a store in memory behind the interface of an object store."""
+    from obstore.store import MemoryStore
+    from zarr.storage import ObjectStore
+
+    codec, asked = Codec.named("bf16", _NARROW), 0
+
+    class Counted(ObjectPath):
+        """Counts what is asked of the store."""
+
+        def _run(self, request: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return super()._run(request)
+
+    root: Any = Counted(ObjectStore(MemoryStore()), "memory://")
+    with StoreWriter.create(
+        root,
+        layers=[0],
+        codec=codec,
+        sink_norm={0: math.inf},
+        vocabulary=[b"a"],
+        provenance={},
+        options={},
+        shard_rows=1,
+    ) as writer:
+        writer.append_many(encoded_sequences(codec, 0, rows))
+    asked = 0
+    store = CaptureStore.open(root)
+    expect("bytes", int(store.nbytes > 0), 1)
+    yield Prepared(lambda: float(asked))
