@@ -79,3 +79,29 @@ def test_of_the_table_of_sequences_what_is_asked_for_is_read(
             assert held.record == was.source
             assert held.tokens.tolist() == was.tokens.tolist()
             assert held.rows.stop - held.rows.start == len(was.position)
+
+
+COLUMNS = ("token_id", "flags", "sequence", "position")
+EXPRESSION = "token == '1' or early and norm > 0 and record.id in [3, 7] or row in [9000] or position > 1"
+
+
+def test_a_look_at_new_rows_reads_no_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, first = Codec.named("int8", 16), 9_000
+    sequences, _ = sample_sequences(0, codec, (3,), [2] * 5_000)
+    with create_store(tmp_path / "run.zarr", codec) as writer:
+        writer.append_many(sequences)
+    store = CaptureStore.open(tmp_path / "run.zarr")
+    expected, store = store.where(EXPRESSION), CaptureStore.open(tmp_path / "run.zarr")
+    starts: dict[str, list[int]] = {}
+    real = ArrayReader.read
+
+    def read(self: ArrayReader, start: int = 0, stop: int | None = None) -> object:
+        starts.setdefault(self.spec.path, []).append(start)
+        return real(self, start, stop)
+
+    monkeypatch.setattr(ArrayReader, "read", read)
+    assert store.where(EXPRESSION, first).tolist() == expected[expected >= first].tolist()
+    read_of = {name: min(at) for name, at in starts.items() if name.startswith(("rows/", "layer_3/"))}
+    assert read_of == dict.fromkeys([*(f"rows/{c}" for c in COLUMNS), "layer_3/norm"], first)
+    assert min(starts["sequences/source_start"]) == 4096  # the block of the table with sequence 4,500
+    assert len(expected[expected >= first]) > 100

@@ -139,6 +139,8 @@ CASES = {
 @pytest.mark.parametrize("expression", CASES)
 def test_cases(store: CaptureStore, rows: list[Row], expression: str) -> None:
     selected = store.where(expression)
+    for first in (1, 70, 100, store.rows - 1, store.rows):
+        assert store.where(expression, first).tolist() == selected[selected >= first].tolist()
     assert selected.dtype == np.int64
     assert selected.tolist() == [row.number for row in rows if CASES[expression](row)]
 

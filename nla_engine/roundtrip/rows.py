@@ -77,7 +77,4 @@ def follow_rows(
 
 def _matching(store: CaptureStore, where: str | None, first: int) -> np.ndarray:
     """int64 [n]: the rows from `first` on for which `where` holds."""
-    if where is None:
-        return np.arange(first, store.rows)
-    rows = store.where(where)
-    return rows[rows >= first]
+    return np.arange(first, store.rows) if where is None else store.where(where, first)

@@ -160,9 +160,9 @@ class CaptureStore:
         """Rows of each sequence, int64 [sequences]."""
         return self._table.row_sizes()
 
-    def where(self, expression: str) -> np.ndarray:
-        """Numbers (int64, ascending) of the rows for which an expression holds. Raises WhereError."""
-        return select_rows(self, expression)
+    def where(self, expression: str, first: int = 0) -> np.ndarray:
+        """Numbers (int64, ascending) of the rows, from `first` on, for which an expression holds. Raises WhereError."""
+        return select_rows(self, expression, first)
 
     @property
     def _table(self) -> SequenceTable:

@@ -62,12 +62,13 @@ TRUTH_FIELDS = tuple(str(flag.name).lower() for flag in RowFlag)
 MISSING = object()
 
 
-def select_rows(store: CaptureStore, expression: str) -> np.ndarray:
-    """int64, ascending: the rows for which the expression holds.
+def select_rows(store: CaptureStore, expression: str, first: int = 0) -> np.ndarray:
+    """int64, ascending: the rows from `first` on for which the expression holds. No row before `first` is looked at.
 
-    Raises WhereError, with the place in the expression and the fields there are.
+    Raises WhereError, with the place in the expression and the fields there are. Whether any prompt record has a field
+    is asked only if all rows are: with first > 0 those before may have it.
     """
-    return _Selection(store, expression).rows()
+    return _Selection(store, expression, first).rows()
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,16 @@ Operand = np.ndarray | _Labels | float | str | bool
 
 
 class _Selection:
-    """One evaluation of one expression over one store."""
+    """One evaluation of one expression over one store, from row `first` on."""
 
-    def __init__(self, store: CaptureStore, expression: str) -> None:
+    def __init__(self, store: CaptureStore, expression: str, first: int) -> None:
         self._store = store
         self._expression = expression
+        self._first = first
+
+    def _column(self, name: str) -> np.ndarray:
+        store = self._store
+        return store.arrays("rows")[name].read(self._first) if self._first else store.column(name)
 
     def rows(self) -> np.ndarray:
         try:
@@ -99,7 +105,7 @@ class _Selection:
             place = len(self._expression) if at_end else (error.pos_in_stream or 0)
             raise self._error("it ends too early" if at_end else "this cannot be understood", place) from None
         try:
-            return np.flatnonzero(self._truth(tree))
+            return np.flatnonzero(self._truth(tree)) + self._first
         except RecursionError:
             raise self._error("it is nested too deeply", 0) from None
 
@@ -134,20 +140,20 @@ class _Selection:
     def _field(self, name: str, node: lark.Tree) -> Operand:
         store = self._store
         if name in TEXT_FIELDS:
-            ids, index = np.unique(store.column(TEXT_FIELDS[name]), return_inverse=True)
+            ids, index = np.unique(self._column(TEXT_FIELDS[name]), return_inverse=True)
             return _Labels("text", index, store.token_text(ids))
         if name in NUMBER_FIELDS:
-            return store.column(name)
+            return self._column(name)
         if name == "row":
-            return np.arange(store.rows)
+            return np.arange(self._first, store.rows)
         if name == "prompt":
-            return store.column("flags") & RowFlag.GENERATED == 0
+            return self._column("flags") & RowFlag.GENERATED == 0
         if name in TRUTH_FIELDS:
-            return store.column("flags") & RowFlag[name.upper()] != 0
+            return self._column("flags") & RowFlag[name.upper()] != 0
         if name == "norm":
-            return store.layer(store.layers[0]).norm()
+            return store.layer(store.layers[0]).norm(self._first)
         if name in {f"norm_{layer}" for layer in store.layers}:
-            return store.layer(int(name.removeprefix("norm_"))).norm()
+            return store.layer(int(name.removeprefix("norm_"))).norm(self._first)
         if name.startswith("record."):
             return self._record(name.removeprefix("record."), node)
         raise self._error(f"there is no field '{name}'", node)
@@ -155,16 +161,19 @@ class _Selection:
     def _record(self, name: str, node: lark.Tree) -> _Labels:
         values: list[Any] = []
         known: set[str] = set()
-        for sequence in self._store.iter_sequences():
+        index = self._column("sequence")
+        base = int(index[0]) if len(index) else self._store.sequences
+        base = base if self._first else 0  # those without rows may have the field, too
+        for sequence in self._store.iter_sequences(base):
             value = sequence.source
             for key in name.split("."):
                 known.update(value if isinstance(value, dict) else ())
                 value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
             values.append(value)
-        if values and all(value is MISSING for value in values):
+        if values and not self._first and all(value is MISSING for value in values):
             shown = ", ".join(sorted(known)[:20]) or "none"
             raise self._error(f"no prompt record has '{name}' (keys seen: {shown})", node, WhereRecordError)
-        return _Labels("record", self._store.column("sequence"), values)
+        return _Labels("record", index - base, values)
 
     def _compared(self, node: lark.Tree) -> np.ndarray:
         left_node, sign, right_node = node.children
@@ -215,7 +224,7 @@ class _Selection:
         value = self._operand(target)
         if not isinstance(value, np.ndarray | _Labels):
             raise self._error("'in' needs a field before it", target)
-        result = np.zeros(self._store.rows, bool)
+        result = np.zeros(self._store.rows - self._first, bool)
         for item in (child for child in list_node.children if isinstance(child, lark.Tree)):
             constant = _literal(item)
             if isinstance(value, _Labels):
@@ -232,7 +241,7 @@ class _Selection:
         """Apply `holds` to record values of a type. Records without the field, or with null, are left out."""
         fits = [_is(value, kind) for value in labels.values]
         present = [value for value in labels.values if value is not MISSING and value is not None]
-        if present and not any(fits):
+        if present and not self._first and not any(fits):
             shown = json.dumps(present[0])[:40]
             raise self._error(
                 f"the field is never {_NAMES[kind]} in the prompt records (it is {shown}, say)",
