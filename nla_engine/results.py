@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     data: dict[str, Any] = json.loads(found)
     return data
+
+
+def ranked_among(metadata: Mapping[str, Any]) -> int:
+    """How many vectors the ranks of a round trip are among. A table from before vectors that coincide were counted
+    once names its rows alone."""
+    return int(metadata.get("control_vectors", metadata["control_rows"]))
 
 
 def _but_last(schema: pa.Schema) -> pa.Schema:

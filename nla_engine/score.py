@@ -17,12 +17,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+#: Vectors whose directions are nearer than this count as one: bfloat16 arithmetic itself changes a vector by as much.
+COINCIDENCE = 0.02
+#: Scores of a retrieval that differ by less are a tie: float64 sums in another order differ by less than this.
+_TIE = 1e-11
+
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """float32 [n, d] -> the same rows at length 1 (norms summed in float64); zero and non-finite rows become NaN."""
+    return _directions(x).float()
+
+
+def _directions(x: torch.Tensor) -> torch.Tensor:
+    """`unit` in float64."""
     norm = x.double().square().sum(-1, keepdim=True).sqrt()
-    norm = torch.where((norm == 0) | ~norm.isfinite(), torch.nan, norm)
-    return (x / norm).float()
+    return x / torch.where((norm == 0) | ~norm.isfinite(), torch.nan, norm)
 
 
 def cosine(v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
@@ -83,20 +92,22 @@ class Controls:
     """A fixed sample of rows that reconstructions are held against.
 
     rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite, on any device.
+    distinct: float64 [k, d], k <= m: the directions of the sample, those that coincide once.
     Both controls of a row depend on the row, the seed and this sample alone, never on batches.
     """
 
     rows: np.ndarray
     sequences: np.ndarray
     directions: torch.Tensor
+    distinct: torch.Tensor
     seed: int
 
     @classmethod
     def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: torch.Tensor, seed: int) -> Controls:
-        directions = unit(vectors)
+        directions = _directions(vectors)
         sound = directions.isfinite().all(1)
-        kept = sound.cpu().numpy()
-        return cls(rows[kept], sequences[kept], directions[sound], seed)
+        kept, directions = sound.cpu().numpy(), directions[sound]
+        return cls(rows[kept], sequences[kept], directions.float(), _distinct(directions), seed)
 
     def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if it can."""
@@ -121,8 +132,30 @@ class Controls:
                 return int(order[candidates.argmax()])
         return -1
 
-    def rank(self, rows: np.ndarray, cos: np.ndarray, r: torch.Tensor) -> np.ndarray:
-        """float64 [n]: 1 + how many other rows of the sample are closer to the reconstruction than its own vector."""
-        near = (unit(r) @ self.directions.T).double() > torch.from_numpy(cos).to(r.device)[:, None]
-        near &= torch.from_numpy(self.rows[None] != rows[:, None]).to(r.device)
-        return np.where(np.isfinite(cos), 1.0 + near.sum(1).cpu().numpy(), np.nan)
+    def rank(self, v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
+        """float64 [n]: place of the own vector among the distinct ones of the sample, by nearness to r.
+
+        v, r: [n, d] vectors and their reconstructions. 1 + the vectors at least as near to r, not counting those that
+        coincide with v: rows of one vector rank alike, and a tie of different vectors never counts for the own one.
+        NaN without a direction, and where the sample holds no other vector: there is nothing to find then.
+        """
+        own, read = _directions(v), _directions(r)
+        rival = ~_coincide(own @ self.distinct.T)
+        mine = (own * read).sum(-1)
+        ahead = rival & (read @ self.distinct.T > mine[:, None] - _TIE)
+        rank = torch.where(mine.isfinite() & rival.any(1), 1.0 + ahead.sum(1), torch.nan)
+        return rank.double().cpu().numpy()
+
+
+def _coincide(cos: torch.Tensor) -> torch.Tensor:
+    """bool: unit vectors of these cosines are no further apart than COINCIDENCE."""
+    return 2.0 - 2.0 * cos <= COINCIDENCE**2
+
+
+def _distinct(directions: torch.Tensor) -> torch.Tensor:
+    """The first of the rows, float64 [m, d], and each later one that coincides with none of those taken before."""
+    same = _coincide(directions @ directions.T).cpu().numpy()
+    taken = np.zeros(len(same), bool)
+    for place, others in enumerate(same):
+        taken[place] = not (others[:place] & taken[:place]).any()
+    return directions[torch.from_numpy(taken).to(directions.device)]

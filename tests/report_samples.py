@@ -117,6 +117,7 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
         "variance": VARIANCE,
         "variance_rows": store.rows,
         "control_rows": min(1024, store.rows),
+        "control_vectors": min(1024, store.rows),
     }
     table = ResultTable.open(
         path,

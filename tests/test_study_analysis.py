@@ -69,7 +69,7 @@ def test_too_few_of_one_kind_give_no_comparison(right: float) -> None:
 
 def test_scores_and_margins() -> None:
     rows = rows_of(40, right=1.0, fooled=0.25, names_the_wrong=False)
-    found = {f.measure: f for f in findings(rows, 40, BOOT)}
+    found = {f.measure: f for f in findings(rows, 40, {}, BOOT)}
     assert found["fve"].own.value == pytest.approx(0.75 * 0.9 + 0.25 * 0.2)
     assert found["fve"].shuffled.value == -0.5 and found["fve"].margin.value == pytest.approx(1.225)
     assert found["top1"].own.value == found["top1_place"].own.value == 0.75

@@ -45,7 +45,7 @@ def outcome(**changes: object) -> Outcome:
         status_ok=1.0,
         variance=0.7,
         variance_rows=500,
-        control_rows=500,
+        control_vectors=500,
         accuracy=[("all", "all problems", at(0.6))],
         tokenisation=[(4, "1+1+1+1", 100, at(1.0), at(0.0))],
         findings=findings,

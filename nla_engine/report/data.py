@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.results import PARTS_SUFFIX, SCHEMA, read_metadata
+from nla_engine.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
 from nla_engine.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
 
@@ -114,7 +114,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
     layer = int(explained.metadata["layer"])
     return {
         "variance": explained.variance if math.isfinite(explained.variance) else None,
-        "control_rows": int(explained.metadata["control_rows"]),
+        "control_vectors": ranked_among(explained.metadata),
         "classes": TOKEN_CLASSES,
         "texts": names.texts,
         "sequences": {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.report.data import Explained
+from nla_engine.results import ranked_among
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
@@ -36,7 +37,7 @@ def figures(explained: Explained) -> list[Figure]:
     """The four figures that stand first: FVE, cos, retrieval, explanations closed by their tag."""
     columns = explained.columns
     rank = columns["retrieval_rank"][np.isfinite(columns["retrieval_rank"])]
-    among = int(explained.metadata["control_rows"])
+    among = ranked_among(explained.metadata)
     closed = _how_many(columns["status"] == "ok")
     return [
         Figure(
@@ -54,8 +55,8 @@ def figures(explained: Explained) -> list[Figure]:
         Figure(
             "retrieval",
             _percent(_how_many(rank == 1), len(rank)),
-            "of reconstructions lie nearest to their own row",
-            f"{_percent(1, among)} by chance, among {among:,} rows",
+            "of reconstructions lie nearest to their own vector",
+            f"{_percent(1, among)} by chance, among {among:,} vectors",
         ),
         Figure(
             "closed",
@@ -199,7 +200,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ),
             (
                 "retrieval rank",
-                f"place of the own row by cos, among {explained.metadata['control_rows']:,} rows",
+                f"place of the own vector by cos, among {ranked_among(explained.metadata):,} distinct ones",
             ),
         ],
         "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]

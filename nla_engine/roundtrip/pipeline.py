@@ -146,7 +146,7 @@ class Pipeline:
             [e.text for e, s in zip(written, sound.tolist(), strict=True) if s]
         )
         cos = score.cosine(v, r)
-        rank = self.controls.rank(rows, cos, r)
+        rank = self.controls.rank(v, r)
         flags = store.column("flags")[rows]
         best = np.zeros((len(rows) // samples, samples), bool)
         ordered = np.where(np.isfinite(cos), cos, -2.0).reshape(best.shape)

@@ -93,6 +93,7 @@ def run_roundtrip(
             "variance": variance,
             "variance_rows": measured,
             "control_rows": len(controls.rows),
+            "control_vectors": len(controls.distinct),
         }
         table.finish(metadata, lambda mse: _explained_variance(mse, variance))
     seconds = time.perf_counter() - started

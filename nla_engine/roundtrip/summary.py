@@ -10,7 +10,7 @@ import numpy as np
 
 from nla_engine import score
 from nla_engine.config import RoundtripOptions
-from nla_engine.results import batches, read_metadata
+from nla_engine.results import batches, ranked_among, read_metadata
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class RoundtripSummary:
     retrieval_top1: float | None
     retrieval_median: float | None
     retrieval_sample: int
+    retrieval_vectors: int
     status: dict[str, int]
     status_ok: float
     n_tokens: float
@@ -83,6 +84,7 @@ def summarise(options: RoundtripOptions, seconds: float = 0.0, new_rows: float =
         retrieval_top1=mean(scored == 1),
         retrieval_median=float(np.median(scored)) if len(scored) else None,
         retrieval_sample=int(metadata["control_rows"]),
+        retrieval_vectors=ranked_among(metadata),
         status=dict(status),
         status_ok=round(status["ok"] / len(cos), 6),
         n_tokens=mean(data["n_tokens"]) or 0.0,

@@ -6,7 +6,7 @@ Reads what the stages wrote and nothing else, so that numbers can be made again 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,8 +140,13 @@ def tokenisation(replies: Sequence[Reply]) -> list[tuple[int, str, int, Estimate
     return out
 
 
-def findings(rows: Rows, control_rows: int, bootstrap: Bootstrap) -> list[Finding]:
-    """Every score and every naming measure at every place. control_rows: size of the retrieval sample."""
+def findings(
+    rows: Rows, among: int, among_in_place: Mapping[str, int], bootstrap: Bootstrap
+) -> list[Finding]:
+    """Every score and every naming measure at every place.
+
+    among: distinct vectors of the retrieval sample; among_in_place: of those of each place.
+    """
     everywhere, _ = rows.index(np.ones(len(rows.row), bool))
     out = []
     for place in rows.places():
@@ -152,10 +157,9 @@ def findings(rows: Rows, control_rows: int, bootstrap: Bootstrap) -> list[Findin
         margin = bootstrap.margin(fve, another, cluster)
         found = (bootstrap.mean(fve, cluster), bootstrap.mean(another, cluster), UNKNOWN, margin)
         out.append(Finding(place, "fve", *found))
-        near = min(int(mask.sum()), control_rows)
         for measure, rank, size in (
-            ("top1", rows.rank[mask], control_rows),
-            ("top1_place", rows.rank_in_place[mask], near),
+            ("top1", rows.rank[mask], among),
+            ("top1_place", rows.rank_in_place[mask], among_in_place.get(place, min(int(mask.sum()), among))),
         ):
             first, level = _first(rank), constant(1 / max(size, 1), size)
             own = bootstrap.mean(first, cluster, binary=True)

@@ -182,7 +182,7 @@ def _scores(outcome: Outcome) -> Figure:
         )
     ]
     for measure, title in (
-        ("top1", f"row found among {outcome.control_rows:,} rows"),
+        ("top1", f"vector found among {outcome.control_vectors:,}"),
         ("top1_place", "row found among those of its place"),
     ):
         chance = Series("chance", GREY, "|", _points(outcome, measure, "shuffled"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.results import read_metadata
+from nla_engine.results import ranked_among, read_metadata
 from nla_engine.studies.agreement import Agreement, agreement
 from nla_engine.studies.analysis import (
     Contrast,
@@ -56,7 +56,7 @@ class Outcome:
     status_ok: float
     variance: float
     variance_rows: int
-    control_rows: int
+    control_vectors: int
     accuracy: list[tuple[str, str, Estimate]]
     tokenisation: list[tuple[int, str, int, Estimate, Estimate]]
     findings: list[Finding]
@@ -103,10 +103,12 @@ def measure(
         status_ok=facts["status"].count("ok") / len(facts["status"]),
         variance=float(metadata["variance"]),
         variance_rows=int(metadata["variance_rows"]),
-        control_rows=int(metadata["control_rows"]),
+        control_vectors=ranked_among(metadata),
         accuracy=accuracy(replies),
         tokenisation=tokenisation(replies),
-        findings=findings(rows, int(metadata["control_rows"]), bootstrap),
+        findings=findings(
+            rows, ranked_among(metadata), read_metadata(reread).get("control_vectors", {}), bootstrap
+        ),
         correctness=correctness(rows, bootstrap),
         detection=detection(rows, bootstrap),
         origins=origins(rows, bootstrap),

@@ -149,8 +149,8 @@ def run_reread(
 ) -> None:
     """Read every text with the AR and score it against its row's vector, into the Parquet file `out`. Resumable.
 
-    variance: Var of fve_nrm. rank_in_place of a whole text: 1 + the rows of the same place, of at most CONTROL_ROWS,
-    that lie closer to its reconstruction than its own vector.
+    variance: Var of fve_nrm. rank_in_place of a whole text: `Controls.rank` among rows of the same place, of at most
+    CONTROL_ROWS; how many distinct vectors that are stands in the metadata.
     """
     digest = hashlib.sha256()
     for reading in readings:
@@ -181,10 +181,11 @@ def run_reread(
         for chunk in _chunks(readings[table.done :]):
             rows = np.array([reading.row for reading in chunk])
             r = reconstructor.reconstruct([reading.text for reading in chunk])
-            cos = score.cosine(vectors.torch(rows, device), r)
-            table.append(_columns(chunk, cos, _ranks(chunk, rows, cos, r, controls)))
+            v = vectors.torch(rows, device)
+            table.append(_columns(chunk, score.cosine(v, r), _ranks(chunk, v, r, controls)))
             progress(table.done, len(readings))
-    metadata = {**describe_run(), "layer": layer, "variance": variance}
+    distinct = {place: len(group.distinct) for place, group in controls.items()}
+    metadata = {**describe_run(), "layer": layer, "variance": variance, "control_vectors": distinct}
     table.finish(metadata, lambda mse: {"fve_nrm": nullable(score.fve_nrm(mse, variance))})
 
 
@@ -195,14 +196,14 @@ def _chunks(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
 
 
 def _ranks(
-    chunk: list[Reading], rows: np.ndarray, cos: np.ndarray, r: torch.Tensor, controls: dict[str, Controls]
+    chunk: list[Reading], v: torch.Tensor, r: torch.Tensor, controls: dict[str, Controls]
 ) -> np.ndarray:
     """float64 [n]: ranks of the whole texts among the rows of their place; NaN elsewhere."""
     out = np.full(len(chunk), np.nan)
     for place, group in controls.items():
         mine = np.array([reading.place == place and reading.variant == "whole" for reading in chunk])
         if mine.any():
-            out[mine] = group.rank(rows[mine], cos[mine], r[mine])
+            out[mine] = group.rank(v[mine], r[mine])
     return out
 
 

@@ -37,7 +37,7 @@ const drawHistogram = (own, control) => (width) => {
 };
 
 const drawRanks = (list) => (width) => {
-  const among = Math.max(2, D.control_rows), edges = [1, 2, 4, 11, 31, 101, 301].filter((edge) => edge <= among);
+  const among = Math.max(2, D.control_vectors), edges = [1, 2, 4, 11, 31, 101, 301].filter((edge) => edge <= among);
   const bars = edges.map((lo, i) => ({ lo, hi: (edges[i + 1] ?? among + 1) - 1, n: 0 }));
   let all = 0;
   for (const e of list) {
@@ -48,7 +48,7 @@ const drawRanks = (list) => (width) => {
   const chance = (bar) => (bar.hi - bar.lo + 1) / among;
   const top = Math.max(...bars.map((bar) => Math.max(chance(bar), all ? bar.n / all : 0)));
   const plot = frame("Retrieval rank beside chance", width, 250,
-    { domain: [0, bars.length], label: `rank among ${count(among)} rows`, ticks: bars.map((_, i) => i + 0.5), rules: false,
+    { domain: [0, bars.length], label: `rank among ${count(among)} vectors`, ticks: bars.map((_, i) => i + 0.5), rules: false,
       format: (at) => { const { lo, hi } = bars[at - 0.5]; return lo === hi ? `${lo}` : width < 480 ? `${lo}+` : `${lo}\u2013${hi}`; } },
     { domain: [0, top * 1.05], label: "", format: percent, ticks: ticks(0, top, 4) });
   bars.forEach((bar, i) => {
@@ -159,7 +159,7 @@ const showCharts = (view, choose) => {
   const sinks = list.some((e) => R.flags[rowOf[e]] & SINK);
   const plates = [
     plate("How much came through", `Mean FVE ${number(mean(own), 2)}; control ${number(mean(control), 2)}. 1 is the whole vector, 0 is as good as always answering with the mean.`, drawHistogram(own, control)),
-    plate("Does it find its own row?", `${rank.length ? `${number((100 * first) / rank.length, 1)}%` : "None"} of reconstructions lie nearest to their own row. The bars across: what chance would give.`, drawRanks(list)),
+    plate("Does it find its own vector?", `${rank.length ? `${number((100 * first) / rank.length, 1)}%` : "None"} of reconstructions lie nearest to their own vector. The bars across: what chance would give.`, drawRanks(list)),
     plate("By position", "FVE over the token's place in its sequence: median, the middle half, and the middle four fifths.", drawPositions(list)),
     plate("By class of token", "Median, the middle half (thick) and the middle four fifths (thin).", drawClasses(list)),
     plate("Norm against cos", `Each point is an explanation${sinks ? "; diamonds are attention sinks" : ""}. Click a point to read it.`, drawNorms(list, choose)),

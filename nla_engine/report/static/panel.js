@@ -15,7 +15,7 @@ const NORM_MEDIAN = medianOf(R.norm);
 const scores = (e) => [
   ["FVE", number(E.fve[e]), number(E.fveShuffled[e])],
   ["cos", number(E.cos[e]), number(E.cos_shuffled[e])],
-  [`rank among ${count(D.control_rows)}`, Number.isFinite(E.rank[e]) ? count(E.rank[e]) : "\u2013", `${count(Math.round((D.control_rows + 1) / 2))} by chance`],
+  [`rank among ${count(D.control_vectors)}`, Number.isFinite(E.rank[e]) ? count(E.rank[e]) : "\u2013", `${count(Math.round((D.control_vectors + 1) / 2))} by chance`],
 ];
 
 const scoreTable = (e) => make("table", { class: "scores" },
