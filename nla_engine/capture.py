@@ -34,6 +34,7 @@ from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prom
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.objects import place
+from nla_engine.store.swap import exists
 from nla_engine.tap import RowRange, RowTap
 from nla_engine.tokens import token_bytes
 
@@ -121,7 +122,7 @@ def run_capture(
 
 def check_out(options: CaptureOptions) -> None:
     """StoreError if a store is in the way that is neither to be gone on with nor to be replaced."""
-    if place(options.out).exists() and not (options.resume or options.overwrite):
+    if exists(place(options.out)) and not (options.resume or options.overwrite):
         raise StoreError(
             f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
         )
@@ -158,7 +159,7 @@ def _open_store(
     same["layer"] = list(options.layer)
     same["prompts"] = prompts_fingerprint(prompts.prompts)
     same |= {key: described[key] for key in ("weights", "tokenizer", "dtype")}
-    if options.resume and place(options.out).exists():
+    if options.resume and exists(place(options.out)):
         return StoreWriter.resume(options.out, options=same)
     codec = Codec.named(options.codec, lm.d_model)
     calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)

@@ -17,6 +17,7 @@ from nla_engine.config import CaptureOptions
 from nla_engine.models import LanguageModel
 from nla_engine.store import CaptureStore, Finish
 from nla_engine.store.objects import place
+from nla_engine.store.swap import exists
 from nla_engine.tap import RowRange
 
 #: Most sequences, and new tokens of each, that are run to measure the speed.
@@ -61,7 +62,7 @@ def estimate_capture(
     lm = lm or load_base_model(options)
     load_seconds = time.perf_counter() - started
     prompts = read_job(options, lm)
-    done = CaptureStore.open(options.out).sequences if options.resume and place(options.out).exists() else 0
+    done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))
     todo = prompts.prompts[done:]

@@ -1,28 +1,40 @@
 """The table that a round trip (or a study) writes: one Parquet file, made from parts that are committed one by one.
 
-While a run goes on, `<out>.parts/` holds run.json (what the run is) and numbered Parquet parts, each written to a
-temporary name and renamed. The last step joins them. Knows nothing of how a score is computed.
+While a run goes on, `<out>.parts/` holds run.json (what the run is), numbered Parquet parts, each written to a
+temporary name and renamed, and the lease of the process that writes them. The last step joins them.
+Knows nothing of how a score is computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_engine.errors import RequestError
+from nla_engine.errors import RequestError, WriteError
 from nla_engine.store.directory import check_outside_stores
-from nla_engine.store.shards import make_directory, replacing, write_file_atomically, writing
+from nla_engine.store.lease import Lease
+from nla_engine.store.shards import (
+    fsync_directory,
+    make_directory,
+    replacing,
+    write_file_atomically,
+    writing,
+)
+from nla_engine.store.swap import remove_directory
 
 METADATA_KEY = b"nla_engine"
 #: What the name of a table that is not finished ends in: a directory.
 PARTS_SUFFIX = ".parts"
+#: In it: what the run is. Without it the parts are nobody's.
+RECORD_NAME = "run.json"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64()),
@@ -51,12 +63,23 @@ _LAST = ("fve_nrm", "fve_meannorm")
 
 
 class ResultTable:
-    """The result of one run on its way. `done`: rows of the table (samples counted) that are committed."""
+    """The result of one run on its way. `done`: rows of the table (samples counted) that are committed.
+
+    A context manager: its parts are this process's until it is left, or until `finish`.
+    """
 
     def __init__(
-        self, out: Path, parts: Path, options: dict[str, Any], schema: pa.Schema, done: int, next_part: int
+        self,
+        out: Path,
+        lease: Lease | None,
+        options: dict[str, Any],
+        schema: pa.Schema,
+        done: int,
+        next_part: int,
     ) -> None:
-        self.out, self._parts, self._options, self._schema = out, parts, options, schema
+        """lease: of the parts; None for a table that is finished."""
+        self.out, self._lease, self._options, self._schema = out, lease, options, schema
+        self._parts = _parts_of(out)
         self.done, self._next_part = done, next_part
 
     @classmethod
@@ -72,9 +95,10 @@ class ResultTable:
         """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
 
         A result that is to be overwritten stays until the new one is whole.
-        RequestError if something is there and neither is asked for, if it is no result, or if the options differ.
+        RequestError if something is there and neither is asked for, if it is no result, if the options differ, or if
+        another process is at it.
         """
-        parts = out.with_name(out.name + PARTS_SUFFIX)
+        parts = _parts_of(out)
         if not (resume or overwrite) and (out.exists() or parts.exists()):
             found = out if out.exists() else parts
             raise RequestError(
@@ -85,34 +109,74 @@ class ResultTable:
         check_outside_stores(out)
         if overwrite and out.exists():
             read_metadata(out)  # nothing but a table of ours is ever replaced
-        record = parts / "run.json"
+        if out.exists() and not overwrite and not parts.exists():
+            return cls._finished(out, options, schema)
         with writing(parts):
-            if overwrite:
-                shutil.rmtree(parts, ignore_errors=True)
-            elif out.exists() and not record.exists():
-                _check_same(out, read_metadata(out).get("options", {}), options)
-                shutil.rmtree(parts, ignore_errors=True)
-                rows = pq.read_metadata(out).num_rows
-                return cls(out, parts, options, schema, done=rows, next_part=-1)
-            make_directory(out.parent)
-            if record.exists():
-                _check_same(parts, _read_json(record).get("options", {}), options)
-            else:
-                shutil.rmtree(parts, ignore_errors=True)  # parts without a record are nobody's
-                write_file_atomically(record, json.dumps({"options": options}, indent=1).encode())
-            files = _part_files(parts)
-            return cls(out, parts, options, schema, sum(_rows(file) for file in files), len(files))
+            make_directory(parts)
+        lease = Lease.of_directory(parts)
+        try:
+            return cls._begin(out, lease, options, overwrite, schema)
+        except BaseException:
+            lease.release()
+            with contextlib.suppress(OSError):
+                parts.rmdir()
+            raise
+
+    @classmethod
+    def _finished(cls, out: Path, options: dict[str, Any], schema: pa.Schema) -> ResultTable:
+        _check_same(out, read_metadata(out).get("options", {}), options)
+        return cls(out, None, options, schema, done=pq.read_metadata(out).num_rows, next_part=-1)
+
+    @classmethod
+    def _begin(
+        cls, out: Path, lease: Lease, options: dict[str, Any], overwrite: bool, schema: pa.Schema
+    ) -> ResultTable:
+        """The table, once nobody else is at its parts."""
+        parts = _parts_of(out)
+        record = parts / RECORD_NAME
+        if out.exists() and not overwrite and not record.exists():
+            table = cls._finished(out, options, schema)
+            with writing(parts):
+                remove_directory(parts, lease)
+            return table
+        if record.exists() and not overwrite:
+            _check_same(parts, _read_json(record).get("options", {}), options)
+        else:
+            with writing(parts):  # without a record the parts are nobody's: it goes first and comes last
+                record.unlink(missing_ok=True)
+                fsync_directory(parts)
+                _remove_parts(parts, ())
+            write_file_atomically(record, json.dumps({"options": options}, indent=1).encode())
+        files = _part_files(parts)
+        with writing(parts):
+            _remove_parts(parts, files)
+        return cls(out, lease, options, schema, sum(_rows(file) for file in files), len(files))
+
+    def __enter__(self) -> ResultTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lease is not None:
+            self._lease.release()
 
     @property
     def finished(self) -> bool:
         return self._next_part < 0
 
     def append(self, columns: dict[str, Any]) -> None:
-        """Commit a part: columns of the schema that do not come at the end, all of one length."""
+        """Commit a part: columns of the schema that do not come at the end, all of one length.
+
+        WriteError if another process has taken the table.
+        """
         table = pa.table(columns, schema=_but_last(self._schema))
         path = self._parts / f"part-{self._next_part:06d}.parquet"
+        lease = self._own()
+        lease.check()
         with replacing(path) as temporary:
             pq.write_table(table, temporary)
+            lease.check()
         self._next_part += 1
         self.done += len(table)
 
@@ -122,21 +186,35 @@ class ResultTable:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
         last: gives the columns that come at the end from mse_nrm, float64 [n] with NaN for null.
+        WriteError if another process has taken the table.
         """
         if self.finished:
             return
+        lease, files = self._own(), _part_files(self._parts)
+        lease.check()
         described = json.dumps({**metadata, "options": self._options}).encode()
         schema = self._schema.with_metadata({METADATA_KEY: described})
-        with replacing(self.out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for path in _part_files(self._parts):
-                part = pq.read_table(path, schema=_but_last(self._schema))
-                columns = dict(zip(part.column_names, part.columns, strict=True))
-                columns |= last(part["mse_nrm"].to_numpy())
-                writer.write_table(pa.table(columns, schema=schema))
+        with replacing(self.out) as temporary:
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for path in files:
+                    part = pq.read_table(path, schema=_but_last(self._schema))
+                    columns = dict(zip(part.column_names, part.columns, strict=True))
+                    columns |= last(part["mse_nrm"].to_numpy())
+                    writer.write_table(pa.table(columns, schema=schema))
+            lease.check()
+            if (joined := pq.read_metadata(temporary).num_rows) != self.done:
+                raise WriteError(
+                    f"{self._parts}: holds {joined} rows, this run wrote {self.done}: another one wrote there too: "
+                    "start again with --overwrite"
+                )
         with writing(self._parts):
-            (self._parts / "run.json").unlink()  # without it the parts are nobody's
-            shutil.rmtree(self._parts)
+            (self._parts / RECORD_NAME).unlink()  # without it the parts are nobody's
+            remove_directory(self._parts, lease)
         self._next_part = -1
+
+    def _own(self) -> Lease:
+        assert self._lease is not None, "the table is finished"
+        return self._lease
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -163,6 +241,17 @@ def ranked_among(metadata: Mapping[str, Any]) -> int:
 
 def _but_last(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in _LAST])
+
+
+def _parts_of(out: Path) -> Path:
+    return out.with_name(out.name + PARTS_SUFFIX)
+
+
+def _remove_parts(parts: Path, kept: Sequence[Path]) -> None:
+    """Remove what looks like a part, whole or begun, and is none of these."""
+    for path in parts.iterdir():
+        if path.name.lstrip(".").startswith("part-") and path not in kept:
+            path.unlink()
 
 
 def _part_files(parts: Path) -> list[Path]:

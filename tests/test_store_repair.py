@@ -19,7 +19,7 @@ from test_store_samples import create_store, fill_store, sample_sequences
 
 from nla_engine.codec import Codec
 from nla_engine.errors import NLAError, StoreError, WriteError
-from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, directory
+from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, swap
 from nla_engine.store.manifest import attributes_checksum
 from nla_engine.store.repair import Repair, repair
 from nla_engine.store.verify import verify
@@ -200,7 +200,7 @@ def test_what_repair_cannot_mend_is_left_as_it_is(path: Path) -> None:
 
     flip(path / "layer_3/codes/c/0/0", 200)
     with StoreWriter.resume(path, options=OPTIONS):
-        refused("another process is writing this store")
+        refused("another process is writing here")
     (path / "notes.txt").write_text("mine")
     refused("'notes.txt', which is no part of a store")
     (path / "notes.txt").unlink()
@@ -215,15 +215,26 @@ def test_what_repair_cannot_mend_is_left_as_it_is(path: Path) -> None:
     refused("rows of sequences add up: .* its arrays disagree")
 
 
-def test_a_repair_that_fails_leaves_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["exchange", 1, 2])
+def test_a_repair_that_fails_leaves_the_store(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failing: str | int
+) -> None:
+    """The exchange fails; or, where names cannot be exchanged, the first or the second rename does."""
     flip(path / "layer_3/codes/c/0/0", 200)
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    calls, rename = 0, os.rename
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*names: Path) -> bool:
+        nonlocal calls
+        calls += 1
+        if failing in ("exchange", calls):
+            raise OSError(28, "No space left on device")
+        rename(*names)
+        return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory.os, "rename", full)
+        patch.setattr(swap, "exchange", full if failing == "exchange" else lambda *_: False)
+        patch.setattr(swap.os, "rename", full)
         with pytest.raises(WriteError, match="No space left on device"):
             repair(path)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before

@@ -10,7 +10,7 @@ import numpy as np
 
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
-from nla_engine.store import CaptureStore, has_writer
+from nla_engine.store import CaptureStore, WriterWatch
 
 #: Seconds between two looks at a store that is being written.
 POLL_SECONDS = 1.0
@@ -47,7 +47,7 @@ def follow_rows(
         raise RequestError(
             f"{store.path}: --follow needs a store on a local disk: wait for the writer, then leave --follow out"
         )
-    seen, waiting, gone = 0, False, False
+    seen, waiting, gone, watch = 0, False, False, WriterWatch(store.path)
     while True:
         store.refresh()
         try:
@@ -67,7 +67,7 @@ def follow_rows(
                 f"{store.path}: the writer has gone without finishing: go on with capture --resume, "
                 "then with this command and --resume"
             )
-        gone = not has_writer(store.path)  # then it may have committed since the look: look once more
+        gone = not watch.has_writer()  # then it may have committed since the look: look once more
         if not gone:
             if not waiting:
                 announce(f"waiting for the writer: {store.rows:,} rows so far")

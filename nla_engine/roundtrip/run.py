@@ -69,35 +69,51 @@ def run_roundtrip(
         overwrite=options.overwrite,
     )
     started, before = time.perf_counter(), table.done
-    if not table.finished:
-        known = 0
-
-        def write(columns: dict[str, Any]) -> None:
-            table.append(columns)
-            progress(table.done, known * options.samples)
-
-        with closing(pair):
-            pipeline = Pipeline(options, store, layer, pair, controls, write)
-            for part in segments:
-                first, known = known, known + len(part)
-                there = max(table.done // options.samples - first, 0)
-                each = "an explanation" if options.samples == 1 else f"{options.samples} explanations"
-                announce(
-                    f"{known:,} rows of layer {layer}, {each} each"
-                    + (f" ({table.done:,} already there)" if there else "")
-                )
-                if there < len(part):
-                    pipeline.run(part[there:], first + there)
-            variance, measured = _variance(options, store, layer, pair.device)
-        metadata = _metadata(options, layer, pair) | {
-            "variance": variance,
-            "variance_rows": measured,
-            "control_rows": len(controls.rows),
-            "control_vectors": len(controls.distinct),
-        }
-        table.finish(metadata, lambda mse: _explained_variance(mse, variance))
+    with table:
+        if not table.finished:
+            _explain(options, table, store, layer, pair, controls, segments, announce, progress)
     seconds = time.perf_counter() - started
     return summarise(options, seconds, (table.done - before) / options.samples)
+
+
+def _explain(
+    options: RoundtripOptions,
+    table: ResultTable,
+    store: CaptureStore,
+    layer: int,
+    pair: Pair,
+    controls: Controls,
+    segments: Iterator[np.ndarray],
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> None:
+    """Explain the rows of the segments that the table does not hold yet, and finish it."""
+    known = 0
+
+    def write(columns: dict[str, Any]) -> None:
+        table.append(columns)
+        progress(table.done, known * options.samples)
+
+    with closing(pair):
+        pipeline = Pipeline(options, store, layer, pair, controls, write)
+        for part in segments:
+            first, known = known, known + len(part)
+            there = max(table.done // options.samples - first, 0)
+            each = "an explanation" if options.samples == 1 else f"{options.samples} explanations"
+            announce(
+                f"{known:,} rows of layer {layer}, {each} each"
+                + (f" ({table.done:,} already there)" if there else "")
+            )
+            if there < len(part):
+                pipeline.run(part[there:], first + there)
+        variance, measured = _variance(options, store, layer, pair.device)
+    metadata = _metadata(options, layer, pair) | {
+        "variance": variance,
+        "variance_rows": measured,
+        "control_rows": len(controls.rows),
+        "control_vectors": len(controls.distinct),
+    }
+    table.finish(metadata, lambda mse: _explained_variance(mse, variance))
 
 
 def _control_sample(

@@ -3,9 +3,9 @@
 `nla_engine.store.export` and `nla_engine.store.verify` are imported by those who need them.
 """
 
-from nla_engine.store.directory import has_writer
 from nla_engine.store.format import Finish, RowFlag, row_flags
 from nla_engine.store.layer import LayerReader
+from nla_engine.store.lease import WriterWatch
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.sequences import StoredSequence
@@ -20,6 +20,6 @@ __all__ = [
     "SequenceRows",
     "StoreWriter",
     "StoredSequence",
-    "has_writer",
+    "WriterWatch",
     "row_flags",
 ]

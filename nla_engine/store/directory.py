@@ -7,59 +7,18 @@ Knows nothing of what lies inside beyond the names that a store may hold.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nla_engine.errors import DamageError, StoreError, WriteError
+from nla_engine.errors import DamageError, StoreError
+from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
 from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath
-from nla_engine.store.shards import TEMPORARY_SUFFIX, fsync_directory, make_directory, writing
+from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, writing
+from nla_engine.store.swap import aside_name, exists, put_in_place, remove_directory, staging_name
 
 GROUP_NAMES = ("rows", "sequences", "vocabulary")
-
-
-class DirectoryLock:
-    """The right to write a store: `flock` on its directory. No lock file; a dead writer holds nothing."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises StoreError when another process (or another writer of this one) holds it."""
-        with writing(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found = os.stat(path)
-            ours = os.fstat(self._fd)
-            if (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
-                raise BlockingIOError  # it was replaced between open and lock
-        except (BlockingIOError, FileNotFoundError):
-            self.release()
-            raise StoreError(
-                f"{path}: another process is writing this store: wait for it or end it"
-            ) from None
-        except OSError as error:
-            self.release()
-            raise WriteError(f"{path}: cannot be locked: {error.strerror}") from error
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def has_writer(path: Path) -> bool:
-    """Whether a process holds the right to write the store at this moment."""
-    with writing(path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def check_outside_stores(path: Path) -> None:
@@ -80,39 +39,46 @@ def _is_store(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, DirectoryLock]]:
-    """A new locked directory beside `path`, to be filled inside; on leaving it takes the name `path`.
+def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
+    """A new directory beside `path` and its lease, to be filled inside; on leaving it takes the name `path`.
 
-    An existing store is replaced only at that moment and only with `overwrite`; when the body raises, it is
-    untouched and the new directory is gone. Raises StoreError when what `path` holds may not be replaced, or it
+    An existing store is replaced only at that moment, in one step, and only with `overwrite`; when the body raises, it
+    is untouched and the new directory is gone. Raises StoreError when what `path` holds may not be replaced, or it
     lies in another store.
     """
     check_outside_stores(path)
-    replaced = _lock_replaceable(path, overwrite)
-    staging, aside = path.with_name(f".{path.name}.nla-new"), path.with_name(f".{path.name}.nla-old")
+    replaced = _lease_of_replaceable(path, overwrite)
+    staging = staging_name(path)
     try:
-        _remove_leftover(staging)
+        for leftover in (staging, aside_name(path)):
+            _remove_leftover(leftover)
         try:
             with writing(staging):
                 make_directory(staging)
-            lock = DirectoryLock(staging)
+            lease = Lease.of_directory(staging)
         except BaseException:
             with contextlib.suppress(OSError):
-                staging.rmdir()  # empty ones alone: without the lock it may be another process's by now
+                staging.rmdir()  # empty ones alone: without the lease it may be another process's by now
             raise
         try:
-            yield staging, lock
+            yield staging, lease
+            if replaced is not None:
+                replaced.check()
             with writing(path):
-                if replaced is not None:
-                    _remove_leftover(aside)
-                    os.rename(path, aside)
-                os.rename(staging, path)
-                fsync_directory(path.parent)
+                put_in_place(path, replaced is not None)
         except BaseException:
-            lock.release()
-            shutil.rmtree(staging, ignore_errors=True)
+            if lease.is_in_place():
+                with contextlib.suppress(OSError):
+                    remove_directory(staging, lease)
+            else:  # it has the name already; what it replaces is left, since the disk may not know of it
+                lease.moved(path)
+            lease.release()
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        lease.moved(path)
+        if replaced is not None:
+            replaced.moved(staging)
+            with contextlib.suppress(OSError):
+                remove_directory(staging, replaced)
     finally:
         if replaced is not None:
             replaced.release()
@@ -142,9 +108,9 @@ def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
         raise
 
 
-def _lock_replaceable(path: Path, overwrite: bool) -> DirectoryLock | None:
-    """The lock of the store that is to be replaced; None when nothing is there."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+def _lease_of_replaceable(path: Path, overwrite: bool) -> Lease | None:
+    """The lease of the store that is to be replaced; None when nothing is there."""
+    if not exists(path) or (path.is_dir() and not any(path.iterdir())):
         return None
     if not path.is_dir():
         raise StoreError(f"{path}: a file is in the way: choose another name")
@@ -158,7 +124,7 @@ def _lock_replaceable(path: Path, overwrite: bool) -> DirectoryLock | None:
         raise StoreError(
             f"{path}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
         )
-    return DirectoryLock(path)
+    return Lease.of_directory(path)
 
 
 def _foreign_names(path: Path) -> list[str]:
@@ -167,7 +133,7 @@ def _foreign_names(path: Path) -> list[str]:
 
 def _foreign(names: Iterable[str]) -> list[str]:
     """Those of the names in a root that no store holds."""
-    known = {*GROUP_NAMES, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX}
+    known = {*GROUP_NAMES, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX, LOCK_NAME}
     return sorted(name for name in names if name not in known and not name.startswith("layer_"))
 
 
@@ -178,6 +144,5 @@ def _remove_leftover(path: Path) -> None:
             raise StoreError(
                 f"{path}: in the way, and holds '{foreign[0]}', which is no part of a store: move it"
             )
-        DirectoryLock(path).release()  # refuse while another process is still at it
         with writing(path):
-            shutil.rmtree(path)
+            remove_directory(path, Lease.of_directory(path))  # refused while another process is still at it

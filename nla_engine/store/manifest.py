@@ -31,6 +31,7 @@ from nla_engine.store.format import (
 )
 from nla_engine.store.objects import Place
 from nla_engine.store.shards import write_file_atomically
+from nla_engine.store.swap import exists
 
 METADATA_NAME = "zarr.json"
 GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
@@ -220,7 +221,11 @@ def read_attributes(root: Place) -> dict[str, Any]:
     """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
     path = root / METADATA_NAME
     try:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            exists(root)  # which puts back what an interrupted replacement left under another name
+            data = path.read_bytes()
     except OSError as error:
         raise _why_unreadable(root, error) from None
     try:

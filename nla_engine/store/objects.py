@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # a store on a disk is read without importing zarr
     from zarr.core.buffer import Buffer
 
 LOCK_NAME = ".nla-writer"
+#: Between two commits a writer asks as often as this whether the store is still its own.
+CHECK_SECONDS = 2.0
 #: Characters of a library's error that ours repeats.
 _LONGEST_REASON = 300
 _T = TypeVar("_T")
@@ -156,6 +159,7 @@ class ObjectLock:
         self._object = root / LOCK_NAME
         holder = {"host": socket.gethostname(), "process": os.getpid(), "token": os.urandom(8).hex()}
         self._data = json.dumps(holder).encode()
+        self._checked = time.monotonic()
         self._held = self._object.create(self._data)
         if not self._held:
             raise StoreError(
@@ -165,6 +169,7 @@ class ObjectLock:
 
     def check(self) -> None:
         """Raise WriteError when it was taken away, so that a writer that was thought dead commits nothing."""
+        self._checked = time.monotonic()
         try:
             self._held = self._object.read_bytes() == self._data
         except FileNotFoundError:
@@ -173,6 +178,11 @@ class ObjectLock:
             raise WriteError(
                 f"{self._object}: deleted or replaced while this process was writing: nothing is committed"
             )
+
+    def check_sometimes(self) -> None:
+        """`check`, unless that was a moment ago: it is a request."""
+        if time.monotonic() - self._checked >= CHECK_SECONDS:
+            self.check()
 
     def release(self) -> None:
         with contextlib.suppress(OSError, WriteError):  # if it stays, the next writer's error names it

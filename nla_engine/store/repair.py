@@ -19,14 +19,16 @@ import numpy as np
 from nla_engine.errors import StoreError
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.damage import Damage
-from nla_engine.store.directory import DirectoryLock, staged
+from nla_engine.store.directory import staged
+from nla_engine.store.empty import write_empty, write_metadata
 from nla_engine.store.format import Finish, layer_group
+from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import place
 from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.shards import MEND
 from nla_engine.store.verify import Check, Verification
-from nla_engine.store.writer import StoreWriter, write_empty, write_metadata
+from nla_engine.store.writer import StoreWriter
 
 #: Rows that are read and written at once.
 GROUP_ROWS = 4096
@@ -98,12 +100,9 @@ def repair(
 
 
 def _rewrite_metadata(target: Path, manifest: Manifest) -> None:
-    lock = DirectoryLock(target)
-    try:
+    with Lease.of_directory(target):
         _unchanged(target, manifest)
         write_metadata(target, manifest)
-    finally:
-        lock.release()
 
 
 def _unchanged(target: Path, manifest: Manifest) -> None:
@@ -119,10 +118,10 @@ def _rewrite(target: Path, manifest: Manifest, damage: Damage, dropped: Mapping[
     new = replace(
         manifest, store_id=uuid.uuid4().hex, commit=nothing, dropped={**manifest.dropped, **dropped}
     )
-    with staged(target, overwrite=True) as (staging, lock):
+    with staged(target, overwrite=True) as (staging, lease):
         _unchanged(target, manifest)
         write_empty(staging, new, vocabulary)
-        with StoreWriter(staging, lock, new, commit_seconds=float("inf")) as writer:
+        with StoreWriter(staging, lease, new, commit_seconds=float("inf")) as writer:
             for group in _groups(target, manifest, damage, set(dropped)):
                 writer.append_many(group)
             writer.close(complete=manifest.commit.complete)

@@ -119,9 +119,10 @@ class Verification:
     def _names(self) -> Check:
         known = {METADATA_NAME, *(name.split("/")[0] for name in self._specs)}
         if isinstance(self._root, ObjectPath):
-            found = {name.split("/")[0] for name in self._root.names()} - {LOCK_NAME}
+            found = {name.split("/")[0] for name in self._root.names()}
         else:
             found = set(os.listdir(self._root)) - {METADATA_NAME + TEMPORARY_SUFFIX}
+        found -= {LOCK_NAME}
         detail = [f"'{name}' is missing" for name in sorted(known - found)]
         detail += [f"'{name}' is no part of a store" for name in sorted(found - known)]
         return Check("names", not detail, "; ".join(detail) or "all there, nothing foreign")

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,16 +23,16 @@ import numpy as np
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.arrays import ArrayLog
-from nla_engine.store.directory import DirectoryLock, emptied, staged
+from nla_engine.store.directory import emptied, staged
+from nla_engine.store.empty import write_empty
 from nla_engine.store.format import default_narrow_shard_rows, default_shard_rows, layer_group
 from nla_engine.store.interrupt import interrupt_held
+from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import (
-    GROUP_METADATA,
     METADATA_NAME,
     Commit,
     Manifest,
     differences,
-    json_bytes,
     strict_json,
 )
 from nla_engine.store.objects import ObjectLock, ObjectPath, Place, place
@@ -42,8 +41,6 @@ from nla_engine.store.records import LayerRows, SequenceBatch, SequenceRows
 from nla_engine.store.shards import (
     TEMPORARY_SUFFIX,
     fsync_directory,
-    make_directory,
-    write_file_atomically,
     writing,
 )
 
@@ -60,7 +57,7 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: Place, lock: DirectoryLock | ObjectLock, manifest: Manifest, commit_seconds: float
+        self, path: Place, lock: Lease | ObjectLock, manifest: Manifest, commit_seconds: float
     ) -> None:
         """For `create` and `resume`. `manifest` is what stands on disk."""
         self.path = path
@@ -146,7 +143,7 @@ class StoreWriter:
         target = _target(path)
         Manifest.read(target)
         with writing(target):
-            lock = ObjectLock(target) if isinstance(target, ObjectPath) else DirectoryLock(target)
+            lock = ObjectLock(target) if isinstance(target, ObjectPath) else Lease.of_directory(target)
         try:
             manifest = Manifest.read(target)  # again: another writer may have just let go
             if changed := differences(manifest.options, strict_json(options, "options")):
@@ -206,6 +203,7 @@ class StoreWriter:
         self._append(SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended), True)
 
     def _append(self, batch: SequenceBatch, wait: bool) -> None:
+        self._check_lock(sometimes=True)
         logs, columns = self._logs, self._columns(batch)
         with self._write_errors():
             try:
@@ -317,6 +315,7 @@ class StoreWriter:
 
     def _write_commit(self, complete: bool, epoch: int | None = None) -> None:
         logs = self._logs
+        self._check_lock()
         with self._write_errors():
             for log in logs.values():
                 log.flush()
@@ -332,14 +331,17 @@ class StoreWriter:
                 time=_now(),
             )
             manifest = replace(self._manifest, commit=committed, codec_error=dict(self._codec_error))
-            if isinstance(self._lock, ObjectLock):
-                with writing(self.path):
-                    self._lock.check()
+            self._check_lock()
             manifest.write(self.path)
             self._manifest = manifest
             for log in logs.values():
                 log.describe()
             self._queue.join()
+
+    def _check_lock(self, sometimes: bool = False) -> None:
+        """WriteError when another process has taken the store: two writers would write the same shards."""
+        with self._write_errors(), writing(self.path):
+            self._lock.check_sometimes() if sometimes else self._lock.check()
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -360,35 +362,6 @@ class StoreWriter:
             except BaseException:
                 self._usable = False
                 raise
-
-
-def write_empty(root: Place, manifest: Manifest, vocabulary: Sequence[bytes]) -> None:
-    """Fill a new directory: groups, empty arrays, the vocabulary, the manifest. Raises WriteError."""
-    specs = manifest.specs()
-    if isinstance(root, Path):
-        with writing(root):
-            for path in specs:
-                make_directory(root / path / "c")
-    sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
-    with WriteQueue() as queue:
-        logs = {name: ArrayLog(root, specs[name], queue) for name in ("vocabulary/start", "vocabulary/text")}
-        logs["vocabulary/start"].append(np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
-        logs["vocabulary/text"].append(np.frombuffer(b"".join(vocabulary), np.uint8))
-        for log in logs.values():
-            log.flush()
-    write_metadata(root, manifest)
-
-
-def write_metadata(root: Place, manifest: Manifest) -> None:
-    """Every zarr.json of a store, the manifest last. Raises WriteError."""
-    lengths = manifest.lengths()
-    with WriteQueue() as queue:
-        documents: dict[str, Any] = {path.split("/")[0]: GROUP_METADATA for path in manifest.specs()}
-        documents |= {path: spec.metadata(lengths[spec.unit]) for path, spec in manifest.specs().items()}
-        for name, document in documents.items():
-            path, data = root / name / METADATA_NAME, json_bytes(document, name)
-            queue.submit(partial(write_file_atomically, path, data), len(data))
-    manifest.write(root)
 
 
 def _target(path: str | os.PathLike[str]) -> Place:

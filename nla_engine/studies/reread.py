@@ -155,7 +155,7 @@ def run_reread(
     digest = hashlib.sha256()
     for reading in readings:
         digest.update(repr((reading.row, reading.variant, reading.unit, reading.text)).encode())
-    table = ResultTable.open(
+    with ResultTable.open(
         out,
         options={
             "store": store.attributes["store_id"],
@@ -167,9 +167,22 @@ def run_reread(
         resume=resume,
         overwrite=overwrite,
         schema=SCHEMA,
-    )
-    if table.finished:
-        return
+    ) as table:
+        if not table.finished:
+            _read_rest(table, store, layer, readings, reconstructor, variance, seed, progress)
+
+
+def _read_rest(
+    table: ResultTable,
+    store: CaptureStore,
+    layer: int,
+    readings: Sequence[Reading],
+    reconstructor: Reconstructor,
+    variance: float,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Read the texts that the table does not hold yet, and finish it."""
     vectors, device = store.layer(layer), reconstructor.lm.device
     sequence = store.column("sequence")
     controls: dict[str, Controls] = {}
