@@ -117,6 +117,10 @@ class Disk:
             (parent, old), (target, new) = self._find(words[0]), self._find(words[1])
             assert parent is target, "a rename from one directory to another"
             parent.change((old, None), (new, parent.names[old]))
+        elif kind == "exchange":
+            (parent, first), (other, second) = self._find(words[0]), self._find(words[1])
+            assert parent is other, "an exchange between two directories"
+            parent.change((first, parent.names[second]), (second, parent.names[first]))
         else:
             assert kind == "note", line
 

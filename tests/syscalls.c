@@ -137,3 +137,24 @@ int unlink(const char* path) {
     if (!below(path)) return REAL(unlink)(path);
     ON_PATH(REAL(unlink)(path), "unlink\t%s\n", name(path));
 }
+
+int rmdir(const char* path) {
+    if (!below(path)) return REAL(rmdir)(path);
+    ON_PATH(REAL(rmdir)(path), "unlink\t%s\n", name(path));
+}
+
+// How a tree is removed: names below an open directory, files and directories alike.
+int unlinkat(int directory, const char* entry, int flags) {
+    char link[64], path[8192];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+    const ssize_t size = entry[0] == '/' ? 0 : readlink(link, path, sizeof path / 2);
+    if (size < 0) return REAL(unlinkat)(directory, entry, flags);
+    snprintf(path + size, sizeof path - size, "%s%s", size ? "/" : "", entry);
+    if (!below(path)) return REAL(unlinkat)(directory, entry, flags);
+    ON_PATH(REAL(unlinkat)(directory, entry, flags), "unlink\t%s\n", name(path));
+}
+
+int renameat2(int from_directory, const char* from, int to_directory, const char* to, unsigned int flags) {
+    if (!below(from)) return REAL(renameat2)(from_directory, from, to_directory, to, flags);
+    ON_PATH(REAL(renameat2)(from_directory, from, to_directory, to, flags), "exchange\t%s\t%s\n", name(from), name(to));
+}

@@ -52,14 +52,17 @@ def write_in_stages(path: Path) -> None:
     power_cut.note("done")
 
 
-def run(job: str, library: Path, folder: Path, native: bool, *arguments: object) -> str:
-    """Call one of this module's functions in a process whose calls are watched."""
+def run(
+    job: str, library: Path, folder: Path, native: bool, *arguments: object, module: str = Path(__file__).stem
+) -> str:
+    """Call a function of a test module in a process whose calls are watched."""
     words = ", ".join([f"Path({str(folder)!r})", *map(repr, arguments)])
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import {Path(__file__).stem} as here
-if not {native}: here.extension.load = lambda: None
+import {module} as here
+from nla_engine import extension
+if not {native}: extension.load = lambda: None
 here.{job}({words})
 """
     done = subprocess.run(
