@@ -14,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import call
 from test_store_samples import create_store, fill_store, sample_sequences
 
 from nla_engine.codec import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store import CaptureStore, StoreWriter, WriterWatch, lease
+from nla_engine.store.export import export
 from nla_engine.store.lease import Lease
+from nla_engine.store.verify import verify
 
 CODEC = Codec.named("int8", 16)
 OPTIONS = {"seed": 1, "capture": {"layer": 3}}
@@ -215,18 +218,6 @@ def test_a_writer_whose_store_was_taken_writes_no_more(
     assert (store.sequences, store.rows, store.commit.epoch) == (2, 40, 2)
 
 
-def test_a_forked_child_keeps_the_lock_until_it_ends_too(tmp_path: Path) -> None:
-    """A lock is of the open file: whoever is forked after it holds it, until that process ends, too."""
-    process = child(tmp_path, "sys.exit(0) if os.fork() else time.sleep(0.5)")
-    process.wait()
-    assert WriterWatch(tmp_path).has_writer()
-    deadline = time.monotonic() + 20
-    while WriterWatch(tmp_path).has_writer() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    Lease.of_directory(tmp_path).release()
-    process.stdout.close()
-
-
 def test_the_lock_is_one_that_file_servers_keep(tmp_path: Path) -> None:
     """Not `flock`, which they may not, and not the kind that any close of the file ends."""
     with Lease.of_directory(tmp_path):
@@ -238,9 +229,29 @@ def test_the_lock_is_one_that_file_servers_keep(tmp_path: Path) -> None:
         assert WriterWatch(tmp_path).has_writer()
 
 
+@pytest.mark.parametrize("command", [("study", "multiplication"), ("demo",)])
+def test_a_directory_that_another_run_fills_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
+    with Lease.of_directory(tmp_path):
+        done = call(*command, "--out", tmp_path)
+        assert (done.code, "another process is writing here" in done.err) == (2, True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
+    fill_store(tmp_path / "run.zarr", CODEC, [3])
+    store, out = CaptureStore.open(tmp_path / "run.zarr"), tmp_path / "deep" / "rows.npy"
+    out.parent.mkdir()
+    with Lease.beside(out), pytest.raises(StoreError, match="another process is writing here"):
+        export(store, "npy", out)
+    assert os.listdir(out.parent) == []
+    assert export(store, "npy", out) == 3
+    assert os.listdir(out.parent) == ["rows.npy"]
+
+
 def test_a_stale_lease_is_no_damage(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     fill_store(path, CODEC, [3])
     (path / lease.LOCK_NAME).write_bytes(lease._record())
+    assert all(check.ok for check in verify(path))
     create_store(path, CODEC, overwrite=True).close()
     assert sorted(os.listdir(path)) == ["layer_3", "rows", "sequences", "vocabulary", "zarr.json"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import os
 import platform
 import subprocess
@@ -112,10 +114,13 @@ def to_json(machine: Machine, lines: Sequence[Line], **more: Any) -> dict[str, A
 def append_csv(path: Path, machine: Machine, model: str, lines: Sequence[Line]) -> None:
     """Add lines to a CSV file, with a header if it is new. A case begins with its model: one file may hold several."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
+        with contextlib.suppress(
+            OSError
+        ):  # several runs may add to one file: one at a time, where there are locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
+        if os.fstat(file.fileno()).st_size == 0:
             writer.writeheader()
         writer.writerows(vars(machine) | line.to_dict() | {"case": f"{model}: {line.case}"} for line in lines)
 

@@ -23,7 +23,8 @@ from nla_engine.errors import RequestError
 from nla_engine.report import write_report
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
-from nla_engine.store.shards import make_directory, writing
+from nla_engine.store.lease import Lease
+from nla_engine.store.shards import make_directory, write_file_atomically, writing
 
 TRIO = Path(__file__).parent / "trio"
 LAYER = 5
@@ -55,13 +56,25 @@ def run_demo(
     there already, unless they are to be overwritten.
     """
     _check_out(out, overwrite)
-    prompts = out / "problems.jsonl"
     with writing(out):
         make_directory(out)
+    with Lease.of_directory(out):
+        _check_out(out, overwrite)  # again: another run may have just ended
+        return _run(out, problems, device, seed, announce, progress)
+
+
+def _run(
+    out: Path,
+    problems: int,
+    device: str | None,
+    seed: int,
+    announce: Callable[[str], None],
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> tuple[dict[str, Any], list[Sample]]:
+    prompts = out / "problems.jsonl"
     records = [prompt_record(problem) for problem in held_out_problems(problems, seed)]
-    prompts.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-    )
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_file_atomically(prompts, lines.encode())
     announce(f"1  capture: {problems} multiplications that verbalizer and reconstructor never saw")
     capture_options = CaptureOptions(
         model=str(TRIO / "base"),

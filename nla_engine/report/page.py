@@ -24,6 +24,7 @@ from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import facts, figures, lead, warnings
 from nla_engine.store import CaptureStore
 from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.lease import Lease
 from nla_engine.store.shards import write_file_atomically
 
 #: Parts of the page in the order in which they are joined.
@@ -101,7 +102,8 @@ def write_report(
     caveats = warnings(store, table)
     title = title or f"{store.path.name}: layer {table.metadata['layer']} in words"
     page = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
-    write_file_atomically(out, page)
+    with Lease.beside(out):  # two that write one page would write one temporary file
+        write_file_atomically(out, page)
     return ReportSummary(
         out=str(out),
         bytes=len(page),

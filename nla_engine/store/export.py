@@ -25,9 +25,10 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.format import IMPORTED, RowFlag
 from nla_engine.store.layer import LayerReader
+from nla_engine.store.lease import Lease
 from nla_engine.store.reader import CaptureStore
 from nla_engine.store.sequences import StoredSequence
-from nla_engine.store.shards import replacing
+from nla_engine.store.shards import make_directory, replacing, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,14 +116,17 @@ def export(
     if shard_rows is None and path.suffix != SUFFIXES[to]:
         raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers go by it")
     write = _WRITERS[to]
-    with replacing(path) as temporary:
-        if shard_rows is not None:
-            _write_shards(selection, to, temporary, shard_rows)
-        else:
-            write(selection, temporary)
-    if to == "nla":
-        with replacing(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
-            temporary.write_text(_nla_sidecar(selection), encoding="utf-8")
+    with writing(path):
+        make_directory(path.parent)
+    with Lease.beside(path):
+        with replacing(path) as temporary:
+            if shard_rows is not None:
+                _write_shards(selection, to, temporary, shard_rows)
+            else:
+                write(selection, temporary)
+        if to == "nla":
+            with replacing(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
+                temporary.write_text(_nla_sidecar(selection), encoding="utf-8")
     return len(rows)
 
 

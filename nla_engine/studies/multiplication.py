@@ -6,6 +6,7 @@ Uses the stages as any caller does. A study is a directory; every step of it can
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from nla_engine.reconstruct import Reconstructor
 from nla_engine.results import batches, read_metadata
 from nla_engine.roundtrip import run_roundtrip
 from nla_engine.store import CaptureStore
+from nla_engine.store.lease import Lease
+from nla_engine.store.objects import LOCK_NAME
+from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, write_file_atomically, writing
 from nla_engine.studies.answers import Reply, read_replies
 from nla_engine.studies.outcome import Outcome, Setup, measure
 from nla_engine.studies.present import FIGURES, MARKDOWN, PAGE, TABLES, write_outcome
@@ -76,6 +80,22 @@ def run_multiplication(
     started = time.perf_counter()
     setup = _setup(options)
     records = _problem_records(options, setup)
+    _check_directory(options)
+    with writing(options.out):
+        make_directory(options.out)
+    with Lease.of_directory(options.out):
+        return _run(options, setup, records, started, announce, progress)
+
+
+def _run(
+    options: MultiplicationOptions,
+    setup: Setup,
+    records: list[dict[str, object]],
+    started: float,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> MultiplicationSummary:
+    """The study, once nobody else is at its directory."""
     _open_directory(options)
     out = options.out
     _write(out / PROBLEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -115,27 +135,31 @@ def _problem_records(options: MultiplicationOptions, setup: Setup) -> list[dict[
     return [problem.record(number) for number, problem in enumerate(problems)]
 
 
-def _open_directory(options: MultiplicationOptions) -> None:
-    """A directory for the study: new, gone on with, or emptied of what a study writes."""
+def _check_directory(options: MultiplicationOptions) -> bool:
+    """Whether a study is there that is to be gone on with. RequestError if the directory cannot be used as asked."""
     out, record = options.out, options.out / RECORD
-    asked = {key: value for key, value in options.to_dict().items() if key not in _FREE}
     if out.exists() and not out.is_dir():
         raise RequestError(f"{out}: a file is in the way; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not record.exists():
-            raise RequestError(f"{out}: holds other files and no study; choose another --out")
-        if options.overwrite:
-            _remove_study(out)
-        elif options.resume:
-            _check_same(record, asked)
-            return
-        else:
-            raise RequestError(f"{out}: exists; pass --resume to go on with it or --overwrite to replace it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{out}: cannot be made ({error.strerror})") from error
-    _write(record, json.dumps(asked, indent=1) + "\n")
+    if not out.is_dir() or set(os.listdir(out)) <= {LOCK_NAME, RECORD + TEMPORARY_SUFFIX}:
+        return False
+    if not record.exists():
+        raise RequestError(f"{out}: holds other files and no study; choose another --out")
+    if options.resume and not options.overwrite:
+        _check_same(record, _asked(options))
+    elif not options.overwrite:
+        raise RequestError(f"{out}: exists; pass --resume to go on with it or --overwrite to replace it")
+    return not options.overwrite
+
+
+def _open_directory(options: MultiplicationOptions) -> None:
+    """A directory for the study: new, gone on with, or emptied of what a study writes."""
+    if not _check_directory(options):
+        _remove_study(options.out)
+        _write(options.out / RECORD, json.dumps(_asked(options), indent=1) + "\n")
+
+
+def _asked(options: MultiplicationOptions) -> dict[str, Any]:
+    return {key: value for key, value in options.to_dict().items() if key not in _FREE}
 
 
 def _check_same(record: Path, asked: dict[str, Any]) -> None:
@@ -167,10 +191,7 @@ def _remove_study(out: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+    write_file_atomically(path, text.encode())
 
 
 class _Stages:
