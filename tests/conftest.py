@@ -20,6 +20,8 @@ from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
 
 from nla_engine import extension
+from nla_engine.demo import smollm2 as real
+from nla_engine.errors import RequestError
 from nla_engine.hub import fetch, find
 
 if TYPE_CHECKING:
@@ -64,6 +66,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert call(*capture(root, root / "run.zarr")).code == 0
     assert call(*roundtrip(root, root / "explained.parquet")).code == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A checkpoint of SmolLM2-135M-Instruct, made once and kept in the cache directory. Tests of it are marked real."""
+    try:
+        return real.cached()
+    except RequestError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
