@@ -197,9 +197,9 @@ def test_a_text_that_is_read(
         assert store.codec_error[layer]["mean"] <= MEAN[codec]
 
 
-#: Relative L2 error of a row: the worst that docs/codecs.md measured on this model's rows, and the largest mean.
-WORST = {"int8": 0.0075, "int4": 0.12, "bf16": 2**-8}
-MEAN = {"int8": 0.0065, "int4": 0.10, "bf16": 0.0}
+#: Relative L2 error of a row: a little above the worst, and the largest mean, of docs/codecs.md on this model.
+WORST = {"int8": 0.0075, "int4": 0.115, "bf16": 2**-8}
+MEAN = {"int8": 0.0056, "int4": 0.09, "bf16": 0.0}
 
 
 def check_exact(got: np.ndarray, want: np.ndarray) -> None:

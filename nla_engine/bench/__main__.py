@@ -85,7 +85,9 @@ def bench(
     if csv is not None:
         check_csv(csv)
     settings = Settings(
-        suites=SUITES if "all" in suites else tuple(dict.fromkeys(suites)),
+        suites=tuple(name for name in SUITES if name != "real" or model is not None)
+        if "all" in suites
+        else tuple(dict.fromkeys(suites)),
         device=where,
         dtype=pick_dtype(dtype, where),
         model=model,

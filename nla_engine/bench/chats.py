@@ -56,7 +56,7 @@ _FUNCTIONS = (
 
 
 def chats(count: int) -> list[str]:
-    """`count` user messages, of 4 to about 600 words; request i is the same for every count."""
+    """`count` user messages, of 5 to about 700 words; request i is the same for every count."""
     return [_message(np.random.default_rng(i)) for i in range(count)]
 
 

@@ -20,6 +20,7 @@ SUITES = (
     "store",
     "scaling",
     "codec",
+    "real",
 )
 BASELINES = ("hf", "none")
 
@@ -127,6 +128,8 @@ class Settings:
         unknown = [name for name in self.suites if name not in SUITES]
         if unknown:
             raise RequestError(f"suite {unknown[0]} is unknown: choose of {', '.join(SUITES)}, or all")
+        if "real" in self.suites and self.model is None:
+            raise RequestError("suite real needs --model: give a checkpoint with a chat template")
         if self.baseline not in BASELINES:
             raise RequestError(f"--baseline {self.baseline} is unknown: choose {' or '.join(BASELINES)}")
         for flag in ("requests", "prompt_tokens", "new_tokens", "repeats", "time_limit"):
