@@ -2,7 +2,7 @@
 
 CMakeLists.txt is the only list of sources. The extension is optional: without a compiler the package installs
 and imports without it (`nla_engine.extension` says what is slower). NLA_CUDA=1 demands the CUDA part, NLA_CUDA=0
-leaves it out, NLA_CUDA_ARCH names the architecture (default 90a).
+leaves it out, NLA_CUDA_ARCH names the architectures to build for (as "89;90a"; default: the list in CMakeLists.txt).
 """
 
 import os

@@ -15,6 +15,7 @@
 #include "encode.hpp"
 #include "gated.hpp"
 #include "matmul.hpp"
+#include "probe.hpp"
 #include "shard.hpp"
 
 namespace py = pybind11;
@@ -207,6 +208,8 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef NLA_WITH_CUDA
     m.attr("cuda") = true;
+    m.attr("cuda_architectures") = NLA_CUDA_ARCHITECTURES;
+    m.def("cuda_fault", &nla::cuda_fault, "device"_a, "Why CUDA cannot run the kernels there; empty if it can.");
     m.def("encode_rows", &encode_rows, "device"_a, "stream"_a, py::kw_only(), "codec"_a, "d"_a, "block"_a, "group"_a,
           "hidden"_a, "hidden_dtype"_a, "row_stride"_a, "rows"_a, "dest"_a, "codes"_a, "scales"_a, "norm"_a,
           "sink_norm"_a, "exact"_a, "exact_dest"_a, "exact_count"_a, "exact_capacity"_a,
@@ -216,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
           "One launch of the decoder; addresses as integers (see csrc/encode.hpp).");
 #else
     m.attr("cuda") = false;
+    m.attr("cuda_architectures") = "";
 #endif
 
 #ifdef NLA_WITH_HOPPER

@@ -15,6 +15,10 @@
 #include "device.cuh"
 #include "wgmma.cuh"
 
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "gated.cu is for sm_90a alone: its instructions are those of Hopper, and of no card after it"
+#endif
+
 namespace nla {
 namespace {
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine import extension
 from nla_engine.appender import Appender
 from nla_engine.calibrate import calibrate
 from nla_engine.checkpoint import SIDECAR
@@ -30,6 +29,7 @@ from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
+from nla_engine.ops.backends import shortfall
 from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prompts
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
@@ -281,8 +281,8 @@ def _fitting_generator(
     announce: Callable[[str], None],
 ) -> Generator:
     """The generator of the plan, or of the largest halving of its slots that the GPU has memory for."""
-    if lm.device.type == "cuda" and not extension.has_cuda():
-        announce(f"rows are encoded by torch, not by the CUDA kernel: {extension.why_missing()}")
+    for line in shortfall(lm.device):
+        announce(line)
     while True:
         try:
             return _generator(options, lm, prompts, plan, tokens, writer)

@@ -1,6 +1,6 @@
 """The compiled extension `nla_engine._C`: whether it is there, and what its absence costs.
 
-Knows nothing of what the extension computes. Prints nothing; whoever starts a run says `why_missing()`.
+Knows nothing of what the extension computes, nor of devices. Prints nothing; `--version` says `why_missing()`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ def load() -> ModuleType | None:
 
 
 def has_cuda() -> bool:
-    """Whether the extension was built with its CUDA part (that a device is there is another question)."""
+    """Whether the extension was built with its CUDA part; `ops.backends.cuda_fault` says whether a device runs it."""
     module = load()
     return module is not None and bool(module.cuda)
+
+
+def architectures() -> tuple[str, ...]:
+    """What the CUDA part is compiled for, as nvcc names it: sm_86 is machine code, compute_86 PTX."""
+    return tuple(getattr(load(), "cuda_architectures", "").split())
 
 
 def why_missing() -> str:
@@ -42,10 +47,5 @@ def why_missing() -> str:
         return (
             "the compiled extension has no CUDA part: CUDA rows are encoded by plain torch, slower; "
             "put nvcc on PATH and reinstall nla-engine with NLA_CUDA=1"
-        )
-    if not getattr(module, "gated_tiles", ()):
-        return (
-            "the compiled extension has no gated product for Hopper GPUs, which compute it in two launches, slower; "
-            "put nvcc 12.5 or later on PATH and reinstall nla-engine with NLA_CUDA=1"
         )
     return ""

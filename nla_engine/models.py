@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nla_engine.cards import card_of, torch_fault
 from nla_engine.errors import CheckpointError, RequestError, first_line
 from nla_engine.hub import commit_of, find_directory
 
@@ -159,16 +160,22 @@ def pick_device(device: str | None) -> torch.device:
     number = torch.cuda.current_device() if chosen.index is None else chosen.index
     if number >= torch.cuda.device_count():
         raise RequestError(f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs")
+    chosen = torch.device("cuda", number)
+    if fault := torch_fault(card_of(chosen)):
+        raise RequestError(fault)
     torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    return chosen
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU and float32 on a CPU, unless named."""
+    """bfloat16 on a GPU that computes in it, else float32, unless named. RequestError for one that is not to be had."""
+    on_gpu = device.type == "cuda"
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if on_gpu and card_of(device).bfloat16 else torch.float32
     if dtype not in DTYPES:
         raise RequestError(f"dtype '{dtype}' is not supported: use {' or '.join(DTYPES)}")
+    if on_gpu and dtype == "bfloat16" and not card_of(device).bfloat16:
+        raise RequestError(f"dtype bfloat16: {card_of(device)} does not compute in it: use float32")
     return DTYPES[dtype]
 
 

@@ -41,15 +41,25 @@ def _print_version(asked: bool) -> None:
         return
     from importlib.metadata import version
 
+    import torch
+
     from nla_engine import extension
+    from nla_engine.cards import card_of
+    from nla_engine.ops.backends import shortfall
 
     typer.echo(f"nla_engine {version('nla_engine')}")
-    if missing := extension.why_missing():
+    missing = extension.why_missing()
+    if missing:
         typer.echo(missing)
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        lines = [line for line in shortfall(device) if line != missing]
+        for line in lines or [f"{card_of(device)}: runs what there is"]:
+            typer.echo(line)
     raise typer.Exit
 
 
-_VERSION_HELP = "Print the version and what is missing, then stop."
+_VERSION_HELP = "Print the version, what is missing and what each GPU goes without, then stop."
 
 
 @app.callback()

@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
+from nla_engine.ops.cut import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
+
 
 @dataclass(frozen=True)
 class KeyValues:
@@ -59,13 +62,9 @@ class Shape:
     softcap: float = 0.0
 
 
-#: Query rows of a program that reads the shared prefix.
-_PREFIX_ROWS = 64
-
-
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton on CUDA, else torch."""
-    if query.is_cuda:
+    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton where it runs, else torch."""
+    if has_triton(query.device):
         return attend_triton(query, kv, tiles, shape)
     return (attend_one_each if len(tiles.token) == len(query) else attend_reference)(query, kv, tiles, shape)
 
@@ -124,7 +123,7 @@ def tile_rows(tokens: int, group: int) -> int:
 
 
 def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """One program for each tile and key/value head. No synchronisation; runs inside CUDA graphs."""
+    """One program for each tile and key/value head, or several. No synchronisation; runs inside CUDA graphs."""
     tokens, heads, size = query.shape
     groups = kv.keys.shape[2]
     query = query if query.stride(2) == 1 else query.contiguous()
@@ -135,20 +134,18 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     options = {
         "GROUP": heads // groups,
         "HEAD": size,
-        "BLOCK_H": max(16, triton.next_power_of_2(size)),
+        "BLOCK_H": head_width(size),
         "WINDOW": shape.window > 0,
         "SOFTCAP": shape.softcap > 0,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    small = size <= 128 and query.dtype != torch.float32
-    wide = {"BLOCK_N": 64 if size <= 128 else 32, "num_warps": 4, "num_stages": 3 if small else 2}
-    # A decode step only streams keys and values: one warp a program, many programs at once.
-    narrow = {"BLOCK_N": 32, "num_warps": 1, "num_stages": 2}
+    itemsize = query.dtype.itemsize
+    card = card_or_interpreter(query.device)
     partial = torch.empty((tokens, heads, size) if kv.prefix_size else 0, device=query.device)
     state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
     if kv.prefix_size:
-        rows = _PREFIX_ROWS if size <= 128 and query.dtype != torch.float32 else _PREFIX_ROWS // 2
-        _prefix_kernel[(triton.cdiv(tokens * (heads // groups), rows), groups)](
+        cut = cut_for(size, itemsize, PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2, card)
+        _prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
             query,
             kv.prefix_keys,
             kv.prefix_values,
@@ -165,11 +162,14 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             shape.window,
             shape.scale,
             shape.softcap,
-            BLOCK_M=rows,
+            BLOCK_M=cut.rows,
+            BLOCK_N=cut.keys,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
             **options,
-            **wide,
         )
-    _attend_kernel[(len(tiles.token), groups)](
+    cut = cut_for(size, itemsize, tiles.rows, card)
+    _attend_kernel[(len(tiles.token), groups, tiles.rows // cut.rows)](
         query,
         kv.keys,
         kv.values,
@@ -191,9 +191,11 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         shape.scale,
         shape.softcap,
         PREFIX=kv.prefix_size > 0,
-        BLOCK_M=tiles.rows,
+        BLOCK_M=cut.rows,
+        BLOCK_N=cut.keys,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
         **options,
-        **(narrow if small and tiles.rows == 16 else wide),
     )
     return out
 
@@ -298,7 +300,7 @@ def _attend_kernel(
     slot = tl.load(tile_slot + tile)
     first = tl.load(tile_position + tile).to(tl.int32)
 
-    row = tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
     mine = row // GROUP < count
     channel = tl.arange(0, BLOCK_H)
     real = channel < HEAD

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
+
 _MASK = 0xFFFFFFFF
 #: Logits that one program looks at.
 _BLOCK = 4096
@@ -77,9 +79,9 @@ def advance(
     """logits [B, V] of what each lane (int64 [B], slots) has just read. No synchronisation.
 
     A slot that is active stands in one lane only; others, such as the spare one, may stand in several: they stay as
-    they are. Triton on CUDA unless `reference`.
+    they are. Triton where it runs unless `reference`.
     """
-    run = advance_triton if logits.is_cuda and not reference else advance_reference
+    run = advance_triton if has_triton(logits.device) and not reference else advance_reference
     run(logits, lanes, state, how)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nla_engine import extension
+from nla_engine.cards import card_of
 from nla_engine.codec import (
     INT4_CLIPS,
     INT4_TOP,
@@ -29,6 +30,7 @@ from nla_engine.codec import (
     exact_rows,
 )
 from nla_engine.errors import RequestError
+from nla_engine.ops.backends import cuda_fault
 
 BACKENDS = ("cuda", "numba", "torch")
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,23 +75,30 @@ class RowStage:
         return (self.codes, self.scales, self.norm, self.exact, self.exact_dest, self.exact_count)
 
 
-def backend(device: torch.device | str, override: str | None = None) -> str:
-    """The implementation for tensors on `device`: 'cuda', 'numba' or 'torch'. Choose once, at the start of a run.
+def backend(device: torch.device | str, override: str | None = None, codec: Codec | None = None) -> str:
+    """The implementation for tensors on `device`: 'cuda', 'numba' or 'torch'.
 
+    codec: whose rows must fit the card's shared memory for 'cuda'; None: any
     Raises RequestError if `override` names one that is unknown or cannot run there.
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     if override is None:
         if kind == "cpu":
             return "numba"
-        return "cuda" if kind == "cuda" and extension.has_cuda() else "torch"
+        return "cuda" if kind == "cuda" and not cuda_fault(device) and _fits(codec, device) else "torch"
     if override not in BACKENDS:
         raise RequestError(f"encode backend '{override}' is unknown: choose one of {', '.join(BACKENDS)}")
-    if override == "cuda" and not extension.has_cuda():
-        raise RequestError(f"encode backend 'cuda' is not there: {extension.why_missing()}")
     if (override, kind) in (("cuda", "cpu"), ("numba", "cuda")):
         raise RequestError(f"encode backend '{override}' cannot work on device '{device}': use 'torch'")
+    if override == "cuda" and (fault := cuda_fault(device)):
+        raise RequestError(f"encode backend 'cuda' is not there: {fault}")
     return override
+
+
+def _fits(codec: Codec | None, device: torch.device) -> bool:
+    """Whether a row and its scales, as float32, fit the shared memory of a block: what csrc/encode.cu may ask for."""
+    return codec is None or 4 * (codec.d_model + codec.scale_width) <= card_of(device).shared_bytes
 
 
 def encode_rows(
@@ -105,7 +114,7 @@ def encode_rows(
     """
     _check_encode(hidden, dest, stage)
     run = {"cuda": _encode_cuda, "numba": _encode_numba, "torch": encode_rows_reference}
-    run[backend(hidden.device, with_backend)](hidden, dest, stage, sink_norm)
+    run[backend(hidden.device, with_backend, stage.codec)](hidden, dest, stage, sink_norm)
 
 
 def decode_rows(
@@ -123,7 +132,7 @@ def decode_rows(
     """
     _check_decode(codes, scales, norm, codec, out_dtype)
     run = {"cuda": _decode_cuda, "numba": _decode_numba, "torch": decode_rows_reference}
-    return run[backend(codes.device, with_backend)](codes, scales, norm, codec, out_dtype)
+    return run[backend(codes.device, with_backend, codec)](codes, scales, norm, codec, out_dtype)
 
 
 # ---- reference: plain torch, any device, every step written out ----

@@ -10,18 +10,27 @@ Micikevicius et al., arXiv:2209.05433.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from nla_engine.cards import card_of
+from nla_engine.errors import RequestError, first_line
+from nla_engine.ops.backends import triton_fault
 from nla_engine.ops.gate import gate_reference, gated
 from nla_engine.ops.norm import rms_norm_reference
 
 _LARGEST = 448.0
 #: The largest entry that a row is taken to have at least: its scale, and products of two, stay normal float32.
 _TINY = 2.0**-60
+#: The oldest cards that multiply fp8: Ada.
+_CAPABILITY = (8, 9)
+#: Rows, channels and columns of the trial product, and how far its result may lie from the reference's (relative L2):
+#: sums of 14 bits, and a result rounded to bfloat16.
+_TRIAL, _DIFFERENCE = (32, 256, 64), 2**-7
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,44 @@ class Quantised:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies fp8 itself (compute capability 8.9 on); others run the reference."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the device multiplies fp8 itself; others run the reference."""
+    return device.type == "cuda" and not fp8_fault(device)
+
+
+def check_fp8(device: torch.device) -> None:
+    """RequestError if this is a GPU that does not multiply fp8. A CPU runs the reference."""
+    if device.type == "cuda" and (fault := fp8_fault(device)):
+        raise RequestError(f"{fault}: use --precision full")
+
+
+@functools.cache
+def fp8_fault(device: torch.device) -> str:
+    """Why a GPU does not multiply fp8; empty if it does. The first call tries a product: before a graph is captured."""
+    card = card_of(device)
+    if card.capability < _CAPABILITY:
+        return f"{card} does not multiply fp8, which takes an NVIDIA card of compute capability 8.9 or more"
+    if fault := triton_fault(device):
+        return f"fp8 takes Triton kernels ({fault})"
+    random = torch.Generator(device).manual_seed(0)  # torch's own may be part of another thread's graph
+    rows, channels, columns = _TRIAL
+    x, w = (torch.randn(n, channels, device=device, generator=random) for n in (rows, columns))
+    x8, w8 = quantise_triton(x), quantise_triton(w)
+    wanted = scaled_linear_reference(x8, w8, None, torch.float32)
+    try:
+        apart = float((_scaled_product(x8, w8, None).float() - wanted).norm() / wanted.norm())
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a torch without products scaled row by row for this card
+        return (
+            f"{card}: torch {torch.__version__} has no product in fp8 scaled row by row ({first_line(error)})"
+        )
+    if not apart <= _DIFFERENCE:
+        return f"{card}: torch's product in fp8 differs from the reference by {apart:.2g} (limit {_DIFFERENCE:.2g})"
+    return ""
 
 
 def quantise(x: torch.Tensor) -> Quantised:
-    """x [n, k] of any float dtype, contiguous. Triton on CUDA, else the reference."""
+    """x [n, k] of any float dtype, contiguous. Triton where there is fp8, else the reference."""
     return (quantise_triton if has_fp8(x.device) else quantise_reference)(x)
 
 
@@ -62,7 +103,12 @@ def scaled_linear(x: Quantised, w: Quantised, bias: torch.Tensor | None, dtype: 
     """
     if not has_fp8(x.codes.device):
         return scaled_linear_reference(x, w, bias, dtype)
-    out = torch._scaled_mm(
+    return _scaled_product(x, w, bias).to(dtype)
+
+
+def _scaled_product(x: Quantised, w: Quantised, bias: torch.Tensor | None) -> torch.Tensor:
+    """`scaled_linear` in bfloat16, by torch._scaled_mm."""
+    return torch._scaled_mm(
         x.codes,
         w.codes.t(),
         scale_a=x.scale,
@@ -71,7 +117,6 @@ def scaled_linear(x: Quantised, w: Quantised, bias: torch.Tensor | None, dtype: 
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return out.to(dtype)
 
 
 def scaled_linear_reference(

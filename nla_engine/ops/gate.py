@@ -11,13 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
+
 #: transformers' names of the activations that the kernel knows.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 
 
 def gate(both: torch.Tensor, activation: str) -> torch.Tensor:
-    """both [T, 2 m], contiguous; activation "silu" or "gelu" -> [T, m]. Triton on CUDA, else the reference."""
-    return (gate_triton if both.is_cuda else gate_reference)(both, activation)
+    """both [T, 2 m], contiguous; activation "silu" or "gelu" -> [T, m]. Triton where it runs, else the reference."""
+    return (gate_triton if has_triton(both.device) else gate_reference)(both, activation)
 
 
 def gate_reference(both: torch.Tensor, activation: str) -> torch.Tensor:

@@ -13,10 +13,11 @@ import math
 import torch
 
 from nla_engine import extension
+from nla_engine.cards import HOPPER, card_of
+from nla_engine.ops.backends import cuda_fault
 from nla_engine.ops.gate import gate
 from nla_engine.ops.linear import DIFFERENCE, linear
 
-_HOPPER = (9, 0)
 #: What the kernel asks of n, of k and of addresses.
 _N_MULTIPLE, _K_MULTIPLE, _ALIGNMENT = 8, 64, 16
 #: What a tile costs beside its columns, in columns.
@@ -70,9 +71,14 @@ def gated_linear_cuda(
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether the extension has the kernel, and the device is a Hopper GPU."""
+    """Whether the extension has the kernel, and the device is a Hopper GPU that runs it."""
     built = getattr(extension.load(), "gated_tiles", [])
-    return bool(built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
+    return (
+        bool(built)
+        and device.type == "cuda"
+        and card_of(device).capability == HOPPER
+        and not cuda_fault(device)
+    )
 
 
 def tried_tiles(w: torch.Tensor, activation: str) -> tuple[Tile, ...]:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
+
 
 def rms_norm(
     x: torch.Tensor,
@@ -20,8 +22,8 @@ def rms_norm(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, d], weight [d], residual [T, d] or None -> [T, d] in x's dtype. Triton on CUDA, else the reference."""
-    return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps, offset, residual)
+    """x [T, d], weight [d], residual [T, d] or None -> [T, d] in x's dtype. Triton where it runs, else torch."""
+    return (rms_norm_triton if has_triton(x.device) else rms_norm_reference)(x, weight, eps, offset, residual)
 
 
 def rms_norm_reference(

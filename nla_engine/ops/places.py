@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
+
 _BLOCK = 256
 
 
@@ -17,9 +19,9 @@ def row_places(
 ) -> torch.Tensor:
     """slot, position [T]; first, end [slots]; all int64 and contiguous -> int64 [T].
 
-    Triton on CUDA, else the reference.
+    Triton where it runs, else the reference.
     """
-    run = row_places_triton if slot.is_cuda else row_places_reference
+    run = row_places_triton if has_triton(slot.device) else row_places_reference
     return run(slot, position, first, end, rows_per_slot)
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nla_engine.ops.backends import has_triton
 from nla_engine.ops.norm import rms_norm_reference
 
 
@@ -39,9 +40,9 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """row [T, (H + 2 KV) h]; cos, sin [T, h]; keys, values [slots, size, KV, h] to write at (slot, place) int64 [T].
 
-    Returns rotated queries [T, H, h]. Triton on CUDA, else the reference.
+    Returns rotated queries [T, H, h]. Triton where it runs, else the reference.
     """
-    run = rotate_and_store_triton if row.is_cuda else rotate_and_store_reference
+    run = rotate_and_store_triton if has_triton(row.device) else rotate_and_store_reference
     return run(row, cos, sin, keys, values, slot, place, norm)
 
 

@@ -17,6 +17,8 @@ from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
 from nla_engine.hub import find_directory
 from nla_engine.models import pick_device, pick_dtype
+from nla_engine.ops.backends import shortfall
+from nla_engine.ops.fp8 import check_fp8
 from nla_engine.reconstruct import Reconstructor
 from nla_engine.store import CaptureStore
 from nla_engine.verbalize import Verbalizer
@@ -61,6 +63,10 @@ def load_pair(
     """The AV and AR of the options, or the given ones, each on the device unless they are to take turns."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    if options.precision == "fp8":
+        check_fp8(device)
+    for line in shortfall(device):
+        announce(line)
     remote_code = options.trust_remote_code
     given = ((options.av, verbalizer), (options.ar, reconstructor))
     directories = [find_directory(name, remote_code=remote_code) for name, model in given if model is None]

@@ -121,4 +121,4 @@ def install(stand_in: StandIn, multiprocessors: int, monkeypatch: pytest.MonkeyP
     stand_in.start(seed, multiprocessors)
     monkeypatch.setattr(encode, "_extension", lambda: stand_in)
     monkeypatch.setattr(encode, "_where", lambda tensor: (0, 0))
-    monkeypatch.setattr(encode, "backend", lambda device, override=None: override)
+    monkeypatch.setattr(encode, "backend", lambda device, override=None, codec=None: override)

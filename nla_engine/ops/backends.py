@@ -1,0 +1,109 @@
+"""What a device computes with: the extension's CUDA part, Triton kernels or plain torch, and why with no better one.
+
+Asked before a kernel is chosen: of the card, then of CUDA and Triton themselves, once each. A fault is one line that
+names the card, what is not used and what to do. Knows no kernel of the package.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from nla_engine import extension
+from nla_engine.cards import HOPPER, Card, card_of, runs
+from nla_engine.errors import first_line
+
+#: The oldest cards that Triton supports.
+_TRITON = (8, 0)
+_ENCODED_BY_TORCH = "rows are encoded by plain torch, slower"
+
+
+@functools.cache
+def cuda_fault(device: torch.device) -> str:
+    """Why the extension's CUDA part is not used on a CUDA device; empty if it is."""
+    if missing := extension.why_missing():
+        return missing
+    card = card_of(device)
+    return code_fault(card, extension.architectures()) or _load_fault(card)
+
+
+def code_fault(card: Card, built: tuple[str, ...]) -> str:
+    """Why a CUDA part that is compiled for these architectures is not used on a card; empty if it is."""
+    if not card.nvidia:
+        return f"{card}: the CUDA part is for NVIDIA cards: {_ENCODED_BY_TORCH}"
+    if runs(card.capability, built):
+        return ""
+    major, minor = card.capability
+    return (
+        f"{card}: the extension is compiled for {' '.join(built)}: {_ENCODED_BY_TORCH}; put nvcc on PATH and reinstall "
+        f"nla-engine with NLA_CUDA=1 NLA_CUDA_ARCH={major}{minor}"
+    )
+
+
+def _load_fault(card: Card) -> str:
+    module = extension.load()
+    assert module is not None
+    fault = module.cuda_fault(card.number)
+    if not fault:
+        return ""
+    return (
+        f"{card}: the extension's CUDA part does not load ({fault}): {_ENCODED_BY_TORCH}; update the NVIDIA driver, or "
+        "reinstall nla-engine with NLA_CUDA=1 and an nvcc that is no newer than it"
+    )
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether ops run their Triton kernels on a device; elsewhere they run their references in torch."""
+    return device.type == "cuda" and not triton_fault(device)
+
+
+@functools.cache
+def triton_fault(device: torch.device) -> str:
+    """Why Triton kernels are not used on a CUDA device; empty if they are."""
+    card = card_of(device)
+    slower = "everything is computed by plain torch, slower"
+    if not card.nvidia:
+        return f"{card}: the Triton kernels are tested on NVIDIA cards alone: {slower}"
+    if card.capability < _TRITON:
+        return f"{card}: Triton needs compute capability {_TRITON[0]}.{_TRITON[1]}: {slower}"
+    try:
+        _try_triton(device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, no headers of Python, a card that is newer than Triton
+        return (
+            f"{card}: Triton does not run ({first_line(error)}): {slower}; it needs a C compiler, the headers of "
+            "Python and a version that knows the card"
+        )
+    return ""
+
+
+def _try_triton(device: torch.device) -> None:
+    """Compile and launch a kernel. Raises whatever goes wrong."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        _trial_kernel[(1,)](out)
+    if int(out) != 1:
+        raise RuntimeError("a kernel wrote nothing")
+
+
+@triton.jit
+def _trial_kernel(out):  # int32 [1]
+    tl.store(out, 1)
+
+
+def shortfall(device: torch.device) -> list[str]:
+    """What a run on this device goes without, a line each, for its start and for --version. Of a CPU nothing."""
+    if device.type != "cuda":
+        return []
+    lines = [triton_fault(device), cuda_fault(device)]
+    module = extension.load()
+    if not lines[1] and card_of(device).capability == HOPPER and not getattr(module, "gated_tiles", ()):
+        lines.append(
+            f"{card_of(device)}: the extension has no gated product for Hopper, which takes two launches, slower; put "
+            "nvcc 12.5 or later on PATH and reinstall nla-engine with NLA_CUDA=1"
+        )
+    return [line for line in lines if line]

@@ -1,0 +1,66 @@
+"""How attention's Triton programs are cut, so that each fits the shared memory of its card. Knows no kernel."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from nla_engine.cards import HOPPER, SHARED_KIB, Card, card_of
+
+#: Query rows of a program that reads the shared prefix; half as many of wide heads.
+PREFIX_ROWS = 64
+_INTERPRETED = Card(0, "Triton's interpreter", HOPPER, 1024 * SHARED_KIB[HOPPER])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a program works: query rows; keys in a block; warps; stages of Triton's pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, size: int, itemsize: int, card: Card) -> int:
+        """Shared memory that Triton takes, at most, for heads of `size` channels."""
+        width = head_width(size)
+        # Cards with wgmma or tcgen05 read operands from shared memory, so that a stage more lies there.
+        buffers = self.stages if card.capability[0] in (9, 10, 11) else self.stages - 1
+        values = 2 * buffers * self.keys * width + self.rows * width + self.rows * self.keys
+        return itemsize * values + 8 * self.rows
+
+
+@functools.cache
+def cut_for(size: int, itemsize: int, rows: int, card: Card) -> Cut:
+    """The cut for `rows` query rows of heads of `size` channels: the fastest known, cut down until it fits the card.
+
+    Its rows are `rows` over a power of two. ValueError if nothing fits.
+    """
+    small = size <= 128 and itemsize < 4
+    if small and rows == 16:
+        cut = Cut(rows, 32, 1, 2)  # a decode step only streams keys and values: many programs at once
+    else:
+        cut = Cut(rows, 64 if size <= 128 else 32, 4, 3 if small else 2)
+    while cut.shared_bytes(size, itemsize, card) > card.shared_bytes:
+        if cut.stages > 2:
+            cut = replace(cut, stages=cut.stages - 1)
+        elif cut.rows > 16:
+            cut = replace(cut, rows=cut.rows // 2)
+        elif cut.keys > 16:
+            cut = replace(cut, keys=cut.keys // 2)
+        else:
+            raise ValueError(f"heads of {size} channels do not fit the shared memory of {card}")
+    return cut
+
+
+def card_or_interpreter(device: torch.device) -> Card:
+    """The card of a device; of a CPU, on which kernels run interpreted, one with Hopper's shared memory."""
+    return card_of(device) if device.type == "cuda" else _INTERPRETED
+
+
+def head_width(size: int) -> int:
+    """Channels of a head as the kernels hold it."""
+    return max(16, triton.next_power_of_2(size))
