@@ -19,10 +19,10 @@ from stand_in_gpu import StandIn, build, install
 from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
 
-from nla_engine import extension
 from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
 from nla_engine.hub import fetch, find
+from nla_engine.ops.backends import cuda_fault
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -97,8 +97,8 @@ def implementation(
     name, device, multiprocessors = request.param
     if multiprocessors:
         install(request.getfixturevalue("stand_in"), multiprocessors, monkeypatch, seed)
-    elif name == "cuda" and not extension.has_cuda():
-        pytest.skip(extension.why_missing())
+    elif name == "cuda" and (fault := cuda_fault(torch.device(device))):
+        pytest.skip(fault)
     return name, device
 
 

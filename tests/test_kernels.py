@@ -7,6 +7,7 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
+from nla_engine.cards import Card
 from nla_engine.ops import attention, gate, norm, places, rotary
 
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
@@ -34,6 +35,26 @@ def close(actual: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, fl
     ("prefix", "window", "softcap"), [(0, 0, 0.0), (13, 0, 0.0), (70, 9, 0.0), (5, 80, 20.0)]
 )
 def test_attention(
+    rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int, softcap: float
+) -> None:
+    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups"), [(28, 4), (40, 1)])
+@pytest.mark.parametrize(("prefix", "window"), [(0, 0), (70, 9)])
+def test_attention_in_small_parts(
+    rng, monkeypatch, dtype, heads: int, groups: int, prefix: int, window: int
+) -> None:
+    """On a card with little shared memory several programs share a tile."""
+    small = Card(0, "small", (8, 9), 26 << 10)
+    monkeypatch.setattr(attention, "card_or_interpreter", lambda device: small)
+    assert attention.cut_for(128, 4, 64, small).rows == 16
+    check_attention(rng, dtype, heads, groups, 128, prefix, window, 0.0)
+
+
+def check_attention(
     rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int, softcap: float
 ) -> None:
     slots, room = 5, 150

@@ -53,9 +53,10 @@ def _print_version(asked: bool) -> None:
         typer.echo(missing)
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        lines = [line for line in shortfall(device) if line != missing]
-        for line in lines or [f"{card_of(device)}: runs what there is"]:
-            typer.echo(line)
+        lines = shortfall(device) or [f"{card_of(device)}: runs the CUDA part and the Triton kernels"]
+        for line in lines:
+            if line != missing:
+                typer.echo(line)
     raise typer.Exit
 
 
