@@ -314,7 +314,8 @@ def test_what_is_built_is_what_the_nvcc_at_hand_knows(tmp_path):
         tool.write_text("#!/bin/sh\nprintf '%s\\n' " + known + "\n")
         tool.chmod(0o755)
         script.write_text(
-            f'set(CMAKE_CUDA_COMPILER "{tool}")\nset(CMAKE_CUDA_COMPILER_VERSION 12.4)\n'
+            f'cmake_minimum_required(VERSION 3.20)\nset(CMAKE_CUDA_COMPILER "{tool}")\n'
+            "set(CMAKE_CUDA_COMPILER_VERSION 12.4)\n"
             f"include({ROOT}/csrc/architectures.cmake)\n"
             f'nla_architectures("{wanted}" flags built)\nmessage("built: ${{built}}|${{flags}}")\n'
         )
