@@ -24,14 +24,11 @@ def load() -> ModuleType | None:
     return _import()[0]
 
 
-def has_cuda() -> bool:
-    """Whether the extension was built with its CUDA part; `ops.backends.cuda_fault` says whether a device runs it."""
-    module = load()
-    return module is not None and bool(module.cuda)
-
-
 def architectures() -> tuple[str, ...]:
-    """What the CUDA part is compiled for, as nvcc names it: sm_86 is machine code, compute_86 PTX."""
+    """What the CUDA part is compiled for, as nvcc names it: sm_86 is machine code, compute_86 PTX.
+
+    Empty without that part. `ops.backends.cuda_fault` says whether a device runs it.
+    """
     return tuple(getattr(load(), "cuda_architectures", "").split())
 
 

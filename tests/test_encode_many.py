@@ -18,7 +18,7 @@ _MULTIPROCESSORS, _WARPS, _SHARED_BYTES = 132, 24, 228 << 10
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not extension.has_cuda(), reason="the extension has no CUDA part")
+@pytest.mark.skipif(not extension.architectures(), reason="the extension has no CUDA part")
 @pytest.mark.parametrize("codec_name", ["int8", "int4"])
 def test_inside_a_cuda_graph_and_on_many_rows(codec_name, rng):
     """More rows than the device holds CTAs; replays see new rows, new places and a count that goes on."""

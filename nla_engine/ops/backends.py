@@ -38,8 +38,8 @@ def code_fault(card: Card, built: tuple[str, ...]) -> str:
         return ""
     major, minor = card.capability
     return (
-        f"{card}: the extension is compiled for {' '.join(built)}: {_ENCODED_BY_TORCH}; put nvcc on PATH and reinstall "
-        f"nla-engine with NLA_CUDA=1 NLA_CUDA_ARCH={major}{minor}"
+        f"{card}: the extension is compiled for {' '.join(built) or 'no card'}: {_ENCODED_BY_TORCH}; put nvcc on "
+        f"PATH and reinstall nla-engine with NLA_CUDA=1 NLA_CUDA_ARCH={major}{minor}"
     )
 
 
