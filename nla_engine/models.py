@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from nla_engine.cards import card_of, torch_fault
 from nla_engine.errors import CheckpointError, RequestError, first_line
 from nla_engine.hub import commit_of, find_directory
+from nla_engine.logits import LibraryLogits
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -104,12 +106,14 @@ class LanguageModel:
         self.model.to(device)
         self.decoder.to(device)
 
+    @cached_property
+    def _library_logits(self) -> LibraryLogits:
+        return LibraryLogits(self.model, self.decoder)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [n, d] -> logits [n, vocab] in the model's dtype, with the soft cap that Gemma-2 has."""
+        """Final hidden states [n, d] -> logits [n, columns] as transformers gives them, scaled and capped."""
         assert self.head is not None
-        logits: torch.Tensor = self.head(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return self._library_logits(hidden)
 
     def fingerprint(self) -> str:
         """sha256 over every weight's name, shape, dtype and two integer checksums of its bits (position-weighted)."""

@@ -120,6 +120,49 @@ def test_a_draw_is_that_of_the_reference(rng, seed: int) -> None:
     assert (one_each(peaked, 1.0, seed) == 7).all()
 
 
+#: Temperatures at the ends of float64, of float32, and of what float32 can divide by.
+EXTREMES = [5e-324, 1e-300, 1e-45, 1e-40, 1e-38, 1e-20, 1e20, 1e38, 3.4e38, 1e39, 1e308]
+
+
+def extremes(rng: np.random.Generator) -> torch.Tensor:
+    """Rows of which the first has the largest finite numbers, and the last nothing but one value in front."""
+    rows = rng.normal(0, 4, (40, 3001)).astype(np.float32)
+    rows[:, 17] = -np.inf
+    rows[0, 5], rows[0, 6] = 3e38, -3e38
+    rows[1] = -1e4 + rows[1] / 100
+    return torch.from_numpy(rows).to(DEVICE)
+
+
+@pytest.mark.parametrize("temperature", EXTREMES)
+def test_a_temperature_towards_nothing_is_greedy_and_towards_infinity_flat(rng, temperature: float) -> None:
+    logits, number = extremes(rng), torch.arange(40, device=DEVICE)
+    chosen = choose.choose(logits, number, number, temperature, 3)
+    if temperature < 1:
+        assert torch.equal(chosen, logits.argmax(-1))
+    else:
+        flat = choose.choose(torch.zeros_like(logits), number, number, 1.0, 3)
+        assert (chosen == flat).float().mean() > 0.9
+        assert not (chosen == 17).any()  # what has no probability has none at any temperature
+
+
+@runs_kernels
+@pytest.mark.parametrize("temperature", [*EXTREMES, 0.3, 1.0, 1.7])
+def test_draws_at_any_temperature_are_those_of_the_reference(rng, temperature: float) -> None:
+    logits, number = extremes(rng), torch.arange(40, device=DEVICE)
+    expected = choose.choose(logits, number, number + 1, temperature, 11)
+    assert (one_each(logits, temperature, 11) == expected).float().mean() >= 0.95  # log may round otherwise
+
+
+def test_frequencies_are_those_of_the_softmax_at_low_and_high_temperatures() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.5, -1.0, float("-inf")])
+    number = torch.arange(20_000)
+    for temperature in (0.05, 0.3, 1.0, 4.0, 1e30):
+        drawn = choose.choose(logits.expand(len(number), -1), number, number, temperature, 5)
+        wanted = torch.softmax(logits.double() / temperature, -1)
+        seen = drawn.bincount(minlength=5) / len(number)
+        assert (seen - wanted).abs().max() < 0.015, temperature
+
+
 def test_hashes_of_integers_and_tensors_are_one() -> None:
     values = [0, 1, 12345, 0xFFFFFFFF, 1 << 40]
     assert choose._hash(torch.tensor(values)).tolist() == [choose._hash(value) for value in values]

@@ -18,7 +18,7 @@ from nla_engine.ops.cut import PREFIX_ROWS, cut_for, head_width
 INT, LONG, BYTE, HALF, FLOAT, CODE = "i32", "*i64", "*u8", "*bf16", "fp32", "*fp8e4nv"
 BEST = {
     "logits": HALF, "lanes": LONG, "sequence": LONG, "position": LONG, "best_order": "*i32", "best_token": "*i32",
-    "logits_row": INT, "vocabulary": INT, "temperature": FLOAT, "key": INT,
+    "logits_row": INT, "vocabulary": INT, "logits_divisor": FLOAT, "noise_divisor": FLOAT, "key": INT,
 }  # fmt: skip
 ADVANCE = {
     "best_order": "*i32", "best_token": "*i32", "lanes": LONG, "token": LONG, "position": LONG, "active": BYTE,

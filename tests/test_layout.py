@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A module imports from earlier lines and from its own directory, never from its own line or a later one.
 ORDER = (
     {"errors", "provenance", "extension", "claims"},
-    {"codec_loops", "cards"},
+    {"codec_loops", "cards", "logits"},
     {"codec"},
     {"config", "tokens", "checkpoint", "prompts"},
     {"hub"},

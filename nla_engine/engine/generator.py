@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nla_engine.engine.graph import DecodeGraph, lane_bucket
+from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
@@ -125,6 +126,8 @@ class Generator:
         self.max_prefill_tokens = max_prefill_tokens
         if max_new_tokens and (runner.lm.head is None or stop is None):
             raise EngineError("generation needs a model with a head and a stop automaton")
+        if max_new_tokens:
+            check_logits(runner.lm)
         self.stop = stop.to(runner.device) if stop is not None else None
         self.state = SlotState.allocate(runner.cache.slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)

@@ -1,10 +1,11 @@
 """The end of a step: choose every lane's next token and move its sequence on. Reference in torch, two Triton launches.
 
     greedy      argmax_v logit_v                              the lowest of equal ones, NaN above all, as torch.argmax
-    sampled     argmax_v logit_v / T - log(-log u_v)          draws v with probability softmax(logit / T)
+    sampled     argmax_v logit_v / a + g_v / b                draws v with probability softmax(logit / T)
+                a = max(T, 1), b = max(1 / T, 1)              so that neither leaves float32, however small or large T
 
-u_v is a counter-based hash of (seed, sequence, position, v), so no state is kept and batching cannot change a draw
-(Gumbel-max; the mixer is C. Wellons' 'lowbias32').
+g_v = -log(-log u_v), where u_v is a counter-based hash of (seed, sequence, position, v), so no state is kept and
+batching cannot change a draw (Gumbel-max; the mixer is C. Wellons' 'lowbias32').
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nla_engine.ops.backends import has_triton
 _MASK = 0xFFFFFFFF
 #: Logits that one program looks at.
 _BLOCK = 4096
+_LARGEST = torch.finfo(torch.float32).max
 _Bits = TypeVar("_Bits", int, torch.Tensor)
 
 
@@ -119,7 +121,13 @@ def choose(
     u = (
         (bits >> 9).float() + 0.5
     ) * 2.0**-23  # 23 bits: with 24 the largest would round to 1, a certain winner
-    return (logits.float() / temperature - torch.log(-torch.log(u))).argmax(-1)
+    a, b = _divisors(temperature)
+    return (logits.float() / a - torch.log(-torch.log(u)) / b).argmax(-1)
+
+
+def _divisors(temperature: float) -> tuple[float, float]:
+    """Of the logits, and of their Gumbel noise: the scores are those of logit / T + noise times one positive number."""
+    return min(max(temperature, 1.0), _LARGEST), min(max(1.0 / temperature, 1.0), _LARGEST)
 
 
 def _seed_key(seed: int) -> int:
@@ -150,7 +158,7 @@ def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, 
         best[1],
         logits.stride(0),
         vocabulary,
-        how.temperature,
+        *(_divisors(how.temperature) if how.temperature else (1.0, 1.0)),
         key - (key >> 31 << 32),  # the same bits as an int32
         SAMPLE=how.temperature != 0.0,
         BLOCK=block,
@@ -189,7 +197,8 @@ def _best_kernel(
     best_token,  # int32 [B, parts]: and the first token that has it
     logits_row,
     vocabulary,
-    temperature,
+    logits_divisor,
+    noise_divisor,
     key,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -207,7 +216,7 @@ def _best_kernel(
         draw = _mix(draw ^ (tl.load(position + slot) + 1).to(tl.uint32))
         bits = _mix(_mix(token.to(tl.uint32)) ^ draw)
         u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-        score = tl.div_rn(score, temperature) - tl.log(-tl.log(u))
+        score = tl.div_rn(score, logits_divisor) - tl.div_rn(tl.log(-tl.log(u)), noise_divisor)
     as_int = (score + 0.0).to(tl.int32, bitcast=True)  # + 0: -0 is 0
     order = as_int ^ ((as_int >> 31) & 0x7FFFFFFF)
     order = tl.where(score == score, order, 0x7FFFFFFF)

@@ -1,0 +1,58 @@
+"""From final hidden states to logits, by the model's own code: its head, and what it scales, caps or cuts behind it.
+
+transformers' forward of the whole model runs over a decoder that gives back what it is given, so nothing of an
+architecture has to be known here. Knows nothing of how hidden states come about.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Given(nn.Module):
+    """Stands where the decoder stood, and for each module around it: its output is its input."""
+
+    def __init__(self, path: list[str]) -> None:
+        """path: names of modules from here to the decoder, which some models call directly."""
+        super().__init__()
+        if path:
+            setattr(self, path[0], Given(path[1:]))
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> GivenStates:
+        return GivenStates(inputs_embeds)
+
+
+class GivenStates(dict[str, torch.Tensor]):
+    """The output of a decoder as the code behind it reads it: the last hidden state; whatever else is None."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__(last_hidden_state=hidden)
+
+    def __getitem__(self, key: Any) -> Any:
+        """By name, or by place as in a tuple."""
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+
+class LibraryLogits:
+    """transformers' own way from final hidden states [n, d] to logits [n, columns], in the dtype that it gives them."""
+
+    def __init__(self, model: Any, decoder: nn.Module) -> None:
+        """The model shares its weights with this object, and stays as it is."""
+        holder, *path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+        self._forward = type(model).forward
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, holder: Given(path)}
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """No synchronisation, unless the model's own code has one."""
+        logits: torch.Tensor = self._forward(self._model, inputs_embeds=hidden[None], return_dict=True).logits
+        return logits[0]
