@@ -1,35 +1,116 @@
-"""The bytes that each token of a vocabulary stands for.
+"""The bytes that each token of a vocabulary stands for: in a row they are the text that the tokenizer decodes.
 
-Needed to show tokens without the model and to recognise stop strings across token borders. Knows no model.
+Needed to show tokens without the model and to recognise stop strings across token borders. A tokenizer that takes a
+space off the very start of a text (as Llama 2's does) still has it here: tokens stand for themselves wherever they are.
+Knows no model.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from nla_engine.errors import CheckpointError
+
+_BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
+#: Tokens that are held against what the tokenizer says of each.
+_TRIED = 2000
+
+_Read = Callable[[bytes], bytes]
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """The bytes of ids 0..vocab_size-1; b"" for ids that the tokenizer does not know."""
-    known = min(len(tokenizer), vocab_size)
-    added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items()}
-    names = tokenizer.convert_ids_to_tokens(list(range(known)))
-    read = _read_byte_level if _is_byte_level(tokenizer) else _read_sentencepiece
-    out = []
-    for id_, name in enumerate(names):
-        if id_ in added:
-            out.append(added[id_].encode())
-        else:
-            out.append(b"" if name is None else read(name))
-    return out + [b""] * (vocab_size - known)
+    """The bytes of ids 0..vocab_size-1; b"" for ids that the tokenizer does not know.
+
+    Raises CheckpointError for a tokenizer whose way of decoding is unknown here.
+    """
+    names = _names(tokenizer, vocab_size)
+    for read in _readings(tokenizer):
+        out = [b"" if name is None else read(name) for name in names]
+        if (wrong := _contradicted(tokenizer, out)) is None:
+            return out
+    raise CheckpointError(
+        f"the tokenizer {type(tokenizer).__name__} decodes token {wrong} to {tokenizer.decode([wrong] * 3)[-80:]!r} "
+        "where it stands three times, not to what its vocabulary and decoder say: it is not supported"
+    )
 
 
-def _is_byte_level(tokenizer: Any) -> bool:
+def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:
+    """The vocabulary's entry of each id, None where it has none: ids need not be in a row."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and "ByteLevel" in repr(backend.decoder)
+    if backend is not None:
+        found = [backend.id_to_token(id_) for id_ in range(vocab_size)]
+    else:
+        known = {id_: name for name, id_ in tokenizer.get_vocab().items()}
+        known |= {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items()}
+        found = [known.get(id_) for id_ in range(vocab_size)]
+    return [name.encode() if isinstance(name, str) else name for name in found]
+
+
+def _readings(tokenizer: Any) -> list[_Read]:
+    """The ways to read an entry: one where the tokenizer tells it, else those that there are, to be tried."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [_sentencepiece, _byte_level, bytes]
+    if backend.decoder is None:  # the library would put a space between any two tokens
+        raise CheckpointError("the tokenizer has no decoder (tokenizer.json): it is not supported")
+    return [_chained(_flat([json.loads(backend.decoder.__getstate__())]))]
+
+
+def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    out = []
+    for step in steps:
+        out += _flat(step["decoders"]) if step["type"] == "Sequence" else [step]
+    return out
+
+
+def _chained(steps: list[dict[str, Any]]) -> _Read:
+    """Decoders of the `tokenizers` library, one behind the other, on one token."""
+    reads = []
+    whole = False  # what comes now works on the whole text
+    for step in steps:
+        kind = step["type"]
+        if kind == "Fuse" or (kind == "Strip" and whole and step["stop"] == 0):
+            whole = True
+        elif kind == "ByteLevel":
+            reads.append(_byte_level)
+            whole = True
+        elif kind == "ByteFallback":
+            reads.append(_byte_fallback)
+        elif kind == "Metaspace":
+            reads.append(_replacing(step["replacement"], " "))
+        elif kind == "Replace" and len(step["pattern"].get("String", "")) == 1:
+            reads.append(_replacing(step["pattern"]["String"], step["content"]))
+        elif kind == "Strip" and not whole:
+            reads.append(_stripping(step["content"].encode(), step["start"], step["stop"]))
+        else:
+            raise CheckpointError(
+                f"the tokenizer's decoder has the step {json.dumps(step)}: it is not supported"
+            )
+
+    def read(piece: bytes) -> bytes:
+        for each in reads:
+            piece = each(piece)
+        return piece
+
+    return read
+
+
+def _contradicted(tokenizer: Any, texts: list[bytes]) -> int | None:
+    """An id that the tokenizer decodes to another text, of some tried; None if there is none."""
+    tried = [id_ for id_, text in enumerate(texts) if text]
+    for id_ in tried[:: len(tried) // _TRIED + 1]:
+        try:
+            text = texts[id_].decode()
+        except UnicodeDecodeError:  # a part of a character
+            continue
+        decoded = tokenizer.decode([id_] * 3, clean_up_tokenization_spaces=False)
+        if not decoded.endswith(text * 2):  # the first may stand without its spaces
+            return id_
+    return None
 
 
 @cache
@@ -40,13 +121,36 @@ def _byte_of_letter() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _read_byte_level(name: str) -> bytes:
+def _byte_level(piece: bytes) -> bytes:
     letters = _byte_of_letter()
-    if all(letter in letters for letter in name):
-        return bytes(letters[letter] for letter in name)
-    return name.encode()
+    try:
+        return bytes(letters[letter] for letter in piece.decode())
+    except (KeyError, UnicodeDecodeError):
+        return piece
 
 
-def _read_sentencepiece(name: str) -> bytes:
-    match = _BYTE_FALLBACK.fullmatch(name)
-    return bytes([int(match[1], 16)]) if match else name.replace("\u2581", " ").encode()
+def _byte_fallback(piece: bytes) -> bytes:
+    match = _BYTE_FALLBACK.fullmatch(piece)
+    return bytes([int(match[1], 16)]) if match else piece
+
+
+def _sentencepiece(piece: bytes) -> bytes:
+    return _byte_fallback(_replacing("\u2581", " ")(piece))
+
+
+def _replacing(pattern: str, content: str) -> _Read:
+    old, new = pattern.encode(), content.encode()
+    return lambda piece: piece.replace(old, new)
+
+
+def _stripping(content: bytes, start: int, stop: int) -> _Read:
+    """At most `start` of the sign taken off the beginning and `stop` off the end."""
+
+    def read(piece: bytes) -> bytes:
+        for _ in range(start):
+            piece = piece.removeprefix(content)
+        for _ in range(stop):
+            piece = piece.removesuffix(content)
+        return piece
+
+    return read

@@ -17,7 +17,7 @@ import torch
 from nla_engine.checkpoint import Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.order import InOrder
-from nla_engine.engine.request import VECTOR, Request
+from nla_engine.engine.request import VECTOR, Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
@@ -138,10 +138,13 @@ class Verbalizer:
             generator.prepare()
             for group in generator.groups(requests()):
                 for ended in order.add(group):
-                    text, status = parse_explanation(
-                        lm.tokenizer.decode(ended.generated, skip_special_tokens=True)
-                    )
+                    text, status = parse_explanation(self._written(ended))
                     yield Explanation(ended.request.id, text, status, len(ended.generated))
+
+    def _written(self, ended: Completion) -> str:
+        """The text of what was generated: special tokens are a part of it, but for the one that ended it."""
+        ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
+        return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def _at_scale(
         self, vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from tiny import MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_
 from nla_engine.capture import run_capture
 from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Completion
+from nla_engine.engine.sampling import Sampling
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models import load_model
 from nla_engine.reconstruct import Reconstructor
@@ -83,7 +87,10 @@ def plain_round_trip(trio: Path, vector: np.ndarray) -> tuple[str, np.ndarray]:
         pad_token_id=0,
         eos_token_id=tokenizer.eos_token_id,
     )[0]
-    written = tokenizer.decode(out, skip_special_tokens=True).split("</explanation>")[0]
+    ids = out.tolist()
+    written = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids).split(
+        "</explanation>"
+    )[0]
     explanation = written.split("<explanation>")[-1].strip()
     ar = AutoModel.from_pretrained(trio / "ar", dtype=torch.float32)
     prompt = f"Summary of <text>{explanation}</text> <summary>"
@@ -306,3 +313,29 @@ def test_loading_is_quiet_and_complete(trio: Path, capfd: pytest.CaptureFixture[
     load_model(str(trio / "base"), **CPU)
     out, err = capfd.readouterr()
     assert out == "" and err == ""
+
+
+def test_special_tokens_belong_to_an_explanation_but_for_the_one_that_ends_it(
+    trio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: dict[int, list[int]] = {}
+    groups = Generator.groups
+
+    def noted(self: Generator, requests: object) -> Iterator[list[Completion]]:
+        for group in groups(self, requests):
+            ended.update({each.request.id: each.generated.tolist() for each in group})
+            yield group
+
+    monkeypatch.setattr(Generator, "groups", noted)
+    verbalizer = Verbalizer.load(str(trio / "av"), **CPU)
+    end = verbalizer.lm.tokenizer.eos_token_id
+    vectors = enumerate(np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32))
+    texts = list(verbalizer.explain(vectors, max_new_tokens=40, sampling=Sampling(1e6, 1)))
+    for each in texts:
+        ids = ended[each.id]
+        assert each.n_tokens == len(ids) and end not in ids[:-1]
+        assert (
+            each.text == verbalizer.lm.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
+        )
+    assert any("<|im_start|>" in each.text for each in texts)
+    assert any(ended[each.id][-1] == end and "<|im_end|>" not in each.text for each in texts)
