@@ -69,7 +69,7 @@ def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _chained(steps: list[dict[str, Any]]) -> _Read:
     """Decoders of the `tokenizers` library, one behind the other, on one token."""
-    reads = []
+    reads: list[_Read] = []
     whole = False  # what comes now works on the whole text
     for step in steps:
         kind = step["type"]

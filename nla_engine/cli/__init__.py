@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done; 1 the work failed; 2 the request is wrong. Holds no logic of a stage."""
+"""The command line. Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 141 the output's reader has gone.
+
+Holds no logic of a stage.
+"""
 
 from nla_engine.cli import pages, stages, stores, studies
 from nla_engine.cli.app import main

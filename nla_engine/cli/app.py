@@ -16,6 +16,7 @@ import typer
 
 from nla_engine import hub
 from nla_engine.cli.output import Json, progress_bar, say
+from nla_engine.cli.streams import watch_streams
 from nla_engine.config import Options, flag
 from nla_engine.errors import NLAError, RequestError
 
@@ -137,12 +138,14 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, .
 def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    watch_streams()
     hub.tell(say, progress_bar)
     arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # which may stand behind the command, too
     try:
         code = app(arguments, standalone_mode=False, prog_name="nla-engine")
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
+        print(end="", flush=True)  # what stdout still holds: a fault is told here, not after the end
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

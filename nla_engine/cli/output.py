@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -102,6 +104,8 @@ def show_facts(title: str, facts: dict[str, Any], as_json: bool) -> None:
 
 def show(value: Any) -> str:
     """A value for people: thousands marked, four digits of a fraction."""
+    if isinstance(value, float) and math.isnan(value):
+        return "-"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -116,5 +120,15 @@ def show(value: Any) -> str:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One JSON line on stdout."""
-    typer.echo(json.dumps(facts, allow_nan=False, default=str))
+    """One line of strict JSON on stdout: what is not a number, or has no end, is null."""
+    print(json.dumps(_strict(facts), allow_nan=False, default=str))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return _strict(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
