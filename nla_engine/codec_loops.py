@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -18,7 +19,15 @@ _LEAST_NORM, _MOST_NORM = NORM_RANGE
 _LARGEST = np.finfo(np.float32).max
 
 
-@numba.njit(cache=True, nogil=True)
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """By numba, without the interpreter's lock. The result is kept for the next process, where that can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(loop)
+    except RuntimeError:  # neither beside this file nor below HOME
+        return numba.njit(nogil=True)(loop)
+
+
+@compiled
 def norms(x, norm):
     """norm[i] = the L2 norm of row i, summed in float64."""
     for i in range(x.shape[0]):
@@ -29,7 +38,7 @@ def norms(x, norm):
         norm[i] = np.float32(math.sqrt(total))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _rotate(row, block):
     """In place y = sqrt(block) H x on each block: butterflies of step 1, 2, 4 ..."""
     for start in range(0, row.shape[0], block):
@@ -44,7 +53,7 @@ def _rotate(row, block):
             step *= 2
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _half(value):
     """float32 rounded to the nearest float16 value (even on ties), as float32, for 0 <= value < 65504."""
     if value < np.float32(6.103515625e-05):  # subnormal halves are multiples of 2**-24
@@ -54,13 +63,13 @@ def _half(value):
     return np.float32(np.rint(value / ulp) * ulp)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _code(value, reciprocal, top):
     """The product of two float32, exact in float64, rounded to a whole number (even on ties) and cut at the top."""
     return np.float32(min(max(np.rint(np.float64(value) * np.float64(reciprocal)), -top), top))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
     """Codes int8 [n, d] and scales float32 [n, d / group] of the ordinary rows; others are left as they are."""
     d = x.shape[1]
@@ -107,7 +116,7 @@ def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
                     codes[i, j] = np.int8(_code(row[j], reciprocal, top))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _bits(value):
     """float32 -> uint16 bfloat16 bits."""
     bits = np.float32(value).view(np.uint32)
@@ -117,21 +126,21 @@ def _bits(value):
     return np.uint16(rounded >> np.uint32(16))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def narrow(x, out):
     """float32 [n] -> uint16 [n], bfloat16 bits."""
     for i in range(x.shape[0]):
         out[i] = _bits(x[i])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def widen(bits, out):
     """uint16 [n], bfloat16 bits -> uint32 [n], float32 bits."""
     for i in range(bits.shape[0]):
         out[i] = np.uint32(bits[i]) << np.uint32(16)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _fold(source, target, half):
     """Sums of neighbours into the first half, their differences into the second: one step of the rotation."""
     for j in range(half):
@@ -154,7 +163,7 @@ def decoder(group: int, block: int, packed: bool, to_bits: bool) -> Callable[...
     pairs, odd = divmod(max(group.bit_length() - 2, 0), 2)  # folds of integers after the first
     wide_pairs, wide_odd = divmod(groups.bit_length() - 1, 2)  # folds of float32
 
-    @numba.njit(cache=True, nogil=True)
+    @compiled
     def decode(codes, scales, norm, sqrt_d, out):
         a, b = np.zeros(block, np.int16), np.zeros(block, np.int16)
         y, z = np.empty(block, np.float32), np.empty(block, np.float32)
