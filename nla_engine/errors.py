@@ -3,6 +3,8 @@
 Knows nothing of how an error is shown: the command line prints one line and exits with `exit_code`.
 """
 
+import errno
+
 
 class NLAError(Exception):
     """Base of every error raised on purpose. The work failed (exit code 1)."""
@@ -20,6 +22,10 @@ class WriteError(NLAError):
 
 class HubError(NLAError):
     """The Hub, or the way to it, failed, and the cache cannot stand in: the same request may succeed later."""
+
+
+class ReadError(NLAError):
+    """A file that is there could not be read: its disk or its network failed."""
 
 
 class RequestError(NLAError):
@@ -58,3 +64,22 @@ def first_line(error: Exception) -> str:
     """What a library's error says, in one line; its kind if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+#: What a system says of a request (and None of a library's own complaint about what a file holds).
+_OF_THE_REQUEST = (
+    None,
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+)
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether a disk, a network or the memory failed, rather than that a file is missing, forbidden or another kind."""
+    return isinstance(error, OSError) and error.errno not in _OF_THE_REQUEST

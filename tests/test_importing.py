@@ -168,7 +168,7 @@ BAD = {
     "tokens": (
         lambda t: nla_file(t / "a.parquet", n_raw_tokens=pa.array([0] * 50))[0],
         {},
-        "n_raw_tokens 0 is not",
+        "column 'n_raw_tokens' is 0 in row 0: it must be a whole number",
     ),
     "two layers": (
         lambda t: nla_file(t / "a.parquet", activation_layer=pa.array([20] * 49 + [21]))[0],

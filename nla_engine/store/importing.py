@@ -13,17 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nla_engine.codec import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.errors import NLAError, ReadError, RequestError, StoreError, is_failure
 from nla_engine.provenance import describe_run
+from nla_engine.store.columns import checked
 from nla_engine.store.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
 from nla_engine.store.format import IMPORTED, NO_TOKEN, Finish, RowFlag, row_flags
 from nla_engine.store.records import LayerRows
 from nla_engine.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH_ROWS = 1024
 #: The largest bfloat16; float32 has somewhat larger ones.
@@ -173,7 +177,7 @@ def _sidecar(source: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StoreError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise _unreadable(path, "YAML", error) from None
     if not isinstance(data, dict):
         raise StoreError(f"{path}: not a mapping of keys to values")
     return json.loads(json.dumps(data, default=str))
@@ -227,9 +231,10 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
     try:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
-            if VECTOR_COLUMN not in schema.names:
+            if schema.names.count(VECTOR_COLUMN) != 1:
+                found = "several columns" if VECTOR_COLUMN in schema.names else "no column"
                 raise StoreError(
-                    f"{file}: has no column '{VECTOR_COLUMN}': its columns are {', '.join(schema.names)}"
+                    f"{file}: has {found} '{VECTOR_COLUMN}': its columns are {', '.join(schema.names)}"
                 )
             kind = schema.field(VECTOR_COLUMN).type
             lists = (
@@ -239,6 +244,7 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                 raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
             told = schema.metadata or {}
             more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
+            read = 0
             for batch in table.iter_batches(BATCH_ROWS):
                 column = batch.column(VECTOR_COLUMN)
                 flat = column.flatten()
@@ -252,10 +258,30 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                 ):
                     raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
                 vectors = _float32(flat.to_numpy(zero_copy_only=False).reshape(-1, width), file)
-                records = batch.drop_columns(VECTOR_COLUMN).to_pylist()
-                yield Batch(vectors, [_plain(more | record) for record in records])
+                records = enumerate(_rows(batch.drop_columns(VECTOR_COLUMN), file), read)
+                read += len(column)
+                yield Batch(vectors, [checked(_plain(more | record), file, row) for row, record in records])
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+        raise _unreadable(file, "Parquet", error) from None
+
+
+def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:
+    """Its rows as Python holds them. StoreError names a column with a value that Python has no type for."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise StoreError(f"{file}: column '{name}' cannot be read ({reason}): drop it") from None
+        raise
+
+
+def _unreadable(file: Path, kind: str, error: Exception) -> NLAError:
+    reason = " ".join(str(error).split())
+    return (ReadError if is_failure(error) else StoreError)(f"{file}: cannot be read as {kind}: {reason}")
 
 
 def _read_safetensors(file: Path) -> Iterator[Batch]:
@@ -282,16 +308,17 @@ def _read_safetensors(file: Path) -> Iterator[Batch]:
                 wide = torch.float64 if held.dtype == torch.float64 else torch.float32
                 part = _float32(held.to(wide).numpy(), file)
                 rows = range(start, start + len(part))
-                yield Batch(part, [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows])
+                records = [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows]
+                yield Batch(part, [checked(one, file, i) for i, one in zip(rows, records, strict=True)])
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"{file}: cannot be read as safetensors: {error}") from None
+        raise _unreadable(file, "safetensors", error) from None
 
 
 def _read_npy(file: Path) -> Iterator[Batch]:
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise StoreError(f"{file}: cannot be read as npy: {error}") from None
+        raise _unreadable(file, "npy", error) from None
     if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
         raise StoreError(f"{file}: {values.dtype} {list(values.shape)}, not floating-point [rows, d_model]")
     for start in range(0, len(values), BATCH_ROWS):

@@ -1,0 +1,26 @@
+"""The columns beside imported vectors that say where a row comes from: whole numbers, each there or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nla_engine.errors import StoreError
+
+#: Column -> its least and greatest value.
+_NUMBERS = {"n_raw_tokens": (1, 1 << 24), "position": (0, (1 << 24) - 1), "activation_layer": (0, 1 << 24)}
+
+
+def checked(record: dict[str, Any], file: Path, row: int) -> dict[str, Any]:
+    """The record itself. Raises StoreError that names file, row (counted from 0) and column if a number is not one."""
+    for name, (least, most) in _NUMBERS.items():
+        if name not in record:
+            continue
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            shown = "null" if value is None else repr(value)[:40]
+            raise StoreError(
+                f"{file}: column '{name}' is {shown} in row {row}: it must be a whole number from {least} to {most} "
+                "in every row; fill it, or drop the column"
+            )
+    return record
