@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from nla_engine.claims import operands_named
 from nla_engine.demo.explanations import (
@@ -30,7 +31,7 @@ from nla_engine.demo.problems import (
     sample_problems,
 )
 from nla_engine.demo.rows import build_rows, conversation, join_rows, sample_texts
-from nla_engine.demo.tokenizer import MARKER, build_tokenizer, encode, render
+from nla_engine.demo.tokenizer import MARKER, build_tokenizer, encode, render, save_tokenizer
 
 KEYS = TIMES_KEYS + OTHER_KEYS
 TRIO = Path(__file__).parents[1] / "nla_engine" / "demo" / "trio"
@@ -161,3 +162,16 @@ def test_rows_of_several_processes_join(tokenizer) -> None:
         read = int(rows["sequences"][rows["row_sequence"][index], rows["row_position"][index]])
         explanation = unwrap(tokenizer.decode(rows["explanations"][index], skip_special_tokens=True))
         assert token_named(explanation) == tokenizer.decode([read])
+
+
+def test_tokenizers_load_in_older_transformers_too(tokenizer, tmp_path: Path) -> None:
+    """A class that all versions have is named, and loads to the same tokenizer here."""
+    save_tokenizer(tokenizer, tmp_path / "made")
+    for directory in (tmp_path / "made", *(TRIO / role for role in ("base", "av", "ar"))):
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "made")
+    text = render(loaded, f"What is 31 times 44? {MARKER} é\n  🙂")
+    assert text == render(tokenizer, f"What is 31 times 44? {MARKER} é\n  🙂")
+    assert encode(loaded, text) == encode(tokenizer, text) and loaded.decode(encode(loaded, text)) == text
+    assert (loaded.eos_token, loaded.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)

@@ -97,9 +97,70 @@ def test_training_data_in_and_out_again(tmp_path: Path) -> None:
     first, again = pq.read_table(source), pq.read_table(tmp_path / "again.parquet")
     assert again.equals(first.select(again.column_names))
     assert again.schema.field("activation_vector").type == pa.list_(pa.float32(), D)
-    written = yaml.safe_load((tmp_path / "again.parquet.nla_meta.yaml").read_text())
-    assert (written["kind"], written["row_count"]) == ("nla_dataset", 50)
-    assert written["extraction"]["layer_index"] == 20
+    extraction = read_as_training_data(tmp_path / "again.parquet", 50)
+    assert extraction["layer_index"] == 20 and extraction["base_model"] == "Qwen"
+    assert extraction["corpus_slice"] == {"start": 0, "length": 17} and extraction["positions_per_doc"] == 3
+
+
+#: What the reader of NLA training data takes: every key that it needs, and under `extraction` no other.
+NEEDED = {
+    "kind": str,
+    "schema_version": int,
+    "dataset_id": str,
+    "stage": str,
+    "row_count": int,
+    "extraction": dict,
+}
+EXTRACTION = {
+    "base_model": str,
+    "d_model": int,
+    "layer_index": int,
+    "norm": str,
+    "corpus": str,
+    "corpus_slice": dict,
+    "positions_per_doc": int,
+}
+
+
+def read_as_training_data(path: Path, rows: int) -> dict:
+    """The checks of the reader's next step, which splits rows by document; returns `extraction`."""
+    meta = yaml.safe_load(path.with_name(path.name + ".nla_meta.yaml").read_text(encoding="utf-8"))
+    assert all(type(meta[name]) is kind for name, kind in NEEDED.items())
+    extraction = meta["extraction"]
+    assert {name: type(value) for name, value in extraction.items()} == EXTRACTION
+    assert (meta["kind"], meta["schema_version"], meta["stage"]) == ("nla_dataset", 1, "base")
+    assert set(extraction["corpus_slice"]) == {"start", "length"} and extraction["norm"] == "none"
+    table = pq.ParquetFile(path)
+    assert table.metadata.num_rows == meta["row_count"] == rows
+    assert not {"n_raw_tokens", "activation_vector", "activation_layer", "doc_id"} - set(
+        table.schema_arrow.names
+    )
+    documents = table.read(columns=["doc_id"])["doc_id"].to_pylist()
+    assert len(sorted(set(documents))) <= extraction["corpus_slice"]["length"]
+    assert max(documents.count(name) for name in documents) == extraction["positions_per_doc"]
+    return extraction
+
+
+def test_the_reader_of_training_data_takes_an_export(store: CaptureStore, tmp_path: Path) -> None:
+    export(store, "nla", tmp_path / "all.parquet", layer=9)
+    few = export(store, "nla", tmp_path / "few.parquet", layer=9, where="position in [2, 3]")
+    assert read_as_training_data(tmp_path / "all.parquet", 138)["positions_per_doc"] == 100
+    assert read_as_training_data(tmp_path / "few.parquet", few)["positions_per_doc"] == 2
+    first, second = (
+        yaml.safe_load((tmp_path / f"{name}.parquet.nla_meta.yaml").read_text()) for name in ("all", "few")
+    )
+    assert first["dataset_id"] != second["dataset_id"]
+
+
+def test_a_document_or_text_that_is_null(tmp_path: Path) -> None:
+    nulls = {"doc_id": pa.nulls(50, pa.string()), "detokenized_text_truncated": pa.nulls(50, pa.string())}
+    source, _ = nla_file(tmp_path / "base.parquet", **nulls)
+    import_rows(source, tmp_path / "in.zarr")
+    export(CaptureStore.open(tmp_path / "in.zarr"), "nla", tmp_path / "again.parquet")
+    read_as_training_data(tmp_path / "again.parquet", 50)
+    table = pq.read_table(tmp_path / "again.parquet")
+    assert table["doc_id"].to_pylist() == [str(i) for i in range(50)]
+    assert table["detokenized_text_truncated"].null_count == 50
 
 
 @pytest.mark.parametrize(("codec", "limit"), [("int8", 0.02), ("int4", 0.2)])

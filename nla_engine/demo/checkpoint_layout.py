@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from nla_engine.demo.tokenizer import MARKER, encode, render
+from nla_engine.demo.tokenizer import MARKER, encode, render, save_tokenizer
 
 LAYER = 5  # K: the output of decoder block 5 of 0..7
 INJECTION_SCALE = 16.0  # sqrt(d_model): one unit per channel, well above an embedding row and below a sink
@@ -77,7 +77,7 @@ def save_checkpoint(
     """Write `model` (bfloat16) for role "base", "av" or "ar"; the AR also gets its value head [d, d]."""
     directory.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     if role == "base":
         return
     meta = sidecar(tokenizer, role, model.config.hidden_size)

@@ -12,8 +12,10 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +47,8 @@ FORMATS = tuple(SUFFIXES)
 INDEX_NAME = "index.json"
 SIDECAR_SUFFIX = ".nla_meta.yaml"
 VECTOR_COLUMN = "activation_vector"
+#: Of the sidecars that the reader of NLA training data knows.
+NLA_SCHEMA_VERSION = 1
 BATCH_BYTES = 32 << 20
 #: Vectors in a file of the datasets format, unless the caller says otherwise: what the Hub advises for a shard.
 DATASETS_SHARD_BYTES = 500 << 20
@@ -199,37 +203,59 @@ def _write_nla(selection: _Selection, path: Path) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str:
+def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str | None:
     """What the model had read: the text of the tokens, or in an imported store, which has none, the record's."""
     if IMPORTED in store.options and "detokenized_text_truncated" in sequence.source:
-        return str(sequence.source["detokenized_text_truncated"])
+        told = sequence.source["detokenized_text_truncated"]
+        return None if told is None else str(told)
     return sequence.vocabulary.join(sequence.tokens[:tokens])
 
 
 def _document(sequence: StoredSequence) -> str:
     """The prompt record's own doc_id or id, else the number of the sequence."""
     record = sequence.source if isinstance(sequence.source, dict) else {}
-    return str(record.get("doc_id", record.get("id", sequence.number)))
+    told = (record.get(name) for name in ("doc_id", "id"))
+    return str(next((name for name in told if name is not None), sequence.number))
 
 
 def _nla_sidecar(selection: _Selection) -> str:
+    """What the reader of NLA training data asks for; under `extraction` it takes these keys and no others."""
     import yaml
 
-    store = selection.store
+    store, number = selection.store, selection.layer_number
+    owners, sizes = np.unique(store.column("sequence")[selection.rows], return_counts=True)
+    documents: Counter[str] = Counter()
+    for owner, size in zip(owners.tolist(), sizes.tolist(), strict=True):
+        documents[_document(store.sequence(owner))] += size
+    rows = hashlib.sha256(selection.rows.astype("<i8").tobytes()).hexdigest()[:8]
+    extraction = {
+        "base_model": str(store.provenance.get("model", "unknown")),
+        "d_model": store.d_model,
+        "layer_index": number,
+        "norm": "none",
+        "corpus": str(store.options.get("prompts", "unknown")),
+        "corpus_slice": {"start": 0, "length": store.sequences},
+        "positions_per_doc": max(documents.values()),
+    }
+    if (
+        IMPORTED in store.options
+    ):  # of which a row is a sequence; what the file's own sidecar knew is still true
+        told = (store.provenance.get("sidecar") or {}).get("extraction")
+        told = told if isinstance(told, dict) else {}
+        extraction["corpus_slice"] = {"start": 0, "length": len(documents)}
+        extraction |= {key: told[key] for key in ("base_model", "corpus", "corpus_slice") if told.get(key)}
     return str(
         yaml.safe_dump(
             {
                 "kind": "nla_dataset",
+                "schema_version": NLA_SCHEMA_VERSION,
+                "dataset_id": f"{store.attributes['store_id']}_L{number}_{rows}",
                 "stage": "base",
                 "row_count": len(selection.rows),
                 "created_by": "nla_engine export",
-                "extraction": {
-                    "base_model": store.provenance.get("model"),
-                    "d_model": store.d_model,
-                    "layer_index": selection.layer_number,
-                    "norm": "none",
-                    "codec": store.codec.name,
-                },
+                "created_at": store.commit.time,
+                "extraction": extraction,
+                "codec": store.codec.name,
             },
             sort_keys=False,
         )
