@@ -1,1 +1,5 @@
 """Operations on tensors, one stem for reference, fast versions, dispatch, test and benchmark."""
+
+from nla_engine.ops.kept import find_place
+
+find_place()
