@@ -1,14 +1,14 @@
 """Language models: find, load and describe a Hugging Face decoder for the engine.
 
-Loads safetensors weights only, never remote code unless told to. Knows nothing of NLA sidecars, prompts or stores.
+Knows nothing of NLA sidecars, prompts or stores.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from nla_engine.cards import card_of, torch_fault
+from nla_engine.decoder import CutDecoder
 from nla_engine.errors import CheckpointError, RequestError, first_line
 from nla_engine.hub import commit_of, find_directory
 from nla_engine.logits import LibraryLogits
+from nla_engine.weights import check_checkpoint, read_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -37,12 +39,12 @@ class LanguageModel:
     revision: str | None
     model: Any
     tokenizer: Any
-    decoder: nn.Module
+    decoder: Any
     head: nn.Module | None
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.decoder.layers  # type: ignore[return-value]
+        return self.decoder.layers
 
     @property
     def config(self) -> Any:
@@ -56,11 +58,11 @@ class LanguageModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids from here on can stand for vectors."""
-        return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
+        return int(self.embedding.num_embeddings)
 
     @property
-    def embedding(self) -> nn.Module:
-        return self.decoder.get_input_embeddings()  # type: ignore[operator]
+    def embedding(self) -> Any:
+        return self.decoder.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
@@ -93,18 +95,16 @@ class LanguageModel:
             )
 
     def truncated(self, layer: int) -> LanguageModel:
-        """The same weights up to block `layer`: the decoder gives that block's output; no final norm, no head."""
+        """The same weights up to block `layer`: the decoder gives that block's output; no final norm, no head.
+
+        CheckpointError if the model's blocks are not run once each, in order.
+        """
         self.check_layer(layer)
-        decoder = copy.copy(self.decoder)
-        decoder._modules = dict(self.decoder._modules)  # its own: the original keeps its blocks and norm
-        decoder.layers = nn.ModuleList(list(self.blocks)[: layer + 1])
-        decoder.norm = nn.Identity()
-        return dataclasses.replace(self, decoder=decoder, head=None)
+        return dataclasses.replace(self, decoder=CutDecoder(self.decoder, layer), head=None)
 
     def move(self, device: torch.device) -> None:
         """Take the weights to another device. No Runner may be open on them."""
         self.model.to(device)
-        self.decoder.to(device)
 
     @cached_property
     def _library_logits(self) -> LibraryLogits:
@@ -204,62 +204,71 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
 
-    Raises CheckpointError for missing files, unreadable or incomplete weights, or an architecture without
-    pluggable attention.
+    Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
+    engine cannot drive; EngineError if memory does not suffice.
     """
-    import transformers
-
     directory = find_directory(name, revision, remote_code=remote_code)
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: has no config.json: give the directory of one checkpoint")
+    check_checkpoint(directory, headless=headless, remote_code=remote_code)
     tokenizer = load_tokenizer(directory, remote_code=remote_code)
-    kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
-    noise = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its load report is turned into one error below
-    transformers.logging.disable_progress_bar()
-    try:
-        model, info = kind.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=remote_code,
-            output_loading_info=True,
-            attn_implementation="eager",
-            device_map=None if device.type == "cpu" else {"": device},
-        )
-    except Exception as error:  # the library raises many kinds for one fault
-        raise CheckpointError(
-            f"{directory}: the model cannot be loaded ({first_line(error)}): is the checkpoint whole?"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(noise)
-        transformers.logging.enable_progress_bar()
-    decoder = model.get_decoder()
-    missing = sorted(
-        key
-        for key in info["missing_keys"]
-        if not (headless and key.endswith("norm.weight") and "layers" not in key)
+    model, missing = read_model(
+        directory, device=device, dtype=dtype, headless=headless, remote_code=remote_code
     )
-    bad = missing or sorted(str(key) for key in info["mismatched_keys"])
-    if bad:
-        what = "are missing" if missing else "have the wrong shape"
+    lm = wrap_model(model, tokenizer, name=name, revision=commit_of(directory))
+    if missing:
+        _check_unused(directory, lm, missing)
+    return lm
+
+
+@torch.inference_mode()
+def _check_unused(directory: Path, lm: LanguageModel, missing: Sequence[str]) -> None:
+    """CheckpointError if the output of the last block depends on weights that the files lack (a final norm may).
+
+    While one token is read they are NaN, which goes through to whatever uses them.
+    """
+    tensors = lm.model.state_dict()
+    own = {tensor.data_ptr() for tensor in lm.blocks.state_dict().values()}
+    used = [
+        name for name in missing if tensors[name].data_ptr() in own or not tensors[name].is_floating_point()
+    ]
+    if not used:
+        before = {name: tensors[name].clone() for name in missing}
+        for name in missing:
+            tensors[name].fill_(torch.nan)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=lm.device)
+        cut = lm.truncated(len(lm.blocks) - 1).decoder
+        states = cut(input_ids=token, use_cache=False).last_hidden_state
+        for name, tensor in before.items():
+            tensors[name].copy_(tensor)
+        used = [] if bool(states.isfinite().all()) else list(missing)
+    if used:
         raise CheckpointError(
-            f"{directory}: {len(bad)} weights {what}, the first is {bad[0]}: fetch it again"
+            f"{directory}: {len(used)} weights are missing, the first is {used[0]}: fetch it again"
         )
-    return wrap_model(model, tokenizer, name=name, revision=commit_of(directory), decoder=decoder)
 
 
-def wrap_model(
-    model: Any, tokenizer: Any, *, name: str, revision: str | None = None, decoder: Any = None
-) -> LanguageModel:
+def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LanguageModel:
     """A LanguageModel around a model that is already in memory. CheckpointError if the engine cannot drive it."""
-    decoder = model.get_decoder() if decoder is None else decoder
-    if not hasattr(decoder, "layers") or not getattr(model, "_supports_attention_backend", False):
-        raise CheckpointError(
-            f"{name}: {type(model).__name__} has no pluggable attention; the engine cannot drive it"
-        )
+    decoder, why = model.get_decoder(), None
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        why = "keeps its blocks in another way than the engine knows"
+    elif not getattr(model, "_supports_attention_backend", False):
+        why = "has no pluggable attention"
+    elif uneven := _uneven(decoder.config):
+        why = f"has blocks that differ in {uneven}"
+    if why is not None:
+        raise CheckpointError(f"{name}: {type(model).__name__} {why}: this architecture is not supported")
     model.eval().requires_grad_(False)
     return LanguageModel(name, revision, model, tokenizer, decoder, model.get_output_embeddings())
+
+
+def _uneven(config: Any) -> str | None:
+    """What a configuration has no one value of, where the engine needs one for all blocks."""
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        try:
+            getattr(config, key, None)
+        except Exception:  # its kind is private to the library, and not in every version of it
+            return key
+    return None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ ORDER = (
     {"errors", "provenance", "extension", "claims"},
     {"codec_loops", "cards", "logits"},
     {"codec"},
+    {"decoder", "weights"},
     {"config", "tokens", "checkpoint", "prompts"},
     {"hub"},
     {"models"},

@@ -1,0 +1,101 @@
+"""A decoder cut behind one of its blocks: the model's own forward, ended when that block has given its output.
+
+Nothing is taken out of the model or replaced, so it does not matter what an architecture calls its final norm, what
+else uses that norm, or what follows it. Knows nothing of attention, batches or checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from nla_engine.errors import CheckpointError, first_line
+
+
+class CutDecoder:
+    """Calls like the decoder `whole`, with its blocks 0 to `last`: `last_hidden_state` is the output of block `last`.
+
+    CheckpointError if that has no single meaning: blocks that run twice, or out of order, or give no [1, T, d].
+    """
+
+    def __init__(self, whole: Any, last: int) -> None:
+        self.whole: Any = whole.whole if isinstance(whole, CutDecoder) else whole
+        self.layers = nn.ModuleList(list(whole.layers)[: last + 1])
+        self.config = whole.config
+        self._check_order()
+
+    def __call__(self, **inputs: Any) -> BaseModelOutput:
+        def stop(_module: object, _inputs: object, output: object) -> None:
+            raise _Reached(block_output(output))
+
+        # Behind every hook that the block has by now: they see its output first.
+        hook = self.layers[-1].register_forward_hook(stop)
+        try:
+            self.whole(**inputs)
+        except _Reached as reached:
+            return BaseModelOutput(last_hidden_state=reached.output)
+        finally:
+            hook.remove()
+        raise CheckpointError(
+            f"{type(self.whole).__name__}: its forward does not run block {len(self.layers) - 1}: "
+            "this architecture is not supported"
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        embedding: nn.Module = self.whole.get_input_embeddings()
+        return embedding
+
+    def parameters(self) -> Any:
+        """Those of the blocks."""
+        return self.layers.parameters()
+
+    @torch.inference_mode()
+    def _check_order(self) -> None:
+        """Read one token with the whole decoder: each block up to the last must run once, in order."""
+        name, given = type(self.whole).__name__, list(self.whole.layers)
+        ran: list[int] = []
+        shapes: Counter[tuple[int, ...]] = Counter()
+
+        def note(number: int) -> Any:
+            def hook(_module: object, _inputs: object, output: object) -> None:
+                ran.append(number)
+                if number < len(self.layers):
+                    shapes[tuple(block_output(output).shape)] += 1
+
+            return hook
+
+        hooks = [block.register_forward_hook(note(number)) for number, block in enumerate(given)]
+        token = torch.zeros((1, 1), dtype=torch.int64, device=next(self.parameters()).device)
+        try:
+            self.whole(input_ids=token, use_cache=False)
+        except Exception as error:  # the library raises many kinds for one fault
+            raise CheckpointError(
+                f"{name}: does not read a text alone ({first_line(error)}): this architecture is not supported"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if ran != list(range(len(given))) or set(shapes) != {(1, 1, self.config.hidden_size)}:
+            raise CheckpointError(
+                f"{name}: its blocks do not each add once to one residual stream, "
+                f"so the output of block {len(self.layers) - 1} has no one meaning: this architecture is not supported"
+            )
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """Hidden states [1, T, d] of what a block gives: itself, or the first of a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+class _Reached(Exception):
+    """Ends a forward behind the block that was asked for; holds its output."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__("the forward ends here")
+        self.output = output

@@ -1,0 +1,276 @@
+"""Weights of a checkpoint directory: make sure that they are those of its configuration, and read them onto a device.
+
+Loads safetensors only, never remote code unless told to. What does not fit is refused by name: a tensor too many is as
+wrong as one too few. Knows nothing of tokenizers, of the Hub or of what the model is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from nla_engine.errors import CheckpointError, EngineError, NLAError, first_line
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors", "*.h5", "*.msgpack", "*.onnx")
+#: Keys of a configuration that say how weights were quantised.
+_QUANTISED = ("quantization_config", "compression_config")
+#: What names of tensors that have no place may tell: a part of the name, and what it means.
+_STRAYS = (
+    ("lora_", "they belong to an adapter, and adapters are not merged yet: give merged weights"),
+    (
+        r"_scale|\.scales|qweight|qzeros|g_idx|absmax|quant_|SCB",
+        "the weights look quantised, of which config.json says nothing: give the unquantised checkpoint",
+    ),
+)
+#: Makes transformers read one weight after another instead of all at once on threads.
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def read_model(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, headless: bool, remote_code: bool
+) -> tuple[Any, list[str]]:
+    """A transformers model (`headless`: without its head) on `device`, and the names of weights that the files lack.
+
+    These are for a headless model alone: it may lack what stands behind its last block; of another it is an error.
+    The directory has passed `check_checkpoint`. Raises CheckpointError that says what is wrong with its weights,
+    EngineError if memory does not suffice.
+    """
+    kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
+    noise = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its load report is turned into one error below
+    transformers.logging.disable_progress_bar()
+    try:
+        with _onto(device):
+            model, info = kind.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=remote_code,
+                output_loading_info=True,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
+            )
+        model.to(device)  # buffers, and whatever did not pass the hook
+    except Exception as error:  # the library raises many kinds for one fault
+        raise _explain(directory, device, error) from error
+    finally:
+        transformers.logging.set_verbosity(noise)
+        transformers.logging.enable_progress_bar()
+    _check_names(directory, model, info, headless, remote_code)
+    return model, sorted(info["missing_keys"])
+
+
+def check_checkpoint(directory: Path, *, headless: bool, remote_code: bool) -> None:
+    """CheckpointError for what can be told before the weights are read: their form, their files, the model's class."""
+    path = directory / CONFIG
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{directory}: has {ADAPTER}: adapters are not merged yet, and without its own the model is another: "
+            "merge it into its base model and give that directory"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: has no {CONFIG}: give the directory of one checkpoint")
+    config = _read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _QUANTISED:
+            if isinstance(part.get(key), dict):
+                raise CheckpointError(
+                    f"{directory}: its weights are quantised ({_method(part[key])}), which the engine does not run: "
+                    "give the unquantised checkpoint of this model"
+                )
+    _check_files(directory)
+    _check_kind(directory, config, headless, remote_code)
+
+
+def _method(given: Mapping[str, Any]) -> str:
+    """Name and width of a quantisation, as its configuration gives them."""
+    name = str(given.get("quant_method") or given.get("format") or "unnamed method")
+    bits = given.get("bits") or given.get("w_bit")
+    bits = bits or next(
+        (n for n in (4, 8) if given.get(f"load_in_{n}bit") or given.get(f"_load_in_{n}bit")), None
+    )
+    return f"{name}, {bits} bits" if bits else name
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights, whether they are there or not; none if the directory names none."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        return []
+    names = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{directory / INDEX}: names no weights: fetch it again")
+    return [directory / name for name in sorted(set(map(str, names.values())))]
+
+
+def _check_files(directory: Path) -> None:
+    """CheckpointError unless the files that hold the weights are there, and are safetensors."""
+    files = _weight_files(directory)
+    if not files:
+        others = sorted({path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern)})
+        held = f"its weights are {', '.join(others[:3])}" if others else "it holds no weights"
+        raise CheckpointError(
+            f"{directory}: {held}; only {WEIGHTS}, or the files of {INDEX}, are read: "
+            + ("save the model as safetensors" if others else "fetch it again")
+        )
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{directory}: {len(absent)} of its {len(files)} weight files are missing, the first is {absent[0]}: "
+            "fetch it again"
+        )
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({first_line(error)}): fetch it again") from error
+
+
+def _check_kind(directory: Path, config: Mapping[str, Any], headless: bool, remote_code: bool) -> None:
+    """CheckpointError unless transformers has a class of language model for the configuration."""
+    name, version = config.get("model_type"), transformers.__version__
+    if "auto_map" in config and (remote_code or name not in transformers.CONFIG_MAPPING):
+        if not remote_code:
+            raise CheckpointError(
+                f"{directory}: brings code of its own, which is not run: read it, then pass --trust-remote-code"
+            )
+        return
+    if name is None:
+        raise CheckpointError(f"{directory / CONFIG}: has no model_type, so it is no model's: fetch it again")
+    if name not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{directory}: is of type '{name}', which transformers {version} does not know: "
+            "upgrade transformers, or check the name in config.json"
+        )
+    try:
+        found = transformers.AutoConfig.from_pretrained(directory)
+    except Exception as error:  # the library raises many kinds for one fault
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory / CONFIG}: cannot be used ({reason}): fetch it again") from error
+    if not headless and type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{directory}: is of type '{name}', of which transformers {version} has no decoder-only language model: "
+            "give the text model's own checkpoint"
+        )
+
+
+@contextmanager
+def _onto(device: torch.device) -> Iterator[None]:
+    """Weights that a model gets inside go to `device` one by one, as it gets them.
+
+    So host memory holds one weight at a time beside the files' pages, whatever transformers makes of the weights on the
+    way; its own way to a device (`device_map`) needs a further package.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    thread, given = threading.get_ident(), os.environ.get(_ONE_BY_ONE)
+
+    def land(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+        if weight is not None and not weight.is_meta and threading.get_ident() == thread:
+            weight.data = weight.data.to(device)  # in place: the library has noted on it that it was loaded
+
+    hook = register_module_parameter_registration_hook(land)
+    os.environ[_ONE_BY_ONE] = "1"
+    try:
+        yield
+    finally:
+        hook.remove()
+        if given is None:
+            del os.environ[_ONE_BY_ONE]
+        else:
+            os.environ[_ONE_BY_ONE] = given
+
+
+def _check_names(
+    directory: Path, model: Any, info: Mapping[str, Any], headless: bool, remote_code: bool
+) -> None:
+    """CheckpointError unless every tensor of the files has its place in the model, and every place its tensor.
+
+    transformers has taken out what it knows to be harmless (buffers that it makes itself, parts that a class leaves
+    out on purpose). A headless model may also leave out what the whole one has a place for: the head.
+    """
+    where = type(model).__name__
+    unexpected = {str(key) for key in info["unexpected_keys"]}
+    if unexpected and headless:
+        unexpected = _without_head(directory, model, unexpected, remote_code)
+    if unexpected:
+        first = sorted(unexpected)[0]
+        why = "config.json is not that of these weights: fetch both again"
+        why = next((text for part, text in _STRAYS if any(re.search(part, key) for key in unexpected)), why)
+        raise CheckpointError(
+            f"{directory}: {len(unexpected)} tensors have no place in {where}, the first is {first}: {why}"
+        )
+    if info["mismatched_keys"]:
+        key, given, wanted = sorted(info["mismatched_keys"], key=str)[0]
+        raise CheckpointError(
+            f"{directory}: {len(info['mismatched_keys'])} weights have the wrong shape, the first is {key} "
+            f"({list(given)}, not {list(wanted)}): config.json is not that of these weights: fetch both again"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing and not headless:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} weights are missing, the first is {missing[0]}: fetch it again"
+        )
+
+
+def _without_head(directory: Path, model: Any, names: set[str], remote_code: bool) -> set[str]:
+    """Those of the names that are not of the head which the causal language model around a headless one has.
+
+    A head may have another name in the files than in the class; it is then known by its shape.
+    """
+    own_code = "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
+    if type(model.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        return names
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=remote_code)
+    head: Any = whole.get_output_embeddings()
+    shapes = {tuple(tensor.shape) for tensor in head.parameters()} if head is not None else set()
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            found |= {key: tuple(file.get_slice(key).get_shape()) for key in names & set(file.keys())}
+    unknown = names - set(whole.state_dict())
+    return {name for name in unknown if "layers" in name or found.get(name, ()) not in shapes}
+
+
+def _explain(directory: Path, device: torch.device, error: Exception) -> NLAError:
+    """What the library's error means for whoever gave the directory."""
+    line = first_line(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return EngineError(
+            f"{directory}: the model does not fit the free memory of {device}: free some, or take a smaller model"
+        )
+    if isinstance(error, ImportError):
+        return CheckpointError(f"{directory}: needs a package that is missing ({line}): install it")
+    return CheckpointError(f"{directory}: the model cannot be loaded ({type(error).__name__}: {line})")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({first_line(error)}): fetch it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is not a JSON object: fetch it again")
+    return found
