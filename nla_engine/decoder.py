@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from nla_engine.errors import CheckpointError, first_line
+from nla_engine.errors import CheckpointError
 
 
 class CutDecoder:
@@ -74,7 +74,7 @@ class CutDecoder:
             self.whole(input_ids=token, use_cache=False)
         except Exception as error:  # the library raises many kinds for one fault
             raise CheckpointError(
-                f"{name}: does not read a text alone ({first_line(error)}): this architecture is not supported"
+                f"{name}: does not read a text alone ({type(error).__name__}): this architecture is not supported"
             ) from error
         finally:
             for hook in hooks:

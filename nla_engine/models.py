@@ -253,21 +253,25 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = 
         why = "keeps its blocks in another way than the engine knows"
     elif not getattr(model, "_supports_attention_backend", False):
         why = "has no pluggable attention"
-    elif uneven := _uneven(decoder.config):
-        why = f"has blocks that differ in {uneven}"
+    else:
+        why = _misshapen(decoder.config)
     if why is not None:
         raise CheckpointError(f"{name}: {type(model).__name__} {why}: this architecture is not supported")
     model.eval().requires_grad_(False)
     return LanguageModel(name, revision, model, tokenizer, decoder, model.get_output_embeddings())
 
 
-def _uneven(config: Any) -> str | None:
-    """What a configuration has no one value of, where the engine needs one for all blocks."""
+def _misshapen(config: Any) -> str | None:
+    """What is wrong with the shape of the blocks, of which the engine needs one for all; None: nothing."""
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         try:
-            getattr(config, key, None)
-        except Exception:  # its kind is private to the library, and not in every version of it
-            return key
+            value = getattr(config, key, None)
+        except Exception:  # how the library says that it differs; the kind is not in every version of it
+            value = ()
+        if value is None and key in ("hidden_size", "num_attention_heads"):
+            return f"has no {key} in its configuration"
+        if value is not None and not isinstance(value, int):
+            return f"has blocks that differ in {key}"
     return None
 
 

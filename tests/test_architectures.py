@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import transformers
 from tiny import byte_tokenizer
 
 from nla_engine.engine.runner import Runner
-from nla_engine.errors import EngineError
-from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.errors import CheckpointError, EngineError, NLAError
+from nla_engine.models import LanguageModel, _misshapen, wrap_model
 
 SHAPE = {
     "vocab_size": 259,
@@ -134,3 +135,43 @@ def test_architectures_that_would_give_other_states_are_refused(config: str, mor
     with pytest.raises(EngineError, match=reason):
         Runner(lm, slots=2, length=100)
     assert torch.equal(states(lm, [5, 6, 7]), own)  # and the model has been given back
+
+
+def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:
+    shape = {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": 259,
+        "num_kv_shared_layers": 0,
+    }
+    with pytest.raises(
+        NLAError, match=r"Gemma4\w*ForCausalLM has blocks that differ in head_dim: this arch.*ted$"
+    ):
+        language_model("Gemma4TextConfig", **shape, num_hidden_layers=4, hidden_size_per_layer_input=16)
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": [4, 2]}
+    assert _misshapen(SimpleNamespace(**shape)) == "has blocks that differ in num_key_value_heads"
+    assert _misshapen(SimpleNamespace(hidden_size=64)) == "has no num_attention_heads in its configuration"
+
+
+def test_a_forward_that_fails_is_an_architecture_that_is_not_supported() -> None:
+    """In one line of our own: the library's advice is meant for whoever writes models."""
+    lm = language_model("DeepseekV3Config", **MLA, head_dim=16)
+    message = (
+        r"DeepseekV3ForCausalLM cannot be run by the engine \(RuntimeError\): this arch\w+ is not supported$"
+    )
+    with pytest.raises(EngineError, match=message):
+        Runner(lm, slots=2, length=60)
+    with pytest.raises(
+        CheckpointError, match=r"does not read a text alone \(RuntimeError\): .* not supported$"
+    ):
+        lm.truncated(0)
+
+
+def test_memory_that_is_short_is_no_fault_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    lm = language_model("LlamaConfig")
+    monkeypatch.setattr(Runner, "_library_states", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Runner(lm, slots=2, length=60)

@@ -21,13 +21,15 @@ from nla_engine.engine.request import VECTOR
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.transfer import to_device
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, NLAError
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import Tiles
 
 #: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
+#: Errors in a model's first passes that say nothing of its architecture.
+_NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 #: Kinds of rotary embeddings whose code in transformers may look at positions on the host.
 _HOST_ROTATIONS = ("dynamic", "longrope")
 
@@ -79,9 +81,14 @@ class Runner:
         self._narrows = False  # whether the last block goes on with the wanted tokens alone
         try:
             self._take_over(length, prefix, tap_layers)
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            if isinstance(error, _NOT_THE_MODEL) or not isinstance(error, Exception):
+                raise
+            raise EngineError(
+                f"{lm.name}: {type(lm.model).__name__} cannot be run by the engine ({type(error).__name__}): "
+                "this architecture is not supported"
+            ) from error
         self._tap = tap
 
     def _take_over(self, length: int, prefix: Sequence[int], tap_layers: Iterable[int]) -> None:
