@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from nla_engine.appender import Appender
-from nla_engine.calibrate import calibrate
+from nla_engine.calibrate import LayerCalibration, calibrate
 from nla_engine.checkpoint import SIDECAR
 from nla_engine.codec import Codec
 from nla_engine.config import CaptureOptions
@@ -115,9 +116,30 @@ def run_capture(
     for message in prompts.skipped:
         announce(f"skipped: {message}")
     tokens = token_bytes(lm.tokenizer, lm.vocab_size)
-    writer = _open_store(options, lm, prompts, tokens)
-    with writer:
-        return _fill_store(options, lm, prompts, tokens, writer, announce, progress)
+    described = lm.describe()
+    same = _unchanging(options, described, prompts)
+    with ExitStack() as opened:
+        writer = calibration = None
+        if options.resume and exists(place(options.out)):
+            writer = opened.enter_context(StoreWriter.resume(options.out, options=same))
+            codec, sink_norm = writer.codec, writer.sink_norm
+        else:
+            codec = Codec.named(options.codec, lm.d_model)
+            calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)
+            sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
+        plan = plan_capture(options, lm, prompts, writer.sequences if writer else 0)
+        announce(str(plan))
+        generator = None
+        if plan.already_done < len(prompts):
+            generator = _fitting_generator(options, lm, prompts, plan, tokens, codec, sink_norm, announce)
+            opened.enter_context(generator.runner)
+        if calibration is not None:  # only now: whatever the model or the machine cannot do has been refused
+            provenance = described | _provenance(options, lm, prompts)
+            writer = opened.enter_context(
+                _create_store(options, tokens, codec, calibration, same, provenance)
+            )
+        assert writer is not None
+        return _fill_store(options, prompts, plan, generator, writer, progress)
 
 
 def check_out(options: CaptureOptions) -> None:
@@ -151,20 +173,18 @@ def load_base_model(options: CaptureOptions) -> LanguageModel:
     )
 
 
-def _open_store(
-    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, tokens: list[bytes]
-) -> StoreWriter:
-    described, given = lm.describe(), options.to_dict()
+def _unchanging(options: CaptureOptions, described: Mapping[str, Any], prompts: PromptSet) -> dict[str, Any]:
+    """What a run that goes on with a store must have in common with those before it. described: the model."""
+    given = options.to_dict()
     same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
     same["layer"] = list(options.layer)
     same["prompts"] = prompts_fingerprint(prompts.prompts)
-    same |= {key: described[key] for key in ("weights", "tokenizer", "dtype")}
-    if options.resume and exists(place(options.out)):
-        return StoreWriter.resume(options.out, options=same)
-    codec = Codec.named(options.codec, lm.d_model)
-    calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)
-    provenance = {
-        **described,
+    return same | {key: described[key] for key in ("weights", "tokenizer", "dtype")}
+
+
+def _provenance(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet) -> dict[str, Any]:
+    """What a new store remembers of the run that made it, beside the model itself."""
+    return {
         **describe_run(),
         "attention": "nla_engine slot attention, softmax in float32",
         "device": str(lm.device),
@@ -172,9 +192,20 @@ def _open_store(
         "sampling": "greedy"
         if options.temperature == 0
         else "softmax at the temperature, no truncation or penalty",
-        "options": given,
+        "options": options.to_dict(),
         "skipped_prompts": len(prompts.skipped),
     }
+
+
+def _create_store(
+    options: CaptureOptions,
+    tokens: list[bytes],
+    codec: Codec,
+    calibration: Mapping[int, LayerCalibration],
+    same: dict[str, Any],
+    provenance: dict[str, Any],
+) -> StoreWriter:
+    """A new store, with what was measured for it. same: the options that every run on it has in common."""
     writer = StoreWriter.create(
         options.out,
         layers=list(options.layer),
@@ -226,28 +257,23 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
 
 def _fill_store(
     options: CaptureOptions,
-    lm: LanguageModel,
     prompts: PromptSet,
-    tokens: list[bytes],
+    plan: CapturePlan,
+    generator: Generator | None,
     writer: StoreWriter,
-    announce: Callable[[str], None],
     progress: Progress,
 ) -> CaptureSummary:
+    """Run what is left to be done. generator: None if nothing is. Setting up is not part of the time it takes."""
     done, rows_before = writer.sequences, writer.rows
     appender = Appender(writer, prompts.prompts, RowRange.parse(str(options.positions)))
-    plan = plan_capture(options, lm, prompts, done)
-    announce(str(plan))
     started = time.perf_counter()
-    if done < len(prompts):
-        generator = _fitting_generator(options, lm, prompts, plan, tokens, writer, announce)
-        started = time.perf_counter()  # setting up is not part of the run
+    if generator is not None:
         order = InOrder(int(options.host_memory * 2**30))
         requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
-        with generator.runner:
-            for group in generator.groups(requests, order.portion):
-                appender.add(order.add(group))
-                del group  # its memory, before the next is fetched
-                progress(done + appender.sequences, len(prompts))
+        for group in generator.groups(requests, order.portion):
+            appender.add(order.add(group))
+            del group  # its memory, before the next is fetched
+            progress(done + appender.sequences, len(prompts))
     if done + appender.sequences != len(prompts):
         raise EngineError(f"{len(prompts) - done} sequences were asked for, {appender.sequences} ended")
     writer.close(complete=True)
@@ -277,7 +303,8 @@ def _fitting_generator(
     prompts: PromptSet,
     plan: CapturePlan,
     tokens: list[bytes],
-    writer: StoreWriter,
+    codec: Codec,
+    sink_norm: Mapping[int, float],
     announce: Callable[[str], None],
 ) -> Generator:
     """The generator of the plan, or of the largest halving of its slots that the GPU has memory for."""
@@ -285,7 +312,7 @@ def _fitting_generator(
         announce(line)
     while True:
         try:
-            return _generator(options, lm, prompts, plan, tokens, writer)
+            return _generator(options, lm, prompts, plan, tokens, codec, sink_norm)
         except torch.cuda.OutOfMemoryError as error:
             if plan.slots == 1:
                 message = f"{lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
@@ -301,19 +328,20 @@ def _generator(
     prompts: PromptSet,
     plan: CapturePlan,
     tokens: list[bytes],
-    writer: StoreWriter,
+    codec: Codec,
+    sink_norm: Mapping[int, float],
 ) -> Generator:
     new = options.max_new_tokens
     keep = RowRange.parse(str(options.positions))
     budget = MAX_PREFILL_TOKENS[lm.device.type]
     tap = RowTap(
         options.layer,
-        writer.codec,
+        codec,
         keep,
         slots=plan.slots,
         rows_per_slot=max(keep.count(plan.length - new, plan.length), 1),
         exact_capacity=plan.slots * (STEPS_BETWEEN_POLLS + 1) + (budget if keep.first(2) < 1 else plan.slots),
-        sink_norm=writer.sink_norm,
+        sink_norm=sink_norm,
         device=lm.device,
         reference=options.kernels == "reference",
     )
