@@ -241,37 +241,12 @@ def test_a_package_that_is_missing_and_memory_that_is_short_are_named(
         assert raised.value.exit_code == 1
 
 
-WITHOUT_ACCELERATE = """
-import sys, importlib.util
-sys.modules["accelerate"] = None
-import torch
-from nla_engine.models import load_model
-import nla_engine.weights as weights
-# A GPU's part is played by this machine's memory: a weight that arrives is copied there once.
-class Device:
-    type = "cuda"
-there = {}
-to, all_to = torch.Tensor.to, torch.nn.Module.to
-def weight_to(self, *args, **kwargs):
-    if not (args and isinstance(args[0], Device)):
-        return to(self, *args, **kwargs)
-    if self.data_ptr() not in there:
-        self = self.clone()
-        there[self.data_ptr()] = self
-    return self
-torch.Tensor.to = weight_to
-torch.nn.Module.to = lambda self, *args: self if isinstance(args[0], Device) else all_to(self, *args)
-lm = load_model(sys.argv[1], device=Device(), dtype=torch.float32)
-print(sorted(there) == sorted({weight.data_ptr() for weight in lm.model.parameters()}), lm.fingerprint())
-"""
-
-
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
 def test_a_gpu_is_reached_without_accelerate_one_weight_at_a_time(tmp_path: Path, architecture: str) -> None:
     directory = str(save_model(tmp_path, architecture))
-    run = [sys.executable, "-c", WITHOUT_ACCELERATE, directory]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ)
-    assert done.stdout.split() == ["True", load_model(directory, **CPU).fingerprint()]
+    run = [sys.executable, str(Path(__file__).parent / "landing.py"), directory]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == load_model(directory, **CPU).fingerprint()
 
 
 def test_weights_land_as_a_model_gets_them_and_on_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:

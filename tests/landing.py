@@ -1,0 +1,41 @@
+"""Load the checkpoint DIRECTORY as onto a GPU, with undeclared packages hidden: `python landing.py DIRECTORY`.
+
+The GPU's part is played by this machine's memory: a weight that arrives is copied there once. Prints the model's
+fingerprint; fails unless every weight has arrived.
+"""
+
+import sys
+from typing import Any
+
+for name in ("accelerate", "peft", "bitsandbytes"):
+    sys.modules[name] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+
+from nla_engine.models import load_model  # noqa: E402
+
+
+class Device:
+    """Of a type that is no CPU's."""
+
+    type = "cuda"
+
+
+there: dict[int, torch.Tensor] = {}
+to, all_to = torch.Tensor.to, torch.nn.Module.to
+
+
+def weight_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not (args and isinstance(args[0], Device)):
+        return to(self, *args, **kwargs)
+    if self.data_ptr() not in there:
+        self = self.clone()
+        there[self.data_ptr()] = self
+    return self
+
+
+torch.Tensor.to = weight_to  # type: ignore[method-assign]
+torch.nn.Module.to = lambda self, *args: self if isinstance(args[0], Device) else all_to(self, *args)  # type: ignore[method-assign]
+lm = load_model(sys.argv[1], device=Device(), dtype=torch.float32)  # type: ignore[arg-type]
+assert set(there) == {weight.data_ptr() for weight in lm.model.parameters()}
+print(lm.fingerprint())
