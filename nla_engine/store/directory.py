@@ -60,6 +60,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
             with contextlib.suppress(OSError):
                 staging.rmdir()  # empty ones alone: without the lease it may be another process's by now
             raise
+        made = staging.stat().st_ino
         try:
             yield staging, lease
             if replaced is not None:
@@ -67,11 +68,11 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
             with writing(path):
                 put_in_place(path, replaced is not None)
         except BaseException:
-            if lease.is_in_place():
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if staging.stat().st_ino == made:
                     remove_directory(staging, lease)
-            else:  # it has the name already; what it replaces is left, since the disk may not know of it
-                lease.moved(path)
+                else:  # it has the name already; what it replaces is left, since the disk may not know of it
+                    lease.moved(path)
             lease.release()
             raise
         lease.moved(path)
