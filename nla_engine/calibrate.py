@@ -38,7 +38,7 @@ def calibrate(
 ) -> dict[int, LayerCalibration]:
     """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
     count, size = CALIBRATION
-    sample = [Request(i, p.token_ids[:size], 0) for i, p in enumerate(prompts[:count])]
+    sample = [Request(i, tuple(p.token_ids[:size].tolist()), 0) for i, p in enumerate(prompts[:count])]
     longest = max(len(r.token_ids) for r in sample)
     rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     slots = min(len(sample), 8)

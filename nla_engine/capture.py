@@ -5,9 +5,8 @@ Sequences are written in the order of the prompts, so a store that was interrupt
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,9 +28,10 @@ from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError
-from nla_engine.models import LanguageModel, load_model, pick_device, pick_dtype
+from nla_engine.job import CLOCK, load_job, prompts_rendering
+from nla_engine.models import LanguageModel
 from nla_engine.ops.backends import shortfall
-from nla_engine.prompts import Prompt, PromptSet, prompts_fingerprint, read_prompts
+from nla_engine.prompts import PromptSet
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.objects import place
@@ -111,10 +111,9 @@ def run_capture(
         announce(
             f"{options.model} is an AV or AR (it has {SIDECAR}); their pair explains the base model's rows"
         )
-    lm = lm or load_base_model(options)
-    prompts = read_job(options, lm)
-    for message in prompts.skipped:
-        announce(f"skipped: {message}")
+    lm, prompts = load_job(options, lm)
+    for message in [*(f"skipped: {why}" for why in prompts.skipped), *prompts.notes]:
+        announce(message)
     tokens = token_bytes(lm.tokenizer, lm.vocab_size)
     described = lm.describe()
     same = _unchanging(options, described, prompts)
@@ -125,7 +124,7 @@ def run_capture(
             codec, sink_norm = writer.codec, writer.sink_norm
         else:
             codec = Codec.named(options.codec, lm.d_model)
-            calibration = calibrate(lm, prompts.prompts, options.layer, codec, options.kernels)
+            calibration = calibrate(lm, prompts, options.layer, codec, options.kernels)
             sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
         plan = plan_capture(options, lm, prompts, writer.sequences if writer else 0)
         announce(str(plan))
@@ -150,35 +149,12 @@ def check_out(options: CaptureOptions) -> None:
         )
 
 
-def read_job(options: CaptureOptions, lm: LanguageModel) -> PromptSet:
-    """The prompts, for layers that the model has. Raises what `read_prompts` and `check_layer` raise."""
-    for layer in options.layer:
-        lm.check_layer(layer)
-    room = lm.max_length - options.max_new_tokens
-    return read_prompts(
-        options.prompts, lm.tokenizer, chat=options.chat, max_tokens=room, skip_bad=options.skip_bad
-    )
-
-
-def load_base_model(options: CaptureOptions) -> LanguageModel:
-    """The model that the options name, on their device."""
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    return load_model(
-        options.model,
-        device=device,
-        dtype=dtype,
-        revision=options.revision,
-        remote_code=options.trust_remote_code,
-    )
-
-
 def _unchanging(options: CaptureOptions, described: Mapping[str, Any], prompts: PromptSet) -> dict[str, Any]:
     """What a run that goes on with a store must have in common with those before it. described: the model."""
     given = options.to_dict()
     same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
     same["layer"] = list(options.layer)
-    same["prompts"] = prompts_fingerprint(prompts.prompts)
+    same["prompts"] = prompts.fingerprint()
     return same | {key: described[key] for key in ("weights", "tokenizer", "dtype")}
 
 
@@ -189,6 +165,7 @@ def _provenance(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet) 
         "attention": "nla_engine slot attention, softmax in float32",
         "device": str(lm.device),
         "chat_template": prompts_rendering(options, lm),
+        **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
         "sampling": "greedy"
         if options.temperature == 0
         else "softmax at the temperature, no truncation or penalty",
@@ -221,27 +198,19 @@ def _create_store(
     return writer
 
 
-def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
-    """How prompts became text: "raw", or the sha256 of the chat template they were rendered with."""
-    template = lm.tokenizer.chat_template
-    if options.chat is False or not template:
-        return "raw"
-    return hashlib.sha256(str(template).encode()).hexdigest()[:16]
-
-
 def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
     """Sizes of the run: slots from the batch size or the memory that is free, rows from the lengths."""
     keep = RowRange.parse(str(options.positions))
     new = options.max_new_tokens
-    todo = [len(p.token_ids) for p in prompts.prompts[done:]]
+    todo = prompts.sizes[done:]
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
-    longest = max(todo, default=1) + new
+    longest = int(todo.max(initial=1)) + new
     slots = options.batch_size or default_slots(lm, longest, prefix)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
-    rows = sum(keep.count(size, size + new) for size in todo)
+    rows = rows_kept(keep, todo, new)
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
     return CapturePlan(
         sequences=len(prompts),
@@ -255,6 +224,12 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
     )
 
 
+def rows_kept(keep: RowRange, sizes: np.ndarray, new: int) -> int:
+    """Rows of prompts of these sizes, int64 [n], each continued by `new` tokens."""
+    counted = zip(*np.unique(sizes, return_counts=True), strict=True)
+    return sum(keep.count(int(size), int(size) + new) * int(count) for size, count in counted)
+
+
 def _fill_store(
     options: CaptureOptions,
     prompts: PromptSet,
@@ -265,11 +240,11 @@ def _fill_store(
 ) -> CaptureSummary:
     """Run what is left to be done. generator: None if nothing is. Setting up is not part of the time it takes."""
     done, rows_before = writer.sequences, writer.rows
-    appender = Appender(writer, prompts.prompts, RowRange.parse(str(options.positions)))
+    appender = Appender(writer, prompts, RowRange.parse(str(options.positions)))
     started = time.perf_counter()
     if generator is not None:
         order = InOrder(int(options.host_memory * 2**30))
-        requests = _requests(prompts.prompts, done, plan.prefix, options.max_new_tokens, order)
+        requests = _requests(prompts, done, plan.prefix, options.max_new_tokens, order)
         for group in generator.groups(requests, order.portion):
             appender.add(order.add(group))
             del group  # its memory, before the next is fetched
@@ -349,7 +324,7 @@ def _generator(
         lm if new else lm.truncated(max(options.layer)),
         slots=plan.slots,
         length=plan.length,
-        prefix=prompts.prompts[-1].token_ids[: plan.prefix],
+        prefix=tuple(prompts.token_ids(-1)[: plan.prefix].tolist()),
         tap=tap,
         tap_layers=options.layer,
         kernels=options.kernels,
@@ -372,8 +347,9 @@ def _generator(
 
 
 def _requests(
-    prompts: Sequence[Prompt], first: int, prefix: int, max_new_tokens: int, order: InOrder
+    prompts: PromptSet, first: int, prefix: int, max_new_tokens: int, order: InOrder
 ) -> Iterator[Request]:
     """Requests for prompts[first:]."""
     for id_ in range(first, len(prompts)):
-        yield order.asked(Request(id_, prompts[id_].token_ids[prefix:], max_new_tokens))
+        ids = tuple(prompts.token_ids(id_)[prefix:].tolist())
+        yield order.asked(Request(id_, ids, max_new_tokens))

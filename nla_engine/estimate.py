@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nla_engine.capture import check_out, load_base_model, plan_capture, read_job, run_capture
+from nla_engine.capture import check_out, plan_capture, rows_kept, run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.job import load_job
 from nla_engine.models import LanguageModel
 from nla_engine.store import CaptureStore, Finish
 from nla_engine.store.objects import place
@@ -29,7 +30,8 @@ class CaptureEstimate:
     """rows and bytes: at most, since replies may end early; sequences: those still to be done.
 
     rows_expected: replies of the sample that ended early stand for their part of all, the others for full length
-    seconds_expected: sample_seconds by tokens, read and so expected; set-up and loading (load_seconds) apart
+    seconds_expected: sample_seconds by tokens, read and so expected; set-up apart
+    load_seconds: of the model and its prompts
     """
 
     sequences: int
@@ -59,22 +61,23 @@ def estimate_capture(
     """Plan a capture and measure its speed on its first prompts. Raises what `run_capture` raises before it writes."""
     check_out(options)
     started = time.perf_counter()
-    lm = lm or load_base_model(options)
+    lm, prompts = load_job(options, lm)
     load_seconds = time.perf_counter() - started
-    prompts = read_job(options, lm)
+    for note in prompts.notes:
+        announce(note)
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))
-    todo = prompts.prompts[done:]
+    sizes = prompts.sizes[done:]
     replies = float(options.max_new_tokens)
-    count, new = min(len(todo), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
+    count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
     read = generated = 0
     seconds = 0.0
     if count:
         announce(f"measuring {count} sequences of at most {new} new tokens")
         with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
             sample = Path(directory) / "prompts.jsonl"
-            sample.write_bytes(b"".join(prompt.source + b"\n" for prompt in todo[:count]))
+            sample.write_bytes(b"".join(prompt.source + b"\n" for prompt in prompts[done : done + count]))
             short = replace(
                 options,
                 prompts=sample,
@@ -86,21 +89,20 @@ def estimate_capture(
             )
             summary = run_capture(short, lm=lm)
             replies = _reply_tokens(CaptureStore.open(short.out), options.max_new_tokens)
-        read = sum(len(prompt.token_ids) for prompt in todo[:count])
+        read = int(sizes[:count].sum())
         generated, seconds = summary.tokens_generated, summary.seconds
     measured = read + generated
-    sizes = [len(prompt.token_ids) for prompt in todo]
     keep = RowRange.parse(str(options.positions))
     return CaptureEstimate(
-        sequences=len(todo),
+        sequences=len(sizes),
         already_done=done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=sum(keep.count(size, size + round(replies)) for size in sizes),
+        rows_expected=rows_kept(keep, sizes, round(replies)),
         codec=options.codec,
         layers=list(options.layer),
         skipped=len(prompts.skipped),
-        seconds_expected=round(seconds * (sum(sizes) + replies * len(sizes)) / measured, 3)
+        seconds_expected=round(seconds * (int(sizes.sum()) + replies * len(sizes)) / measured, 3)
         if measured
         else 0.0,
         load_seconds=round(load_seconds, 1),

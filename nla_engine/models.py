@@ -276,7 +276,14 @@ def _misshapen(config: Any) -> str | None:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over the vocabulary, the merges and the chat template."""
+    """sha256 over the vocabulary, the merges and the chat template.
+
+    Truncation and padding are left out: a call of the tokenizer sets them, and prompts are read without.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.truncation or backend.padding):
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{text}\n{tokenizer.chat_template}".encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.prompts import read_prompts
 from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.verify import verify
 from nla_engine.tap import RowRange, RowTap
@@ -320,9 +321,7 @@ def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch)
 
     real = tap.encode_rows
     lm = language_model()
-    calibration = stage.calibrate(
-        lm, stage.read_prompts(options(tmp_path).prompts, lm.tokenizer).prompts, (1,), CODEC
-    )
+    calibration = stage.calibrate(lm, read_prompts(options(tmp_path).prompts, lm.tokenizer), (1,), CODEC)
     monkeypatch.setattr(stage, "calibrate", lambda *_: calibration)
     monkeypatch.setattr(tap, "encode_rows", lose_one)
     with pytest.raises(EngineError, match="never written"):

@@ -65,10 +65,13 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     ),
     "a corpus that is continued": (lambda r, t: {"corpus": True}, "--corpus generates nothing"),
     "prompt without text": (
-        lambda r, t: {"prompts": written(t / "p.jsonl", '{"text": "a"}\n')},
+        lambda r, t: {"prompts": written(t / "p.jsonl", '{"question": "a"}\n')},
         r'p.jsonl, line 1: no field "prompt" or "messages"',
     ),
-    "prompt not UTF-8": (lambda r, t: {"prompts": written(t / "p.txt", b"\xff\xfe")}, "p.txt: .*UTF-8"),
+    "prompt not UTF-8": (
+        lambda r, t: {"prompts": written(t / "p.txt", b"\xff\xfe")},
+        "p.txt, line 1: .*UTF-8",
+    ),
     "prompts no Parquet": (lambda r, t: {"prompts": written(t / "p.parquet", "no")}, "p.parquet: .*Parquet"),
     "store exists": (lambda r, t: {"out": r / "run.zarr"}, "run.zarr: exists.*--resume .*--overwrite"),
     "file in the way": (

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"errors", "provenance", "extension", "claims"},
     {"codec_loops", "cards", "logits"},
-    {"codec"},
+    {"codec", "chat", "prompt_files"},
     {"decoder", "weights"},
     {"config", "tokens", "checkpoint", "prompts"},
     {"hub"},
@@ -26,7 +26,7 @@ ORDER = (
     {"engine"},
     {"store"},
     {"tap", "score", "results"},
-    {"appender", "calibrate", "verbalize", "reconstruct"},
+    {"appender", "calibrate", "job", "verbalize", "reconstruct"},
     {"capture", "roundtrip", "audit"},
     {"estimate"},
     {"report"},

@@ -24,6 +24,8 @@ from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models import LanguageModel
 from nla_engine.ops.attention import Tiles
+from nla_engine.ops.backends import has_triton
+from nla_engine.ops.fp8 import check_fp8
 
 #: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -61,6 +63,8 @@ class Runner:
             raise EngineError(
                 f"{lm.name}: fp8 needs fused blocks, which {reason} rules out: use --precision full"
             )
+        if precision == "fp8":
+            check_fp8(lm.device)
         if length > lm.max_length:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
@@ -69,7 +73,7 @@ class Runner:
         self.lm = lm
         self.device = lm.device
         self.precision = precision
-        self.reference = kernels == "reference" or (kernels == "auto" and lm.device.type == "cpu")
+        self.reference = kernels == "reference" or (kernels == "auto" and not has_triton(lm.device))
         self.cache = SlotCache(lm, slots, length, len(prefix))
         self.vectors = torch.zeros(slots + 1, lm.d_model, device=lm.device, dtype=lm.dtype)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]

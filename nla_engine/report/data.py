@@ -28,6 +28,8 @@ from nla_engine.store import CaptureStore, StoredSequence
 TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "line break", "special", "other")
 #: Longest text of a field of a prompt record that goes into the page, and fields at most.
 FIELD_CHARACTERS, FIELDS = 200, 40
+#: Integers beyond this lose digits where numbers are float64, as in a browser.
+LARGEST_EXACT = (1 << 53) - 1
 #: Fields of a prompt record that the sequence itself shows.
 SHOWN_AS_TEXT = ("prompt", "messages", "text")
 
@@ -220,7 +222,8 @@ def _fields(source: Any, prefix: str = "") -> Iterator[tuple[str, str | int | fl
                 short = len(value) <= FIELD_CHARACTERS
                 yield prefix + key, value if short else value[:FIELD_CHARACTERS] + "…"
         elif isinstance(value, bool | int | float):
-            yield prefix + key, value if math.isfinite(value) else str(value)
+            exact = abs(value) <= LARGEST_EXACT if isinstance(value, int) else math.isfinite(value)
+            yield prefix + key, value if exact else str(value)
 
 
 def _columns_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -7,6 +7,7 @@ distinct token. Nothing is ever executed. Knows nothing of vectors but their nor
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -80,7 +81,7 @@ class _Labels:
     values: Sequence[Any]
 
 
-Operand = np.ndarray | _Labels | float | str | bool
+Operand = np.ndarray | _Labels | int | float | str | bool
 
 
 class _Selection:
@@ -134,7 +135,7 @@ class _Selection:
         if node.data == "field":
             return self._field(str(node.children[0]), node)
         if node.data == "literal":
-            return _literal(node)
+            return self._literal(node)
         return self._truth(node)
 
     def _field(self, name: str, node: lark.Tree) -> Operand:
@@ -192,8 +193,7 @@ class _Selection:
             return self._compare_labels(node, left, right, COMPARISONS[name])
         if _kind(left) != _kind(right):
             raise self._error(f"{_kind(left)} is compared with {_kind(right)}", node)
-        result: np.ndarray = COMPARISONS[name](left, right)
-        return result
+        return _compare(left, right, COMPARISONS[name])
 
     def _compare_labels(
         self, node: lark.Tree, labels: _Labels, constant: Operand, compare: Callable[[Any, Any], Any]
@@ -226,11 +226,11 @@ class _Selection:
             raise self._error("'in' needs a field before it", target)
         result = np.zeros(self._store.rows - self._first, bool)
         for item in (child for child in list_node.children if isinstance(child, lark.Tree)):
-            constant = _literal(item)
+            constant = self._literal(item)
             if isinstance(value, _Labels):
                 result |= self._compare_labels(item, value, constant, operator.eq)
             elif _kind(value) == _kind(constant):
-                result |= value == constant
+                result |= _compare(value, constant, operator.eq)
             else:
                 raise self._error(f"{_kind(value)} is compared with {_kind(constant)}", item)
         return result
@@ -252,6 +252,17 @@ class _Selection:
             labels, [fit and bool(holds(value)) for fit, value in zip(fits, labels.values, strict=True)]
         )
 
+    def _literal(self, node: lark.Tree) -> int | float | str | bool:
+        """A constant; a number without point and exponent is an integer, with every digit it has."""
+        token = node.children[0]
+        assert isinstance(token, lark.Token)
+        if token.type == "NUMBER":
+            try:
+                return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
+            except ValueError:
+                raise self._error("a number of so many digits cannot be read", node) from None
+        return token == "true" if token.type == "TRUTH" else str(token[1:-1])
+
     def _error(self, message: str, place: lark.Tree | int, kind: type[WhereError] = WhereError) -> WhereError:
         start = place if isinstance(place, int) else place.meta.start_pos
         norms = ", ".join(f"norm_{layer}" for layer in self._store.layers)
@@ -262,7 +273,7 @@ class _Selection:
         )
 
 
-_NAMES: dict[type, str] = {float: "a number", str: "text", bool: "true or false"}
+_NAMES: dict[type, str] = {int: "a number", float: "a number", str: "text", bool: "true or false"}
 
 
 @cache
@@ -274,19 +285,24 @@ def _trees(node: lark.Tree) -> list[lark.Tree]:
     return [child for child in node.children if isinstance(child, lark.Tree)]
 
 
-def _literal(node: lark.Tree) -> float | str | bool:
-    token = node.children[0]
-    assert isinstance(token, lark.Token)
-    if token.type == "NUMBER":
-        return float(token)
-    return token == "true" if token.type == "TRUTH" else str(token[1:-1])
+def _compare(left: Any, right: Any, compare: Callable[[Any, Any], Any]) -> np.ndarray:
+    """A column with another or with a constant. Integers are compared exactly, however large."""
+    if isinstance(right, int) and not isinstance(right, bool):
+        if left.dtype.kind == "f":
+            right = np.float64(right) if abs(right) < 1 << 1023 else math.copysign(math.inf, right)
+        elif not -(1 << 63) <= right < 1 << 63:
+            return np.full(len(left), bool(compare(0, right)))
+        else:
+            left = left.astype(np.int64)
+    result: np.ndarray = compare(left, right)
+    return result
 
 
 def _is(value: Any, kind: type) -> bool:
     """`value` of a prompt record is of the type that a literal has."""
     return (
         isinstance(value, int | float) and not isinstance(value, bool)
-        if kind is float
+        if kind in (int, float)
         else isinstance(value, kind)
     )
 
