@@ -6,6 +6,7 @@ Knows nothing of stores or scores.
 from __future__ import annotations
 
 import collections.abc
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from nla_engine.chat import reads_clock
 from nla_engine.checkpoint import Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.order import InOrder
@@ -82,8 +84,11 @@ class Verbalizer:
         return self.lm.max_length - len(self.prefix) - len(self.tail)
 
     def fingerprint(self) -> str:
-        """Of everything that an explanation depends on: weights and sidecar."""
-        return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}"
+        """Of everything that an explanation depends on: weights, sidecar, and a prompt that changes with the day."""
+        parts = [self.lm.fingerprint(), self.sidecar.fingerprint()]
+        if reads_clock(self.lm.tokenizer):
+            parts.append(hashlib.sha256(str((self.prefix, self.tail)).encode()).hexdigest()[:16])
+        return "-".join(parts)
 
     def move(self, device: torch.device) -> None:
         """Take the weights to another device."""

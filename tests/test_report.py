@@ -91,6 +91,17 @@ def test_the_data_are_those_of_the_store_and_the_table(tmp_path: Path) -> None:
     assert data["explanations"]["cos"] == [0.5, 0.75, 0.9] and data["variance"] == VARIANCE
 
 
+def test_the_page_keeps_every_digit_of_a_number(tmp_path: Path) -> None:
+    """A browser's numbers are float64: whole numbers that it would round are written as text."""
+    numbers = [2**53 - 1, 2**53, -(2**53) - 1, 10**400, 0.1, 1]
+    record = {f"n{i}": number for i, number in enumerate(numbers)}
+    store, table = make_run(tmp_path, [Text(["a"], {0: [Said("x")]}, 1, record)])
+    fields = page_data(store, Explained.read(store, table))["sequences"]["fields"]
+    shown = [fields[f"n{i}"][0] for i in range(len(numbers))]
+    assert shown == [2**53 - 1, str(2**53), str(-(2**53) - 1), str(10**400), 0.1, 1]
+    write_report(store, table, tmp_path / "x.html")
+
+
 def test_a_character_of_several_tokens_stands_with_the_last(tmp_path: Path) -> None:
     euro = "€".encode()
     tokens = ["a", euro[:1], euro[1:], euro[:2], "b", euro[:1]]

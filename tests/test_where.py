@@ -231,3 +231,47 @@ def test_an_empty_store_selects_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     store = CaptureStore.open(tmp_path / "run.zarr")
     for expression in ("token == 'a'", "norm > 1", "record.x == 1", "not early", "token in ['a']"):
         assert store.where(expression).tolist() == []
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> CaptureStore:
+    """Records whose ids differ in the last digit only, beyond what a float64 can tell apart."""
+    path = tmp_path_factory.mktemp("numbers") / "run.zarr"
+    rng = np.random.default_rng(4)
+    with create_store(path, CODEC, (3,)) as writer:
+        for id_ in (2**53, 2**53 + 1, 10**400, 1, 2.5):
+            sequence, _ = sample_sequence(rng, CODEC, (3,), 5)
+            source = json.dumps({"id": id_}).encode()
+            writer.append(SequenceRows(**{**vars(sequence), "source": source}))
+    return CaptureStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("condition", "sequences"),
+    [
+        (f"record.id == {2**53}", [0]),
+        (f"record.id == {2**53 + 1}", [1]),
+        (f"record.id == {2**53 + 3}", []),
+        (f"record.id in [{2**53 + 1}, 1]", [1, 3]),
+        (f"record.id > {2**53}", [1, 2]),
+        (f"record.id == {10**400}", [2]),
+        (f"record.id < {10**400}", [0, 1, 3, 4]),
+        ("record.id == 1.0 or record.id == 2.5", [3, 4]),
+        ("record.id == +1", [3]),
+        (f"sequence < {10**400} and sequence > -{10**30}", [0, 1, 2, 3, 4]),
+        (f"sequence == {2**63} or token_id == {2**40}", []),
+        (f"norm < {10**400} and norm > -{10**60}", [0, 1, 2, 3, 4]),
+        (f"not nonfinite and (norm > {10**60} or {10**400} < norm_3)", []),
+        (f"sequence in [1, {2**64 + 2}]", [1]),
+    ],
+)
+def test_whole_numbers_are_compared_digit_by_digit(
+    numbered: CaptureStore, condition: str, sequences: list[int]
+) -> None:
+    found = numbered.column("sequence")[numbered.where(condition)]
+    assert sorted(set(found.tolist())) == sequences
+
+
+def test_a_number_of_too_many_digits_is_named(numbered: CaptureStore) -> None:
+    with pytest.raises(WhereError, match="column 14: a number of so many digits"):
+        numbered.where("record.id == 1" + "0" * 4_300)

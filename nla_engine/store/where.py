@@ -289,7 +289,8 @@ def _compare(left: Any, right: Any, compare: Callable[[Any, Any], Any]) -> np.nd
     """A column with another or with a constant. Integers are compared exactly, however large."""
     if isinstance(right, int) and not isinstance(right, bool):
         if left.dtype.kind == "f":
-            right = np.float64(right) if abs(right) < 1 << 1023 else math.copysign(math.inf, right)
+            largest = int(np.finfo(np.float64).max)
+            right = np.float64(right) if abs(right) <= largest else math.inf if right > 0 else -math.inf
         elif not -(1 << 63) <= right < 1 << 63:
             return np.full(len(left), bool(compare(0, right)))
         else:
