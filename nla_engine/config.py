@@ -76,7 +76,7 @@ class CaptureOptions(Options):
 
     model: str = option("Base model: a local directory or a Hub id.")
     prompts: Path = option(
-        "Prompts: .jsonl or .parquet with prompt or messages, or text with a prompt a line."
+        "Prompts: .jsonl, .parquet, .csv or .tsv with prompt or messages, or .txt with a prompt a line."
     )
     layer: tuple[int, ...] = option(
         "Block to capture, counted from 0: its output. Several joined by commas, or repeated."

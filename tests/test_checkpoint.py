@@ -33,6 +33,34 @@ def test_roles(tmp_path: Path, word: str, role: str) -> None:
     assert read(tmp_path, {**(AV if role == "av" else AR), "role": word}, role).role == role
 
 
+def test_a_prompt_that_changes_with_the_day_is_part_of_the_fingerprint(tmp_path: Path, monkeypatch) -> None:
+    """A round trip that goes on another day must not mix two prompts."""
+    from datetime import datetime
+
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        today = 1
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime(2031, 1, cls.today)
+
+    def fingerprints() -> list[str]:
+        found = []
+        for Day.today in (1, 1, 2):
+            found.append(Verbalizer.load(str(directory), **CPU).fingerprint())
+        return found
+
+    directory = save_av(tmp_path / "av", 2)
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    assert len(set(fingerprints())) == 1
+    template = directory / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d') }} " + template.read_text())
+    first, again, next_day = fingerprints()
+    assert first == again != next_day
+
+
 @pytest.mark.parametrize("name", ["av", "actor", "verbalizer"])
 def test_av_template_names(tmp_path: Path, name: str) -> None:
     assert (

@@ -13,7 +13,17 @@ from nla_engine.cli.output import show
 from nla_engine.store import CaptureStore
 
 #: Provenance in the order in which people ask for it; what stands in neither list comes last.
-_MODEL = ("model", "revision", "architecture", "blocks", "weights", "tokenizer", "chat_template", "dtype")
+_MODEL = (
+    "model",
+    "revision",
+    "architecture",
+    "blocks",
+    "weights",
+    "tokenizer",
+    "chat_template",
+    "chat_template_clock",
+    "dtype",
+)
 _RUN = (
     "command",
     "started",
