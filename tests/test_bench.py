@@ -213,13 +213,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_other_suites(capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
-        "corpus verbalize reconstruct roundtrip store --shape tiny --requests 5 --new-tokens 3 --repeats 1 "
+        "corpus verbalize reconstruct roundtrip store prompts --shape tiny --requests 5 --new-tokens 3 --repeats 1 "
         "--baseline hf"
     )
     result = result_of(capsys)
     assert result["failed"] == [] and code == 0
     compared = {line["suite"] for line in result["lines"] if line["ratio"]}
-    assert compared == {"corpus", "verbalize", "reconstruct", "roundtrip", "store"}
+    assert compared == {"corpus", "verbalize", "reconstruct", "roundtrip", "store", "prompts"}
     lines = {line["case"]: line["p50"] for line in result["lines"]}
     av, ar, both = (
         lines[f"5 {case}"]

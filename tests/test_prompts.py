@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,21 @@ def test_prompts_leave_memory_and_come_back(tmp_path: Path, monkeypatch) -> None
     ]
     with pytest.raises(IndexError):
         spooled[300]
+
+
+def test_a_large_file_is_held_in_little_memory(tmp_path: Path, monkeypatch) -> None:
+    """800,000 tokens: a tuple of Python integers each would take 29 MB, and the texts another MB."""
+    monkeypatch.setattr(stage, "SPOOL_BYTES", 1 << 16)
+    monkeypatch.setattr(stage, "BATCH", (100, 1 << 16))
+    path = tmp_path / "p.txt"
+    path.write_text("\n".join(f"{i:04d}" + "ab" * 198 for i in range(2000)))
+    read_prompts(path, TOKENIZER, chat=False)  # what is made once stays out of the measurement
+    tracemalloc.start()
+    found = read_prompts(path, TOKENIZER, chat=False)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.sizes.sum() == 800_000
+    assert held < 1 << 19 and peak < 8 << 20
 
 
 def test_a_full_disk_is_failed_work(tmp_path: Path, monkeypatch) -> None:

@@ -20,6 +20,7 @@ SUITES = (
     "store",
     "scaling",
     "codec",
+    "prompts",
     "real",
 )
 BASELINES = ("hf", "none")
