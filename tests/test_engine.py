@@ -166,6 +166,12 @@ def test_a_closed_runner_gives_the_model_back() -> None:
     assert torch.isfinite(lm.model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
+def test_an_end_without_an_embedding_ends_nothing() -> None:
+    """As where a tokenizer's own EOS was added and the embedding not resized; -1 is no name for the last token."""
+    table = StopAutomaton([b"a", b"b", b"c"], eos_ids=[-1, 1, 3, 7]).table
+    assert (table[0] != 0).tolist() == [False, True, False]
+
+
 def test_stop_automaton_finds_what_a_search_finds(rng) -> None:
     stops = (b"</e>", b"e>x", b"<<")
     tokens = [bytes(rng.choice(list(b"</e>x"), size).tolist()) for size in rng.integers(0, 4, 60)]

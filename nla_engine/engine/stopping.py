@@ -17,7 +17,10 @@ class StopAutomaton:
     """table: uint8 [states, vocab]; state 0 is the start; `stopped` and `ended` are the two accepting states."""
 
     def __init__(self, tokens: Sequence[bytes], eos_ids: Sequence[int], stop: Sequence[bytes] = ()) -> None:
-        """tokens: the bytes of every id; stop: strings that end a sequence as soon as they stand in its text."""
+        """tokens: the bytes of every id; eos_ids: those that are no id of these are never generated.
+
+        stop: strings that end a sequence as soon as they stand in its text
+        """
         prefixes = [b"", *sorted({text[:size] for text in stop for size in range(1, len(text))})]
         self.stopped, self.ended = len(prefixes), len(prefixes) + 1
         if self.ended > 255:
@@ -43,7 +46,7 @@ class StopAutomaton:
             table[1 : len(prefixes), [i for i, token in enumerate(tokens) if not token]] = np.arange(
                 1, len(prefixes)
             )[:, None]
-        table[:, list(eos_ids)] = self.ended
+        table[:, [id_ for id_ in eos_ids if 0 <= id_ < len(tokens)]] = self.ended
         self.table = torch.from_numpy(table)
 
     def _next(self, text: bytes, known: int, stop: Sequence[bytes], number: dict[bytes, int]) -> int:
