@@ -98,7 +98,9 @@ class CaptureOptions(Options):
     corpus: bool = option(
         "Text that exists already: read raw, generate nothing, stop after the deepest layer.", False
     )
-    dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
+    dtype: str | None = option(
+        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
+    )
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
     kernels: str = option(_KERNELS_HELP, "auto")
     revision: str | None = option("Revision of a Hub model.", None)
@@ -174,7 +176,9 @@ class RoundtripOptions(Options):
         "Products of AV and AR: full (in --dtype), or fp8, faster and close to it (docs/roundtrip.md).",
         "full",
     )
-    dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
+    dtype: str | None = option(
+        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
+    )
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
     kernels: str = option(_KERNELS_HELP, "auto")
     resume: bool = option("Go on with a round trip that was interrupted.", False)
@@ -239,7 +243,9 @@ class MultiplicationOptions(Options):
     batch_size: int | None = option(
         "Sequences run at once, in both stages. [default: from the memory that is free]", None
     )
-    dtype: str | None = option("bfloat16 or float32. [default: bfloat16 on a GPU, else float32]", None)
+    dtype: str | None = option(
+        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
+    )
     device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
     kernels: str = option(_KERNELS_HELP, "auto")
     resume: bool = option("Go on with a study that was interrupted.", False)

@@ -5,6 +5,7 @@ Knows nothing of NLA sidecars, prompts or stores.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
