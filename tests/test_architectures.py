@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny import byte_tokenizer
 
+from nla_engine.engine import selfcheck
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError, EngineError, NLAError
 from nla_engine.models import LanguageModel, _misshapen, wrap_model
@@ -172,6 +173,6 @@ def test_memory_that_is_short_is_no_fault_of_the_architecture(monkeypatch: pytes
         raise torch.OutOfMemoryError("no room")
 
     lm = language_model("LlamaConfig")
-    monkeypatch.setattr(Runner, "_library_states", fail)
+    monkeypatch.setattr(selfcheck, "take_sample", fail)
     with pytest.raises(torch.OutOfMemoryError):
         Runner(lm, slots=2, length=60)

@@ -226,21 +226,21 @@ def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
     hidden: dict[str, torch.Tensor] = {}
 
     def disturb(_module, _inputs, output):
-        """Make reads of token 'y' sinks and of token 'z' NaN, for the tap only: the block after it sees them too."""
-        tokens = hidden["ids"]
+        """Make reads of token '@' sinks and of token '#' NaN, wherever the block is called."""
+        tokens = hidden["ids"].reshape(output.shape[:-1])
         output = output.clone()
-        output[0, tokens == ord_id("y")] *= 1000.0
-        output[0, tokens == ord_id("z")] = float("nan")
+        output[tokens == ord_id("@")] *= 1000.0
+        output[tokens == ord_id("#")] = float("nan")
         return output
 
     def ord_id(letter: str) -> int:
         return int(lm.tokenizer.encode(letter)[0])
 
     def remember(_module, inputs):
-        hidden["ids"] = inputs[0].reshape(-1)
+        hidden["ids"] = inputs[0]
 
     text = tmp_path / "text.txt"
-    text.write_text("a" * 40 + "\n" + "bcd" * 10 + "\nqqyq\nffz\n")
+    text.write_text("a" * 40 + "\n" + "bcd" * 10 + "\nqq@q\nff#\n")
     lm.embedding.register_forward_pre_hook(remember)
     lm.blocks[3].register_forward_hook(disturb)
     summary = run_capture(options(tmp_path, prompts=text, layer=(3,), corpus=True, codec="int8"), lm=lm)
@@ -255,7 +255,7 @@ def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
     store = CaptureStore.open(tmp_path / "run.zarr")
     flags, rows = store.column("flags"), store.layer(3)[:]
     sink, bad = np.flatnonzero(flags & RowFlag.SINK), np.flatnonzero(flags & RowFlag.NONFINITE)
-    assert store.token_text(store.column("token_id")[[sink[0], bad[0]]]) == ["y", "z"]
+    assert store.token_text(store.column("token_id")[[sink[0], bad[0]]]) == ["@", "#"]
     assert np.isnan(rows[bad]).all()
     assert (rows[sink] == bf16_values(bf16_bits(rows[sink]))).all() and np.isfinite(rows[sink]).all()
     assert np.linalg.norm(rows[sink]) > store.sink_norm[3]

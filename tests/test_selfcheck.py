@@ -92,7 +92,7 @@ def on_rotation(change: Callable[[Any], None]) -> Callable[[pytest.MonkeyPatch],
 
         def changed(self: SelfCheck) -> None:
             note(self)
-            change(self.lm.decoder.rotary_emb)
+            change(getattr(self.lm.decoder, "whole", self.lm.decoder).rotary_emb)
 
         patch.setattr(SelfCheck, "note_shapes", changed)
 
@@ -211,8 +211,9 @@ def test_a_planted_fault_is_refused(fault: str, dtype: torch.dtype, monkeypatch:
 def test_a_planted_fault_is_refused_on_real_weights(
     fault: str, pretrained: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = pretrained.truncated(5)
-    lm.decoder.rotary_emb = copy.deepcopy(pretrained.decoder.rotary_emb)  # which some of them change
+    decoder = copy.copy(pretrained.decoder)
+    decoder._modules = {**decoder._modules, "rotary_emb": copy.deepcopy(decoder.rotary_emb)}  # some change it
+    lm = replace(pretrained, decoder=decoder).truncated(5)
     FAULTS[fault][1](monkeypatch)
     with pytest.raises(EngineError, match=r"block \d of the engine .* transformers' own"):
         check(lm, kernels="fused")

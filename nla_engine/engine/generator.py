@@ -29,8 +29,6 @@ from nla_engine.ops.choose import Choosing, SlotState, advance
 
 #: Decode steps that the device takes alone before the host looks which sequences have ended.
 STEPS_BETWEEN_POLLS = 8
-
-
 #: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
 #: Before that nobody needs to know which sequences have ended.
 REFILL_PART = 1 / 16
