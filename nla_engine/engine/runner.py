@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from nla_engine.config import PRECISIONS
+from nla_engine.decoder import block_output
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, can_fuse, can_fuse_norm, tune_products
@@ -157,8 +158,7 @@ class Runner:
 
         def hook(_module: object, _inputs: object, output: object) -> None:
             if self._tap is not None and self._pass is not None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                assert isinstance(hidden, torch.Tensor)
+                hidden = block_output(output)
                 with self._pass.beside() if joined else nullcontext():
                     self._tap(layer, hidden[0], self._pass.slot, self._pass.position)
 

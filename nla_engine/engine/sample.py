@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from nla_engine.decoder import block_output
 from nla_engine.engine.fused import can_fuse_norm
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
@@ -68,8 +69,8 @@ def take_sample(lm: LanguageModel) -> Sample:
     sample = Sample(ids, calls[0][0])
     for part, (hidden, args, kwargs) in zip(parts_of(lm), calls, strict=True):
         read = _rescaled(hidden)
-        own = output_of(part(read, *args, **kwargs))
-        wide = own if own.dtype == torch.float32 else output_of(_in_float32(part, (read, *args), kwargs))
+        own = block_output(part(read, *args, **kwargs))
+        wide = own if own.dtype == torch.float32 else block_output(_in_float32(part, (read, *args), kwargs))
         size = torch.maximum((wide - read.float()).norm(dim=-1), read.float().norm(dim=-1))
         sample.inputs.append(read)
         sample.wide.append(wide)
@@ -137,13 +138,6 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-
-def output_of(output: Any) -> torch.Tensor:
-    """The hidden states that a block gave: all it gave, or the first of several."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, torch.Tensor)
-    return hidden
 
 
 def _in_float32(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

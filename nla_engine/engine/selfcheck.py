@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nla_engine.decoder import block_output
 from nla_engine.engine.attention import Pass, current_pass
 from nla_engine.engine.graph import DecodeGraph
-from nla_engine.engine.sample import PREFIX, Sample, output_of, parts_of, split_call, take_sample
+from nla_engine.engine.sample import PREFIX, Sample, parts_of, split_call, take_sample
 from nla_engine.engine.slots import SlotCache
 from nla_engine.errors import EngineError
 from nla_engine.models import LanguageModel
@@ -30,7 +31,7 @@ RATIO = 2.0
 FLOOR = {torch.float32: 3e-4, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 #: The same in fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%; a block has three in a row,
 #: and rows with a few massive channels lose most of the others. Unrelated states are 1.4 apart.
-FLOOR_FP8 = 0.5
+FLOOR_FP8 = 0.7
 #: Tokens of a lane that are read one by one.
 DECODED = 3
 #: Longest text for which the library's masks are looked at, [length, length].
@@ -260,7 +261,7 @@ def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
             return (sample.inputs[number][slot.clamp(max=last_lane), position][None], *args), kwargs
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            states = output_of(output)[0]
+            states = block_output(output)[0]
             watch.seen.append(Seen(number, arrived[0], states, *_places(watch.work, len(states))))
 
         return part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)
