@@ -34,6 +34,7 @@ from nla_engine.ops.backends import shortfall
 from nla_engine.prompts import PromptSet
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
+from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 from nla_engine.tap import RowRange, RowTap
@@ -142,11 +143,15 @@ def run_capture(
 
 
 def check_out(options: CaptureOptions) -> None:
-    """StoreError if a store is in the way that is neither to be gone on with nor to be replaced."""
-    if exists(place(options.out)) and not (options.resume or options.overwrite):
+    """StoreError if something is in the way that is neither to be gone on with nor to be replaced."""
+    out = place(options.out)
+    there = exists(out)
+    if there and not (options.resume or options.overwrite):
         raise StoreError(
             f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
         )
+    if not (there and options.resume):
+        check_place(out, options.overwrite)
 
 
 def _unchanging(options: CaptureOptions, described: Mapping[str, Any], prompts: PromptSet) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from datetime import datetime
 from pathlib import Path
@@ -269,10 +270,10 @@ def test_a_clock_that_cannot_be_set_is_told(tmp_path: Path, monkeypatch) -> None
     """As a later transformers might have it: the template's clock reads the time elsewhere."""
     from transformers.utils import chat_template_utils
 
-    real = chat_template_utils._compile_jinja_template
+    make = inspect.unwrap(chat_template_utils._compile_jinja_template)  # what is kept must stay as it is
 
     def own_clock(template: str) -> Any:
-        compiled = real(template)
+        compiled = make(template)
         compiled.environment.globals["strftime_now"] = lambda form: datetime(1999, 1, 1).strftime(form)
         return compiled
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_sidecar
 
+from nla_engine import models
+from nla_engine.cards import Card
 from nla_engine.checkpoint import read_sidecar, reconstructor_prompts, verbalizer_prompt
 from nla_engine.errors import CheckpointError, NLAError, RequestError
 from nla_engine.models import load_model, pick_device, pick_dtype
@@ -274,6 +276,7 @@ def test_a_gpu_is_picked_by_number_and_becomes_the_current_one(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(models, "card_of", hopper)
     assert [pick_device(name) for name in (None, "cuda")] == [torch.device("cuda", 1)] * 2
     assert pick_device("cuda:0") == torch.device("cuda", 0) and current[-1] == 0
     assert pick_device("cpu:0") == pick_device("cpu") == torch.device("cpu") and current[-1] == 0
@@ -281,7 +284,12 @@ def test_a_gpu_is_picked_by_number_and_becomes_the_current_one(monkeypatch: pyte
         pick_device("cuda:2")
 
 
-def test_devices_and_dtypes() -> None:
+def hopper(device: torch.device) -> Card:
+    return Card(device.index or 0, "stand-in", (9, 0), 232_448)
+
+
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "card_of", hopper)
     assert pick_dtype(None, torch.device("cpu")) == torch.float32
     assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
     for call in (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nla_engine.errors import DamageError, StoreError
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
-from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath
+from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath, Place
 from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, writing
 from nla_engine.store.swap import aside_name, exists, put_in_place, remove_directory, staging_name
 
@@ -47,7 +47,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
     lies in another store.
     """
     check_outside_stores(path)
-    replaced = _lease_of_replaceable(path, overwrite)
+    replaced = Lease.of_directory(path) if _is_replaced(path, overwrite) else None
     staging = staging_name(path)
     try:
         for leftover in (staging, aside_name(path)):
@@ -95,12 +95,7 @@ def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
     lock = ObjectLock(root)
     try:
         names = [name for name in root.names() if name != LOCK_NAME]
-        if names and not overwrite:
-            raise StoreError(f"{root} exists: pass --overwrite to replace it")
-        if foreign := _foreign({name.split("/")[0] for name in names}):
-            raise StoreError(
-                f"{root}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
-            )
+        _check_names(root, names, overwrite)
         for name in sorted(names, key=lambda name: name != METADATA_NAME):
             (root / name).unlink()
         yield lock
@@ -109,10 +104,19 @@ def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
         raise
 
 
-def _lease_of_replaceable(path: Path, overwrite: bool) -> Lease | None:
-    """The lease of the store that is to be replaced; None when nothing is there."""
+def check_place(root: Place, overwrite: bool) -> None:
+    """StoreError unless a new store may be written at `root`. For before any work: `staged`, `emptied` ask again."""
+    if isinstance(root, Path):
+        check_outside_stores(root)
+        _is_replaced(root, overwrite)
+    elif root.exists():
+        _check_names(root, [name for name in root.names() if name != LOCK_NAME], overwrite)
+
+
+def _is_replaced(path: Path, overwrite: bool) -> bool:
+    """Whether a store is there that is to be replaced. StoreError where what is there may not be."""
     if not exists(path) or (path.is_dir() and not any(path.iterdir())):
-        return None
+        return False
     if not path.is_dir():
         raise StoreError(f"{path}: a file is in the way: choose another name")
     if not overwrite:
@@ -125,7 +129,17 @@ def _lease_of_replaceable(path: Path, overwrite: bool) -> Lease | None:
         raise StoreError(
             f"{path}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
         )
-    return Lease.of_directory(path)
+    return True
+
+
+def _check_names(root: ObjectPath, names: Sequence[str], overwrite: bool) -> None:
+    """StoreError unless these names below `root` may be replaced."""
+    if names and not overwrite:
+        raise StoreError(f"{root} exists: pass --overwrite to replace it")
+    if foreign := _foreign({name.split("/")[0] for name in names}):
+        raise StoreError(
+            f"{root}: holds '{foreign[0]}', which is no part of a store: not overwritten, move it first"
+        )
 
 
 def _foreign_names(path: Path) -> list[str]:
