@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_engine.errors import RequestError, WriteError
+from nla_engine.errors import NLAError, RequestError, WriteError
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import (
@@ -158,8 +158,14 @@ class ResultTable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lease is not None:
-            self._lease.release()
+        if self._lease is None:
+            return
+        if kind is not None and not self.done and not self.finished:  # what never began is in nobody's way
+            with contextlib.suppress(NLAError, OSError):
+                self._lease.check()
+                (self._parts / RECORD_NAME).unlink()
+                remove_directory(self._parts, self._lease)
+        self._lease.release()
 
     @property
     def finished(self) -> bool:

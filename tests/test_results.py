@@ -156,3 +156,21 @@ def test_many_at_once_and_killed(tmp_path: Path, rng: np.random.Generator) -> No
     assert "open\n" in said
     assert rows_of(out) == list(range(40))
     assert json.loads(pq.read_schema(out).metadata[b"nla_engine"])["options"] == {"seed": 1}
+
+
+def test_a_run_that_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -> None:
+    """So what was refused once the models were set up is not in the way of the next try."""
+    out = tmp_path / "x.parquet"
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), open_table(out):
+            raise ZeroDivisionError
+        assert os.listdir(tmp_path) == []
+    with pytest.raises(ZeroDivisionError), open_table(out) as table:
+        table.append(columns(0, 1))
+        raise ZeroDivisionError
+    with open_table(out, resume=True) as table:
+        assert table.done == 2
+        finish(table)
+    with pytest.raises(ZeroDivisionError), open_table(out, overwrite=True):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["x.parquet"] and rows_of(out) == [0, 1]
