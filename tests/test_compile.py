@@ -143,6 +143,7 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
             "WINDOW": True, "SOFTCAP": False, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
+            "SHARED": True,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
