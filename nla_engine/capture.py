@@ -113,7 +113,7 @@ def run_capture(
             f"{options.model} is an AV or AR (it has {SIDECAR}); their pair explains the base model's rows"
         )
     lm, prompts = load_job(options, lm)
-    for message in [*(f"skipped: {why}" for why in prompts.skipped), *prompts.notes]:
+    for message in prompts.messages():
         announce(message)
     tokens = token_bytes(lm.tokenizer, lm.vocab_size)
     described = lm.describe()
@@ -125,7 +125,12 @@ def run_capture(
             codec, sink_norm = writer.codec, writer.sink_norm
         else:
             codec = Codec.named(options.codec, lm.d_model)
-            calibration = calibrate(lm, prompts, options.layer, codec, options.kernels)
+            try:
+                calibration = calibrate(lm, prompts, options.layer, codec, options.kernels)
+            except torch.cuda.OutOfMemoryError as error:
+                raise EngineError(
+                    f"{lm.name}: there is no room to run it beside its weights on {lm.device}"
+                ) from error
             sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
         plan = plan_capture(options, lm, prompts, writer.sequences if writer else 0)
         announce(str(plan))

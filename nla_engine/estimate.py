@@ -58,13 +58,14 @@ def estimate_capture(
     announce: Callable[[str], None] = lambda text: None,
     lm: LanguageModel | None = None,
 ) -> CaptureEstimate:
-    """Plan a capture and measure its speed on its first prompts. Raises what `run_capture` raises before it writes."""
+    """Plan a capture and measure its speed on its first prompts. Raises what loading, prompts and a place that is
+    taken raise; whether a store can be resumed with these options is asked by the run alone."""
     check_out(options)
     started = time.perf_counter()
     lm, prompts = load_job(options, lm)
     load_seconds = time.perf_counter() - started
-    for note in prompts.notes:
-        announce(note)
+    for message in prompts.messages():
+        announce(message)
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
     plan = plan_capture(options, lm, prompts, done)
     announce(str(plan))

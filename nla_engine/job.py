@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from nla_engine.config import CaptureOptions
@@ -32,10 +33,14 @@ CLOCK = "chat_template_clock"
 def load_job(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
     """The model, unless it is given, and the prompts, for layers that the model has.
 
-    Raises what `load_model`, `check_layer` and `read_prompts` raise, in this order.
+    Raises what `find_directory`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
     """
-    clock = _first_clock(options)
-    ahead = None if lm else _Ahead.start(options, clock)
+    clock, ahead = _first_clock(options), None
+    if lm is None:  # what costs nothing to refuse comes before what may have to be fetched
+        device = pick_device(options.device)
+        pick_dtype(options.dtype, device)
+        directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
+        ahead = _Ahead.start(options, directory, clock)
     try:
         lm = lm or load_base_model(options)
         for layer in options.layer:
@@ -116,17 +121,16 @@ class _Ahead:
             except BaseException as error:  # told to whoever asks for the result
                 self._found = error
 
-        # A daemon: an interrupted program does not wait for it.
+        # A daemon, should the program end without `stop`.
         self._thread = threading.Thread(target=read, name="prompts", daemon=True)
         self._thread.start()
 
     @classmethod
-    def start(cls, options: CaptureOptions, clock: datetime | None) -> _Ahead | None:
+    def start(cls, options: CaptureOptions, directory: Path, clock: datetime | None) -> _Ahead | None:
         """None where tokenizer or configuration cannot be loaded: loading the model says why."""
         from transformers import AutoConfig
 
         try:
-            directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
             tokenizer = load_tokenizer(directory, remote_code=options.trust_remote_code)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
             text = config.get_text_config(decoder=True)
@@ -137,7 +141,7 @@ class _Ahead:
         return cls(options, tokenizer, limits, clock)
 
     def stop(self) -> None:
-        """The result is not wanted."""
+        """The result is not wanted: the thread ends with the batch that it is at."""
         self._stopped.set()
         self._thread.join()
 

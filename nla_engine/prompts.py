@@ -63,6 +63,10 @@ class PromptSet(Sequence[Prompt]):
         self._first = np.zeros(0, np.int32)
         self._shortest = self._common = 0
 
+    def messages(self) -> list[str]:
+        """What a user should know before the run."""
+        return [*(f"skipped: {why}" for why in self.skipped), *self.notes]
+
     def add(self, ids: np.ndarray, source: bytes) -> None:
         """The next prompt. ids: int32 [t], at least one."""
         if len(self):

@@ -99,21 +99,17 @@ class ResultTable:
         another process is at it.
         """
         parts = _parts_of(out)
-        if not (resume or overwrite) and (out.exists() or parts.exists()):
-            found = out if out.exists() else parts
-            raise RequestError(
-                f"{found}: exists; pass --resume to go on with it or --overwrite to replace it"
-            )
-        if out.is_dir():
-            raise RequestError(f"{out}: is a directory; choose another name for the table")
-        check_outside_stores(out)
-        if overwrite and out.exists():
-            read_metadata(out)  # nothing but a table of ours is ever replaced
+        check_table(out, resume=resume, overwrite=overwrite)
         if out.exists() and not overwrite and not parts.exists():
             return cls._finished(out, options, schema)
         with writing(parts):
             make_directory(parts)
-        lease = Lease.of_directory(parts)
+        try:
+            lease = Lease.of_directory(parts)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                parts.rmdir()  # empty ones alone
+            raise
         try:
             return cls._begin(out, lease, options, overwrite, schema)
         except BaseException:
@@ -221,6 +217,20 @@ class ResultTable:
     def _own(self) -> Lease:
         assert self._lease is not None, "the table is finished"
         return self._lease
+
+
+def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """RequestError if what is at `out` is neither to be gone on with nor to be replaced, StoreError if that lies in a
+    store. Asked before any work, and again by `ResultTable.open`."""
+    parts = _parts_of(out)
+    if not (resume or overwrite) and (out.exists() or parts.exists()):
+        found = out if out.exists() else parts
+        raise RequestError(f"{found}: exists; pass --resume to go on with it or --overwrite to replace it")
+    if out.is_dir():
+        raise RequestError(f"{out}: is a directory; choose another name for the table")
+    check_outside_stores(out)
+    if overwrite and out.exists():
+        read_metadata(out)  # nothing but a table of ours is ever replaced
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

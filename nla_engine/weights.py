@@ -78,24 +78,31 @@ def read_model(
 
 def check_checkpoint(directory: Path, *, headless: bool, remote_code: bool) -> None:
     """CheckpointError for what can be told before the weights are read: their form, their files, the model's class."""
+    config = check_form(directory, str(directory))
+    _check_files(directory)
+    _check_kind(directory, config, headless, remote_code)
+
+
+def check_form(directory: Path, name: str) -> dict[str, Any]:
+    """CheckpointError, which says `name`, for weights in a form that is not run, by the small files in a directory
+    alone: before the weights are fetched. Returns config.json."""
     path = directory / CONFIG
     if (directory / ADAPTER).is_file():
         raise CheckpointError(
-            f"{directory}: has {ADAPTER}: adapters are not merged yet, and without its own the model is another: "
+            f"{name}: has {ADAPTER}: adapters are not merged yet, and without its own the model is another: "
             "merge it into its base model and give that directory"
         )
     if not path.is_file():
-        raise CheckpointError(f"{directory}: has no {CONFIG}: give the directory of one checkpoint")
+        raise CheckpointError(f"{name}: has no {CONFIG}: give the directory of one checkpoint")
     config = _read_json(path)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _QUANTISED:
             if isinstance(part.get(key), dict):
                 raise CheckpointError(
-                    f"{directory}: its weights are quantised ({_method(part[key])}), which the engine does not run: "
+                    f"{name}: its weights are quantised ({_method(part[key])}), which the engine does not run: "
                     "give the unquantised checkpoint of this model"
                 )
-    _check_files(directory)
-    _check_kind(directory, config, headless, remote_code)
+    return config
 
 
 def _method(given: Mapping[str, Any]) -> str:

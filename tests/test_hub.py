@@ -31,8 +31,6 @@ def test_what_is_loaded_is_fetched_and_nothing_else(hub: Hub, tmp_path: Path) ->
         "additional_chat_templates/tools.jinja",
         "nla_meta.yaml",
         "value_head.safetensors",
-        "adapter_config.json",
-        "adapter_model.safetensors",
     ]
     loaded = SMALL | {file: f"{file}'s own bytes".encode() for file in beside}
     made = hub.add("owner/model", loaded | BALLAST)

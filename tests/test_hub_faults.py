@@ -128,7 +128,11 @@ def test_repositories_that_are_no_checkpoint(hub: Hub) -> None:
         find_directory("owner/quantised")
     assert hub.fetched() == []
     hub.add("owner/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
-    assert len(list(find_directory("owner/adapter").iterdir())) == 2
+    with pytest.raises(
+        CheckpointError, match=r"^owner/adapter: has adapter_config.json: adapters are not merged"
+    ):
+        find_directory("owner/adapter")
+    assert hub.fetched() == ["owner/adapter:adapter_config.json"]
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(
@@ -217,3 +221,22 @@ def test_a_refusal_is_one_line_and_leaves_nothing(hub: Hub, monkeypatch: pytest.
     offline(hub, monkeypatch)
     check_refused(call(*command), r"owner/base: no such directory; as a Hub id: the Hub cannot be", code=1)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"config.json": b'{"quantization_config": {"quant_method": "gptq", "bits": 4}}'},
+            "quantised .gptq, 4 bits",
+        ),
+        ({"adapter_config.json": b"{}"}, "adapters are not merged yet"),
+    ],
+)
+def test_a_form_that_is_not_run_is_refused_before_its_weights_are_fetched(
+    hub: Hub, changed: dict[str, bytes], message: str
+) -> None:
+    hub.add("owner/model", {**SMALL, **changed})
+    with pytest.raises(CheckpointError, match=f"^owner/model: .*{message}"):
+        find_directory("owner/model")
+    assert not any(path.endswith(".safetensors") for path in hub.fetched())

@@ -180,3 +180,20 @@ def test_notes_are_said_at_the_start(tmp_path: Path) -> None:
     assert (
         CaptureStore.open(tmp_path / "run.zarr").sequence(0).text().endswith("assistant\nIt is<|im_end|>\n")
     )
+
+
+def test_what_costs_nothing_to_refuse_comes_before_the_model_is_fetched(tmp_path: Path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def find(name: str, *_: Any, **__: Any) -> Path:
+        asked.append(name)
+        raise CheckpointError(f"{name}: gated")
+
+    monkeypatch.setattr(job, "find_directory", find)
+    for wrong in ({"device": "cuda:9"}, {"dtype": "int3"}):
+        with pytest.raises(RequestError):
+            job.load_job(options(tmp_path, **wrong))
+    assert asked == []
+    with pytest.raises(CheckpointError, match="gated"):
+        job.load_job(options(tmp_path))
+    assert len(asked) == 1  # and it is asked once

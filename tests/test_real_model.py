@@ -250,3 +250,18 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(model: Any, lm: LanguageM
     other = torch.softmax(logits.double() / (0.9 * TEMPERATURE), -1).numpy() * draws
     other = np.append(other[often], other[~often].sum())
     assert ((seen - other) ** 2 / other).sum() > freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_in_bfloat16_fused_blocks_pass_their_check_and_the_store_its_audit(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    """Layers 10 and 11, where rounding moves some rows by a tenth and more."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS[1:3]))
+    options = {"layer": "10,11", "positions": "all", "max_new_tokens": 6, "kernels": "fused"}
+    made = ["--prompts", prompts, "--out", tmp_path / "run.zarr", "--dtype", "bfloat16", "--device", "cpu"]
+    assert call("capture", smollm2, *made, *flags(options)).code == 0
+    checked = call("verify", tmp_path / "run.zarr", "--model", smollm2, "--device", "cpu", "--json")
+    assert checked.code == 0, checked.out
+    names = [check["name"] for check in checked.json["checks"] if "rows are the output" in check["name"]]
+    assert names == [f"layer {k}: rows are the output of block {k}" for k in (10, 11)]

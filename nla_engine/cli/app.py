@@ -137,7 +137,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, .
 
 def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores, and no word about forks
     watch_streams()
     hub.tell(say, progress_bar)
     arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # which may stand behind the command, too

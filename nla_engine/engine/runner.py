@@ -42,7 +42,7 @@ class Runner:
 
     kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of `config.PRECISIONS`; full is the
     model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
-    must not be called; `close` gives it back.
+    must not be called; `close` gives it back, with transformers' eager attention.
     """
 
     def __init__(

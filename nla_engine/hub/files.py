@@ -34,7 +34,6 @@ BESIDE_WEIGHTS = (
     "chat_template*.jinja",
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: Weights in the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 #: Endings of weights that are not read, for a refusal that says what a repository has instead.
@@ -45,7 +44,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 def choose(
     name: str, files: Iterable[str], read: Callable[[str], dict[str, Any]], *, remote_code: bool = False
 ) -> list[str]:
-    """Which of a repository's files are loaded: configuration, tokenizer, templates, weights, adapter, NLA's own.
+    """Which of a repository's files are loaded: configuration, tokenizer, templates, weights, NLA's own.
 
     files: every path in the repository; read(path): one of its JSON files
     Raises CheckpointError if it holds no weights that are read, or lacks a shard that its index names.
@@ -59,8 +58,6 @@ def choose(
     chosen += [f for f in files if fnmatchcase(f, TEMPLATES)]
     if remote_code:
         chosen += [f for f in files if f.endswith(".py")]
-    if ADAPTER_CONFIG in files and ADAPTER_WEIGHTS in files:
-        chosen.append(ADAPTER_WEIGHTS)
     if CONFIG in files:
         chosen += _weights(name, files, read)
     return sorted(set(chosen))

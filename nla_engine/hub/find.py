@@ -72,6 +72,9 @@ def _snapshot(name: str, revision: str | None, remote_code: bool) -> Path:
             ) from error
         say(f"{name}: {why}: taking commit {directory.name[:12]} from the cache")
         return directory
+    from nla_engine.weights import check_form
+
+    check_form(directory, name)
     try:
         return fetch(name, directory, files, remote_code)
     except NLAError:

@@ -16,7 +16,7 @@ from nla_engine.config import RoundtripOptions
 from nla_engine.errors import RequestError
 from nla_engine.provenance import describe_run
 from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import ResultTable, nullable
+from nla_engine.results import ResultTable, check_table, nullable
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
@@ -54,6 +54,7 @@ def run_roundtrip(
     segments, sample = _control_sample(segments, options)
     if not len(sample):
         raise nothing_selected(options)
+    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
     if options.max_new_tokens > (room := pair.verbalizer.room):

@@ -69,7 +69,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
                 put_in_place(path, replaced is not None)
         except BaseException:
             with contextlib.suppress(OSError):
-                if staging.stat().st_ino == made:
+                if staging.exists() and staging.stat().st_ino == made:
                     remove_directory(staging, lease)
                 else:  # it has the name already; what it replaces is left, since the disk may not know of it
                     lease.moved(path)
