@@ -156,7 +156,8 @@ class ResultTable:
     ) -> None:
         if self._lease is None:
             return
-        if kind is not None and not self.done and not self.finished:  # what never began is in nobody's way
+        # What never began is in nobody's way; but the record of one that replaces another is what `resume` goes on with.
+        if kind is not None and not (self.done or self.finished or self.out.exists()):
             with contextlib.suppress(NLAError, OSError):
                 self._lease.check()
                 (self._parts / RECORD_NAME).unlink()

@@ -174,4 +174,9 @@ def test_a_run_that_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -
         finish(table)
     with pytest.raises(ZeroDivisionError), open_table(out, overwrite=True):
         raise ZeroDivisionError
-    assert os.listdir(tmp_path) == ["x.parquet"] and rows_of(out) == [0, 1]
+    assert rows_of(out) == [0, 1]
+    with open_table(out, resume=True) as table:  # goes on with what is to replace it
+        assert not table.finished and table.done == 0
+        table.append(columns(7))
+        finish(table)
+    assert os.listdir(tmp_path) == ["x.parquet"] and rows_of(out) == [7]

@@ -295,11 +295,11 @@ def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> F
     """The finding with the largest share of its limit. One look at the device for all parts of a pass.
 
     What n tokens of a lane may err by follows from the noise of the n noisiest of that lane: one token's rounding is
-    a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts: there the
-    median of all tokens is judged.
+    a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts: there one
+    token is judged, that in the middle of all.
     """
     found = torch.stack(
-        [_medians(sample, each) if each.part in routed else _by_lane(sample, each) for each in seen]
+        [_medians(sample, each, floor) if each.part in routed else _by_lane(sample, each) for each in seen]
     )
     findings = []
     for each, (errors, noises, counts) in zip(seen, found.double().tolist(), strict=True):
@@ -335,14 +335,19 @@ def _by_lane(sample: Sample, seen: Seen) -> torch.Tensor:
     return torch.stack([_errors(sample, seen).square() @ mine.float() / (last + 1), allowed, count]).sqrt()
 
 
-def _medians(sample: Sample, seen: Seen) -> torch.Tensor:
-    """The same of all tokens as one lane; others have none."""
+def _medians(sample: Sample, seen: Seen, floor: float) -> torch.Tensor:
+    """The same of the token in the middle, by error beside its limit, as one lane; others have none.
+
+    A token that rounding sends to other experts in transformers' own arithmetic may err as far as it does there.
+    """
     noise = sample.noise[seen.part]
-    own = noise[seen.slot, seen.position]
+    own, error = noise[seen.slot, seen.position], _errors(sample, seen)
+    told = torch.isfinite(own)
+    allowed = torch.where(told, torch.maximum(own, noise.nanmedian().nan_to_num(0.0)), 0.0)
+    share = torch.where(told, error / (RATIO * allowed + floor), torch.nan)
+    middle = share.nanmedian(0).indices
     out = torch.zeros((3, len(noise)), device=noise.device)
-    told = torch.where(torch.isfinite(own), _errors(sample, seen), torch.nan)
-    out[0, 0], out[1, 0] = told.nanmedian().nan_to_num(0.0), noise.nanmedian().nan_to_num(0.0)
-    out[2, 0] = torch.isfinite(own).sum()
+    out[0, 0], out[1, 0], out[2, 0] = error[middle], allowed[middle], told.sum()
     return out
 
 
