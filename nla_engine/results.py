@@ -156,7 +156,7 @@ class ResultTable:
     ) -> None:
         if self._lease is None:
             return
-        # What never began is in nobody's way; but the record of one that replaces another is what `resume` goes on with.
+        # What never began is in nobody's way; the record of one that replaces another is what `resume` goes on with.
         if kind is not None and not (self.done or self.finished or self.out.exists()):
             with contextlib.suppress(NLAError, OSError):
                 self._lease.check()
