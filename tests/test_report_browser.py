@@ -44,9 +44,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(page: Page) -> list[str]:
-    """The tokens that the filter leaves (all, without one)."""
+    """The tokens that the filter leaves (all, without one), laid out or not: `inner_text` is "" outside the window."""
     which = "#sequences.filtered .t.hit" if page.locator("#sequences.filtered").count() else "#sequences .t"
-    return page.locator(which).all_inner_texts()
+    return page.locator(which).all_text_contents()
 
 
 def chosen_row(page: Page) -> str | None:
