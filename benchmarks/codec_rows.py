@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla_engine.bench.chats import chats
-from nla_engine.codec import SINK_FACTOR, Codec, relative_errors
+from nla_engine.codec.rows import SINK_FACTOR, Codec, relative_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 CODECS = ("int8", "int4", "bf16")

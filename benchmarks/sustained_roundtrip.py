@@ -24,10 +24,10 @@ from nla_engine.bench.shapes import find_shape, random_model
 from nla_engine.bench.suites.reconstruct import reconstructor_of
 from nla_engine.bench.suites.verbalize import verbalizer_of
 from nla_engine.bench.workload import encoded_sequences, write_store
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.provenance import describe_run
-from nla_engine.roundtrip import run_roundtrip
+from nla_engine.roundtrip.run import run_roundtrip
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 // Codec bytes -> rows, for reading a stage or a store back on the device.
 //
-//     x' = norm / sqrt(d) * (H (scale * code))      bits as in nla_engine/codec.py `_decode`
+//     x' = norm / sqrt(d) * (H (scale * code))      bits as in nla_engine/codec/rows.py `_decode`
 //
 // Pointers and shapes: DecodeArgs in encode.hpp. The layout of a row over threads: rows.cuh.
 #include "rows.cuh"

@@ -2,7 +2,7 @@
 //
 //     norm = sqrt(sum x^2)                 summed in float64
 //     y    = (H x) / (norm / sqrt(d))      H: orthonormal Hadamard matrix on each block
-//     scale, code                          see nla_engine/codec.py, the contract for every bit
+//     scale, code                          see nla_engine/codec/rows.py, the contract for every bit
 //
 // Here: any width, and the choice between that and encode_fast.cu. Pointers and shapes: EncodeArgs in encode.hpp.
 #include "encode.cuh"

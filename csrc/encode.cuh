@@ -1,4 +1,4 @@
-// What both encoders share: where a row goes, what its norm decides, scales. The contract: nla_engine/codec.py.
+// What both encoders share: where a row goes, what its norm decides, scales. The contract: nla_engine/codec/rows.py.
 #pragma once
 
 #include <cfloat>

@@ -7,7 +7,7 @@
 //     Packed   4 * s + c     a lane holds 32 neighbouring channels (an int4 group); channel bits 3, 4 lie in the lane
 // The other two bits lie across lanes: two shuffle stages of seven, whichever layout.
 //
-// Every float operation here is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec.py: the compiler
+// Every float operation here is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec/rows.py: the compiler
 // may neither fuse nor reorder them, so the bits agree.
 #pragma once
 

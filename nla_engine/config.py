@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nla_engine.codec import CODEC_NAMES
+from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own

@@ -21,7 +21,7 @@ from tiny import save_ar, save_av, save_model, write_prompts
 
 from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
-from nla_engine.hub import fetch, find
+from nla_engine.models.hub import fetch, find
 from nla_engine.ops.backends import cuda_fault
 
 if TYPE_CHECKING:

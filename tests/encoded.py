@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nla_engine.codec import Codec, bf16_bits, exact_rows, hadamard_matrix, ordinary_rows
+from nla_engine.codec.rows import Codec, bf16_bits, exact_rows, hadamard_matrix, ordinary_rows
 from nla_engine.ops.encode import RowStage
 
 #: name, device, and for kernels on a CPU the multiprocessors played: up to 16 rows for each have a CTA of their own.
@@ -87,7 +87,7 @@ def same_norm(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def sums_on_tensor_cores(name: str, codec: Codec, hidden: torch.Tensor) -> bool:
-    """Whether the rotation may round in an order of its own (see nla_engine/codec.py)."""
+    """Whether the rotation may round in an order of its own (see nla_engine/codec/rows.py)."""
     return name == "cuda" and codec.name == "int8" and codec.block == 128 and hidden.dtype != torch.float32
 
 

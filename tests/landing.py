@@ -12,7 +12,7 @@ for name in ("accelerate", "peft", "bitsandbytes"):
 
 import torch  # noqa: E402
 
-from nla_engine.models import load_model  # noqa: E402
+from nla_engine.models.load import load_model  # noqa: E402
 
 
 class Device:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.provenance import describe_run
-from nla_engine.results import ResultTable
+from nla_engine.roundtrip.results import ResultTable
 from nla_engine.store import CaptureStore, Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 
 LAYER, WIDTH, VARIANCE, SINK_NORM = 3, 8, 0.8, 400.0

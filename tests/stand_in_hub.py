@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from nla_engine.hub import find
+from nla_engine.models.hub import find
 
 SMALL = {"config.json": b"{}", "tokenizer.json": b"[1]", "model.safetensors": b"weights" * 1000}
 #: What repositories carry along, and no one here reads.

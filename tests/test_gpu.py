@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
-from nla_engine import tap
-from nla_engine.capture import run_capture
-from nla_engine.codec import Codec
+from nla_engine.capture import tap
+from nla_engine.capture.run import run_capture
+from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
@@ -25,11 +25,11 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.streams import capture_stream, side_stream
-from nla_engine.models import LanguageModel, wrap_model
-from nla_engine.roundtrip import run_roundtrip
+from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.tokens import token_bytes
+from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
-from nla_engine.store.verify import verify
-from nla_engine.tokens import token_bytes
+from nla_engine.store.care.verify import verify
 
 pytestmark = pytest.mark.gpu
 PREFIX = (7, 8, 9, 10, 11)

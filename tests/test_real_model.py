@@ -14,11 +14,11 @@ import torch
 from commands import Ran, call, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nla_engine.capture import run_capture
-from nla_engine.codec import Codec, bf16_bits, relative_errors
+from nla_engine.capture.run import run_capture
+from nla_engine.codec.rows import Codec, bf16_bits, relative_errors
 from nla_engine.config import CaptureOptions
 from nla_engine.demo import smollm2 as recipe
-from nla_engine.models import LanguageModel, wrap_model
+from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.store import CaptureStore, Finish, RowFlag
 
 pytestmark = pytest.mark.real

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from nla_engine.models.load import LanguageModel, wrap_model
+
 MARKER = "㈎"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -27,6 +30,39 @@ CHATML = (
 )
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "gemma3_text", "gemma3")
 D = 64
+#: A chat template that prints its messages, and one that also asks for the time.
+PRINTS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+DATED = "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y %H:%M:%S') }}\n{% endif %}" + PRINTS
+#: Of the configurations that `language_model` makes; MOE and MLA: what such architectures ask for beside it.
+SHAPE = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+}
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 2,
+}
 
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
@@ -85,6 +121,16 @@ def tiny_model(architecture: str, layers: int = 4, seed: int = 0) -> Any:
     return model
 
 
+def language_model(config: str, **more: Any) -> LanguageModel:
+    """A model of a configuration class of transformers, float32."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SHAPE | more))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data.mul_(3)
+    return wrap_model(model.float().eval(), byte_tokenizer(), name=config)
+
+
 def save_model(directory: Path, architecture: str = "qwen2", layers: int = 4, seed: int = 0) -> Path:
     tiny_model(architecture, layers, seed).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
@@ -138,4 +184,12 @@ def write_prompts(path: Path, count: int = 12) -> Path:
     """Chat prompts of unequal length, each with a field of its own."""
     records = [{"prompt": "ab " * (i * 5 % 7) + f"say {i}", "n": i} for i in range(count)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_records(directory: Path, records: list[Any]) -> Path:
+    path = directory / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
     return path

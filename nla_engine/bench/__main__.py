@@ -21,7 +21,7 @@ from nla_engine.bench.session import Session, check_plot
 from nla_engine.bench.settings import SUITES, Settings
 from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
-from nla_engine.models import pick_device, pick_dtype
+from nla_engine.models.load import pick_device, pick_dtype
 
 #: What typer makes of Ctrl-C, without a word.
 _TYPER_INTERRUPTED = 130

@@ -13,7 +13,7 @@ import torch
 
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
 
 CORPUS_BATCH = 16
 CORPUS_BATCHES = 4

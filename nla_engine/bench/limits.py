@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
 
 
 @dataclass(frozen=True)

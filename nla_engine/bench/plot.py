@@ -10,7 +10,7 @@ import numpy as np
 
 from nla_engine.bench.limits import Hardware, ModelSize, decode_step_seconds
 from nla_engine.bench.report import Line, Machine
-from nla_engine.codec import CODEC_NAMES
+from nla_engine.codec.rows import CODEC_NAMES
 
 _STEADY = re.compile(r"steady B=(\d+) context (\d+) (.+)")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 
 #: What a fitted scheme is: rows [n, d] -> the same rows after a trip through the store, float32.
 Trip = Callable[[np.ndarray], np.ndarray]

@@ -24,7 +24,7 @@ from nla_engine.bench.settings import Settings, Sizes
 from nla_engine.bench.shapes import find_shape, loaded_model, random_model
 from nla_engine.bench.timing import free_memory
 from nla_engine.errors import RequestError
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
 
 
 class Prepared(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nla_engine.errors import RequestError
-from nla_engine.models import LanguageModel, load_model, wrap_model
+from nla_engine.models.load import LanguageModel, load_model, wrap_model
 
 MARKER = "㈎"
 _FIRST_LETTER = 0x4E00

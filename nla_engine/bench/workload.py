@@ -11,15 +11,15 @@ from statistics import NormalDist
 import numpy as np
 
 from nla_engine.bench.session import expect
-from nla_engine.capture import MAX_PREFILL_TOKENS
-from nla_engine.codec import Codec
+from nla_engine.capture.run import MAX_PREFILL_TOKENS
+from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.codec.rows import Codec
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
-from nla_engine.tap import RowRange, RowTap
 
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 #: Spread of the logarithm of document lengths; common for web text.

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from nla_engine import hub
 from nla_engine.cli.output import Json, progress_bar, say
 from nla_engine.cli.streams import watch_streams
 from nla_engine.config import Options, flag
 from nla_engine.errors import NLAError, RequestError
+from nla_engine.models import hub
 
 app = typer.Typer(
     name="nla-engine",
@@ -45,8 +45,8 @@ def _print_version(asked: bool) -> None:
     import torch
 
     from nla_engine import extension
-    from nla_engine.cards import card_of
     from nla_engine.ops.backends import shortfall
+    from nla_engine.ops.cards import card_of
 
     typer.echo(f"nla_engine {version('nla_engine')}")
     missing = extension.why_missing()

@@ -18,11 +18,11 @@ from nla_engine.config import CaptureOptions, RoundtripOptions
 def capture_command(options: CaptureOptions, as_json: bool) -> None:
     """Stage 1: run prompts through a model and store one layer's (or several layers') activations."""
     if options.dry_run:
-        from nla_engine.estimate import estimate_capture
+        from nla_engine.capture.estimate import estimate_capture
 
         finish("dry run: nothing was written", estimate_capture(options, announce=say).to_dict(), as_json)
         return
-    from nla_engine.capture import run_capture
+    from nla_engine.capture.run import run_capture
 
     with progress_bar("sequences") as progress:
         summary = run_capture(options, announce=say, progress=progress)
@@ -32,7 +32,7 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 @command(RoundtripOptions, "store")
 def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
     """Stage 2: explain stored activations with an AV, read the words back with an AR, and score them."""
-    from nla_engine.roundtrip import run_roundtrip
+    from nla_engine.roundtrip.run import run_roundtrip
 
     with progress_bar("explanations") as progress:
         summary = run_roundtrip(options, announce=say, progress=progress)

@@ -15,7 +15,7 @@ from nla_engine.cli.output import Json, finish, print_json, progress_bar, result
 from nla_engine.config import check_local
 
 if TYPE_CHECKING:
-    from nla_engine.store.verify import Check
+    from nla_engine.store.care.verify import Check
 
 StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s3://...", metavar="STORE")]
 
@@ -48,8 +48,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a store's structure, every checksum, and its commit. Exit code 1 if anything is wrong (and stays so)."""
-    from nla_engine.store.repair import repair as run_repair
-    from nla_engine.store.verify import verify as run_checks
+    from nla_engine.store.care.repair import repair as run_repair
+    from nla_engine.store.care.verify import verify as run_checks
 
     checks, repaired = run_repair(store) if repair else (run_checks(store), None)
     sound = repaired is not None or all(check.ok for check in checks)
@@ -78,8 +78,8 @@ def verify(
 
 
 def _audit(store: str, model: str, sample: int, device: str | None) -> list[Check]:
-    from nla_engine.audit import audit
-    from nla_engine.models import load_model, pick_device, pick_dtype
+    from nla_engine.capture.audit import audit
+    from nla_engine.models.load import load_model, pick_device, pick_dtype
     from nla_engine.store import CaptureStore
 
     opened, chosen = CaptureStore.open(store), pick_device(device)
@@ -114,7 +114,7 @@ def export(
 ) -> None:
     """Write a store's rows, decoded to float32, for other tools; nla is the Parquet of NLA training data."""
     from nla_engine.store import CaptureStore
-    from nla_engine.store.export import export as run_export
+    from nla_engine.store.exchange.export import export as run_export
 
     check_local(out)
     opened = CaptureStore.open(store)
@@ -137,7 +137,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a store of vectors from elsewhere: a row of the file is a sequence with one row."""
-    from nla_engine.store.importing import import_rows
+    from nla_engine.store.exchange.importing import import_rows
 
     check_local(source, out)
     made = import_rows(source, out, layer=layer, codec=codec, overwrite=overwrite)
@@ -152,7 +152,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join stores of the same run parameters, sequence after sequence; rows stay as they are, bit for bit."""
-    from nla_engine.store.merge import merge as run_merge
+    from nla_engine.store.exchange.merge import merge as run_merge
 
     check_local(*stores, out)
     with progress_bar("sequences") as progress:

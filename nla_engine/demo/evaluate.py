@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nla_engine.claims import operands_named
+from nla_engine.demo.claims import operands_named
 from nla_engine.demo.explanations import (
     CLOSE_TAG,
     answer_correct,

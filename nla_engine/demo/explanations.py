@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nla_engine.claims import answer_claims
+from nla_engine.demo.claims import answer_claims
 from nla_engine.demo.problems import RESULT_NAMES, SIGNS, Problem
 
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"

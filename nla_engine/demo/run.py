@@ -14,14 +14,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from nla_engine.capture import run_capture
-from nla_engine.claims import operands_named
+from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.demo.claims import operands_named
 from nla_engine.demo.explanations import answer_correct, token_named
 from nla_engine.demo.problems import held_out_problems, prompt_record
 from nla_engine.errors import RequestError
 from nla_engine.report import write_report
-from nla_engine.roundtrip import run_roundtrip
+from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import make_directory, write_file_atomically, writing

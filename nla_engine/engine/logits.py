@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 
 from nla_engine.errors import EngineError, first_line
-from nla_engine.logits import GivenStates
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
+from nla_engine.models.logits import GivenStates
 
 #: Relative L2 difference that is allowed: both ways run the same code on the same states.
 _LIMIT = 1e-3

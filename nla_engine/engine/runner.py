@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from nla_engine.config import PRECISIONS
-from nla_engine.decoder import block_output
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, can_fuse, can_fuse_norm, tune_products
@@ -23,7 +22,8 @@ from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError
-from nla_engine.models import LanguageModel
+from nla_engine.models.decoder import block_output
+from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Tiles
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.fp8 import check_fp8

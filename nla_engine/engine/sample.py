@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nla_engine.decoder import block_output
 from nla_engine.engine.fused import can_fuse_norm
 from nla_engine.errors import EngineError
-from nla_engine.models import LanguageModel
+from nla_engine.models.decoder import block_output
+from nla_engine.models.load import LanguageModel
 
 #: What the lanes read, cut to LENGTH tokens. The first two begin alike: they can share a prefix.
 TEXTS = (

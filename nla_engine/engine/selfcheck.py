@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nla_engine.decoder import block_output
 from nla_engine.engine.attention import Pass, current_pass
 from nla_engine.engine.graph import DecodeGraph
 from nla_engine.engine.sample import PREFIX, Sample, parts_of, split_call, take_sample
 from nla_engine.engine.slots import SlotCache
 from nla_engine.errors import EngineError
-from nla_engine.models import LanguageModel
+from nla_engine.models.decoder import block_output
+from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Shape
 
 #: The engine's error (relative L2, see `Sample.size`) may be so many times transformers' own ...

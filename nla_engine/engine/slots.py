@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nla_engine.engine.transfer import to_device
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import KeyValues
 
 #: Most slots on a CPU when nobody names a number: few enough that its caches are not thrashed.

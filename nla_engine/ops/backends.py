@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from nla_engine import extension
-from nla_engine.cards import HOPPER, Card, card_of, runs
 from nla_engine.errors import first_line
+from nla_engine.ops.cards import HOPPER, Card, card_of, runs
 
 #: The oldest cards that Triton supports.
 _TRITON = (8, 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from nla_engine.cards import HOPPER, SHARED_KIB, Card, card_of
+from nla_engine.ops.cards import HOPPER, SHARED_KIB, Card, card_of
 
 #: Query rows of a program that reads the shared prefix; half as many of wide heads.
 PREFIX_ROWS = 64

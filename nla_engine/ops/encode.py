@@ -3,7 +3,7 @@
     for every row t with dest[t] >= 0:    stage.codes/scales/norm[dest[t]] = codec(hidden[t])
     and if the codec cannot hold it:      stage.exact[k] = bfloat16(hidden[t]), stage.exact_dest[k] = dest[t]
 
-where k counts up from `stage.exact_count`. `nla_engine.codec` is the contract, for the bits too, and names the one
+where k counts up from `stage.exact_count`. `nla_engine.codec.rows` is the contract, for the bits too, and names the one
 exception; the order of rows in the exact pool is free. Knows nothing of rings, sequences or when a stage is emptied.
 """
 
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from nla_engine import extension
-from nla_engine.cards import card_of
-from nla_engine.codec import (
+from nla_engine.codec.rows import (
     INT4_CLIPS,
     INT4_TOP,
     INT8_TOP,
@@ -31,6 +30,7 @@ from nla_engine.codec import (
 )
 from nla_engine.errors import RequestError
 from nla_engine.ops.backends import cuda_fault
+from nla_engine.ops.cards import card_of
 
 BACKENDS = ("cuda", "numba", "torch")
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nla_engine.cards import card_of
 from nla_engine.errors import RequestError, first_line
 from nla_engine.ops.backends import triton_fault
+from nla_engine.ops.cards import card_of
 from nla_engine.ops.gate import gate_reference, gated
 from nla_engine.ops.norm import rms_norm_reference
 

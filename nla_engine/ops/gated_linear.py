@@ -13,8 +13,8 @@ import math
 import torch
 
 from nla_engine import extension
-from nla_engine.cards import HOPPER, card_of
 from nla_engine.ops.backends import cuda_fault
+from nla_engine.ops.cards import HOPPER, card_of
 from nla_engine.ops.gate import gate
 from nla_engine.ops.linear import DIFFERENCE, linear
 

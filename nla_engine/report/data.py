@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
-from nla_engine.score import fve_nrm, mse_nrm
+from nla_engine.roundtrip.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
+from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
 
 #: Classes of tokens in the order in which the page lists them.

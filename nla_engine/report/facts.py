@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.report.data import Explained
-from nla_engine.results import ranked_among
+from nla_engine.roundtrip.results import ranked_among
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 

@@ -15,13 +15,13 @@ import torch
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
-from nla_engine.hub import find_directory
-from nla_engine.models import pick_device, pick_dtype
+from nla_engine.models.hub import find_directory
+from nla_engine.models.load import pick_device, pick_dtype
 from nla_engine.ops.backends import shortfall
 from nla_engine.ops.fp8 import check_fp8
-from nla_engine.reconstruct import Reconstructor
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
-from nla_engine.verbalize import Verbalizer
 
 #: GPU memory that AV and AR need beside their weights: slots, activations, graphs.
 _WORKING_BYTES = 12 << 30

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine import score
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.streams import enter_device, side_stream
-from nla_engine.results import nullable
+from nla_engine.roundtrip import score
 from nla_engine.roundtrip.behind import Behind
 from nla_engine.roundtrip.pair import Pair
-from nla_engine.score import Controls
+from nla_engine.roundtrip.results import nullable
+from nla_engine.roundtrip.score import Controls
+from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
-from nla_engine.verbalize import Explanation
 
 #: Explanations scored and committed together, or as many as there are after so many seconds.
 CHUNK = 512

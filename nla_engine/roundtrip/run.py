@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine import score
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import RequestError
 from nla_engine.provenance import describe_run
-from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import ResultTable, check_table, nullable
+from nla_engine.roundtrip import score
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.results import ResultTable, check_table, nullable
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
+from nla_engine.roundtrip.score import Controls, DirectionVariance
 from nla_engine.roundtrip.summary import RoundtripSummary, summarise
-from nla_engine.score import Controls, DirectionVariance, draw_rows
+from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
-from nla_engine.verbalize import Verbalizer
+from nla_engine.store.views.draw import draw_rows
 
 #: Rows of the store that Var is measured on, and rows in the sample of the controls, at most.
 VARIANCE_ROWS = 100_000

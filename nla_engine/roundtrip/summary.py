@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine import score
 from nla_engine.config import RoundtripOptions
-from nla_engine.results import batches, ranked_among, read_metadata
+from nla_engine.roundtrip import score
+from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class ArrayReader:
         chunk = first
         while chunk < last:
             end = min(last, (chunk // per_shard + 1) * per_shard)
-            self._read_shard(chunk // per_shard, range(chunk, end), out[chunk - first : end - first])
+            self.read_shard(chunk // per_shard, range(chunk, end), out[chunk - first : end - first])
             chunk = end
         rows = out.reshape(-1, *self.spec.trailing)
         return rows[start - first * chunk_rows :][: stop - start]
@@ -230,14 +230,14 @@ class ArrayReader:
             part = ordered[begin:end]
             chunks, which = np.unique(part // self.spec.chunk_rows, return_inverse=True)
             block = self._empty(len(chunks))
-            self._read_shard(int(shards[begin]), chunks.tolist(), block)
+            self.read_shard(int(shards[begin]), chunks.tolist(), block)
             out[order[begin:end]] = block[which, part % self.spec.chunk_rows]
         return out
 
     def _empty(self, chunks: int) -> np.ndarray:
         return np.empty((chunks, self.spec.chunk_rows, *self.spec.trailing), self.spec.dtype)
 
-    def _read_shard(self, shard: int, chunks: range | list[int], out: np.ndarray) -> None:
+    def read_shard(self, shard: int, chunks: range | list[int], out: np.ndarray) -> None:
         """Read chunks, numbered from the start of the array, all of one shard."""
         inside = [chunk - shard * self.spec.shard_chunks for chunk in chunks]
         read_chunks(self._root / self.spec.shard_path(shard), inside, self.spec.shard_chunks, out)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.engine.request import Finish
 from nla_engine.errors import StoreError
 

@@ -1,34 +1,22 @@
-"""The vectors of one layer, read back as float32.
+"""The vectors of one layer as they are stored: codes, scales, norms, and the rows that are kept exactly.
 
 Knows nothing of sequences or tokens: rows are numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.records import LayerRows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch import device as Device
-    from torch import dtype as DType
 
-Rows = int | slice | Sequence[int] | np.ndarray
-
-
-class LayerReader:
-    """layer[a:b], layer[[3, 1, 3]] and layer[mask] are float32 [n, d]; layer[i] is float32 [d].
-
-    Rows that are kept exactly (sinks, NaN, Inf) come back exactly to bfloat16. Reads raise StoreError on
-    damaged bytes and IndexError on rows that are not committed.
-    """
+class StoredLayer:
+    """Encoded rows of one layer. StoreError on damaged bytes, IndexError on rows that are not committed."""
 
     def __init__(self, codec: Codec, arrays: Mapping[str, ArrayReader]) -> None:
         """arrays: codes, scales (not for bf16), norm, exact_row, exact."""
@@ -43,12 +31,8 @@ class LayerReader:
         """(rows, d_model)"""
         return len(self), self.codec.d_model
 
-    def __getitem__(self, rows: Rows) -> np.ndarray:
-        if isinstance(rows, int | np.integer):
-            return self.encoded_at(np.array([rows])).decode(self.codec)[0]
-        return self._encoded_any(rows).decode(self.codec)
-
-    def _encoded_any(self, rows: slice | Sequence[int] | np.ndarray) -> LayerRows:
+    def encoded_any(self, rows: slice | Sequence[int] | np.ndarray) -> LayerRows:
+        """Rows by slice, numbers or mask, as stored."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step == 1:
@@ -78,28 +62,6 @@ class LayerReader:
     def norm(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Exact L2 norms, float32 [stop - start]."""
         return self.arrays["norm"].read(start, stop)
-
-    def torch(self, rows: Rows, device: Device | str = "cpu", dtype: DType | None = None) -> Tensor:
-        """The same as layer[rows], as a tensor on `device`, which decodes it: float32 (None), bfloat16 or float16."""
-        from nla_engine.store.tensors import decode_tensor
-
-        if isinstance(rows, int | np.integer):
-            return decode_tensor(self.encoded_at([int(rows)]), self.codec, device, dtype)[0]
-        return decode_tensor(self._encoded_any(rows), self.codec, device, dtype)
-
-    def tensors(
-        self,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        device: Device | str = "cpu",
-        dtype: DType | None = None,
-        threads: int = 0,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Rows [start, stop) in bulk, a block at a time: see `nla_engine.store.tensors.block_tensors`."""
-        from nla_engine.store.tensors import block_tensors
-
-        return block_tensors(self, start, stop, device=device, dtype=dtype, threads=threads)
 
     @property
     def shard_rows(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import google_crc32c
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.errors import DamageError, RequestError, StoreError
 from nla_engine.store.format import (
     ATTRIBUTE,

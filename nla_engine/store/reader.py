@@ -1,30 +1,29 @@
 """A store opened for reading: what is committed, and nothing else.
 
-A CaptureStore shows the commit that stood when it was opened; `refresh` moves it on, so a store can be
-followed while it grows. Knows nothing of models.
+A reader shows the commit that stood when it was opened; `refresh` moves it on, so a store can be followed while it
+grows. Vectors come as they are stored; `nla_engine.store.views.capture_store` decodes them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.format import ArraySpec, layer_group
-from nla_engine.store.layer import LayerReader
+from nla_engine.store.layer import StoredLayer
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import Place, place
 from nla_engine.store.sequences import SequenceTable, StoredSequence, Vocabulary
-from nla_engine.store.where import select_rows
 
 
-class CaptureStore:
-    """The committed rows and sequences of a store. Open one with `CaptureStore.open`."""
+class StoreReader:
+    """The committed rows and sequences of a store, vectors as they are stored."""
 
     def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path = path
@@ -34,7 +33,7 @@ class CaptureStore:
         self._sequence_table: SequenceTable | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> CaptureStore:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Raises StoreError when there is no store at `path` that this version can read."""
         opened = place(path)
         return cls(opened, Manifest.read(opened))
@@ -115,13 +114,13 @@ class CaptureStore:
             )
         return self.layers[0] if layer is None else layer
 
-    def layer(self, number: int) -> LayerReader:
-        """The vectors of one layer."""
+    def layer(self, number: int) -> StoredLayer:
+        """The vectors of one layer. StoreError if it was not captured."""
         if number not in self.layers:
             raise StoreError(
                 f"layer {number} is not in {self.path}: it has {', '.join(map(str, self.layers))}"
             )
-        return LayerReader(self.codec, self.arrays(layer_group(number)))
+        return StoredLayer(self.codec, self.arrays(layer_group(number)))
 
     def column(self, name: str) -> np.ndarray:
         """An array [rows] of the group `rows` (token_id, position, ...); cached, read-only."""
@@ -159,10 +158,6 @@ class CaptureStore:
     def row_sizes(self) -> np.ndarray:
         """Rows of each sequence, int64 [sequences]."""
         return self._table.row_sizes()
-
-    def where(self, expression: str, first: int = 0) -> np.ndarray:
-        """Numbers (int64, ascending) of the rows, from `first` on, for which an expression holds. Raises WhereError."""
-        return select_rows(self, expression, first)
 
     @property
     def _table(self) -> SequenceTable:

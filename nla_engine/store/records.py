@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nla_engine.codec import Codec, EncodedRows, bf16_bits, bf16_values, exact_rows, ordinary_rows
+from nla_engine.codec.rows import Codec, EncodedRows, bf16_bits, bf16_values, exact_rows, ordinary_rows
 from nla_engine.errors import StoreError
 from nla_engine.store.format import NO_TOKEN, Finish
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.directory import emptied, staged

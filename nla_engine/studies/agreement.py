@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.claims import Named, read_claims
+from nla_engine.demo.claims import Named, read_claims
 from nla_engine.studies.analysis import ALL
 from nla_engine.studies.answers import PLACES, Reply
 from nla_engine.studies.intervals import Bootstrap, Estimate

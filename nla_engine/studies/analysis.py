@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.claims import Named, read_claims
+from nla_engine.demo.claims import Named, read_claims
 from nla_engine.studies.answers import PLACES, Reply, digit_split, glued
 from nla_engine.studies.intervals import UNKNOWN, Bootstrap, Estimate, constant, proportion
 from nla_engine.studies.naming import MEASURES, Facts, TextIndex, chance, named_flags

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from nla_engine.claims import Number, find_answer, numbers_in
+from nla_engine.demo.claims import Number, find_answer, numbers_in
 from nla_engine.engine.request import Finish
 from nla_engine.store import CaptureStore
 from nla_engine.store.sequences import StoredSequence

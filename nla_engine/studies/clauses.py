@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.claims import read_claims
+from nla_engine.demo.claims import read_claims
 from nla_engine.studies.analysis import ALL
 from nla_engine.studies.answers import PLACES
 from nla_engine.studies.intervals import Bootstrap, Estimate

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.capture import run_capture
+from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, MultiplicationOptions, RoundtripOptions
 from nla_engine.demo.run import LAYER, TRIO
 from nla_engine.errors import EngineError, RequestError, WriteError
-from nla_engine.models import pick_device, pick_dtype
-from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import batches, read_metadata
-from nla_engine.roundtrip import run_roundtrip
+from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.results import batches, read_metadata
+from nla_engine.roundtrip.run import run_roundtrip
+from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.lease import Lease
 from nla_engine.store.objects import LOCK_NAME
@@ -39,7 +40,6 @@ from nla_engine.studies.problems import (
     parse_range,
 )
 from nla_engine.studies.reread import Explained, plan, run_reread
-from nla_engine.verbalize import Verbalizer
 
 #: What a study writes into its directory; nothing else there is touched.
 STORE, EXPLAINED, SAMPLES, REREAD = "run.zarr", "explained.parquet", "samples.parquet", "reread.parquet"

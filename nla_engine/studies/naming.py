@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nla_engine.claims import Named
+from nla_engine.demo.claims import Named
 from nla_engine.studies.answers import Reply, Spot
 
 #: Measure -> what it asks of a text. "other" is the one where less is better.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.results import ranked_among, read_metadata
+from nla_engine.roundtrip.results import ranked_among, read_metadata
 from nla_engine.studies.agreement import Agreement, agreement
 from nla_engine.studies.analysis import (
     Contrast,

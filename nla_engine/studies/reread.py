@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nla_engine import score
 from nla_engine.provenance import describe_run
-from nla_engine.reconstruct import Reconstructor
-from nla_engine.results import ResultTable, nullable
-from nla_engine.roundtrip import CONTROL_ROWS
-from nla_engine.score import Controls, draw_rows
+from nla_engine.roundtrip import score
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.results import ResultTable, nullable
+from nla_engine.roundtrip.run import CONTROL_ROWS
+from nla_engine.roundtrip.score import Controls
 from nla_engine.store import CaptureStore
+from nla_engine.store.views.draw import draw_rows
 
 CHUNK = 512
 SCHEMA = pa.schema(

@@ -18,7 +18,7 @@ from nla_engine.bench.plot import plot_rates
 from nla_engine.bench.report import Line
 from nla_engine.bench.schemes import schemes
 from nla_engine.bench.session import Session, WrongWork
-from nla_engine.codec import SINK_FACTOR, bf16_bits, bf16_values
+from nla_engine.codec.rows import SINK_FACTOR, bf16_bits, bf16_values
 from nla_engine.errors import RequestError
 from nla_engine.store import CaptureStore
 

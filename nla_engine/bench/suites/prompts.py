@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.workload import document_lengths, prompt_file, texts
-from nla_engine.prompts import read_prompts
+from nla_engine.models.prompts import read_prompts
 
 #: Documents of the two sizes, for each one of suite corpus.
 _TIMES = (16, 128)

@@ -1,7 +1,7 @@
 """A real chat model (`--model`): made-up requests, replies that end by themselves, every position kept.
 
 Beside it, with `--baseline hf`, plain `generate` of the same requests without capture, padded on the left, in batches
-of several sizes. The last store of each capture is read again by plain transformers (`nla_engine.audit`).
+of several sizes. The last store of each capture is read again by plain transformers (`nla_engine.capture.audit`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from nla_engine.audit import audit
 from nla_engine.bench.chats import chat_file, chats
 from nla_engine.bench.session import Prepared, Session, WrongWork
-from nla_engine.capture import run_capture
+from nla_engine.capture.audit import audit
+from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
-from nla_engine.models import LanguageModel, load_model
+from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.store import CaptureStore
 
 #: Batches of plain `generate`: the fastest is what the capture is compared with.

@@ -14,10 +14,10 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.shapes import twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts
-from nla_engine.checkpoint import Sidecar
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
+from nla_engine.models.sidecar import Sidecar
 from nla_engine.ops.fp8 import has_fp8
-from nla_engine.reconstruct import Reconstructor
+from nla_engine.roundtrip.reconstruct import Reconstructor
 
 _TEMPLATE = "<text>{explanation}</text> <i>"
 #: Tokens of the template around the explanation; with the 120 that an AV writes, 140.

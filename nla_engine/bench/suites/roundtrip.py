@@ -10,10 +10,10 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.suites import reconstruct, verbalize
 from nla_engine.bench.timing import free_memory
 from nla_engine.bench.workload import encoded_sequences, write_store
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.ops.fp8 import has_fp8
-from nla_engine.roundtrip import run_roundtrip
+from nla_engine.roundtrip.run import run_roundtrip
 
 
 def run(session: Session) -> None:

@@ -22,15 +22,15 @@ import torch
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import encoded_sequences
-from nla_engine.codec import Codec
+from nla_engine.codec.rows import Codec
 from nla_engine.engine.graph import lane_bucket
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.store import CaptureStore, StoreWriter
-from nla_engine.store.dataset import ShuffledRows
-from nla_engine.store.importing import import_rows
-from nla_engine.store.merge import merge
+from nla_engine.store.exchange.importing import import_rows
+from nla_engine.store.exchange.merge import merge
 from nla_engine.store.objects import ObjectPath
+from nla_engine.store.views.dataset import ShuffledRows
 
 _CPU = torch.device("cpu")
 _SHARDS = (1_000, 10_000, 100_000)

@@ -21,7 +21,7 @@ import torch
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import median, seconds
 from nla_engine.bench.workload import encoded_sequences, write_store
-from nla_engine.codec import Codec, bf16_bits, hadamard_matrix
+from nla_engine.codec.rows import Codec, bf16_bits, hadamard_matrix
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import CHUNK_ROWS, default_shard_rows
 

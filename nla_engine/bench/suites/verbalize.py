@@ -13,10 +13,10 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.shapes import MARKER, twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
-from nla_engine.checkpoint import Sidecar
-from nla_engine.models import LanguageModel
+from nla_engine.models.load import LanguageModel
+from nla_engine.models.sidecar import Sidecar
 from nla_engine.ops.fp8 import has_fp8
-from nla_engine.verbalize import Verbalizer
+from nla_engine.roundtrip.verbalize import Verbalizer
 
 #: The prompt of the released Qwen2.5-7B pair: 111 tokens, the marker, 13 tokens.
 BEFORE, AFTER = 111, 13

@@ -1,0 +1,1 @@
+"""Stage 1: prompts -> batched generation -> rows of the residual stream -> store."""

@@ -1,0 +1,85 @@
+"""Sequences that have ended go into the store: what each row read, what came next, its flags. Counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nla_engine.capture.tap import RowRange
+from nla_engine.engine.request import Completion
+from nla_engine.errors import EngineError
+from nla_engine.models.prompts import Prompt
+from nla_engine.store import SequenceRows, StoreWriter, row_flags
+from nla_engine.store.format import NO_TOKEN
+
+#: Many, for their arrays to be checked as one; few, for threads to copy and write while the next are looked at.
+_TOGETHER = 64
+
+
+class Appender:
+    """Appends the sequences of a run to a store, in the order in which they are given, and counts them.
+
+    prompts: of every request, by its id; keep: the rows that the tap kept of a sequence
+    """
+
+    def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt], keep: RowRange) -> None:
+        self._writer, self._prompts, self._keep = writer, prompts, keep
+        self.sequences = self.tokens_generated = 0
+
+    def add(self, ended: Sequence[Completion]) -> None:
+        """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError.
+
+        Because a shard has filled, what came before is committed, whose full shards are on disk by now. A commit that
+        is overdue holds these sequences too: the next ones may be long in coming.
+        """
+        overdue = self._writer.is_overdue
+        if not overdue:
+            self._writer.commit_if_due()
+        try:
+            for at in range(0, len(ended), _TOGETHER):
+                self._append(ended[at : at + _TOGETHER])
+        finally:
+            self._writer.wait_until_copied()
+        if overdue:
+            self._writer.commit()
+
+    def _append(self, ended: Sequence[Completion]) -> None:
+        sequences: list[SequenceRows] = []
+        try:
+            for completion in ended:
+                prompt = self._prompts[completion.request.id]
+                sequences.append(sequence_rows(prompt, completion, self._keep, self._writer.sink_norm))
+        finally:
+            self._writer.append_many(sequences, wait=False)
+        self.sequences += len(sequences)
+        self.tokens_generated += sum(len(completion.generated) for completion in ended)
+
+
+def sequence_rows(
+    prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
+) -> SequenceRows:
+    """A finished sequence as the store wants it: what each kept row read, what came next, and its flags."""
+    given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
+    with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
+    tokens, prompt_size = with_end[:-1], len(given)
+    first, end = keep.first(prompt_size), keep.end(prompt_size, len(tokens))
+    position = np.arange(first, end, dtype=np.int32)
+    sink = np.zeros(len(position), bool)
+    nonfinite = np.zeros(len(position), bool)
+    for layer, rows in completion.rows.items():
+        if len(rows.norm) != len(position):
+            raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
+        sink |= rows.norm > sink_norm[layer]
+        nonfinite |= ~np.isfinite(rows.norm)
+    return SequenceRows(
+        token_id=with_end[first:end],
+        next_token_id=with_end[first + 1 : end + 1],
+        position=position,
+        flags=row_flags(position, prompt_size, len(tokens), sink, nonfinite),
+        layers=completion.rows,
+        tokens=tokens,
+        prompt_size=prompt_size,
+        finish=completion.finish,
+        source=prompt.source,
+    )

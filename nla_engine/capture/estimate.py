@@ -1,0 +1,122 @@
+"""What a capture would write and how long it would take: its plan, and a short run of its first prompts.
+
+Nothing is left behind. Knows nothing of how a capture works beyond its plan and its summary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nla_engine.capture.job import load_job
+from nla_engine.capture.run import check_out, plan_capture, rows_kept, run_capture
+from nla_engine.capture.tap import RowRange
+from nla_engine.config import CaptureOptions
+from nla_engine.models.load import LanguageModel
+from nla_engine.store import CaptureStore, Finish
+from nla_engine.store.objects import place
+from nla_engine.store.swap import exists
+
+#: Most sequences, and new tokens of each, that are run to measure the speed.
+SAMPLE = (64, 32)
+
+
+@dataclass(frozen=True)
+class CaptureEstimate:
+    """rows and bytes: at most, since replies may end early; sequences: those still to be done.
+
+    rows_expected: replies of the sample that ended early stand for their part of all, the others for full length
+    seconds_expected: sample_seconds by tokens, read and so expected; set-up apart
+    load_seconds: of the model and its prompts
+    """
+
+    sequences: int
+    already_done: int
+    rows: int
+    bytes: int
+    rows_expected: int
+    codec: str
+    layers: list[int]
+    skipped: int
+    seconds_expected: float
+    load_seconds: float
+    sample_sequences: int
+    sample_tokens: int
+    sample_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"dry_run": True, **asdict(self)}
+
+
+def estimate_capture(
+    options: CaptureOptions,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    lm: LanguageModel | None = None,
+) -> CaptureEstimate:
+    """Plan a capture and measure its speed on its first prompts. Raises what loading, prompts and a place that is
+    taken raise; whether a store can be resumed with these options is asked by the run alone."""
+    check_out(options)
+    started = time.perf_counter()
+    lm, prompts = load_job(options, lm)
+    load_seconds = time.perf_counter() - started
+    for message in prompts.messages():
+        announce(message)
+    done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
+    plan = plan_capture(options, lm, prompts, done)
+    announce(str(plan))
+    sizes = prompts.sizes[done:]
+    replies = float(options.max_new_tokens)
+    count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
+    read = generated = 0
+    seconds = 0.0
+    if count:
+        announce(f"measuring {count} sequences of at most {new} new tokens")
+        with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
+            sample = Path(directory) / "prompts.jsonl"
+            sample.write_bytes(b"".join(prompt.source + b"\n" for prompt in prompts[done : done + count]))
+            short = replace(
+                options,
+                prompts=sample,
+                out=str(Path(directory) / "sample.zarr"),
+                max_new_tokens=new,
+                dry_run=False,
+                resume=False,
+                overwrite=False,
+            )
+            summary = run_capture(short, lm=lm)
+            replies = _reply_tokens(CaptureStore.open(short.out), options.max_new_tokens)
+        read = int(sizes[:count].sum())
+        generated, seconds = summary.tokens_generated, summary.seconds
+    measured = read + generated
+    keep = RowRange.parse(str(options.positions))
+    return CaptureEstimate(
+        sequences=len(sizes),
+        already_done=done,
+        rows=plan.rows,
+        bytes=plan.bytes,
+        rows_expected=rows_kept(keep, sizes, round(replies)),
+        codec=options.codec,
+        layers=list(options.layer),
+        skipped=len(prompts.skipped),
+        seconds_expected=round(seconds * (int(sizes.sum()) + replies * len(sizes)) / measured, 3)
+        if measured
+        else 0.0,
+        load_seconds=round(load_seconds, 1),
+        sample_sequences=count,
+        sample_tokens=measured,
+        sample_seconds=seconds,
+    )
+
+
+def _reply_tokens(sample: CaptureStore, most: int) -> float:
+    """Mean tokens of a reply, if those that the sample's own limit cut off would have `most`."""
+    sizes = [
+        most if sequence.finish == Finish.LENGTH else len(sequence.tokens) - sequence.prompt_size
+        for sequence in sample.iter_sequences()
+    ]
+    return sum(sizes) / len(sizes)

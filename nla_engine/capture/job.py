@@ -1,0 +1,154 @@
+"""What a capture starts from: the base model and its prompts, which are read while the weights load.
+
+Knows nothing of how rows are made or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nla_engine.config import CaptureOptions
+from nla_engine.models.hub import find_directory
+from nla_engine.models.load import (
+    LanguageModel,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+from nla_engine.models.prompts import Limits, PromptSet, read_prompts
+from nla_engine.store import CaptureStore
+from nla_engine.store.objects import place
+from nla_engine.store.swap import exists
+
+#: Of provenance: the time that the chat template was told, where it asked for one.
+CLOCK = "chat_template_clock"
+
+
+def load_job(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
+    """The model, unless it is given, and the prompts, for layers that the model has.
+
+    Raises what `find_directory`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
+    """
+    clock, ahead = _first_clock(options), None
+    if lm is None:  # what costs nothing to refuse comes before what may have to be fetched
+        device = pick_device(options.device)
+        pick_dtype(options.dtype, device)
+        directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
+        ahead = _Ahead.start(options, directory, clock)
+    try:
+        lm = lm or load_base_model(options)
+        for layer in options.layer:
+            lm.check_layer(layer)
+    except BaseException:
+        if ahead:
+            ahead.stop()
+        raise
+    limits = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
+    if ahead and ahead.limits == limits:
+        return lm, ahead.result()
+    if ahead:  # what the configuration said of the model was not so
+        ahead.stop()
+    return lm, _read(options, lm.tokenizer, limits, clock)
+
+
+def load_base_model(options: CaptureOptions) -> LanguageModel:
+    """The model that the options name, on their device."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    return load_model(
+        options.model,
+        device=device,
+        dtype=dtype,
+        revision=options.revision,
+        remote_code=options.trust_remote_code,
+    )
+
+
+def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
+    """How prompts became text: "raw", or the sha256 of the chat template they were rendered with."""
+    template = lm.tokenizer.chat_template
+    if options.chat is False or not template:
+        return "raw"
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16]
+
+
+def _read(
+    options: CaptureOptions,
+    tokenizer: Any,
+    limits: Limits,
+    clock: datetime | None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> PromptSet:
+    return read_prompts(
+        options.prompts,
+        tokenizer,
+        chat=options.chat,
+        replies=options.max_new_tokens > 0,
+        limits=limits,
+        skip_bad=options.skip_bad,
+        clock=clock,
+        go_on=go_on,
+    )
+
+
+def _first_clock(options: CaptureOptions) -> datetime | None:
+    """The time that the first run of a resumed store told the chat template: its prompts must come out the same."""
+    if not (options.resume and exists(place(options.out))):
+        return None
+    told = CaptureStore.open(options.out).provenance.get(CLOCK)
+    return datetime.fromisoformat(told) if told else None
+
+
+class _Ahead:
+    """Reads the prompts in a thread of its own, with the limits that the model's configuration lets expect."""
+
+    def __init__(
+        self, options: CaptureOptions, tokenizer: Any, limits: Limits, clock: datetime | None
+    ) -> None:
+        self.limits = limits
+        self._found: PromptSet | BaseException | None = None
+        self._stopped = threading.Event()
+
+        def read() -> None:
+            try:
+                self._found = _read(options, tokenizer, limits, clock, lambda: not self._stopped.is_set())
+            except BaseException as error:  # told to whoever asks for the result
+                self._found = error
+
+        # A daemon, should the program end without `stop`.
+        self._thread = threading.Thread(target=read, name="prompts", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, options: CaptureOptions, directory: Path, clock: datetime | None) -> _Ahead | None:
+        """None where tokenizer or configuration cannot be loaded: loading the model says why."""
+        from transformers import AutoConfig
+
+        try:
+            tokenizer = load_tokenizer(directory, remote_code=options.trust_remote_code)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
+            text = config.get_text_config(decoder=True)
+            longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
+            limits = Limits(longest - options.max_new_tokens, int(text.vocab_size))
+        except Exception:  # the library raises many kinds
+            return None
+        return cls(options, tokenizer, limits, clock)
+
+    def stop(self) -> None:
+        """The result is not wanted: the thread ends with the batch that it is at."""
+        self._stopped.set()
+        self._thread.join()
+
+    def result(self) -> PromptSet:
+        """What was read. Raises what `read_prompts` raised."""
+        self._thread.join()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        assert self._found is not None
+        return self._found

@@ -1,0 +1,1 @@
+"""Models before they run: checkpoints and their sidecars, weights, prompts and tokens."""

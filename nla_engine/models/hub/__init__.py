@@ -1,0 +1,6 @@
+"""Where a checkpoint's files are: on this machine, or on the Hugging Face Hub. Every request is huggingface_hub's."""
+
+from nla_engine.models.hub.fetch import tell
+from nla_engine.models.hub.find import commit_of, find_directory
+
+__all__ = ["commit_of", "find_directory", "tell"]

@@ -1,0 +1,290 @@
+"""Language models: find, load and describe a Hugging Face decoder for the engine.
+
+Knows nothing of NLA sidecars, prompts or stores.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nla_engine.errors import CheckpointError, RequestError, first_line
+from nla_engine.models.decoder import CutDecoder
+from nla_engine.models.hub import commit_of, find_directory
+from nla_engine.models.logits import LibraryLogits
+from nla_engine.models.weights import check_checkpoint, read_model
+from nla_engine.ops.cards import card_of, torch_fault
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class LanguageModel:
+    """A decoder-only language model, on one device, in evaluation mode.
+
+    `decoder` maps embeddings [1, T, d] to hidden states [1, T, d]; `blocks` are its layers; `head` maps hidden states
+    to logits [.., vocab_size] or is None for a truncated model (an AR).
+    """
+
+    name: str
+    revision: str | None
+    model: Any
+    tokenizer: Any
+    decoder: Any
+    head: nn.Module | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def config(self) -> Any:
+        """The text model's own configuration (of a multimodal wrapper, its `text_config`)."""
+        return self.decoder.config
+
+    @property
+    def d_model(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids from here on can stand for vectors."""
+        return int(self.embedding.num_embeddings)
+
+    @property
+    def embedding(self) -> Any:
+        return self.decoder.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence that the positions of the model allow, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a reply: the tokenizer's and the generation config's."""
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for source in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+            if source is not None:
+                ids.update(source if isinstance(source, (list, tuple)) else [source])
+        return tuple(sorted(ids))
+
+    def check_layer(self, layer: int) -> None:
+        """Raises RequestError unless `layer` is one of the model's blocks."""
+        if not 0 <= layer < len(self.blocks):
+            raise RequestError(
+                f"layer {layer} does not exist: {self.name} has {len(self.blocks)} blocks, 0 to {len(self.blocks) - 1}"
+            )
+
+    def truncated(self, layer: int) -> LanguageModel:
+        """The same weights up to block `layer`: the decoder gives that block's output; no final norm, no head.
+
+        CheckpointError if the model's blocks are not run once each, in order.
+        """
+        self.check_layer(layer)
+        return dataclasses.replace(self, decoder=CutDecoder(self.decoder, layer), head=None)
+
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device. No Runner may be open on them."""
+        self.model.to(device)
+
+    @cached_property
+    def _library_logits(self) -> LibraryLogits:
+        return LibraryLogits(self.model, self.decoder)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [n, d] -> logits [n, columns] as transformers gives them, scaled and capped."""
+        assert self.head is not None
+        return self._library_logits(hidden)
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight's name, shape, dtype and two integer checksums of its bits (position-weighted)."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            bits = weight.detach().contiguous().reshape(-1)
+            bits = bits.view({2: torch.int16, 4: torch.int32}.get(bits.element_size(), torch.uint8))
+            first = second = 0
+            for part in bits.split(1 << 26):
+                wide = part.to(torch.int64)
+                index = torch.arange(len(wide), device=wide.device) % 65521 + 1
+                first += int(wide.sum())
+                second = (second * 31 + int((wide * index).sum())) % (1 << 63)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first} {second}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What a store or a result must remember of the model."""
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "architecture": type(self.model).__name__,
+            "weights": self.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "blocks": len(self.blocks),
+            "d_model": self.d_model,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def pick_device(device: str | None) -> torch.device:
+    """'cuda', 'cuda:N', 'cpu', or None for CUDA if there is one. RequestError if it is not there.
+
+    A GPU comes back with its number, and is the current one from now on: kernels and graphs go there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"device '{device}' is not one torch knows: use cuda, cuda:N or cpu") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device '{device}' was asked for, but torch finds no CUDA GPU: pass --device cpu")
+    if chosen.type not in ("cuda", "cpu"):
+        raise RequestError(f"device '{device}' is not supported: use cuda, cuda:N or cpu")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    number = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if number >= torch.cuda.device_count():
+        raise RequestError(f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs")
+    chosen = torch.device("cuda", number)
+    if fault := torch_fault(card_of(chosen)):
+        raise RequestError(fault)
+    torch.cuda.set_device(number)
+    return chosen
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, else float32, unless named. RequestError for one that is not to be had."""
+    on_gpu = device.type == "cuda"
+    if dtype is None:
+        return torch.bfloat16 if on_gpu and card_of(device).bfloat16 else torch.float32
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype '{dtype}' is not supported: use {' or '.join(DTYPES)}")
+    if on_gpu and dtype == "bfloat16" and not card_of(device).bfloat16:
+        raise RequestError(f"dtype bfloat16: {card_of(device)} does not compute in it: use float32")
+    return DTYPES[dtype]
+
+
+def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+    except Exception as error:  # the library raises many kinds for one fault
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def load_model(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    headless: bool = False,
+    remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
+
+    Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
+    engine cannot drive; EngineError if memory does not suffice.
+    """
+    directory = find_directory(name, revision, remote_code=remote_code)
+    check_checkpoint(directory, headless=headless, remote_code=remote_code)
+    tokenizer = load_tokenizer(directory, remote_code=remote_code)
+    model, missing = read_model(
+        directory, device=device, dtype=dtype, headless=headless, remote_code=remote_code
+    )
+    lm = wrap_model(model, tokenizer, name=name, revision=commit_of(directory))
+    if missing:
+        _check_unused(directory, lm, missing)
+    return lm
+
+
+@torch.inference_mode()
+def _check_unused(directory: Path, lm: LanguageModel, missing: Sequence[str]) -> None:
+    """CheckpointError if the output of the last block depends on weights that the files lack (a final norm may).
+
+    While one token is read they are NaN, which goes through to whatever uses them.
+    """
+    tensors = lm.model.state_dict()
+    own = {tensor.data_ptr() for tensor in lm.blocks.state_dict().values()}
+    used = [
+        name for name in missing if tensors[name].data_ptr() in own or not tensors[name].is_floating_point()
+    ]
+    if not used:
+        before = {name: tensors[name].clone() for name in missing}
+        for name in missing:
+            tensors[name].fill_(torch.nan)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=lm.device)
+        cut = lm.truncated(len(lm.blocks) - 1).decoder
+        states = cut(input_ids=token, use_cache=False).last_hidden_state
+        for name, tensor in before.items():
+            tensors[name].copy_(tensor)
+        used = [] if bool(states.isfinite().all()) else list(missing)
+    if used:
+        raise CheckpointError(
+            f"{directory}: {len(used)} weights are missing, the first is {used[0]}: fetch it again"
+        )
+
+
+def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LanguageModel:
+    """A LanguageModel around a model that is already in memory. CheckpointError if the engine cannot drive it."""
+    decoder, why = model.get_decoder(), None
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        why = "keeps its blocks in another way than the engine knows"
+    elif not getattr(model, "_supports_attention_backend", False):
+        why = "has no pluggable attention"
+    else:
+        why = _misshapen(decoder.config)
+    if why is not None:
+        raise CheckpointError(f"{name}: {type(model).__name__} {why}: this architecture is not supported")
+    model.eval().requires_grad_(False)
+    return LanguageModel(name, revision, model, tokenizer, decoder, model.get_output_embeddings())
+
+
+def _misshapen(config: Any) -> str | None:
+    """What is wrong with the shape of the blocks, of which the engine needs one for all; None: nothing."""
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        try:
+            value = getattr(config, key, None)
+        except Exception:  # how the library says that it differs; the kind is not in every version of it
+            value = ()
+        if value is None and key in ("hidden_size", "num_attention_heads"):
+            return f"has no {key} in its configuration"
+        if value is not None and not isinstance(value, int):
+            return f"has blocks that differ in {key}"
+    return None
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the vocabulary, the merges and the chat template.
+
+    Truncation and padding are left out: a call of the tokenizer sets them, and prompts are read without.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.truncation or backend.padding):
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{text}\n{tokenizer.chat_template}".encode()).hexdigest()[:16]

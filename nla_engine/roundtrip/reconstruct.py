@@ -1,0 +1,154 @@
+"""AR: explanations -> vectors. Blocks 0..K of a language model read a fixed prompt around the text; a linear head maps
+the last token's residual stream to the vector. Knows nothing of stores or scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nla_engine.engine.runner import Runner
+from nla_engine.errors import CheckpointError
+from nla_engine.models.hub import find_directory
+from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.sidecar import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
+
+#: Prompts, and tokens, of one packed pass.
+_BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
+
+
+class Reconstructor:
+    """An AR checkpoint, ready to read. weight float32 [d, d], bias float32 [d] or None: the value head."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        sidecar: Sidecar,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        kernels: str = "auto",
+        precision: str = "full",
+    ) -> None:
+        if lm.d_model != sidecar.d_model:
+            raise CheckpointError(
+                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
+            )
+        if sidecar.layer is not None and len(lm.blocks) != sidecar.layer + 1:
+            raise CheckpointError(
+                f"{sidecar.path}: layer {sidecar.layer} needs {sidecar.layer + 1} blocks, "
+                f"the model has {len(lm.blocks)}"
+            )
+        self.sidecar = sidecar
+        self.layer = len(lm.blocks) - 1
+        self.lm = lm.truncated(self.layer)
+        self.weight = weight.to(lm.device)
+        self.bias = None if bias is None else bias.to(lm.device)
+        self.kernels, self.precision = kernels, precision
+        self._runner: Runner | None = None
+        self._prefix = self._shared_prefix()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        remote_code: bool = False,
+        kernels: str = "auto",
+        precision: str = "full",
+    ) -> Reconstructor:
+        """From a directory or Hub id. CheckpointError names what is wrong with it."""
+        directory = find_directory(name, remote_code=remote_code)
+        sidecar = read_sidecar(directory, "ar")
+        weight, bias = read_value_head(directory, sidecar.d_model)
+        lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
+        return cls(lm, sidecar, weight, bias, kernels=kernels, precision=precision)
+
+    def fingerprint(self) -> str:
+        """Of everything that a reconstruction depends on: weights, sidecar and value head."""
+        digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
+        if self.bias is not None:
+            digest.update(self.bias.cpu().numpy().tobytes())
+        return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}-{digest.hexdigest()[:16]}"
+
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device."""
+        self.close()
+        self.lm.move(device)
+        self.weight = self.weight.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+
+    @torch.inference_mode()
+    def prepare(self, tokens: int) -> None:
+        """Take the memory that texts of so many tokens need, and check the engine against the library's forward."""
+        (empty,) = reconstructor_prompts(self.sidecar, self.lm.tokenizer, [""])
+        self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
+
+    @torch.inference_mode()
+    def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
+        """float32 [n, d] on the model's device: the vector that each text stands for. Packed passes, no padding."""
+        prompts = reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)
+        last = torch.empty((len(prompts), self.lm.d_model), dtype=self.lm.dtype, device=self.lm.device)
+        most, budget = _BATCH[self.lm.device.type]
+        start = 0
+        while start < len(prompts):
+            end, total = start, 0
+            while (
+                end < len(prompts)
+                and end - start < most
+                and (end == start or total + len(prompts[end]) <= budget)
+            ):
+                total += len(prompts[end])
+                end += 1
+            last[start:end] = self._last_states(prompts[start:end])
+            start = end
+        return torch.nn.functional.linear(last.float(), self.weight, self.bias)
+
+    @torch.inference_mode()
+    def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
+        """The last token's residual stream [n, d] of each prompt. Tokens that every slot holds already are not read."""
+        runner = self._fit_runner(max(map(len, prompts)))
+        shared = len(self._prefix)
+        first = [
+            shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
+        ]
+        sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
+        states = runner.prefill(
+            [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))],
+            (np.cumsum(sizes) - 1).tolist(),
+        )
+        if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
+            runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
+        return states
+
+    def _shared_prefix(self) -> tuple[int, ...]:
+        """Token ids that prompts begin with, but for texts that a tokenizer merges with the template before them."""
+        one, other = reconstructor_prompts(self.sidecar, self.lm.tokenizer, ["a", "1"])
+        same = [a == b for a, b in zip(one, other, strict=False)]
+        return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
+
+    def close(self) -> None:
+        """Give the model back; the next `reconstruct` takes it again."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def _fit_runner(self, longest: int) -> Runner:
+        """A runner whose slots hold `longest` tokens; grown by half when a text is longer than any before."""
+        if self._runner is None or self._runner.cache.size - 1 < longest:
+            self.close()  # its cache is given back first
+            length = min(longest + longest // 2, max(self.lm.max_length, longest))
+            slots = _BATCH[self.lm.device.type][0]
+            self._runner = Runner(
+                self.lm, slots=slots, length=length, kernels=self.kernels, precision=self.precision
+            )
+            cache = self._runner.cache
+            if self._prefix:
+                self._runner.prefill([(cache.spare, 0, self._prefix)])
+                cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
+        return self._runner

@@ -1,0 +1,154 @@
+"""Round-trip error: how much of a vector came back, and the controls that say whether that means anything.
+
+With x^ = x / ||x||, v the original and r its reconstruction:
+
+    cos = v^ . r^            mse_nrm = 2 (1 - cos)
+    fve_nrm = 1 - mse_nrm / Var,       Var = E ||v^ - mu||^2 = 1 - ||mu||^2,           mu = E v^
+    fve_meannorm = 1 - mse_nrm / M,    M = E ||v^ - mu/||mu|| ||^2 = 2 (1 - sqrt(1 - Var))
+
+Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+#: Vectors whose directions are nearer than this count as one: bfloat16 arithmetic itself changes a vector by as much.
+COINCIDENCE = 0.02
+#: Scores of a retrieval that differ by less are a tie: float64 sums in another order differ by less than this.
+_TIE = 1e-11
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """float32 [n, d] -> the same rows at length 1 (norms summed in float64); zero and non-finite rows become NaN."""
+    return _directions(x).float()
+
+
+def _directions(x: torch.Tensor) -> torch.Tensor:
+    """`unit` in float64."""
+    norm = x.double().square().sum(-1, keepdim=True).sqrt()
+    return x / torch.where((norm == 0) | ~norm.isfinite(), torch.nan, norm)
+
+
+def cosine(v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
+    """float64 [n]: cos of the rows of v and r, float32 [n, d]; NaN where either has no direction."""
+    products = (unit(v).double() * unit(r).double()).sum(-1)
+    return products.clamp(-1.0, 1.0).cpu().numpy()
+
+
+def mse_nrm(cos: np.ndarray) -> np.ndarray:
+    """Squared distance of the two unit vectors: 0 perfect, 2 orthogonal, 4 opposite."""
+    return 2.0 * (1.0 - cos)
+
+
+class DirectionVariance:
+    """Var of a stream of rows: 1 - ||mean of the unit rows||^2, in float64."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sum: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take rows float32 [n, d]; rows without a direction are left out."""
+        directions = unit(x).double()
+        directions = directions[directions.isfinite().all(1)]
+        self.rows += len(directions)
+        total = directions.sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+
+    @property
+    def value(self) -> float:
+        """NaN without rows. 0 if all rows point the same way: FVE is then undefined."""
+        if not self.rows or self._sum is None:
+            return math.nan
+        mean = self._sum / self.rows
+        return max(1.0 - float(mean @ mean), 0.0)
+
+
+def fve_nrm(mse: np.ndarray, variance: float) -> np.ndarray:
+    """Fraction of variance explained; NaN if the variance is 0."""
+    return 1.0 - mse / variance if variance > 0 else np.full_like(mse, math.nan)
+
+
+def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
+    """The same against always answering with the mean direction."""
+    baseline = 2.0 * (1.0 - math.sqrt(1.0 - variance))
+    return 1.0 - mse / baseline if baseline > 0 else np.full_like(mse, math.nan)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """A fixed sample of rows that reconstructions are held against.
+
+    rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite, on any device.
+    distinct: float64 [k, d], k <= m: the directions of the sample, those that coincide once.
+    Both controls of a row depend on the row, the seed and this sample alone, never on batches.
+    """
+
+    rows: np.ndarray
+    sequences: np.ndarray
+    directions: torch.Tensor
+    distinct: torch.Tensor
+    seed: int
+
+    @classmethod
+    def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: torch.Tensor, seed: int) -> Controls:
+        directions = _directions(vectors)
+        sound = directions.isfinite().all(1)
+        kept, directions = sound.cpu().numpy(), directions[sound]
+        return cls(rows[kept], sequences[kept], directions.float(), _distinct(directions), seed)
+
+    def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
+        """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if it can."""
+        partner = np.array(
+            [self._partner(int(a), int(s)) for a, s in zip(rows, sequences, strict=True)], np.int64
+        )
+        if not len(self.rows):
+            return np.full(len(rows), np.nan)
+        out = cosine(self.directions[torch.from_numpy(partner).to(r.device)], r)
+        out[partner < 0] = np.nan
+        return out
+
+    def _partner(self, row: int, sequence: int) -> int:
+        """Place in the sample of the row's partner, or -1 if the sample holds no other row."""
+        count = len(self.rows)
+        if not count:
+            return -1
+        start = int(np.random.Generator(np.random.Philox(key=self.seed, counter=row)).integers(count))
+        order = (start + np.arange(count)) % count
+        for candidates in (self.sequences[order] != sequence, self.rows[order] != row):
+            if candidates.any():
+                return int(order[candidates.argmax()])
+        return -1
+
+    def rank(self, v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
+        """float64 [n]: place of the own vector among the distinct ones of the sample, by nearness to r.
+
+        v, r: [n, d] vectors and their reconstructions. 1 + the vectors at least as near to r, not counting those that
+        coincide with v: rows of one vector rank alike, and a tie of different vectors never counts for the own one.
+        NaN without a direction, and where the sample holds no other vector: there is nothing to find then.
+        """
+        own, read = _directions(v), _directions(r)
+        rival = ~_coincide(own @ self.distinct.T)
+        mine = (own * read).sum(-1)
+        ahead = rival & (read @ self.distinct.T > mine[:, None] - _TIE)
+        rank = torch.where(mine.isfinite() & rival.any(1), 1.0 + ahead.sum(1), torch.nan)
+        return rank.double().cpu().numpy()
+
+
+def _coincide(cos: torch.Tensor) -> torch.Tensor:
+    """bool: unit vectors of these cosines are no further apart than COINCIDENCE."""
+    return 2.0 - 2.0 * cos <= COINCIDENCE**2
+
+
+def _distinct(directions: torch.Tensor) -> torch.Tensor:
+    """The first of the rows, float64 [m, d], and each later one that coincides with none of those taken before."""
+    same = _coincide(directions @ directions.T).cpu().numpy()
+    taken = np.zeros(len(same), bool)
+    for place, others in enumerate(same):
+        taken[place] = not (others[:place] & taken[:place]).any()
+    return directions[torch.from_numpy(taken).to(directions.device)]

@@ -1,0 +1,161 @@
+"""AV: vectors -> explanations. A vector takes the place of one token of a fixed prompt, and the model writes on.
+
+Knows nothing of stores or scores.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+import torch
+
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import VECTOR, Completion, Finish, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.slots import default_slots
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import CheckpointError
+from nla_engine.models.chat import reads_clock
+from nla_engine.models.hub import find_directory
+from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.sidecar import Sidecar, read_sidecar, verbalizer_prompt
+from nla_engine.models.tokens import token_bytes
+
+OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
+#: Finished explanations that may wait for an earlier one, in bytes (a text is small).
+_WAITING_BYTES = 1 << 28
+#: Vectors brought to the injection norm together.
+_SCALED_AT_ONCE = 256
+#: Explanations are short, so that more lanes than capture's fit: a product costs less a lane.
+_MOST_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the AV wrote. status: ok | unclosed (cut by the length limit) | untagged (no opening tag: kept whole)."""
+
+    id: int
+    text: str
+    status: str
+    n_tokens: int
+
+
+def parse_explanation(text: str) -> tuple[str, str]:
+    """(explanation, status) of what the AV wrote."""
+    _, opened, rest = text.partition(OPEN_TAG)
+    if not opened:
+        return text.strip(), "untagged"
+    inside, closed, _ = rest.partition(CLOSE_TAG)
+    return inside.strip(), "ok" if closed else "unclosed"
+
+
+class Verbalizer:
+    """An AV checkpoint, ready to write."""
+
+    def __init__(self, lm: LanguageModel, sidecar: Sidecar) -> None:
+        self.lm, self.sidecar = lm, sidecar
+        if lm.d_model != sidecar.d_model:
+            raise CheckpointError(
+                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
+            )
+        ids, place = verbalizer_prompt(sidecar, lm.tokenizer)
+        self.prefix = tuple(ids[:place])
+        self.tail = (VECTOR, *ids[place + 1 :])
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
+    ) -> Verbalizer:
+        """From a directory or Hub id. CheckpointError names what is wrong with it."""
+        sidecar = read_sidecar(find_directory(name, remote_code=remote_code), "av")
+        return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
+
+    @property
+    def room(self) -> int:
+        """Most tokens of an explanation: the model's positions behind the prompt."""
+        return self.lm.max_length - len(self.prefix) - len(self.tail)
+
+    def fingerprint(self) -> str:
+        """Of everything that an explanation depends on: weights, sidecar, and a prompt that changes with the day."""
+        parts = [self.lm.fingerprint(), self.sidecar.fingerprint()]
+        if reads_clock(self.lm.tokenizer):
+            parts.append(hashlib.sha256(str((self.prefix, self.tail)).encode()).hexdigest()[:16])
+        return "-".join(parts)
+
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device."""
+        self.lm.move(device)
+
+    def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
+        """float32 [n, d]: the vectors at the injection norm, v * scale / ||v||, or as they are if there is none."""
+        scale = self.sidecar.injection_scale
+        if scale is None:
+            return vectors
+        norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
+        return (vectors * (scale / norm)).float()
+
+    @cached_property
+    def _stop(self) -> StopAutomaton:
+        lm = self.lm
+        return StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
+
+    def explain(
+        self,
+        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]],
+        *,
+        samples: int = 1,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),
+        batch_size: int | None = None,
+        kernels: str = "auto",
+        precision: str = "full",
+    ) -> collections.abc.Generator[Explanation, None, None]:
+        """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
+
+        Their ids are id * samples, + 1 and so on, and name their random numbers; the prompt is read once for all of
+        them. Vectors are scaled here, and must be finite and not zero. Read lazily, some ahead of free slots.
+        """
+        lm = self.lm
+        length = len(self.prefix) + len(self.tail) + max_new_tokens
+        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS, precision)
+        order = InOrder(_WAITING_BYTES)
+
+        def requests() -> Iterator[Request | None]:
+            for id_, vector in self._at_scale(vectors):
+                for sample in range(samples):
+                    while order.is_full:
+                        yield None
+                    request = Request(id_ * samples + sample, self.tail, max_new_tokens, vector, sample > 0)
+                    yield order.asked(request)
+
+        with Runner(
+            lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels, precision=precision
+        ) as runner:
+            generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
+            generator.prepare()
+            for group in generator.groups(requests()):
+                for ended in order.add(group):
+                    text, status = parse_explanation(self._written(ended))
+                    yield Explanation(ended.request.id, text, status, len(ended.generated))
+
+    def _written(self, ended: Completion) -> str:
+        """The text of what was generated: special tokens are a part of it, but for the one that ended it."""
+        ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
+        return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    def _at_scale(
+        self, vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same pairs with scaled vectors on the model's device, some at a time."""
+        pairs = iter(vectors)
+        while group := list(islice(pairs, _SCALED_AT_ONCE)):
+            block = torch.stack([torch.as_tensor(vector) for _, vector in group]).to(self.lm.device)
+            yield from zip([id_ for id_, _ in group], self.scaled(block), strict=True)

@@ -1,0 +1,319 @@
+"""Rows of a store as files that other tools read: Parquet, safetensors or npy; one file, or shards with an index.
+
+    parquet      every row column and the vector
+    nla          the Parquet of NLA training data, with its YAML sidecar beside it
+    datasets     shards of Parquet as Hugging Face `datasets` finds them: OUT/data/train-00000-of-00004.parquet
+    safetensors  the vectors and the numeric columns
+    npy          the vectors alone
+
+Written in batches, so memory stays bounded, to a temporary name that is renamed last.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.format import IMPORTED, RowFlag
+from nla_engine.store.lease import Lease
+from nla_engine.store.sequences import StoredSequence
+from nla_engine.store.shards import make_directory, replacing, writing
+from nla_engine.store.views.capture_store import CaptureStore, LayerReader
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = {
+    "parquet": ".parquet",
+    "nla": ".parquet",
+    "datasets": ".parquet",
+    "safetensors": ".safetensors",
+    "npy": ".npy",
+}
+FORMATS = tuple(SUFFIXES)
+#: Names that `nla_engine.store.exchange.importing` looks for again.
+INDEX_NAME = "index.json"
+SIDECAR_SUFFIX = ".nla_meta.yaml"
+VECTOR_COLUMN = "activation_vector"
+#: Of the sidecars that the reader of NLA training data knows.
+NLA_SCHEMA_VERSION = 1
+BATCH_BYTES = 32 << 20
+#: Vectors in a file of the datasets format, unless the caller says otherwise: what the Hub advises for a shard.
+DATASETS_SHARD_BYTES = 500 << 20
+INTEGER_COLUMNS = ("sequence", "position", "token_id", "next_token_id")
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Rows (int64, ascending) of one layer."""
+
+    store: CaptureStore
+    layer_number: int
+    layer: LayerReader
+    rows: np.ndarray
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """The row numbers, as many at a time as BATCH_BYTES of vectors hold."""
+        size = max(1, BATCH_BYTES // (4 * self.store.d_model))
+        for start in range(0, len(self.rows), size):
+            yield self.rows[start : start + size]
+
+    def metadata(self) -> dict[str, str]:
+        """What the numbers are, for the head of the file."""
+        attributes = self.store.attributes
+        return {
+            "nla_engine": json.dumps({key: value for key, value in attributes.items() if key != "options"}),
+            "layer": str(self.layer_number),
+        }
+
+
+def export(
+    store: CaptureStore,
+    to: str,
+    out: str | os.PathLike[str],
+    layer: int | None = None,
+    where: str | None = None,
+    overwrite: bool = False,
+    shard_rows: int | None = None,
+) -> int:
+    """Write vectors (float32) and, but for npy, their row columns; returns the number of rows.
+
+    to: one of FORMATS; layer: None for the store's only one; where: None for every row
+    shard_rows: rows in a file, and `out` is a directory then; None: one file (datasets: files of some 500 MB)
+    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected, `out` exists or lies in a store,
+    several layers and none is named), WriteError.
+    """
+    if to not in FORMATS:
+        raise RequestError(f"export format '{to}' is unknown: choose one of {', '.join(FORMATS)}")
+    if shard_rows is not None and (shard_rows < 1 or to == "nla"):
+        raise RequestError(
+            "shard_rows must be 1 or more"
+            if shard_rows < 1
+            else "format nla is one file: leave --shard-rows out"
+        )
+    path = Path(out)
+    if path.is_dir() or (path.exists() and not overwrite):
+        mend = "a directory, which is never replaced: remove it, or choose another name"
+        raise StoreError(f"{path} exists: " + (mend if path.is_dir() else "pass --overwrite"))
+    check_outside_stores(path)
+    number = store.chosen_layer(layer)
+    rows = np.arange(store.rows) if where is None else store.where(where)
+    if len(rows) == 0:
+        raise StoreError(
+            f"{store.path}: " + ("holds no rows" if where is None else f"no row fits {where!r}: widen it")
+        )
+    if to == "datasets" and shard_rows is None:
+        shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
+    selection = _Selection(store, number, store.layer(number), rows)
+    if shard_rows is None and path.suffix != SUFFIXES[to]:
+        raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers go by it")
+    write = _WRITERS[to]
+    with writing(path):
+        make_directory(path.parent)
+    with Lease.beside(path):
+        with replacing(path) as temporary:
+            if shard_rows is not None:
+                _write_shards(selection, to, temporary, shard_rows)
+            else:
+                write(selection, temporary)
+        if to == "nla":
+            with replacing(path.with_name(path.name + SIDECAR_SUFFIX)) as temporary:
+                temporary.write_text(_nla_sidecar(selection), encoding="utf-8")
+    return len(rows)
+
+
+def _write_shards(selection: _Selection, to: str, directory: Path, shard_rows: int) -> None:
+    """Files of `shard_rows` rows, numbered; an index names them in order, but for datasets, which needs none."""
+    starts = range(0, len(selection.rows), shard_rows)
+    folder, stem = (directory / "data", "train") if to == "datasets" else (directory, "rows")
+    folder.mkdir(parents=True)
+    shards = []
+    for number, start in enumerate(starts):
+        part = replace(selection, rows=selection.rows[start : start + shard_rows])
+        name = f"{stem}-{number:05d}-of-{len(starts):05d}{SUFFIXES[to]}"
+        _WRITERS[to](part, folder / name)
+        shards.append({"file": name, "start": start, "rows": len(part.rows)})
+    if to != "datasets":
+        index = {
+            "format": to,
+            "rows": len(selection.rows),
+            "shards": shards,
+            "metadata": selection.metadata(),
+        }
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_parquet(selection: _Selection, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    width = selection.store.d_model
+    flags = [(str(flag.name).lower(), pa.bool_()) for flag in RowFlag]
+    fields = [("row", pa.int64()), ("sequence", pa.int64()), ("position", pa.int32())]
+    fields += [("token_id", pa.int32()), ("next_token_id", pa.int32())]
+    fields += [("token", pa.string()), ("next_token", pa.string()), *flags, ("norm", pa.float32())]
+    fields += [(VECTOR_COLUMN, pa.list_(pa.float32(), width))]
+    schema = pa.schema(fields, metadata=selection.metadata())
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in selection.batches():
+            writer.write_table(_parquet_batch(selection, rows, schema))
+
+
+def _write_nla(selection: _Selection, path: Path) -> None:
+    """A row for each vector: how many tokens were read, and the text they spell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store = selection.store
+    schema = pa.schema(
+        [
+            ("n_raw_tokens", pa.int64()),
+            ("detokenized_text_truncated", pa.string()),
+            (VECTOR_COLUMN, pa.list_(pa.float32(), store.d_model)),
+            ("activation_layer", pa.int64()),
+            ("doc_id", pa.string()),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in selection.batches():
+            read = store.column("position")[rows] + 1
+            numbers = store.column("sequence")[rows].tolist()
+            sequences = {number: store.sequence(number) for number in dict.fromkeys(numbers)}
+            documents = [sequences[number] for number in numbers]
+            texts = [_text_read(store, *pair) for pair in zip(documents, read.tolist(), strict=True)]
+            columns = [
+                pa.array(read, pa.int64()),
+                pa.array(texts, pa.string()),
+                pa.FixedSizeListArray.from_arrays(pa.array(selection.layer[rows].reshape(-1)), store.d_model),
+                pa.array([selection.layer_number] * len(rows), pa.int64()),
+                pa.array([_document(sequence) for sequence in documents], pa.string()),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str | None:
+    """What the model had read: the text of the tokens, or in an imported store, which has none, the record's."""
+    if IMPORTED in store.options and "detokenized_text_truncated" in sequence.source:
+        told = sequence.source["detokenized_text_truncated"]
+        return None if told is None else str(told)
+    return sequence.vocabulary.join(sequence.tokens[:tokens])
+
+
+def _document(sequence: StoredSequence) -> str:
+    """The prompt record's own doc_id or id, else the number of the sequence."""
+    record = sequence.source if isinstance(sequence.source, dict) else {}
+    told = (record.get(name) for name in ("doc_id", "id"))
+    return str(next((name for name in told if name is not None), sequence.number))
+
+
+def _nla_sidecar(selection: _Selection) -> str:
+    """What the reader of NLA training data asks for; under `extraction` it takes these keys and no others."""
+    import yaml
+
+    store, number = selection.store, selection.layer_number
+    owners, sizes = np.unique(store.column("sequence")[selection.rows], return_counts=True)
+    documents: Counter[str] = Counter()
+    for owner, size in zip(owners.tolist(), sizes.tolist(), strict=True):
+        documents[_document(store.sequence(owner))] += size
+    rows = hashlib.sha256(selection.rows.astype("<i8").tobytes()).hexdigest()[:8]
+    extraction = {
+        "base_model": str(store.provenance.get("model", "unknown")),
+        "d_model": store.d_model,
+        "layer_index": number,
+        "norm": "none",
+        "corpus": str(store.options.get("prompts", "unknown")),
+        "corpus_slice": {"start": 0, "length": store.sequences},
+        "positions_per_doc": max(documents.values()),
+    }
+    if (
+        IMPORTED in store.options
+    ):  # of which a row is a sequence; what the file's own sidecar knew is still true
+        told = (store.provenance.get("sidecar") or {}).get("extraction")
+        told = told if isinstance(told, dict) else {}
+        extraction["corpus_slice"] = {"start": 0, "length": len(documents)}
+        extraction |= {key: told[key] for key in ("base_model", "corpus", "corpus_slice") if told.get(key)}
+    return str(
+        yaml.safe_dump(
+            {
+                "kind": "nla_dataset",
+                "schema_version": NLA_SCHEMA_VERSION,
+                "dataset_id": f"{store.attributes['store_id']}_L{number}_{rows}",
+                "stage": "base",
+                "row_count": len(selection.rows),
+                "created_by": "nla_engine export",
+                "created_at": store.commit.time,
+                "extraction": extraction,
+                "codec": store.codec.name,
+            },
+            sort_keys=False,
+        )
+    )
+
+
+def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
+    store = selection.store
+    encoded = selection.layer.encoded_at(rows)
+    vectors = encoded.decode(store.codec)
+    columns = {"row": rows, "norm": encoded.norm}
+    columns |= {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
+    texts = {name: store.token_text(columns[f"{name}_id"]) for name in ("token", "next_token")}
+    flags = store.column("flags")[rows]
+    truths = {str(flag.name).lower(): flags & flag != 0 for flag in RowFlag}
+    flat = pa.array(vectors.reshape(-1))
+    vector_column = {"activation_vector": pa.FixedSizeListArray.from_arrays(flat, store.d_model)}
+    arrays = columns | texts | truths | vector_column
+    return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
+
+
+def _write_safetensors(selection: _Selection, path: Path) -> None:
+    """Header length (8 bytes), JSON header, raw tensors. The library's own writer wants all in memory."""
+    rows, store = selection.rows, selection.store
+    tensors = {"row": rows} | {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
+    header: dict[str, object] = {"__metadata__": selection.metadata()}
+    shape = [len(rows), store.d_model]
+    end = 4 * len(rows) * store.d_model
+    header["activation"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    for name, values in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        dtype = {4: "I32", 8: "I64"}[values.itemsize]
+        header[name] = {"dtype": dtype, "shape": [len(rows)], "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for batch in selection.batches():
+            file.write(selection.layer[batch].data)
+        for name in list(header)[2:]:
+            file.write(np.ascontiguousarray(tensors[name]).data)
+
+
+def _write_npy(selection: _Selection, path: Path) -> None:
+    # A plain stream, not a memory map: a full disk is then an error, where a map would end the process.
+    shape = (len(selection.rows), selection.store.d_model)
+    with path.open("wb") as file:
+        description = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, description)
+        for batch in selection.batches():
+            file.write(selection.layer[batch].data)
+
+
+_WRITERS: dict[str, Callable[[_Selection, Path], None]] = {
+    "parquet": _write_parquet,
+    "nla": _write_nla,
+    "datasets": _write_parquet,
+    "safetensors": _write_safetensors,
+    "npy": _write_npy,
+}

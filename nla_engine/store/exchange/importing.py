@@ -1,0 +1,349 @@
+"""Vectors from elsewhere become a store: Parquet with an `activation_vector`, safetensors shards, npy.
+
+A row of the file becomes a sequence of one row, in the file's order; its other columns are that sequence's record,
+so `--where "record.doc_id == 'x'"` finds it. Which tokens were read is not known: every token id is 0, its text empty.
+What `nla_engine.store.exchange.export` writes is read here again. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nla_engine.codec.rows import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
+from nla_engine.errors import NLAError, ReadError, RequestError, StoreError, is_failure
+from nla_engine.provenance import describe_run
+from nla_engine.store.exchange.columns import checked
+from nla_engine.store.exchange.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
+from nla_engine.store.format import IMPORTED, NO_TOKEN, Finish, RowFlag, row_flags
+from nla_engine.store.records import LayerRows
+from nla_engine.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 1024
+#: The largest bfloat16; float32 has somewhat larger ones.
+_LARGEST = (2 - 2.0**-7) * 2.0**127
+#: Types whose every value JSON holds as it is.
+_PLAIN = {str, int, bool, type(None)}
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+#: The id of every imported token; its text is empty.
+UNKNOWN_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a file: vectors float32 [n, d], and for each row its other columns."""
+
+    vectors: np.ndarray
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import_rows` did."""
+
+    rows: int
+    d_model: int
+    layer: int
+    codec: str
+    codec_error: dict[str, float | int]
+    nonfinite_rows: int
+
+
+def import_rows(
+    source: Path, out: Path, *, layer: int | None = None, codec: str = "bf16", overwrite: bool = False
+) -> Imported:
+    """Write the vectors of a file, or of a directory of shards, as a new store.
+
+    layer: its number; None for the one that the file or its sidecar names
+    Raises StoreError (nothing to read, damaged, `out` exists), RequestError (no layer, unknown codec), WriteError.
+    """
+    files = _files(source)
+    sidecar = _sidecar(source)
+    batches = chain.from_iterable(_reader(file)(file) for file in files)
+    first = next((batch for batch in batches if len(batch.records)), None)
+    if first is None:
+        raise StoreError(f"{source}: holds no rows")
+    number = _layer(source, layer, first, sidecar)
+    chosen = Codec.named(codec, first.vectors.shape[1])
+    norm = np.linalg.norm(first.vectors.astype(np.float64), axis=1)
+    ordinary = ordinary_rows(norm)
+    sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[ordinary]))) if ordinary.any() else np.inf
+    error = relative_errors(chosen, first.vectors[ordinary & (norm <= sink_norm)])
+    writer = StoreWriter.create(
+        out,
+        layers=[number],
+        codec=chosen,
+        sink_norm={number: sink_norm},
+        vocabulary=[b""],
+        provenance={**describe_run(), "imported_from": str(source), "sidecar": sidecar},
+        options={IMPORTED: str(source), "layer": [number], "codec": codec},
+        overwrite=overwrite,
+    )
+    nonfinite = 0
+    with writer:
+        if len(error):
+            writer.record_codec_error(number, describe_errors(error))
+        for batch in chain([first], _read_ahead(batches)):
+            if batch.vectors.shape[1] != chosen.d_model:
+                raise StoreError(
+                    f"{source}: rows are {chosen.d_model} wide, and further on "
+                    f"{batch.vectors.shape[1]}: import files of one width"
+                )
+            rows = LayerRows.encode(chosen, batch.vectors, sink_norm)
+            columns = _columns(batch, number, rows.norm, sink_norm, source)
+            writer.append_block(columns, {number: rows})
+            nonfinite += int(np.count_nonzero(columns["flags"] & RowFlag.NONFINITE))
+    described = describe_errors(error) if len(error) else {}
+    return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
+
+
+def _columns(
+    batch: Batch, layer: int, norm: np.ndarray, sink_norm: float, source: Path
+) -> dict[str, np.ndarray]:
+    """One sequence for each row, as `StoreWriter.append_block` takes them: unknown tokens, of which the last was read.
+
+    norm: float32 [n], of the rows
+    """
+    for record in batch.records:
+        if record.get("activation_layer", layer) != layer:
+            raise StoreError(
+                f"{source}: holds rows of layers {layer} and {record['activation_layer']}: split it by layer first"
+            )
+    n = len(batch.records)
+    size = np.fromiter((_tokens_read(record, source) for record in batch.records), np.int64, n)
+    texts = [_encode(record).encode() for record in batch.records]
+    position = (size - 1).astype(np.int32)
+    return {
+        "row_size": np.ones(n, np.int64),
+        "token_size": size,
+        "source_size": np.fromiter(map(len, texts), np.int64, n),
+        "prompt_size": size.astype(np.int32),
+        "finish": np.full(n, Finish.GIVEN, np.uint8),
+        "token_id": np.full(n, UNKNOWN_TOKEN, np.int32),
+        "next_token_id": np.full(n, NO_TOKEN, np.int32),
+        "position": position,
+        "flags": row_flags(position, size, size, norm > sink_norm, ~np.isfinite(norm)),
+        "tokens": np.full(size.sum(), UNKNOWN_TOKEN, np.int32),
+        "source": np.frombuffer(b"".join(texts), np.uint8),
+    }
+
+
+def _tokens_read(record: dict[str, Any], source: Path) -> int:
+    """From n_raw_tokens, or the position; 1 where neither is told."""
+    size = record.get("n_raw_tokens", record.get("position", 0) + 1)
+    if not isinstance(size, int) or not 1 <= size <= 1 << 24:
+        raise StoreError(f"{source}: n_raw_tokens {size!r} is not a number of tokens from 1 on")
+    return size
+
+
+def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any]) -> int:
+    extraction = sidecar.get("extraction")
+    told = first.records[0].get("activation_layer")
+    if told is None and isinstance(extraction, dict):
+        told = extraction.get("layer_index")
+    width = extraction.get("d_model") if isinstance(extraction, dict) else None
+    if width is not None and width != first.vectors.shape[1]:
+        raise StoreError(
+            f"{source}: its sidecar says d_model {width}, its vectors have {first.vectors.shape[1]}: "
+            "they do not belong together"
+        )
+    number = given if told is None else told
+    if number is None:
+        raise RequestError(f"{source}: does not say which layer its vectors are of: give --layer")
+    if given is not None and given != number:
+        raise RequestError(f"{source}: its vectors are of layer {number}, not {given}: leave --layer out")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise StoreError(f"{source}: layer {number!r} is not a number")
+    return number
+
+
+def _sidecar(source: Path) -> dict[str, Any]:
+    """What `SOURCE.nla_meta.yaml` says, {} if it is not there."""
+    import yaml
+
+    path = source.with_name(source.name + SIDECAR_SUFFIX)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _unreadable(path, "YAML", error) from None
+    if not isinstance(data, dict):
+        raise StoreError(f"{path}: not a mapping of keys to values")
+    return json.loads(json.dumps(data, default=str))
+
+
+# ---- files ----
+
+
+def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; while the caller is at one, a thread reads the next."""
+    with ThreadPoolExecutor(1, thread_name_prefix="import-reader") as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
+
+
+def _files(source: Path) -> list[Path]:
+    """The files of a source in order: itself, those that its index names, or the Parquet files below it."""
+    if not source.exists():
+        raise StoreError(f"{source}: there is no such file or directory")
+    if source.is_file():
+        return [source]
+    index = source / INDEX_NAME
+    if index.exists():
+        try:
+            names = [str(shard["file"]) for shard in json.loads(index.read_bytes())["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{index}: damaged: {type(error).__name__} {error}") from None
+        if outside := [name for name in names if Path(name).name != name]:
+            raise StoreError(f"{index}: names '{outside[0]}', which is not a file beside it")
+        return [source / name for name in names]
+    files = sorted(source.rglob("*.parquet"))
+    if not files:
+        raise StoreError(f"{source}: holds neither {INDEX_NAME} nor Parquet files: nothing to import")
+    return files
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[Batch]]:
+    readers = {".parquet": _read_parquet, ".safetensors": _read_safetensors, ".npy": _read_npy}
+    if file.suffix not in readers:
+        raise StoreError(f"{file}: not one of {', '.join(readers)}: nothing else can be imported")
+    return readers[file.suffix]
+
+
+def _read_parquet(file: Path) -> Iterator[Batch]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            if schema.names.count(VECTOR_COLUMN) != 1:
+                found = "several columns" if VECTOR_COLUMN in schema.names else "no column"
+                raise StoreError(
+                    f"{file}: has {found} '{VECTOR_COLUMN}': its columns are {', '.join(schema.names)}"
+                )
+            kind = schema.field(VECTOR_COLUMN).type
+            lists = (
+                pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+            )
+            if not lists or not pa.types.is_floating(kind.value_type):
+                raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
+            told = schema.metadata or {}
+            more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
+            read = 0
+            for batch in table.iter_batches(BATCH_ROWS):
+                column = batch.column(VECTOR_COLUMN)
+                flat = column.flatten()
+                width = len(flat) // max(len(column), 1)
+                lengths = pc.list_value_length(column)
+                if (
+                    column.null_count
+                    or flat.null_count
+                    or not width
+                    or set(pc.unique(lengths).to_pylist()) != {width}
+                ):
+                    raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
+                vectors = _float32(flat.to_numpy(zero_copy_only=False).reshape(-1, width), file)
+                records = enumerate(_rows(batch.drop_columns(VECTOR_COLUMN), file), read)
+                read += len(column)
+                yield Batch(vectors, [checked(_plain(more | record), file, row) for row, record in records])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, "Parquet", error) from None
+
+
+def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:
+    """Its rows as Python holds them. StoreError names a column with a value that Python has no type for."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise StoreError(f"{file}: column '{name}' cannot be read ({reason}): drop it") from None
+        raise
+
+
+def _unreadable(file: Path, kind: str, error: Exception) -> NLAError:
+    reason = " ".join(str(error).split())
+    return (ReadError if is_failure(error) else StoreError)(f"{file}: cannot be read as {kind}: {reason}")
+
+
+def _read_safetensors(file: Path) -> Iterator[Batch]:
+    """The tensor `activation` [n, d], and every other tensor of one value a row."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            if "activation" not in names:
+                raise StoreError(f"{file}: has no tensor 'activation': it has {', '.join(names)}")
+            vectors = tensors.get_slice("activation")
+            shape = vectors.get_shape()
+            if len(shape) != 2 or not shape[1]:
+                raise StoreError(f"{file}: 'activation' has shape {shape}, not [rows, d_model]")
+            columns = {name: tensors.get_tensor(name) for name in names if name != "activation"}
+            columns = {
+                name: values.tolist() for name, values in columns.items() if values.shape == (shape[0],)
+            }
+            more = _told((tensors.metadata() or {}).get("layer", ""))
+            for start in range(0, shape[0], BATCH_ROWS):
+                held = vectors[start : start + BATCH_ROWS]
+                wide = torch.float64 if held.dtype == torch.float64 else torch.float32
+                part = _float32(held.to(wide).numpy(), file)
+                rows = range(start, start + len(part))
+                records = [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows]
+                yield Batch(part, [checked(one, file, i) for i, one in zip(rows, records, strict=True)])
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, "safetensors", error) from None
+
+
+def _read_npy(file: Path) -> Iterator[Batch]:
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise _unreadable(file, "npy", error) from None
+    if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
+        raise StoreError(f"{file}: {values.dtype} {list(values.shape)}, not floating-point [rows, d_model]")
+    for start in range(0, len(values), BATCH_ROWS):
+        part = _float32(np.asarray(values[start : start + BATCH_ROWS]), file)
+        yield Batch(part, [{"row": start + i} for i in range(len(part))])
+
+
+def _float32(values: np.ndarray, file: Path) -> np.ndarray:
+    """A copy of values [n, d] in float32. Raises StoreError if a finite one is beyond what every codec can hold."""
+    inside = not values.size or max(values.max(), -values.min()) <= _LARGEST  # false for NaN, too
+    if not inside and (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
+        raise StoreError(
+            f"{file}: holds a number beyond {_LARGEST:.4g}, the largest of bfloat16: scale the vectors"
+        )
+    return values.astype(np.float32)
+
+
+def _told(layer: str) -> dict[str, int]:
+    """What each record has of the layer that the head of its file names, if it names one."""
+    return {"activation_layer": int(layer)} if layer.isdigit() else {}
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as strict JSON has it: bytes left out, NaN and Inf as null, dates as text."""
+    if all(type(value) in _PLAIN for value in record.values()):
+        return record
+    kept = {key: value for key, value in record.items() if not isinstance(value, bytes)}
+    return json.loads(json.dumps(kept, default=str), parse_constant=lambda name: None)

@@ -1,0 +1,1 @@
+"""Ways to look at a store: row selection, tensors, torch datasets, xarray."""

@@ -1,0 +1,395 @@
+"""Captured rows against transformers' own hidden states: every policy, architecture and batching."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
+
+from nla_engine.capture import appender
+from nla_engine.capture import run as stage
+from nla_engine.capture.run import run_capture
+from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.codec.rows import bf16_bits, bf16_values
+from nla_engine.config import CaptureOptions
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion
+from nla_engine.errors import EngineError, RequestError, StoreError
+from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.prompts import read_prompts
+from nla_engine.store import CaptureStore, Finish, RowFlag
+from nla_engine.store.care.verify import verify
+
+
+def language_model(architecture: str = "qwen2", seed: int = 0) -> LanguageModel:
+    return wrap_model(tiny_model(architecture, seed=seed), byte_tokenizer(), name=architecture)
+
+
+def options(tmp_path: Path, **changes: object) -> CaptureOptions:
+    prompts = tmp_path / "prompts.jsonl"
+    if not prompts.exists():
+        write_prompts(prompts)
+    base: dict[str, object] = {
+        "model": "in memory",
+        "prompts": prompts,
+        "layer": (1, 3),
+        "out": tmp_path / "run.zarr",
+        "max_new_tokens": 9,
+        "codec": "bf16",
+        "batch_size": 5,
+    }
+    if changes.get("corpus"):
+        del base["max_new_tokens"]
+    return CaptureOptions(**{**base, **changes})  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def block_outputs(lm: LanguageModel, tokens: np.ndarray) -> list[np.ndarray]:
+    """Output of every block for one sequence, by transformers alone: hidden_states[K + 1], and for the last block what
+    enters the final norm."""
+    lm.model.set_attn_implementation("eager")
+    entering: list[torch.Tensor] = []
+    hook = lm.decoder.norm.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0]))
+    states = lm.model(
+        torch.from_numpy(tokens.astype(np.int64))[None], output_hidden_states=True
+    ).hidden_states
+    hook.remove()
+    return [state[0].numpy() for state in (*states[1:-1], entering[0])]
+
+
+def check_store(
+    lm: LanguageModel, path: Path, positions: str, layers: tuple[int, ...], limit: float
+) -> CaptureStore:
+    """Every row of the store against the reference; limit: relative L2 of a row."""
+    store = CaptureStore.open(path)
+    assert store.complete and all(check.ok for check in verify(path))
+    seen = 0
+    for sequence in store.iter_sequences():
+        size, prompt = len(sequence.tokens), sequence.prompt_size
+        expected_positions = {
+            "generated": range(prompt, size),
+            "prompt": range(prompt),
+            "all": range(size),
+            "last": range(prompt - 1, prompt),
+            "last,generated": range(prompt - 1, size),
+        }[positions]
+        rows = sequence.rows
+        assert store.column("position")[rows].tolist() == list(expected_positions)
+        assert store.column("token_id")[rows].tolist() == sequence.tokens[list(expected_positions)].tolist()
+        following = [*sequence.tokens.tolist(), -1]
+        assert store.column("next_token_id")[rows].tolist() == [following[p + 1] for p in expected_positions]
+        reference = block_outputs(lm, sequence.tokens)
+        for layer in layers:
+            got, want = store.layer(layer)[rows], reference[layer][list(expected_positions)]
+            error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+            assert error.max(initial=0) <= limit
+        seen += rows.stop - rows.start
+    assert seen == store.rows > 0
+    return store
+
+
+def equal_but_for_roundings(a: np.ndarray, b: np.ndarray) -> bool:
+    """int8 rows of two runs: sums in another order may round a code the other way, here and there."""
+    error = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
+    return bool(error.max() < 0.01 and (error < 1e-5).mean() > 0.9)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_are_the_block_outputs_of_transformers(architecture: str, tmp_path: Path) -> None:
+    lm = language_model(architecture)
+    run_capture(options(tmp_path, positions="all", layer=(0, 2, 3)), lm=lm)
+    store = check_store(lm, tmp_path / "run.zarr", "all", (0, 2, 3), limit=2**-8)
+    for (
+        sequence
+    ) in store.iter_sequences():  # bit for bit: bfloat16 of the float32 row, up to one unit of rounding
+        want = bf16_bits(block_outputs(lm, sequence.tokens)[2]).astype(np.int32)
+        got = bf16_bits(store.layer(2)[sequence.rows]).astype(np.int32)
+        assert np.abs(got - want).max() <= 1 and (got == want).mean() > 0.99
+
+
+@pytest.mark.parametrize("positions", ["generated", "prompt", "all", "last", "last,generated"])
+@pytest.mark.parametrize(("codec", "limit"), [("int8", 0.02), ("int4", 0.2)])
+def test_policies_and_codecs(positions: str, codec: str, limit: float, tmp_path: Path) -> None:
+    lm = language_model()
+    run_capture(options(tmp_path, positions=positions, codec=codec, batch_size=3), lm=lm)
+    store = check_store(lm, tmp_path / "run.zarr", positions, (1, 3), limit)
+    assert set(store.codec_error) == {1, 3}
+
+
+def test_last_generated_token_has_its_row_and_flags_fit(tmp_path: Path) -> None:
+    lm = language_model()
+    run_capture(options(tmp_path), lm=lm)
+    store = CaptureStore.open(tmp_path / "run.zarr")
+    flags = store.column("flags")
+    for sequence in store.iter_sequences():
+        last = sequence.rows.stop - 1
+        assert store.column("token_id")[last] == sequence.tokens[-1]
+        assert store.column("next_token_id")[last] == -1
+        assert flags[last] & RowFlag.SEQUENCE_END and flags[last] & RowFlag.GENERATED
+        assert sequence.source == {"prompt": sequence.source["prompt"], "n": sequence.number}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batching_changes_nothing(batch: int, tmp_path: Path) -> None:
+    lm = language_model()
+    sampled = {"temperature": 1.0, "seed": 3, "codec": "int8"}
+    run_capture(options(tmp_path, out=tmp_path / "a.zarr", batch_size=5, **sampled), lm=lm)
+    run_capture(options(tmp_path, out=tmp_path / "b.zarr", batch_size=batch, **sampled), lm=lm)
+    a, b = CaptureStore.open(tmp_path / "a.zarr"), CaptureStore.open(tmp_path / "b.zarr")
+    assert a.column("token_id").tolist() == b.column("token_id").tolist()
+    assert equal_but_for_roundings(a.layer(3)[:], b.layer(3)[:])
+
+
+def test_a_shared_prefix_changes_nothing(tmp_path: Path) -> None:
+    lm = language_model()
+    prompts = tmp_path / "prompts.jsonl"
+    system = {"role": "system", "content": "You answer with one number and nothing else."}
+    records = [{"messages": [system, {"role": "user", "content": "x" * (1 + i % 4)}]} for i in range(9)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    said: list[str] = []
+    run_capture(options(tmp_path, prompts=prompts), lm=lm, announce=said.append)
+    assert "prompt tokens shared" in said[0]
+    check_store(lm, tmp_path / "run.zarr", "generated", (1, 3), limit=2**-8)
+
+
+def test_corpus_mode_reads_text_and_stops_early(tmp_path: Path) -> None:
+    lm = language_model()
+    text = tmp_path / "corpus.txt"
+    text.write_text("one line of text\nx\n\nanother, somewhat longer line of text, longer than a chunk\n")
+    ran = []
+    lm.blocks[3].register_forward_hook(lambda *_: ran.append(3))
+    run_capture(options(tmp_path, prompts=text, layer=(1,), corpus=True), lm=lm)
+    calls_of_calibration = len(ran)
+    store = check_store(lm, tmp_path / "run.zarr", "all", (1,), limit=2**-8)
+    assert store.sequences == 3 and {s.finish for s in store.iter_sequences()} == {Finish.GIVEN}
+    assert (
+        len(ran) == calls_of_calibration + 3
+    )  # the reference's own three passes: the capture ran no later block
+    assert len(lm.blocks) == 4  # and the caller's model is whole
+
+
+def test_long_prompts_are_read_in_chunks(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(stage.MAX_PREFILL_TOKENS, "cpu", 7)
+    lm = language_model()
+    run_capture(options(tmp_path, positions="all"), lm=lm)
+    check_store(lm, tmp_path / "run.zarr", "all", (1, 3), limit=2**-8)
+
+
+@pytest.mark.parametrize("committed", [0, 1, 6, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: Path, monkeypatch) -> None:
+    lm = language_model()
+    sampled = {"temperature": 0.8, "codec": "int8"}
+    run_capture(options(tmp_path, out=tmp_path / "whole.zarr", **sampled), lm=lm)
+    monkeypatch.setattr(appender, "_TOGETHER", 2)
+    real = appender.sequence_rows
+
+    def fail_at(prompt, completion, *rest):
+        if completion.request.id == committed:
+            raise KeyboardInterrupt
+        return real(prompt, completion, *rest)
+
+    monkeypatch.setattr(appender, "sequence_rows", fail_at)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(options(tmp_path, **sampled), lm=lm)
+    monkeypatch.undo()
+    cut = CaptureStore.open(tmp_path / "run.zarr")
+    assert (cut.sequences, cut.complete) == (committed, False)  # all before the one that failed, and no more
+    said: list[str] = []
+    run_capture(
+        options(tmp_path, resume=True, batch_size=2, **sampled),
+        lm=lm,
+        announce=said.append,
+        progress=lambda done, _: said.append(f"did {done}"),
+    )
+    did = [int(line.removeprefix("did ")) for line in said[1:]]
+    assert committed < did[0] and did == sorted(set(did)) and did[-1] == 12
+    whole, resumed = CaptureStore.open(tmp_path / "whole.zarr"), CaptureStore.open(tmp_path / "run.zarr")
+    assert resumed.complete and all(check.ok for check in verify(tmp_path / "run.zarr"))
+    for column in ("token_id", "next_token_id", "position", "sequence", "flags"):
+        assert resumed.column(column).tolist() == whole.column(column).tolist()
+    assert equal_but_for_roundings(resumed.layer(1)[:], whole.layer(1)[:])
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    lm = language_model()
+    first = run_capture(options(tmp_path), lm=lm)
+    again = run_capture(options(tmp_path, resume=True), lm=lm)
+    assert (again.rows, again.sequences, again.tokens_generated) == (first.rows, first.sequences, 0)
+
+
+def test_sink_and_nonfinite_rows_come_back_exactly(tmp_path: Path) -> None:
+    lm = language_model()
+    hidden: dict[str, torch.Tensor] = {}
+
+    def disturb(_module, _inputs, output):
+        """Make reads of token '@' sinks and of token '#' NaN, wherever the block is called."""
+        tokens = hidden["ids"].reshape(output.shape[:-1])
+        output = output.clone()
+        output[tokens == ord_id("@")] *= 1000.0
+        output[tokens == ord_id("#")] = float("nan")
+        return output
+
+    def ord_id(letter: str) -> int:
+        return int(lm.tokenizer.encode(letter)[0])
+
+    def remember(_module, inputs):
+        hidden["ids"] = inputs[0]
+
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 40 + "\n" + "bcd" * 10 + "\nqq@q\nff#\n")
+    lm.embedding.register_forward_pre_hook(remember)
+    lm.blocks[3].register_forward_hook(disturb)
+    summary = run_capture(options(tmp_path, prompts=text, layer=(3,), corpus=True, codec="int8"), lm=lm)
+    assert (summary.sink_rows, summary.nonfinite_rows) == (1, 1)
+    resumed = options(tmp_path, prompts=text, layer=(3,), corpus=True, codec="int8", resume=True)
+    again = run_capture(resumed, lm=lm)
+    assert (again.sink_rows, again.nonfinite_rows, again.rows) == (
+        1,
+        1,
+        summary.rows,
+    )  # of the store, as its rows
+    store = CaptureStore.open(tmp_path / "run.zarr")
+    flags, rows = store.column("flags"), store.layer(3)[:]
+    sink, bad = np.flatnonzero(flags & RowFlag.SINK), np.flatnonzero(flags & RowFlag.NONFINITE)
+    assert store.token_text(store.column("token_id")[[sink[0], bad[0]]]) == ["@", "#"]
+    assert np.isnan(rows[bad]).all()
+    assert (rows[sink] == bf16_values(bf16_bits(rows[sink]))).all() and np.isfinite(rows[sink]).all()
+    assert np.linalg.norm(rows[sink]) > store.sink_norm[3]
+
+
+def test_a_checkpoint_of_a_pair_is_named(tmp_path: Path) -> None:
+    lm, said = language_model(), []
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar" / "nla_meta.yaml").touch()
+    run_capture(options(tmp_path, model=str(tmp_path / "ar")), lm=lm, announce=said.append)
+    assert "ar is an AV or AR (it has nla_meta.yaml)" in said[0]
+
+
+#: Most bytes of a sequence of its runs: 9 tokens, their rows of two layers in bf16.
+SEQUENCE_BYTES = 9 * (4 + 2 * (2 * 64 + 4))
+
+
+@pytest.mark.parametrize("sequences", [0.1, 6, 40, 1000])
+def test_ended_sequences_are_held_within_the_memory_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: float
+) -> None:
+    """Eight sequences end together, and some of them early: with too little memory they leave one by one."""
+    limit, groups, waited = sequences * SEQUENCE_BYTES, [], []
+
+    def add(self: InOrder, group: list[Completion]) -> list[Completion]:
+        size = sum(ended.nbytes for ended in group)
+        groups.append(len(group))
+        assert self.bytes + size <= limit or len(group) == 1
+        leaving = real(self, group)
+        for ended in self._waiting.values():
+            for rows in ended.rows.values():
+                for name, array in vars(rows).items():
+                    owner = array
+                    while owner.base is not None:
+                        owner = owner.base
+                    assert owner.nbytes == array.nbytes, (
+                        f"{name} of a waiting sequence holds more than its own"
+                    )
+        assert self.bytes == sum(ended.nbytes for ended in self._waiting.values()) <= limit / 2
+        waited.append(self.bytes)
+        return leaving
+
+    real = InOrder.add
+    monkeypatch.setattr(InOrder, "add", add)
+    lm = language_model()
+    lm.model.generation_config.eos_token_id = list(range(0, 256, 40))  # so that some later ones end first
+    write_prompts(tmp_path / "prompts.jsonl", 30)
+    run_capture(options(tmp_path, host_memory=limit / 2**30, batch_size=8, temperature=1.0), lm=lm)
+    check_store(lm, tmp_path / "run.zarr", "generated", (1, 3), limit=2**-8)
+    assert sum(groups) == 30 and waited[-1] == 0
+    assert (max(groups) == 1) == (sequences < 1)
+    assert (max(waited) > 0) == (sequences > 1)
+    assert (max(groups) >= 7) == (sequences >= 40)  # memory enough: those that end together leave together
+
+
+def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch) -> None:
+    from nla_engine.capture import tap
+
+    def lose_one(hidden, dest, stage, sink_norm):
+        dest = dest.clone()
+        dest[(dest >= 0).nonzero()[-1:]] = -1
+        real(hidden, dest, stage, sink_norm)
+
+    real = tap.encode_rows
+    lm = language_model()
+    calibration = stage.calibrate(lm, read_prompts(options(tmp_path).prompts, lm.tokenizer), (1,), CODEC)
+    monkeypatch.setattr(stage, "calibrate", lambda *_: calibration)
+    monkeypatch.setattr(tap, "encode_rows", lose_one)
+    with pytest.raises(EngineError, match="never written"):
+        run_capture(options(tmp_path, layer=(1,)), lm=lm)
+    assert not CaptureStore.open(tmp_path / "run.zarr").complete
+
+
+CODEC = stage.Codec.named("bf16", 64)
+
+
+def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatch) -> None:
+    """Neither in the calibration nor in the run."""
+
+    def fails(*_: object) -> None:
+        raise AssertionError("a kernel was chosen")
+
+    monkeypatch.setattr("nla_engine.capture.tap.row_places", fails)
+    lm = language_model()
+    run_capture(options(tmp_path, kernels="reference"), lm=lm)
+    with pytest.raises(AssertionError, match="a kernel was chosen"):
+        run_capture(options(tmp_path, out=tmp_path / "other.zarr"), lm=lm)
+
+
+def test_rows_kept_exactly_find_their_sequence(rng) -> None:
+    sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
+    hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
+    hidden[big] *= 100
+    tap = RowTap(
+        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), slots=3, rows_per_slot=4, exact_capacity=9,
+        sink_norm={1: 100.0}, device=torch.device("cpu"),
+    )  # fmt: skip
+    tap.open([0, 1, 2], [1, 1, 1], sizes)
+    position = torch.cat([torch.arange(size) for size in sizes])
+    tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
+    tap.poll()
+    collected = [rows[1] for rows in tap.collect([2, 0, 1], [4, 4, 3])]
+    assert tap.nbytes([2, 0, 1], [4, 4, 3]) == [rows.nbytes for rows in collected]
+    assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
+    for rows, start in zip(collected, (7, 0, 4), strict=True):
+        assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
+        assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
+    del tap._exact[1][2]
+    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
+        tap.collect([2, 0, 1], [4, 4, 3])
+
+
+def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
+    lm = language_model()
+    with pytest.raises(RequestError, match="layer 9 does not exist: qwen2 has 4 blocks"):
+        run_capture(options(tmp_path, layer=(9,)), lm=lm)
+    run_capture(options(tmp_path), lm=lm)
+    with pytest.raises(StoreError, match="--resume .* --overwrite"):
+        run_capture(options(tmp_path), lm=lm)
+    with pytest.raises(StoreError, match="max_new_tokens"):
+        run_capture(options(tmp_path, resume=True, max_new_tokens=4), lm=lm)
+    with pytest.raises(StoreError, match="weights"):
+        run_capture(options(tmp_path, resume=True), lm=language_model(seed=9))
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text((tmp_path / "prompts.jsonl").read_text().replace('"n": 3', '"n": 33'))
+    with pytest.raises(StoreError, match="prompts"):
+        run_capture(options(tmp_path, resume=True, prompts=changed), lm=lm)
+    before = CaptureStore.open(tmp_path / "run.zarr")
+    assert before.complete and before.rows > 0
+
+
+def test_row_range_is_one_run_for_every_union() -> None:
+    for names in ("prompt,generated", "last,generated", "prompt,last", "all,last"):
+        keep = RowRange.parse(names)
+        kept = set(range(keep.first(5), keep.end(5, 9)))
+        parts = [RowRange.parse(name) for name in names.split(",")]
+        assert kept == set().union(*(range(part.first(5), part.end(5, 9)) for part in parts))

@@ -1,0 +1,81 @@
+"""What many sequences cost: rows that wait for an earlier sequence, and graphs for numbers of lanes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, tiny_model
+
+from nla_engine.engine import generator as engine
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.graph import lane_bucket
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.models.load import wrap_model
+
+
+def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generator) -> None:
+    count, size = 200, 40
+    order, left, held = InOrder(10 * size), [], {}
+    for id_ in range(count):
+        order.asked(Request(id_, (1,), 10))
+    ending = rng.permutation(count).tolist()
+    while ending:
+        ids = [ending.pop() for _ in range(min(len(ending), int(rng.integers(1, 9))))]
+        shared = np.repeat(np.asarray(ids, np.int32), 10).reshape(-1, 10)
+        group = [
+            Completion(Request(i, (1,), 10), own, Finish.STOP) for i, own in zip(ids, shared, strict=True)
+        ]
+        leaving = order.add(group)
+        shared[:] = -1  # the group's memory is used again
+        left += [c.request.id for c in leaving]
+        held |= dict.fromkeys(ids)
+        for completion in leaving:
+            del held[completion.request.id]
+            if completion.request.id not in ids:
+                assert (completion.generated == completion.request.id).all()
+        assert order.bytes == size * len(held)
+        assert order.is_full == (len(held) > 10)
+    assert left == list(range(count)) and order.bytes == 0
+
+
+@pytest.mark.parametrize("limit", [1, 60, 400, 10**9])
+def test_what_is_fetched_and_waits_stays_within_the_limit(limit: int, rng: np.random.Generator) -> None:
+    """Twenty slots whose sequences end in any order; one that is not chosen keeps its slot."""
+    count, left, at_once = 200, [], []
+    order, todo = InOrder(limit), list(range(count))[::-1]
+    running, resting = [], {}
+    while todo or running or resting:
+        while todo and len(running) + len(resting) < 20:
+            running.append(order.asked(Request(todo.pop(), (1,), 10)).id)
+        for _ in range(min(len(running), int(rng.integers(0, 9)))):
+            id_ = running.pop(int(rng.integers(len(running))))
+            resting[id_] = 4 * int(rng.integers(1, 11))
+        chosen = order.portion(resting)
+        assert chosen or running or not resting  # else they would rest for ever
+        group = [
+            Completion(Request(i, (1,), 10), np.zeros(resting.pop(i) // 4, np.int32), Finish.STOP)
+            for i in chosen
+        ]
+        size = sum(completion.nbytes for completion in group)
+        assert size <= limit / 4 or len(group) == 1
+        assert order.bytes + size <= limit or len(group) == 1
+        leaving = order.add(group)
+        assert order.bytes <= limit / 2
+        left += [completion.request.id for completion in leaving]
+        at_once.append(len(chosen))
+    assert left == list(range(count)) and order.bytes == 0
+    assert (max(at_once) == 1) == (limit == 1)
+
+
+def test_graphs_are_few_however_many_lanes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(engine, "DecodeGraph", lambda step, size, *_: made.append(size))
+    lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="tiny")
+    with Runner(lm, slots=3000, length=4) as runner:
+        generator = Generator(runner, max_new_tokens=0)
+        for lanes in range(1, 3001):
+            generator._graph(lanes)
+    assert made[-8:] == [896, 1024, 1280, 1536, 1792, 2048, 2560, 3000]  # no larger than all slots
+    assert [lane_bucket(lanes) for lanes in (1024, 1025, 2049, 4097, 8192)] == [1024, 1280, 2560, 5120, 8192]

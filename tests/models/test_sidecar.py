@@ -1,0 +1,301 @@
+"""Sidecars: every dialect, every check, and a clear error for each fault."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_sidecar
+
+from nla_engine.errors import CheckpointError, NLAError, RequestError
+from nla_engine.models import load as models
+from nla_engine.models.load import load_model, pick_device, pick_dtype
+from nla_engine.models.sidecar import read_sidecar, reconstructor_prompts, verbalizer_prompt
+from nla_engine.ops.cards import Card
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.verbalize import Verbalizer
+
+CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+TOKENS = {"injection_char": MARKER, "injection_token_id": 258}
+AV = {"role": "av", "d_model": D, "tokens": TOKENS, "prompt_templates": {"av": "x {injection_char} y"}}
+AR = {"role": "ar", "d_model": D, "prompt_templates": {"ar": "x {explanation} y"}}
+
+
+def read(tmp_path: Path, sidecar: dict[str, Any], role: str) -> Any:
+    return read_sidecar(write_sidecar(tmp_path, sidecar), role)
+
+
+@pytest.mark.parametrize(("word", "role"), [("av", "av"), ("actor", "av"), ("ar", "ar"), ("critic", "ar")])
+def test_roles(tmp_path: Path, word: str, role: str) -> None:
+    assert read(tmp_path, {**(AV if role == "av" else AR), "role": word}, role).role == role
+
+
+def test_a_prompt_that_changes_with_the_day_is_part_of_the_fingerprint(tmp_path: Path, monkeypatch) -> None:
+    """A round trip that goes on another day must not mix two prompts."""
+    from datetime import datetime
+
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        today = 1
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime(2031, 1, cls.today)
+
+    def fingerprints() -> list[str]:
+        found = []
+        for Day.today in (1, 1, 2):
+            found.append(Verbalizer.load(str(directory), **CPU).fingerprint())
+        return found
+
+    directory = save_av(tmp_path / "av", 2)
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    assert len(set(fingerprints())) == 1
+    template = directory / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d') }} " + template.read_text())
+    first, again, next_day = fingerprints()
+    assert first == again != next_day
+
+
+@pytest.mark.parametrize("name", ["av", "actor", "verbalizer"])
+def test_av_template_names(tmp_path: Path, name: str) -> None:
+    assert (
+        read(tmp_path, {**AV, "prompt_templates": {name: "t {injection_char}"}}, "av").template
+        == "t {injection_char}"
+    )
+
+
+@pytest.mark.parametrize("name", ["ar", "critic", "reconstructor"])
+def test_ar_template_names(tmp_path: Path, name: str) -> None:
+    assert (
+        read(tmp_path, {**AR, "prompt_templates": {name: "t {explanation}"}}, "ar").template
+        == "t {explanation}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "layer"),
+    [
+        ({"extraction_layer_index": 20}, 20),
+        ({"critic": {"extraction_layer_index": 7}}, 7),
+        ({"critic": {"num_hidden_layers": 8}}, 8),
+        ({"ar": {"num_hidden_layers": 9}}, 9),
+        ({}, None),
+    ],
+)
+def test_layer_dialects(tmp_path: Path, entry: dict[str, Any], layer: int | None) -> None:
+    assert read(tmp_path, {**AR, **entry}, "ar").layer == layer
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(150, 150.0), (80000.0, 80000.0), (None, None), ("raw", None), ("sqrt_d_model", math.sqrt(D))],
+)
+def test_injection_scales(tmp_path: Path, scale: Any, expected: float | None) -> None:
+    assert read(tmp_path, {**AV, "extraction": {"injection_scale": scale}}, "av").injection_scale == expected
+
+
+def test_width_of_a_dataset_sidecar(tmp_path: Path) -> None:
+    sidecar = {key: value for key, value in AR.items() if key != "d_model"}
+    assert (
+        read(tmp_path, {**sidecar, "kind": "nla_dataset", "extraction": {"d_model": 3584}}, "ar").d_model
+        == 3584
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "role", "message"),
+    [
+        ({"role": "judge"}, "av", "role 'judge' is none of"),
+        ({"role": "ar"}, "av", "is an AR checkpoint, but was given as the AV"),
+        ({"d_model": None}, "av", "d_model is missing"),
+        ({"d_model": "wide"}, "av", "d_model is 'wide', not an integer"),
+        ({"tokens": {}}, "av", "injection_char or tokens.injection_token_id is missing"),
+        ({"prompt_templates": {}}, "av", "prompt_templates.av is missing"),
+        ({"prompt_templates": {"av": "no hole"}}, "av", "holds {injection_char} once"),
+        ({"extraction": {"injection_scale": -1}}, "av", "not a positive number"),
+        ({"extraction": {"injection_scale": float("nan")}}, "av", "not a positive number"),
+        ({"tokens": {**TOKENS, "critic_suffix_ids": "abc"}}, "av", "not a list of token ids"),
+    ],
+)
+def test_broken_sidecars(tmp_path: Path, change: dict[str, Any], role: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        read(tmp_path, {**AV, **change}, role)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "- a\n- b", "\x00", "a: !!python/object/apply:os.system ['true']"])
+def test_sidecars_that_are_not_plain_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "nla_meta.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"nla_meta\.yaml"):
+        read_sidecar(tmp_path, "av")
+
+
+def test_missing_sidecar(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing; .* is not an NLA checkpoint"):
+        read_sidecar(tmp_path, "av")
+
+
+def test_marker_checks(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    ids, place = verbalizer_prompt(read(tmp_path, AV, "av"), tokenizer)
+    assert ids[place] == 258 and ids.count(258) == 1
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tokens": {"injection_char": MARKER, "injection_token_id": 77}}, "must encode to the one id 77"),
+        ({"tokens": {"injection_char": "ab", "injection_token_id": 258}}, "must encode to the one id 258"),
+        ({"prompt_templates": {"av": f"{MARKER} and {{injection_char}}"}}, "it stands 2 times"),
+        (
+            {"tokens": {**TOKENS, "injection_left_neighbor_id": 3}},
+            "left neighbour is token .* the sidecar says 3",
+        ),
+        ({"tokens": {**TOKENS, "injection_right_neighbor_id": 3}}, "right neighbour is token"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(CheckpointError, match=message):
+            verbalizer_prompt(read(tmp_path, {**AV, **change}, "av"), tokenizer)
+
+
+def test_a_normaliser_that_eats_the_marker_is_found(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = byte_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.NFKC()
+    backend.add_tokens([])
+    broken = type(tokenizer)(tokenizer_object=backend, eos_token="<|im_end|>")
+    sidecar = read(tmp_path, {**AV, "tokens": {"injection_char": "①", "injection_token_id": 258}}, "av")
+    with pytest.raises(CheckpointError, match="must encode to the one id 258"):
+        verbalizer_prompt(sidecar, broken)
+
+
+def test_explanations_with_braces_and_suffix(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    suffix = tokenizer.encode(" y")
+    sidecar = read(tmp_path, {**AR, "tokens": {"critic_suffix_ids": suffix}}, "ar")
+    [ids] = reconstructor_prompts(sidecar, tokenizer, ["a {b} {explanation} {0}"])
+    assert tokenizer.decode(ids) == "x a {b} {explanation} {0} y" and ids[-2:] == suffix
+    wrong = read(tmp_path, {**AR, "tokens": {"critic_suffix_ids": [1, 2]}}, "ar")
+    with pytest.raises(CheckpointError, match=r"ends with tokens .* the sidecar says \[1, 2\]"):
+        reconstructor_prompts(wrong, tokenizer, ["text"])
+
+
+def test_a_merge_across_the_suffix_is_undone(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(
+        [".</"]
+    )  # as a BPE merge would, it takes the explanation's full stop into the suffix
+    suffix = tokenizer.encode("</text>")
+    templates = {"ar": "x {explanation}</text>"}
+    sidecar = read(
+        tmp_path, {**AR, "tokens": {"critic_suffix_ids": suffix}, "prompt_templates": templates}, "ar"
+    )
+    [ids] = reconstructor_prompts(sidecar, tokenizer, ["It ends."])
+    assert ids[-len(suffix) :] == suffix and tokenizer.decode(ids) == "x It ends.</text>"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_loads_in_every_role(tmp_path: Path, architecture: str) -> None:
+    base = load_model(str(save_model(tmp_path / "base", architecture)), **CPU)
+    assert (base.d_model, len(base.blocks), base.vocab_size) == (D, 4, 259)
+    assert Verbalizer.load(str(save_av(tmp_path / "av", 2, architecture)), **CPU).sidecar.layer == 2
+    assert Reconstructor.load(str(save_ar(tmp_path / "ar", 2, architecture)), **CPU).layer == 2
+
+
+def head(path: Path, **tensors: torch.Tensor) -> None:
+    save_file(tensors, path / "value_head.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "value_head.safetensors").unlink(), "value_head.safetensors: missing"),
+        (
+            lambda d: (d / "value_head.safetensors").write_bytes(b"\x08\x00"),
+            "value_head.safetensors: cannot be read",
+        ),
+        (lambda d: head(d, weight=torch.full((D, D), math.nan)), "weight holds NaN or Inf"),
+        (lambda d: head(d, weight=torch.eye(D), bias=torch.full((D,), math.inf)), "bias holds NaN or Inf"),
+        (lambda d: head(d, weight=torch.eye(D - 1)), "weight has shape"),
+        (lambda d: head(d, other=torch.eye(D)), "holds other, not 'weight'"),
+        (lambda d: truncate(d / "model.safetensors"), r"model\.safetensors: cannot be read"),
+        (lambda d: drop(d / "model.safetensors", "q_proj"), "weights are missing, the first is"),
+        (lambda d: (d / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "the tokenizer cannot be loaded"),
+        (lambda d: save_ar(d, 2, extraction_layer_index=3), "layer 3 needs 4 blocks, the model has 3"),
+        (lambda d: save_ar(d, 2, d_model=D // 2), "the sidecar says width 32"),
+    ],
+)
+def test_damaged_ar_checkpoints(tmp_path: Path, damage: Any, message: str) -> None:
+    directory = save_ar(tmp_path / "ar", 2)
+    damage(directory)
+    with pytest.raises(CheckpointError, match=message):
+        Reconstructor.load(str(directory), **CPU)
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def drop(path: Path, part: str) -> None:
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if part not in k}, path, metadata={"format": "pt"})
+
+
+def test_value_head_bias_is_used(tmp_path: Path) -> None:
+    directory = save_ar(tmp_path / "ar", 2)
+    plain = Reconstructor.load(str(directory), **CPU).reconstruct(["a"])
+    weight = load_file(directory / "value_head.safetensors")["weight"]
+    head(directory, weight=weight, bias=torch.arange(D).float())
+    assert np.allclose(
+        Reconstructor.load(str(directory), **CPU).reconstruct(["a"]) - plain, np.arange(D), atol=1e-3
+    )
+
+
+def test_places_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load_model(str(tmp_path / "nothing"), **CPU)
+    with pytest.raises(RequestError, match="is a directory, and has no revisions: leave --revision out"):
+        load_model(str(tmp_path), revision="main", **CPU)
+    with pytest.raises(CheckpointError, match="has no config.json: give the directory of one checkpoint"):
+        load_model(str(tmp_path), **CPU)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds no weights"):
+        load_model(str(tmp_path), **CPU)
+
+
+def test_a_gpu_is_picked_by_number_and_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(models, "card_of", hopper)
+    assert [pick_device(name) for name in (None, "cuda")] == [torch.device("cuda", 1)] * 2
+    assert pick_device("cuda:0") == torch.device("cuda", 0) and current[-1] == 0
+    assert pick_device("cpu:0") == pick_device("cpu") == torch.device("cpu") and current[-1] == 0
+    with pytest.raises(RequestError, match="'cuda:2' is not there: torch finds 2 GPUs"):
+        pick_device("cuda:2")
+
+
+def hopper(device: torch.device) -> Card:
+    return Card(device.index or 0, "stand-in", (9, 0), 232_448)
+
+
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "card_of", hopper)
+    assert pick_dtype(None, torch.device("cpu")) == torch.float32
+    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    for call in (
+        lambda: pick_dtype("int8", CPU["device"]),
+        lambda: pick_device("abacus"),
+        lambda: pick_device("meta"),
+    ):
+        with pytest.raises(NLAError, match="not"):
+            call()

@@ -1,0 +1,160 @@
+"""Triton kernels compile for every card, within its shared memory, on a machine without a GPU too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nla_engine.ops import attention, choose, fp8, gate, norm, places, rotary
+from nla_engine.ops.cards import SHARED_KIB, Card
+from nla_engine.ops.cut import PREFIX_ROWS, cut_for, head_width
+
+INT, LONG, BYTE, HALF, FLOAT, CODE = "i32", "*i64", "*u8", "*bf16", "fp32", "*fp8e4nv"
+BEST = {
+    "logits": HALF, "lanes": LONG, "sequence": LONG, "position": LONG, "best_order": "*i32", "best_token": "*i32",
+    "logits_row": INT, "vocabulary": INT, "logits_divisor": FLOAT, "noise_divisor": FLOAT, "key": INT,
+}  # fmt: skip
+ADVANCE = {
+    "best_order": "*i32", "best_token": "*i32", "lanes": LONG, "token": LONG, "position": LONG, "active": BYTE,
+    "closing": BYTE, "stop_state": BYTE, "count": LONG, "limit": LONG, "generated": LONG, "table": BYTE,
+    "parts": INT, "most": INT, "table_row": INT, "stopped": INT,
+}  # fmt: skip
+QUANTISE = {"x": HALF, "codes": CODE, "scale": "*fp32", "width": INT}
+NORM = {
+    "x": HALF,
+    "add": HALF,
+    "weight": HALF,
+    "codes": CODE,
+    "scale": "*fp32",
+    "d": INT,
+    "eps": FLOAT,
+    "offset": FLOAT,
+}
+PLACES = dict.fromkeys(("slot", "position", "first", "end", "out"), LONG) | {
+    "tokens": INT,
+    "rows_per_slot": INT,
+}
+GATE = {"both": HALF, "codes": CODE, "scale": "*fp32", "width": INT}
+RMS_NORM = dict.fromkeys(("x", "weight", "residual", "y"), HALF) | {
+    **dict.fromkeys(("x_row", "residual_row", "d"), INT), "eps": FLOAT, "offset": FLOAT,
+}  # fmt: skip
+ROTATE = {
+    **dict.fromkeys(("row", "cos", "sin", "q", "keys", "values", "query_weight", "key_weight"), HALF),
+    **dict.fromkeys(("slot", "place"), LONG),
+    **dict.fromkeys(("row_token", "cos_token", "kv_slot", "kv_place", "kv_head"), INT), "eps": FLOAT, "offset": FLOAT,
+}  # fmt: skip
+#: kernel, its arguments, its constants (an argument that is 1 is one), warps
+CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
+    (choose._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
+    (choose._best_kernel, BEST, {"SAMPLE": True, "BLOCK": 4096}, 8),
+    (choose._advance_kernel, ADVANCE, {"READ_LAST": True, "PARTS": 64}, 1),
+    (
+        choose._advance_kernel,
+        ADVANCE,
+        {"READ_LAST": False, "PARTS": 1, "parts": 1, "most": 1, "stopped": 1},
+        1,
+    ),
+    (fp8._quantise_kernel, QUANTISE, {"BLOCK": 4096}, 8),
+    (fp8._norm_kernel, NORM, {"ADD": True, "BLOCK": 4096}, 8),
+    (fp8._norm_kernel, NORM, {"ADD": False, "BLOCK": 4096}, 8),
+    (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
+    (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
+    (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
+    (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
+    (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
+    (rotary._rotate_kernel, ROTATE, {"GROUP": 7, "HALF": 64, "BLOCK_G": 8, "BLOCK_H": 64, "NORM": True}, 2),
+]
+#: The cards that Triton's kernels run on. A 4090 has no more shared memory than others of 8.6, 8.9 and 12.0.
+CARDS = [
+    Card(0, "card", capability, 1024 * SHARED_KIB[capability])
+    for capability in SHARED_KIB
+    if capability >= (8, 0)
+]
+compiled_here = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
+)
+#: Compute capability, dtype and size of heads: where the least memory meets the largest rows.
+HEADS = [
+    *(((8, 9), dtype, size) for dtype in ("bf16", "fp32") for size in (128, 256)),
+    *(((12, 0), "bf16", size) for size in (128, 256)),
+    *((capability, "bf16", 128) for capability in ((8, 0), (9, 0), (10, 0))),
+]
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def compiled(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], card: Card, **options: int
+) -> Any:
+    signature = {n: arguments[n] if n not in constants else "constexpr" for n in kernel.arg_names}
+    index = kernel.arg_names.index
+    aligned = {
+        (index(n),): [["tt.divisibility", 16]]
+        for n, kind in signature.items()
+        if kind[0] == "*" or kind == INT
+    }
+    places = {(index(name),): value for name, value in constants.items()}
+    major, minor = card.capability
+    made = triton.compile(
+        ASTSource(kernel, signature, places, aligned),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options=options,
+    )
+    assert made.asm["cubin"]
+    assert made.metadata.shared <= card.shared_bytes
+    return made
+
+
+@compiled_here
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.capability)
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "constants", "warps"),
+    CASES,
+    ids=[f"{c[0].__name__}{i}" for i, c in enumerate(CASES)],
+)
+def test_a_kernel_compiles(
+    card: Card, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], warps: int
+) -> None:
+    if CODE in arguments.values() and card.capability < (8, 9):
+        pytest.skip("fp8 takes 8.9 or more")
+    made = compiled(kernel, arguments, constants, card, num_warps=warps)
+    assert ".local" not in made.asm["ptx"]  # a stack
+
+
+@compiled_here
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "size"), HEADS, ids=str)
+def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: str, size: int) -> None:
+    """Triton takes no more of it than `Cut` says; on a 4090 the cut of an H100 would be too large."""
+    card = next(card for card in CARDS if card.capability == capability)
+    itemsize = 2 if dtype == "bf16" else 4
+    for kernel in (attention._prefix_kernel, attention._attend_kernel):
+        cut = cut_for(size, itemsize, PREFIX_ROWS, card)
+        constants = {
+            "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
+            "WINDOW": True, "SOFTCAP": False, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
+            "SHARED": True,
+        }  # fmt: skip
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        arguments = dict.fromkeys(kernel.arg_names, INT)
+        for name in kernel.arg_names:
+            if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out"):
+                arguments[name] = f"*{dtype}"
+            elif name in ("partial", "sums", "biggests"):
+                arguments[name] = "*fp32"
+            elif name.startswith("tile_") or name == "positions":
+                arguments[name] = LONG
+            elif name in ("scale", "softcap"):
+                arguments[name] = FLOAT
+        made = compiled(kernel, arguments, constants, card, num_warps=cut.warps, num_stages=cut.stages)
+        assert made.metadata.shared <= cut.shared_bytes(size, itemsize, card)

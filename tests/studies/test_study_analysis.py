@@ -1,0 +1,184 @@
+"""Numbers of the study from planted rows and tables, where the right answer is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nla_engine.demo.claims import read_claims
+from nla_engine.studies.agreement import agreement
+from nla_engine.studies.analysis import ALL, Rows, correctness, detection, findings, origins, tokenisation
+from nla_engine.studies.answers import Reply, Spot
+from nla_engine.studies.clauses import clause_losses
+from nla_engine.studies.intervals import Bootstrap
+from nla_engine.studies.naming import Facts
+from nla_engine.studies.reread import SCHEMA
+
+BOOT = Bootstrap(0, 300)
+
+
+def rows_of(count: int, *, right: float, fooled: float, names_the_wrong: bool) -> Rows:
+    """One row ("first") a problem i: 10+i times 50+i. A share `right` is answered right. A share `fooled`
+    is explained with other operands (those answered wrongly, if names_the_wrong); FVE is 0.9, or 0.2 if fooled."""
+    correct = np.arange(count) < right * count
+    wrong_text = ~correct if names_the_wrong else np.arange(count) % round(1 / fooled) == 0
+    facts, named = [], []
+    for i in range(count):
+        a, b = 10 + i, 200 + i
+        x, y = (a + 1000, b + 1000) if wrong_text[i] else (a, b)
+        facts.append(Facts(a, b, a * b, "1", "2", frozenset({a, b, a * b}), f"{a}x{b}"))
+        named.append(read_claims(f'{x} × {y} = {x * y}. The last token read is "1"; next comes "2".'))
+    fve = np.where(wrong_text, 0.2, 0.9)
+    return Rows(
+        row=np.arange(count),
+        place=np.array(["first"] * count),
+        cluster=np.array([f.cluster for f in facts]),
+        correct=correct,
+        fve=fve,
+        rank=np.where(wrong_text, 5.0, 1.0),
+        another=np.full(count, -0.5),
+        rank_in_place=np.where(wrong_text, 3.0, 1.0),
+        facts=facts,
+        named=named,
+    )
+
+
+def test_naming_is_better_where_the_model_is_right() -> None:
+    found = {
+        (c.place, c.measure): c
+        for c in correctness(rows_of(60, right=0.5, fooled=0.5, names_the_wrong=True), BOOT)
+    }
+    operands = found[ALL, "operands"]
+    assert (operands.first.value, operands.second.value, operands.difference.value) == (1.0, 0.0, 1.0)
+    assert found["first", "fve"].difference.value == pytest.approx(0.7)
+    assert found[ALL, "other"].difference.value == -1.0 and found[ALL, "read"].difference.value == 0.0
+    even = correctness(rows_of(60, right=0.5, fooled=0.5, names_the_wrong=False), BOOT)
+    difference = next(c.difference for c in even if c.measure == "operands" and c.place == ALL)
+    assert difference.value == 0 and difference.low < 0 < difference.high
+
+
+@pytest.mark.parametrize("right", [1.0, 0.9, 0.1, 0.0])
+def test_too_few_of_one_kind_give_no_comparison(right: float) -> None:
+    assert correctness(rows_of(60, right=right, fooled=0.5, names_the_wrong=False), BOOT) == []
+
+
+def test_scores_and_margins() -> None:
+    rows = rows_of(40, right=1.0, fooled=0.25, names_the_wrong=False)
+    found = {f.measure: f for f in findings(rows, 40, {}, BOOT)}
+    assert found["fve"].own.value == pytest.approx(0.75 * 0.9 + 0.25 * 0.2)
+    assert found["fve"].shuffled.value == -0.5 and found["fve"].margin.value == pytest.approx(1.225)
+    assert found["top1"].own.value == found["top1_place"].own.value == 0.75
+    assert found["top1"].shuffled.value == 1 / 40 and found["top1"].margin.value == pytest.approx(0.725)
+    assert found["operands"].own.value == 0.75 and found["operands"].shuffled.value == 0
+    assert found["read"].own.value == found["read"].shuffled.value == 1, "every text names the same digit"
+    assert not found["read"].margin.above(0), "and so it says nothing"
+
+
+def test_fve_tells_planted_falsehood() -> None:
+    rows = rows_of(40, right=1.0, fooled=0.5, names_the_wrong=False)
+    (contrast, auc), _ = detection(rows, BOOT)
+    assert contrast.place == ALL and (contrast.first.value, contrast.second.value) == pytest.approx(
+        (0.9, 0.2)
+    )
+    assert auc.value == auc.low == 1.0
+    blind = Rows(**{**rows.__dict__, "fve": np.full(40, 0.5)})
+    assert detection(blind, BOOT)[0][1].value == 0.5
+    assert detection(rows_of(40, right=1.0, fooled=0.1, names_the_wrong=False), BOOT) == [], (
+        "4 false ones are too few"
+    )
+
+
+def test_origin_of_products() -> None:
+    true, other = origins(rows_of(40, right=1.0, fooled=0.5, names_the_wrong=False), BOOT)
+    assert (true.pair, true.texts, other.texts) == ("true", 20, 20)
+    assert true.true_product.value == true.stated_product.value == 1.0
+    assert other.true_product.value == 0.0 and other.stated_product.value == 1.0
+
+
+def replies(count: int) -> list[Reply]:
+    out = []
+    for i in range(count):
+        record: dict[str, object] = {
+            "a": 10 + i,
+            "b": 50 + i,
+            "product": 0,
+            "pair": f"{i}",
+            "phrasing": "what",
+        }
+        out.append(
+            Reply(i, record, 1702, ("1", "7", "02"), {i: Spot("first", "1", "7")}, frozenset(), {i: 1})
+        )
+    return out
+
+
+def test_agreement_of_planted_samples(tmp_path: Path) -> None:
+    """Problems in quarters: three samples agree and are right (operands swapped in one), agree and are wrong, differ
+    with one right, name nothing."""
+    table: dict[str, list[object]] = {"row": [], "sequence": [], "explanation": []}
+    for i in range(40):
+        a, b = 10 + i, 50 + i
+        texts = {
+            0: [f"{a} × {b}", f"{b} × {a}", f"{a} × {b} = 7000"],
+            1: [f"{a + 300} × {b}"] * 3,
+            2: [f"{a} × {b}", f"{a + 500} × {b}", f"{a + 600} × {b}"],
+            3: ["no numbers"] * 3,
+        }[i % 4]
+        for text in texts:
+            table["row"].append(i), table["sequence"].append(i), table["explanation"].append(text)
+    pq.write_table(pa.table(table), tmp_path / "samples.parquet")
+    everywhere, first = agreement(replies(40), tmp_path / "samples.parquet", BOOT)
+    assert (everywhere.place, first.place, first.rows) == (ALL, "first", 40)
+    assert everywhere.same_pair.value == 0.5 and everywhere.chance.value == 0
+    assert everywhere.unanimous.value == 0.5 and everywhere.right.value == pytest.approx(
+        (1 + 0 + 1 / 3 + 0) / 4
+    )
+    assert everywhere.right_unanimous.value == 0.5
+    assert everywhere.right_divided.value == pytest.approx((1 / 3 + 0) / 2)
+    quarters = [
+        (1 + 2 / 3 + 2 / 3) / 3,
+        1.0,
+        1 / 3,
+        1.0,
+    ]  # Jaccard: {a, b} with {a, b, 7000} is 2/3; one of three is shared
+    assert everywhere.overlap.value == pytest.approx(sum(quarters) / 4)
+
+
+def test_clause_losses_of_planted_scores(tmp_path: Path) -> None:
+    """FVE 0.9 whole; each of two clauses costs another amount; explanations of three are too rare to be shown."""
+    entries = []
+    for row in range(40):
+        parts = 3 if row == 0 else 2
+        entries.append(
+            {"row": row, "place": "first", "variant": "whole", "text": "", "cos": 0.9, "fve_nrm": 0.9}
+        )
+        for unit in range(parts):
+            clause = "37 × 46 = 1702." if unit == 0 else 'The token is "1".'
+            for variant, fve in (("removed", 0.1 + unit / 10), ("swapped", 0.5 + unit / 10), ("alone", 0.3)):
+                entries.append(
+                    {"row": row, "place": "first", "variant": variant, "unit": unit, "units": parts}
+                    | {"clause": clause, "text": "", "cos": 0.0, "fve_nrm": None if row == 1 else fve}
+                )
+    pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp_path / "reread.parquet")
+    clusters = {row: str(row) for row in range(40)}
+    by_number, by_kind = clause_losses(tmp_path / "reread.parquet", clusters, BOOT)
+    assert [(c.place, c.clause, c.about) for c in by_number] == [
+        (ALL, "1 of 2", "numbers"),
+        (ALL, "2 of 2", "tokens"),
+        ("first", "1 of 2", "numbers"),
+        ("first", "2 of 2", "tokens"),
+    ]
+    losses = [(c.removed.value, c.swapped.value, c.alone.value, c.rows) for c in by_number[:2]]
+    assert losses[0] == pytest.approx((0.8, 0.4, 0.3, 39)) and losses[1] == pytest.approx((0.7, 0.3, 0.3, 39))
+    assert by_number[0].removed.rows == 38, "a text without a score is left out"
+    assert [c.clause for c in by_kind[:2]] == ["numbers", "tokens"] and by_kind[0].rows == 40
+
+
+def test_tokenisation_counts() -> None:
+    ((digits, cut, count, share, sticking),) = tokenisation(replies(7))
+    assert (digits, cut, count, share.value, sticking.value) == (4, "1+1+2", 7, 1.0, 0.0)
+    assert not math.isnan(share.low)
