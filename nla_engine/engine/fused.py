@@ -1,7 +1,7 @@
 """Decoder blocks in few launches: merged projections, fused norm and rotation, gate and residual add in the products.
 
-Takes the place of a block's `forward` for the families whose arithmetic is known here; the weights stay those of the
-model (merged ones are shared, not copied). The runner compares the result with transformers before it is used.
+Takes the place of a block's `forward` where `families` knows its arithmetic; the weights stay those of the model
+(merged ones are shared, not copied). The runner compares the result with transformers before it is used.
 """
 
 from __future__ import annotations
@@ -14,39 +14,20 @@ import torch
 from torch import nn
 
 from nla_engine.engine.attention import current_pass
-from nla_engine.ops.attention import Shape
+from nla_engine.engine.families import facts_of, norm_facts
 from nla_engine.ops.fp8 import gate_quantised, quantise, rms_norm_quantised, scaled_linear
-from nla_engine.ops.gate import ACTIVATIONS
 from nla_engine.ops.gated_linear import Tile, gated_linear, tried_tiles
 from nla_engine.ops.linear import add_linear_, linear, tune
 from nla_engine.ops.norm import rms_norm
-from nla_engine.ops.rotary import HeadNorm, rotate_and_store
-
-_FAMILIES = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "Gemma3DecoderLayer")
-#: Norms, and what is added to their weights.
-_NORMS = {"Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "LlamaRMSNorm": 0.0, "Gemma3RMSNorm": 1.0}
-
-
-def can_fuse(block: Any) -> bool:
-    """Whether this module knows the block's arithmetic."""
-    if type(block).__name__ not in _FAMILIES:
-        return False
-    bare = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
-    attn = block.self_attn
-    biased = {layer.bias is not None for layer in (attn.q_proj, attn.k_proj, attn.v_proj)}
-    return all(layer.bias is None for layer in bare) and len(biased) == 1 and _activation(block) is not None
-
-
-def can_fuse_norm(norm: Any) -> bool:
-    """Whether this module knows the arithmetic of the norm behind the last block."""
-    return type(norm).__name__ in _NORMS
+from nla_engine.ops.rotary import rotate_and_store
 
 
 class FusedNorm:
     """Calls like the norm it replaces: hidden states [1, T, d] -> [1, T, d]."""
 
     def __init__(self, norm: Any) -> None:
-        self.weight, self.eps, self.offset = norm.weight, _eps(norm), _NORMS[type(norm).__name__]
+        facts = norm_facts(norm)
+        self.weight, self.eps, self.offset = facts.weight, facts.eps, facts.offset
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states[0], self.weight, self.eps, self.offset)[None]
@@ -55,37 +36,24 @@ class FusedNorm:
 class FusedBlock:
     """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner.
 
-    The last one gives those of the pass's wanted tokens alone, if it names any.
+    The last one gives those of the pass's wanted tokens alone, if it names any. NotFused for a block not of a family.
     """
 
     def __init__(self, block: Any) -> None:
-        attn, mlp = block.self_attn, block.mlp
-        gemma = type(block).__name__.startswith("Gemma")
-        self.layer = int(attn.layer_idx)
-        self.shape = Shape(float(attn.scaling), int(getattr(attn, "sliding_window", None) or 0))
-        self.qkv, self.qkv_bias = _merge(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.out = attn.o_proj.weight
-        self.both, _ = _merge(mlp.gate_proj, mlp.up_proj)
-        self.down = mlp.down_proj.weight
-        self.activation = _activation(block)
-        self.offset = 1.0 if gemma else 0.0
-        self.head_norm = None
-        if hasattr(attn, "q_norm"):
-            eps = _eps(attn.q_norm)
-            self.head_norm = HeadNorm(attn.q_norm.weight, attn.k_norm.weight, eps, self.offset)
-        self.eps = _eps(block.input_layernorm)
-        self.before_attention = block.input_layernorm.weight
-        # Gemma norms what a sublayer gives before it is added; the others norm only what it reads.
-        self.after_attention = block.post_attention_layernorm.weight if gemma else None
-        self.before_mlp = (
-            block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
-        ).weight
-        self.after_mlp = block.post_feedforward_layernorm.weight if gemma else None
+        facts = facts_of(block)
+        self.layer, self.shape, self.activation = facts.layer, facts.shape, facts.activation
+        self.qkv, self.qkv_bias = _merge(*facts.qkv)
+        self.out = facts.out.weight
+        self.both, _ = _merge(*facts.gate_up)
+        self.down = facts.down.weight
+        self.eps, self.offset, self.head_norm = facts.eps, facts.offset, facts.head_norm
+        self.before_attention, self.after_attention = facts.before_attention, facts.after_attention
+        self.before_mlp, self.after_mlp = facts.before_mlp, facts.after_mlp
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """Of the gated product. First asked for in the runner's check, before any graph is captured."""
-        return tried_tiles(self.both, str(self.activation))
+        return tried_tiles(self.both, self.activation)
 
     def __call__(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
@@ -95,7 +63,7 @@ class FusedBlock:
         inner, x = self._attend(row, x, position_embeddings)
         x = self._add(x, inner, self.out, self.after_attention)
         read = rms_norm(x, self.before_mlp, self.eps, self.offset)
-        inner = gated_linear(read, self.both, str(self.activation), self.tiles)
+        inner = gated_linear(read, self.both, self.activation, self.tiles)
         return self._add(x, inner, self.down, self.after_mlp)[None]
 
     def _attend(
@@ -145,7 +113,7 @@ class Fp8Block(FusedBlock):
             x = rms_norm(inner, self.after_attention, self.eps, self.offset, residual=x)
             read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset)
         both = scaled_linear(read, self.both8, None, dtype)
-        inner = scaled_linear(gate_quantised(both, str(self.activation)), self.down8, None, dtype)
+        inner = scaled_linear(gate_quantised(both, self.activation), self.down8, None, dtype)
         if self.after_mlp is None:
             return x.add_(inner)[None]
         return rms_norm(inner, self.after_mlp, self.eps, self.offset, residual=x)[None]
@@ -182,13 +150,3 @@ def _merge_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         tensor.data = part
     return merged
-
-
-def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
-
-
-def _activation(block: Any) -> str | None:
-    config = block.self_attn.config
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return ACTIVATIONS.get(str(name))

@@ -16,7 +16,8 @@ import torch
 from nla_engine.config import PRECISIONS
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
-from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, can_fuse, can_fuse_norm, tune_products
+from nla_engine.engine.families import can_fuse, can_fuse_norm
+from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.request import VECTOR
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nla_engine.engine.fused import can_fuse_norm
+from nla_engine.engine.families import can_fuse_norm
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel

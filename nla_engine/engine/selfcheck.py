@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nla_engine.engine.attention import Pass, current_pass
+from nla_engine.engine.families import softcap_of
 from nla_engine.engine.graph import DecodeGraph
 from nla_engine.engine.sample import PREFIX, Sample, parts_of, split_call, take_sample
 from nla_engine.engine.slots import SlotCache
@@ -76,7 +77,7 @@ class SelfCheck:
     def note_shapes(self) -> None:
         """How the library's own modules ask to attend. EngineError if their windows are not those of its masks."""
         self._shapes = self._attended()
-        cap = float(getattr(self.lm.config, "attn_logit_softcapping", None) or 0.0)
+        cap = softcap_of(self.lm.config)
         for block, shape in enumerate(self._shapes):
             if shape.softcap != cap:
                 raise EngineError(

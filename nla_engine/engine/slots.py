@@ -33,7 +33,7 @@ def default_slots(
     the memory that is free on the model's device once a runner of that precision has made its weights."""
     if lm.device.type == "cpu":
         return min(most, _MOST_SLOTS_CPU)
-    heads, head_size = _kv_shape(lm.config)
+    heads, head_size = kv_shape(lm.config)
     slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
     free = free_bytes(lm.device)
     if precision == "fp8":
@@ -47,7 +47,7 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _kv_shape(config: Any) -> tuple[int, int]:
+def kv_shape(config: Any) -> tuple[int, int]:
     """Key/value heads of a block, and their size."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -59,7 +59,7 @@ class SlotCache:
 
     def __init__(self, lm: LanguageModel, slots: int, length: int, prefix: int) -> None:
         """length: of a sequence, at most, `prefix` shared tokens included."""
-        heads, head_size = _kv_shape(lm.config)
+        heads, head_size = kv_shape(lm.config)
         layers = len(lm.blocks)
         self.length, self.size = length, slot_size(length, prefix)
         self.slots = self.spare = slots

@@ -1,0 +1,253 @@
+"""What the fused block must know of an architecture: a record per family of blocks, checked against each block.
+
+A new family is a new record in FAMILIES, and a new class of norms one in NORMS. A block is fused only if it is exactly
+what its record says: another module, bias, activation, norm or soft cap leaves it to transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from nla_engine.engine.slots import kv_shape
+from nla_engine.errors import EngineError
+from nla_engine.ops.attention import Shape
+from nla_engine.ops.gate import ACTIVATIONS
+from nla_engine.ops.rotary import HeadNorm
+
+
+@dataclass(frozen=True)
+class NormClass:
+    """A class of RMSNorm. offset: what it adds to its weight. eps: its attribute that holds the epsilon."""
+
+    offset: float = 0.0
+    eps: str = "variance_epsilon"
+
+
+@dataclass(frozen=True)
+class BlockFamily:
+    """How the blocks of a family compute. A string names a module of the block, its `self_attn` or its `mlp`.
+
+    before_attention, before_mlp: the norm of what the sublayer reads. after_attention, after_mlp: the norm of what it
+    gives, before the sum with the residual stream; None: there is none. head_norms: of each query head and each key
+    head; None: there are none. qkv: linear layers that give, one after another, all query, key and value heads.
+    gate_up: linear layers that give the gate, then what it multiplies. activation: the field of the config that names
+    the gate's function. windows: whether the attention may have a sliding window. softcap: whether it caps its scores
+    as the config says (`softcap_of`).
+    """
+
+    before_attention: str = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str | None = None
+    head_norms: tuple[str, str] | None = None
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    activation: str = "hidden_act"
+    windows: bool = False
+    softcap: bool = False
+
+
+#: By the name of the norm's class.
+NORMS = {
+    "LlamaRMSNorm": NormClass(),
+    "Qwen2RMSNorm": NormClass(),
+    "Qwen3RMSNorm": NormClass(),
+    "Gemma3RMSNorm": NormClass(offset=1.0, eps="eps"),
+}
+#: By the name of the block's class.
+FAMILIES = {
+    "LlamaDecoderLayer": BlockFamily(),
+    "Qwen2DecoderLayer": BlockFamily(windows=True),
+    "Qwen3DecoderLayer": BlockFamily(head_norms=("q_norm", "k_norm"), windows=True),
+    "Gemma3DecoderLayer": BlockFamily(
+        after_attention="post_attention_layernorm",
+        before_mlp="pre_feedforward_layernorm",
+        after_mlp="post_feedforward_layernorm",
+        head_norms=("q_norm", "k_norm"),
+        activation="hidden_activation",
+        windows=True,
+    ),
+}
+
+
+class NotFused(EngineError):
+    """A module that computes something else than the fused block would; says what."""
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), weight [d]."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """A block as its record reads it. eps, offset: of each of its norms but those of the heads.
+
+    The norms' weights are [d]. activation: as `ops.gate` names it.
+    """
+
+    layer: int
+    shape: Shape
+    qkv: tuple[nn.Linear, ...]
+    out: nn.Linear
+    gate_up: tuple[nn.Linear, ...]
+    down: nn.Linear
+    activation: str
+    eps: float
+    offset: float
+    before_attention: torch.Tensor
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor
+    after_mlp: torch.Tensor | None
+    head_norm: HeadNorm | None
+
+
+def can_fuse(block: Any) -> bool:
+    """Whether the fused block computes what this block computes."""
+    try:
+        facts_of(block)
+    except NotFused:
+        return False
+    return True
+
+
+def can_fuse_norm(norm: Any) -> bool:
+    """Whether the arithmetic of the norm behind the last block is known."""
+    return type(norm).__name__ in NORMS
+
+
+def norm_facts(norm: Any) -> NormFacts:
+    """NotFused if its class is not in NORMS."""
+    kind = NORMS.get(type(norm).__name__)
+    if kind is None:
+        raise NotFused(f"{type(norm).__name__} is no norm that is known")
+    return NormFacts(norm.weight, float(getattr(norm, kind.eps)), kind.offset)
+
+
+def softcap_of(config: Any) -> float:
+    """The soft cap of attention scores that a config names; 0: none."""
+    return float(getattr(config, "attn_logit_softcapping", None) or 0.0)
+
+
+def facts_of(block: Any) -> BlockFacts:
+    """Read a block and its config by the record of its class. NotFused if they are not what the record says."""
+    name = type(block).__name__
+    family = FAMILIES.get(name)
+    if family is None:
+        raise NotFused(f"{name} is no block that is known")
+    try:
+        return _read(block, family)
+    except (NotFused, AttributeError) as error:
+        raise NotFused(f"{name}: {error}") from error
+
+
+def _read(block: Any, family: BlockFamily) -> BlockFacts:
+    attn, mlp = block.self_attn, block.mlp
+    config = attn.config
+    places = (family.before_attention, family.after_attention, family.before_mlp, family.after_mlp)
+    _check_parts(block, {"self_attn", "mlp", *filter(None, places)})
+    _check_parts(attn, {*family.qkv, family.out, *(family.head_norms or ())})
+    _check_parts(mlp, {*family.gate_up, family.down, "act_fn"})
+    qkv, gate_up = _linear(attn, family.qkv), _linear(mlp, family.gate_up)
+    (out,), (down,) = _linear(attn, (family.out,)), _linear(mlp, (family.down,))
+    _check_products(config, qkv, out, gate_up, down)
+    norms = {place: norm_facts(getattr(block, place)) for place in places if place}
+    eps, offset = _in_common(list(norms.values()))
+    return BlockFacts(
+        layer=int(attn.layer_idx),
+        shape=_attention_shape(attn, family),
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
+        activation=_activation(mlp, str(getattr(config, family.activation))),
+        eps=eps,
+        offset=offset,
+        before_attention=norms[family.before_attention].weight,
+        after_attention=norms[family.after_attention].weight if family.after_attention else None,
+        before_mlp=norms[family.before_mlp].weight,
+        after_mlp=norms[family.after_mlp].weight if family.after_mlp else None,
+        head_norm=_head_norm(attn, family),
+    )
+
+
+def _check_parts(module: nn.Module, expected: set[str]) -> None:
+    """That a module has these modules and no parameters beside theirs."""
+    found = {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
+    if found != expected:
+        raise NotFused(f"{type(module).__name__} differs in {', '.join(sorted(found ^ expected))}")
+
+
+def _linear(module: nn.Module, names: tuple[str, ...]) -> tuple[nn.Linear, ...]:
+    layers = [(name, getattr(module, name)) for name in names]
+    for name, layer in layers:
+        if type(layer) is not nn.Linear:
+            raise NotFused(f"{name} is {type(layer).__name__}")
+    return tuple(layer for _, layer in layers)
+
+
+def _check_products(
+    config: Any,
+    qkv: tuple[nn.Linear, ...],
+    out: nn.Linear,
+    gate_up: tuple[nn.Linear, ...],
+    down: nn.Linear,
+) -> None:
+    """That queries, keys and values have a bias all or none, the others none; and the widths of the config."""
+    if len({layer.bias is None for layer in qkv}) > 1:
+        raise NotFused("some of queries, keys and values have a bias")
+    if any(layer.bias is not None for layer in (out, *gate_up, down)):
+        raise NotFused("a product other than queries, keys and values has a bias")
+    groups, size = kv_shape(config)
+    heads = int(config.num_attention_heads)
+    row, read = sum(layer.out_features for layer in qkv), out.in_features
+    if (row, read) != ((heads + 2 * groups) * size, heads * size):
+        raise NotFused(f"rows of {row} and {read} are not those of {heads} and {groups} heads of {size}")
+    if sum(layer.out_features for layer in gate_up) != 2 * down.in_features:
+        raise NotFused("its gate is not as wide as what it multiplies")
+
+
+def _attention_shape(attn: Any, family: BlockFamily) -> Shape:
+    window = getattr(attn, "sliding_window", None)
+    cap = softcap_of(attn.config)
+    if not attn.is_causal:
+        raise NotFused("it attends to what comes later")
+    if window and not family.windows:
+        raise NotFused(f"a window of {window} is not known of it")
+    if cap and not family.softcap:
+        raise NotFused(f"a soft cap of {cap} is not known of it")
+    return Shape(float(attn.scaling), int(window or 0), cap)
+
+
+def _activation(mlp: Any, name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise NotFused(f"activation {name} is not known")
+    if type(mlp.act_fn) is not type(ACT2FN[name]):
+        raise NotFused(f"its activation {type(mlp.act_fn).__name__} is not the {name} of its config")
+    return ACTIVATIONS[name]
+
+
+def _in_common(norms: list[NormFacts]) -> tuple[float, float]:
+    """Epsilon and offset of all norms."""
+    found = {(norm.eps, norm.offset) for norm in norms}
+    if len(found) > 1:
+        raise NotFused("its norms differ in epsilon or offset")
+    return found.pop()
+
+
+def _head_norm(attn: Any, family: BlockFamily) -> HeadNorm | None:
+    if family.head_norms is None:
+        return None
+    query, key = (norm_facts(getattr(attn, name)) for name in family.head_norms)
+    return HeadNorm(query.weight, key.weight, *_in_common([query, key]))
