@@ -196,7 +196,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled parts of nla_engine; reach them through nla_engine.extension.";
 
     m.def("crc32c", &checksum, "data"_a, "portable"_a = false, "CRC-32C of a contiguous buffer.");
-    m.attr("crc32c_hardware") = nla::crc32c_has_hardware();
     m.def("fill_shard", &fill_shard, "image"_a, "chunk_bytes"_a, "chunks_per_shard"_a, "pieces"_a,
           "Copies contiguous buffers, each to a byte of a shard's data, into its image. Releases the GIL.");
     m.def("seal_shard", &seal_shard, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,

@@ -95,22 +95,14 @@ __attribute__((target("sse4.2"))) uint32_t update_hardware(uint32_t crc, const u
 
 }  // namespace
 
-bool crc32c_has_hardware() {
-#ifdef NLA_CRC32C_X86
-    static const bool has = __builtin_cpu_supports("sse4.2");
-    return has;
-#else
-    return false;
-#endif
-}
-
 uint32_t crc32c_portable(const void* data, size_t size) {
     return ~update_portable(~0u, static_cast<const uint8_t*>(data), size);
 }
 
 uint32_t crc32c(const void* data, size_t size) {
 #ifdef NLA_CRC32C_X86
-    if (crc32c_has_hardware()) return ~update_hardware(~0u, static_cast<const uint8_t*>(data), size);
+    static const bool has_hardware = __builtin_cpu_supports("sse4.2");
+    if (has_hardware) return ~update_hardware(~0u, static_cast<const uint8_t*>(data), size);
 #endif
     return crc32c_portable(data, size);
 }

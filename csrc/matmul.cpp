@@ -1,4 +1,4 @@
-// Calls cublasLt through the few declarations that it needs, found at run time. See matmul.hpp.
+// Calls cublasLt, found at run time, through the few declarations that it needs. See matmul.hpp.
 #include "matmul.hpp"
 
 #include <dlfcn.h>
@@ -13,7 +13,8 @@
 namespace nla {
 namespace {
 
-// Of cublasLt.h, the same in CUDA 12 and 13.
+// What is needed of cublasLt.h, the same in CUDA 12 and 13. The header itself comes with neither a C++ compiler nor
+// nvcc's own packages, and builds without it choose algorithms too. tests/ops/test_linear.py holds this against it.
 using Status = int;
 struct Algorithm {
     uint64_t data[8];

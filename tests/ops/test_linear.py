@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,74 @@ for bias in (False, True):
                 continue
             raise SystemExit(f"algorithm {number} was taken")
 """
+
+#: What csrc/matmul.cpp declares of cublasLt, against the header: values, and size and kind of everything passed.
+DECLARED = r"""
+#if !__has_include(<cublasLt.h>)
+#error no cublasLt.h
+#else
+#include <cublasLt.h>
+#include <cstddef>
+#include <type_traits>
+#include "matmul.cpp"
+namespace nla {
+template <typename R, typename... A, typename S, typename... B>
+constexpr bool alike(R (*)(A...), S (*)(B...)) {
+    if constexpr (sizeof...(A) != sizeof...(B)) return false;
+    else return ((sizeof(A) == sizeof(B) && std::is_pointer_v<A> == std::is_pointer_v<B>) && ...);
+}
+#define SAME(ours, theirs) static_assert(int(ours) == int(theirs))
+#define ALIKE(ours, theirs) static_assert(alike(decltype(Library::ours){}, decltype(&theirs){}))
+SAME(kFloat32, CUDA_R_32F);
+SAME(kBfloat16, CUDA_R_16BF);
+SAME(kComputeFloat32, CUBLAS_COMPUTE_32F);
+SAME(kTranspose, CUBLAS_OP_T);
+SAME(kDescTransA, CUBLASLT_MATMUL_DESC_TRANSA);
+SAME(kDescEpilogue, CUBLASLT_MATMUL_DESC_EPILOGUE);
+SAME(kDescBiasPointer, CUBLASLT_MATMUL_DESC_BIAS_POINTER);
+SAME(kEpilogueBias, CUBLASLT_EPILOGUE_BIAS);
+SAME(kPreferWorkspaceBytes, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);
+SAME(0, CUBLAS_STATUS_SUCCESS);
+SAME(sizeof(Status), sizeof(cublasStatus_t));
+SAME(sizeof(Algorithm), sizeof(cublasLtMatmulAlgo_t));
+using Theirs = cublasLtMatmulHeuristicResult_t;
+SAME(sizeof(Heuristic), sizeof(Theirs));
+SAME(offsetof(Heuristic, algorithm), offsetof(Theirs, algo));
+SAME(offsetof(Heuristic, workspace), offsetof(Theirs, workspaceSize));
+SAME(offsetof(Heuristic, state), offsetof(Theirs, state));
+SAME(offsetof(Heuristic, waves), offsetof(Theirs, wavesCount));
+ALIKE(create, cublasLtCreate);
+ALIKE(desc_create, cublasLtMatmulDescCreate);
+ALIKE(desc_set, cublasLtMatmulDescSetAttribute);
+ALIKE(desc_destroy, cublasLtMatmulDescDestroy);
+ALIKE(layout_create, cublasLtMatrixLayoutCreate);
+ALIKE(layout_destroy, cublasLtMatrixLayoutDestroy);
+ALIKE(prefer_create, cublasLtMatmulPreferenceCreate);
+ALIKE(prefer_set, cublasLtMatmulPreferenceSetAttribute);
+ALIKE(prefer_destroy, cublasLtMatmulPreferenceDestroy);
+ALIKE(heuristic, cublasLtMatmulAlgoGetHeuristic);
+ALIKE(matmul, cublasLtMatmul);
+}  // namespace nla
+#endif
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_what_is_declared_of_the_library_is_what_its_header_says(tmp_path: Path) -> None:
+    """Of the toolkit's header if it has one, else of that in torch's own package of the library."""
+    source = tmp_path / "declared.cpp"
+    source.write_text(DECLARED)
+    package = importlib.util.find_spec("nvidia")
+    places = (package.submodule_search_locations if package else None) or []
+    headers = [header for place in places for header in Path(place).glob("*/include/cublasLt.h")]
+    includes = [Path(__file__).parents[2] / "csrc", *(header.parent for header in headers)]
+    command = ["nvcc", "-std=c++17", *(f"-I{place}" for place in includes), "-c", str(source)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "declared.o")], capture_output=True, text=True, check=False
+    )
+    if "#error no cublasLt.h" in done.stderr:
+        pytest.skip("neither the CUDA toolkit nor a package brings cublasLt.h")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
