@@ -29,6 +29,7 @@ ORDER = (
     {"report"},
     {"demo"},
     {"studies"},
+    {"studies.multiplication"},
     {"bench", "cli"},
     {"__main__"},
 )

@@ -23,7 +23,7 @@ app.add_typer(
 @command(MultiplicationOptions, within=studies)
 def multiplication_command(options: MultiplicationOptions, as_json: bool) -> None:
     """How a model multiplies, and what its explanations really say: the bundled models, or any others."""
-    from nla_engine.studies.multiplication import run_multiplication
+    from nla_engine.studies.multiplication.run import run_multiplication
 
     summary = run_multiplication(options, announce=say, progress=progress_bar)
     out = results(as_json)

@@ -1,4 +1,4 @@
 """Studies: a question put to a model, both stages run on it, answered with numbers, intervals and controls.
 
-`multiplication` is the pattern: problems, rows of interest, measures beside their controls, tables, figures, a reading.
+The modules here are what any study needs. Each study is a folder with its own questions: `multiplication` is the first.
 """

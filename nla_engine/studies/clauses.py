@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.demo.claims import read_claims
-from nla_engine.studies.analysis import ALL
-from nla_engine.studies.answers import PLACES
+from nla_engine.studies.findings import ALL
 from nla_engine.studies.intervals import Bootstrap, Estimate
 
 #: A number of clauses that fewer explanations have is left out of the table by place of the clause.
 RAREST = 0.05
-_TOKEN = re.compile(r"\btokens?\b|\bcomes next\b|\bnext comes\b|\bfollow", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Clause:
     """One clause at one place. whole: FVE of the untouched explanations. removed, swapped: FVE lost when the clause is
-    left out, or taken from another problem's explanation. alone: FVE of the clause on its own. about: `kind_of` most of
-    them."""
+    left out, or taken from another problem's explanation. alone: FVE of the clause on its own. about: what most of them
+    are about."""
 
     place: str
     clause: str
@@ -38,19 +34,17 @@ class Clause:
     alone: Estimate
 
 
-def kind_of(clause: str) -> str:
-    """What a clause is about, whether true or not: numbers, tokens, both or neither."""
-    named = read_claims(clause)
-    tokens = bool(named.reads or named.nexts or _TOKEN.search(clause))
-    if named.numbers:
-        return "numbers and tokens" if tokens else "numbers"
-    return "tokens" if tokens else "neither"
-
-
 def clause_losses(
-    reread: Path, cluster_of: dict[int, str], bootstrap: Bootstrap
+    reread: Path,
+    cluster_of: Mapping[int, str],
+    places: Iterable[str],
+    kind_of: Callable[[str], str],
+    bootstrap: Bootstrap,
 ) -> tuple[list[Clause], list[Clause]]:
-    """(by the clause's number in its explanation, by what it is about), each for all places and for every one."""
+    """(by the clause's number in its explanation, by what it is about), each for all places and for every one.
+
+    cluster_of: by row. places: all there may be, in reading order. kind_of: what a clause is about.
+    """
     table = pq.read_table(reread).to_pylist()
     whole = {entry["row"]: entry["fve_nrm"] for entry in table if entry["variant"] == "whole"}
     changed = [{**entry, "kind": kind_of(entry["clause"])} for entry in table if entry["unit"] is not None]
@@ -58,11 +52,11 @@ def clause_losses(
     share = Counter(units for _, units in sizes)
     usual = {units for units, count in share.items() if count >= RAREST * len(sizes)}
     by_number = [entry for entry in changed if entry["units"] in usual]
-    places = [ALL, *(place for place in PLACES if any(entry["place"] == place for entry in changed))]
+    there = [ALL, *(place for place in places if any(entry["place"] == place for entry in changed))]
 
     def table_of(entries: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> list[Clause]:
         out = []
-        for place in places:
+        for place in there:
             groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for entry in entries:
                 if place in (ALL, entry["place"]):
@@ -84,7 +78,7 @@ def _clause(
     name: str,
     entries: list[dict[str, Any]],
     whole: dict[int, float | None],
-    cluster_of: dict[int, str],
+    cluster_of: Mapping[int, str],
     bootstrap: Bootstrap,
 ) -> Clause:
     def mean(variant: str, value: Callable[[dict[str, Any]], float | None]) -> Estimate:

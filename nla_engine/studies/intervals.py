@@ -1,8 +1,7 @@
 """Means with 95% intervals, honest about rows that belong together.
 
-A problem gives several rows, and a pair of operands may come in several problems: whole clusters (pairs) are drawn, not
-rows.
-Knows nothing of what is measured.
+A problem gives several rows, and several problems may ask about the same thing. They make one cluster, and whole
+clusters are drawn, not rows. Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -53,6 +52,14 @@ class Estimate:
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0, 0)
+
+
+def interval_note(clusters: str) -> str:
+    """What a reader must know of the intervals in a table. clusters: what the study draws, such as "questions"."""
+    return (
+        f"In brackets: 95% intervals by a bootstrap over {clusters} ({RESAMPLES:,} resamples), or Wilson's where every "
+        "value is alike."
+    )
 
 
 def constant(value: float, rows: int) -> Estimate:

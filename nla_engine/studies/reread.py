@@ -1,14 +1,14 @@
 """Reads texts again with the AR: whole explanations, another problem's, and explanations with one clause changed.
 
 What a clause carries is what is lost without it. Removing also changes the text's form, so each clause is also replaced
-by the same clause of another problem's explanation (form kept, facts wrong), and read alone. Knows nothing of numbers.
+by the same clause of another problem's explanation (form kept, facts wrong), and read alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ import torch
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import ResultTable, nullable
+from nla_engine.roundtrip.results import ResultTable, batches, nullable
 from nla_engine.roundtrip.run import CONTROL_ROWS
 from nla_engine.roundtrip.score import Controls
 from nla_engine.store import CaptureStore
@@ -45,12 +45,14 @@ SCHEMA = pa.schema(
         pa.field("rank_in_place", pa.int32()),
     ]
 )
+#: Statuses of explanations that have a text.
+WITH_TEXT = ("ok", "unclosed", "untagged")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[\"“‘'A-Z0-9])")
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A row of interest with its explanation. cluster: the operand pair."""
+    """A row of interest with its explanation. cluster: problems of one cluster are one draw (see `intervals`)."""
 
     row: int
     sequence: int
@@ -77,6 +79,20 @@ class Reading:
     clause: str | None = None
 
 
+def explained_rows(
+    table: Path, place_of: Mapping[int, str], cluster_of: Mapping[int, str]
+) -> list[Explained]:
+    """The rows of interest that have a text. place_of: by row, those of interest alone; cluster_of: by sequence."""
+    out = []
+    names = ["row", "sequence", "explanation", "status"]
+    for part in batches(table, names):
+        for row, sequence, text, status in zip(*(part[name] for name in names), strict=True):
+            if row in place_of and status in WITH_TEXT:
+                cluster = cluster_of[int(sequence)]
+                out.append(Explained(int(row), int(sequence), place_of[int(row)], cluster, str(text)))
+    return out
+
+
 def clauses(text: str) -> list[str]:
     """The paragraphs of a text (lines that are not empty); its sentences if it is one paragraph."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -96,7 +112,7 @@ def join(text: str, parts: Sequence[str]) -> str:
 
 
 def choose_partners(explained: Sequence[Explained], seed: int) -> dict[int, Explained]:
-    """For each row, one of the same place and another operand pair: the next such in a seeded order."""
+    """For each row, one of the same place and another cluster: the next such in a seeded order."""
     out: dict[int, Explained] = {}
     for place in sorted({entry.place for entry in explained}):
         group = [entry for entry in explained if entry.place == place]

@@ -11,12 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from nla_engine.demo.claims import read_claims
-from nla_engine.studies.agreement import agreement
-from nla_engine.studies.analysis import ALL, Rows, correctness, detection, findings, origins, tokenisation
-from nla_engine.studies.answers import Reply, Spot
 from nla_engine.studies.clauses import clause_losses
+from nla_engine.studies.findings import ALL
 from nla_engine.studies.intervals import Bootstrap
-from nla_engine.studies.naming import Facts
+from nla_engine.studies.multiplication.agreement import agreement
+from nla_engine.studies.multiplication.analysis import (
+    Rows,
+    correctness,
+    detection,
+    findings,
+    origins,
+    tokenisation,
+)
+from nla_engine.studies.multiplication.answers import PLACES, Reply, Spot
+from nla_engine.studies.multiplication.naming import Facts, kind_of
 from nla_engine.studies.reread import SCHEMA
 
 BOOT = Bootstrap(0, 300)
@@ -36,6 +44,8 @@ def rows_of(count: int, *, right: float, fooled: float, names_the_wrong: bool) -
     fve = np.where(wrong_text, 0.2, 0.9)
     return Rows(
         row=np.arange(count),
+        sequence=np.arange(count),
+        text=[""] * count,
         place=np.array(["first"] * count),
         cluster=np.array([f.cluster for f in facts]),
         correct=correct,
@@ -165,7 +175,7 @@ def test_clause_losses_of_planted_scores(tmp_path: Path) -> None:
                 )
     pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp_path / "reread.parquet")
     clusters = {row: str(row) for row in range(40)}
-    by_number, by_kind = clause_losses(tmp_path / "reread.parquet", clusters, BOOT)
+    by_number, by_kind = clause_losses(tmp_path / "reread.parquet", clusters, PLACES, kind_of, BOOT)
     assert [(c.place, c.clause, c.about) for c in by_number] == [
         (ALL, "1 of 2", "numbers"),
         (ALL, "2 of 2", "tokens"),

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from nla_engine.studies.analysis import ALL, Contrast, Finding, Origin
 from nla_engine.studies.clauses import Clause
-from nla_engine.studies.figures import figures_of
+from nla_engine.studies.findings import ALL, Contrast, Finding
 from nla_engine.studies.intervals import Estimate
-from nla_engine.studies.outcome import Outcome, Setup
-from nla_engine.studies.present import csv_tables, section_html, shown_tables
-from nla_engine.studies.reading import read_outcome
+from nla_engine.studies.models import Models
+from nla_engine.studies.multiplication.analysis import Origin
+from nla_engine.studies.multiplication.figures import figures_of
+from nla_engine.studies.multiplication.outcome import Outcome, Setup
+from nla_engine.studies.multiplication.present import csv_tables, shown_tables
+from nla_engine.studies.multiplication.reading import read_outcome
+from nla_engine.studies.writeup import section_html
 
 
 def at(value: float, half: float = 0.02) -> Estimate:
@@ -35,7 +38,7 @@ def outcome(**changes: object) -> Outcome:
     ]
     by_number = [replace(entry, clause=f"{i} of 2") for i, entry in enumerate(by_kind, 1)]
     base = Outcome(
-        setup=Setup(("m", "v", "r"), False, 20, "10-99", "10-99", "any", 0, 4, 0.7),
+        setup=Setup(Models("m", "v", "r", 20, bundled=False), "10-99", "10-99", "any", 0, 4, 0.7),
         problems=100,
         pairs=100,
         right=60,

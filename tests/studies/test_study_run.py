@@ -20,10 +20,11 @@ from nla_engine.roundtrip import score
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.store import CaptureStore
 from nla_engine.studies import reread as reread_module
-from nla_engine.studies.answers import read_replies
-from nla_engine.studies.multiplication import EXPLAINED, REREAD, SAMPLES, STORE
-from nla_engine.studies.naming import MEASURES
-from nla_engine.studies.outcome import Outcome, Setup, measure
+from nla_engine.studies.directory import EXPLAINED, REREAD, SAMPLES, STORE
+from nla_engine.studies.models import Models
+from nla_engine.studies.multiplication.answers import read_replies
+from nla_engine.studies.multiplication.naming import MEASURES
+from nla_engine.studies.multiplication.outcome import Outcome, Setup, measure
 from nla_engine.studies.reread import Explained, plan, run_reread
 
 PROBLEMS = 10
@@ -39,7 +40,7 @@ SMALL = (
     "--device",
     "cpu",
 )
-SETUP = Setup(("m", "v", "r"), True, LAYER, "10-99", "10-99", "held_out", 0, 2, 0.7)
+SETUP = Setup(Models("m", "v", "r", LAYER, bundled=True), "10-99", "10-99", "held_out", 0, 2, 0.7)
 
 
 def study(out: Path, *more: object) -> Ran:

@@ -10,7 +10,7 @@ import pytest
 
 from nla_engine.demo.claims import read_claims
 from nla_engine.studies.intervals import FEWEST_CLUSTERS, Bootstrap, proportion, wilson
-from nla_engine.studies.naming import MEASURES, Facts, TextIndex, chance, named_flags
+from nla_engine.studies.multiplication.naming import MEASURES, Facts, TextIndex, chance, named_flags
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nla_engine.demo.claims import Named, read_claims
-from nla_engine.studies.analysis import ALL
-from nla_engine.studies.answers import PLACES, Reply
+from nla_engine.studies.findings import ALL
 from nla_engine.studies.intervals import Bootstrap, Estimate
+from nla_engine.studies.multiplication.answers import PLACES, Reply
 
 Pair = tuple[int, int]
 
@@ -71,7 +71,7 @@ def _load(replies: Sequence[Reply], samples: Path) -> list[_Row]:
         truth = _unordered((int(str(reply.record["a"])), int(str(reply.record["b"]))))
         assert truth is not None
         named = [read_claims(text) for text in written]
-        out.append(_Row(reply.spots[row].place, str(reply.record["pair"]), truth, named))
+        out.append(_Row(reply.spots[row].place, reply.pair, truth, named))
     return out
 
 

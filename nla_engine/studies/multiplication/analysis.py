@@ -1,85 +1,47 @@
-"""From the files of a study to its numbers: every measure at every place, beside its controls.
+"""The numbers of the multiplication study: what its replies, explanations and rows say, beside controls.
 
 Reads what the stages wrote and nothing else, so that numbers can be made again without a model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from nla_engine.demo.claims import Named, read_claims
-from nla_engine.studies.answers import PLACES, Reply, digit_split, glued
-from nla_engine.studies.intervals import UNKNOWN, Bootstrap, Estimate, constant, proportion
-from nla_engine.studies.naming import MEASURES, Facts, TextIndex, chance, named_flags
-
-#: Fewer problems, or rows, than this in a group, and nothing is said about the group.
-FEWEST = 10
-SCORES = {
-    "fve": "FVE",
-    "top1": "retrieval top-1, all rows",
-    "top1_place": "retrieval top-1, same place",
-}
-ALL = "all places"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One measure at one place. shuffled: explanations of other pairs at the same place (for retrieval: chance).
-
-    text_only: the same, from explanations at any place. margin: own less shuffled, row by row.
-    """
-
-    place: str
-    measure: str
-    own: Estimate
-    shuffled: Estimate
-    text_only: Estimate
-    margin: Estimate
+from nla_engine.studies.findings import (
+    ALL,
+    FEWEST,
+    Contrast,
+    Finding,
+    ScoredRows,
+    compare,
+    floats,
+    load_scored,
+    score_findings,
+)
+from nla_engine.studies.intervals import Bootstrap, Estimate, proportion
+from nla_engine.studies.multiplication.answers import (
+    PLACES,
+    Reply,
+    clusters_of,
+    digit_split,
+    glued,
+    places_of,
+)
+from nla_engine.studies.multiplication.naming import MEASURES, Facts, TextIndex, chance, named_flags
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """One number in two groups of rows. difference: the first less the second."""
+class Rows(ScoredRows):
+    """The explained rows, with what is true of each and what its explanation names. correct: bool [n], of its reply."""
 
-    place: str
-    measure: str
-    first: Estimate
-    second: Estimate
-    difference: Estimate
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The explained rows of a study, one greedy explanation each, in the order of the table.
-
-    place [n] ("elsewhere" outside the answer), cluster [n] (operand pair), correct [n], fve [n], rank [n] (NaN
-    unknown); facts, named: one each. another [n]: FVE of another problem's explanation; rank_in_place [n].
-    """
-
-    row: np.ndarray
-    place: np.ndarray
-    cluster: np.ndarray
     correct: np.ndarray
-    fve: np.ndarray
-    rank: np.ndarray
-    another: np.ndarray
-    rank_in_place: np.ndarray
     facts: list[Facts]
     named: list[Named]
-
-    def at(self, place: str) -> np.ndarray:
-        """bool [n]: the rows of a place; all places of the answer for ALL."""
-        return np.isin(self.place, PLACES) if place == ALL else self.place == place
-
-    def places(self) -> list[str]:
-        """The places that occur, in reading order."""
-        return [place for place in PLACES if (self.place == place).any()]
 
     def index(self, mask: np.ndarray) -> tuple[TextIndex, list[Facts]]:
         """The texts and facts of some rows."""
@@ -90,26 +52,14 @@ class Rows:
 
 def load_rows(replies: Sequence[Reply], explained: Path, reread: Path) -> Rows:
     """The explained rows that have a text, with what was read again of them."""
-    names = ["row", "sequence", "explanation", "status", "fve_nrm", "retrieval_rank"]
-    table = pq.read_table(explained, columns=names).to_pylist()
-    table = [entry for entry in table if entry["status"] in ("ok", "unclosed", "untagged")]
-    owner = {reply.sequence: reply for reply in replies}
-    again = pq.read_table(reread, columns=["row", "variant", "fve_nrm", "rank_in_place"]).to_pylist()
-    another = {entry["row"]: entry["fve_nrm"] for entry in again if entry["variant"] == "another"}
-    in_place = {entry["row"]: entry["rank_in_place"] for entry in again if entry["variant"] == "whole"}
-    facts = [Facts.of(owner[entry["sequence"]], entry["row"]) for entry in table]
-    spots = [owner[entry["sequence"]].spots.get(entry["row"]) for entry in table]
+    scored = load_scored(explained, reread, places_of(replies), clusters_of(replies))
+    by_sequence = {reply.sequence: reply for reply in replies}
+    owners = [by_sequence[sequence] for sequence in scored.sequence.tolist()]
     return Rows(
-        row=np.array([entry["row"] for entry in table], np.int64),
-        place=np.array([spot.place if spot else "elsewhere" for spot in spots]),
-        cluster=np.array([entry.cluster for entry in facts]),
-        correct=np.array([owner[entry["sequence"]].correct for entry in table], bool),
-        fve=_floats([entry["fve_nrm"] for entry in table]),
-        rank=_floats([entry["retrieval_rank"] for entry in table]),
-        another=_floats([another.get(entry["row"]) for entry in table]),
-        rank_in_place=_floats([in_place.get(entry["row"]) for entry in table]),
-        facts=facts,
-        named=[read_claims(entry["explanation"]) for entry in table],
+        **vars(scored),
+        correct=np.array([reply.correct for reply in owners], bool),
+        facts=[Facts.of(reply, row) for reply, row in zip(owners, scored.row.tolist(), strict=True)],
+        named=[read_claims(text) for text in scored.text],
     )
 
 
@@ -149,29 +99,17 @@ def findings(
     """
     everywhere, _ = rows.index(np.ones(len(rows.row), bool))
     out = []
-    for place in rows.places():
+    for place in rows.places(PLACES):
+        out += score_findings(rows, place, among, among_in_place, bootstrap)
         mask = rows.at(place)
         cluster = rows.cluster[mask]
-
-        fve, another = rows.fve[mask], rows.another[mask]
-        margin = bootstrap.margin(fve, another, cluster)
-        found = (bootstrap.mean(fve, cluster), bootstrap.mean(another, cluster), UNKNOWN, margin)
-        out.append(Finding(place, "fve", *found))
-        for measure, rank, size in (
-            ("top1", rows.rank[mask], among),
-            ("top1_place", rows.rank_in_place[mask], among_in_place.get(place, min(int(mask.sum()), among))),
-        ):
-            first, level = _first(rank), constant(1 / max(size, 1), size)
-            own = bootstrap.mean(first, cluster, binary=True)
-            margin = bootstrap.margin(first, np.full(len(first), level.value), cluster, binary=True)
-            out.append(Finding(place, measure, own, level, UNKNOWN, margin))
         index, facts = rows.index(mask)
         for measure in MEASURES:
-            flags = _floats(named_flags(index, facts, measure))
+            flags = floats(named_flags(index, facts, measure))
             if not np.isfinite(flags).any():
                 continue
-            shuffled = _floats(chance(index, facts, measure))
-            anywhere = _floats(chance(everywhere, facts, measure))
+            shuffled = floats(chance(index, facts, measure))
+            anywhere = floats(chance(everywhere, facts, measure))
             out.append(
                 Finding(
                     place,
@@ -192,16 +130,16 @@ def correctness(rows: Rows, bootstrap: Bootstrap) -> list[Contrast]:
         if len(np.unique(rows.cluster[mask & group])) < FEWEST:
             return []
     out = []
-    for place in (ALL, *rows.places()):
+    for place in (ALL, *rows.places(PLACES)):
         mask = rows.at(place)
         index, facts = rows.index(mask)
         columns = {"fve": rows.fve[mask]}
-        columns |= {measure: _floats(named_flags(index, facts, measure)) for measure in MEASURES}
+        columns |= {measure: floats(named_flags(index, facts, measure)) for measure in MEASURES}
         for measure, values in columns.items():
             if np.isfinite(values).any():
-                out.append(
-                    _contrast(place, measure, values, rows.cluster[mask], rows.correct[mask], bootstrap)
-                )
+                groups = (rows.cluster[mask], rows.correct[mask])
+                binary = measure in MEASURES
+                out.append(compare(place, measure, values, *groups, bootstrap, binary=binary))
     return out
 
 
@@ -212,17 +150,17 @@ def detection(rows: Rows, bootstrap: Bootstrap) -> list[tuple[Contrast, Estimate
     FEWEST of either are left out.
     """
     out = []
-    for place in (ALL, *rows.places()):
+    for place in (ALL, *rows.places(PLACES)):
         mask = rows.at(place)
         index, facts = rows.index(mask)
-        true = _floats(named_flags(index, facts, "operands")) == 1
-        false = _floats(named_flags(index, facts, "other")) == 1
+        true = floats(named_flags(index, facts, "operands")) == 1
+        false = floats(named_flags(index, facts, "other")) == 1
         sound = true & ~false
         judged = sound | false
         if min(sound.sum(), false.sum()) < FEWEST:
             continue
         fve, cluster = rows.fve[mask][judged], rows.cluster[mask][judged]
-        contrast = _contrast(place, "fve", fve, cluster, sound[judged], bootstrap)
+        contrast = compare(place, "fve", fve, cluster, sound[judged], bootstrap, binary=False)
         out.append((contrast, bootstrap.separation(fve, cluster, sound[judged])))
     return out
 
@@ -262,28 +200,3 @@ def origins(rows: Rows, bootstrap: Bootstrap) -> list[Origin]:
             means = [bootstrap.mean(flags, cluster, binary=True) for flags in (true, stated)]
             out.append(Origin(pair, len(texts), *means))
     return out
-
-
-def _contrast(
-    place: str,
-    measure: str,
-    values: np.ndarray,
-    cluster: np.ndarray,
-    group: np.ndarray,
-    bootstrap: Bootstrap,
-) -> Contrast:
-    return Contrast(
-        place,
-        measure,
-        bootstrap.mean(values[group], cluster[group], binary=measure in MEASURES),
-        bootstrap.mean(values[~group], cluster[~group], binary=measure in MEASURES),
-        bootstrap.difference(values, cluster, group),
-    )
-
-
-def _first(rank: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(rank), rank == 1, np.nan).astype(np.float64)
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], np.float64)

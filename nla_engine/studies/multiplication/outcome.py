@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nla_engine.roundtrip.results import ranked_among, read_metadata
-from nla_engine.studies.agreement import Agreement, agreement
-from nla_engine.studies.analysis import (
-    Contrast,
-    Finding,
+from nla_engine.studies.clauses import Clause, clause_losses
+from nla_engine.studies.findings import Contrast, Finding
+from nla_engine.studies.intervals import Bootstrap, Estimate
+from nla_engine.studies.models import Models
+from nla_engine.studies.multiplication.agreement import Agreement, agreement
+from nla_engine.studies.multiplication.analysis import (
     Origin,
     accuracy,
     correctness,
@@ -22,18 +24,15 @@ from nla_engine.studies.analysis import (
     origins,
     tokenisation,
 )
-from nla_engine.studies.answers import Reply
-from nla_engine.studies.clauses import Clause, clause_losses
-from nla_engine.studies.intervals import Bootstrap, Estimate
+from nla_engine.studies.multiplication.answers import PLACES, Reply
+from nla_engine.studies.multiplication.naming import kind_of
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What was studied. models: base, AV and AR as they were named. bundled: they are the package's own."""
+    """What was studied. first, second: ranges of the operands, as they were given. split: see `draw_problems`."""
 
-    models: tuple[str, str, str]
-    bundled: bool
-    layer: int
+    models: Models
     first: str
     second: str
     split: str
@@ -67,14 +66,11 @@ class Outcome:
     by_number: list[Clause]
     by_kind: list[Clause]
 
-    def finding(self, place: str, measure: str) -> Finding | None:
-        """One finding, or None where it was not measured."""
-        found = (f for f in self.findings if (f.place, f.measure) == (place, measure))
-        return next(found, None)
-
     @property
-    def places(self) -> list[str]:
-        return list(dict.fromkeys(finding.place for finding in self.findings))
+    def places(self) -> dict[str, str]:
+        """The places that were measured, in reading order, and how they are written."""
+        there = {finding.place for finding in self.findings}
+        return {place: title for place, title in PLACES.items() if place in there}
 
     @property
     def wrong(self) -> int:
@@ -91,11 +87,11 @@ def measure(
     metadata = read_metadata(explained)
     facts = pq.read_table(explained, columns=["early", "status"]).to_pydict()
     clusters = dict(zip(rows.row.tolist(), rows.cluster.tolist(), strict=True))
-    by_number, by_kind = clause_losses(reread, clusters, bootstrap)
+    by_number, by_kind = clause_losses(reread, clusters, PLACES, kind_of, bootstrap)
     return Outcome(
         setup=setup,
         problems=len(replies),
-        pairs=len({reply.record["pair"] for reply in replies}),
+        pairs=len({reply.pair for reply in replies}),
         right=sum(reply.correct for reply in replies),
         unanswered=sum(reply.answer is None for reply in replies),
         rows=len(facts["status"]),

@@ -7,12 +7,14 @@ of the texts of other operand pairs that are in it is what naming by chance look
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nla_engine.demo.claims import Named
-from nla_engine.studies.answers import Reply, Spot
+from nla_engine.demo.claims import Named, read_claims
+from nla_engine.studies.findings import ELSEWHERE
+from nla_engine.studies.multiplication.answers import Reply, Spot
 
 #: Measure -> what it asks of a text. "other" is the one where less is better.
 MEASURES = {
@@ -22,6 +24,7 @@ MEASURES = {
     "coming": "names the digit about to come",
     "other": "names some other number",
 }
+_TOKEN = re.compile(r"\btokens?\b|\bcomes next\b|\bnext comes\b|\bfollow", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Facts:
     @classmethod
     def of(cls, reply: Reply, row: int) -> Facts:
         record = reply.record
-        spot = reply.spots.get(row, Spot("elsewhere"))
+        spot = reply.spots.get(row, Spot(ELSEWHERE))
         partial = {int(digits) for digits in (spot.read, spot.coming) if digits}
         if row in reply.written:
             partial.add(reply.written[row])
@@ -50,7 +53,7 @@ class Facts:
             spot.read,
             spot.coming,
             reply.known | partial,
-            str(record["pair"]),
+            reply.pair,
         )
 
 
@@ -113,3 +116,12 @@ def chance(index: TextIndex, facts: Sequence[Facts], measure: str) -> list[float
         hits = index.hits(measure, entry)
         out.append(math.nan if hits is None else index.share_of_others(hits, entry.cluster))
     return out
+
+
+def kind_of(clause: str) -> str:
+    """What a clause is about, whether true or not: numbers, tokens, both or neither."""
+    named = read_claims(clause)
+    tokens = bool(named.reads or named.nexts or _TOKEN.search(clause))
+    if named.numbers:
+        return "numbers and tokens" if tokens else "numbers"
+    return "tokens" if tokens else "neither"

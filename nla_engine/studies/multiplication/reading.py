@@ -6,20 +6,17 @@ there is none only where there is an interval. Knows no files.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from nla_engine.studies.analysis import ALL, FEWEST, Finding
-from nla_engine.studies.answers import PLACE_TITLES
-from nla_engine.studies.intervals import FEWEST_CLUSTERS, Estimate
-from nla_engine.studies.outcome import Outcome
+from nla_engine.studies.findings import ALL, FEWEST
+from nla_engine.studies.multiplication.answers import PLACES
+from nla_engine.studies.multiplication.outcome import Outcome
+from nla_engine.studies.sentences import LITTLE, Words, bounded, join, measured, span, split
 from nla_engine.studies.tables import decimal, show
 
-#: Two kinds of explanation whose FVE differs by less are alike for a reader who looks at one explanation.
-LITTLE = 0.1
 #: Separation (AUC) from which a threshold on FVE sorts true from false numbers usefully.
 USEFUL = 0.9
-_FEW = f"fewer than {FEWEST_CLUSTERS} operand pairs give no interval"
+_WORDS = Words(PLACES, "operand pairs", {"neither": "neither numbers nor tokens"})
 _NAMES = {
     "operands": "both true operands",
     "product": "the true product",
@@ -32,16 +29,16 @@ def read_outcome(outcome: Outcome) -> list[str]:
     """Paragraphs in plain words. Which ones, and what they claim, depends on the outcome alone."""
     parts: list[Callable[[Outcome], str]] = [
         _scope,
-        _variance,
-        _retrieval,
+        lambda outcome: _WORDS.variance(outcome.findings),
+        lambda outcome: _WORDS.retrieval(outcome.findings),
         *(_naming(measure) for measure in _NAMES),
         _other,
         _origin,
         _trust,
         _correctness,
         _agreement,
-        _clauses,
-        _form,
+        lambda outcome: _WORDS.clauses(outcome.by_kind),
+        lambda outcome: _WORDS.form(outcome.by_kind),
         _limits,
     ]
     return [text for part in parts if (text := part(outcome))]
@@ -50,7 +47,9 @@ def read_outcome(outcome: Outcome) -> list[str]:
 def _scope(outcome: Outcome) -> str:
     share = outcome.accuracy[0][2]
     setup = outcome.setup
-    models = "the bundled models" if setup.bundled else f"{setup.models[0]}, layer {setup.layer}"
+    models = (
+        "the bundled models" if setup.models.bundled else f"{setup.models.base}, layer {setup.models.layer}"
+    )
     kept = {
         "held_out": " AV and AR never saw these pairs.",
         "trained": " AV and AR were trained on these pairs: what follows is no test of them.",
@@ -58,7 +57,7 @@ def _scope(outcome: Outcome) -> str:
     early = (
         f" {outcome.early_rows:,} of the {outcome.rows:,} rows stand at positions below 50, where released AVs "
         "were not trained."
-        if outcome.early_rows and not setup.bundled
+        if outcome.early_rows and not setup.models.bundled
         else ""
     )
     closed = (
@@ -73,105 +72,60 @@ def _scope(outcome: Outcome) -> str:
     )
 
 
-def _variance(outcome: Outcome) -> str:
-    found = _of(outcome, "fve")
-    above, open_ = _split(found, lambda f: f.margin.above(0))
-    if not _bounded(found):
-        return f"Whether explanations carry more of their vector than those of other problems cannot be told: {_FEW}."
-    if not above:
-        return (
-            "At no place do explanations carry measurably more of their vector than explanations of other "
-            "problems: nothing that they say of a problem can be trusted on these numbers."
-        )
-    text = (
-        f"Explanations carry more of their own vector than those of other problems {_at(above, found)} (FVE "
-        f"{_span(above)})."
-    )
-    if open_:
-        text += f" At {_places(open_)} no difference could be shown."
-    high = max(found, key=lambda f: f.shuffled.value if f.shuffled.known else -math.inf)
-    if high.shuffled.above(0):
-        text += (
-            f" A high FVE alone says less at “{PLACE_TITLES[high.place]}”: there another problem's explanation "
-            f"already reaches {show(high.shuffled)}, the part that belongs to the place and not to the problem."
-        )
-    elif high.shuffled.bounded:
-        text += (
-            " Another problem's explanation reaches no FVE that could be told from 0 (at best "
-            f"{show(high.shuffled)}): what is carried belongs to the problem."
-        )
-    return text
-
-
-def _retrieval(outcome: Outcome) -> str:
-    found = _of(outcome, "top1_place")
-    above, open_ = _split(found, lambda f: f.margin.above(0))
-    if not _bounded(found):
-        return (
-            f"Whether an explanation finds its own row among those of the same place cannot be told: {_FEW}."
-        )
-    if not above:
-        return "Among rows of the same place no explanation finds its own row more often than chance."
-    text = (
-        "Among the rows of its own place, where the place cannot help, the reconstruction finds its row in "
-        f"{_span(above)} of cases {_at(above, found)} (chance: at most "
-        f"{decimal(max(f.shuffled.value for f in above))})."
-    )
-    return text + (f" At {_places(open_)} this is not above chance." if open_ else "")
-
-
 def _naming(measure: str) -> Callable[[Outcome], str]:
     def sentence(outcome: Outcome) -> str:
-        found = _of(outcome, measure)
+        found = measured(outcome.findings, measure)
         if not found:
             return ""
-        above, open_ = _split(found, lambda f: f.margin.above(0))
+        above, open_ = split(found, lambda f: f.margin.above(0))
         name = _NAMES[measure]
-        if not _bounded(found):
+        if not bounded(found):
             return (
                 f"Whether explanations name {name} more often than those of other problems cannot be told "
-                f"({_span(found)} against {_span(found, 'shuffled')}): {_FEW}."
+                f"({span(found)} against {span(found, 'shuffled')}): {_WORDS.few}."
             )
         if not above:
             return (
                 f"Explanations do not name {name} more often than those of other problems at any place "
-                f"({_span(found)} against {_span(found, 'shuffled')}): where they do, it may be chance."
+                f"({span(found)} against {span(found, 'shuffled')}): where they do, it may be chance."
             )
         text = (
-            f"Explanations name {name} more often than those of other problems {_at(above, found)}: "
-            f"{_span(above)} against {_span(above, 'shuffled')}."
+            f"Explanations name {name} more often than those of other problems {_WORDS.at(above, found)}: "
+            f"{span(above)} against {span(above, 'shuffled')}."
         )
         if open_:
-            text += f" At {_places(open_)} no difference could be shown."
+            text += f" At {_WORDS.named(open_)} no difference could be shown."
         weak = [f for f in above if f.own.value < 0.5]
         if weak:
-            text += f" At {_places(weak)} it is still the smaller part of them."
+            text += f" At {_WORDS.named(weak)} it is still the smaller part of them."
         return text
 
     return sentence
 
 
 def _other(outcome: Outcome) -> str:
-    found = _of(outcome, "other")
+    found = measured(outcome.findings, "other")
     if not found:
         return ""
     low, high = min(found, key=lambda f: f.own.value), max(found, key=lambda f: f.own.value)
     if all(f.own.bounded and f.own.high < LITTLE and not f.own.above(0) for f in found):
         return "Hardly an explanation names a number that is not of its problem."
     text = (
-        f"Between {show(low.own)} (“{PLACE_TITLES[low.place]}”) and {show(high.own)} "
-        f"(“{PLACE_TITLES[high.place]}”) of explanations name a number that is neither operand, product nor "
+        f"Between {show(low.own)} (“{PLACES[low.place]}”) and {show(high.own)} "
+        f"(“{PLACES[high.place]}”) of explanations name a number that is neither operand, product nor "
         "anything in the conversation."
     )
     same = [f for f in found if f.margin.bounded and not f.margin.below(0)]
-    if not _bounded(found):
-        text += f" Whether that is rarer than with explanations of other problems cannot be told: {_FEW}."
+    if not bounded(found):
+        text += (
+            f" Whether that is rarer than with explanations of other problems cannot be told: {_WORDS.few}."
+        )
     elif same:
         text += (
-            f" {_at(same, found).capitalize()} that is no rarer than with explanations of other problems: such "
+            f" {_WORDS.at(same, found).capitalize()} that is no rarer than with explanations of other problems: such "
             "numbers are no evidence."
         )
-    elif len(_bounded(found)) == len(found):
+    elif len(bounded(found)) == len(found):
         text += (
             " That is rarer than with explanations of other problems everywhere, but a reader of one text cannot "
             "see which."
@@ -221,7 +175,7 @@ def _trust(outcome: Outcome) -> str:
     text = f"{numbers} FVE goes with truth, but not closely enough to trust a single explanation by it."
     alike = [c for c, _ in outcome.detection[1:] if c.difference.known and c.difference.high < LITTLE]
     if alike:
-        places = _join([PLACE_TITLES[c.place] for c in alike])
+        places = join([PLACES[c.place] for c in alike])
         text += (
             f" At {places} the two kinds differ by less than {LITTLE:g}: a false number costs next to nothing "
             "there."
@@ -276,50 +230,12 @@ def _agreement(outcome: Outcome) -> str:
     return text + " That agreement means truth could not be shown."
 
 
-def _clauses(outcome: Outcome) -> str:
-    everywhere = [clause for clause in outcome.by_kind if clause.place == ALL and clause.swapped.known]
-    if not everywhere:
-        return "No explanation has two clauses that could be told apart, so none was left out."
-    ordered = sorted(everywhere, key=lambda clause: -clause.swapped.value)
-    told = _join([f"{show(clause.swapped)} for clauses about {_about(clause.clause)}" for clause in ordered])
-    text = f"With one clause taken from another problem's explanation, FVE falls by {told}."
-    if len(ordered) > 1 and ordered[0].swapped.low > ordered[1].swapped.high:
-        text += f" What belongs to the problem stands in the clauses about {_about(ordered[0].clause)}."
-    elif not ordered[0].swapped.bounded:
-        text += f" Whether any of these losses is more than chance cannot be told: {_FEW}."
-    elif not ordered[0].swapped.above(0):
-        text += " None of these losses can be told from none: that the clauses hold something was not shown."
-    elif len(ordered) > 1:
-        text += " The intervals of the first two overlap: which carries more cannot be told."
-    return text
-
-
-def _form(outcome: Outcome) -> str:
-    formal = [
-        clause
-        for clause in outcome.by_kind
-        if clause.place == ALL and clause.removed.known and clause.removed.low > clause.swapped.high + LITTLE
-    ]
-    if not formal:
-        return ""
-    told = _join(
-        [
-            f"clauses about {_about(clause.clause)} ({show(clause.removed)} left out, {show(clause.swapped)} swapped)"
-            for clause in formal
-        ]
-    )
-    return (
-        f"Leaving out costs more than swapping for {told}: part of that loss is the broken form of the text, "
-        "which the AR never saw, and not lost information. The swap is the fairer measure."
-    )
-
-
 def _limits(outcome: Outcome) -> str:
     text = (
         "What the controls do not show: that the model uses what the words say, or that words outside numbers "
         "are true. Naming is counted by regular expressions on digits; numbers in words are not seen."
     )
-    if outcome.setup.bundled:
+    if outcome.setup.models.bundled:
         text += (
             " The bundled AV was trained to write operands, product and tokens in a fixed form, so that it names "
             "them at all is no discovery; that it names the right ones on pairs it never saw is what the "
@@ -333,42 +249,3 @@ def _limits(outcome: Outcome) -> str:
             f"{show(worst.shuffled)} of cases."
         )
     return text
-
-
-def _of(outcome: Outcome, measure: str) -> list[Finding]:
-    return [finding for finding in outcome.findings if finding.measure == measure and finding.own.known]
-
-
-def _bounded(found: Sequence[Finding]) -> list[Finding]:
-    """Those whose difference from other problems has an interval."""
-    return [finding for finding in found if finding.margin.bounded]
-
-
-def _split(found: Sequence[Finding], holds: Callable[[Finding], bool]) -> tuple[list[Finding], list[Finding]]:
-    return [f for f in found if holds(f)], [f for f in found if not holds(f)]
-
-
-def _places(found: Sequence[Finding]) -> str:
-    return _join([f"“{PLACE_TITLES[f.place]}”" for f in found])
-
-
-def _at(found: Sequence[Finding], measured: Sequence[Finding]) -> str:
-    """Their names, or "at every place" where more than three were measured and all are meant."""
-    if len(found) == len(measured) > 3:
-        return "at every place"
-    return f"at {_places(found)}"
-
-
-def _span(found: Sequence[Finding], field: str = "own") -> str:
-    """The value, or "lowest to highest"."""
-    values: list[Estimate] = [getattr(f, field) for f in found]
-    low, high = (decimal(pick(v.value for v in values)) for pick in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def _about(kind: str) -> str:
-    return {"neither": "neither numbers nor tokens"}.get(kind, kind)
-
-
-def _join(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

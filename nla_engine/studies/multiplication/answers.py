@@ -5,6 +5,7 @@ Knows stores and replies; does not know explanations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,9 +16,8 @@ from nla_engine.engine.request import Finish
 from nla_engine.store import CaptureStore
 from nla_engine.store.sequences import StoredSequence
 
-#: Places of a row beside the answer, in reading order. "only": an answer of one token. "elsewhere": none of these.
-PLACES = ("before", "first", "middle", "last", "only", "after", "end")
-PLACE_TITLES = {
+#: Places of a row beside the answer, in reading order, and how they are written. "only": an answer of one token.
+PLACES = {
     "before": "token before",
     "first": "first digit",
     "middle": "middle digits",
@@ -57,11 +57,26 @@ class Reply:
     def correct(self) -> bool:
         return self.answer == self.record["product"]
 
+    @property
+    def pair(self) -> str:
+        """Its unordered operand pair: the cluster of its rows."""
+        return str(self.record["pair"])
+
 
 def read_replies(store: CaptureStore) -> list[Reply]:
     """Every sequence of a store whose prompts are `Multiplication.record`s."""
     positions = store.column("position")
     return [_read(sequence, positions) for sequence in store.iter_sequences()]
+
+
+def places_of(replies: Sequence[Reply]) -> dict[int, str]:
+    """Place by row, of the rows in and beside the answers."""
+    return {row: spot.place for reply in replies for row, spot in reply.spots.items()}
+
+
+def clusters_of(replies: Sequence[Reply]) -> dict[int, str]:
+    """Operand pair by sequence."""
+    return {reply.sequence: reply.pair for reply in replies}
 
 
 def _read(sequence: StoredSequence, positions: np.ndarray) -> Reply:

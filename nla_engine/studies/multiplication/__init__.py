@@ -1,0 +1,1 @@
+"""How a model multiplies, and what its explanations say of it."""

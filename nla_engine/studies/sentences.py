@@ -1,0 +1,166 @@
+"""Sentences that any study can write: what its controls show and what they do not, chosen by numbers and intervals.
+
+A sentence that claims a difference is written only where the whole 95% interval lies on one side, and one that claims
+there is none only where there is an interval. Knows no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nla_engine.studies.clauses import Clause
+from nla_engine.studies.findings import ALL, Finding
+from nla_engine.studies.intervals import FEWEST_CLUSTERS, Estimate
+from nla_engine.studies.tables import decimal, show
+
+#: Two kinds of explanation whose FVE differs by less are alike for a reader who looks at one explanation.
+LITTLE = 0.1
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a study calls things. clusters: what the intervals draw, such as "questions".
+
+    places: as they are written. kinds: of clauses, where a sentence writes them otherwise than a table.
+    """
+
+    places: Mapping[str, str]
+    clusters: str
+    kinds: Mapping[str, str]
+
+    @property
+    def few(self) -> str:
+        """Why a thing cannot be told."""
+        return f"fewer than {FEWEST_CLUSTERS} {self.clusters} give no interval"
+
+    def named(self, found: Sequence[Finding]) -> str:
+        """Their places."""
+        return join([f"“{self.places[f.place]}”" for f in found])
+
+    def at(self, found: Sequence[Finding], among: Sequence[Finding]) -> str:
+        """The word "at" and their places, or "at every place" where more than three were measured and all are meant."""
+        if len(found) == len(among) > 3:
+            return "at every place"
+        return f"at {self.named(found)}"
+
+    def variance(self, findings: Sequence[Finding]) -> str:
+        """Whether explanations carry more of their vector than those of other problems."""
+        found = measured(findings, "fve")
+        above, open_ = split(found, lambda f: f.margin.above(0))
+        if not bounded(found):
+            return (
+                "Whether explanations carry more of their vector than those of other problems cannot be told: "
+                f"{self.few}."
+            )
+        if not above:
+            return (
+                "At no place do explanations carry measurably more of their vector than explanations of other "
+                "problems: nothing that they say of a problem can be trusted on these numbers."
+            )
+        text = (
+            f"Explanations carry more of their own vector than those of other problems {self.at(above, found)} (FVE "
+            f"{span(above)})."
+        )
+        if open_:
+            text += f" At {self.named(open_)} no difference could be shown."
+        high = max(found, key=lambda f: f.shuffled.value if f.shuffled.known else -math.inf)
+        if high.shuffled.above(0):
+            text += (
+                f" A high FVE alone says less at “{self.places[high.place]}”: there another problem's explanation "
+                f"already reaches {show(high.shuffled)}, the part that belongs to the place and not to the problem."
+            )
+        elif high.shuffled.bounded:
+            text += (
+                " Another problem's explanation reaches no FVE that could be told from 0 (at best "
+                f"{show(high.shuffled)}): what is carried belongs to the problem."
+            )
+        return text
+
+    def retrieval(self, findings: Sequence[Finding]) -> str:
+        """Whether an explanation finds its row among those of its place."""
+        found = measured(findings, "top1_place")
+        above, open_ = split(found, lambda f: f.margin.above(0))
+        if not bounded(found):
+            return f"Whether an explanation finds its own row among those of the same place cannot be told: {self.few}."
+        if not above:
+            return "Among rows of the same place no explanation finds its own row more often than chance."
+        text = (
+            "Among the rows of its own place, where the place cannot help, the reconstruction finds its row in "
+            f"{span(above)} of cases {self.at(above, found)} (chance: at most "
+            f"{decimal(max(f.shuffled.value for f in above))})."
+        )
+        return text + (f" At {self.named(open_)} this is not above chance." if open_ else "")
+
+    def clauses(self, by_kind: Sequence[Clause]) -> str:
+        """Which clauses carry the vector."""
+        everywhere = [clause for clause in by_kind if clause.place == ALL and clause.swapped.known]
+        if not everywhere:
+            return "No explanation has two clauses that could be told apart, so none was left out."
+        ordered = sorted(everywhere, key=lambda clause: -clause.swapped.value)
+        told = join([f"{show(clause.swapped)} for clauses about {self._about(clause)}" for clause in ordered])
+        text = f"With one clause taken from another problem's explanation, FVE falls by {told}."
+        if len(ordered) > 1 and ordered[0].swapped.low > ordered[1].swapped.high:
+            text += f" What belongs to the problem stands in the clauses about {self._about(ordered[0])}."
+        elif not ordered[0].swapped.bounded:
+            text += f" Whether any of these losses is more than chance cannot be told: {self.few}."
+        elif not ordered[0].swapped.above(0):
+            text += (
+                " None of these losses can be told from none: that the clauses hold something was not shown."
+            )
+        elif len(ordered) > 1:
+            text += " The intervals of the first two overlap: which carries more cannot be told."
+        return text
+
+    def form(self, by_kind: Sequence[Clause]) -> str:
+        """Where the form of a text matters to the AR, and not what it says. "" where it does not."""
+        formal = [
+            clause
+            for clause in by_kind
+            if clause.place == ALL
+            and clause.removed.known
+            and clause.removed.low > clause.swapped.high + LITTLE
+        ]
+        if not formal:
+            return ""
+        told = join(
+            [
+                f"clauses about {self._about(clause)} ({show(clause.removed)} left out, {show(clause.swapped)} swapped)"
+                for clause in formal
+            ]
+        )
+        return (
+            f"Leaving out costs more than swapping for {told}: part of that loss is the broken form of the text, "
+            "which the AR never saw, and not lost information. The swap is the fairer measure."
+        )
+
+    def _about(self, clause: Clause) -> str:
+        return self.kinds.get(clause.clause, clause.clause)
+
+
+def measured(findings: Sequence[Finding], measure: str) -> list[Finding]:
+    """The findings of one measure that have a value."""
+    return [finding for finding in findings if finding.measure == measure and finding.own.known]
+
+
+def bounded(found: Sequence[Finding]) -> list[Finding]:
+    """Those whose difference from other problems has an interval."""
+    return [finding for finding in found if finding.margin.bounded]
+
+
+def split(found: Sequence[Finding], holds: Callable[[Finding], bool]) -> tuple[list[Finding], list[Finding]]:
+    """Those for which it holds, and the others."""
+    return [f for f in found if holds(f)], [f for f in found if not holds(f)]
+
+
+def span(found: Sequence[Finding], field: str = "own") -> str:
+    """The value, or "lowest to highest"."""
+    values: list[Estimate] = [getattr(f, field) for f in found]
+    low, high = (decimal(pick(v.value for v in values)) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def join(names: Sequence[str]) -> str:
+    """Names in a row: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,164 @@
+"""The model runs of a study, inside its directory: capture, explanations, samples, and texts that the AR reads again.
+
+Each run resumes where it was interrupted. Uses the stages as any caller does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_engine.capture.run import run_capture
+from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.roundtrip.results import read_metadata
+from nla_engine.roundtrip.run import run_roundtrip
+from nla_engine.roundtrip.verbalize import Verbalizer
+from nla_engine.store import CaptureStore
+from nla_engine.store.shards import write_file_atomically
+from nla_engine.studies.directory import EXPLAINED, PROBLEMS, REREAD, SAMPLES, STORE
+from nla_engine.studies.models import Models
+from nla_engine.studies.reread import Reading, run_reread
+
+#: progress(what is counted) gives a function (done, in all)
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The runs in the directory `out`. What is there was made with the same options: `StudyDirectory` saw to it."""
+
+    out: Path
+    models: Models
+    announce: Callable[[str], None]
+    progress: Progress
+    seed: int = 0
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    kernels: str = "auto"
+    trust_remote_code: bool = False
+
+    def capture(
+        self, records: Sequence[Mapping[str, object]], *, max_new_tokens: int, positions: str
+    ) -> CaptureStore:
+        """The base model's replies to the records of a prompts file, which is written too."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_file_atomically(self.out / PROBLEMS, lines.encode())
+        options = CaptureOptions(
+            model=self.models.base,
+            prompts=self.out / PROBLEMS,
+            layer=(self.models.layer,),
+            out=str(self.out / STORE),
+            max_new_tokens=max_new_tokens,
+            positions=positions,
+            **self._common(),
+        )
+        with self.progress("sequences") as update:
+            run_capture(options, announce=self.announce, progress=update)
+        return CaptureStore.open(self.out / STORE)
+
+    def load_pair(self) -> tuple[Verbalizer, Reconstructor]:
+        """AV and AR, for the runs that follow."""
+        device = pick_device(self.device)
+        dtype, remote = pick_dtype(self.dtype, device), self.trust_remote_code
+        av = Verbalizer.load(self.models.av, device=device, dtype=dtype, remote_code=remote)
+        ar = Reconstructor.load(
+            self.models.ar, device=device, dtype=dtype, remote_code=remote, kernels=self.kernels
+        )
+        return av, ar
+
+    def explain(
+        self,
+        rows: np.ndarray,
+        av: Verbalizer,
+        ar: Reconstructor,
+        *,
+        max_new_tokens: int,
+        variance: float | None = None,
+    ) -> float:
+        """One greedy explanation of each row (int64 [n], ascending). variance: Var of FVE, if it is given.
+
+        Returns the Var that was used.
+        """
+        self._roundtrip(EXPLAINED, rows, av, ar, max_new_tokens=max_new_tokens, variance=variance)
+        return float(read_metadata(self.out / EXPLAINED)["variance"])
+
+    def sample(
+        self,
+        rows: np.ndarray,
+        av: Verbalizer,
+        ar: Reconstructor,
+        *,
+        max_new_tokens: int,
+        samples: int,
+        temperature: float,
+        variance: float,
+    ) -> None:
+        """Several explanations of each row. variance: that of `explain`, so that FVE can be compared."""
+        self._roundtrip(
+            SAMPLES,
+            rows,
+            av,
+            ar,
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            temperature=temperature,
+            variance=variance if variance > 0 else None,
+        )
+
+    def reread(self, readings: Sequence[Reading], ar: Reconstructor, *, variance: float) -> None:
+        """Every changed text, read by the AR and scored. variance: that of `explain`."""
+        with self.progress("texts") as update:
+            run_reread(
+                CaptureStore.open(self.out / STORE),
+                self.models.layer,
+                readings,
+                ar,
+                self.out / REREAD,
+                variance=variance,
+                seed=self.seed,
+                resume=True,
+                overwrite=False,
+                progress=update,
+            )
+
+    def _roundtrip(
+        self, name: str, rows: np.ndarray, av: Verbalizer, ar: Reconstructor, **changes: Any
+    ) -> None:
+        options = RoundtripOptions(
+            store=str(self.out / STORE),
+            av=self.models.av,
+            ar=self.models.ar,
+            out=self.out / name,
+            layer=self.models.layer,
+            **self._common(),
+            **changes,
+        )
+        with self.progress("explanations") as update:
+            run_roundtrip(
+                options,
+                announce=self.announce,
+                progress=update,
+                verbalizer=av,
+                reconstructor=ar,
+                rows=rows,
+            )
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "device": self.device,
+            "kernels": self.kernels,
+            "trust_remote_code": self.trust_remote_code,
+            "resume": True,
+        }
