@@ -69,7 +69,7 @@ def main() -> None:
 
         summary = run_roundtrip(
             options,
-            verbalizer=verbalizer_of(lm, layer),
+            verbalizer=verbalizer_of(lm, layer, given.precision),
             reconstructor=reconstructor_of(lm, layer, given.precision),
             progress=progress,
         )

@@ -20,13 +20,15 @@ from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.request import VECTOR, Completion, Request
+from nla_engine.engine.injection import VECTOR
+from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.streams import capture_stream, side_stream
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
+from nla_engine.ops.backends import Kernels
+from nla_engine.ops.choose import Sampling
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import verify
@@ -51,7 +53,7 @@ def run(
     sampling=Sampling(),
     prefix=(),
 ) -> dict[int, Completion]:
-    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=kernels)
+    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=Kernels(kernels))
     stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), [EOS])
     generator = Generator(runner, max_new_tokens=20, stop=stop, sampling=sampling, max_prefill_tokens=50)
     completions = {completion.request.id: completion for completion in generator.run(requests)}
@@ -143,19 +145,19 @@ def test_rows_are_read_before_the_next_block_changes_them_however_late_the_tap(
     work = [Request(i, tuple(range(1 + i, 12 + i)), 20) for i in range(slots)]
     encode = tap.encode_rows
 
-    def late(*given: Any) -> None:
+    def late(*given: Any, **how: Any) -> None:
         torch.cuda._sleep(200_000)
-        encode(*given)
+        encode(*given, **how)
 
     monkeypatch.setattr(tap, "encode_rows", late)
     for graphs in (True, False):
         monkeypatch.setattr(Runner, "graphable", property(lambda self, graphs=graphs: graphs))
         keeper = tap.RowTap(
-            layers, Codec.named("bf16", lm.d_model), tap.RowRange.parse("all"), slots=slots, rows_per_slot=31,
-            exact_capacity=1, sink_norm=dict.fromkeys(layers, math.inf), device=lm.device,
+            layers, Codec.named("bf16", lm.d_model), tap.RowRange.parse("all"), rows_per_slot=31,
+            sink_norm=dict.fromkeys(layers, math.inf), device=lm.device,
         )  # fmt: skip
-        with Runner(lm, slots=slots, length=31, tap=keeper, tap_layers=layers) as runner:
-            generator = Generator(runner, max_new_tokens=20, stop=stop, keeper=keeper, read_last=True)
+        with Runner(lm, slots=slots, length=31, tap=keeper) as runner:
+            generator = Generator(runner, max_new_tokens=20, stop=stop, read_last=True)
             generator.prepare()
             kept.append({ended.request.id: ended for ended in generator.run(iter(work))})
     for id_ in range(slots):

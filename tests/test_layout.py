@@ -19,7 +19,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"errors", "provenance", "extension"},
     {"codec"},
-    {"config", "ops"},
+    {"config"},
+    {"ops"},
     {"models"},
     {"engine"},
     {"store"},

@@ -18,6 +18,7 @@ from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.models.load import LanguageModel
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 
@@ -85,25 +86,22 @@ def open_generator(
     """
     budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
     keep = RowRange.parse(positions)
-    tap = None
+    tap: Tap = NoTap()
     if layers:
         tap = RowTap(
-            tuple(layers),
+            layers,
             Codec.named("int8", lm.d_model),
             keep,
-            slots=slots,
             rows_per_slot=keep.count(prompt, length),
-            exact_capacity=budget + slots,
             sink_norm=dict.fromkeys(layers, math.inf),
             device=lm.device,
         )
-    runner = Runner(lm, slots=slots, length=length, tap=tap, tap_layers=layers)
+    runner = Runner(lm, slots=slots, length=length, tap=tap)
     try:
         generator = Generator(
             runner,
             max_new_tokens=new_tokens,
             stop=StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
-            keeper=tap,
             read_last=bool(layers and new_tokens),
             max_prefill_tokens=budget,
         )

@@ -19,6 +19,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompts import Prompt
+from nla_engine.ops.backends import Kernels
 
 #: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
 CALIBRATION = (64, 512)
@@ -34,7 +35,11 @@ class LayerCalibration:
 
 @torch.inference_mode()
 def calibrate(
-    lm: LanguageModel, prompts: Sequence[Prompt], layers: Sequence[int], codec: Codec, kernels: str = "auto"
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    layers: Sequence[int],
+    codec: Codec,
+    kernels: Kernels = Kernels(),
 ) -> dict[int, LayerCalibration]:
     """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
     count, size = CALIBRATION
@@ -43,18 +48,16 @@ def calibrate(
     rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     slots = min(len(sample), 8)
     tap = RowTap(
-        tuple(layers),
+        layers,
         Codec.named("bf16", lm.d_model),
         RowRange.parse("all"),
-        slots=slots,
         rows_per_slot=longest,
-        exact_capacity=1,
         sink_norm=dict.fromkeys(layers, float("inf")),
         device=lm.device,
-        reference=kernels == "reference",
+        reference=kernels.reference,
     )
-    with Runner(lm, slots=slots, length=longest, tap=tap, tap_layers=layers, kernels=kernels) as runner:
-        for completion in Generator(runner, max_new_tokens=0, keeper=tap).run(sample):
+    with Runner(lm, slots=slots, length=longest, tap=tap, kernels=kernels) as runner:
+        for completion in Generator(runner, max_new_tokens=0).run(sample):
             for layer, kept in completion.rows.items():
                 rows[layer].append(bf16_values(kept.codes))
     out = {}

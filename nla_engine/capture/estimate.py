@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.capture.job import load_job
-from nla_engine.capture.run import check_out, plan_capture, rows_kept, run_capture
+from nla_engine.capture.plan import plan_capture, rows_kept
+from nla_engine.capture.run import check_out, run_capture
 from nla_engine.capture.tap import RowRange
 from nla_engine.config import CaptureOptions
 from nla_engine.models.load import LanguageModel

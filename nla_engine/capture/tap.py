@@ -1,18 +1,19 @@
 """The tap: rows of the residual stream, encoded on the device the moment a block has computed them.
 
 A row's place in the staging buffers is computed from (slot, position), like a key's place in the slot cache, so a row
-cannot land elsewhere; `collect` refuses a sequence of which any row was not written. Knows nothing of files.
+cannot land elsewhere; `collect` refuses a sequence of which any row was not written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from nla_engine.codec.rows import Codec, exact_rows
+from nla_engine.engine.tap import KeptRows
 from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import RowStage, encode_rows
@@ -48,54 +49,75 @@ class RowRange:
         ends = {"all": size, "prompt": prompt_size, "last": prompt_size, "generated": size}
         return max(ends[name] for name in self.names)
 
+    @property
+    def covers_prompts(self) -> bool:
+        """Whether every token of a prompt has a row."""
+        return self.first(2) < 1
+
+    @property
+    def touches_prompts(self) -> bool:
+        """Whether any token of a prompt has a row."""
+        return self.first(2) < 2
+
     def count(self, prompt_size: int, size: int) -> int:
         return max(self.end(prompt_size, size) - self.first(prompt_size), 0)
 
 
 class RowTap:
-    """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows a slot and layer.
+    """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows per slot and layer.
 
-    exact_capacity: most rows of one layer that may have to be kept exactly between two polls.
-    reference: places of rows by plain torch, as `--kernels reference` asks; the encoder goes by what is built.
+    sink_norm: by layer; rows with a larger norm are kept exactly as well
+    reference: by plain torch alone
+    The methods that the generator calls are those of `engine.tap.Tap`.
     """
 
     def __init__(
         self,
-        layers: tuple[int, ...],
+        layers: Sequence[int],
         codec: Codec,
         rows: RowRange,
         *,
-        slots: int,
         rows_per_slot: int,
-        exact_capacity: int,
         sink_norm: Mapping[int, float],
         device: torch.device,
         reference: bool = False,
     ) -> None:
-        self._row_places = row_places_reference if reference else row_places
+        self.layers = tuple(layers)
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.rows_per_slot = rows_per_slot
-        self._counts = torch.zeros(len(layers), dtype=torch.int32, device=device)  # one look for all layers
-        self._seen = Glance(self._counts)
-        self.stages = {}
-        for i, layer in enumerate(layers):
-            stage = RowStage.allocate(codec, (slots + 1) * rows_per_slot, exact_capacity, device)
-            self.stages[layer] = replace(stage, exact_count=self._counts[i : i + 1])
+        self._device = device
+        self._row_places = row_places_reference if reference else row_places
+        self._backend = "torch" if reference else None
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._first = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+
+    def allocate(self, slots: int, *, generated: int, given: int) -> None:
+        """The staging buffers, and room for rows kept exactly: at worst all that is written between two `settle`."""
+        written = generated + (given if self.rows.covers_prompts else slots)
+        if self.codec.name == "bf16":
+            written = 1  # its codes are exact, so no row is kept twice
+        self._counts = torch.zeros(len(self.layers), dtype=torch.int32, device=self._device)
+        self._seen = Glance(self._counts)  # one look for all layers
+        self.stages = {}
+        for i, layer in enumerate(self.layers):
+            stage = RowStage.allocate(self.codec, (slots + 1) * self.rows_per_slot, written, self._device)
+            self.stages[layer] = replace(stage, exact_count=self._counts[i : i + 1])
+        self._first = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._end = torch.zeros_like(self._first)
         self._prompt_size = np.zeros(slots + 1, np.int64)
-        self._exact: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {layer: {} for layer in layers}
+        self._exact: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {
+            layer: {} for layer in self.layers
+        }
 
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Encode the rows of hidden [T, d] whose (slot, position) is to be kept. Launches only: no synchronisation."""
         if self._places is None or self._places[0] is not position:  # once a pass, not once a layer
             places = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
             self._places = (position, places)
-        encode_rows(hidden, self._places[1], self.stages[layer], self.sink_norm[layer])
+        stage, sink_norm = self.stages[layer], self.sink_norm[layer]
+        encode_rows(hidden, self._places[1], stage, sink_norm, with_backend=self._backend)
 
     def prepare(self) -> None:
-        """Have pinned memory ready for the first large collection; last, since capturing a graph gives it back."""
+        """Have pinned memory ready for the first large collection."""
         if not self._first.is_cuda:
             return
         room, held = _PINNED_BYTES, []
@@ -107,6 +129,7 @@ class RowTap:
         held.clear()  # the allocator keeps them
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """Mark every row of these slots as unwritten. EngineError if a sequence has too many rows."""
         first = [self.rows.first(size) for size in prompt_sizes]
         end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
         if any(b - a > self.rows_per_slot for a, b in zip(first, end, strict=True)):
@@ -119,19 +142,24 @@ class RowTap:
             for slot in slots:
                 self._exact[layer].pop(slot, None)
 
-    @property
-    def keeps_given(self) -> bool:
-        return self.rows.first(2) < 2
+    def look(self, *, decoded: bool) -> None:
+        """Queue a look at how many rows were kept exactly; prompts whose rows are not kept need none."""
+        if decoded or self.rows.touches_prompts:
+            self._seen.take()
 
-    def glance(self) -> None:
-        self._seen.take()
+    def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
+        """Fetch the rows kept exactly, if a sequence ended or the last look saw one."""
+        if slots or any(self._seen.read()):
+            self._fetch_exact()
+        row_bytes = self.codec.row_bytes * len(self.layers)
+        ended = []
+        for slot, size in zip(slots, sizes, strict=True):
+            exact = sum(part.nbytes for held in self._exact.values() if slot in held for part in held[slot])
+            ended.append(KeptRows(slot, size, self._count(slot, size) * row_bytes + exact))
+        return ended
 
-    def waits(self) -> bool:
-        """Whether rows that must be kept exactly were there at the last glance."""
-        return any(self._seen.read())
-
-    def poll(self) -> None:
-        """Fetch the rows kept exactly since the last poll."""
+    def _fetch_exact(self) -> None:
+        """Bring the rows that were kept exactly to the host, where they wait for the rest of their sequences."""
         counts = self._counts.tolist()
         if not any(counts):
             return
@@ -148,23 +176,14 @@ class RowTap:
                     index, rows = np.concatenate([known[0], index]), np.concatenate([known[1], rows])
                 self._exact[layer][int(slot)] = (index, rows)
 
-    def _row_counts(self, slots: list[int], sizes: list[int]) -> list[int]:
-        """Rows of sequences that ended with `size` tokens."""
-        return [
-            self.rows.count(int(self._prompt_size[s]), size) for s, size in zip(slots, sizes, strict=True)
-        ]
+    def _count(self, slot: int, size: int) -> int:
+        """Rows kept of the sequence in a slot, once it has `size` tokens."""
+        return self.rows.count(int(self._prompt_size[slot]), size)
 
-    def nbytes(self, slots: list[int], sizes: list[int]) -> list[int]:
-        """Bytes of the rows of each sequence as `collect` would give them, after a poll."""
-        row_bytes = self.codec.row_bytes * len(self.stages)
-        exact = [
-            sum(part.nbytes for held in self._exact.values() if s in held for part in held[s]) for s in slots
-        ]
-        return [n * row_bytes + more for n, more in zip(self._row_counts(slots, sizes), exact, strict=True)]
-
-    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, LayerRows]]:
-        """The rows of ended sequences, by layer. EngineError if one is missing."""
-        counts = self._row_counts(slots, sizes)
+    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, LayerRows]]:
+        """The rows of ended sequences, by layer. EngineError if one was never written."""
+        slots = [kept.slot for kept in ended]
+        counts = [self._count(kept.slot, kept.size) for kept in ended]
         places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
         at = to_device(np.concatenate(places), self._first.device)
         ends = np.cumsum(counts)
@@ -187,7 +206,7 @@ class RowTap:
         return collected
 
     def _exact_bits(self, layer: int, slot: int, wanted: np.ndarray) -> np.ndarray:
-        """uint16 [m, d] of the rows `wanted` [m] of a slot, as they were polled."""
+        """uint16 [m, d] of the rows `wanted` [m] of a slot, as they were fetched."""
         none = np.zeros((0, self.codec.d_model), np.uint16)
         if not len(wanted):
             return none

@@ -1,18 +1,15 @@
-"""Batched generation: requests enter free slots, are prefilled in packed chunks, decode together, and leave.
+"""Batched generation: requests enter free slots, are prefilled in packed passes, decode together, and leave.
 
-All state of a running sequence lives in tensors on the device (`SlotState`) and is advanced without looking at it; the
-host only polls which slots have ended. Knows nothing of files, codecs or what a row is.
+The state of a running sequence lives in tensors on the device (`SlotState`), where decode steps advance it; the host
+only looks which slots have ended. `Scheduler` says what comes next, the generator does it.
 """
 
 from __future__ import annotations
 
 import collections.abc
-import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,17 +18,11 @@ from nla_engine.engine.graph import DecodeGraph, lane_bucket
 from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Run, Scheduler, Step
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
-from nla_engine.ops.choose import Choosing, SlotState, advance
-
-#: Decode steps that the device takes alone before the host looks which sequences have ended.
-STEPS_BETWEEN_POLLS = 8
-#: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
-#: Before that nobody needs to know which sequences have ended.
-REFILL_PART = 1 / 16
+from nla_engine.ops.choose import Choosing, Sampling, SlotState, advance
 
 _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]
@@ -39,70 +30,11 @@ Generate = collections.abc.Generator[_T, None, None]
 Portion = Callable[[Mapping[int, int]], Sequence[int]]
 
 
-class RowKeeper(Protocol):
-    """What a tap offers the generator beside being called by the runner: slots opened, and rows collected."""
-
-    def prepare(self) -> None:
-        """Everything else is set up; the run comes next."""
-
-    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
-        """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
-
-    @property
-    def keeps_given(self) -> bool:
-        """Whether tokens of prompts have rows, too."""
-
-    def glance(self) -> None:
-        """Queue a look at what there is to fetch. No synchronisation."""
-
-    def waits(self) -> bool:
-        """Whether the last look saw something, for which `poll` must come before more passes. Waits for the look."""
-
-    def poll(self) -> None:
-        """Fetch it. Always called between the end of a sequence and its `collect`. Waits for the device."""
-
-    def nbytes(self, slots: list[int], sizes: list[int]) -> list[int]:
-        """Bytes that the rows of each of these sequences, which ended with `size` tokens, will take on the host."""
-
-    def collect(self, slots: list[int], sizes: list[int]) -> list[dict[int, Any]]:
-        """The rows of sequences that ended with `size` tokens, by layer."""
-
-
-class _Source:
-    """The requests. dry: the last look gave nothing; held: because the caller holds back, not because it has ended."""
-
-    def __init__(self, requests: Iterable[Request | None]) -> None:
-        self._requests = iter(requests)
-        self.dry = self.held = False
-
-    def next(self) -> Request | None:
-        request = next(self._requests, ...)
-        self.held = request is None
-        self.dry = request is None or request is ...
-        return None if request is ... else request
-
-
-@dataclass
-class _Admitted:
-    """A request in a slot. done: prompt tokens read so far; steps: decode steps since; twins: share its prompt.
-
-    count: tokens generated, nbytes: of its generated tokens and rows; known once it has ended.
-    """
-
-    request: Request
-    slot: int
-    done: int = 0
-    steps: int = 0
-    twins: list[_Admitted] = field(default_factory=list)
-    count: int = 0
-    nbytes: int = 0
-
-
 class Generator:
-    """Runs requests through a Runner.
+    """Runs requests through a Runner, and collects the rows that the runner's tap keeps of them.
 
     read_last: read the last generated token too (one more pass, nothing sampled), as capture needs.
-    max_prefill_tokens: most prompt tokens of one pass; longer prompts are read in chunks, between decode steps.
+    max_prefill_tokens: most prompt tokens of one pass; longer prompts are read in several, between decode steps.
     """
 
     def __init__(
@@ -112,14 +44,11 @@ class Generator:
         max_new_tokens: int,
         stop: StopAutomaton | None = None,
         sampling: Sampling = Sampling(),
-        keeper: RowKeeper | None = None,
         read_last: bool = False,
         max_prefill_tokens: int = 2048,
     ) -> None:
         self.runner = runner
         self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
-        self.keeper = keeper
         self.read_last = read_last
         self.max_prefill_tokens = max_prefill_tokens
         if max_new_tokens and (runner.lm.head is None or stop is None):
@@ -127,8 +56,14 @@ class Generator:
         if max_new_tokens:
             check_logits(runner.lm)
         self.stop = stop.to(runner.device) if stop is not None else None
-        self.state = SlotState.allocate(runner.cache.slots, max_new_tokens, runner.device)
+        self.choosing: Choosing | None = None
+        if self.stop is not None:
+            self.choosing = Choosing(sampling, self.stop.table, self.stop.stopped, read_last)
+        slots = runner.cache.slots
+        self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)
+        # A look may miss what the step behind it writes, and sees it one look later.
+        runner.tap.allocate(slots, generated=slots * (STEPS_BETWEEN_POLLS + 1), given=max_prefill_tokens)
         self._active = Glance(self.state.active)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
@@ -150,71 +85,35 @@ class Generator:
         portion: which of the sequences that ended to fetch, all by default. The others stay on the device, in their
             slots, and are asked for again when the caller has taken those; with nothing running it must choose one.
         """
-        source = _Source(requests)
-        free = deque(range(self.runner.cache.slots))
-        refill = math.ceil(self.runner.cache.slots * REFILL_PART)
-        reading: deque[_Admitted] = deque()
-        decoding: dict[int, _Admitted] = {}
-        resting: dict[int, _Admitted] = {}  # ended, and not fetched yet, by request id
+        queue = Scheduler(
+            requests,
+            slots=self.runner.cache.slots,
+            prefill_tokens=self.max_prefill_tokens,
+            more_steps=self.read_last - 1,
+            alone=self.runner.graphable,
+            check=self._check,
+        )
         ready: list[Completion] = []
         while True:
-            entered = False
-            if not decoding or len(free) >= refill:
-                entered = self._admit(source, free, reading)
-            if not reading and not decoding:
+            step = queue.schedule()
+            if step is None:
                 if ready:  # the caller may let requests go once it has these
                     yield ready
                     ready = []  # its memory goes before the next is fetched
-                elif not resting:
-                    if source.held:
+                elif not queue.finished:
+                    if queue.held_back:
                         raise EngineError("requests were held back although nothing is running")
                     return
-                elif not (ready := self._fetch(resting, free, portion)):
+                elif not (ready := self._fetch(queue, portion)):
                     raise EngineError("no sequence was chosen although all have ended")
                 continue
-            ended: list[_Admitted] = []
-            if reading:
-                for admitted in self._prefill(reading):
-                    if admitted.request.max_new_tokens:
-                        decoding[admitted.slot] = admitted
-                    else:
-                        ended.append(admitted)
-            # Every slot that can be filled is filled before the next step; only a prompt of several passes waits.
-            filling = entered and bool(free) and not reading and not source.dry
-            stepping = bool(decoding) and not filling
-            if stepping:
-                ends = 0 if reading else refill if source.dry else refill - len(free)
-                self._decode(decoding, ends)
+            self._take(step)
             if ready:
                 yield ready  # while the device works: what the caller does with them costs no time
                 ready = []
-            if stepping:
-                active = self._active.read()
-                ended += [decoding.pop(slot) for slot in sorted(decoding) if not active[slot]]
-            elif self.keeper is not None and self.keeper.keeps_given:
-                self.keeper.glance()
-            if self.keeper is not None and (ended or self.keeper.waits()):
-                self.keeper.poll()
-            self._measure(ended)
-            resting |= {admitted.request.id: admitted for admitted in ended}
-            ready = self._fetch(resting, free, portion)
-
-    def _admit(self, source: _Source, free: deque[int], reading: deque[_Admitted]) -> bool:
-        """Fill free slots, with as many prompts as one prefill pass can read. True if any entered."""
-        room = self.max_prefill_tokens - sum(len(a.request.token_ids) - a.done for a in reading)
-        entered: list[_Admitted] = []
-        while free and room > 0 and (request := source.next()) is not None:
-            self._check(request)
-            admitted = _Admitted(request, free.popleft())
-            if request.again and entered:  # else the one before is under way already: read the prompt again
-                entered[-1].twins.append(admitted)
-            else:
-                entered.append(admitted)
-                room -= len(request.token_ids)
-        if entered:
-            self._open([each for first in entered for each in (first, *first.twins)])
-            reading.extend(entered)
-        return bool(entered)
+            ended = queue.ended(self._active.read() if step.slots else None)
+            queue.finish(self._settle(ended))
+            ready = self._fetch(queue, portion)
 
     def _check(self, request: Request) -> None:
         total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens
@@ -224,10 +123,21 @@ class Generator:
                 f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
                 f"do not fit a slot of {room}"
             )
-        if request.again and self.keeper is not None:
+        if request.again and self.runner.tap.layers:
             raise EngineError(f"request {request.id}: shares a prompt, so it has no rows for the tap")
 
-    def _open(self, entered: list[_Admitted]) -> None:
+    def _take(self, step: Step) -> None:
+        """Queue all of a step, and the look at what has ended, without waiting for any of it."""
+        if step.entered:
+            self._open(step.entered)
+        if step.runs:
+            self._prefill(step.runs)
+        if step.slots:
+            self._decode(step)
+        else:
+            self.runner.tap.look(decoded=False)
+
+    def _open(self, entered: list[Admitted]) -> None:
         state, prefix = self.state, self.runner.cache.prefix_size
         slots = [a.slot for a in entered]
         sizes = [prefix + len(a.request.token_ids) for a in entered]
@@ -242,72 +152,51 @@ class Generator:
         state.stop_state[at] = 0
         state.closing[at] = False
         state.active[at] = True
-        carriers = [a for a in entered if a.request.vector is not None]
-        if carriers:
-            table = self.runner.vectors
-            rows = torch.stack([a.request.vector for a in carriers])  # type: ignore[misc]
-            at = to_device(np.array([a.slot for a in carriers]), table.device)
-            table[at] = rows.to(table.device, table.dtype)
-        if self.keeper is not None:
-            self.keeper.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
+        vectors = {a.slot: a.request.vector for a in entered if a.request.vector is not None}
+        if vectors:
+            self.runner.vectors.put(list(vectors), list(vectors.values()))
+        self.runner.tap.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
 
-    def _prefill(self, reading: deque[_Admitted]) -> list[_Admitted]:
-        """One packed pass. Returns the requests whose prompt has now been read; their first token is chosen."""
-        room, prefix = self.max_prefill_tokens, self.runner.cache.prefix_size
-        parts, complete, offset = [], [], 0
+    def _prefill(self, runs: list[Run]) -> None:
+        """One packed pass. The first token of each request whose prompt it completes is chosen."""
+        prefix = self.runner.cache.prefix_size
+        parts = []
         wanted: list[int] = []  # tokens of the pass at which a prompt ends
-        rows: list[int] = []  # and for each complete request, which of these is its own
-        while reading and room > 0:
-            admitted = reading[0]
-            ids = admitted.request.token_ids[admitted.done : admitted.done + room]
-            parts.append((admitted.slot, prefix + admitted.done, ids))
-            admitted.done += len(ids)
-            offset += len(ids)
-            room -= len(ids)
-            if admitted.done == len(admitted.request.token_ids):
-                reading.popleft()
-                complete += [admitted, *admitted.twins]
-                rows += [len(wanted)] * (1 + len(admitted.twins))
-                wanted.append(offset - 1)
-        hidden = self.runner.prefill(parts, wanted or [offset - 1])
-        twins = [(admitted, twin) for admitted in complete for twin in admitted.twins]
+        growing: list[tuple[int, int]] = []  # slots that go on, and which of the wanted tokens is theirs
+        twins: list[tuple[Admitted, Admitted]] = []
+        end = 0
+        for run in runs:
+            admitted, ids = run.admitted, run.admitted.request.token_ids
+            parts.append((admitted.slot, prefix + run.start, ids[run.start : run.stop]))
+            end += run.stop - run.start
+            if run.completes:
+                together = (admitted, *admitted.twins)
+                growing += [(each.slot, len(wanted)) for each in together if each.request.max_new_tokens]
+                twins += [(admitted, twin) for twin in admitted.twins]
+                wanted.append(end - 1)
+        hidden = self.runner.prefill(parts, wanted or [end - 1])
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
-        going_on = [i for i, admitted in enumerate(complete) if admitted.request.max_new_tokens]
-        if going_on:
-            lanes, mine = [complete[i].slot for i in going_on], [rows[i] for i in going_on]
-            at = to_device(np.array([lanes, mine]), hidden.device)
+        if growing:
+            at = to_device(np.array(growing).T, hidden.device)
             self._advance(at[0], hidden[at[1]])
-        return complete
 
-    def _decode(self, decoding: dict[int, _Admitted], ends: int) -> None:
-        """Read a token each and choose the next: some steps, up to where `ends` sequences must have ended; 0: one step.
-
-        Then `_active` can be read.
-        """
-        slots = sorted(decoding)
-        if not self.runner.graphable:
-            lanes = torch.tensor(slots, device=self.runner.device)
+    def _decode(self, step: Step) -> None:
+        """Decode, several steps at a time where a graph can. Then `_active` can be read."""
+        if self.runner.graphable:
+            graph = self._graph(len(step.slots))
+            graph.run(step.slots, step.steps - step.after_look)
+            self._look()
+            graph.run(step.slots, step.after_look)
+        else:
+            lanes = torch.tensor(step.slots, device=self.runner.device)
             self._step(lanes, int(self.state.position[lanes].max()) + 1)
-            self._glance()
-            return
-        left = sorted(a.request.max_new_tokens + self.read_last - 1 - a.steps for a in decoding.values())
-        steps = max(min(left[min(ends, len(left)) - 1], STEPS_BETWEEN_POLLS), 1) if ends > 0 else 1
-        # The host looks before the last step, and queues the next ones while the device takes it. What ends in that
-        # step is seen a look later; if something must end there, the host waits for it.
-        early = int(steps > 1 and steps not in left)
-        graph = self._graph(len(slots))
-        graph.run(slots, steps - early)
-        self._glance()
-        graph.run(slots, early)
-        for admitted in decoding.values():
-            admitted.steps += steps
+            self._look()
 
-    def _glance(self) -> None:
+    def _look(self) -> None:
         self._active.take()
-        if self.keeper is not None:
-            self.keeper.glance()
+        self.runner.tap.look(decoded=True)
 
     def _graph(self, lanes: int) -> DecodeGraph:
         """The captured decode step for at least so many lanes."""
@@ -332,8 +221,7 @@ class Generator:
         if self.runner.graphable and self.max_new_tokens:
             self.runner.tune(self.runner.cache.slots)
             self._graph(self.runner.cache.slots)
-        if self.keeper is not None:
-            self.keeper.prepare()
+        self.runner.tap.prepare()  # last: capturing a graph gives pinned memory back
 
     @torch.inference_mode()
     def _step(self, lanes: torch.Tensor, longest: int) -> None:
@@ -344,56 +232,38 @@ class Generator:
 
     def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
         """From the hidden states [B, d] of the tokens just read: choose, record and move on. No synchronisation."""
-        advance(self.runner.lm.logits(hidden), lanes, self.state, self._choosing(), self.runner.reference)
+        assert self.choosing is not None
+        advance(self.runner.lm.logits(hidden), lanes, self.state, self.choosing, self.runner.reference)
 
-    def _choosing(self) -> Choosing:
-        stop, sampling = self.stop, self.sampling
-        assert stop is not None
-        return Choosing(sampling.temperature, sampling.seed, stop.table, stop.stopped, self.read_last)
+    def _settle(self, ended: list[Admitted]) -> list[Ended]:
+        """How many tokens these sequences generated, and their rows. Waits for the device if there are any."""
+        slots, counts = [a.slot for a in ended], []
+        if ended:
+            counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
+        prefix = self.runner.cache.prefix_size
+        sizes = [prefix + len(a.request.token_ids) + n for a, n in zip(ended, counts, strict=True)]
+        kept = self.runner.tap.settle(slots, sizes)
+        return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
 
-    def _measure(self, ended: list[_Admitted]) -> None:
-        """Note how many tokens were generated, and how much there is to fetch."""
-        if not ended:
-            return
-        slots = [a.slot for a in ended]
-        counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
-        for admitted, count in zip(ended, counts, strict=True):
-            admitted.count = count
-        kept = self.keeper.nbytes(slots, self._sizes(ended)) if self.keeper is not None else [0] * len(ended)
-        for admitted, nbytes in zip(ended, kept, strict=True):
-            admitted.nbytes = nbytes + admitted.count * np.dtype(np.int32).itemsize
-
-    def _sizes(self, ended: list[_Admitted]) -> list[int]:
-        """Tokens of each, those of the prefix and the prompt among them."""
-        return [self.runner.cache.prefix_size + len(a.request.token_ids) + a.count for a in ended]
-
-    def _fetch(self, resting: dict[int, _Admitted], free: deque[int], portion: Portion) -> list[Completion]:
-        """Fetch what `portion` chooses of those that rest; their slots are free then."""
-        if not resting:
+    def _fetch(self, queue: Scheduler, portion: Portion) -> list[Completion]:
+        """Fetch what `portion` chooses of the sequences that have ended; their slots are free then."""
+        if not queue.finished:
             return []
-        chosen = [resting.pop(id_) for id_ in portion({id_: a.nbytes for id_, a in resting.items()})]
-        free.extend(admitted.slot for admitted in chosen)
+        chosen = queue.release(portion({id_: a.nbytes for id_, a in queue.finished.items()}))
         return self._complete(chosen) if chosen else []
 
-    def _complete(self, ended: list[_Admitted]) -> list[Completion]:
+    def _complete(self, ended: list[Ended]) -> list[Completion]:
         state = self.state
-        slots = [a.slot for a in ended]
-        at = to_device(np.array(slots), self.runner.device)
+        at = to_device(np.array([a.slot for a in ended]), self.runner.device)
         generated = state.generated[at].cpu().numpy().astype(np.int32)
-        codes = (
-            self.stop.finish_codes(state.stop_state[at]).tolist()
-            if self.stop is not None
-            else [0] * len(slots)
-        )
-        kept = (
-            self.keeper.collect(slots, self._sizes(ended)) if self.keeper is not None else [{} for _ in ended]
-        )
+        codes = self.stop.finish_codes(state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
+        rows = self.runner.tap.collect([a.kept for a in ended])
         return [
             Completion(
                 request=a.request,
                 generated=generated[i, : a.count],
                 finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
-                rows=kept[i],
+                rows=rows[i],
             )
             for i, a in enumerate(ended)
         ]

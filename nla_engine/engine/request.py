@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-#: In `Request.token_ids`: the place of the request's own vector. (Inside the engine: an id past the vocabulary.)
-VECTOR = -1
-
 
 class Finish(IntEnum):
     """Why a sequence ended. The values are those of a store's `sequences/finish`."""
@@ -27,8 +24,8 @@ class Request:
     """One sequence to run.
 
     id: unique and >= 0; names the sequence's random numbers. token_ids: the prompt behind the shared prefix, at
-    least one token; VECTOR marks where `vector` (any float dtype [d], best on the model's device) takes the
-    embedding's place. max_new_tokens: 0 = only read the prompt.
+    least one token, `injection.VECTOR` where `vector` enters (any float dtype [d], best on the model's device).
+    max_new_tokens: 0 = only read the prompt.
     again: token_ids and vector are those of the request before, so the prompt need not be read a second time. Such a
     request has no rows of its own for a tap.
     """

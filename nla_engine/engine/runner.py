@@ -1,36 +1,32 @@
 """One forward pass of a language model over packed tokens: embeddings or vectors in, hidden states out.
 
-Owns the slot cache, the shared prefix, the table of vectors and the taps on blocks. Knows nothing of requests,
-sampling or when a sequence ends.
+Owns the slot cache, the shared prefix, the vectors that enter sequences and the hooks of the tap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
-from nla_engine.config import PRECISIONS
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.families import can_fuse, can_fuse_norm
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
-from nla_engine.engine.request import VECTOR
+from nla_engine.engine.injection import VECTOR, InjectedVectors
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Tiles
-from nla_engine.ops.backends import has_triton
+from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
-
-#: tap(layer, hidden [T, d], slot int64 [T], position int64 [T]) is called inside every pass, after block `layer`.
-Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 #: Errors in a model's first passes that say nothing of its architecture.
 _NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -41,9 +37,8 @@ _HOST_ROTATIONS = ("dynamic", "longrope")
 class Runner:
     """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
 
-    kernels: one of `config.KERNELS`. precision: of the products of the blocks, one of `config.PRECISIONS`; full is the
-    model's own dtype, fp8 keeps quantised weights beside the model's. While a runner is open, the model's own forward
-    must not be called; `close` gives it back, with transformers' eager attention.
+    tap: called inside every pass once the model has been checked. While a runner is open, the model's own forward must
+    not be called; `close` gives it back, with transformers' eager attention.
     """
 
     def __init__(
@@ -53,19 +48,14 @@ class Runner:
         slots: int,
         length: int,
         prefix: Sequence[int] = (),
-        tap: Tap | None = None,
-        tap_layers: Iterable[int] = (),
-        kernels: str = "auto",
-        precision: str = "full",
+        tap: Tap = NoTap(),
+        kernels: Kernels = Kernels(),
     ) -> None:
-        if precision not in PRECISIONS:
-            raise EngineError(f"precision '{precision}' is unknown: use {' or '.join(PRECISIONS)}")
-        if precision == "fp8" and (kernels == "reference" or not all(map(can_fuse, lm.blocks))):
-            reason = "--kernels reference" if kernels == "reference" else "the blocks of this architecture"
+        if kernels.precision == "fp8" and not all(map(can_fuse, lm.blocks)):
             raise EngineError(
-                f"{lm.name}: fp8 needs fused blocks, which {reason} rules out: use --precision full"
+                f"{lm.name}: fp8 needs fused blocks, and this architecture has none: use --precision full"
             )
-        if precision == "fp8":
+        if kernels.precision == "fp8":
             check_fp8(lm.device)
         if length > lm.max_length:
             raise EngineError(
@@ -74,19 +64,20 @@ class Runner:
         _check_rotation(lm, length)
         self.lm = lm
         self.device = lm.device
-        self.precision = precision
-        self.reference = kernels == "reference" or (kernels == "auto" and not has_triton(lm.device))
+        self.precision = kernels.precision
+        self.reference = kernels.plain(lm.device)
         self.cache = SlotCache(lm, slots, length, len(prefix))
-        self.vectors = torch.zeros(slots + 1, lm.d_model, device=lm.device, dtype=lm.dtype)
+        self.vectors = InjectedVectors(slots, lm.d_model, lm.device, lm.dtype)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
-        self._tap: Tap | None = None
+        self.tap = tap
+        self._tapped = False  # not before the model has been checked
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._norm: Any = None  # the norm behind the last block, where its forward is, too
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block goes on with the wanted tokens alone
         try:
-            self._take_over(length, prefix, tap_layers)
+            self._take_over(length, prefix)
         except BaseException as error:
             self.close()
             if isinstance(error, _NOT_THE_MODEL) or not isinstance(error, Exception):
@@ -95,9 +86,9 @@ class Runner:
                 f"{lm.name}: {type(lm.model).__name__} cannot be run by the engine ({type(error).__name__}): "
                 "this architecture is not supported"
             ) from error
-        self._tap = tap
+        self._tapped = True
 
-    def _take_over(self, length: int, prefix: Sequence[int], tap_layers: Iterable[int]) -> None:
+    def _take_over(self, length: int, prefix: Sequence[int]) -> None:
         """Put the engine's attention, fused blocks and hooks into the model, and check that they compute the same."""
         check = SelfCheck(self, length)  # by the library's own attention, which `close` leaves behind
         self.lm.model.set_attn_implementation(attention.NAME)
@@ -110,7 +101,7 @@ class Runner:
         if self._fused and can_fuse_norm(norm):
             norm.forward = FusedNorm(norm)
             self._norm = norm
-        layers = set(tap_layers)
+        layers = set(self.tap.layers)
         last = len(self.lm.blocks) - 1
         self._narrows = self.lm.blocks[last] in self._fused and last not in layers
         for layer in layers:
@@ -154,14 +145,14 @@ class Runner:
             tune_products([block.forward for block in self._fused], rows)
 
     def _on_block(self, layer: int) -> Callable[..., None]:
-        # A fused block joins what runs beside the one before it; others know nothing of it.
+        # A fused block joins what runs beside the one before it; others do not.
         joined = layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
 
         def hook(_module: object, _inputs: object, output: object) -> None:
-            if self._tap is not None and self._pass is not None:
+            if self._tapped and self._pass is not None:
                 hidden = block_output(output)
                 with self._pass.beside() if joined else nullcontext():
-                    self._tap(layer, hidden[0], self._pass.slot, self._pass.position)
+                    self.tap(layer, hidden[0], self._pass.slot, self._pass.position)
 
         return hook
 
@@ -209,9 +200,8 @@ class Runner:
         if token is not None and self._narrows:
             own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)
             work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
-        embeds = self.lm.embedding(ids.clamp(min=0) if with_vectors else ids)
-        if with_vectors:
-            embeds = torch.where((ids == VECTOR)[:, None], self.vectors[slot], embeds)
+        embedding = self.lm.embedding
+        embeds = self.vectors.embed(embedding, ids, slot) if with_vectors else embedding(ids)
         self._pass = work
         try:
             with attention.running(work):

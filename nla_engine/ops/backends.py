@@ -7,18 +7,51 @@ names the card, what is not used and what to do. Knows no kernel of the package.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from nla_engine import extension
-from nla_engine.errors import first_line
+from nla_engine.config import KERNELS, PRECISIONS
+from nla_engine.errors import RequestError, first_line
 from nla_engine.ops.cards import HOPPER, Card, card_of, runs
 
 #: The oldest cards that Triton supports.
 _TRITON = (8, 0)
 _ENCODED_BY_TORCH = "rows are encoded by plain torch, slower"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes, chosen once and handed to every part of a run.
+
+    name: one of `config.KERNELS`. precision: of the products of fused blocks, one of `config.PRECISIONS`; full is the
+    dtype of the weights, fp8 keeps quantised weights beside them. Raises RequestError for other words.
+    """
+
+    name: str = "auto"
+    precision: str = "full"
+
+    def __post_init__(self) -> None:
+        for what, word, known in (
+            ("kernels", self.name, KERNELS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if word not in known:
+                raise RequestError(f"{what} '{word}' is unknown: use {' or '.join(known)}")
+        if self.precision == "fp8" and self.reference:
+            raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
+
+    @property
+    def reference(self) -> bool:
+        """Whether nothing but the library's own modules and plain torch may compute."""
+        return self.name == "reference"
+
+    def plain(self, device: torch.device) -> bool:
+        """Whether blocks, attention and choosing are plain torch on this device."""
+        return self.reference or (self.name == "auto" and not has_triton(device))
 
 
 @functools.cache

@@ -61,15 +61,22 @@ class SlotState:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. No other transformation of the model's logits is ever applied."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Choosing:
     """How tokens are chosen and sequences end.
 
-    temperature: 0 is greedy. table: uint8 [states, V], the stop automaton; states from `stopped` on end a sequence.
-    read_last: the last token is read too before a sequence leaves.
+    table: uint8 [states, V], the stop automaton; states from `stopped` on end a sequence
+    read_last: the last token is read too before a sequence leaves
     """
 
-    temperature: float
-    seed: int
+    sampling: Sampling
     table: torch.Tensor
     stopped: int
     read_last: bool
@@ -91,7 +98,7 @@ def advance_reference(logits: torch.Tensor, lanes: torch.Tensor, state: SlotStat
     """`advance` in plain torch."""
     active, closing = state.active[lanes], state.closing[lanes]
     count, position = state.count[lanes], state.position[lanes]
-    token = choose(logits, state.sequence[lanes], position + 1, how.temperature, how.seed)
+    token = choose(logits, state.sequence[lanes], position + 1, how.sampling.temperature, how.sampling.seed)
     growing = active & ~closing
     at = (lanes, count.clamp(max=state.generated.shape[1] - 1))
     state.generated[at] = torch.where(growing, token, state.generated[at])
@@ -148,7 +155,7 @@ def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, 
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
     parts = triton.cdiv(vocabulary, block)
     best = torch.empty((2, lane_count, parts), dtype=torch.int32, device=logits.device)
-    key = _seed_key(how.seed)
+    key = _seed_key(how.sampling.seed)
     _best_kernel[(lane_count, parts)](
         logits,
         lanes,
@@ -158,9 +165,9 @@ def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, 
         best[1],
         logits.stride(0),
         vocabulary,
-        *(_divisors(how.temperature) if how.temperature else (1.0, 1.0)),
+        *(_divisors(how.sampling.temperature) if how.sampling.temperature else (1.0, 1.0)),
         key - (key >> 31 << 32),  # the same bits as an int32
-        SAMPLE=how.temperature != 0.0,
+        SAMPLE=how.sampling.temperature != 0.0,
         BLOCK=block,
         num_warps=8,
     )

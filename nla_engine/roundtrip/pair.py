@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import pick_device, pick_dtype
-from nla_engine.ops.backends import shortfall
+from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
@@ -68,6 +69,10 @@ def load_pair(
     for line in shortfall(device):
         announce(line)
     remote_code = options.trust_remote_code
+    kernels = Kernels(options.kernels, options.precision)
+    for model in (verbalizer, reconstructor):
+        if model is not None and model.kernels != kernels:
+            raise RequestError(f"a given model has {model.kernels}, the options ask for {kernels}")
     given = ((options.av, verbalizer), (options.ar, reconstructor))
     directories = [find_directory(name, remote_code=remote_code) for name, model in given if model is None]
     turns = options.residency == "turns"
@@ -83,15 +88,14 @@ def load_pair(
                 f"{_WORKING_BYTES >> 30} GiB to work in, {free / 2**30:.0f} GiB free"
             )
     place = _HOST if turns else device
-    verbalizer = verbalizer or Verbalizer.load(options.av, device=place, dtype=dtype, remote_code=remote_code)
-    reconstructor = reconstructor or Reconstructor.load(
-        options.ar,
-        device=place,
-        dtype=dtype,
-        remote_code=remote_code,
-        kernels=options.kernels,
-        precision=options.precision,
-    )
+    how: dict[str, Any] = {
+        "device": place,
+        "dtype": dtype,
+        "remote_code": remote_code,
+        "kernels": kernels,
+    }
+    verbalizer = verbalizer or Verbalizer.load(options.av, **how)
+    reconstructor = reconstructor or Reconstructor.load(options.ar, **how)
     return Pair(verbalizer, reconstructor, device, turns)
 
 

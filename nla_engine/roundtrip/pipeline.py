@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from nla_engine.config import RoundtripOptions
-from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.streams import enter_device, side_stream
+from nla_engine.ops.choose import Sampling
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.behind import Behind
 from nla_engine.roundtrip.pair import Pair
@@ -109,8 +109,6 @@ class Pipeline:
             max_new_tokens=options.max_new_tokens,
             sampling=Sampling(options.temperature, options.seed),
             batch_size=options.batch_size,
-            kernels=options.kernels,
-            precision=options.precision,
         )
         with closing(written):
             for place in range(len(rows)):

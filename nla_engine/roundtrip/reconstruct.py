@@ -15,6 +15,7 @@ from nla_engine.errors import CheckpointError
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.sidecar import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
+from nla_engine.ops.backends import Kernels
 
 #: Prompts, and tokens, of one packed pass.
 _BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
@@ -30,8 +31,7 @@ class Reconstructor:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         *,
-        kernels: str = "auto",
-        precision: str = "full",
+        kernels: Kernels = Kernels(),
     ) -> None:
         if lm.d_model != sidecar.d_model:
             raise CheckpointError(
@@ -47,7 +47,7 @@ class Reconstructor:
         self.lm = lm.truncated(self.layer)
         self.weight = weight.to(lm.device)
         self.bias = None if bias is None else bias.to(lm.device)
-        self.kernels, self.precision = kernels, precision
+        self.kernels = kernels
         self._runner: Runner | None = None
         self._prefix = self._shared_prefix()
 
@@ -59,15 +59,14 @@ class Reconstructor:
         device: torch.device,
         dtype: torch.dtype,
         remote_code: bool = False,
-        kernels: str = "auto",
-        precision: str = "full",
+        kernels: Kernels = Kernels(),
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         directory = find_directory(name, remote_code=remote_code)
         sidecar = read_sidecar(directory, "ar")
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
-        return cls(lm, sidecar, weight, bias, kernels=kernels, precision=precision)
+        return cls(lm, sidecar, weight, bias, kernels=kernels)
 
     def fingerprint(self) -> str:
         """Of everything that a reconstruction depends on: weights, sidecar and value head."""
@@ -144,9 +143,7 @@ class Reconstructor:
             self.close()  # its cache is given back first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
-            self._runner = Runner(
-                self.lm, slots=slots, length=length, kernels=self.kernels, precision=self.precision
-            )
+            self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)
             cache = self._runner.cache
             if self._prefix:
                 self._runner.prefill([(cache.spare, 0, self._prefix)])

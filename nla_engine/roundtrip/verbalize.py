@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from nla_engine.engine.generator import Generator
+from nla_engine.engine.injection import Injection
 from nla_engine.engine.order import InOrder
-from nla_engine.engine.request import VECTOR, Completion, Finish, Request
+from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling
 from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
@@ -28,6 +28,8 @@ from nla_engine.models.hub import find_directory
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.sidecar import Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.models.tokens import token_bytes
+from nla_engine.ops.backends import Kernels
+from nla_engine.ops.choose import Sampling
 
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 #: Finished explanations that may wait for an earlier one, in bytes (a text is small).
@@ -60,47 +62,47 @@ def parse_explanation(text: str) -> tuple[str, str]:
 class Verbalizer:
     """An AV checkpoint, ready to write."""
 
-    def __init__(self, lm: LanguageModel, sidecar: Sidecar) -> None:
-        self.lm, self.sidecar = lm, sidecar
+    def __init__(self, lm: LanguageModel, sidecar: Sidecar, *, kernels: Kernels = Kernels()) -> None:
+        self.lm, self.sidecar, self.kernels = lm, sidecar, kernels
         if lm.d_model != sidecar.d_model:
             raise CheckpointError(
                 f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
             )
         ids, place = verbalizer_prompt(sidecar, lm.tokenizer)
-        self.prefix = tuple(ids[:place])
-        self.tail = (VECTOR, *ids[place + 1 :])
+        self.injection = Injection(tuple(ids), place, sidecar.injection_scale)
 
     @classmethod
     def load(
-        cls, name: str, *, device: torch.device, dtype: torch.dtype, remote_code: bool = False
+        cls,
+        name: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        remote_code: bool = False,
+        kernels: Kernels = Kernels(),
     ) -> Verbalizer:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         sidecar = read_sidecar(find_directory(name, remote_code=remote_code), "av")
-        return cls(load_model(name, device=device, dtype=dtype, remote_code=remote_code), sidecar)
+        lm = load_model(name, device=device, dtype=dtype, remote_code=remote_code)
+        return cls(lm, sidecar, kernels=kernels)
 
     @property
     def room(self) -> int:
         """Most tokens of an explanation: the model's positions behind the prompt."""
-        return self.lm.max_length - len(self.prefix) - len(self.tail)
+        return self.lm.max_length - len(self.injection.token_ids)
 
     def fingerprint(self) -> str:
         """Of everything that an explanation depends on: weights, sidecar, and a prompt that changes with the day."""
         parts = [self.lm.fingerprint(), self.sidecar.fingerprint()]
         if reads_clock(self.lm.tokenizer):
-            parts.append(hashlib.sha256(str((self.prefix, self.tail)).encode()).hexdigest()[:16])
+            parts.append(
+                hashlib.sha256(str((self.injection.prefix, self.injection.tail)).encode()).hexdigest()[:16]
+            )
         return "-".join(parts)
 
     def move(self, device: torch.device) -> None:
         """Take the weights to another device."""
         self.lm.move(device)
-
-    def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
-        """float32 [n, d]: the vectors at the injection norm, v * scale / ||v||, or as they are if there is none."""
-        scale = self.sidecar.injection_scale
-        if scale is None:
-            return vectors
-        norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
-        return (vectors * (scale / norm)).float()
 
     @cached_property
     def _stop(self) -> StopAutomaton:
@@ -115,17 +117,16 @@ class Verbalizer:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
-        kernels: str = "auto",
-        precision: str = "full",
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
         Their ids are id * samples, + 1 and so on, and name their random numbers; the prompt is read once for all of
         them. Vectors are scaled here, and must be finite and not zero. Read lazily, some ahead of free slots.
         """
-        lm = self.lm
-        length = len(self.prefix) + len(self.tail) + max_new_tokens
-        slots = batch_size or default_slots(lm, length, len(self.prefix), _MOST_SLOTS, precision)
+        lm, injection, kernels = self.lm, self.injection, self.kernels
+        prefix, tail = injection.prefix, injection.tail
+        length = len(prefix) + len(tail) + max_new_tokens
+        slots = batch_size or default_slots(lm, length, len(prefix), _MOST_SLOTS, kernels.precision)
         order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:
@@ -133,12 +134,10 @@ class Verbalizer:
                 for sample in range(samples):
                     while order.is_full:
                         yield None
-                    request = Request(id_ * samples + sample, self.tail, max_new_tokens, vector, sample > 0)
+                    request = Request(id_ * samples + sample, tail, max_new_tokens, vector, sample > 0)
                     yield order.asked(request)
 
-        with Runner(
-            lm, slots=slots, length=length, prefix=self.prefix, kernels=kernels, precision=precision
-        ) as runner:
+        with Runner(lm, slots=slots, length=length, prefix=prefix, kernels=kernels) as runner:
             generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
             generator.prepare()
             for group in generator.groups(requests()):
@@ -158,4 +157,4 @@ class Verbalizer:
         pairs = iter(vectors)
         while group := list(islice(pairs, _SCALED_AT_ONCE)):
             block = torch.stack([torch.as_tensor(vector) for _, vector in group]).to(self.lm.device)
-            yield from zip([id_ for id_, _ in group], self.scaled(block), strict=True)
+            yield from zip([id_ for id_, _ in group], self.injection.scaled(block), strict=True)

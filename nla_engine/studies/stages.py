@@ -17,6 +17,7 @@ import numpy as np
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.ops.backends import Kernels
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import read_metadata
 from nla_engine.roundtrip.run import run_roundtrip
@@ -68,12 +69,13 @@ class Stages:
     def load_pair(self) -> tuple[Verbalizer, Reconstructor]:
         """AV and AR, for the runs that follow."""
         device = pick_device(self.device)
-        dtype, remote = pick_dtype(self.dtype, device), self.trust_remote_code
-        av = Verbalizer.load(self.models.av, device=device, dtype=dtype, remote_code=remote)
-        ar = Reconstructor.load(
-            self.models.ar, device=device, dtype=dtype, remote_code=remote, kernels=self.kernels
-        )
-        return av, ar
+        how: dict[str, Any] = {
+            "device": device,
+            "dtype": pick_dtype(self.dtype, device),
+            "remote_code": self.trust_remote_code,
+            "kernels": Kernels(self.kernels),
+        }
+        return Verbalizer.load(self.models.av, **how), Reconstructor.load(self.models.ar, **how)
 
     def explain(
         self,

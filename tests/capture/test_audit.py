@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,15 +80,20 @@ def test_another_model_is_noticed(tmp_path: Path) -> None:
 def test_rows_of_the_layer_below_are_noticed(tmp_path: Path, monkeypatch) -> None:
     real = stage.Runner
 
+    class Lower:
+        """A tap that stands one block too low."""
+
+        def __init__(self, tap: Any) -> None:
+            self._tap, self.layers = tap, tuple(layer - 1 for layer in tap.layers)
+
+        def __call__(self, layer: int, *rest: Any) -> None:
+            self._tap(layer + 1, *rest)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tap, name)
+
     def shifted(lm, **kwargs):
-        tap, layers = kwargs.pop("tap"), kwargs.pop("tap_layers")
-        lower = {layer - 1: layer for layer in layers}
-        return real(
-            lm,
-            tap=lambda k, *rest: tap(lower[k], *rest),
-            tap_layers=[layer - 1 for layer in layers],
-            **kwargs,
-        )
+        return real(lm, **kwargs | {"tap": Lower(kwargs["tap"])})
 
     monkeypatch.setattr(stage, "Runner", shifted)
     names = failed(audit(captured(tmp_path), language_model()))

@@ -314,10 +314,10 @@ def test_ended_sequences_are_held_within_the_memory_given(
 def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch) -> None:
     from nla_engine.capture import tap
 
-    def lose_one(hidden, dest, stage, sink_norm):
+    def lose_one(hidden, dest, stage, sink_norm, **how):
         dest = dest.clone()
         dest[(dest >= 0).nonzero()[-1:]] = -1
-        real(hidden, dest, stage, sink_norm)
+        real(hidden, dest, stage, sink_norm, **how)
 
     real = tap.encode_rows
     lm = language_model()
@@ -333,16 +333,18 @@ CODEC = stage.Codec.named("bf16", 64)
 
 
 def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatch) -> None:
-    """Neither in the calibration nor in the run."""
+    """Neither in the calibration nor in the run, neither to its place nor to its codes."""
 
     def fails(*_: object) -> None:
         raise AssertionError("a kernel was chosen")
 
-    monkeypatch.setattr("nla_engine.capture.tap.row_places", fails)
     lm = language_model()
-    run_capture(options(tmp_path, kernels="reference"), lm=lm)
-    with pytest.raises(AssertionError, match="a kernel was chosen"):
-        run_capture(options(tmp_path, out=tmp_path / "other.zarr"), lm=lm)
+    for other in ("nla_engine.capture.tap.row_places", "nla_engine.ops.encode._encode_numba"):
+        monkeypatch.setattr(other, fails)
+        run_capture(options(tmp_path, kernels="reference", overwrite=True), lm=lm)
+        with pytest.raises(AssertionError, match="a kernel was chosen"):
+            run_capture(options(tmp_path, out=tmp_path / "other.zarr"), lm=lm)
+        monkeypatch.undo()
 
 
 def test_rows_kept_exactly_find_their_sequence(rng) -> None:
@@ -350,22 +352,24 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
     hidden[big] *= 100
     tap = RowTap(
-        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), slots=3, rows_per_slot=4, exact_capacity=9,
-        sink_norm={1: 100.0}, device=torch.device("cpu"),
+        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=4, sink_norm={1: 100.0},
+        device=torch.device("cpu"),
     )  # fmt: skip
+    tap.allocate(3, generated=0, given=9)
     tap.open([0, 1, 2], [1, 1, 1], sizes)
     position = torch.cat([torch.arange(size) for size in sizes])
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
-    tap.poll()
-    collected = [rows[1] for rows in tap.collect([2, 0, 1], [4, 4, 3])]
-    assert tap.nbytes([2, 0, 1], [4, 4, 3]) == [rows.nbytes for rows in collected]
+    tap.look(decoded=False)
+    ended = tap.settle([2, 0, 1], [4, 4, 3])
+    collected = [rows[1] for rows in tap.collect(ended)]
+    assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
     assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
     for rows, start in zip(collected, (7, 0, 4), strict=True):
         assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
         assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
     del tap._exact[1][2]
     with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect([2, 0, 1], [4, 4, 3])
+        tap.collect(ended)
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from tiny import byte_tokenizer, tiny_model
 
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec, bf16_values
-from nla_engine.engine import generator as engine
-from nla_engine.engine.generator import STEPS_BETWEEN_POLLS, Generator
+from nla_engine.engine import scheduler
+from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
@@ -53,7 +53,7 @@ def test_looking_before_the_last_of_several_steps_loses_no_end_and_no_row(
     positions: str, refill: float, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     """A third of the rows are kept exactly, by a norm that they exceed."""
-    monkeypatch.setattr(engine, "REFILL_PART", refill)
+    monkeypatch.setattr(scheduler, "REFILL_PART", refill)
     lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="tiny")
     keep = RowRange.parse(positions)
     prompts = [tuple(rng.integers(1, 250, rng.integers(1, 30)).tolist()) for _ in range(60)]
@@ -62,16 +62,16 @@ def test_looking_before_the_last_of_several_steps_loses_no_end_and_no_row(
 
     def completions(eos: tuple[int, ...] = (), replayed: bool = False) -> dict[int, Completion]:
         tap = RowTap(
-            tuple(sink), Codec.named("int8", lm.d_model), keep, slots=5, rows_per_slot=60,
-            exact_capacity=5 * (STEPS_BETWEEN_POLLS + 1) + 17, sink_norm=sink, device=torch.device("cpu"),
+            tuple(sink), Codec.named("int8", lm.d_model), keep, rows_per_slot=60,
+            sink_norm=sink, device=torch.device("cpu"),
         )  # fmt: skip
         stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), eos)
         with (
-            Runner(lm, slots=5, length=60, tap=tap, tap_layers=sink) as runner,
+            Runner(lm, slots=5, length=60, tap=tap) as runner,
             monkeypatch.context() as patch,
         ):
             generator = Generator(
-                runner, max_new_tokens=30, stop=stop, keeper=tap, read_last=positions != "last", max_prefill_tokens=17
+                runner, max_new_tokens=30, stop=stop, read_last=positions != "last", max_prefill_tokens=17
             )  # fmt: skip
             if replayed:
                 patch.setattr(Runner, "graphable", True)

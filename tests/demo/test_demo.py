@@ -18,7 +18,7 @@ from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.demo import evaluate
 from nla_engine.demo.run import LAYER, TRIO, run_demo
-from nla_engine.engine.request import VECTOR
+from nla_engine.engine.injection import VECTOR
 from nla_engine.roundtrip import reconstruct as ar_module
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.run import run_roundtrip
@@ -140,22 +140,17 @@ def marker_off(by: int) -> Callable[[Bench], int]:
     """The vector stands one token beside the marker, which keeps its own embedding."""
 
     def disturb(bench: Bench) -> int:
-        av = bench.verbalizer
-        marker = av.sidecar.marker_id
-        assert marker is not None
-        if by < 0:
-            av.prefix, av.tail = av.prefix[:-1], (VECTOR, marker, *av.tail[1:])
-        else:
-            av.prefix, av.tail = (*av.prefix, marker), (VECTOR, *av.tail[2:])
+        injection = bench.verbalizer.injection
+        bench.verbalizer.injection = replace(injection, place=injection.place + by)
         return LAYER
 
     return disturb
 
 
 def scale_off(bench: Bench) -> int:
-    sidecar = bench.verbalizer.sidecar
-    assert sidecar.injection_scale is not None
-    bench.verbalizer.sidecar = replace(sidecar, injection_scale=100 * sidecar.injection_scale)
+    injection = bench.verbalizer.injection
+    assert injection.scale is not None
+    bench.verbalizer.injection = replace(injection, scale=100 * injection.scale)
     return LAYER
 
 
@@ -179,7 +174,7 @@ FAULTS = {
 def test_the_vector_stands_where_the_sidecar_says(intact: tuple[Bench, float]) -> None:
     """Once, and between the neighbours that the sidecar names."""
     av = intact[0].verbalizer
-    prompt = (*av.prefix, *av.tail)
+    prompt = (*av.injection.prefix, *av.injection.tail)
     place = prompt.index(VECTOR)
     assert prompt.count(VECTOR) == 1 and av.sidecar.marker_id not in prompt
     assert (prompt[place - 1], prompt[place + 1]) == (av.sidecar.left_id, av.sidecar.right_id)

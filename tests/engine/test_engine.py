@@ -11,15 +11,18 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.request import VECTOR, Completion, Finish, Request
+from nla_engine.engine.injection import VECTOR
+from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sampling import Sampling
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS
 from nla_engine.engine.slots import default_slots, slot_size
 from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.tap import NoTap
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
-from nla_engine.ops.choose import choose
+from nla_engine.ops.backends import Kernels
+from nla_engine.ops.choose import Sampling, choose
 
 PREFIX = (7, 8, 9, 10, 11)
 EOS = 258 - 1
@@ -48,7 +51,7 @@ def run(
     stop: tuple[bytes, ...] = (),
     kernels: str = "auto",
 ) -> dict[int, Completion]:
-    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=kernels)
+    runner = Runner(lm, slots=slots, length=len(prefix) + 60, prefix=prefix, kernels=Kernels(kernels))
     automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), eos, stop)
     generator = Generator(
         runner, max_new_tokens=20, stop=automaton, sampling=sampling, max_prefill_tokens=chunk
@@ -228,6 +231,18 @@ def test_wanted_states_are_those_of_their_tokens(
     """The last block goes on with the wanted tokens alone, but where its rows are tapped: then with all."""
     lm, seen = language_model(architecture), []
     last = len(lm.blocks) - 1
+
+    class Seen(NoTap):
+        """Notes the sizes of what it is called with."""
+
+        def __init__(self, layers: tuple[int, ...]) -> None:
+            self.layers = layers
+
+        def __call__(
+            self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor
+        ) -> None:
+            seen.append((len(hidden), len(slot), len(position)))
+
     parts = [(slot, 6, rng.integers(1, 250, size).tolist()) for slot, size in enumerate((1, 23, 9, 1, 40, 2))]
     total, prefix = sum(len(ids) for _, _, ids in parts), rng.integers(1, 250, 6).tolist()
     layers = (last,) if tapped else ()
@@ -236,10 +251,8 @@ def test_wanted_states_are_those_of_their_tokens(
         slots=6,
         length=60,
         prefix=prefix,
-        tap=lambda layer, hidden, slot, position: seen.append((len(hidden), len(slot), len(position))),
-        tap_layers=layers,
-        kernels="fused",
-        precision=precision,
+        tap=Seen(layers),
+        kernels=Kernels("fused", precision),
     ) as runner:
         every = runner.prefill(parts)
         for wanted in ([total - 1], list(range(total)), rng.permutation(total)[:17].tolist(), [5, 5, 0]):
@@ -267,9 +280,9 @@ def test_no_requests_is_nothing_to_do() -> None:
 
 
 def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, rng) -> None:
-    from nla_engine.engine import generator
+    from nla_engine.engine import scheduler
 
-    monkeypatch.setattr(generator, "REFILL_PART", 0.5)
+    monkeypatch.setattr(scheduler, "REFILL_PART", 0.5)
     lm = language_model()
     requests = ragged_requests(rng, 23)
     patient, eager = run(lm, requests, slots=6), run(lm, requests, slots=1)
@@ -282,10 +295,10 @@ def test_refills_wait_until_they_are_worth_a_pass_and_none_is_lost(monkeypatch, 
 def test_the_model_gets_its_own_norm_and_blocks_back(architecture: str, rng: np.random.Generator) -> None:
     lm = language_model(architecture)
     parts = [(0, 0, tuple(rng.integers(1, 250, 20).tolist()))]
-    with Runner(lm, slots=1, length=60, kernels="reference") as runner:
+    with Runner(lm, slots=1, length=60, kernels=Kernels("reference")) as runner:
         assert "forward" not in vars(lm.decoder.norm)
         expected = runner.prefill(parts)
-    with Runner(lm, slots=1, length=60, kernels="fused") as runner:
+    with Runner(lm, slots=1, length=60, kernels=Kernels("fused")) as runner:
         assert isinstance(lm.decoder.norm.forward, FusedNorm)
         assert all(isinstance(block.forward, FusedBlock) for block in lm.blocks)
         torch.testing.assert_close(runner.prefill(parts), expected, atol=2e-5, rtol=1e-4)
@@ -302,17 +315,21 @@ def test_a_slot_has_room_for_the_shared_prefix() -> None:
     assert slot_size(100, 30) == 71
 
 
-def test_the_keeper_is_prepared_after_everything_else() -> None:
-    class Keeper:
-        prepared = 0
+def test_a_tap_is_prepared_after_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers come before any graph, whose launches hold their addresses; pinned memory comes last."""
+    told: list[str] = []
+
+    class Told(NoTap):
+        def allocate(self, slots: int, *, generated: int, given: int) -> None:
+            told.append(f"allocate {slots} {generated} {given}")
 
         def prepare(self) -> None:
-            self.prepared += 1
+            told.append("prepare")
 
-    keeper = Keeper()
-    with Runner(language_model(), slots=1, length=4) as runner:
-        Generator(runner, max_new_tokens=0, keeper=keeper).prepare()  # type: ignore[arg-type]
-    assert keeper.prepared == 1
+    monkeypatch.setattr(Runner, "tune", lambda self, rows: told.append("tune"))
+    with Runner(language_model(), slots=2, length=4, tap=Told()) as runner:
+        Generator(runner, max_new_tokens=0, max_prefill_tokens=7).prepare()
+    assert told == [f"allocate 2 {2 * (STEPS_BETWEEN_POLLS + 1)} 7", "tune", "prepare"]
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8"])

@@ -23,6 +23,7 @@ from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.ops.attention import Shape
+from nla_engine.ops.backends import Kernels
 
 TRIO = Path(__file__).parents[2] / "nla_engine" / "demo" / "trio"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -173,8 +174,8 @@ def pretrained(smollm2: Path) -> LanguageModel:
     return load_model(str(smollm2), device=torch.device("cpu"), dtype=torch.bfloat16)
 
 
-def check(lm: LanguageModel, **options: Any) -> None:
-    with Runner(lm, slots=2, length=60, **options):
+def check(lm: LanguageModel, kernels: str = "auto", **options: Any) -> None:
+    with Runner(lm, slots=2, length=60, kernels=Kernels(kernels), **options):
         pass
 
 
@@ -288,7 +289,10 @@ def test_models_of_few_positions_are_checked_as_far_as_they_go(
     with Runner(lm, slots=1, length=length):
         pass
     FAULTS["epsilon"][1](monkeypatch)
-    with pytest.raises(EngineError, match="differs"), Runner(lm, slots=1, length=length, kernels="fused"):
+    with (
+        pytest.raises(EngineError, match="differs"),
+        Runner(lm, slots=1, length=length, kernels=Kernels("fused")),
+    ):
         pass
 
 

@@ -10,7 +10,7 @@ import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
 from nla_engine.ops import choose
-from nla_engine.ops.choose import Choosing, SlotState
+from nla_engine.ops.choose import Choosing, Sampling, SlotState
 
 DTYPES = [torch.float32, torch.bfloat16]
 MOST = 5
@@ -61,7 +61,7 @@ def test_both_ways_move_every_lane_alike(
     where = torch.from_numpy(at).to(DEVICE)
     logits = torch.from_numpy(rng.integers(-8, 8, (lanes, 2 * vocabulary)).astype(np.float32) / 4)
     logits = logits.to(DEVICE, dtype)[:, :vocabulary]  # many ties; rows further apart than they are long
-    how = Choosing(temperature, int(rng.integers(1 << 62)), table, 2, read_last)
+    how = Choosing(Sampling(temperature, int(rng.integers(1 << 62))), table, 2, read_last)
     fast, slow = copied(state), copied(state)
     choose.advance_triton(logits, where, fast, how)
     choose.advance_reference(logits, where, slow, how)
@@ -82,7 +82,7 @@ def one_each(logits: torch.Tensor, temperature: float = 0.0, seed: int = 0) -> t
     state.sequence.copy_(torch.arange(lanes + 1))
     state.position.copy_(torch.arange(lanes + 1))
     table = torch.zeros(1, logits.shape[1], dtype=torch.uint8, device=logits.device)
-    how = Choosing(temperature, seed, table, 1, False)
+    how = Choosing(Sampling(temperature, seed), table, 1, False)
     choose.advance_triton(logits, torch.arange(lanes, device=logits.device), state, how)
     return state.token[:lanes]
 

@@ -12,9 +12,10 @@ from triton.runtime import interpreter
 
 from nla_engine.engine import fused
 from nla_engine.engine.runner import Runner
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, RequestError
 from nla_engine.models.load import wrap_model
 from nla_engine.ops import fp8
+from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import Quantised
 from nla_engine.ops.gate import gate_reference
 from nla_engine.ops.norm import rms_norm_reference
@@ -146,12 +147,12 @@ def test_states_in_fp8_are_near_those_of_the_model(architecture: str, rng) -> No
     ids = rng.integers(1, 250, 12).tolist()
     states = {}
     for precision in ("full", "fp8"):
-        with Runner(lm, slots=2, length=20, kernels="fused", precision=precision) as runner:
+        with Runner(lm, slots=2, length=20, kernels=Kernels("fused", precision)) as runner:
             states[precision] = runner.prefill([(0, 0, ids)]).double()
     error = float((states["fp8"] - states["full"]).norm() / states["full"].norm())
     assert 1e-3 <= error <= 0.25  # 3.7% a product, eight sublayers deep
     with Runner(
-        lm, slots=2, length=20, kernels="fused"
+        lm, slots=2, length=20, kernels=Kernels("fused")
     ) as runner:  # the model's own weights are as they were
         assert torch.equal(runner.prefill([(0, 0, ids)]).double(), states["full"])
 
@@ -161,16 +162,16 @@ def test_the_self_check_sees_misplaced_channels(monkeypatch) -> None:
     monkeypatch.setattr(fused, "scaled_linear", lambda *args: right(*args).roll(1, -1))
     lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="small")
     with pytest.raises(EngineError, match="not supported in fp8"):
-        Runner(lm, slots=1, length=8, precision="fp8")
+        Runner(lm, slots=1, length=8, kernels=Kernels(precision="fp8"))
     assert not any("forward" in vars(block) for block in lm.blocks)  # and the model is given back
 
 
 def test_fp8_that_cannot_be_is_refused() -> None:
-    lm = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="small")
-    with pytest.raises(EngineError, match="fp8 needs fused blocks, which --kernels reference rules out"):
-        Runner(lm, slots=1, length=8, kernels="reference", precision="fp8")
-    with pytest.raises(EngineError, match="'int3' is unknown: use full or fp8"):
-        Runner(lm, slots=1, length=8, precision="int3")
+    with pytest.raises(RequestError, match="fp8 has no reference kernels"):
+        Kernels("reference", "fp8")
+    for unknown in ({"precision": "int3"}, {"name": "fast"}):
+        with pytest.raises(RequestError, match="is unknown: use (full or fp8|auto or fused or reference)"):
+            Kernels(**unknown)
 
 
 @starts_the_interpreter

@@ -13,6 +13,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.models.load import wrap_model
 from nla_engine.ops import fp8, linear
+from nla_engine.ops.backends import Kernels
 from nla_engine.ops.gated_linear import (
     gated_linear,
     gated_linear_cuda,
@@ -187,7 +188,7 @@ def test_fp8_blocks_generate_in_graphs_what_they_generate_outside(architecture: 
     tokens = []
     for graphs in (True, False):
         monkeypatch.setattr(Runner, "graphable", property(lambda self, graphs=graphs: graphs))
-        with Runner(lm, slots=6, length=24, precision="fp8") as runner:
+        with Runner(lm, slots=6, length=24, kernels=Kernels(precision="fp8")) as runner:
             generator = Generator(runner, max_new_tokens=9, stop=stop)
             generator.prepare()
             tokens.append({c.request.id: c.generated.tolist() for c in generator.run(work)})

@@ -18,9 +18,10 @@ from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion
-from nla_engine.engine.sampling import Sampling
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import load_model
+from nla_engine.ops.backends import Kernels
+from nla_engine.ops.choose import Sampling
 from nla_engine.roundtrip import pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import read_metadata
@@ -280,6 +281,13 @@ def test_what_does_not_fit_together_is_refused(trio: Path, tmp_path: Path) -> No
     with pytest.raises(RequestError, match="an AR checkpoint, but was given as the AV"):
         run_roundtrip(options(trio, out, av=str(trio / "ar")))
     assert not out.exists() and not list(tmp_path.glob("*.parts"))
+
+
+def test_a_given_model_with_other_kernels_is_refused(trio: Path, tmp_path: Path) -> None:
+    given = Verbalizer.load(str(trio / "av"), **CPU, kernels=Kernels("reference"))
+    with pytest.raises(RequestError, match="the options ask for"):
+        run_roundtrip(options(trio, tmp_path / "x.parquet"), verbalizer=given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_explanations_do_not_depend_on_batching(trio: Path) -> None:

@@ -20,8 +20,8 @@ from tiny import D, save_ar, save_av
 
 from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
-from nla_engine.engine.sampling import Sampling
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
+from nla_engine.ops.choose import Sampling
 from nla_engine.roundtrip import pipeline, rows, run
 from nla_engine.roundtrip.behind import Behind
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -131,7 +131,7 @@ def test_a_prompt_is_read_once_for_its_samples(pair: Path, monkeypatch: pytest.M
                 batch_size=8,
             )
         )
-        assert read[-1] == 2 * len(verbalizer.tail)
+        assert read[-1] == 2 * len(verbalizer.injection.tail)
 
 
 def test_the_shared_part_of_reconstructor_prompts_changes_nothing(pair: Path) -> None:

@@ -16,6 +16,7 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.sidecar import Sidecar
+from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import has_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
 
@@ -77,7 +78,9 @@ def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> 
         right_id=None,
         suffix_ids=(),
     )
-    return Reconstructor(twin(lm).truncated(layer), sidecar, _head(lm.d_model), precision=precision)
+    return Reconstructor(
+        twin(lm).truncated(layer), sidecar, _head(lm.d_model), kernels=Kernels(precision=precision)
+    )
 
 
 def _head(width: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
         free_memory(session.device)  # of the run before
         summary = run_roundtrip(
             options,
-            verbalizer=verbalize.verbalizer_of(session.lm, session.layer),
+            verbalizer=verbalize.verbalizer_of(session.lm, session.layer, precision),
             reconstructor=reconstruct.reconstructor_of(session.lm, session.layer, precision),
         )
         expect("explanations", summary.explanations, sizes.vectors)

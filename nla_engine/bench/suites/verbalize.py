@@ -15,6 +15,7 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.sidecar import Sidecar
+from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import has_fp8
 from nla_engine.roundtrip.verbalize import Verbalizer
 
@@ -74,7 +75,7 @@ def limit(session: Session) -> float:
     return count / generate_seconds(session.size, session.hardware, count, PROMPT, new, slots, shared=BEFORE)
 
 
-def verbalizer_of(lm: LanguageModel, layer: int) -> Verbalizer:
+def verbalizer_of(lm: LanguageModel, layer: int, precision: str = "full") -> Verbalizer:
     """A model's weights as an AV."""
     sidecar = Sidecar(
         path=Path("bench-av"),
@@ -89,20 +90,16 @@ def verbalizer_of(lm: LanguageModel, layer: int) -> Verbalizer:
         right_id=None,
         suffix_ids=(),
     )
-    return Verbalizer(twin(lm), sidecar)
+    return Verbalizer(twin(lm), sidecar, kernels=Kernels(precision=precision))
 
 
-def _explain(
-    session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int, precision: str = "full"
-) -> float:
+def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
     """Seconds for `count` vectors."""
     rows = vectors(count, session.lm.d_model)
     counts: list[int] = []
 
     def explain() -> None:
-        written = verbalizer.explain(
-            enumerate(rows), max_new_tokens=new, batch_size=slots, precision=precision
-        )
+        written = verbalizer.explain(enumerate(rows), max_new_tokens=new, batch_size=slots)
         counts.extend(explanation.n_tokens for explanation in written)
 
     elapsed = seconds(explain, session.device)
@@ -115,10 +112,10 @@ def _explain(
 def _explained(
     session: Session, count: int, new: int, slots: int, precision: str = "full"
 ) -> Iterator[Prepared]:
-    verbalizer = verbalizer_of(session.lm, session.layer)
+    verbalizer = verbalizer_of(session.lm, session.layer, precision)
     yield Prepared(
-        lambda: count / _explain(session, verbalizer, count, new, slots, precision),
-        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots, precision),
+        lambda: count / _explain(session, verbalizer, count, new, slots),
+        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
     )
 
 

@@ -1,0 +1,73 @@
+"""What a capture will do, known before it starts: most rows and bytes, slots, shared prompt tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nla_engine.capture.tap import RowRange
+from nla_engine.codec.rows import Codec
+from nla_engine.config import CaptureOptions
+from nla_engine.engine.slots import default_slots
+from nla_engine.models.load import LanguageModel
+from nla_engine.models.prompts import PromptSet
+
+#: Shared prompt tokens below this are not worth a prefix.
+SHORTEST_PREFIX = 8
+#: Slots when prompts are only read: a pass reads no more texts than this at once.
+READING_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a run will do, known before it starts. rows: an upper bound, since replies may end early."""
+
+    sequences: int
+    already_done: int
+    rows: int
+    bytes: int
+    codec: str
+    slots: int
+    length: int
+    prefix: int
+
+    def __str__(self) -> str:
+        done = f" ({self.already_done:,} already there)" if self.already_done else ""
+        shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
+        return (
+            f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {self.bytes / 2**30:.3g} GiB "
+            f"as {self.codec}; {self.slots} slots of {self.length} tokens{shared}"
+        )
+
+
+def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
+    """Sizes of the run: slots from the batch size or the memory that is free, rows from the lengths."""
+    keep = RowRange.parse(str(options.positions))
+    new = options.max_new_tokens
+    todo = prompts.sizes[done:]
+    prefix = prompts.common_prefix() if len(todo) > 1 else 0
+    if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
+        prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
+    longest = int(todo.max(initial=1)) + new
+    slots = options.batch_size or default_slots(lm, longest, prefix)
+    if not new and options.batch_size is None:
+        slots = min(slots, READING_SLOTS)
+    rows = rows_kept(keep, todo, new)
+    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
+    return CapturePlan(
+        sequences=len(prompts),
+        already_done=done,
+        rows=rows,
+        bytes=rows * row_bytes,
+        codec=options.codec,
+        slots=max(min(slots, len(todo)), 1),
+        length=longest,
+        prefix=prefix,
+    )
+
+
+def rows_kept(keep: RowRange, sizes: np.ndarray, new: int) -> int:
+    """Rows of prompts of these sizes, int64 [n], each continued by `new` tokens."""
+    counted = zip(*np.unique(sizes, return_counts=True), strict=True)
+    return sum(keep.count(int(size), int(size) + new) * int(count) for size, count in counted)

@@ -1,0 +1,82 @@
+"""The engine's side of a tap: what is called inside every pass, and what the generator asks of it.
+
+The generator calls `allocate` once, `prepare` before a run, then for each sequence `open`, `settle` and `collect`.
+`collect` takes what `settle` returned, so the two cannot be called in the wrong order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Rows of a sequence that has ended, still on the device. size: tokens of the sequence; nbytes: on the host."""
+
+    slot: int
+    size: int
+    nbytes: int
+
+
+class Tap(Protocol):
+    """Keeps rows of the residual stream of some layers."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks whose output is tapped."""
+
+    def allocate(self, slots: int, *, generated: int, given: int) -> None:
+        """Take the device memory, before any pass. Between two calls of `settle` the passes read at most `generated`
+        tokens that the model chose and `given` tokens of prompts."""
+
+    def prepare(self) -> None:
+        """Take the host memory. Called last before a run, after graphs are captured."""
+
+    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
+
+    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+        """Called inside every pass after block `layer`. hidden [T, d]; slot, position int64 [T]. No synchronisation."""
+
+    def look(self, *, decoded: bool) -> None:
+        """Queue a look at what `settle` must fetch. decoded: of decode steps, else of prompts. No synchronisation."""
+
+    def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
+        """Before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with `size`
+        tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
+
+    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
+        """The rows of these sequences, by layer. Their slots may be opened again."""
+
+
+class NoTap:
+    """Keeps nothing."""
+
+    layers: tuple[int, ...] = ()
+
+    def allocate(self, slots: int, *, generated: int, given: int) -> None:
+        """Nothing to do."""
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """Nothing to do."""
+
+    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def look(self, *, decoded: bool) -> None:
+        """Nothing to do."""
+
+    def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
+        """No bytes for any."""
+        return [KeptRows(slot, size, 0) for slot, size in zip(slots, sizes, strict=True)]
+
+    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
+        """No layers for any."""
+        return [{} for _ in ended]

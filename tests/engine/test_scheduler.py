@@ -1,0 +1,109 @@
+"""The order of work, without a model: played against a device that ends sequences at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from nla_engine.engine.request import Request
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Scheduler
+from nla_engine.engine.tap import KeptRows
+
+SLOTS, ROOM = 5, 17
+
+
+def requests(rng: np.random.Generator, count: int, patient: bool) -> Iterator[Request | None]:
+    """Some prompts are longer than a pass, some are shared by the next request, some are only read."""
+    ids: tuple[int, ...] = ()
+    for id_ in range(count):
+        if patient and id_ > 5 and rng.random() < 0.2:
+            yield None
+        again = id_ % 7 == 3
+        ids = ids if again else (1,) * int(rng.integers(1, 40))
+        yield Request(id_, ids, 0 if id_ % 5 == 1 else int(rng.integers(1, 30)), None, again)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("patient", [True, False])
+def test_every_request_is_read_once_runs_and_ends(
+    alone: bool, patient: bool, rng: np.random.Generator
+) -> None:
+    count, done, read, steps, owner = 80, [], {}, {}, {}
+    queue = Scheduler(
+        requests(rng, count, patient),
+        slots=SLOTS,
+        prefill_tokens=ROOM,
+        more_steps=0,
+        alone=alone,
+        check=lambda request: None,
+    )
+    while True:
+        step = queue.schedule()
+        if step is None:
+            if not queue.finished:
+                if not queue.held_back:
+                    break
+                continue
+            ended = []
+        else:
+            for admitted in step.entered:
+                assert admitted.slot not in owner, "a slot has one sequence at a time"
+                owner[admitted.slot] = admitted.request
+            assert sum(run.stop - run.start for run in step.runs) <= ROOM
+            for run in step.runs:
+                id_ = run.admitted.request.id
+                assert run.start == read.get(id_, 0), "prompts are read in order, and no token twice"
+                read[id_] = run.stop
+                if run.completes:
+                    read |= {twin.request.id: run.stop for twin in run.admitted.twins}
+            assert 1 <= step.steps <= (STEPS_BETWEEN_POLLS if alone else 1) or not step.slots
+            assert step.after_look in (0, 1) and step.after_look < max(step.steps, 1)
+            assert step.slots == sorted(step.slots) and set(step.slots) <= owner.keys()
+            active = [False] * (SLOTS + 1)
+            for slot in step.slots:
+                request = owner[slot]
+                assert read[request.id] == len(request.token_ids), "no prompt is continued before it is read"
+                seen = steps.get(request.id, 0) + step.steps - step.after_look
+                steps[request.id] = steps.get(request.id, 0) + step.steps
+                active[slot] = seen < request.max_new_tokens and rng.random() < 0.9
+            ended = queue.ended(active if step.slots else None)
+        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        assert all(each.nbytes == 112 for each in queue.finished.values())
+        chosen = [id_ for id_ in queue.finished if step is None or rng.random() < 0.7]
+        for each in queue.release(chosen):
+            assert owner.pop(each.slot) is each.request
+            done.append(each.request.id)
+    assert sorted(done) == list(range(count)) and not owner
+
+
+def test_a_request_that_cannot_run_takes_no_slot() -> None:
+    def refuse(request: Request) -> None:
+        raise ValueError(request.id)
+
+    queue = Scheduler(
+        iter([Request(0, (1,), 1)]), slots=1, prefill_tokens=4, more_steps=0, alone=False, check=refuse
+    )
+    with pytest.raises(ValueError, match="0"):
+        queue.schedule()
+    assert queue.schedule() is None
+
+
+def test_steps_end_where_a_sequence_must_end() -> None:
+    """One sequence of 12 tokens: the first comes with the prompt, eight by eight steps, three more are left."""
+    queue = Scheduler(
+        iter([Request(0, (1, 2), 12)]),
+        slots=1,
+        prefill_tokens=4,
+        more_steps=-1,
+        alone=True,
+        check=lambda _: None,
+    )
+    taken = []
+    for _ in range(2):
+        step = queue.schedule()
+        assert step is not None
+        taken.append((len(step.runs), step.steps, step.after_look))
+        assert queue.ended([True]) == []
+    assert taken == [(1, 8, 1), (0, 3, 0)]
