@@ -3,9 +3,9 @@
     python -m nla_engine.demo.smollm2 smollm2
     python benchmarks/codec_rows.py smollm2 [--layers 0 10 20 29]
 
-Texts: prose (the pages of this repository), chat (made-up requests and the model's own greedy replies) and code (the
-package's source). Rows are read in float32 by a hook of plain transformers, without the engine. Rows longer than 8
-times the layer's median are left out, as the store keeps them exactly.
+Texts: prose (the pages of this repository, without the benchmark tables), chat (made-up requests and the model's own
+greedy replies) and code (the package's source). Rows are read in float32 by a hook of plain transformers, without the
+engine. Rows longer than 8 times the layer's median are left out, since the store keeps them exactly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def documents(kind: str, model: Any, tokenizer: Any) -> list[list[int]]:
     """Token ids of DOCUMENTS texts; of chat twice as many, which are shorter."""
     if kind == "chat":
         return [_chat(text, model, tokenizer) for text in chats(2 * DOCUMENTS)]
-    paths = ROOT.glob("docs/*.md") if kind == "prose" else (ROOT / "nla_engine").rglob("*.py")
+    paths = (ROOT / "nla_engine").rglob("*.py")
+    if kind == "prose":
+        paths = (path for path in ROOT.glob("docs/*.md") if path.name != "benchmarks.md")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(paths))
     ids = tokenizer(text[: 8 * LENGTH * DOCUMENTS]).input_ids
     return [ids[start : start + LENGTH] for start in range(0, LENGTH * DOCUMENTS, LENGTH)]

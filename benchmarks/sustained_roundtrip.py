@@ -2,7 +2,7 @@
 
     python benchmarks/sustained_roundtrip.py --vectors 50000 --out benchmarks/results/sustained
 
-Random weights and rows; both models on one GPU. Says nothing of the words.
+Random weights and rows, both models on one GPU. The explanations mean nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _draw(samples: list[tuple[float, int, float, float]], path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(3, 2))
     above.plot(seconds[step:], rate, color="#0b5d7a")
     above.set_ylim(0, None)
-    above.set_ylabel("vectors a second")
+    above.set_ylabel("vectors per second")
     below.plot(seconds, [sample[2] for sample in samples], color="#0b5d7a", label="GPU, in use")
     below.plot(seconds, [sample[3] for sample in samples], color="#c46a1b", label="host, largest so far")
     below.set_ylim(0, None)

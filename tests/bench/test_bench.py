@@ -3,7 +3,9 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -147,31 +149,56 @@ def test_commit_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert Machine.here(CPU).commit == "fedcba9"
 
 
-def test_readme_table(tmp_path: Path) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
-    spec = importlib.util.spec_from_file_location("readme_table", path)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/tables.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tables", module)  # dataclasses look there
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results(tables: ModuleType) -> None:
+    assert tables.main(["--check"]) == 0
+    assert len(tables.FIGURES) == 6
+
+
+def test_tables(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = ("theirs", "generate", "two: case")
+    monkeypatch.setattr(tables, "FIGURES", (tables.Figure("ours", "GPU", "generate", "one: case", (peer,)),))
     old = Machine("2026-01-01T00:00:00+00:00", "aaa", "GPU", "torch")
     new = Machine("2026-01-02T00:00:00+00:00", "bbb", "GPU", "torch")
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results, readme, page = (
+        tmp_path / name for name in ("benchmarks/results", "README.md", "docs/benchmarks.md")
+    )
     append_csv(results / "a.csv", new, "one", [Line("generate", "case", "tok/s", [2000.0], limit=4000.0)])
     append_csv(results / "b.csv", old, "one", [Line("generate", "case", "tok/s", [1000.0])])
+    page.parent.mkdir()
+    for path in (readme, page):
+        path.write_text(f"before\n{tables.START}\nstale\n{tables.END}\nafter\n")
+    arguments = ["--root", str(tmp_path)]
+    assert tables.main(arguments) == 2
+    assert "no result of suite generate on GPU is called 'two: case'" in capsys.readouterr().err
     append_csv(results / "b.csv", old, "two", [Line("generate", "case", "tok/s", [3000.0])])
-    readme.write_text(f"before\n{module.START}\nstale\n{module.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    assert module.main([*arguments, "--check"]) == 1
-    assert module.main(arguments) == 0
-    text = readme.read_text()
-    assert (
-        "| generate | case | 2,000 tok/s | 50% |  | bbb |" in text
-        and "1,000" not in text
-        and "stale" not in text
-    )
-    assert "GPU; one; 2026-01-02" in text and "GPU; two; 2026-01-01" in text and "| 3,000 tok/s |" in text
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert module.main([*arguments, "--check"]) == 0
+    assert tables.main([*arguments, "--check"]) == 1 and "stale" in readme.read_text()
+    assert tables.main(arguments) == 0
+    text = page.read_text()
+    assert "| generate | case | 2,000 tok/s | 50% |  | bbb |" in text
+    assert "1,000" not in text and "stale" not in text
+    assert "## one, GPU\n\nMeasured 2026-01-02" in text and "## two, GPU\n\nMeasured 2026-01-01" in text
+    assert "| ours | GPU | 2,000 tok/s | 50% | theirs: 3,000 tok/s |" in readme.read_text()
+    for path in (readme, page):
+        assert path.read_text().startswith("before\n") and path.read_text().endswith("\nafter\n")
+    assert tables.main([*arguments, "--check"]) == 0
+    page.write_text("no table")
+    assert tables.main(arguments) == 2
 
 
 # ---- the command ----
