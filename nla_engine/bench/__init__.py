@@ -1,4 +1,4 @@
-"""`python -m nla_engine.bench`: how fast each part is, beside the limit of the hardware and what else there is.
+"""`python -m nla_engine.bench`: how fast each part is, compared with the hardware's limit and with other libraries.
 
-Uses the package as its users do. Nothing outside this directory knows of it.
+It uses the package as a user would. Nothing outside this directory imports it.
 """

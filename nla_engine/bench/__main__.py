@@ -23,9 +23,9 @@ from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models.load import pick_device, pick_dtype
 
-#: What typer makes of Ctrl-C, without a word.
+#: The exit code that typer returns for Ctrl-C; it prints nothing.
 _TYPER_INTERRUPTED = 130
-#: Columns of the table where no terminal says how many there are.
+#: Columns of the table when stderr is not a terminal.
 _LOG_WIDTH = 180
 
 app = typer.Typer(
@@ -38,40 +38,65 @@ app = typer.Typer(
 
 @app.command()
 def bench(
-    suites: Annotated[list[str], typer.Argument(help=f"Of {', '.join(SUITES)}; or all.")] = ["all"],  # noqa: B006
+    suites: Annotated[list[str], typer.Argument(help=f"Any of {', '.join(SUITES)}; or all.")] = ["all"],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="A checkpoint directory or Hub id.")] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Random weights: qwen2.5-7b, llama3-8b, gemma3-12b or tiny. [default: by device]"),
+        typer.Option(
+            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b or tiny. "
+            "[default: qwen2.5-7b on a GPU, else tiny]"
+        ),
     ] = None,
     batch_size: Annotated[
         list[int], typer.Option(help="Sequences decoded at once. Repeat for several.")
     ] = [],  # noqa: B006
-    requests: Annotated[int | None, typer.Option(help="Requests, documents or vectors of a case.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests, documents or vectors per case.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Prompt length of suite generate.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate for each request.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Block to capture. [default: that of the NLA]")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 3,
-    baseline: Annotated[str, typer.Option(help="hf: also measure plain Hugging Face; or none.")] = "none",
-    vllm: Annotated[
-        str | None, typer.Option(help="A Python that has vLLM: also measure that, without capture.")
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Block to capture. [default: that of the shape's NLA; of --model, at 5/7 of its depth]"
+        ),
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="Directory for a trace and a table a case.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the JSON object.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="File to add the lines to.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 3,
+    baseline: Annotated[
+        str, typer.Option(help="hf: also measure plain Hugging Face code. Or none.")
+    ] = "none",
+    vllm: Annotated[
+        str | None, typer.Option(help="A Python interpreter with vLLM: also measure vLLM, without capture.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Directory for a trace and a table of each case.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write the JSON object to.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to append the results to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Directory for decode.png and codec.png.")] = None,
     rows: Annotated[
         Path | None, typer.Option(help="A store of bf16 rows for suite codec. [default: made-up rows]")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Where captured data goes. [default: a temporary directory]")
+        Path | None,
+        typer.Option(help="Directory for captured data, removed at the end. [default: a temporary one]"),
     ] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no case is started.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu. [default: cuda if any]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [default: by device]")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Start no case after this many seconds.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:N or cpu. [default: cuda if there is one]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]"
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show a traceback with an error.")] = False,
 ) -> None:
-    """Measure how fast each part is, beside the limit of the hardware."""
+    """Measure how fast each part is, and compare it with the hardware's limit.
+
+    A table goes to stderr; the last line on stdout is one JSON object.
+    """
     where = pick_device(device)
     if model is not None and shape is not None:
         raise RequestError("--model and --shape exclude each other")
@@ -117,7 +142,7 @@ def bench(
 
 
 def _check_file(flag: str, path: Path | None) -> None:
-    """RequestError if a result could not be written there once it has been measured."""
+    """RequestError if no result could be written to this file."""
     if path is None:
         return
     try:
@@ -131,7 +156,7 @@ def _check_file(flag: str, path: Path | None) -> None:
 
 
 def _check_directory(flag: str, path: Path | None) -> None:
-    """The same for a directory, which is made."""
+    """RequestError if nothing could be written to this directory. Makes it."""
     if path is None:
         return
     try:
@@ -142,9 +167,9 @@ def _check_directory(flag: str, path: Path | None) -> None:
 
 
 def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
-    """Run the suites in turn; what each gave is written before the next begins. Returns the JSON object.
+    """Run the suites in turn; the results of each are written before the next begins. Returns the JSON object.
 
-    Ctrl-C ends the suite that runs and leaves out the others; what was measured is kept.
+    Ctrl-C ends the running suite and skips the others. What was measured is kept.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -210,6 +235,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # A time limit from outside ends a run as Ctrl-C does.
+    # SIGTERM, as a time limit from outside sends it, ends a run as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""The same work done by plain Hugging Face code, as people do it today. Shares its weights with ours.
+"""The same work done by plain Hugging Face code, with the same weights.
 
-Every call sets the library's own attention first: the engine has plugged in its own.
+Every call first sets the library's own attention, since the engine has plugged in its own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _hook(lm: LanguageModel, layer: int, take: Callable[[torch.Tensor], None]) -
 
 @contextmanager
 def generate_hidden_states(session: Session, batch: int, prompt: int, new: int) -> Iterator[Prepared]:
-    """`generate(output_hidden_states=True)`, then the layer's rows to the host. New tokens a second."""
+    """`generate(output_hidden_states=True)`, then the layer's rows to the host. New tokens per second."""
     lm, layer = session.lm, session.layer
     _plain(lm)
     ids = _ids(lm, batch, prompt)
@@ -77,7 +77,7 @@ def generate_hidden_states(session: Session, batch: int, prompt: int, new: int) 
 
 @contextmanager
 def generate_hook(session: Session, batch: int, prompt: int, new: int) -> Iterator[Prepared]:
-    """`generate` with a hook that takes each step's rows to the host as float32. New tokens a second."""
+    """`generate` with a hook that copies each step's rows to the host as float32. New tokens per second."""
     lm = session.lm
     _plain(lm)
     ids = _ids(lm, batch, prompt)
@@ -95,7 +95,7 @@ def generate_hook(session: Session, batch: int, prompt: int, new: int) -> Iterat
 
 @contextmanager
 def generate_static(session: Session, batch: int, prompt: int, new: int) -> Iterator[Prepared]:
-    """`generate` with a static cache, which it compiles for on a GPU. Nothing is captured. New tokens a second."""
+    """`generate` with a static cache, compiled on a GPU. Nothing is captured. New tokens per second."""
     lm = session.lm
     _plain(lm)
     ids = _ids(lm, batch, prompt)
@@ -110,16 +110,16 @@ def generate_static(session: Session, batch: int, prompt: int, new: int) -> Iter
         with torch.inference_mode():
             run()  # compiles for this length
             yield Prepared(lambda: batch * new / seconds(run, lm.device))
-    finally:  # what was compiled holds memory
+    finally:  # compiled code holds memory
         vars(lm.model).pop("_compiled_call", None)
         torch.compiler.reset()
 
 
 @contextmanager
 def padded_extractor(session: Session, lengths: Sequence[int]) -> Iterator[Prepared]:
-    """The reference extractor: padded batches through the whole model with its head, rows to the host as float32.
+    """The usual extractor: padded batches through the whole model with its head, rows to the host as float32.
 
-    The first batches only; real tokens a second.
+    Only the first batches. Tokens per second, padding not counted.
     """
     lm, device = session.lm, session.device
     _plain(lm)
@@ -144,7 +144,7 @@ def padded_extractor(session: Session, lengths: Sequence[int]) -> Iterator[Prepa
 
 @contextmanager
 def verbalizer(session: Session, batch: int, prompt: int, marker: int, new: int) -> Iterator[Prepared]:
-    """`generate(inputs_embeds)` with the vector in its place, one batch. Explanations a second."""
+    """`generate(inputs_embeds)` with the vector in its place, one batch. Explanations per second."""
     lm = session.lm
     _plain(lm)
 
@@ -162,7 +162,7 @@ def verbalizer(session: Session, batch: int, prompt: int, marker: int, new: int)
 
 @contextmanager
 def reconstructor(session: Session, batch: int, prompt: int, weight: torch.Tensor) -> Iterator[Prepared]:
-    """Dense batches of equal prompts through blocks 0..K, then the head. Reconstructions a second."""
+    """Dense batches of equal prompts through blocks 0..K, then the head. Reconstructions per second."""
     lm = session.lm.truncated(session.layer)
     _plain(lm)
     weight, ids = weight.to(lm.device), _ids(lm, batch, prompt)

@@ -1,4 +1,4 @@
-"""Made-up requests to a chat model: many kinds, short and long, the same ones every time. No data set is needed."""
+"""Made-up requests to a chat model: many kinds, short and long, the same every time. No data set is needed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def chats(count: int) -> list[str]:
 
 
 def chat_file(path: Path, count: int) -> Path:
-    """The same as a prompt file: {"messages": [...]} a line."""
+    """The same as a prompt file, with one {"messages": [...]} per line."""
     records = ({"messages": [{"role": "user", "content": text}]} for text in chats(count))
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
     return path
@@ -89,7 +89,7 @@ def _message(rng: np.random.Generator) -> str:
 
 
 def _story(rng: np.random.Generator) -> str:
-    """2 to 40 sentences, short ones more often."""
+    """2 to 40 sentences; short stories are more frequent."""
     sentences = int(np.exp(rng.uniform(np.log(2), np.log(40))))
     return " ".join(
         f"In {rng.choice(_PLACES)}, {rng.choice(_PEOPLE)} {rng.choice(_DEEDS)} on day {rng.integers(1, 366)}."

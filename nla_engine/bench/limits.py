@@ -1,7 +1,7 @@
 """What the hardware allows: two ceilings that are measured, and the times that follow from them for each kind of work.
 
-The formulas count what no implementation can avoid: each weight read once a step, two operations a weight and token,
-each cached key and value read once. Attention's own arithmetic, norms and sampling are left out. Knows no engine.
+The formulas count what no implementation can avoid: each weight read once per step, two operations per weight and
+token, each cached key and value read once. Attention's own arithmetic, norms and sampling are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nla_engine.models.load import LanguageModel
 
 @dataclass(frozen=True)
 class Hardware:
-    """copy: bytes a second, read plus written, of a copy on the device. flops: of a product in the model's dtype."""
+    """copy: bytes per second, read plus written, of a copy on the device. flops: of a product in the model's dtype."""
 
     copy: float
     flops: float
@@ -36,7 +36,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, lm: LanguageModel) -> ModelSize:
-        """Counted from the model's own parameters; the embedding is a look-up and is left out, a tied head is not."""
+        """Counted from the model's parameters. The embedding is left out, since it is a look-up; a tied head is not."""
         config = lm.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -51,14 +51,14 @@ class ModelSize:
 
     @property
     def parameters(self) -> float:
-        """Of every block and the head: what a decode step reads."""
+        """Parameters of every block and the head: what a decode step reads."""
         return self.blocks * self.block_parameters + self.head_parameters
 
 
 def decode_step_seconds(
     size: ModelSize, hardware: Hardware, batch: int, context: float, shared: int = 0
 ) -> float:
-    """One step of `batch` sequences of `context` tokens, the first `shared` of which all have in common.
+    """One step of `batch` sequences of `context` tokens, of which the first `shared` are the same in all.
 
     max(weight bytes / copy, 2 * parameters * batch / flops) + KV bytes / copy
     """
@@ -79,8 +79,8 @@ def generate_seconds(
 ) -> float:
     """`requests` of `prompt` + `new` tokens in `slots`, always full; `shared` prompt tokens are read once for all.
 
-    prompt: the mean, if they differ. Prefill of what is not shared, then requests / slots * new steps at the mean
-    context, prompt + new / 2.
+    prompt: the mean, if they differ. This is prefill of what is not shared, then requests / slots * new steps at the
+    mean context, prompt + new / 2.
     """
     steps = requests / slots * new
     step = decode_step_seconds(size, hardware, slots, prompt + new / 2, shared)

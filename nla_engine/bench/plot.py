@@ -1,4 +1,4 @@
-"""Plots: throughput over batch size under the line that the hardware allows; error over bytes. Needs matplotlib."""
+"""Plots: throughput over batch size, with the hardware's limit; error over bytes. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plot_batches(
         xscale="log",
         yscale="log",
         xlabel="sequences decoded at once",
-        ylabel="tokens a second",
+        ylabel="tokens per second",
         title=f"Decode, context {context}: {machine.gpu}, commit {machine.commit}",
     )
     axes.grid(True, which="both", alpha=0.2)
@@ -62,9 +62,10 @@ def plot_rates(
     source: str,
     points: Mapping[str, tuple[float, float, float]],
 ) -> Path:
-    """Draw relative L2 error (mean to p99) over bytes a row into `directory`/codec.png.
+    """Draw relative L2 error (mean to p99) over bytes per row into `directory`/codec.png.
 
-    points: name -> (bytes a row, mean, p99); those of the store are drawn filled, one without any error is only named.
+    points: name -> (bytes per row, mean, p99). The store's codecs are drawn filled. A scheme without
+        error is only named in the legend.
     """
     import matplotlib
 
@@ -92,7 +93,7 @@ def plot_rates(
         )
     axes.set(
         yscale="log",
-        xlabel=f"bytes a row of {d_model} channels",
+        xlabel=f"bytes per row of {d_model} channels",
         ylabel="relative L2 error: mean, line to p99",
         title=f"{source}; commit {machine.commit}",
     )

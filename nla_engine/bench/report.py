@@ -1,4 +1,4 @@
-"""Results: one line a case, as a table for people, as CSV to be kept, as JSON for programs. Measures nothing."""
+"""Results: one line per case, as a table for people, as CSV to be kept, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ COLUMNS = [
 
 @dataclass
 class Line:
-    """One case. values: one a repeat, in `unit`; limit: what the hardware allows, in the same unit.
+    """One case. values: one per repeat, in `unit`; limit: what the hardware allows, in the same unit.
 
-    detail: the same in other words; peak_gib: most GPU memory that torch held.
+    detail: the figure in another unit, or a remark; peak_gib: most GPU memory that torch held.
     """
 
     suite: str
@@ -62,14 +62,14 @@ class Line:
         return percentiles(self.values)[1]
 
     def compare(self, *baselines: Line | None) -> None:
-        """Set the line that this one is measured against: the largest of those that there are."""
+        """Set the baseline of this line: the largest of those that were measured."""
         found = [line for line in baselines if line is not None]
         if found:
             best = max(found, key=lambda line: line.p50)
             self.baseline, self.baseline_p50 = best.case, best.p50
 
     def to_dict(self) -> dict[str, Any]:
-        """The columns of a line that belong to it alone, numbers rounded to five digits."""
+        """The columns that differ from line to line, with numbers rounded to five digits."""
         p20, p50, p80 = percentiles(self.values)
         return {
             "suite": self.suite,
@@ -102,7 +102,7 @@ class Machine:
 
 
 def to_json(machine: Machine, lines: Sequence[Line], **more: Any) -> dict[str, Any]:
-    """Everything of a run."""
+    """The JSON object of a run."""
     entries = [
         line.to_dict()
         | {"repeats": len(line.values), "detail": line.detail, "peak_gib": _round(line.peak_gib)}
@@ -112,7 +112,7 @@ def to_json(machine: Machine, lines: Sequence[Line], **more: Any) -> dict[str, A
 
 
 def append_csv(path: Path, machine: Machine, model: str, lines: Sequence[Line]) -> None:
-    """Add lines to a CSV file, with a header if it is new. A case begins with its model: one file may hold several."""
+    """Append lines to a CSV file, with a header if it is new. Each case begins with the name of its model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         with contextlib.suppress(
@@ -126,7 +126,7 @@ def append_csv(path: Path, machine: Machine, model: str, lines: Sequence[Line]) 
 
 
 def check_csv(path: Path) -> None:
-    """RequestError if a file is there that is none of `append_csv`'s: lines would be added to it."""
+    """RequestError if the file exists and was not written by `append_csv`."""
     if path.exists() and path.stat().st_size:
         try:
             read_csv(path)
@@ -135,7 +135,7 @@ def check_csv(path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The lines of a CSV file; numbers as float, or None where there is none. ValueError for other columns."""
+    """The lines of a CSV file; numbers as float, or None if empty. ValueError for other columns."""
     numbers = ("p20", "p50", "p80", "limit", "limit_fraction", "baseline_p50", "ratio")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -168,7 +168,7 @@ def table(machine: Machine, lines: Sequence[Line]) -> Table:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits or all before the point, with thousands marked."""
+    """Four significant digits, or all digits before the point, with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -177,7 +177,7 @@ def _round(value: float | None) -> float | None:
 
 
 def _commit() -> str:
-    """NLA_COMMIT if it is set (a copy without git), else the short hash, with -dirty if files differ from it."""
+    """NLA_COMMIT if set (for a copy without git), else the short hash, with -dirty if files differ from it."""
     if given := os.environ.get("NLA_COMMIT"):
         return given
     try:

@@ -1,6 +1,6 @@
-"""Ways to store a row, for comparison: those of the store, and others that it might have used. Plain numpy, host only.
+"""Ways to store a row, for comparison: the store's codecs, and others that it might have used. Plain numpy, host only.
 
-Each scheme is fitted on the first rows (most learn nothing there), then gives rows back as they would be read.
+Each scheme is fitted on the first rows (most learn nothing from them), then returns rows as they would be read back.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 from nla_engine.codec.rows import Codec
 
-#: What a fitted scheme is: rows [n, d] -> the same rows after a trip through the store, float32.
+#: A fitted scheme: rows [n, d] -> the same rows after they were stored and read back, float32.
 Trip = Callable[[np.ndarray], np.ndarray]
 _NORM_BYTES = 4
-#: Parts of the first rows' values that an affine code may leave out at either end of a channel.
+#: Fractions of the first rows' values that an affine code may clip at either end of a channel.
 _SPANS = (0.0, 0.0001, 0.001, 0.01)
 
 
@@ -80,9 +80,9 @@ def _absmax(x: np.ndarray, group: int, top: int) -> np.ndarray:
 
 
 def _affine(bits: int) -> Callable[[np.ndarray], Trip]:
-    """A zero point and a step for each channel, fixed by what the first rows span; later rows are clamped to it.
+    """A zero point and a step for each channel, fixed by the range of the first rows; later rows are clamped to it.
 
-    Rows are taken relative to their norm, as the codecs do. Of _SPANS the one with the least error on the first rows.
+    Rows are divided by their norm, as in the codecs. The one of _SPANS with the least error on the first rows is used.
     """
     levels = (1 << bits) - 1
 
@@ -110,7 +110,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _fp8(x: np.ndarray) -> np.ndarray:
-    """float8 e4m3 with one scale a row: its largest value becomes 448."""
+    """float8 e4m3 with one scale per row: its largest value becomes 448."""
     scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(448.0)
     small = torch.from_numpy(x / scale).to(torch.float8_e4m3fn).float().numpy()
     return np.asarray(small * scale, np.float32)

@@ -1,6 +1,6 @@
 """One benchmark run: the model and the ceilings that the suites share, and how a case is measured and recorded.
 
-A case that fails or does not fit into the time is named in the result; the others go on.
+A case that fails, or for which no time is left, is named in the result. The other cases run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nla_engine.models.load import LanguageModel
 
 
 class Prepared(NamedTuple):
-    """A case ready to run. once: does the work and returns the figure, in the unit of the case.
+    """A case ready to run. once: does the work and returns the figure, in the case's unit.
 
     brief: a shorter run of the same work, for the profiler.
     """
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 class WrongWork(Exception):
-    """A case did other work than it was asked for; its time means nothing."""
+    """A case did not do the work that it was asked for, so its time means nothing."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Session:
 
     @cached_property
     def layer(self) -> int:
-        """The block that is tapped, and the last one of an AR."""
+        """The block that is tapped, which is also the last block of an AR."""
         layer = self.settings.layer
         if layer is None and self.settings.model is None:
             layer = find_shape(self.settings.shape).layer
@@ -107,7 +107,7 @@ class Session:
 
     @cached_property
     def config(self) -> Any:
-        """Of the text model; known without making one of random weights."""
+        """Config of the text model. For random weights it is known without making the model."""
         return self.lm.config if self.settings.model is not None else find_shape(self.settings.shape).config()
 
     @property
@@ -133,7 +133,7 @@ class Session:
         repeats: int | None = None,
         detail: Callable[[float], str] = lambda p50: "",
     ) -> Line | None:
-        """Run a case `warmups` times, then `repeats` times for the record. None if it was skipped or failed.
+        """Run a case `warmups` times, then `repeats` times for the record. None if it is skipped or fails.
 
         against: the line that this one is compared with.
         """
@@ -157,7 +157,7 @@ class Session:
         except Exception as error:
             if settings.debug:
                 self.console.print_exception()
-            self.__dict__.pop("lm", None)  # an engine that failed may have left its own parts in the modules
+            self.__dict__.pop("lm", None)  # a failed engine may have left its own parts in the modules
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             self.failed.append({"suite": suite, "case": case, "error": message})
             self.console.print(f"{suite:12} {escape(case)}: failed: {escape(message)}", style="red")
@@ -171,7 +171,7 @@ class Session:
         return line
 
     def record(self, line: Line) -> None:
-        """Keep a line, and show it at once: a run that is cut short has shown what it knew."""
+        """Keep a line and print it at once, so that a run that is interrupted has printed what it measured."""
         self.lines.append(line)
         part = f", {line.p50 / line.limit:.1%} of the limit" if line.limit else ""
         more = f" ({line.detail})" if line.detail else ""
@@ -210,7 +210,7 @@ def expect(what: str, actual: int, wanted: int) -> None:
 
 
 def check_plot(path: Path | None) -> None:
-    """RequestError if a plot is asked for and cannot be drawn."""
+    """RequestError if a plot is asked for but matplotlib is missing."""
     if path is not None:
         try:
             import matplotlib  # noqa: F401

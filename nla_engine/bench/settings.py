@@ -28,9 +28,9 @@ BASELINES = ("hf", "none")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work a case is.
+    """How much work each case does.
 
-    requests, prompt, new: of a generation; ragged: shortest and longest prompt of the job whose prompts differ
+    requests, prompt, new: of a generation; ragged: shortest and longest prompt of the job with mixed lengths
     batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
     kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
@@ -101,7 +101,7 @@ _CPU = Sizes(
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command line, checked. None stands for a default that depends on the device."""
+    """The options of the command line, checked. None: a default that depends on the device."""
 
     suites: tuple[str, ...]
     device: torch.device
@@ -128,7 +128,7 @@ class Settings:
     def __post_init__(self) -> None:
         unknown = [name for name in self.suites if name not in SUITES]
         if unknown:
-            raise RequestError(f"suite {unknown[0]} is unknown: choose of {', '.join(SUITES)}, or all")
+            raise RequestError(f"suite {unknown[0]} is unknown: choose from {', '.join(SUITES)}, or all")
         if "real" in self.suites and self.model is None:
             raise RequestError("suite real needs --model: give a checkpoint with a chat template")
         if self.baseline not in BASELINES:
@@ -144,7 +144,7 @@ class Settings:
 
     @property
     def sizes(self) -> Sizes:
-        """The device's sizes, with what the options change."""
+        """The sizes for this device, changed by the options that were given."""
         base = _GPU if self.device.type == "cuda" else _CPU
         changed: dict[str, Any] = {}
         if self.requests:

@@ -1,6 +1,6 @@
 """Models of a known shape with random weights, and a tokenizer whose texts have exactly as many tokens as characters.
 
-Speed does not depend on the weights' values, so nothing is downloaded. Knows nothing of what is measured.
+Speed does not depend on the weights' values, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def find_shape(name: str) -> Shape:
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A model of shape `name`, made on the device in its dtype; weights are the library's own small normal numbers."""
+    """A model of shape `name`, made on the device in this dtype, with transformers' own random initial weights."""
     from transformers import AutoModelForCausalLM
 
     config = find_shape(name).config()
@@ -119,27 +119,27 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Languag
 
 
 def loaded_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A checkpoint, with the tokenizer of `character_tokenizer` in place of its own."""
+    """A checkpoint, with `character_tokenizer` in place of its own tokenizer."""
     return _for_bench(load_model(name, device=device, dtype=dtype).model, name)
 
 
 def _for_bench(model: Any, name: str) -> LanguageModel:
-    """Without end tokens: every benched request runs to its length."""
+    """Remove the end tokens, so that every request runs to its full length."""
     model.generation_config.eos_token_id = None
     vocabulary = model.get_decoder().get_input_embeddings().num_embeddings
     return wrap_model(model, character_tokenizer(vocabulary), name=name)
 
 
 def twin(lm: LanguageModel) -> LanguageModel:
-    """The same weights in modules of their own: two runners cannot drive one module at a time."""
+    """The same weights in other modules, since two runners cannot use one module at the same time."""
     shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     return wrap_model(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name)
 
 
 def character_tokenizer(vocabulary: int) -> Any:
-    """One token a character and one character a token, for every id below `vocabulary`; no special tokens, no template.
+    """Every character is one token and every token one character, for ids below `vocabulary`. No special tokens.
 
-    So a text of n letters is n tokens, and n generated tokens are a text that is n tokens again.
+    So a text of n letters is n tokens, and n generated tokens give a text of n tokens.
     """
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast

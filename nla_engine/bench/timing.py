@@ -1,4 +1,4 @@
-"""Clocks: seconds of a call, seconds of a kernel launch, percentiles. Knows nothing of what is timed."""
+"""Clocks: seconds of a call, seconds of a kernel launch, percentiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Launches between two events, and the device cycles that hold the queue back until all of them are in it.
+#: Launches between two events, and the device cycles for which the queue is held until all of them are in it.
 LAUNCHES = 8
 _HOLD_CYCLES = 4_000_000
 
@@ -27,7 +27,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was queued on the device."""
+    """Wait for all work queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -42,7 +42,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def time_launches(runs: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
-    """Seconds a launch, `repeats` times. `runs` do the same on different buffers, and are taken in turn.
+    """Seconds per launch, measured `repeats` times. `runs` do the same on different buffers, and are used in turn.
 
     On CUDA a spinning kernel holds the queue until LAUNCHES launches are in it, so the host's time is not measured.
     """
@@ -66,7 +66,7 @@ def time_launches(runs: Sequence[Callable[[], Any]], device: torch.device, repea
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, to the device too: the engine sizes itself by what is free."""
+    """Free unused memory on the host and the device: the engine sizes itself by what is free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

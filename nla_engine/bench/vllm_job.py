@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 def prompts(job: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
-    """The token ids of every request; other ones for another seed, but for what all share."""
+    """The token ids of every request. Another seed gives others, except for the shared first ones."""
     draw, ids = random.Random(seed).choices, range(job["vocabulary"])
     start = random.Random(0).choices(ids, k=job["shared"])
     own = job["prompt"] - job["shared"]
@@ -28,7 +28,7 @@ def prompts(job: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
 
 
 def main(job_file: str, seconds_file: str) -> None:
-    """Write the seconds of each repeat, after a warm-up with other prompts. Exits if vLLM did other work."""
+    """Write the seconds of each repeat, after a warm-up with other prompts. Exits if vLLM did different work."""
     import vllm
 
     with open(job_file, encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def main(job_file: str, seconds_file: str) -> None:
         seconds.append(time.perf_counter() - start)
         lengths = [len(request.outputs[0].token_ids) for request in done]
         if lengths != [job["new"]] * job["requests"]:
-            sys.exit(f"vLLM gave {sum(lengths)} tokens to {len(lengths)} requests, which is other work")
+            sys.exit(f"vLLM gave {sum(lengths)} tokens to {len(lengths)} requests, not what was asked for")
     with open(seconds_file, "w", encoding="utf-8") as file:
         json.dump(seconds[1:], file)
 

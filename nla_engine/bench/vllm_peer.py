@@ -1,6 +1,6 @@
-"""The same work done by vLLM, under an interpreter of its own, before this process needs the device's memory.
+"""The same work done by vLLM, in its own interpreter, before this process needs the device's memory.
 
-vLLM captures nothing: its figures are what generation alone costs elsewhere.
+vLLM captures nothing: its figures are those of generation alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from nla_engine.errors import RequestError, first_line
 
 _VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
 _VERSION_SECONDS = 60
-#: Seconds that killed processes may take to let the device's memory go.
+#: Seconds that killed processes may take to free the device's memory.
 _END_SECONDS = 10
 
 
 def vllm_version(python: str) -> str:
-    """The version that this interpreter would import. RequestError if it has none, or is no interpreter."""
+    """The version that this interpreter would import. RequestError if it has no vLLM, or is no interpreter."""
     try:
         found = subprocess.run(
             [python, "-c", _VERSION], capture_output=True, text=True, timeout=_VERSION_SECONDS
@@ -44,7 +44,7 @@ def vllm_version(python: str) -> str:
 
 
 def measure_vllm(session: Session, python: str) -> None:
-    """A line for suite generate and one for suite verbalize, if these are to run."""
+    """One line for suite generate and one for suite verbalize, if these suites run."""
     sizes, suites, version = session.sizes, session.settings.suites, vllm_version(python)
     if "generate" in suites:
         slots = min(sizes.slots, sizes.requests)
@@ -79,7 +79,7 @@ def _done(
     shared: int = 0,
     unit: int = 1,
 ) -> Iterator[Prepared]:
-    """One process does all repeats beforehand. `unit` a request, a second."""
+    """One process runs all repeats beforehand. The figure is `unit` per request, per second."""
     model, vocabulary = _model(session)
     job = {
         "model": model,
@@ -100,7 +100,7 @@ def _done(
 
 
 def _model(session: Session) -> tuple[str, int]:
-    """What vLLM loads: the checkpoint, or a directory with the shape's config.json alone; and its vocabulary."""
+    """What vLLM loads (the checkpoint, or a directory with only the shape's config.json), and its vocabulary size."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -120,7 +120,7 @@ def _run(directory: Path, python: str, device: torch.device, job: dict[str, Any]
     job_file, result, log = (directory / f"vllm-{name}" for name in ("job.json", "seconds.json", "log"))
     job_file.write_text(json.dumps(job), encoding="utf-8")
     result.unlink(missing_ok=True)
-    # Our modules lie beside the job: their names must not come before those of installed ones.
+    # The job's directory holds our modules, whose names must not hide installed ones.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": _visible(device)}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -132,16 +132,16 @@ def _run(directory: Path, python: str, device: torch.device, job: dict[str, Any]
         )
         try:
             code = process.wait()
-        finally:  # the processes that it started end with it
+        finally:  # processes that it started end with it
             _end(process)
     if code or not result.exists():
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
         raise RuntimeError(f"vLLM ended with {code}: {lines[-1]}")
     return list(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _visible(device: torch.device) -> str:
-    """What lets a process see this device alone, by its number among those that are visible here; no GPU for a CPU."""
+    """CUDA_VISIBLE_DEVICES for a process that may see this device only; empty for a CPU."""
     if device.type != "cuda":
         return ""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -149,7 +149,7 @@ def _visible(device: torch.device) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started, and wait until they are gone."""
+    """Kill a process and those that it started, and wait until they are gone."""
     deadline = time.monotonic() + _END_SECONDS
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:

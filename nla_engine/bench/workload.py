@@ -28,24 +28,24 @@ _SIGMA = 0.8
 _SHORTEST = 16
 #: Rows of a written sequence, and distinct rows in a written store.
 _SEQUENCE_ROWS, _DISTINCT_ROWS = 128, 4096
-#: Sequences that a writer is given in one call.
+#: Sequences that a writer gets in one call.
 _ENDED_AT_ONCE = 64
 
 
 def texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
-    """Random letters: under the bench's tokenizer one token each."""
+    """Random letters; each is one token of the bench's tokenizer."""
     rng = np.random.default_rng(seed)
     return [rng.choice(_LETTERS, size).tobytes().decode() for size in lengths]
 
 
 def prompt_file(path: Path, lengths: Sequence[int]) -> Path:
-    """A prompt a line, with these lengths in tokens."""
+    """One prompt per line, with these lengths in tokens."""
     path.write_text("\n".join(texts(lengths)) + "\n", encoding="ascii")
     return path
 
 
 def document_lengths(count: int, mean: int, longest: int) -> list[int]:
-    """Lognormal lengths cut at `longest`, with this mean after the cut; the same ones every time, shuffled."""
+    """Lognormal lengths truncated at `longest`, with this mean after truncation; the same every time, shuffled."""
     z = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
     low, high = 0.0, math.log(longest)
     for _ in range(40):
@@ -56,13 +56,13 @@ def document_lengths(count: int, mean: int, longest: int) -> list[int]:
 
 
 def ragged_lengths(count: int, shortest: int, longest: int) -> list[int]:
-    """Lengths spread evenly over the logarithm, both ends among them; the same ones every time, shuffled."""
+    """Lengths spread evenly over the logarithm, both ends included; the same every time, shuffled."""
     lengths = np.geomspace(shortest, longest, count).round().astype(int)
     return [int(size) for size in np.random.default_rng(0).permutation(lengths)]
 
 
 def requests(lm: LanguageModel, lengths: Sequence[int], new_tokens: Sequence[int]) -> list[Request]:
-    """Random prompts of these lengths, to be continued by these numbers of tokens."""
+    """Random prompts of these lengths, each to be continued by its number of new tokens."""
     rng = np.random.default_rng(0)
     ids = [tuple(map(int, rng.integers(0, lm.vocab_size, size))) for size in lengths]
     return [Request(i, prompt, new) for i, (prompt, new) in enumerate(zip(ids, new_tokens, strict=True))]
@@ -80,9 +80,9 @@ def open_generator(
     prompt: int = 0,
     max_prefill: int | None = None,
 ) -> Iterator[Generator]:
-    """A generator that never stops early; with `layers`, tapped into staging buffers as capture does it (int8).
+    """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
-    prompt: tokens of the shortest prompt, from which the rows to keep are counted.
+    prompt: tokens of the shortest prompt, from which the number of rows to keep is computed.
     """
     budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
     keep = RowRange.parse(positions)
@@ -112,7 +112,7 @@ def open_generator(
 
 
 def run_all(generator: Generator, work: Sequence[Request]) -> tuple[int, int]:
-    """Tokens generated and rows collected over all of `work`, which must all run to their length."""
+    """Tokens generated and rows collected over all of `work`. Every request must run to its full length."""
     ended = tokens = rows = 0
     for completion in generator.run(iter(work)):
         ended += 1
@@ -129,7 +129,7 @@ def vectors(count: int, width: int) -> np.ndarray:
 
 
 def encoded_sequences(codec: Codec, layer: int, rows: int) -> list[SequenceRows]:
-    """At least `rows` rows as a writer takes them, in sequences of 128; encoded once and used again and again."""
+    """At least `rows` rows as a writer takes them, in sequences of 128. A few are encoded and repeated."""
     n = _SEQUENCE_ROWS
     pool = vectors(min(max(rows, n), _DISTINCT_ROWS), codec.d_model)
     tokens = np.zeros(n, np.int32)
@@ -152,7 +152,7 @@ def encoded_sequences(codec: Codec, layer: int, rows: int) -> list[SequenceRows]
 
 
 def write_store(path: Path, codec: Codec, layer: int, sequences: Sequence[SequenceRows]) -> None:
-    """A complete store of these sequences."""
+    """Write a complete store of these sequences."""
     with StoreWriter.create(
         path,
         layers=[layer],

@@ -92,7 +92,7 @@ def test_rows_of_a_store(
     assert "rows are kept exactly and left out" in capsys.readouterr().err
     for name, message in (
         ("int8", "its rows are int8"),
-        ("short", "wants 200 or more"),
+        ("short", "needs 200 or more"),
         ("none", "no such store"),
     ):
         assert main(f"codec --rows {tmp_path / f'{name}.zarr'}".split()) == 2

@@ -1,1 +1,1 @@
-"""One module a suite, each with `run(session)`."""
+"""One module per suite, each with `run(session)`."""

@@ -1,8 +1,8 @@
-"""What each way to store a row costs: bytes a row against relative L2 error, cosine and the shift of mse_nrm.
+"""What each way to store a row costs: bytes per row against relative L2 error, cosine and the shift of mse_nrm.
 
-Rows are those of a store that keeps them as bf16 (`--rows`), or made up to look like a residual stream: heavy-tailed
-channels of very different size, a few massive ones, a common mean, and now and then a sink row. Sink rows are left
-out of the errors, as the store keeps them exactly; how many there were is in the detail of the first line.
+Rows come from a store that keeps them as bf16 (`--rows`), or are made up to look like a residual stream: heavy-tailed
+channels of very different size, a few massive ones, a common mean, and a few sink rows. Sink rows are left out of the
+errors, since the store keeps them exactly; their number is in the detail of the first line.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from nla_engine.codec.rows import SINK_FACTOR, bf16_bits, bf16_values
 from nla_engine.errors import RequestError
 from nla_engine.store import CaptureStore
 
-#: Rows that a scheme may learn from, as a capture's first prompts are.
+#: Rows that a scheme may learn from. They stand for the first prompts of a capture.
 FIRST_ROWS = 1024
-#: Noise of the reconstruction that mse_nrm is judged on: cos 0.9, that of a released pair.
+#: Cosine of the made-up reconstruction for which mse_nrm is computed: that of a released pair.
 _RECONSTRUCTION_COS = 0.9
 
 
 def run(session: Session) -> None:
-    """A line a scheme and measure, the plot, then the lossless split."""
+    """One line per scheme and measure, the plot, then lossless compression."""
     settings = session.settings
     if settings.time_limit is not None and time.monotonic() - session.started > settings.time_limit:
         session.skipped.append("codec: every scheme")
@@ -47,7 +47,7 @@ def run(session: Session) -> None:
     first, rest = rows[:FIRST_ROWS], rows[FIRST_ROWS:]
     if len(rest) < 100:
         raise RequestError(
-            f"{source}: {len(rows)} ordinary rows: suite codec wants {FIRST_ROWS + 100} or more"
+            f"{source}: {len(rows)} ordinary rows: suite codec needs {FIRST_ROWS + 100} or more"
         )
     points: dict[str, tuple[float, float, float]] = {}
     for scheme in schemes():
@@ -71,7 +71,7 @@ def run(session: Session) -> None:
 
 
 def measure(rows: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Relative L2 errors [n], cosines [n], and how far mse_nrm of a reconstruction moves when judged on `read`.
+    """Relative L2 errors [n], cosines [n], and how far mse_nrm of a reconstruction moves when scored against `read`.
 
     The reconstruction is made up: it has cosine _RECONSTRUCTION_COS with each row, in a random direction.
     """
@@ -88,7 +88,7 @@ def measure(rows: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def synthetic_rows(count: int, d: int, seed: int = 0) -> np.ndarray:
-    """Rows that are hard in the ways a residual stream is, float32 [count, d], all of them bfloat16 values.
+    """Rows that are as hard to store as a residual stream, float32 [count, d], all of them bfloat16 values.
 
     Channel sizes are lognormal; four channels are 30 to 100 times larger, with a mean of their own; every row shares
     a mean direction; values have the tails of a Student t of 5 degrees; 0.2% of the rows are attention sinks.
@@ -113,7 +113,7 @@ def split_planes(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def join_planes(exponent: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """What `split_planes` took apart."""
+    """The inverse of `split_planes`."""
     high = ((rest & 0x80).astype(np.uint16) << 8) | (rest & 0x7F)
     return np.asarray(high | (exponent.astype(np.uint16) << 7))
 
@@ -121,7 +121,7 @@ def join_planes(exponent: np.ndarray, rest: np.ndarray) -> np.ndarray:
 def _lossless(session: Session, rows: np.ndarray) -> None:
     """bf16 rows in chunks of 128, compressed by zstd level 1: as they are, shuffled by byte, and split by exponent.
 
-    The rates are bfloat16 bytes a second of one core's time, splitting and joining (numpy) included.
+    The rates are bfloat16 bytes per second of one core's time, splitting and joining (numpy) included.
     """
     from numcodecs import Shuffle, Zstd
 
@@ -166,7 +166,7 @@ def _core_seconds(work: Callable[..., Any], items: Sequence[Any]) -> float:
 
 
 def _stored(path: Path) -> np.ndarray:
-    """The rows of the first layer of a store that has lost nothing yet, at most 32,768 of them, spread evenly."""
+    """At most 32,768 rows of the first layer of a bf16 store, spread evenly. RequestError for another codec."""
     store = CaptureStore.open(path)
     if store.codec.name != "bf16":
         raise RequestError(

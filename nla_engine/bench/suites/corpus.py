@@ -1,4 +1,4 @@
-"""Capture from text that exists: packed reading up to the tapped block, rows on the host, and rows on disk."""
+"""Capture from existing text: packed prefill up to the tapped block, with rows on the host, then with rows on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(session: Session) -> None:
 
 @contextmanager
 def _read(session: Session, lengths: list[int]) -> Iterator[Prepared]:
-    """Reading and encoding, rows dropped on the host. Tokens a second."""
+    """Reading and encoding, rows dropped on the host. Tokens per second."""
     lm = session.lm.truncated(session.layer)
     work = requests(lm, lengths, [0] * len(lengths))
     with open_generator(
@@ -78,7 +78,7 @@ def _read(session: Session, lengths: list[int]) -> Iterator[Prepared]:
 
 @contextmanager
 def _captured(session: Session, lengths: list[int]) -> Iterator[Prepared]:
-    """`run_capture` of a corpus to disk: its tokens a second. Slots as it chooses them unless given."""
+    """`run_capture` of a corpus to disk, in tokens per second. It chooses the number of slots unless one is given."""
     given = session.settings.batch_sizes
     out = session.directory / "corpus.zarr"
 

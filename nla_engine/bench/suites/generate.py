@@ -17,15 +17,15 @@ from nla_engine.bench.workload import open_generator, prompt_file, ragged_length
 from nla_engine.capture.run import MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
 
-#: Steps before the timed ones, for every prompt to have been read.
+#: Steps before the timed ones, so that every prompt has been read.
 _LEAD = 32
 _BRIEF_TOKENS = 8
-#: Below so many sequences steps cannot be timed between the ends of two of them.
+#: With fewer sequences, steps cannot be timed between the ends of two of them.
 _FEW = 4
 
 
 def run(session: Session) -> None:
-    """The jobs, then every batch size: steady decode, or how long a few sequences take."""
+    """The jobs, then every batch size: steady decode, or a whole job of few sequences."""
     _job(session)
     _ragged_job(session)
     for batch in session.sizes.batches:
@@ -78,7 +78,7 @@ def _ragged_job(session: Session) -> None:
     shortest, longest = sizes.ragged
     lengths = ragged_lengths(sizes.requests, shortest, longest)
     count, new, mean = len(lengths), sizes.new, sum(lengths) / len(lengths)
-    # With every request in a slot of its own: no run can have more.
+    # The limit has every request in a slot of its own: no run can have more slots.
     limit = count * new / generate_seconds(session.size, session.hardware, count, mean, new, count)
     session.measure(
         "generate",
@@ -91,7 +91,7 @@ def _ragged_job(session: Session) -> None:
 
 
 def _few(session: Session, batch: int) -> None:
-    """Too few sequences to time steps within a run: all of it, their prompts too. What one waits for a token."""
+    """Too few sequences to time steps within a run: the whole job is timed, prompts included."""
     sizes, hardware = session.sizes, session.hardware
     prompt, new = sizes.prompt, sizes.new
     for what, layers in (("no tap", ()), (f"layer {session.layer}", (session.layer,))):
@@ -101,13 +101,13 @@ def _few(session: Session, batch: int) -> None:
             "tok/s",
             _generated(session, batch, batch, layers),
             limit=batch * new / generate_seconds(session.size, hardware, batch, prompt, new, batch),
-            detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms a token",
+            detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms per token",
         )
 
 
 @contextmanager
 def _generated(session: Session, count: int, slots: int, layers: tuple[int, ...] = ()) -> Iterator[Prepared]:
-    """Generation alone, the generator made beforehand; tapped rows end on the host. New tokens a second."""
+    """Generation alone, the generator made beforehand; tapped rows end on the host. New tokens per second."""
     lm, prompt, new = session.lm, session.sizes.prompt, session.sizes.new
     work = requests(lm, [prompt] * count, [new] * count)
     brief = requests(lm, [prompt] * slots, [min(_BRIEF_TOKENS, new)] * slots)
@@ -124,7 +124,7 @@ def _generated(session: Session, count: int, slots: int, layers: tuple[int, ...]
 def _captured(
     session: Session, layers: tuple[int, ...], lengths: list[int], new: int, slots: int | None
 ) -> Iterator[Prepared]:
-    """`run_capture` to disk, from after the prompts are read to the last commit. New tokens a second."""
+    """`run_capture` to disk, timed from its first prefill to its last commit. New tokens per second."""
     tokens = len(lengths) * new
 
     def once() -> float:
@@ -137,7 +137,7 @@ def _captured(
 def _capture(
     session: Session, prompts: Path, layers: tuple[int, ...], new: int, slots: int | None, tokens: int
 ) -> float:
-    """Seconds of one capture, whose store is removed afterwards."""
+    """Seconds of one capture. Its store is removed afterwards."""
     out = session.directory / "generate.zarr"
     options = CaptureOptions(
         model=session.lm.name,
@@ -185,10 +185,10 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 @contextmanager
 def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
-    """Decode steps with every slot busy, `steps` of them, around the wanted context. New tokens a second.
+    """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.
 
-    The last two requests enter in one prefill pass, one to generate `steps` tokens more than the other; all others
-    outlast both. The time between their ends is that of `steps` steps.
+    The last two requests enter in one prefill pass, and one generates `steps` tokens more than the other. All other
+    requests outlast both. So the time between the ends of these two is that of `steps` steps.
     """
     lm, sizes = session.lm, session.sizes
     steps, lead = sizes.steps, min(_LEAD, sizes.steps)

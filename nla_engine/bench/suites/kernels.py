@@ -1,4 +1,4 @@
-"""Encoding and decoding rows: bytes moved a second, beside what a copy moves. The gated product: operations."""
+"""Encoding and decoding rows, in bytes moved per second; the gated product, in operations per second."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
 from nla_engine.ops.gated_linear import gated_linear, has_kernel, tried_tiles
 from nla_engine.ops.linear import tune
 
-#: Input that is rotated through, so that no launch finds its own in a cache; and most sets of buffers.
+#: Bytes of input used in turn, so that no launch finds its input in a cache; and most sets of buffers.
 _ROTATE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 20}
 _MOST_SETS = 64
 _REPEATS = 20
 
 
 def run(session: Session) -> None:
-    """Every codec, both ways, at every number of rows; then the gated product of a decode step and of a full pass."""
+    """Every codec, both ways, at every number of rows; then the gated product of a step and of a full pass."""
     _codecs(session)
     for rows in sorted({*session.sizes.batches, MAX_PREFILL_TOKENS[session.device.type]}):
         _gated_product(session, rows)
 
 
 def _timed(session: Session, amount: float, runs: list[Callable[[], object]]) -> Prepared:
-    """amount: of the case's unit, without the second, in a launch."""
+    """amount: gigabytes or teraoperations of one launch."""
     return Prepared(lambda: amount / median(time_launches(runs, session.device, _REPEATS)), runs[0])
 
 
@@ -97,7 +97,7 @@ def _decode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
 
 
 def _gated_product(session: Session, rows: int) -> None:
-    """A product and a gate; where there is a kernel for it, one launch beside them."""
+    """A product and a gate in two launches; where there is a kernel for it, also in one launch."""
     n, k, hardware = session.mlp_width, session.d_model, session.hardware
     operations = 2 * rows * 2 * n * k
     read = 2 * n * k * session.settings.dtype.itemsize

@@ -1,6 +1,6 @@
-"""Reading prompts: a file of documents to token ids, at two sizes, beside the tokenizer called text by text.
+"""Reading prompts: a file of documents to token ids, at two sizes, compared with the tokenizer called text by text.
 
-What a capture does while the weights load. Tokens a second of the whole pass: file, records, ids, fingerprint.
+A capture does this while the weights load. Tokens per second of all of it: file, records, ids, fingerprint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.workload import document_lengths, prompt_file, texts
 from nla_engine.models.prompts import read_prompts
 
-#: Documents of the two sizes, for each one of suite corpus.
+#: Documents of the two sizes, as multiples of those of suite corpus.
 _TIMES = (16, 128)
 
 

@@ -1,7 +1,8 @@
 """A real chat model (`--model`): made-up requests, replies that end by themselves, every position kept.
 
-Beside it, with `--baseline hf`, plain `generate` of the same requests without capture, padded on the left, in batches
-of several sizes. The last store of each capture is read again by plain transformers (`nla_engine.capture.audit`).
+With `--baseline hf` it is compared with plain `generate` of the same requests without capture, padded on the left, in
+batches of several sizes. A sample of each capture's last store is recomputed by plain transformers
+(`nla_engine.capture.audit`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ REQUESTS, NEW = {"cpu": 4, "cuda": 2048}, {"cpu": 8, "cuda": 256}
 def run(session: Session) -> None:
     """One layer and all of them to disk, then plain `generate`."""
     settings = session.settings
-    assert settings.model is not None  # Settings sees to it
+    assert settings.model is not None  # Settings checks it
     kind = "cuda" if session.device.type == "cuda" else "cpu"
     count, new = settings.requests or REQUESTS[kind], settings.new_tokens or NEW[kind]
     lm = load_model(settings.model, device=session.device, dtype=settings.dtype)
@@ -66,7 +67,7 @@ def run(session: Session) -> None:
 def _captured(
     session: Session, lm: LanguageModel, layers: tuple[int, ...], count: int, new: int
 ) -> Iterator[Prepared]:
-    """`run_capture` to disk, which leaves the last store there. Generated tokens a second."""
+    """`run_capture` to disk, which leaves the last store there. Generated tokens per second."""
     options = CaptureOptions(
         model=lm.name,
         prompts=chat_file(session.directory / "chats.jsonl", count),
@@ -82,7 +83,7 @@ def _captured(
 
 @contextmanager
 def _audited(session: Session, lm: LanguageModel) -> Iterator[Prepared]:
-    """`verify --model` of the store that a capture left, which is removed. The number of its checks, all passed."""
+    """`verify --model` of the store that a capture left, which is then removed. The number of checks; all must pass."""
     path = session.directory / STORE
 
     def once() -> float:
@@ -102,12 +103,12 @@ def _audited(session: Session, lm: LanguageModel) -> Iterator[Prepared]:
 def _generated(session: Session, lm: LanguageModel, batch: int, count: int, new: int) -> Iterator[Prepared]:
     """Greedy `generate` of the same requests, the longest first so that little is padded, tokenized beforehand.
 
-    Tokens a second, those of a reply up to its end.
+    Tokens per second, counted up to the end of each reply.
     """
     lm.model.set_attn_implementation("sdpa")
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.eos_token  # which the model surely has a row for; padding is masked
+    tokenizer.pad_token = tokenizer.eos_token  # an id that the embedding surely has; padding is masked
     messages = [[{"role": "user", "content": text}] for text in sorted(chats(count), key=len, reverse=True)]
     batches = [
         tokenizer.apply_chat_template(
@@ -140,6 +141,6 @@ def _generated(session: Session, lm: LanguageModel, batch: int, count: int, new:
 
 
 def until_the_end(replies: torch.Tensor, ends: Sequence[int]) -> int:
-    """Tokens of replies [n, steps] up to the first of `ends` in each, which is counted."""
+    """Tokens of replies [n, steps] up to the first of `ends` in each, that one included."""
     ended = torch.isin(replies, torch.tensor(ends, device=replies.device)).int()
     return int((ended.cumsum(1) - ended == 0).sum())

@@ -1,4 +1,4 @@
-"""AR: texts a second that become vectors."""
+"""AR: vectors reconstructed from texts, per second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BRIEF_TEXTS = 256
 
 
 def run(session: Session) -> None:
-    """One case."""
+    """One case, then the same in fp8 and the baseline."""
     count, prompt = session.sizes.vectors, session.sizes.ar_prompt
     case = f"{count} texts {prompt} tokens {session.layer + 1} blocks"
     line = session.measure(
@@ -59,12 +59,12 @@ def run(session: Session) -> None:
 
 
 def limit(session: Session, prompt: int) -> float:
-    """Vectors a second: prompts read through blocks 0..K. The head is left out: it reads one token."""
+    """Vectors per second: prompts read through blocks 0..K. The head is left out, since it reads one token."""
     return 1 / prefill_seconds(session.size, session.hardware, prompt, session.layer + 1)
 
 
 def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> Reconstructor:
-    """A model's weights, cut behind the tapped block, as an AR with a random head."""
+    """A model's weights, truncated after the tapped block, as an AR with a random head."""
     sidecar = Sidecar(
         path=Path("bench-ar"),
         role="ar",

@@ -1,4 +1,4 @@
-"""AV and AR on one device, one after the other, over a store: stored vectors a second that are explained and scored."""
+"""AV and AR on one device, over a store: stored vectors that are explained and scored, per second."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(session: Session) -> None:
 
 
 def _compare(session: Session, line: Line) -> None:
-    """With the two halves, ours and others', as far as they were measured in this run."""
+    """Compare with the two halves, ours and the baselines', as far as they were measured in this run."""
     ours = f"{session.sizes.vectors} "
     av, ar = session.find("verbalize", ours), session.find("reconstruct", ours)
     if av is not None and ar is not None:
@@ -47,7 +47,7 @@ def _compare(session: Session, line: Line) -> None:
 
 
 def _in_turn(av: Line, ar: Line) -> Line:
-    """Another program's AV, then another's AR. Both lines begin with the program's name."""
+    """A baseline's AV, then a baseline's AR. Both lines begin with the program's name."""
     name = f"{av.case.split()[0]} AV, then {ar.case.split()[0]} AR"
     return Line("roundtrip", name, "vectors/s", [_both(av.p50, ar.p50)])
 

@@ -1,6 +1,6 @@
 """Costs that must not grow with what is already there: each at three sizes, as cost per unit, so that growth shows.
 
-Everything runs on the CPU. Where the count itself is the cost (requests, graphs, bytes held), it is counted, not timed.
+Everything runs on the CPU. Requests, graphs and bytes held are counted, not timed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run(session: Session) -> None:
 
 
 class _Layer:
-    """Stands for a store of many shards, and for its layer: what is timed is finding rows, not reading them."""
+    """Stands in for a store of many shards, and for its layer: finding rows is timed, not reading them."""
 
     shard_rows = _SHARD_ROWS
 
@@ -93,7 +93,7 @@ class _Layer:
 
 @contextmanager
 def _shuffled(shards: int) -> Iterator[Prepared]:
-    """The last buffers of an epoch, of 16,384 rows each; a batch is a buffer. The epoch's own start is left out."""
+    """The last buffers of an epoch, of 16,384 rows each; a batch is a buffer. The start of the epoch is left out."""
     store: Any = _Layer(shards)
     dataset = ShuffledRows(store, batch_size=16_384)
     total = dataset.batches()
@@ -163,7 +163,7 @@ def _counted(count: Callable[[], float]) -> Iterator[Prepared]:
 
 
 def _fetched(ended: int) -> float:
-    """GiB of the largest part that is fetched of sequences that ended together."""
+    """GiB of the largest portion that is fetched at once, of sequences that ended together."""
     order, resting, most = InOrder(_HOST_MEMORY), {}, 0
     for number in range(ended):
         resting[order.asked(Request(number, (0,), 1)).id] = _SEQUENCE_BYTES
@@ -181,14 +181,14 @@ def _graphs(slots: int) -> float:
 
 @contextmanager
 def _requests(session: Session, rows: int) -> Iterator[Prepared]:
-    """Of a store in memory behind the interface of an object store."""
+    """Requests for opening a store in memory, through the interface of an object store."""
     from obstore.store import MemoryStore
     from zarr.storage import ObjectStore
 
     codec, asked = Codec.named("bf16", _NARROW), 0
 
     class Counted(ObjectPath):
-        """Counts what is asked of the store."""
+        """Counts the requests to the store."""
 
         def _run(self, request: Any) -> Any:
             nonlocal asked

@@ -1,9 +1,10 @@
-"""Writing and reading a store, beside zarr-python with the same chunks and shards. Megabytes of stored rows a second.
+"""Writing and reading a store, compared with zarr-python. Megabytes of stored rows per second.
 
-Ours makes every file durable (fsync) and checks every checksum it reads; zarr-python's writer does not sync. What is
-read has just been written, so it comes from the page cache. Bulk reading decodes: gigabytes of the rows' own size as
-bfloat16, beside zarr-python reading an array of such rows in its default chunks and compressor, and beside what the
-reader of docs/store_format.md does with bare zarr.
+zarr-python uses the same chunks and shards. Our writer makes every file durable (fsync), and our reader checks every
+checksum; zarr-python's writer does not sync. What is read has just been written, so it comes from the page cache.
+
+Bulk reading decodes. Its unit is gigabytes of the rows as bfloat16. It is compared with zarr-python reading an array of
+such rows with its default chunks and compressor, and with the bare reader of docs/store_format.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nla_engine.store.format import CHUNK_ROWS, default_shard_rows
 
 _LAYER = 0
 _CPU = torch.device("cpu")
-#: Stored gigabytes a second: more than rows of 3,584 in int8 from 80,000 tokens a second, the most of one GPU.
+#: Stored gigabytes per second: more than one GPU gives, which is 80,000 rows per second of 3,584 channels in int8.
 _GPU_RATE = 0.3
 #: Rows that are read one at a time.
 _SINGLE_ROWS = 64
@@ -86,12 +87,12 @@ def _decoded(session: Session, codec: Codec, rows: int) -> None:
 
 
 def _rate(write: Callable[[], None], size: int) -> float:
-    """Megabytes a second."""
+    """Megabytes per second."""
     return size / seconds(write, _CPU) / 1e6
 
 
 def _cpu_time(write: Callable[[], None], size: int) -> float:
-    """Of all threads of the process, the system's part included: seconds a gigabyte."""
+    """Processor time of all threads of the process, in the kernel too: seconds per gigabyte."""
     start = time.process_time()
     write()
     return (time.process_time() - start) / (size / 1e9)
@@ -174,7 +175,7 @@ def _random_rows(session: Session, codec: Codec, rows: int) -> Iterator[Prepared
 
 @contextmanager
 def _bare(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
-    """What the reader printed in docs/store_format.md does for int8, by bare zarr, whole array at once."""
+    """The int8 reader of docs/store_format.md with bare zarr, the whole array at once."""
     with _stored(session, codec, rows) as store:
 
         def read() -> None:
@@ -193,7 +194,7 @@ def _bare(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
 
 @contextmanager
 def _default_array(session: Session, codec: Codec, rows: int) -> Iterator[Any]:
-    """The bfloat16 bits of random rows as zarr-python stores an array when it is asked for nothing special."""
+    """The bfloat16 bits of random rows in an array with zarr-python's defaults."""
     import zarr
 
     path = session.directory / "default.zarr"

@@ -1,4 +1,4 @@
-"""AV: vectors a second that get an explanation of fixed length."""
+"""AV: explanations of fixed length, per second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BRIEF_TOKENS = 8
 
 
 def run(session: Session) -> None:
-    """One case, and the seconds of it that are set-up."""
+    """One case, the same in fp8, its set-up time, and the baseline."""
     sizes = session.sizes
     slots = min(sizes.av_slots, sizes.vectors)
     case = f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}"
@@ -63,12 +63,12 @@ def run(session: Session) -> None:
 
 
 def peers(session: Session) -> list[Line]:
-    """What others took for the same work in this run, as far as it was measured."""
+    """The baselines that did the same work in this run, as far as they were measured."""
     return [line for name in ("HF ", "vLLM ") if (line := session.find("verbalize", name))]
 
 
 def limit(session: Session) -> float:
-    """Vectors a second, the prompt before the marker being read once for all."""
+    """Vectors per second; the prompt before the marker is read once for all."""
     sizes = session.sizes
     count, new = sizes.vectors, sizes.av_new
     slots = min(sizes.av_slots, count)
@@ -121,6 +121,6 @@ def _explained(
 
 @contextmanager
 def _set_up(session: Session, slots: int) -> Iterator[Prepared]:
-    """Seconds of one explanation of one token with the same slots."""
+    """Seconds for one explanation of one token, with the same slots."""
     verbalizer = verbalizer_of(session.lm, session.layer)
     yield Prepared(lambda: _explain(session, verbalizer, 1, 1, slots))
