@@ -37,7 +37,7 @@ class Figure:
 _H200, _H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 FIGURES = (
     Figure(
-        "Capture, 512 requests of 64 + 128 tokens, layer 20, to disk",
+        "Capture, 512 requests (64 prompt, 128 new tokens), layer 20, to disk",
         _H200,
         "generate",
         "qwen2.5-7b: 512 x 64+128 layer 20 to disk",
@@ -72,7 +72,7 @@ FIGURES = (
         ),
     ),
     Figure(
-        "Row encoder, int8, 65,536 rows of 3,584 channels",
+        "Row encoder on the GPU, int8, 65,536 rows of 3,584 channels",
         _H200,
         "kernels",
         "qwen2.5-7b: encode int8 65536 x 3584 (cuda)",
