@@ -19,6 +19,7 @@ from nla_engine.engine.fused import FusedBlock
 from nla_engine.engine.runner import Runner
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Shape
+from nla_engine.ops.backends import Kernels
 
 
 def blocks_of(name: str) -> tuple[Any, list[Any]]:
@@ -196,7 +197,7 @@ def test_a_new_family_is_a_new_record(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [facts_of(block).shape for block in lm.blocks] == [Shape(0.25, 8, 1.0), Shape(0.25, 0, 1.0)]
     states = {}
     for kernels in ("reference", "fused"):
-        with Runner(lm, slots=1, length=60, kernels=kernels) as runner:
+        with Runner(lm, slots=1, length=60, kernels=Kernels(kernels)) as runner:
             assert isinstance(lm.blocks[0].forward, FusedBlock) == (kernels == "fused")
             states[kernels] = runner.prefill([(0, 0, ids)])
     torch.testing.assert_close(states["fused"], states["reference"], atol=2e-5, rtol=1e-4)
