@@ -162,7 +162,8 @@ class Generator:
         prefix = self.runner.cache.prefix_size
         parts = []
         wanted: list[int] = []  # tokens of the pass at which a prompt ends
-        growing: list[tuple[int, int]] = []  # slots that go on, and which of the wanted tokens is theirs
+        growing: list[int] = []  # slots that go on
+        last: list[int] = []  # and which of the wanted tokens is theirs
         twins: list[tuple[Admitted, Admitted]] = []
         end = 0
         for run in runs:
@@ -170,8 +171,9 @@ class Generator:
             parts.append((admitted.slot, prefix + run.start, ids[run.start : run.stop]))
             end += run.stop - run.start
             if run.completes:
-                together = (admitted, *admitted.twins)
-                growing += [(each.slot, len(wanted)) for each in together if each.request.max_new_tokens]
+                slots = [a.slot for a in (admitted, *admitted.twins) if a.request.max_new_tokens]
+                growing += slots
+                last += [len(wanted)] * len(slots)
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
         hidden = self.runner.prefill(parts, wanted or [end - 1])
@@ -179,7 +181,7 @@ class Generator:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
         if growing:
-            at = to_device(np.array(growing).T, hidden.device)
+            at = to_device(np.array([growing, last]), hidden.device)
             self._advance(at[0], hidden[at[1]])
 
     def _decode(self, step: Step) -> None:

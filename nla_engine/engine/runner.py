@@ -196,6 +196,8 @@ class Runner:
         token: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """token: int64 [n], those whose states are returned."""
+        if not all(each.is_contiguous() for each in (ids, slot, position)):
+            raise EngineError("ids, slot and position of a pass are contiguous: kernels read them by number")
         work = Pass(self.cache, slot, position, tiles, self.reference)
         if token is not None and self._narrows:
             own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)

@@ -150,7 +150,12 @@ def _hash(x: _Bits) -> _Bits:
 
 
 def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing) -> None:
-    """`advance` in two launches: the best token of each part of the vocabulary; then of all, and the state."""
+    """`advance` in two launches: the best token of each part of the vocabulary; then of all, and the state.
+
+    ValueError if `lanes` or the logits of a lane are strided.
+    """
+    if not lanes.is_contiguous() or logits.stride(1) != 1:
+        raise ValueError("lanes and the logits of each lane are contiguous")
     lane_count, vocabulary = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
     parts = triton.cdiv(vocabulary, block)

@@ -275,6 +275,14 @@ def test_requests_that_cannot_run_are_refused() -> None:
         run(lm, [None])  # type: ignore[list-item]
 
 
+def test_a_pass_over_strided_places_is_refused() -> None:
+    with Runner(language_model(), slots=2, length=8) as runner:
+        ids = torch.ones(2, dtype=torch.int64)
+        places = torch.zeros(2, 2, dtype=torch.int64)
+        with pytest.raises(EngineError, match="contiguous"):
+            runner.decode(ids, places[:, 0], ids, 2)
+
+
 def test_no_requests_is_nothing_to_do() -> None:
     assert run(language_model(), []) == {}
 

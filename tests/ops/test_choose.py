@@ -73,6 +73,16 @@ def test_both_ways_move_every_lane_alike(
         assert torch.equal(getattr(fast, field.name)[untouched], getattr(state, field.name)[untouched])
 
 
+def test_strided_lanes_and_logits_are_refused(rng) -> None:
+    """Kernels read them by number: a strided tensor would be read at other places without a word."""
+    state, table = filled(rng, 8, 16)
+    how = Choosing(Sampling(), table, 2, False)
+    lanes, logits = torch.arange(8, device=DEVICE)[::2], torch.zeros(4, 32, device=DEVICE)
+    for bad in ((logits[:, :16], lanes), (logits[:, ::2], lanes.contiguous())):
+        with pytest.raises(ValueError, match="contiguous"):
+            choose.advance_triton(*bad, state, how)
+
+
 def one_each(logits: torch.Tensor, temperature: float = 0.0, seed: int = 0) -> torch.Tensor:
     """The tokens that the kernels choose for these rows, sequence i at position i of its own slot."""
     lanes = len(logits)
