@@ -28,7 +28,7 @@ from nla_engine.engine.streams import capture_stream, side_stream
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import verify

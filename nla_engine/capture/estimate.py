@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nla_engine.capture.job import load_job
+from nla_engine.capture.load import load_inputs
 from nla_engine.capture.plan import plan_capture, rows_kept
 from nla_engine.capture.run import check_out, run_capture
 from nla_engine.capture.tap import RowRange
@@ -63,7 +63,7 @@ def estimate_capture(
     taken raise; whether a store can be resumed with these options is asked by the run alone."""
     check_out(options)
     started = time.perf_counter()
-    lm, prompts = load_job(options, lm)
+    lm, prompts = load_inputs(options, lm)
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)

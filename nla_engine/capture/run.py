@@ -17,7 +17,7 @@ import torch
 
 from nla_engine.capture.appender import Appender
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
-from nla_engine.capture.job import CLOCK, load_job, prompts_rendering
+from nla_engine.capture.load import CLOCK, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
@@ -33,7 +33,7 @@ from nla_engine.models.prompts import PromptSet
 from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.directory import check_place
@@ -86,7 +86,7 @@ def run_capture(
         announce(
             f"{options.model} is an AV or AR (it has {SIDECAR}); their pair explains the base model's rows"
         )
-    lm, prompts = load_job(options, lm)
+    lm, prompts = load_inputs(options, lm)
     for message in prompts.messages():
         announce(message)
     return CaptureJob(options, lm, prompts, announce, progress).run()

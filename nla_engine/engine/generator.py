@@ -22,7 +22,7 @@ from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Ru
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
-from nla_engine.ops.choose import Choosing, Sampling, SlotState, advance
+from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
 
 _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from nla_engine.engine.attention import Pass, current_pass
+from nla_engine.engine.expected import PREFIX, Sample, parts_of, split_call, take_sample
 from nla_engine.engine.families import softcap_of
 from nla_engine.engine.graph import DecodeGraph
-from nla_engine.engine.sample import PREFIX, Sample, parts_of, split_call, take_sample
 from nla_engine.engine.slots import SlotCache
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import block_output

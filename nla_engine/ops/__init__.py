@@ -1,5 +1,5 @@
 """Operations on tensors, one stem for reference, fast versions, dispatch, test and benchmark."""
 
-from nla_engine.ops.kept import find_place
+from nla_engine.ops.triton_cache import find_place
 
 find_place()

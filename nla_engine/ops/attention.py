@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
-from nla_engine.ops.cut import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
+from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
 
 
 @dataclass(frozen=True)

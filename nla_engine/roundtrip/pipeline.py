@@ -17,9 +17,9 @@ import torch
 
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.streams import enter_device, side_stream
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.behind import Behind
+from nla_engine.roundtrip.background import Behind
 from nla_engine.roundtrip.pair import Pair
 from nla_engine.roundtrip.results import nullable
 from nla_engine.roundtrip.score import Controls

@@ -29,7 +29,7 @@ from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.sidecar import Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 #: Finished explanations that may wait for an earlier one, in bytes (a text is small).

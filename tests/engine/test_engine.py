@@ -22,7 +22,7 @@ from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.choose import Sampling, choose
+from nla_engine.ops.sampling import Sampling, choose
 
 PREFIX = (7, 8, 9, 10, 11)
 EOS = 258 - 1

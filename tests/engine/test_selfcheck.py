@@ -16,9 +16,9 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine import attention, fused, selfcheck
 from nla_engine.engine.attention import Pass
+from nla_engine.engine.expected import SCALES, take_sample
 from nla_engine.engine.fused import FusedBlock
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.sample import SCALES, take_sample
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, load_model, wrap_model

@@ -16,7 +16,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 
 PROMPT = (70, 71, 72, 33, 90)
 DRAWS = 4000

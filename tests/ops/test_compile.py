@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import attention, choose, fp8, gate, norm, places, rotary
+from nla_engine.ops import attention, fp8, gate, norm, places, rotary, sampling
 from nla_engine.ops.cards import SHARED_KIB, Card
-from nla_engine.ops.cut import PREFIX_ROWS, cut_for, head_width
+from nla_engine.ops.tile_sizes import PREFIX_ROWS, cut_for, head_width
 
 INT, LONG, BYTE, HALF, FLOAT, CODE = "i32", "*i64", "*u8", "*bf16", "fp32", "*fp8e4nv"
 BEST = {
@@ -51,11 +51,11 @@ ROTATE = {
 }  # fmt: skip
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
-    (choose._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
-    (choose._best_kernel, BEST, {"SAMPLE": True, "BLOCK": 4096}, 8),
-    (choose._advance_kernel, ADVANCE, {"READ_LAST": True, "PARTS": 64}, 1),
+    (sampling._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
+    (sampling._best_kernel, BEST, {"SAMPLE": True, "BLOCK": 4096}, 8),
+    (sampling._advance_kernel, ADVANCE, {"READ_LAST": True, "PARTS": 64}, 1),
     (
-        choose._advance_kernel,
+        sampling._advance_kernel,
         ADVANCE,
         {"READ_LAST": False, "PARTS": 1, "parts": 1, "most": 1, "stopped": 1},
         1,

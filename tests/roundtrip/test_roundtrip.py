@@ -21,7 +21,7 @@ from nla_engine.engine.request import Completion
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import load_model
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import read_metadata

@@ -21,9 +21,9 @@ from tiny import D, save_ar, save_av
 from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
-from nla_engine.ops.choose import Sampling
+from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import pipeline, rows, run
-from nla_engine.roundtrip.behind import Behind
+from nla_engine.roundtrip.background import Behind
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.verbalize import Verbalizer

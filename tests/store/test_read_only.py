@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nla_engine.ops.kept import find_place
+from nla_engine.ops.triton_cache import find_place
 
 #: numba finds no place for what it compiled: neither beside the file, nor below HOME, nor as the user named one.
 WITHOUT_PLACE = """

@@ -30,7 +30,7 @@ from nla_engine.store.swap import exists
 CLOCK = "chat_template_clock"
 
 
-def load_job(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
+def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
     """The model, unless it is given, and the prompts, for layers that the model has.
 
     Raises what `find_directory`, `load_model`, `check_layer` and `read_prompts` raise, in this order.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nla_engine.ops.cards import HOPPER, SHARED_KIB, Card
-from nla_engine.ops.cut import Cut, card_or_interpreter, cut_for
+from nla_engine.ops.tile_sizes import Cut, card_or_interpreter, cut_for
 
 CARDS = [Card(0, "card", capability, 1024 * kib) for capability, kib in SHARED_KIB.items()]
 

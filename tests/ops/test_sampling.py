@@ -9,8 +9,8 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from nla_engine.ops import choose
-from nla_engine.ops.choose import Choosing, Sampling, SlotState
+from nla_engine.ops import sampling
+from nla_engine.ops.sampling import Choosing, Sampling, SlotState
 
 DTYPES = [torch.float32, torch.bfloat16]
 MOST = 5
@@ -63,8 +63,8 @@ def test_both_ways_move_every_lane_alike(
     logits = logits.to(DEVICE, dtype)[:, :vocabulary]  # many ties; rows further apart than they are long
     how = Choosing(Sampling(temperature, int(rng.integers(1 << 62))), table, 2, read_last)
     fast, slow = copied(state), copied(state)
-    choose.advance_triton(logits, where, fast, how)
-    choose.advance_reference(logits, where, slow, how)
+    sampling.advance_triton(logits, where, fast, how)
+    sampling.advance_reference(logits, where, slow, how)
     same(fast, slow)
     untouched = torch.ones(slots + 1, dtype=torch.bool, device=DEVICE)
     untouched[where] = False
@@ -80,7 +80,7 @@ def test_strided_lanes_and_logits_are_refused(rng) -> None:
     lanes, logits = torch.arange(8, device=DEVICE)[::2], torch.zeros(4, 32, device=DEVICE)
     for bad in ((logits[:, :16], lanes), (logits[:, ::2], lanes.contiguous())):
         with pytest.raises(ValueError, match="contiguous"):
-            choose.advance_triton(*bad, state, how)
+            sampling.advance_triton(*bad, state, how)
 
 
 def one_each(logits: torch.Tensor, temperature: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -93,7 +93,7 @@ def one_each(logits: torch.Tensor, temperature: float = 0.0, seed: int = 0) -> t
     state.position.copy_(torch.arange(lanes + 1))
     table = torch.zeros(1, logits.shape[1], dtype=torch.uint8, device=logits.device)
     how = Choosing(Sampling(temperature, seed), table, 1, False)
-    choose.advance_triton(logits, torch.arange(lanes, device=logits.device), state, how)
+    sampling.advance_triton(logits, torch.arange(lanes, device=logits.device), state, how)
     return state.token[:lanes]
 
 
@@ -123,7 +123,7 @@ def test_a_draw_is_that_of_the_reference(rng, seed: int) -> None:
     """The same hash decides: over flat logits nothing else does, and a wrong bit would move nearly every draw."""
     flat = torch.zeros(40, 9001, device=DEVICE)
     number = torch.arange(40, device=DEVICE)
-    expected = choose.choose(flat, number, number + 1, 1.5, seed)
+    expected = sampling.choose(flat, number, number + 1, 1.5, seed)
     assert (one_each(flat, 1.5, seed) == expected).float().mean() >= 0.95  # log may round otherwise
     peaked = torch.full((3, 9001), -1000.0, device=DEVICE)
     peaked[:, 7] = 1000.0
@@ -146,11 +146,11 @@ def extremes(rng: np.random.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", EXTREMES)
 def test_a_temperature_towards_nothing_is_greedy_and_towards_infinity_flat(rng, temperature: float) -> None:
     logits, number = extremes(rng), torch.arange(40, device=DEVICE)
-    chosen = choose.choose(logits, number, number, temperature, 3)
+    chosen = sampling.choose(logits, number, number, temperature, 3)
     if temperature < 1:
         assert torch.equal(chosen, logits.argmax(-1))
     else:
-        flat = choose.choose(torch.zeros_like(logits), number, number, 1.0, 3)
+        flat = sampling.choose(torch.zeros_like(logits), number, number, 1.0, 3)
         assert (chosen == flat).float().mean() > 0.9
         assert not (chosen == 17).any()  # what has no probability has none at any temperature
 
@@ -159,7 +159,7 @@ def test_a_temperature_towards_nothing_is_greedy_and_towards_infinity_flat(rng, 
 @pytest.mark.parametrize("temperature", [*EXTREMES, 0.3, 1.0, 1.7])
 def test_draws_at_any_temperature_are_those_of_the_reference(rng, temperature: float) -> None:
     logits, number = extremes(rng), torch.arange(40, device=DEVICE)
-    expected = choose.choose(logits, number, number + 1, temperature, 11)
+    expected = sampling.choose(logits, number, number + 1, temperature, 11)
     assert (one_each(logits, temperature, 11) == expected).float().mean() >= 0.95  # log may round otherwise
 
 
@@ -167,7 +167,7 @@ def test_frequencies_are_those_of_the_softmax_at_low_and_high_temperatures() -> 
     logits = torch.tensor([1.0, 0.9, 0.5, -1.0, float("-inf")])
     number = torch.arange(20_000)
     for temperature in (0.05, 0.3, 1.0, 4.0, 1e30):
-        drawn = choose.choose(logits.expand(len(number), -1), number, number, temperature, 5)
+        drawn = sampling.choose(logits.expand(len(number), -1), number, number, temperature, 5)
         wanted = torch.softmax(logits.double() / temperature, -1)
         seen = drawn.bincount(minlength=5) / len(number)
         assert (seen - wanted).abs().max() < 0.015, temperature
@@ -175,7 +175,7 @@ def test_frequencies_are_those_of_the_softmax_at_low_and_high_temperatures() -> 
 
 def test_hashes_of_integers_and_tensors_are_one() -> None:
     values = [0, 1, 12345, 0xFFFFFFFF, 1 << 40]
-    assert choose._hash(torch.tensor(values)).tolist() == [choose._hash(value) for value in values]
+    assert sampling._hash(torch.tensor(values)).tolist() == [sampling._hash(value) for value in values]
 
 
 @starts_the_interpreter

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import DATED, save_model, tiny_model, write_prompts, write_records
 
-from nla_engine.capture import job
+from nla_engine.capture import load
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import CheckpointError, PromptError, RequestError, StoreError
@@ -37,20 +37,20 @@ def options(tmp_path: Path, **changes: Any) -> CaptureOptions:
 def reads(monkeypatch) -> list[reading.Limits]:
     """The limits of each time that the prompts are read."""
     seen = []
-    real = job.read_prompts
+    real = load.read_prompts
 
     def spy(*args: Any, **how: Any) -> Any:
         seen.append(how["limits"])
         return real(*args, **how)
 
-    monkeypatch.setattr(job, "read_prompts", spy)
+    monkeypatch.setattr(load, "read_prompts", spy)
     return seen
 
 
 def test_prompts_are_read_while_the_weights_load(tmp_path: Path, monkeypatch, reads) -> None:
     """Loading waits until a prompt was encoded, which happens on another thread."""
     encoded = threading.Event()
-    add, load = reading.PromptSet.add, job.load_base_model
+    add, load_model = reading.PromptSet.add, load.load_base_model
 
     def note(self: Any, *args: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
@@ -59,11 +59,11 @@ def test_prompts_are_read_while_the_weights_load(tmp_path: Path, monkeypatch, re
 
     def wait(given: CaptureOptions) -> LanguageModel:
         assert encoded.wait(30)
-        return load(given)
+        return load_model(given)
 
     monkeypatch.setattr(reading.PromptSet, "add", note)
-    monkeypatch.setattr(job, "load_base_model", wait)
-    lm, prompts = job.load_job(options(tmp_path))
+    monkeypatch.setattr(load, "load_base_model", wait)
+    lm, prompts = load.load_inputs(options(tmp_path))
     assert len(prompts) == 12 and reads == [reading.Limits(512 - 4, lm.vocab_size)]
 
 
@@ -72,11 +72,11 @@ def test_the_loaded_model_decides_what_it_can_read(tmp_path: Path, monkeypatch, 
     prompts = write_records(tmp_path, [{"prompt": "a" * 300}])
     monkeypatch.setattr(LanguageModel, "max_length", property(lambda _: 200))
     with pytest.raises(PromptError, match="the limit is 196"):
-        job.load_job(options(tmp_path, prompts=prompts))
+        load.load_inputs(options(tmp_path, prompts=prompts))
     assert [limits.tokens for limits in reads] == [508, 196]
     monkeypatch.setattr(LanguageModel, "max_length", property(lambda _: 2000))
     prompts = write_records(tmp_path, [{"prompt": "a" * 900}])
-    assert len(job.load_job(options(tmp_path, prompts=prompts))[1]) == 1
+    assert len(load.load_inputs(options(tmp_path, prompts=prompts))[1]) == 1
 
 
 def test_the_model_is_judged_before_its_prompts(tmp_path: Path) -> None:
@@ -84,19 +84,19 @@ def test_the_model_is_judged_before_its_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("nonsense\n")
     given = options(tmp_path, prompts=tmp_path / "p.jsonl", layer=(9,))
     with pytest.raises(RequestError, match="layer 9 does not exist"):
-        job.load_job(given)
+        load.load_inputs(given)
     (tmp_path / "base" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
-        job.load_job(given)
+        load.load_inputs(given)
     with pytest.raises(CheckpointError, match="no such directory"):
-        job.load_job(options(tmp_path, model=str(tmp_path / "none")))
+        load.load_inputs(options(tmp_path, model=str(tmp_path / "none")))
     assert not [thread for thread in threading.enumerate() if thread.name == "prompts"]
 
 
 def test_a_fault_of_the_prompts_is_told(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\nnonsense\n')
     with pytest.raises(PromptError, match="line 2: not JSON"):
-        job.load_job(options(tmp_path, prompts=tmp_path / "p.jsonl"))
+        load.load_inputs(options(tmp_path, prompts=tmp_path / "p.jsonl"))
 
 
 def test_an_embedding_shorter_than_the_vocabulary(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_resumed_run_renders_with_the_time_of_the_first(tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             run_capture(given, lm=lm)
     store = CaptureStore.open(given.out)
-    assert 0 < store.sequences < 12 and store.provenance[job.CLOCK] == "2031-01-01T00:00:00"
+    assert 0 < store.sequences < 12 and store.provenance[load.CLOCK] == "2031-01-01T00:00:00"
     Day.today = 2
     run_capture(options(tmp_path, batch_size=3, resume=True), lm=lm)
     texts = [sequence.prompt_text() for sequence in CaptureStore.open(given.out).iter_sequences()]
@@ -188,11 +188,11 @@ def test_what_costs_nothing_to_refuse_comes_before_the_model_is_fetched(tmp_path
         asked.append(name)
         raise CheckpointError(f"{name}: gated")
 
-    monkeypatch.setattr(job, "find_directory", find)
+    monkeypatch.setattr(load, "find_directory", find)
     for wrong in ({"device": "cuda:9"}, {"dtype": "int3"}):
         with pytest.raises(RequestError):
-            job.load_job(options(tmp_path, **wrong))
+            load.load_inputs(options(tmp_path, **wrong))
     assert asked == []
     with pytest.raises(CheckpointError, match="gated"):
-        job.load_job(options(tmp_path))
+        load.load_inputs(options(tmp_path))
     assert len(asked) == 1  # and it is asked once
