@@ -179,7 +179,7 @@ def _metadata(options: RoundtripOptions, layer: int, pair: Pair) -> dict[str, An
         "ar": pair.reconstructor.lm.name,
         "av_revision": pair.verbalizer.lm.revision,
         "ar_revision": pair.reconstructor.lm.revision,
-        "injection_scale": pair.verbalizer.sidecar.injection_scale,
+        "injection_scale": pair.verbalizer.injection.scale,
         "layer": layer,
     }
 
