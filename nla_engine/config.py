@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
@@ -17,20 +18,60 @@ from nla_engine.errors import RequestError
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation a step.
 KERNELS = ("auto", "fused", "reference")
-_KERNELS_HELP = (
-    "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention."
-)
 #: Products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
-_Options = TypeVar("_Options", bound="Options")
 
 
-def option(help: str, default: Any = ..., **metadata: Any) -> Any:
-    """A dataclass field with a help text for the command line."""
-    metadata["help"] = help
+@dataclass(frozen=True)
+class Must:
+    """What the value of an option must be: the test, and the words of the error."""
+
+    holds: Callable[[Any], bool]
+    be: str
+
+
+AT_LEAST_0 = Must(lambda value: value >= 0, "0 or more")
+AT_LEAST_1 = Must(lambda value: value >= 1, "1 or more")
+AT_LEAST_2 = Must(lambda value: value >= 2, "2 or more")
+
+
+def one_of(names: tuple[str, ...], words: str | None = None) -> Must:
+    """The value is one of these names. words: how the error lists them."""
+    return Must(lambda value: value in names, words or f"one of {', '.join(names)}")
+
+
+def option(
+    help: str,
+    default: Any = ...,
+    *,
+    must: Must | None = None,
+    excludes: str | None = None,
+    argument: bool = False,
+    flags: str | None = None,
+    typed: Any = None,
+    parse: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A dataclass field with all that its check and the command line need.
+
+    must: checked on construction; None passes where None is the default
+    excludes: another option that cannot be given with this one
+    argument: on the command line it is an argument, not an option
+    flags: its names on the command line, if not `--` and the field's name
+    typed, parse: its type on the command line if it is another there, and what makes the field's value of the field's
+    name and what was given
+    """
+    metadata = {
+        "help": help,
+        "must": must,
+        "excludes": excludes,
+        "argument": argument,
+        "flags": flags,
+        "typed": typed,
+        "parse": parse,
+    }
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
@@ -47,71 +88,141 @@ def check_local(*paths: Path) -> None:
             raise RequestError(f"{url}: this has to be on a local disk, not on an object store")
 
 
+def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
+    """Numbers, each given alone or several joined by commas."""
+    try:
+        return tuple(int(number) for words in given for number in words.split(","))
+    except ValueError:
+        raise RequestError(
+            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Options:
-    """Base: construction from a mapping that refuses unknown keys, and a JSON-able form."""
+    """Base: the checks that stand in the metadata of the fields, and a JSON-able form."""
 
-    @classmethod
-    def from_dict(cls: type[_Options], data: dict[str, Any]) -> _Options:
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise RequestError(
-                f"unknown option {', '.join(unknown)}; known: {', '.join(f.name for f in fields(cls))}"
-            )
-        return cls(**data)
+    def __post_init__(self) -> None:
+        for about in fields(self):
+            name, value, must = about.name, getattr(self, about.name), about.metadata["must"]
+            if must and not (value is None and about.default is None) and not must.holds(value):
+                given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+                raise RequestError(f"{flag(name)} is {given}: it must be {must.be}")
+            other = about.metadata["excludes"]
+            if other and value and getattr(self, other):
+                raise RequestError(f"{flag(name)} and {flag(other)} exclude each other")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
-    def _need(self, holds: bool, name: str, must: str) -> None:
-        if not holds:
-            value = getattr(self, name)
-            given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-            raise RequestError(f"{flag(name)} is {given}: it must be {must}")
+
+# Options that several stages have: each is written once.
+
+
+def _temperature() -> Any:
+    return option(
+        "0 is greedy; above, the softmax is sampled at this temperature.",
+        0.0,
+        must=Must(lambda value: math.isfinite(value) and value >= 0, "0 or more"),
+    )
+
+
+def _seed(help: str) -> Any:
+    return option(help, 0, must=Must(lambda value: 0 <= value < 1 << 63, "0 to 2^63 - 1"))
+
+
+def _variance(help: str) -> Any:
+    return option(help, None, must=Must(lambda value: 0 < value <= 1, "above 0 and at most 1"))
+
+
+def _batch_size(help: str) -> Any:
+    return option(f"{help} [default: from the memory that is free]", None, must=AT_LEAST_1)
+
+
+def _dtype() -> Any:
+    return option("bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None)
+
+
+def _device() -> Any:
+    return option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
+
+
+def _kernels() -> Any:
+    return option(
+        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
+        "auto",
+        must=one_of(KERNELS),
+    )
+
+
+def _resume(what: str) -> Any:
+    return option(f"Go on with a {what} that was interrupted.", False, excludes="overwrite")
+
+
+def _trust_remote_code() -> Any:
+    return option("Run Python code that a model repository brings along.", False)
 
 
 @dataclass(frozen=True)
 class CaptureOptions(Options):
     """Stage 1. See each field's help."""
 
-    model: str = option("Base model: a local directory or a Hub id.")
+    model: str = option("Base model: a local directory or a Hub id.", argument=True)
     prompts: Path = option(
         "Prompts: .jsonl, .parquet, .csv or .tsv with prompt or messages, or .txt with a prompt a line."
     )
     layer: tuple[int, ...] = option(
-        "Block to capture, counted from 0: its output. Several joined by commas, or repeated."
+        "Block to capture, counted from 0: its output. Several joined by commas, or repeated.",
+        must=Must(
+            lambda layers: len(layers) > 0 and min(layers) >= 0, "one or several block numbers from 0 on"
+        ),
+        typed=list[str],
+        parse=whole_numbers,
     )
-    out: str = option("The Zarr store to write: a directory, or s3://bucket/run.zarr.")
-    max_new_tokens: int = option("Most tokens to generate for a prompt; 0 only reads it.", 128)
+    out: str = option(
+        "The Zarr store to write: a directory, or s3://bucket/run.zarr.",
+        must=Must(bool, "the name of a store"),
+    )
+    max_new_tokens: int = option(
+        "Most tokens to generate for a prompt; 0 only reads it.", 128, must=AT_LEAST_0
+    )
     positions: str | None = option(
         "Rows to keep: generated, prompt, all, last (the prompt's last token), or several joined by commas. "
         "[default: generated; all with --corpus]",
         None,
+        must=Must(
+            lambda names: all(name in POSITIONS for name in names.split(",")),
+            f"of {', '.join(POSITIONS)}, joined by commas",
+        ),
     )
-    codec: str = option("How rows are stored: int8, int4 or bf16.", "int8")
-    batch_size: int | None = option("Sequences run at once. [default: from the memory that is free]", None)
-    temperature: float = option("0 is greedy; above, the softmax is sampled at this temperature.", 0.0)
-    seed: int = option("Seed of the sampling.", 0)
+    codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
+    batch_size: int | None = _batch_size("Sequences run at once.")
+    temperature: float = _temperature()
+    seed: int = _seed("Seed of the sampling.")
     chat: bool | None = option(
-        "Render prompts through the chat template, or not. [default: if there is one]", None
+        "Render prompts through the chat template, or not. [default: if there is one]",
+        None,
+        flags="--chat/--raw",
     )
     corpus: bool = option(
         "Text that exists already: read raw, generate nothing, stop after the deepest layer.", False
     )
-    dtype: str | None = option(
-        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
-    )
-    device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(_KERNELS_HELP, "auto")
+    dtype: str | None = _dtype()
+    device: str | None = _device()
+    kernels: str = _kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
-    resume: bool = option("Go on with a store that was interrupted.", False)
+    resume: bool = _resume("store")
     overwrite: bool = option("Replace a store that exists.", False)
     dry_run: bool = option(
         "Write nothing: print rows, bytes and time expected, measured on the first prompts.", False
     )
-    host_memory: float = option("GiB of host memory for rows of sequences that have ended.", 4.0)
-    trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
+    host_memory: float = option(
+        "GiB of host memory for rows of sequences that have ended.",
+        4.0,
+        must=Must(lambda value: 0 < value < math.inf, "above 0, and finite"),
+    )
+    trust_remote_code: bool = _trust_remote_code()
 
     def __post_init__(self) -> None:
         if self.corpus:
@@ -124,78 +235,56 @@ class CaptureOptions(Options):
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
         object.__setattr__(self, "layer", tuple(sorted(set(self.layer))))
-        self._need(
-            len(self.layer) > 0 and min(self.layer) >= 0, "layer", "one or several block numbers from 0 on"
-        )
-        self._need(bool(self.out), "out", "the name of a store")
-        self._need(self.max_new_tokens >= 0, "max_new_tokens", "0 or more")
-        names = str(self.positions).split(",")
-        self._need(
-            all(n in POSITIONS for n in names), "positions", f"of {', '.join(POSITIONS)}, joined by commas"
-        )
-        if self.max_new_tokens == 0 and names == ["generated"]:
+        super().__post_init__()
+        if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
             )
-        self._need(self.codec in CODEC_NAMES, "codec", f"one of {', '.join(CODEC_NAMES)}")
-        self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
-        self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
-        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
-        self._need(0 < self.host_memory < math.inf, "host_memory", "above 0, and finite")
-        if self.resume and self.overwrite:
-            raise RequestError("--resume and --overwrite exclude each other")
 
 
 @dataclass(frozen=True)
 class RoundtripOptions(Options):
     """Stage 2. See each field's help."""
 
-    store: str = option("The store that capture wrote: a directory, or s3://bucket/run.zarr.")
+    store: str = option("The store that capture wrote: a directory, or s3://bucket/run.zarr.", argument=True)
     av: str = option("Verbalizer (AV): a local directory or a Hub id.")
     ar: str = option("Reconstructor (AR): a local directory or a Hub id.")
     out: Path = option("The Parquet file to write.")
     layer: int | None = option("Layer of the store to read. [default: the one the AV was trained on]", None)
     where: str | None = option("Which rows, as an expression: \"generated and token matches '[0-9]'\".", None)
-    limit: int | None = option("At most this many rows, evenly spread over the selected ones.", None)
-    samples: int = option("Explanations a row; the best by cos is marked. Above 1 needs a temperature.", 1)
-    temperature: float = option("0 is greedy; above, the softmax is sampled at this temperature.", 0.0)
-    seed: int = option("Seed of the sampling and of the controls.", 0)
-    max_new_tokens: int = option("Longest explanation, in tokens.", 200)
-    variance: float | None = option(
-        "Var of fve_nrm, if not that of the store's rows (published training values).", None
+    limit: int | None = option(
+        "At most this many rows, evenly spread over the selected ones.", None, must=AT_LEAST_1
     )
-    batch_size: int | None = option(
-        "Explanations written at once. [default: from the memory that is free]", None
+    samples: int = option(
+        "Explanations a row; the best by cos is marked. Above 1 needs a temperature.", 1, must=AT_LEAST_1
     )
+    temperature: float = _temperature()
+    seed: int = _seed("Seed of the sampling and of the controls.")
+    max_new_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
+    variance: float | None = _variance(
+        "Var of fve_nrm, if not that of the store's rows (published training values)."
+    )
+    batch_size: int | None = _batch_size("Explanations written at once.")
     follow: bool = option("Read a store that is still being written, until its writer has finished.", False)
     residency: str = option(
-        "AV and AR on the GPU: both (at once), turns (one at a time), or auto: both if they fit.", "auto"
+        "AV and AR on the GPU: both (at once), turns (one at a time), or auto: both if they fit.",
+        "auto",
+        must=one_of(RESIDENCIES),
     )
     precision: str = option(
         "Products of AV and AR: full (in --dtype), or fp8, faster and close to it (docs/roundtrip.md).",
         "full",
+        must=one_of(PRECISIONS),
     )
-    dtype: str | None = option(
-        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
-    )
-    device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(_KERNELS_HELP, "auto")
-    resume: bool = option("Go on with a round trip that was interrupted.", False)
+    dtype: str | None = _dtype()
+    device: str | None = _device()
+    kernels: str = _kernels()
+    resume: bool = _resume("round trip")
     overwrite: bool = option("Replace a result that exists.", False)
-    trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
+    trust_remote_code: bool = _trust_remote_code()
 
     def __post_init__(self) -> None:
-        self._need(self.limit is None or self.limit > 0, "limit", "1 or more")
-        self._need(self.samples > 0, "samples", "1 or more")
-        self._need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
-        self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
-        self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
-        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
-        self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
-        self._need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-        self._need(self.residency in RESIDENCIES, "residency", f"one of {', '.join(RESIDENCIES)}")
+        super().__post_init__()
         check_local(self.out)
         if self.precision == "fp8" and self.kernels == "reference":
             raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
@@ -207,8 +296,6 @@ class RoundtripOptions(Options):
             raise RequestError(
                 "--samples above 1 would write one greedy text several times: give a --temperature"
             )
-        if self.resume and self.overwrite:
-            raise RequestError("--resume and --overwrite exclude each other")
 
 
 @dataclass(frozen=True)
@@ -219,8 +306,10 @@ class MultiplicationOptions(Options):
     model: str | None = option("Base model: a directory or a Hub id. [default: the bundled one]", None)
     av: str | None = option("Verbalizer (AV) of its activations. [default: the bundled one]", None)
     ar: str | None = option("Reconstructor (AR) of its activations. [default: the bundled one]", None)
-    layer: int | None = option("Layer that AV and AR were made for. [default: the bundled models' 5]", None)
-    problems: int = option("How many multiplications.", 200)
+    layer: int | None = option(
+        "Layer that AV and AR were made for. [default: the bundled models' 5]", None, must=AT_LEAST_0
+    )
+    problems: int = option("How many multiplications.", 200, must=AT_LEAST_2)
     first: str = option("Values of the first operand.", "10-99")
     second: str = option("Values of the second operand.", "10-99")
     phrasings: str = option("How to ask, joined by commas.", "what,command,find,formula,much,story")
@@ -228,29 +317,40 @@ class MultiplicationOptions(Options):
         "Operand pairs that the bundled AV and AR never saw (held_out), saw (trained), or any. "
         "[default: held_out; any with other models]",
         None,
+        must=one_of(("held_out", "trained", "any"), "held_out, trained or any"),
     )
-    seed: int = option("Seed of the problems, the samples, the controls and the intervals.", 0)
-    rows: str = option("Rows to explain: answer (those in and beside it), or every generated one.", "answer")
-    max_new_tokens: int = option("Longest reply, in tokens.", 128)
-    explanation_tokens: int = option("Longest explanation, in tokens.", 200)
-    ablated_problems: int = option("Problems whose explanations are read again clause by clause.", 96)
-    samples: int = option("Explanations a row for the agreement of samples; 0 leaves it out.", 4)
-    temperature: float = option("Temperature of those samples; every other explanation is greedy.", 0.7)
-    sampled_problems: int = option("Problems whose rows are sampled.", 48)
-    variance: float | None = option(
-        "Var of FVE, if not that of the store's rows (published training values).", None
+    seed: int = _seed("Seed of the problems, the samples, the controls and the intervals.")
+    rows: str = option(
+        "Rows to explain: answer (those in and beside it), or every generated one.",
+        "answer",
+        must=one_of(("answer", "generated"), "answer or generated"),
     )
-    batch_size: int | None = option(
-        "Sequences run at once, in both stages. [default: from the memory that is free]", None
+    max_new_tokens: int = option("Longest reply, in tokens.", 128, must=AT_LEAST_1)
+    explanation_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
+    ablated_problems: int = option(
+        "Problems whose explanations are read again clause by clause.", 96, must=AT_LEAST_0
     )
-    dtype: str | None = option(
-        "bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None
+    samples: int = option(
+        "Explanations a row for the agreement of samples; 0 leaves it out.",
+        4,
+        must=Must(lambda value: value == 0 or value >= 2, "2 or more, or 0"),
     )
-    device: str | None = option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
-    kernels: str = option(_KERNELS_HELP, "auto")
-    resume: bool = option("Go on with a study that was interrupted.", False)
+    temperature: float = option(
+        "Temperature of those samples; every other explanation is greedy.",
+        0.7,
+        must=Must(lambda value: math.isfinite(value) and value > 0, "above 0"),
+    )
+    sampled_problems: int = option("Problems whose rows are sampled.", 48, must=AT_LEAST_2)
+    variance: float | None = _variance(
+        "Var of FVE, if not that of the store's rows (published training values)."
+    )
+    batch_size: int | None = _batch_size("Sequences run at once, in both stages.")
+    dtype: str | None = _dtype()
+    device: str | None = _device()
+    kernels: str = _kernels()
+    resume: bool = _resume("study")
     overwrite: bool = option("Replace a study that exists.", False)
-    trust_remote_code: bool = option("Run Python code that a model repository brings along.", False)
+    trust_remote_code: bool = _trust_remote_code()
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "av", "ar", "layer") if getattr(self, name) is not None]
@@ -258,23 +358,8 @@ class MultiplicationOptions(Options):
             raise RequestError(
                 "--model, --av, --ar and --layer belong together: give all four, or none for the bundled models"
             )
-        self._need(self.layer is None or self.layer >= 0, "layer", "0 or more")
-        self._need(self.problems >= 2, "problems", "2 or more")
-        self._need(self.split in (None, "held_out", "trained", "any"), "split", "held_out, trained or any")
+        super().__post_init__()
         if given and self.split not in (None, "any"):
             raise RequestError(
                 f"--split {self.split}: which pairs were held out is known of the bundled models alone; leave it out"
             )
-        self._need(0 <= self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
-        self._need(self.rows in ("answer", "generated"), "rows", "answer or generated")
-        self._need(self.max_new_tokens > 0, "max_new_tokens", "1 or more")
-        self._need(self.explanation_tokens > 0, "explanation_tokens", "1 or more")
-        self._need(self.ablated_problems >= 0, "ablated_problems", "0 or more")
-        self._need(self.samples == 0 or self.samples >= 2, "samples", "2 or more, or 0")
-        self._need(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0")
-        self._need(self.sampled_problems >= 2, "sampled_problems", "2 or more")
-        self._need(self.variance is None or 0 < self.variance <= 1, "variance", "above 0 and at most 1")
-        self._need(self.batch_size is None or self.batch_size > 0, "batch_size", "1 or more")
-        self._need(self.kernels in KERNELS, "kernels", f"one of {', '.join(KERNELS)}")
-        if self.resume and self.overwrite:
-            raise RequestError("--resume and --overwrite exclude each other")

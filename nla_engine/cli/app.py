@@ -7,7 +7,6 @@ import inspect
 import os
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ import typer
 from nla_engine.cli.output import Json, progress_bar, say
 from nla_engine.cli.streams import watch_streams
 from nla_engine.config import Options, flag
-from nla_engine.errors import NLAError, RequestError
+from nla_engine.errors import NLAError
 from nla_engine.models import hub
 
 app = typer.Typer(
@@ -75,7 +74,7 @@ def _main(
 
 
 def command(
-    options: type[Options], *arguments: str, within: typer.Typer = app
+    options: type[Options], *, within: typer.Typer = app
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register `function(options, as_json)` as a command whose parameters are the fields of a dataclass.
 
@@ -83,20 +82,17 @@ def command(
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(options)
-        parameters = [
-            _parameter(field, hints[field.name], arguments) for field in dataclasses.fields(options)
-        ]
+        hints, fields = typing.get_type_hints(options), dataclasses.fields(options)
+        parameters = [_parameter(field, hints[field.name]) for field in fields]
         parameters.append(
             inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
         )
 
         def run(**values: Any) -> None:
             as_json = values.pop("as_json")
-            values = {
-                key: _numbers(key, value) if isinstance(value, list) else value
-                for key, value in values.items()
-            }
+            for field in fields:
+                if parse := field.metadata["parse"]:
+                    values[field.name] = parse(field.name, values[field.name])
             function(options(**values), as_json)
 
         run.__doc__ = function.__doc__
@@ -108,28 +104,14 @@ def command(
     return register
 
 
-def _numbers(name: str, given: list[str]) -> tuple[int, ...]:
-    """Numbers, each given alone or several joined by commas."""
-    try:
-        return tuple(int(number) for words in given for number in words.split(","))
-    except ValueError:
-        raise RequestError(
-            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
-        ) from None
-
-
-def _parameter(field: dataclasses.Field[Any], hint: Any, arguments: tuple[str, ...]) -> inspect.Parameter:
-    help = field.metadata["help"]
-    if hint == tuple[int, ...]:
-        hint = list[str]
-    if field.name in arguments:
-        marker: Any = typer.Argument(help=help, metavar=field.name.upper())
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    about = field.metadata
+    if about["argument"]:
+        marker: Any = typer.Argument(help=about["help"], metavar=field.name.upper())
     else:
-        names = flag(field.name)
-        if typing.get_origin(hint) is types.UnionType and bool in typing.get_args(hint):
-            names += "/--raw"
-        marker = typer.Option(names, help=help)
+        marker = typer.Option(about["flags"] or flag(field.name), help=about["help"])
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    hint = about["typed"] or hint
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, marker]
     )

@@ -14,7 +14,7 @@ from nla_engine.cli.output import Json, finish, progress_bar, results, say
 from nla_engine.config import CaptureOptions, RoundtripOptions
 
 
-@command(CaptureOptions, "model")
+@command(CaptureOptions)
 def capture_command(options: CaptureOptions, as_json: bool) -> None:
     """Stage 1: run prompts through a model and store one layer's (or several layers') activations."""
     if options.dry_run:
@@ -29,7 +29,7 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
     finish("captured", summary.to_dict(), as_json)
 
 
-@command(RoundtripOptions, "store")
+@command(RoundtripOptions)
 def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
     """Stage 2: explain stored activations with an AV, read the words back with an AR, and score them."""
     from nla_engine.roundtrip.run import run_roundtrip
