@@ -200,15 +200,17 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     revision: str | None = None,
+    directory: Path | None = None,
     headless: bool = False,
     remote_code: bool = False,
 ) -> LanguageModel:
     """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
 
+    directory: what `find_directory` gave for name and revision, if that was asked already
     Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
     engine cannot drive; EngineError if memory does not suffice.
     """
-    directory = find_directory(name, revision, remote_code=remote_code)
+    directory = directory or find_directory(name, revision, remote_code=remote_code)
     check_checkpoint(directory, headless=headless, remote_code=remote_code)
     tokenizer = load_tokenizer(directory, remote_code=remote_code)
     model, missing = read_model(

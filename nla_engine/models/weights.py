@@ -6,7 +6,6 @@ wrong as one too few. Knows nothing of tokenizers, of the Hub or of what the mod
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -22,14 +21,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nla_engine.errors import CheckpointError, EngineError, NLAError, first_line
+from nla_engine.models.checkpoint import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_form,
+    other_weights,
+    read_json,
+    weight_paths,
+)
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors", "*.h5", "*.msgpack", "*.onnx")
-#: Keys of a configuration that say how weights were quantised.
-_QUANTISED = ("quantization_config", "compression_config")
 #: What names of tensors that have no place may tell: a part of the name, and what it means.
 _STRAYS = (
     ("lora_", "they belong to an adapter, and adapters are not merged yet: give merged weights"),
@@ -79,59 +80,15 @@ def read_model(
 def check_checkpoint(directory: Path, *, headless: bool, remote_code: bool) -> None:
     """CheckpointError for what can be told before the weights are read: their form, their files, the model's class."""
     config = check_form(directory, str(directory))
-    _check_files(directory)
+    _check_files(directory, config)
     _check_kind(directory, config, headless, remote_code)
 
 
-def check_form(directory: Path, name: str) -> dict[str, Any]:
-    """CheckpointError, which says `name`, for weights in a form that is not run, by the small files in a directory
-    alone: before the weights are fetched. Returns config.json."""
-    path = directory / CONFIG
-    if (directory / ADAPTER).is_file():
-        raise CheckpointError(
-            f"{name}: has {ADAPTER}: adapters are not merged yet, and without its own the model is another: "
-            "merge it into its base model and give that directory"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"{name}: has no {CONFIG}: give the directory of one checkpoint")
-    config = _read_json(path)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in _QUANTISED:
-            if isinstance(part.get(key), dict):
-                raise CheckpointError(
-                    f"{name}: its weights are quantised ({_method(part[key])}), which the engine does not run: "
-                    "give the unquantised checkpoint of this model"
-                )
-    return config
-
-
-def _method(given: Mapping[str, Any]) -> str:
-    """Name and width of a quantisation, as its configuration gives them."""
-    name = str(given.get("quant_method") or given.get("format") or "unnamed method")
-    bits = given.get("bits") or given.get("w_bit")
-    bits = bits or next(
-        (n for n in (4, 8) if given.get(f"load_in_{n}bit") or given.get(f"_load_in_{n}bit")), None
-    )
-    return f"{name}, {bits} bits" if bits else name
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights, whether they are there or not; none if the directory names none."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
-        return []
-    names = _read_json(directory / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{directory / INDEX}: names no weights: fetch it again")
-    return [directory / name for name in sorted(set(map(str, names.values())))]
-
-
-def _check_files(directory: Path) -> None:
+def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
     """CheckpointError unless the files that hold the weights are there, and are safetensors."""
-    files = _weight_files(directory)
+    files = weight_paths(directory, config)
     if not files:
-        others = sorted({path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern)})
+        others = other_weights(os.listdir(directory))
         held = f"its weights are {', '.join(others[:3])}" if others else "it holds no weights"
         raise CheckpointError(
             f"{directory}: {held}; only {WEIGHTS}, or the files of {INDEX}, are read: "
@@ -252,7 +209,7 @@ def _without_head(directory: Path, model: Any, names: set[str], remote_code: boo
     head: Any = whole.get_output_embeddings()
     shapes = {tuple(tensor.shape) for tensor in head.parameters()} if head is not None else set()
     found: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(directory):
+    for path in weight_paths(directory, read_json(directory / CONFIG)):
         with safe_open(path, framework="pt") as file:
             found |= {key: tuple(file.get_slice(key).get_shape()) for key in names & set(file.keys())}
     unknown = names - set(whole.state_dict())
@@ -269,15 +226,3 @@ def _explain(directory: Path, device: torch.device, error: Exception) -> NLAErro
     if isinstance(error, ImportError):
         return CheckpointError(f"{directory}: needs a package that is missing ({line}): install it")
     return CheckpointError(f"{directory}: the model cannot be loaded ({type(error).__name__}: {line})")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as JSON ({first_line(error)}): fetch it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: is not a JSON object: fetch it again")
-    return found

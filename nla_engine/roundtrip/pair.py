@@ -5,7 +5,6 @@ Both stay on the GPU if they fit; else they take turns there, and the other wait
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ import torch
 
 from nla_engine.config import RoundtripOptions
 from nla_engine.engine.slots import free_bytes
-from nla_engine.errors import RequestError
+from nla_engine.errors import CheckpointError, RequestError
+from nla_engine.models.checkpoint import CONFIG, read_json, weight_paths
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.models.sidecar import VALUE_HEAD
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -102,13 +103,14 @@ def load_pair(
 def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32.
 
-    0 where there is no readable config: loading it says what is wrong.
+    0 where config or index cannot be read: loading the checkpoint says what is wrong.
     """
-    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(directory / CONFIG)
+        files = [*weight_paths(directory, config), directory / VALUE_HEAD]
+    except CheckpointError:
         return 0
+    stored = sum(file.stat().st_size for file in files if file.is_file())
     wide = (config.get("dtype") or config.get("torch_dtype")) == "float32"
     return stored * dtype.itemsize // (4 if wide else 2)
 

@@ -65,7 +65,9 @@ class Reconstructor:
         directory = find_directory(name, remote_code=remote_code)
         sidecar = read_sidecar(directory, "ar")
         weight, bias = read_value_head(directory, sidecar.d_model)
-        lm = load_model(name, device=device, dtype=dtype, headless=True, remote_code=remote_code)
+        lm = load_model(
+            name, device=device, dtype=dtype, directory=directory, headless=True, remote_code=remote_code
+        )
         return cls(lm, sidecar, weight, bias, kernels=kernels)
 
     def fingerprint(self) -> str:

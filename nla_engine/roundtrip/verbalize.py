@@ -82,8 +82,9 @@ class Verbalizer:
         kernels: Kernels = Kernels(),
     ) -> Verbalizer:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
-        sidecar = read_sidecar(find_directory(name, remote_code=remote_code), "av")
-        lm = load_model(name, device=device, dtype=dtype, remote_code=remote_code)
+        directory = find_directory(name, remote_code=remote_code)
+        sidecar = read_sidecar(directory, "av")
+        lm = load_model(name, device=device, dtype=dtype, directory=directory, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels)
 
     @property

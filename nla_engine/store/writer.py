@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError, WriteError
+from nla_engine.provenance import now
 from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.directory import emptied, staged
 from nla_engine.store.empty import write_empty
@@ -116,7 +116,7 @@ class StoreWriter:
             provenance=strict_json(provenance, "provenance"),
             options=strict_json(options, "options"),
             commit=Commit(
-                0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=_now()
+                0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=now()
             ),
         )
         if isinstance(target, ObjectPath):
@@ -328,7 +328,7 @@ class StoreWriter:
                 exact={layer: logs[f"{layer_group(layer)}/exact_row"].length for layer in self.layers},
                 epoch=epoch or self._manifest.commit.epoch,
                 complete=complete,
-                time=_now(),
+                time=now(),
             )
             manifest = replace(self._manifest, commit=committed, codec_error=dict(self._codec_error))
             self._check_lock()
@@ -367,7 +367,3 @@ class StoreWriter:
 def _target(path: str | os.PathLike[str]) -> Place:
     found = place(path)
     return Path(os.path.realpath(found)) if isinstance(found, Path) else found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from rich.console import Console
 from stand_in_hub import BALLAST, SMALL, Hub, forget, offline
 
 from nla_engine.cli import output
-from nla_engine.errors import HubError
+from nla_engine.errors import CheckpointError, HubError
 from nla_engine.models.hub import commit_of, find_directory
 from nla_engine.models.hub.files import choose
 
@@ -62,6 +62,10 @@ def test_weights_are_chosen_as_transformers_does() -> None:
     assert choose("o/n", both, lambda file: {}) == both[:2]
     config = {"transformers_weights": "other.safetensors"}
     assert "other.safetensors" in choose("o/n", [*both, "other.safetensors"], lambda file: config)
+    with pytest.raises(
+        CheckpointError, match=r"config.json names other.safetensors, which the repository lacks"
+    ):
+        choose("o/n", both, lambda file: config)
 
 
 def test_every_tokenizer_file_that_transformers_names_is_fetched() -> None:

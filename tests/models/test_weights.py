@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,6 +131,25 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: configure(d, model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"}),
         "brings code of its own, which is not run: read it, then pass --trust-remote-code",
     ),
+    "weights under a name of their own, which are not there": (
+        lambda d: configure(d, transformers_weights="other.safetensors"),
+        r"1 of its 1 weight files are missing, the first is other\.safetensors: fetch it again",
+    ),
+    "weights that are named and pickled": (
+        lambda d: configure(d, transformers_weights="pytorch_model.bin"),
+        r"transformers_weights in config\.json is 'pytorch_model\.bin': it must be a \.safetensors file",
+    ),
+    "weights of another directory": (
+        lambda d: configure(d, transformers_weights="../model.safetensors"),
+        r"transformers_weights in config\.json is '\.\./model\.safetensors'",
+    ),
+    "an index of nothing": (
+        lambda d: (
+            rename(d, "model.safetensors", "x.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        ),
+        r"model\.safetensors\.index\.json has no weight_map",
+    ),
     "no configuration": (
         lambda d: (d / "config.json").write_text("[1]"),
         "config.json: is not a JSON object",
@@ -150,6 +170,21 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(tmp_path: Path, fau
         load_model(str(directory), **CPU)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
     assert "whole?" not in str(error.value)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_weights_are_those_that_the_configuration_names(tmp_path: Path, headless: bool) -> None:
+    """A single file or an index, whatever else lies beside."""
+    directory = save_model(tmp_path)
+    wanted = load_model(str(directory), **CPU).blocks.state_dict()
+    shutil.copy(directory / "model.safetensors", directory / "own.safetensors")
+    edit(directory, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    index = {"weight_map": dict.fromkeys(load_file(directory / "own.safetensors"), "own.safetensors")}
+    (directory / "own.safetensors.index.json").write_text(json.dumps(index | {"metadata": {}}))
+    for name in ("own.safetensors", "own.safetensors.index.json"):
+        configure(directory, transformers_weights=name)
+        found = load_model(str(directory), **CPU, headless=headless).blocks.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
 
 
 def test_names_that_transformers_leaves_out_on_purpose_are_no_fault(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import HubError, WriteError
-from nla_engine.models.hub.files import choose, is_whole, read_json
+from nla_engine.models.checkpoint import read_json
+from nla_engine.models.hub.files import choose, is_whole
 
 #: A bar by its unit: yields progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]

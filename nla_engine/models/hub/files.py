@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nla_engine.errors import CheckpointError, first_line
+from nla_engine.errors import CheckpointError
+from nla_engine.models.checkpoint import ADAPTER, CONFIG, WEIGHTS, other_weights, weight_files
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 #: Files beside the weights that transformers may look for when it loads a decoder and its tokenizer.
 BESIDE_WEIGHTS = (
     CONFIG,
-    ADAPTER_CONFIG,
+    ADAPTER,
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -34,10 +33,6 @@ BESIDE_WEIGHTS = (
     "chat_template*.jinja",
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
-#: Weights in the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-#: Endings of weights that are not read, for a refusal that says what a repository has instead.
-_FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -64,36 +59,27 @@ def choose(
 
 
 def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]]) -> list[str]:
-    """The weights that transformers loads: those that the config names, else a single file, else an index's shards."""
-    named = read(CONFIG).get("transformers_weights")
-    for file in [named] if isinstance(named, str) else WEIGHTS:
-        if file not in files:
-            continue
-        if not file.endswith(".index.json"):
-            return [file]
-        shards = read(file).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(
-                f"{name}: {file} has no weight_map: the repository is damaged, give another"
-            )
-        missing = sorted(set(shards.values()) - set(files))
-        if missing:
-            raise CheckpointError(
-                f"{name}: {file} names {missing[0]}, which the repository lacks ({len(missing)} in all): "
-                "its upload is not complete, give another revision or repository"
-            )
-        return [file, *sorted(set(shards.values()))]
-    if ADAPTER_CONFIG in files:
+    """The files of the weights. CheckpointError unless the repository has them all."""
+    found = weight_files(name, read(CONFIG), lambda file: file in files, read)
+    if not found and ADAPTER in files:
         return []
-    raise CheckpointError(
-        f"{name}: this repository has no {WEIGHTS[0]}, whole or in shards{_instead(files)}: "
-        "give a revision or a repository that has"
-    )
+    if not found:
+        raise CheckpointError(
+            f"{name}: this repository has no {WEIGHTS}, whole or in shards{_instead(files)}: "
+            "give a revision or a repository that has"
+        )
+    missing = [file for file in found if file not in files]
+    if missing:
+        raise CheckpointError(
+            f"{name}: {CONFIG if missing[0] == found[0] else found[0]} names {missing[0]}, which the repository lacks "
+            f"({len(missing)} in all): its upload is not complete, give another revision or repository"
+        )
+    return found
 
 
 def need_checkpoint(name: str, files: list[str]) -> None:
     """CheckpointError unless a repository with these files is a model or an adapter of transformers."""
-    if CONFIG not in files and ADAPTER_CONFIG not in files:
+    if CONFIG not in files and ADAPTER not in files:
         raise CheckpointError(
             f"{name}: this repository has no {CONFIG}, so that it is no checkpoint of transformers"
             f"{_instead(files)}: give another"
@@ -101,7 +87,7 @@ def need_checkpoint(name: str, files: list[str]) -> None:
 
 
 def _instead(files: list[str]) -> str:
-    found = [f for f in files if f.endswith(_FOREIGN) and f != "training_args.bin"]
+    found = other_weights(files)
     if not found:
         return ""
     pickled = all(f.endswith(_PICKLED) for f in found)
@@ -116,14 +102,3 @@ def is_whole(file: Path, size: int) -> bool:
         return file.stat().st_size == size
     except OSError:
         return False
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. CheckpointError if the file holds something else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({first_line(error)}): fetch it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: is not a mapping of names to values: give another repository")
-    return found

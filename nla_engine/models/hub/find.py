@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import CheckpointError, HubError, NLAError, RequestError
+from nla_engine.models.checkpoint import ADAPTER, CONFIG, check_form, read_json
 from nla_engine.models.hub.faults import explained, unreachable
 from nla_engine.models.hub.fetch import fetch, progress_bar, say
-from nla_engine.models.hub.files import ADAPTER_CONFIG, CONFIG, choose, is_whole, need_checkpoint, read_json
+from nla_engine.models.hub.files import choose, is_whole, need_checkpoint
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 #: The commit that a name and revision stood for when this process first asked: sidecar and weights are of one commit.
@@ -72,8 +73,6 @@ def _snapshot(name: str, revision: str | None, remote_code: bool) -> Path:
             ) from error
         say(f"{name}: {why}: taking commit {directory.name[:12]} from the cache")
         return directory
-    from nla_engine.models.weights import check_form
-
     check_form(directory, name)
     try:
         return fetch(name, directory, files, remote_code)
@@ -96,7 +95,7 @@ def _listing(name: str, revision: str | None) -> tuple[Path, dict[str, int]]:
         snapshot_download(
             name,
             revision=revision,
-            allow_patterns=[CONFIG, ADAPTER_CONFIG],
+            allow_patterns=[CONFIG, ADAPTER],
             tqdm_class=progress_bar(shown=False),
         )
     )
@@ -112,7 +111,7 @@ def _cached(name: str, revision: str | None, remote_code: bool) -> Path:
     try:
         directory = Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=[CONFIG, ADAPTER_CONFIG], local_files_only=True
+                name, revision=revision, allow_patterns=[CONFIG, ADAPTER], local_files_only=True
             )
         )
         files = {file.path: file.size for file in get_cached_repo_tree(name, revision=directory.name)}

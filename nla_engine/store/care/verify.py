@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.codec.rows import ordinary_rows
-from nla_engine.errors import StoreError
+from nla_engine.errors import StoreError, first_line
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.care.damage import Damage, Part
 from nla_engine.store.format import (
@@ -104,7 +104,7 @@ class Verification:
                 if json.loads(path.read_bytes()) != GROUP_METADATA:
                     wrong.append(f"{path}: differs from the format")
             except (OSError, ValueError) as error:
-                wrong.append(f"{path}: {_first_line(error)}")
+                wrong.append(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})")
         return Check("groups", not wrong, "; ".join(wrong) or "as they should be")
 
     def _consolidated(self) -> Check:
@@ -130,14 +130,14 @@ class Verification:
     def _metadata(self, spec: ArraySpec) -> Check:
         """The array's zarr.json against the format. After a crash its shape may lag behind the commit."""
         name, length = f"{spec.path} metadata", self._lengths[spec.unit]
+        path = self._root / spec.path / METADATA_NAME
         try:
-            found: Any = json.loads((self._root / spec.path / METADATA_NAME).read_bytes())
+            found: Any = json.loads(path.read_bytes())
             (shown, *_), wanted = found["shape"], spec.metadata(length)
             wrong = [key for key in wanted if key != "shape" and found.get(key) != wanted[key]]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            return Check(name, False, f"{self._root / spec.path / METADATA_NAME}: {_first_line(error)}")
+            return Check(name, False, f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})")
         if wrong:
-            path = self._root / spec.path / METADATA_NAME
             return Check(name, False, f"{path}: differs from the format in {', '.join(wrong)}")
         if shown == length:
             return Check(name, True, f"{spec.dtype.name} {wanted['shape']}")
@@ -254,10 +254,6 @@ class Verification:
         expected += last * RowFlag.SEQUENCE_END + (position < EARLY_POSITIONS) * RowFlag.EARLY
         known = RowFlag.GENERATED | RowFlag.PROMPT_END | RowFlag.SEQUENCE_END | RowFlag.EARLY
         yield _relation("flags fit the positions", values["rows/flags"] & known != expected, "row")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _relation(name: str, wrong: np.ndarray, unit: str) -> Check:
