@@ -1,6 +1,6 @@
-"""The options of each stage: one frozen dataclass a stage, checked on construction. The command line is made from them.
+"""The options of each stage: one frozen dataclass per stage, checked on construction; the command line is made from it.
 
-A field's metadata holds its help text. Knows nothing of how an option is used.
+A field's metadata holds its help text, its check, and what the command line needs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
-#: modules and torch attention, one synchronisation a step.
+#: modules and torch attention, one synchronisation per step.
 KERNELS = ("auto", "fused", "reference")
-#: Products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
+#: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
@@ -58,10 +58,10 @@ def option(
 
     must: checked on construction; None passes where None is the default
     excludes: another option that cannot be given with this one
-    argument: on the command line it is an argument, not an option
-    flags: its names on the command line, if not `--` and the field's name
-    typed, parse: its type on the command line if it is another there, and what makes the field's value of the field's
-    name and what was given
+    argument: it is an argument on the command line, not an option
+    flags: its names on the command line, if not `--` followed by the field's name
+    typed: its type on the command line, if that is not the field's type
+    parse: turns the field's name and the value from the command line into the field's value
     """
     metadata = {
         "help": help,
@@ -76,12 +76,12 @@ def option(
 
 
 def flag(name: str) -> str:
-    """A field as it is written on the command line."""
+    """A field's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def check_local(*paths: Path) -> None:
-    """RequestError if one of them is a URL: a Path has lost a slash of it, and a directory `s3:` would be made."""
+    """RequestError if one of them is a URL. Path drops one of its slashes, so it would name a directory `s3:`."""
     for path in paths:
         if re.match(r"[a-z0-9]+:/", str(path)):
             url = str(path).replace(":/", "://", 1)
@@ -89,7 +89,7 @@ def check_local(*paths: Path) -> None:
 
 
 def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
-    """Numbers, each given alone or several joined by commas."""
+    """Numbers, given one by one or joined by commas."""
     try:
         return tuple(int(number) for words in given for number in words.split(","))
     except ValueError:
@@ -100,7 +100,7 @@ def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Options:
-    """Base: the checks that stand in the metadata of the fields, and a JSON-able form."""
+    """Base: runs the checks in the metadata of the fields, and gives a JSON-able form."""
 
     def __post_init__(self) -> None:
         for about in fields(self):
@@ -121,7 +121,7 @@ class Options:
 
 def _temperature() -> Any:
     return option(
-        "0 is greedy; above, the softmax is sampled at this temperature.",
+        "0: greedy. Above 0: sample from the softmax at this temperature.",
         0.0,
         must=Must(lambda value: math.isfinite(value) and value >= 0, "0 or more"),
     )
@@ -136,31 +136,32 @@ def _variance(help: str) -> Any:
 
 
 def _batch_size(help: str) -> Any:
-    return option(f"{help} [default: from the memory that is free]", None, must=AT_LEAST_1)
+    return option(f"{help} [default: as many as fit in free memory]", None, must=AT_LEAST_1)
 
 
 def _dtype() -> Any:
-    return option("bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]", None)
+    return option("bfloat16 or float32. [default: bfloat16 on a GPU that supports it, else float32]", None)
 
 
 def _device() -> Any:
-    return option("cuda, cuda:N or cpu. [default: cuda if there is one]", None)
+    return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
 
 
 def _kernels() -> Any:
     return option(
-        "auto; fused: the engine's blocks on a CPU, too; reference: the library's modules, torch attention.",
+        "auto: fused blocks on a GPU, reference on a CPU. fused: fused blocks on a CPU too. reference: the library's "
+        "modules and torch attention.",
         "auto",
         must=one_of(KERNELS),
     )
 
 
 def _resume(what: str) -> Any:
-    return option(f"Go on with a {what} that was interrupted.", False, excludes="overwrite")
+    return option(f"Resume an interrupted {what}.", False, excludes="overwrite")
 
 
 def _trust_remote_code() -> Any:
-    return option("Run Python code that a model repository brings along.", False)
+    return option("Run Python code from the model's repository.", False)
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,10 @@ class CaptureOptions(Options):
 
     model: str = option("Base model: a local directory or a Hub id.", argument=True)
     prompts: Path = option(
-        "Prompts: .jsonl, .parquet, .csv or .tsv with prompt or messages, or .txt with a prompt a line."
+        "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with one prompt per line."
     )
     layer: tuple[int, ...] = option(
-        "Block to capture, counted from 0: its output. Several joined by commas, or repeated.",
+        "Block whose output is captured, counted from 0. Several: join them with commas, or repeat the option.",
         must=Must(
             lambda layers: len(layers) > 0 and min(layers) >= 0, "one or several block numbers from 0 on"
         ),
@@ -184,7 +185,7 @@ class CaptureOptions(Options):
         must=Must(bool, "the name of a store"),
     )
     max_new_tokens: int = option(
-        "Most tokens to generate for a prompt; 0 only reads it.", 128, must=AT_LEAST_0
+        "Maximum number of tokens to generate per prompt; 0 only reads the prompt.", 128, must=AT_LEAST_0
     )
     positions: str | None = option(
         "Rows to keep: generated, prompt, all, last (the prompt's last token), or several joined by commas. "
@@ -200,25 +201,26 @@ class CaptureOptions(Options):
     temperature: float = _temperature()
     seed: int = _seed("Seed of the sampling.")
     chat: bool | None = option(
-        "Render prompts through the chat template, or not. [default: if there is one]",
+        "Render prompts through the chat template, or read them raw. [default: --chat if there is a template]",
         None,
         flags="--chat/--raw",
     )
     corpus: bool = option(
-        "Text that exists already: read raw, generate nothing, stop after the deepest layer.", False
+        "Read existing text: raw, nothing is generated, the forward pass stops after the deepest layer.",
+        False,
     )
     dtype: str | None = _dtype()
     device: str | None = _device()
     kernels: str = _kernels()
     revision: str | None = option("Revision of a Hub model.", None)
-    skip_bad: bool = option("Leave unusable prompt records out, and count them, instead of stopping.", False)
-    resume: bool = _resume("store")
+    skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
+    resume: bool = _resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
     dry_run: bool = option(
-        "Write nothing: print rows, bytes and time expected, measured on the first prompts.", False
+        "Write nothing. Print the expected rows, bytes and time, measured on the first prompts.", False
     )
     host_memory: float = option(
-        "GiB of host memory for rows of sequences that have ended.",
+        "GiB of host memory for the rows of finished sequences.",
         4.0,
         must=Must(lambda value: 0 < value < math.inf, "above 0, and finite"),
     )
@@ -251,28 +253,32 @@ class RoundtripOptions(Options):
     ar: str = option("Reconstructor (AR): a local directory or a Hub id.")
     out: Path = option("The Parquet file to write.")
     layer: int | None = option("Layer of the store to read. [default: the one the AV was trained on]", None)
-    where: str | None = option("Which rows, as an expression: \"generated and token matches '[0-9]'\".", None)
+    where: str | None = option(
+        "Rows to explain, as an expression: \"generated and token matches '[0-9]'\".", None
+    )
     limit: int | None = option(
         "At most this many rows, evenly spread over the selected ones.", None, must=AT_LEAST_1
     )
     samples: int = option(
-        "Explanations a row; the best by cos is marked. Above 1 needs a temperature.", 1, must=AT_LEAST_1
+        "Explanations per row; the best by cos is marked. More than 1 needs a temperature.",
+        1,
+        must=AT_LEAST_1,
     )
     temperature: float = _temperature()
     seed: int = _seed("Seed of the sampling and of the controls.")
     max_new_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
     variance: float | None = _variance(
-        "Var of fve_nrm, if not that of the store's rows (published training values)."
+        "Var of fve_nrm, such as a published training value. [default: measured on the store's rows]"
     )
-    batch_size: int | None = _batch_size("Explanations written at once.")
-    follow: bool = option("Read a store that is still being written, until its writer has finished.", False)
+    batch_size: int | None = _batch_size("Explanations generated at once.")
+    follow: bool = option("Follow a store that is still being written, until its writer has finished.", False)
     residency: str = option(
-        "AV and AR on the GPU: both (at once), turns (one at a time), or auto: both if they fit.",
+        "AV and AR on the GPU: both (at once), turns (one at a time), or auto (both if they fit).",
         "auto",
         must=one_of(RESIDENCIES),
     )
     precision: str = option(
-        "Products of AV and AR: full (in --dtype), or fp8, faster and close to it (docs/roundtrip.md).",
+        "Matrix products of AV and AR: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
         "full",
         must=one_of(PRECISIONS),
     )
@@ -309,10 +315,12 @@ class MultiplicationOptions(Options):
     layer: int | None = option(
         "Layer that AV and AR were made for. [default: the bundled models' 5]", None, must=AT_LEAST_0
     )
-    problems: int = option("How many multiplications.", 200, must=AT_LEAST_2)
+    problems: int = option("Number of multiplications.", 200, must=AT_LEAST_2)
     first: str = option("Values of the first operand.", "10-99")
     second: str = option("Values of the second operand.", "10-99")
-    phrasings: str = option("How to ask, joined by commas.", "what,command,find,formula,much,story")
+    phrasings: str = option(
+        "Phrasings of the question, joined by commas.", "what,command,find,formula,much,story"
+    )
     split: str | None = option(
         "Operand pairs that the bundled AV and AR never saw (held_out), saw (trained), or any. "
         "[default: held_out; any with other models]",
@@ -321,17 +329,17 @@ class MultiplicationOptions(Options):
     )
     seed: int = _seed("Seed of the problems, the samples, the controls and the intervals.")
     rows: str = option(
-        "Rows to explain: answer (those in and beside it), or every generated one.",
+        "Rows to explain: answer (the rows in and next to the answer) or generated (every generated row).",
         "answer",
         must=one_of(("answer", "generated"), "answer or generated"),
     )
     max_new_tokens: int = option("Longest reply, in tokens.", 128, must=AT_LEAST_1)
     explanation_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
     ablated_problems: int = option(
-        "Problems whose explanations are read again clause by clause.", 96, must=AT_LEAST_0
+        "Number of problems whose explanations are read again clause by clause.", 96, must=AT_LEAST_0
     )
     samples: int = option(
-        "Explanations a row for the agreement of samples; 0 leaves it out.",
+        "Explanations per row, to measure how far samples agree; 0 skips this.",
         4,
         must=Must(lambda value: value == 0 or value >= 2, "2 or more, or 0"),
     )
@@ -340,9 +348,9 @@ class MultiplicationOptions(Options):
         0.7,
         must=Must(lambda value: math.isfinite(value) and value > 0, "above 0"),
     )
-    sampled_problems: int = option("Problems whose rows are sampled.", 48, must=AT_LEAST_2)
+    sampled_problems: int = option("Number of problems whose rows are sampled.", 48, must=AT_LEAST_2)
     variance: float | None = _variance(
-        "Var of FVE, if not that of the store's rows (published training values)."
+        "Var of FVE, such as a published training value. [default: measured on the store's rows]"
     )
     batch_size: int | None = _batch_size("Sequences run at once, in both stages.")
     dtype: str | None = _dtype()
@@ -361,5 +369,5 @@ class MultiplicationOptions(Options):
         super().__post_init__()
         if given and self.split not in (None, "any"):
             raise RequestError(
-                f"--split {self.split}: which pairs were held out is known of the bundled models alone; leave it out"
+                f"--split {self.split}: which pairs were held out is known only for the bundled models; leave it out"
             )

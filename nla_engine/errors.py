@@ -1,6 +1,6 @@
 """The errors that nla_engine raises. Each message names the thing, what is wrong with it and what to do.
 
-Knows nothing of how an error is shown: the command line prints one line and exits with `exit_code`.
+The command line prints the message as one line and exits with `exit_code`.
 """
 
 import errno
@@ -13,7 +13,7 @@ class NLAError(Exception):
 
 
 class EngineError(NLAError):
-    """Generation or capture cannot go on: what was committed stays valid."""
+    """Generation or capture cannot continue: what was committed stays valid."""
 
 
 class WriteError(NLAError):
@@ -21,11 +21,11 @@ class WriteError(NLAError):
 
 
 class HubError(NLAError):
-    """The Hub, or the way to it, failed, and the cache cannot stand in: the same request may succeed later."""
+    """The Hub or the network failed, and the cache lacks the files: the same request may succeed later."""
 
 
 class ReadError(NLAError):
-    """A file that is there could not be read: its disk or its network failed."""
+    """An existing file could not be read: the disk or the network failed."""
 
 
 class RequestError(NLAError):
@@ -47,7 +47,7 @@ class StoreError(RequestError):
 
 
 class DamageError(StoreError):
-    """A store's bytes are not those that were written: `nla-engine verify` says more (exit code 1)."""
+    """A store's bytes are not those that were written: `nla-engine verify` gives details (exit code 1)."""
 
     exit_code = 1
 
@@ -61,12 +61,12 @@ class WhereRecordError(WhereError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line; its kind if it says nothing."""
+    """The first line of a library's error message; its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-#: What a system says of a request (and None of a library's own complaint about what a file holds).
+#: errno values for which the request is to blame. None: a library's own error about what a file holds.
 _OF_THE_REQUEST = (
     None,
     errno.ENOENT,
@@ -81,5 +81,5 @@ _OF_THE_REQUEST = (
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether a disk, a network or the memory failed, rather than that a file is missing, forbidden or another kind."""
+    """Whether a disk, a network or memory failed. False if a file is missing, forbidden or of the wrong kind."""
     return isinstance(error, OSError) and error.errno not in _OF_THE_REQUEST

@@ -1,4 +1,4 @@
-"""What a result must remember of the run that made it: versions, command line, machine, time. Knows no stage."""
+"""What a result records of the run that made it: versions, command line, time."""
 
 from __future__ import annotations
 

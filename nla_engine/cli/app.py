@@ -30,9 +30,9 @@ app = typer.Typer(
 )
 
 _DEBUG = "--debug"
-#: Commands that go on with what an earlier run of them has committed.
+#: Commands that can resume from what an earlier run committed.
 _RESUMABLE = ("capture", "roundtrip", "study")
-#: What typer makes of Ctrl-C, without a word.
+#: The exit code that typer gives for Ctrl-C, without a message.
 TYPER_INTERRUPTED = 130
 
 
@@ -60,7 +60,7 @@ def _print_version(asked: bool) -> None:
     raise typer.Exit
 
 
-_VERSION_HELP = "Print the version, what is missing and what each GPU goes without, then stop."
+_VERSION_HELP = "Print the version, what is missing and what each GPU cannot run, then stop."
 
 
 @app.callback()
@@ -70,7 +70,7 @@ def _main(
         bool, typer.Option("--version", help=_VERSION_HELP, is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    del debug, version  # the first is read when an error is told, the second has done its work
+    del debug, version  # `_fail` reads --debug itself; --version has printed by now
 
 
 def command(
@@ -119,22 +119,22 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 def main() -> None:
     """Entry point of `nla-engine`: runs a command and turns every error into one line and an exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores, and no word about forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # use all cores, without a warning about forks
     watch_streams()
     hub.tell(say, progress_bar)
-    arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # which may stand behind the command, too
+    arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # it may also follow the command
     try:
         code = app(arguments, standalone_mode=False, prog_name="nla-engine")
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
-        print(end="", flush=True)  # what stdout still holds: a fault is told here, not after the end
+        print(end="", flush=True)  # flush stdout here, so that a failure is reported as an error
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        safe = "; what is committed is safe, and --resume goes on after it"
+        safe = "; what is committed is safe: --resume continues from there"
         code = _fail("interrupted" + (safe if arguments[:1] and arguments[0] in _RESUMABLE else ""), 1)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # how typer reports a wrong command line
+        usage = getattr(error, "format_message", None)  # typer's errors about a wrong command line have it
         if usage is None:
             code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
         elif type(error).__name__ == "NoArgsIsHelpError":

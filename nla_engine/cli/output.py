@@ -1,4 +1,4 @@
-"""What commands tell: announcements and progress on stderr; results on stdout, as a table or one JSON line."""
+"""What commands print: announcements and progress on stderr; results on stdout, as a table or one JSON line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-#: What a command says on its way.
+#: Announcements and progress.
 console = Console(stderr=True)
-#: Columns of a result where no terminal says how many there are.
+#: Width of a result that does not go to a terminal, in columns.
 _FILE_WIDTH = 200
 
-#: Bars that are shown: only the last one moves, the others wait.
+#: Progress bars inside one another: only the last one is shown.
 _bars: list[Progress] = []
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
@@ -64,7 +64,7 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _alone(bar: Progress) -> Iterator[None]:
-    """Show a bar in the place of the one that is shown now, if there is one."""
+    """Show this bar; hide the one that was shown before until this one is done."""
     if _bars:
         _bars[-1].stop()
     _bars.append(bar)
@@ -103,7 +103,7 @@ def show_facts(title: str, facts: dict[str, Any], as_json: bool) -> None:
 
 
 def show(value: Any) -> str:
-    """A value for people: thousands marked, four digits of a fraction."""
+    """A value for people: thousands separated, fractions to four digits."""
     if isinstance(value, float) and math.isnan(value):
         return "-"
     if isinstance(value, bool) or value is None:
@@ -120,7 +120,7 @@ def show(value: Any) -> str:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One line of strict JSON on stdout: what is not a number, or has no end, is null."""
+    """One line of strict JSON on stdout: NaN and infinity become null."""
     print(json.dumps(_strict(facts), allow_nan=False, default=str))
 
 

@@ -1,4 +1,4 @@
-"""The page that `info` prints: what a store holds, the model and run that made it, its codec and what that costs."""
+"""The page that `info` prints: what a store holds, the model and run that made it, its codec and the bytes per row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from nla_engine.cli.output import show
 from nla_engine.store import CaptureStore
 
-#: Provenance in the order in which people ask for it; what stands in neither list comes last.
+#: Keys of the provenance in the order in which they are printed; keys in no list come last.
 _MODEL = (
     "model",
     "revision",
@@ -57,11 +57,15 @@ def facts(store: CaptureStore) -> dict[str, Any]:
 
 
 def show_page(store: CaptureStore, console: Console) -> None:
-    """Print the page. What a store says of itself is text: markup in it stays as it is."""
+    """Print the page. Markup in a store's own text is printed literally."""
     about, made, commit, codec = store.attributes, store.provenance, store.commit, store.codec
     chosen = made.get("options")
     chosen = chosen if isinstance(chosen, Mapping) else {}
-    state = "complete" if store.complete else "not complete: still being written, or --resume goes on"
+    state = (
+        "complete"
+        if store.complete
+        else "not complete: still being written, or interrupted (--resume continues it)"
+    )
     contents = {
         "state": state,
         "rows": store.rows,
@@ -79,8 +83,8 @@ def show_page(store: CaptureStore, console: Console) -> None:
     storage = {
         "codec": codec.name,
         "decoding": about["codec"]["decode"],
-        "bytes a row and layer": f"{codec.row_bytes:,} (bfloat16: {2 * codec.d_model:,})",
-        "rows in a shard": f"{about['shard_rows']:,} of codes, {about['narrow_shard_rows']:,} of the other row arrays",
+        "bytes per row and layer": f"{codec.row_bytes:,} (bfloat16: {2 * codec.d_model:,})",
+        "rows per shard": f"{about['shard_rows']:,} of codes, {about['narrow_shard_rows']:,} of the other row arrays",
     }
     console.print(str(store.path), style="bold", markup=False, highlight=False)
     _section(console, "contents", contents)
@@ -114,7 +118,7 @@ def _section(console: Console, title: str, entries: Mapping[str, Any]) -> None:
 
 
 def _layers(store: CaptureStore) -> Table:
-    """A line for each layer: the codec's measured relative L2 error, and which rows are kept exactly."""
+    """One line per layer: the codec's measured relative L2 error, and how many rows are kept exactly."""
     table = Table(title="layers", box=None, title_justify="left", title_style="bold")
     table.add_column("layer")
     for name in ("error mean", "p99", "worst", "on rows", "sink norm", "rows kept exactly"):

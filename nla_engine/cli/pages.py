@@ -1,4 +1,4 @@
-"""Commands that write a page to look at: report."""
+"""Commands that write a page: report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One HTML page of a store and its explanations, to read, search and hand on; it needs no network."""
+    """Write a store and its explanations as one HTML page to read, search and share; it needs no network."""
     from nla_engine.report import write_report
     from nla_engine.store import CaptureStore
 

@@ -52,7 +52,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the bundled models: capture, explain, reconstruct, score, write the page. A CPU is enough."""
+    """Run everything on the bundled models: capture, explain, reconstruct, score, write the page. A CPU is enough."""
     from nla_engine.demo.run import run_demo
 
     summary, samples = run_demo(

@@ -22,7 +22,7 @@ StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s
 
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
-    """What a store holds, and which run made it."""
+    """Show what a store holds and which run made it."""
     from nla_engine.cli.page import facts, show_page
     from nla_engine.store import CaptureStore
 
@@ -37,17 +37,21 @@ def verify(
     store: StorePath,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Also read a sample again with this model, by plain transformers."),
+        typer.Option(
+            "--model", help="Also read a sample again with this model in plain transformers, and compare."
+        ),
     ] = None,
-    sample: Annotated[int, typer.Option("--sample", help="Sequences that --model reads again.", min=1)] = 32,
+    sample: Annotated[
+        int, typer.Option("--sample", help="Number of sequences that --model reads again.", min=1)
+    ] = 32,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:N or cpu, for --model.")] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Rewrite a damaged store: drop the sequences that lost something."),
+        typer.Option("--repair", help="Rewrite a damaged store without the sequences that lost data."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a store's structure, every checksum, and its commit. Exit code 1 if anything is wrong (and stays so)."""
+    """Check a store's structure, every checksum and its commit. Exit code 1 if something is wrong and not repaired."""
     from nla_engine.store.care.repair import repair as run_repair
     from nla_engine.store.care.verify import verify as run_checks
 
@@ -103,16 +107,16 @@ def export(
     layer: Annotated[
         int | None, typer.Option("--layer", help="Layer. [default: the store's only one]")
     ] = None,
-    where: Annotated[str | None, typer.Option("--where", help="Which rows, as an expression.")] = None,
+    where: Annotated[str | None, typer.Option("--where", help="Rows to export, as an expression.")] = None,
     shard_rows: Annotated[
-        int | None, typer.Option("--shard-rows", help="Rows in a file; OUT is then a directory.", min=1)
+        int | None, typer.Option("--shard-rows", help="Rows per file; OUT is then a directory.", min=1)
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that exists; never a directory.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a store's rows, decoded to float32, for other tools; nla is the Parquet of NLA training data."""
+    """Write a store's rows, decoded to float32, for other tools. nla is the Parquet format of NLA training data."""
     from nla_engine.store import CaptureStore
     from nla_engine.store.exchange.export import export as run_export
 
@@ -136,7 +140,7 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a store of vectors from elsewhere: a row of the file is a sequence with one row."""
+    """Make a store from vectors of another tool. Each row of the file becomes a sequence of one row."""
     from nla_engine.store.exchange.importing import import_rows
 
     check_local(source, out)
@@ -151,7 +155,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Join stores of the same run parameters, sequence after sequence; rows stay as they are, bit for bit."""
+    """Join stores with the same run parameters, one after the other. Rows are copied bit for bit."""
     from nla_engine.store.exchange.merge import merge as run_merge
 
     check_local(*stores, out)

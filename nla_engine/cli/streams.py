@@ -1,4 +1,4 @@
-"""stdout and stderr of a command: a reader may have gone, an encoding may lack a sign, a disk may be full."""
+"""stdout and stderr of a command, for a reader that has gone, an encoding that lacks a character, and a full disk."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from nla_engine.errors import WriteError
 
-#: Exit code where the reader of the output closed it: what a shell says of a command that SIGPIPE ended.
+#: Exit code when the reader of the output has closed it: what a shell gives for a command that SIGPIPE ended.
 READER_GONE = 141
 
 
 class _Output(io.FileIO):
-    """Where output goes. A reader that closed it ends the command without a word, as the signal would.
+    """A raw output stream. If its reader has closed it, the command ends silently, as SIGPIPE would end it.
 
-    The signal itself stays off: it would also end a run whose connection to an object store breaks.
+    SIGPIPE itself stays ignored: it would also end a run whose connection to an object store breaks.
     """
 
     def write(self, data: Any, /) -> int:
@@ -31,16 +31,16 @@ class _Output(io.FileIO):
 
 
 def watch_streams() -> None:
-    """From now on: signs that an encoding lacks are written as escapes, and a closed pipe ends the command."""
+    """From now on, characters that the encoding lacks are written as escapes, and a closed pipe ends the command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is io.TextIOWrapper:  # else somebody else's, such as a test's or a notebook's
+        if type(stream) is io.TextIOWrapper:  # else it belongs to a test or a notebook
             stream.flush()
             setattr(sys, name, _watched(stream, prompt=name == "stderr"))
 
 
 def _watched(stream: io.TextIOWrapper, prompt: bool) -> io.TextIOWrapper:
-    """prompt: a line is written as soon as it is whole."""
+    """prompt: write each line as soon as it is complete."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
@@ -50,7 +50,7 @@ def _watched(stream: io.TextIOWrapper, prompt: bool) -> io.TextIOWrapper:
 
 
 def _drop(descriptor: int) -> None:
-    """Let what is written to it from now on vanish, so that nothing fails a second time at the end of the process."""
+    """Discard what is written to it from now on, so that flushing it at exit does not fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)

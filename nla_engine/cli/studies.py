@@ -1,4 +1,4 @@
-"""Commands that put a question to a model: study multiplication."""
+"""Commands that ask a model a question: study multiplication."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from nla_engine.cli.app import app, command
 from nla_engine.cli.output import print_json, progress_bar, results, say, show, show_facts
 from nla_engine.config import MultiplicationOptions
 
-#: In the tables and the reading for people; whole in the JSON line.
+#: Left out of the printed summary: people find them in the tables and the reading, programs in the JSON line.
 _LONG = ("measures", "agreement", "clauses", "reading")
 
 studies = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(
-    studies, name="study", help="Put a question to a model, and answer it with numbers and controls."
-)
+app.add_typer(studies, name="study", help="Ask a model a question, and answer it with numbers and controls.")
 
 
 @command(MultiplicationOptions, within=studies)
 def multiplication_command(options: MultiplicationOptions, as_json: bool) -> None:
-    """How a model multiplies, and what its explanations really say: the bundled models, or any others."""
+    """Study how a model multiplies and what its explanations really say: the bundled models, or any others."""
     from nla_engine.studies.multiplication.run import run_multiplication
 
     summary = run_multiplication(options, announce=say, progress=progress_bar)

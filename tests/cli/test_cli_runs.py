@@ -258,7 +258,7 @@ def test_an_interrupt_leaves_a_store_that_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(appender, "sequence_rows", interrupted)
-        check_failed(call(*capture(root, tmp_path / "x.zarr")), "interrupted; .* --resume goes on")
+        check_failed(call(*capture(root, tmp_path / "x.zarr")), "interrupted; .* --resume continues")
     store = CaptureStore.open(tmp_path / "x.zarr")
     assert (store.sequences, store.complete) == (3, False)
     finish_and_compare(root, tmp_path / "x.zarr")
@@ -274,6 +274,6 @@ def test_control_c_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:
         time.sleep(3)  # sequences end by then, far from all of them
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    check_failed(Ran(process.returncode, out, err), "interrupted; .* --resume goes on")
+    check_failed(Ran(process.returncode, out, err), "interrupted; .* --resume continues")
     assert 0 < CaptureStore.open(tmp_path / "x.zarr").sequences < 3000
     assert call("verify", tmp_path / "x.zarr").code == 0

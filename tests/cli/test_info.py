@@ -26,7 +26,7 @@ def test_the_page_shows_the_whole_provenance(root: Path) -> None:
     assert f"ended {about.commit.time}" in page
     assert f"torch {made['versions']['torch']}" in page
     assert "hidden_states[K+1]" in page
-    assert "rows in a shard 4,096 of codes, 65,536 of the other row arrays" in page
+    assert "rows per shard 4,096 of codes, 65,536 of the other row arrays" in page
     error = about.codec_error[LAYER]
     assert 0 < error["mean"] <= error["p99"] <= error["worst"] < 0.02
     assert f"{LAYER} {error['mean']:.4g} {error['p99']:.4g} {error['worst']:.4g}" in page
