@@ -1,7 +1,6 @@
-"""Prompt records -> the text that the model reads: through its chat template, or as it is written.
+"""Prompt records -> the text that the model reads: through its chat template, or as written.
 
-Decides what a template is given: messages, tools, variables, whether a reply is opened, and what time it is.
-Knows nothing of files, token ids or models.
+Decides what a template is given: messages, tools, variables, whether to open a reply, and the time.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from unittest import mock
 
 from nla_engine.errors import EngineError, PromptError, first_line
 
-#: Who speaks for the model.
+#: Roles of the model's own messages.
 ASSISTANT = ("assistant", "model")
-#: Fields that a chat template is given; text that is read as it is has no use for them.
+#: Fields for the chat template; raw text does not use them.
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 _PROBE = ("qzfirstq", "qzsecondq")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text that the model reads; notes: what a user should hear of it, as "12 prompts ..." goes on."""
+    """The text that the model reads; notes: what to tell the user, worded to follow "12 prompts"."""
 
     text: str
     notes: tuple[str, ...] = ()
 
 
 class RawText:
-    """Records as they are written: "prompt", or "text"."""
+    """Records read as written: their "prompt" or "text"."""
 
     def render(self, record: dict[str, Any]) -> Rendered:
         """The text of a record. Raises PromptError."""
@@ -41,16 +40,14 @@ class RawText:
             raise PromptError('"messages" needs a chat template: use --chat with a chat model')
         text = _text(record, ("prompt", "text"), '"prompt" or "text"')
         unused = [name for name in TEMPLATE_FIELDS if record.get(name)]
-        return Rendered(
-            text, tuple(f'have "{name}", which text that is read as it is does not use' for name in unused)
-        )
+        return Rendered(text, tuple(f'have "{name}", which is not used for raw text' for name in unused))
 
 
 class ChatText:
     """Records as a tokenizer's chat template renders them: "messages", or "prompt" as a user's message.
 
-    replies: a reply is to be generated. A conversation that ends with the assistant's words is then continued; else it
-    is read as it stands.
+    replies: whether a reply is to be generated. If so, a conversation that ends with the assistant's words is
+    continued; else it is read as it stands.
     """
 
     def __init__(self, tokenizer: Any, *, replies: bool) -> None:
@@ -92,7 +89,7 @@ class ChatText:
         return Rendered(text, (*notes, "end with the assistant's words: they are continued"))
 
     def _given(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What the template is given beside the messages."""
+        """What the template is given besides the messages."""
         tools, variables = record.get("tools"), record.get("chat_template_kwargs")
         given: dict[str, Any] = {}
         if tools is not None:
@@ -108,7 +105,7 @@ class ChatText:
         return given
 
     def _unread(self, given: dict[str, Any]) -> tuple[str, ...]:
-        """A note for each thing that the template is given and has no place for."""
+        """A note for each value that the template is given and does not read."""
         template = self._template(given.get("tools")) if given else ""
         unread = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
         places = [name if name == "tools" else f"chat_template_kwargs.{name}" for name in unread]
@@ -121,7 +118,7 @@ class ChatText:
             raise PromptError(f"the chat template cannot be chosen ({first_line(error)})") from error
 
     def _readable(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message with its content in a form that the template reads for this role: a text, or a list of parts."""
+        """The message, with its content as the template reads it for this role: a text or a list of parts."""
         if "content" not in message:
             return message
         role, content = message["role"], message["content"]
@@ -135,7 +132,7 @@ class ChatText:
         return {**message, "content": content}
 
     def _probe(self, role: str) -> tuple[bool, bool]:
-        """Whether the template shows the content of such a message if it is a text, and if it is a list of parts."""
+        """Whether the template renders the content of such a message (if it is a text, if it is a list of parts)."""
         user: dict[str, Any] = {"role": "user", "content": _PROBE[0]}
         lists = [{"type": "text", "text": word} for word in _PROBE]
         shown = []
@@ -154,24 +151,24 @@ class ChatText:
         return "".join(_PROBE) in as_text, _PROBE[1] in as_parts and not literal
 
     def _apply(self, messages: list[dict[str, Any]], **how: Any) -> str:
-        # Rendered to text and then encoded without special tokens: the template already holds them.
+        # Rendered to text, then encoded without special tokens: the template already has them.
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:  # a template may raise anything
             raise PromptError(f"the chat template refuses it ({first_line(error)})") from error
         return text
 
 
 def reads_clock(tokenizer: Any) -> bool:
-    """Whether a chat template of the tokenizer asks for the time."""
+    """Whether one of the tokenizer's chat templates asks for the time."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
 @contextmanager
 def clock_at(tokenizer: Any, moment: datetime) -> Iterator[None]:
-    """Inside, it is `moment` (local time, without a zone) for the tokenizer's chat templates.
+    """While this is open, the tokenizer's chat templates see `moment` (local time, without a zone) as the time.
 
-    EngineError where this transformers does not allow that: a text that changes with the day can't be resumed.
+    EngineError if this version of transformers does not allow that: a prompt that changes by day cannot be resumed.
     """
     from transformers.utils import chat_template_utils
 
@@ -195,7 +192,7 @@ def clock_at(tokenizer: Any, moment: datetime) -> Iterator[None]:
 
 
 def _text(record: dict[str, Any], names: tuple[str, ...], wanted: str) -> str:
-    """The first of these fields that there is. PromptError unless it is a text with something in it."""
+    """The first of these fields that the record has. PromptError unless it is a text that is not empty."""
     for name in names:
         if name in record:
             if not isinstance(record[name], str):
@@ -239,7 +236,7 @@ def _check_part(part: Any, place: str) -> None:
 
 
 def _ending(message: dict[str, Any]) -> str:
-    """The text that a message ends with, without the space around it, which templates may trim."""
+    """The text that a message ends with, stripped of white space, which templates may trim."""
     content = message.get("content", "")
     text = content if isinstance(content, str) else content[-1]["text"] if content else ""
     return str(text).strip()

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: their names, which of them hold the weights, and forms of weights that are not run.
+"""The files of a checkpoint: their names, which of them hold the weights, and forms that cannot be run.
 
-The Hub's side asks it before anything large is fetched, the loader before anything large is read.
+The Hub code uses it before it fetches anything large, the loader before it reads anything large.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Key of a configuration that names the file of the weights, or their index.
 _NAMED = "transformers_weights"
-#: Endings of files with weights, for a refusal that says what a checkpoint has instead.
+#: Endings of files with weights: an error says which a checkpoint has instead of safetensors.
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _NO_WEIGHTS = ("training_args.bin",)
 #: Keys of a configuration that say how weights were quantised.
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(
     name: str, config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], dict[str, Any]]
 ) -> list[str]:
-    """The files that transformers takes the weights from, an index before its shards. Empty if there are none.
+    """The files that transformers reads the weights from, an index before its shards. Empty if there are none.
 
     name: of the checkpoint, for errors; has(file): whether the checkpoint has it; read(file): one of its JSON files
     A file that the config or an index names is listed even if it is missing.
@@ -75,7 +75,7 @@ def _is_weights(file: Any, more: str = "") -> bool:
 
 
 def weight_paths(directory: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files of a local checkpoint, whether they are there or not. Raises as `weight_files` does."""
+    """The safetensors files of a local checkpoint, present or not. Raises as `weight_files` does."""
     files = weight_files(
         str(directory),
         config,
@@ -86,18 +86,18 @@ def weight_paths(directory: Path, config: Mapping[str, Any]) -> list[Path]:
 
 
 def other_weights(files: Iterable[str]) -> list[str]:
-    """Those of the files that look like weights, of any format."""
+    """The files that look like weights, in any format."""
     return sorted(file for file in files if file.endswith(_ENDINGS) and file not in _NO_WEIGHTS)
 
 
 def check_form(directory: Path, name: str) -> dict[str, Any]:
-    """The directory's config.json. CheckpointError, which says `name`, for weights in a form that is not run.
+    """The directory's config.json. CheckpointError, which gives `name`, for weights that cannot be run.
 
-    Only the small files are needed, so a form is refused before the weights are fetched.
+    This needs only the small files, so it can be called before the weights are fetched.
     """
     if (directory / ADAPTER).is_file():
         raise CheckpointError(
-            f"{name}: has {ADAPTER}: adapters are not merged yet, and without its own the model is another: "
+            f"{name}: has {ADAPTER}: adapters are not merged yet, and without it this is a different model: "
             "merge it into its base model and give that directory"
         )
     if not (directory / CONFIG).is_file():

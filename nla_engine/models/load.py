@@ -1,7 +1,4 @@
-"""Language models: find, load and describe a Hugging Face decoder for the engine.
-
-Knows nothing of NLA sidecars, prompts or stores.
-"""
+"""Language models: find, load and describe a Hugging Face decoder for the engine."""
 
 from __future__ import annotations
 
@@ -132,7 +129,7 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """What a store or a result must remember of the model."""
+        """What a store or a result records of the model."""
         return {
             "model": self.name,
             "revision": self.revision,
@@ -146,9 +143,9 @@ class LanguageModel:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """'cuda', 'cuda:N', 'cpu', or None for CUDA if there is one. RequestError if it is not there.
+    """The device named 'cuda', 'cuda:N' or 'cpu'; None: CUDA if available. RequestError if it does not exist.
 
-    A GPU comes back with its number, and is the current one from now on: kernels and graphs go there.
+    A GPU is returned with its number and becomes torch's current device, where kernels and graphs run.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,7 +170,7 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, else float32, unless named. RequestError for one that is not to be had."""
+    """The named dtype; None: bfloat16 on a GPU that supports it, else float32. RequestError if it cannot be used."""
     on_gpu = device.type == "cuda"
     if dtype is None:
         return torch.bfloat16 if on_gpu and card_of(device).bfloat16 else torch.float32
@@ -190,7 +187,7 @@ def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
-    except Exception as error:  # the library raises many kinds for one fault
+    except Exception as error:  # the library raises many types for one fault
         raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({first_line(error)})") from error
 
 
@@ -208,7 +205,7 @@ def load_model(
 
     directory: what `find_directory` gave for name and revision, if that was asked already
     Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
-    engine cannot drive; EngineError if memory does not suffice.
+    engine cannot drive; EngineError if memory is short.
     """
     directory = directory or find_directory(name, revision, remote_code=remote_code)
     check_checkpoint(directory, headless=headless, remote_code=remote_code)
@@ -224,9 +221,9 @@ def load_model(
 
 @torch.inference_mode()
 def _check_unused(directory: Path, lm: LanguageModel, missing: Sequence[str]) -> None:
-    """CheckpointError if the output of the last block depends on weights that the files lack (a final norm may).
+    """CheckpointError if the output of the last block depends on missing weights. A final norm may be missing.
 
-    While one token is read they are NaN, which goes through to whatever uses them.
+    The missing weights are NaN while one token is read: NaN spreads to everything that uses them.
     """
     tensors = lm.model.state_dict()
     own = {tensor.data_ptr() for tensor in lm.blocks.state_dict().values()}
@@ -265,11 +262,11 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = 
 
 
 def _misshapen(config: Any) -> str | None:
-    """What is wrong with the shape of the blocks, of which the engine needs one for all; None: nothing."""
+    """What is wrong with the shape of the blocks, which must be the same for all; None if nothing is."""
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         try:
             value = getattr(config, key, None)
-        except Exception:  # how the library says that it differs; the kind is not in every version of it
+        except Exception:  # raised where blocks differ; its type depends on the library's version
             value = ()
         if value is None and key in ("hidden_size", "num_attention_heads"):
             return f"has no {key} in its configuration"
@@ -281,7 +278,7 @@ def _misshapen(config: Any) -> str | None:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over the vocabulary, the merges and the chat template.
 
-    Truncation and padding are left out: a call of the tokenizer sets them, and prompts are read without.
+    Truncation and padding are left out: calls of the tokenizer change them, and prompts are encoded without them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and (backend.truncation or backend.padding):

@@ -1,7 +1,6 @@
-"""Prompt files -> records, one at a time, each with the place where it stands.
+"""Prompt files -> records, one at a time, each with its place in the file.
 
-JSON lines, tables (CSV, TSV, Parquet) and plain text, plain or gzipped. Knows nothing of tokenizers, nor of what a
-record has to hold.
+JSON lines, tables (CSV, TSV, Parquet) and plain text, plain or gzipped. What a record must hold is not checked here.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from typing import IO, Any
 
 from nla_engine.errors import EngineError, PromptError, first_line
 
-#: Fields that hold structure: in a column of text they are JSON.
+#: Fields with structure: in a table's text column they are JSON.
 STRUCTURED = ("messages", "tools", "chat_template_kwargs")
-#: Objects and lists inside one another, at most: every reader of a store must be able to parse the record.
+#: Most levels of nested objects and lists: every reader of a store must be able to parse the record.
 DEEPEST = 100
-#: Rows of a Parquet file that are read at once, and the most characters of one cell of a CSV file.
+#: Rows of a Parquet file read at once, and the most characters in a CSV cell.
 _PARQUET_ROWS, _LARGEST_CELL = 1024, 1 << 30
 
-#: Where a record stands, and it, or why it cannot be read.
+#: A record's place, and the record or the PromptError that reading it gave.
 Placed = tuple[str, Any]
 
 
@@ -45,8 +44,8 @@ def read_records(path: Path) -> Iterator[Placed]:
     read = _READERS.get(suffix)
     if read is None or (read is _parquet and name.endswith(".gz")):
         raise PromptError(
-            f"{path}: prompts are read from .jsonl, .ndjson, .json (an object a line), .csv, .tsv and .txt (a prompt a "
-            "line), each also as .gz, and from .parquet: rename or convert it"
+            f"{path}: prompts are read from .jsonl, .ndjson, .json (one object per line), .csv, .tsv and .txt "
+            "(one prompt per line), each also as .gz, and from .parquet: rename or convert it"
         )
     try:
         yield from read(path)
@@ -81,7 +80,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str | PromptError]]:
-    """The lines that are not blank, without their ends. A byte order mark is no text."""
+    """The lines that are not blank, without line endings or a byte order mark."""
     with _opened(path) as file:
         for number, raw in enumerate(file, 1):
             place = f"line {number}"
@@ -110,7 +109,7 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return PromptError(f"not JSON, one object a line ({error.msg} at column {error.colno})")
+        return PromptError(f"not JSON, one object per line ({error.msg} at column {error.colno})")
     except RecursionError:
         return PromptError(f"objects and lists are nested more than {DEEPEST} deep: flatten them")
     except ValueError:  # an integer that Python does not convert
@@ -140,7 +139,7 @@ def _tsv(path: Path) -> Iterator[Placed]:
 
 
 def _separated(path: Path, separator: str) -> Iterator[Placed]:
-    """Rows of a table with a heading. Cells are text; an empty one is a field that is not there."""
+    """Rows of a table with a heading. Cells are text; an empty cell is a missing field."""
     before = csv.field_size_limit(_LARGEST_CELL)
     try:
         with _opened(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
@@ -166,7 +165,7 @@ def _separated(path: Path, separator: str) -> Iterator[Placed]:
 
 
 def _parquet(path: Path) -> Iterator[Placed]:
-    """Rows of a Parquet file. Null is a field that is not there, in structs too; dates and times are ISO 8601."""
+    """Rows of a Parquet file. Null is a missing field, in structs as well. Dates and times become ISO 8601."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -179,13 +178,13 @@ def _parquet(path: Path) -> Iterator[Placed]:
                     yield f"row {number}", _structured(_plain(record))
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         if getattr(error, "errno", None):
-            raise  # of the disk, not of the file's form
+            raise  # the disk failed, not the file's format
         message = f"{path}: cannot be read as Parquet (after row {number}: {first_line(error)})"
         raise PromptError(message) from error
 
 
 def _structured(record: dict[str, Any]) -> dict[str, Any] | PromptError:
-    """A row of a table, with the fields that hold structure parsed where they are text."""
+    """A row of a table, with the text of STRUCTURED fields parsed as JSON."""
     for name in STRUCTURED:
         if isinstance(text := record.get(name), str):
             value = _parse(text)

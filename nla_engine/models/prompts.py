@@ -1,7 +1,7 @@
 """Prompt files -> token ids, with the user's own records kept untouched beside them.
 
-Texts are encoded many at once; ids and records lie in flat buffers, in memory or, past a bound, in a temporary file.
-Knows tokenizers, not models: limits are given to it.
+Texts are encoded in batches. Ids and records lie in flat buffers: in memory or, past a limit, in a temporary file.
+A model's limits are passed in: no model has to be loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nla_engine.errors import PromptError, WriteError, first_line
 from nla_engine.models.chat import ChatText, RawText, Rendered, clock_at, reads_clock
 from nla_engine.models.prompt_files import read_records, record_source
 
-#: Texts, and characters of them, that are encoded in one call: enough for every core, little beside the result.
+#: Most texts, and most characters, encoded in one call: enough for every core, small beside the result.
 BATCH = (1000, 1 << 20)
 #: Bytes of ids, and of records, that stay in memory.
 SPOOL_BYTES = 64 << 20
@@ -32,7 +32,7 @@ SPOOL_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can read. tokens: of a prompt; vocabulary: ids from here on have no embedding. None: no limit."""
+    """What a model can read; None: no limit. tokens: most per prompt; vocabulary: ids below it have an embedding."""
 
     tokens: int | None = None
     vocabulary: int | None = None
@@ -49,8 +49,8 @@ class Prompt:
 class PromptSet(Sequence[Prompt]):
     """Every usable prompt of a file, in file order, and why the others were skipped.
 
-    skipped: a line for each record that was left out; notes: a line for what else a user should know
-    clock: the time that the chat template was told, None if it did not ask for one (local, without a zone)
+    skipped: one line per record that was left out; notes: lines with what else the user should know
+    clock: the time that the chat template was given, None if it did not ask for one (local, without a zone)
     One thread at a time may read it.
     """
 
@@ -112,7 +112,7 @@ class PromptSet(Sequence[Prompt]):
 
 
 class _Spool:
-    """Pieces of bytes, written once and read by number."""
+    """Pieces of bytes, each written once and read by its number."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed with the spool
@@ -156,9 +156,9 @@ def read_prompts(
 ) -> PromptSet:
     """Read and encode a prompt file.
 
-    chat: render through the chat template (True), take the text as it is (False), or the first if there is one (None).
+    chat: True: render through the chat template. False: read the text raw. None: render if there is a template.
     replies: whether a reply is to be generated (`ChatText`). skip_bad: count unusable records instead of raising.
-    clock: the time that a chat template is told; now if not given. go_on: asked now and then, False to stop early.
+    clock: the time that a chat template is given; None for now. go_on: asked after each record; False stops early.
     Raises PromptError for a file that is missing, empty or unreadable, and for the first unusable record.
     """
     if chat and not tokenizer.chat_template:
@@ -166,7 +166,7 @@ def read_prompts(
             f"{path}: --chat was asked for, but the model's tokenizer has no chat template; use --raw"
         )
     if limits.tokens is not None and limits.tokens < 1:
-        raise PromptError(f"{path}: no prompt fits beside so many new tokens: lower --max-new-tokens")
+        raise PromptError(f"{path}: no room for a prompt beside so many new tokens: lower --max-new-tokens")
     chat = bool(tokenizer.chat_template) if chat is None else chat
     reading = _Reading(
         path, tokenizer, ChatText(tokenizer, replies=replies) if chat else None, limits, skip_bad
@@ -183,7 +183,7 @@ def read_prompts(
 
 
 class _Reading:
-    """One pass over a prompt file: records wait until there are enough to be encoded together."""
+    """One pass over a prompt file. Records are collected until there are enough to encode together."""
 
     def __init__(
         self, path: Path, tokenizer: Any, chat: ChatText | None, limits: Limits, skip_bad: bool
@@ -198,7 +198,7 @@ class _Reading:
         self.found = PromptSet()
 
     def take(self, place: str, record: Any) -> None:
-        """The next record, or the PromptError that stands for it."""
+        """Take the next record, or the PromptError that reading it gave."""
         try:
             if isinstance(record, PromptError):
                 raise record
@@ -207,7 +207,7 @@ class _Reading:
             source = record_source(record)
             rendered = self._text.render(record)
         except PromptError as error:
-            self._encode()  # faults are told in the order of the file
+            self._encode()  # errors come in the order of the file
             self._leave_out(place, error)
             return
         self._waiting.append((place, rendered, source))
@@ -216,7 +216,7 @@ class _Reading:
             self._encode()
 
     def end(self) -> PromptSet:
-        """What was found. PromptError if that is nothing."""
+        """All prompts that were found. PromptError if there is none."""
         self._encode()
         found = self.found
         if not len(found):
@@ -225,7 +225,7 @@ class _Reading:
                 + (
                     f" ({len(found.skipped)} skipped)"
                     if found.skipped
-                    else ': write one a line, or JSON records with "prompt"'
+                    else ': write one per line, or JSON records with "prompt"'
                 )
             )
         found.notes = [f"{count:,} of {len(found):,} prompts {what}" for what, count in self._notes.items()]
@@ -237,7 +237,7 @@ class _Reading:
             return
         try:
             encoded = self._ids([rendered.text for _, rendered, _ in waiting])
-        except Exception:  # tokenizers raise whatever they like: one by one, to find which text it is
+        except Exception:  # a tokenizer may raise anything: encode one by one to find the text at fault
             encoded = [None] * len(waiting)
         for (place, rendered, source), given in zip(waiting, encoded, strict=True):
             try:
@@ -272,7 +272,7 @@ class _Reading:
         )
 
     def _without_second_head(self, ids: np.ndarray) -> np.ndarray:
-        """The same ids, unless the text itself begins with the token that the tokenizer has put before it."""
+        """The same ids, unless the text already begins with the token that the tokenizer puts before it."""
         size = len(self._head)
         twice = 0 < size < len(ids) and ids[size - 1] == ids[size] == self._head[-1]
         return np.delete(ids, size) if twice else ids
@@ -303,10 +303,10 @@ class _Reading:
 
 
 def _head(tokenizer: Any) -> np.ndarray:
-    """int32: the ids that the tokenizer puts before every text, its BOS if it has one."""
+    """int32: the ids that the tokenizer puts before every text: its BOS, if it has one."""
     try:
         bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    except Exception:  # it knows no "a": what it makes of the prompts will be seen there
+    except Exception:  # it cannot encode "a": the prompts will show what it does
         return np.zeros(0, np.int32)
     for size in range(len(whole) - len(bare) + 1):
         if whole[size : size + len(bare)] == bare:

@@ -1,8 +1,7 @@
-"""The bytes that each token of a vocabulary stands for: in a row they are the text that the tokenizer decodes.
+"""The bytes of each token of a vocabulary: joined, they are the text that the tokenizer decodes.
 
-Needed to show tokens without the model and to recognise stop strings across token borders. A tokenizer that takes a
-space off the very start of a text (as Llama 2's does) still has it here: tokens stand for themselves wherever they are.
-Knows no model.
+They show tokens without the model, and find stop strings across token borders. A tokenizer may strip a space from the
+start of a text, as Llama 2's does. Here the token keeps it: its bytes do not depend on where it stands.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from nla_engine.errors import CheckpointError
 
 _BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
-#: Tokens that are held against what the tokenizer says of each.
+#: About how many tokens are compared with what the tokenizer decodes them to.
 _TRIED = 2000
 
 _Read = Callable[[bytes], bytes]
@@ -25,7 +24,7 @@ _Read = Callable[[bytes], bytes]
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
     """The bytes of ids 0..vocab_size-1; b"" for ids that the tokenizer does not know.
 
-    Raises CheckpointError for a tokenizer whose way of decoding is unknown here.
+    Raises CheckpointError for a tokenizer whose decoding is not known here.
     """
     names = _names(tokenizer, vocab_size)
     for read in _readings(tokenizer):
@@ -39,7 +38,7 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:
-    """The vocabulary's entry of each id, None where it has none: ids need not be in a row."""
+    """The vocabulary's entry for each id, None where it has none: ids may have gaps."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         found = [backend.id_to_token(id_) for id_ in range(vocab_size)]
@@ -51,11 +50,11 @@ def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:
 
 
 def _readings(tokenizer: Any) -> list[_Read]:
-    """The ways to read an entry: one where the tokenizer tells it, else those that there are, to be tried."""
+    """How to read an entry: the one way that the tokenizer names, else every known way, to be tried in turn."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [_sentencepiece, _byte_level, bytes]
-    if backend.decoder is None:  # the library would put a space between any two tokens
+    if backend.decoder is None:  # without one the library puts a space between any two tokens
         raise CheckpointError("the tokenizer has no decoder (tokenizer.json): it is not supported")
     return [_chained(_flat([json.loads(backend.decoder.__getstate__())]))]
 
@@ -68,9 +67,9 @@ def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _chained(steps: list[dict[str, Any]]) -> _Read:
-    """Decoders of the `tokenizers` library, one behind the other, on one token."""
+    """Decoders of the `tokenizers` library, applied in turn to one token."""
     reads: list[_Read] = []
-    whole = False  # what comes now works on the whole text
+    whole = False  # true once the steps work on the whole text
     for step in steps:
         kind = step["type"]
         if kind == "Fuse" or (kind == "Strip" and whole and step["stop"] == 0):
@@ -100,7 +99,7 @@ def _chained(steps: list[dict[str, Any]]) -> _Read:
 
 
 def _contradicted(tokenizer: Any, texts: list[bytes]) -> int | None:
-    """An id that the tokenizer decodes to another text, of some tried; None if there is none."""
+    """The first of some sampled ids that the tokenizer decodes to another text; None if there is none."""
     tried = [id_ for id_, text in enumerate(texts) if text]
     for id_ in tried[:: len(tried) // _TRIED + 1]:
         try:
@@ -144,7 +143,7 @@ def _replacing(pattern: str, content: str) -> _Read:
 
 
 def _stripping(content: bytes, start: int, stop: int) -> _Read:
-    """At most `start` of the sign taken off the beginning and `stop` off the end."""
+    """Removes `content` up to `start` times from the beginning and up to `stop` times from the end."""
 
     def read(piece: bytes) -> bytes:
         for _ in range(start):

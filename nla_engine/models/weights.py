@@ -1,7 +1,7 @@
-"""Weights of a checkpoint directory: make sure that they are those of its configuration, and read them onto a device.
+"""Weights of a checkpoint directory: check that they belong to its configuration, and read them onto a device.
 
-Loads safetensors only, never remote code unless told to. What does not fit is refused by name: a tensor too many is as
-wrong as one too few. Knows nothing of tokenizers, of the Hub or of what the model is for.
+Reads safetensors only, and runs remote code only if told to. What does not fit is refused by name: an extra tensor is
+as wrong as a missing one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nla_engine.models.checkpoint import (
     weight_paths,
 )
 
-#: What names of tensors that have no place may tell: a part of the name, and what it means.
+#: Patterns in the names of tensors that have no place in the model, and what they mean.
 _STRAYS = (
     ("lora_", "they belong to an adapter, and adapters are not merged yet: give merged weights"),
     (
@@ -48,13 +48,13 @@ def read_model(
 ) -> tuple[Any, list[str]]:
     """A transformers model (`headless`: without its head) on `device`, and the names of weights that the files lack.
 
-    These are for a headless model alone: it may lack what stands behind its last block; of another it is an error.
-    The directory has passed `check_checkpoint`. Raises CheckpointError that says what is wrong with its weights,
-    EngineError if memory does not suffice.
+    Only a headless model may lack weights: those after its last block. For any other model this is an error.
+    The directory has passed `check_checkpoint`. Raises CheckpointError, which says what is wrong with the weights,
+    or EngineError if memory is short.
     """
     kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
     noise = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its load report is turned into one error below
+    transformers.logging.set_verbosity_error()  # one error below takes the place of its load report
     transformers.logging.disable_progress_bar()
     try:
         with _onto(device):
@@ -65,10 +65,10 @@ def read_model(
                 trust_remote_code=remote_code,
                 output_loading_info=True,
                 attn_implementation="eager",
-                ignore_mismatched_sizes=True,  # they are listed, and refused below
+                ignore_mismatched_sizes=True,  # listed in the loading info, and refused below
             )
-        model.to(device)  # buffers, and whatever did not pass the hook
-    except Exception as error:  # the library raises many kinds for one fault
+        model.to(device)  # buffers, and whatever the hook did not see
+    except Exception as error:  # the library raises many types for one fault
         raise _explain(directory, device, error) from error
     finally:
         transformers.logging.set_verbosity(noise)
@@ -78,7 +78,7 @@ def read_model(
 
 
 def check_checkpoint(directory: Path, *, headless: bool, remote_code: bool) -> None:
-    """CheckpointError for what can be told before the weights are read: their form, their files, the model's class."""
+    """CheckpointError for faults that show before the weights are read: their form, their files, the model's class."""
     config = check_form(directory, str(directory))
     _check_files(directory, config)
     _check_kind(directory, config, headless, remote_code)
@@ -126,7 +126,7 @@ def _check_kind(directory: Path, config: Mapping[str, Any], headless: bool, remo
         )
     try:
         found = transformers.AutoConfig.from_pretrained(directory)
-    except Exception as error:  # the library raises many kinds for one fault
+    except Exception as error:  # the library raises many types for one fault
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{directory / CONFIG}: cannot be used ({reason}): fetch it again") from error
     if not headless and type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -138,10 +138,10 @@ def _check_kind(directory: Path, config: Mapping[str, Any], headless: bool, remo
 
 @contextmanager
 def _onto(device: torch.device) -> Iterator[None]:
-    """Weights that a model gets inside go to `device` one by one, as it gets them.
+    """While this is open, each weight goes to `device` as soon as a model registers it.
 
-    So host memory holds one weight at a time beside the files' pages, whatever transformers makes of the weights on the
-    way; its own way to a device (`device_map`) needs a further package.
+    So host memory holds only one weight at a time besides the files' pages, even if transformers converts weights.
+    Its own `device_map` needs another package.
     """
     if device.type == "cpu":
         yield
@@ -150,7 +150,7 @@ def _onto(device: torch.device) -> Iterator[None]:
 
     def land(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
         if weight is not None and not weight.is_meta and threading.get_ident() == thread:
-            weight.data = weight.data.to(device)  # in place: the library has noted on it that it was loaded
+            weight.data = weight.data.to(device)  # in place: the library has marked this object as loaded
 
     hook = register_module_parameter_registration_hook(land)
     os.environ[_ONE_BY_ONE] = "1"
@@ -167,10 +167,10 @@ def _onto(device: torch.device) -> Iterator[None]:
 def _check_names(
     directory: Path, model: Any, info: Mapping[str, Any], headless: bool, remote_code: bool
 ) -> None:
-    """CheckpointError unless every tensor of the files has its place in the model, and every place its tensor.
+    """CheckpointError unless the tensors of the files are those of the model, each with the right shape.
 
-    transformers has taken out what it knows to be harmless (buffers that it makes itself, parts that a class leaves
-    out on purpose). A headless model may also leave out what the whole one has a place for: the head.
+    transformers has already dropped what it knows to be harmless: buffers that it makes itself, and parts that a class
+    leaves out on purpose. The files of a headless model may also hold the head.
     """
     where = type(model).__name__
     unexpected = {str(key) for key in info["unexpected_keys"]}
@@ -197,9 +197,9 @@ def _check_names(
 
 
 def _without_head(directory: Path, model: Any, names: set[str], remote_code: bool) -> set[str]:
-    """Those of the names that are not of the head which the causal language model around a headless one has.
+    """The names without those of the head that the full causal language model has.
 
-    A head may have another name in the files than in the class; it is then known by its shape.
+    A head whose name in the files is not that of the class is recognised by its shape.
     """
     own_code = "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
     if type(model.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -217,7 +217,7 @@ def _without_head(directory: Path, model: Any, names: set[str], remote_code: boo
 
 
 def _explain(directory: Path, device: torch.device, error: Exception) -> NLAError:
-    """What the library's error means for whoever gave the directory."""
+    """The library's error in terms of the directory that was given."""
     line = first_line(error)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return EngineError(

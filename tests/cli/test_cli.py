@@ -44,7 +44,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     ),
     "prompt not JSON": (
         lambda r, t: {"prompts": written(t / "p.jsonl", '{"prompt": "a"}\n{"prompt": oops}\n')},
-        r"p.jsonl, line 2: not JSON, one object a line .*--skip-bad",
+        r"p.jsonl, line 2: not JSON, one object per line .*--skip-bad",
     ),
     "prompt in two ways": (
         lambda r, t: {"prompts": written(t / "p.jsonl", '{"prompt": "a", "messages": []}\n')},
@@ -56,7 +56,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     ),
     "more new tokens than the model holds": (
         lambda r, t: {"max_new_tokens": 100_000},
-        "no prompt fits beside so many new tokens: lower --max-new-tokens$",
+        "no room for a prompt beside so many new tokens: lower --max-new-tokens$",
     ),
     "a store without a name": (lambda r, t: {"out": ""}, "--out is '': it must be the name of a store"),
     "a corpus that is sampled": (

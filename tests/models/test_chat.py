@@ -143,7 +143,7 @@ def test_what_the_template_does_not_read_is_told(tmp_path: Path) -> None:
         '2 of 3 prompts have "chat_template_kwargs.enable_thinking", which the chat template does not read',
     ]
     _, found = read(tmp_path, PRINTS, record, chat=False)
-    assert len(found.notes) == 2 and "which text that is read as it is does not use" in found.notes[0]
+    assert len(found.notes) == 2 and "which is not used for raw text" in found.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_a_cut_gzip_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": oops}', "not JSON, one object a line .* at column 12"),
+        (b'{"prompt": oops}', "not JSON, one object per line .* at column 12"),
         (b"[" * 100_000, "nested more than 100 deep"),
         (b'{"prompt": "\xff"}', "cannot be read as UTF-8"),
     ],

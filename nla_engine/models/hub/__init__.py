@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: on this machine, or on the Hugging Face Hub. Every request is huggingface_hub's."""
+"""Where a checkpoint's files are: on this machine, or on the Hugging Face Hub. huggingface_hub makes every request."""
 
 from nla_engine.models.hub.fetch import tell
 from nla_engine.models.hub.find import commit_of, find_directory

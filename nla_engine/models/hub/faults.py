@@ -1,4 +1,4 @@
-"""What went wrong between this machine and the Hub, in one line with its remedy."""
+"""Errors of the Hub and of the way to it, in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LOG_IN = "log in (`hf auth login`, or HF_TOKEN)"
 
 
 def unreachable(error: Exception) -> str | None:
-    """Why the Hub gives no answer for now, so that the cache may serve instead; None if it gave one."""
+    """Why the Hub cannot answer now, so that the cache may be used instead; None if it did answer."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     error = _cause(error)
@@ -27,7 +27,7 @@ def unreachable(error: Exception) -> str | None:
 
 
 def explained(error: Exception, name: str, revision: str | None, near: str = "") -> NLAError:
-    """The error to raise for one of huggingface_hub's. near: what a mistyped directory may have meant."""
+    """The error to raise for one of huggingface_hub's. near: a hint at a directory with a similar name."""
     from huggingface_hub import constants, errors, get_token
 
     error = _cause(error)
@@ -42,7 +42,7 @@ def explained(error: Exception, name: str, revision: str | None, near: str = "")
         )
     if isinstance(error, errors.DisabledRepoError):
         return CheckpointError(f"{name}: its access is disabled on the Hub: see {page}")
-    stranger = status == 401 and get_token() is None  # who is not told what there is
+    stranger = status == 401 and get_token() is None  # the Hub hides private models from anonymous users
     if stranger or isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointError(
             f"{name}: no such directory{near}, and no such model on the Hub: mend the path or the id; "
@@ -55,7 +55,7 @@ def explained(error: Exception, name: str, revision: str | None, near: str = "")
             f"{name}: your token may not read it (403): allow that in the token's settings, or {_LOG_IN}"
         )
     if why := unreachable(error):
-        return HubError(f"{name}: {why}; the same command goes on with the files that are whole by now")
+        return HubError(f"{name}: {why}; the same command continues with the files that are whole by now")
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return WriteError(
@@ -69,12 +69,12 @@ def explained(error: Exception, name: str, revision: str | None, near: str = "")
         )
     return HubError(
         f"{name}: was not fetched whole ({first_line(error)}): run the same command again, "
-        "it goes on with the files that are whole by now"
+        "it continues with the files that are whole by now"
     )
 
 
 def _cause(error: Exception) -> Exception:
-    """What the library found when it looked in the cache only because the Hub had failed."""
+    """The Hub's error, if the library's own only says that the cache lacks the file."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__

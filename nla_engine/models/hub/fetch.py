@@ -23,11 +23,11 @@ _progress: Progress | None = None
 
 
 class _Stopped(Exception):
-    """Ends a download whose result nobody waits for any more."""
+    """Ends a download that is no longer wanted."""
 
 
 def tell(announce: Callable[[str], None], progress: Progress) -> None:
-    """Say what is fetched, and show it, by these. Until called, nothing is said and huggingface_hub shows its bars."""
+    """Announce downloads and show their progress with these. Without them huggingface_hub shows its own bars."""
     global _announce, _progress
     _announce, _progress = announce, progress
 
@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def fetch(name: str, directory: Path, files: Mapping[str, int], remote_code: bool) -> Path:
-    """The snapshot directory, with everything in it that is loaded. Says what that costs before it begins."""
+    """Fetch every file that is loaded into the snapshot directory. Announces the size before it begins."""
     from huggingface_hub import hf_hub_download
 
     def get(file: str, **how: Any) -> Any:
@@ -54,7 +54,7 @@ def fetch(name: str, directory: Path, files: Mapping[str, int], remote_code: boo
     absent = [file for file in chosen if not is_whole(directory / file, files[file])]
     if not absent:
         return directory
-    with ThreadPoolExecutor(_THREADS) as pool:  # another commit may have brought the same bytes
+    with ThreadPoolExecutor(_THREADS) as pool:  # the cache may have the same bytes from another commit
         plan = pool.map(lambda file: get(file, dry_run=True), absent)
         needed = sum(files[file] for file, planned in zip(absent, plan, strict=True) if planned.will_download)
     _check_room(name, needed)
@@ -71,7 +71,7 @@ def fetch(name: str, directory: Path, files: Mapping[str, int], remote_code: boo
 
 
 def _download(get: Callable[..., Any], files: list[str], needed: int) -> None:
-    """Fetch, several at a time. An error, or Ctrl-C, ends all of them: what is whole by then stays."""
+    """Fetch several files at a time. An error or Ctrl-C stops all of them; whole files stay."""
     stop = threading.Event()
     with nullcontext() if _progress is None else _progress("MiB") as update:
         bar = progress_bar(shown=update is None, stop=stop, update=update, needed=needed)
@@ -99,7 +99,7 @@ def progress_bar(
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options if shown else {**options, "disable": True})
-            self._count(options.get("initial") or 0)  # what an earlier run has left of the file
+            self._count(options.get("initial") or 0)  # bytes that an earlier run left
 
         def _count(self, size: float) -> None:
             nonlocal fetched
@@ -115,10 +115,10 @@ def progress_bar(
             return super().update(n)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the network, which `update` counts when they are on the disk."""
+            """Bytes received. `update` counts them once they are on the disk."""
 
         def set_transfer_postfix_str(self, text: str, refresh: bool = False) -> None:
-            """Their rate."""
+            """The transfer rate; not shown."""
 
     return Bar
 

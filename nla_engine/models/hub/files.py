@@ -42,7 +42,7 @@ def choose(
     """Which of a repository's files are loaded: configuration, tokenizer, templates, weights, NLA's own.
 
     files: every path in the repository; read(path): one of its JSON files
-    Raises CheckpointError if it holds no weights that are read, or lacks a shard that its index names.
+    Raises CheckpointError if it holds no weights that can be read, or lacks a shard that its index names.
     """
     from nla_engine.models.sidecar import SIDECAR, VALUE_HEAD
 
@@ -78,10 +78,10 @@ def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]])
 
 
 def need_checkpoint(name: str, files: list[str]) -> None:
-    """CheckpointError unless a repository with these files is a model or an adapter of transformers."""
+    """CheckpointError unless these are the files of a transformers model or adapter."""
     if CONFIG not in files and ADAPTER not in files:
         raise CheckpointError(
-            f"{name}: this repository has no {CONFIG}, so that it is no checkpoint of transformers"
+            f"{name}: this repository has no {CONFIG}, so it is no transformers checkpoint"
             f"{_instead(files)}: give another"
         )
 
@@ -97,7 +97,7 @@ def _instead(files: list[str]) -> str:
 
 
 def is_whole(file: Path, size: int) -> bool:
-    """Whether the file is there, all `size` bytes of it."""
+    """Whether the file exists and has `size` bytes."""
     try:
         return file.stat().st_size == size
     except OSError:

@@ -15,19 +15,19 @@ from nla_engine.models.hub.fetch import fetch, progress_bar, say
 from nla_engine.models.hub.files import choose, is_whole, need_checkpoint
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-#: The commit that a name and revision stood for when this process first asked: sidecar and weights are of one commit.
+#: The commit of a name and revision when this process first asked, so that sidecar and weights are of one commit.
 _commits: dict[tuple[str, str | None], str] = {}
 
 
 class _Gap(Exception):
-    """Why the cache cannot serve."""
+    """Why the cache cannot be used."""
 
 
 def find_directory(name: str, revision: str | None = None, *, remote_code: bool = False) -> Path:
-    """The local directory of a checkpoint: `name` itself, or the snapshot of the Hub repository `name`, made whole.
+    """The local directory of a checkpoint: `name` itself, or the snapshot of the Hub repository `name`, fetched whole.
 
-    remote_code: fetch the repository's Python files, too
-    Raises CheckpointError if there is none or it holds no weights that are read, RequestError for a revision of a
+    remote_code: fetch the repository's Python files as well
+    Raises CheckpointError if there is none or it holds no weights that can be read, RequestError for a revision of a
     directory, HubError if the Hub cannot be reached or fails, WriteError if the cache cannot be written.
     """
     path = os.path.expanduser(name)
@@ -46,13 +46,13 @@ def find_directory(name: str, revision: str | None = None, *, remote_code: bool 
 
 
 def commit_of(directory: Path) -> str | None:
-    """The Hub commit of a snapshot directory (.../snapshots/<commit>), if it is one."""
+    """The Hub commit of a snapshot directory (.../snapshots/<commit>); None for any other directory."""
     is_snapshot = directory.parent.name == "snapshots" and _COMMIT.fullmatch(directory.name)
     return directory.name if is_snapshot else None
 
 
 def _snapshot(name: str, revision: str | None, remote_code: bool) -> Path:
-    if _COMMIT.fullmatch(revision or ""):  # it never changes: what is whole needs no network
+    if _COMMIT.fullmatch(revision or ""):  # a commit never changes: a whole snapshot needs no network
         try:
             return _cached(name, revision, remote_code)
         except _Gap:
@@ -88,9 +88,9 @@ def _listing(name: str, revision: str | None) -> tuple[Path, dict[str, int]]:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    info = api.model_info(name, revision=revision)  # what follows would fall back to the cache without a word
+    info = api.model_info(name, revision=revision)  # the call below would silently fall back to the cache
     need_checkpoint(name, [file.rfilename for file in info.siblings or []])
-    # leaves in the cache what the revision stands for, and the list of files: by them a snapshot is known to be whole
+    # This leaves the revision's commit and the list of files in the cache: they tell later whether a snapshot is whole.
     directory = Path(
         snapshot_download(
             name,
@@ -104,7 +104,7 @@ def _listing(name: str, revision: str | None) -> tuple[Path, dict[str, int]]:
 
 
 def _cached(name: str, revision: str | None, remote_code: bool) -> Path:
-    """The snapshot in the cache, if every file that is loaded is there and has its size; else _Gap."""
+    """The snapshot in the cache, if every file that is loaded exists and has its size; else raises _Gap."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -148,7 +148,7 @@ def _is_id(name: str) -> bool:
 
 
 def _near(name: str) -> str:
-    """What stands beside a path that is not there, and looks like it."""
+    """Directories with a name like that of a path that does not exist, for the error message."""
     path = Path(name)
     try:
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
