@@ -1,4 +1,4 @@
-"""The report page: a store and the table of its round trip as one HTML file to look at and to hand on."""
+"""The report page: a store and the table of its round trip as one HTML file to read and share."""
 
 from nla_engine.report.page import ReportSummary, Section, write_report
 

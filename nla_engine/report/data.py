@@ -1,7 +1,4 @@
-"""What the page shows: the explained rows of a store, the texts they stand in and their explanations, as plain columns.
-
-Knows nothing of HTML.
-"""
+"""What the page shows, as plain columns: the explained rows of a store, the text around them, their explanations."""
 
 from __future__ import annotations
 
@@ -26,11 +23,11 @@ from nla_engine.store import CaptureStore, StoredSequence
 
 #: Classes of tokens in the order in which the page lists them.
 TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "line break", "special", "other")
-#: Longest text of a field of a prompt record that goes into the page, and fields at most.
+#: Longest text of a prompt record's field on the page, and the most fields.
 FIELD_CHARACTERS, FIELDS = 200, 40
-#: Integers beyond this lose digits where numbers are float64, as in a browser.
+#: Larger integers lose digits in a browser, where numbers are float64.
 LARGEST_EXACT = (1 << 53) - 1
-#: Fields of a prompt record that the sequence itself shows.
+#: Fields of a prompt record that the text of the sequence already shows.
 SHOWN_AS_TEXT = ("prompt", "messages", "text")
 
 _SPECIAL = re.compile(r"<\|.*\|>|</?[A-Za-z_]+>|\[[A-Z]+\]", re.DOTALL)
@@ -41,7 +38,7 @@ class Explained:
     """The table of a round trip: R explained rows, E explanations, those of a row side by side.
 
     rows: int64 [R], ascending; start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
-    columns: arrays [E] of the table's own columns; scores are float64, NaN where there is none
+    columns: the table's columns as arrays [E]; scores are float64, NaN where there is none
     """
 
     metadata: dict[str, Any]
@@ -51,7 +48,7 @@ class Explained:
 
     @classmethod
     def read(cls, store: CaptureStore, path: Path) -> Explained:
-        """Raises RequestError when `path` is no result of a round trip, or one of another store."""
+        """Raises RequestError when `path` is not the result of a round trip on this store."""
         if not path.exists():
             begun = path.with_name(path.name + PARTS_SUFFIX).exists()
             mend = "roundtrip --resume finishes it" if begun else "give the table that roundtrip wrote"
@@ -81,7 +78,7 @@ class Explained:
 
     @property
     def variance(self) -> float:
-        """Var, by which FVE is scaled."""
+        """Var, which scales FVE."""
         return float(self.metadata["variance"])
 
     @property
@@ -91,7 +88,7 @@ class Explained:
 
     @property
     def fve_shuffled(self) -> np.ndarray:
-        """float64 [E]: the same for the shuffled control: against the vector of another row."""
+        """float64 [E]: fve_nrm of the shuffled control, against the vector of another row."""
         return fve_nrm(mse_nrm(self.columns["cos_shuffled"]), self.variance)
 
 
@@ -149,9 +146,9 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
 
 
 def token_pieces(sequence: StoredSequence) -> list[str]:
-    """The text of each token in its place: together they are the sequence's text.
+    """The text of each token; joined, they are the sequence's text.
 
-    A character that spans several tokens stands with the last of them; the others are empty.
+    A character that spans several tokens belongs to the last of them; the others are empty.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     raw = [sequence.vocabulary.raw(int(token)) for token in sequence.tokens]
@@ -159,7 +156,7 @@ def token_pieces(sequence: StoredSequence) -> list[str]:
 
 
 def token_class(text: str) -> str:
-    """One of TOKEN_CLASSES. A word starts with a space or a capital, a part of one with neither."""
+    """One of TOKEN_CLASSES. A word starts with a space or a capital, a part of a word with neither."""
     bare = text.strip()
     if not bare:
         return "line break" if "\n" in text else "space" if text else "other"
@@ -175,7 +172,7 @@ def token_class(text: str) -> str:
 
 
 class _Names:
-    """Numbers the texts of tokens as they come up: each is sent once."""
+    """Numbers the texts of tokens in order of appearance, so that the page holds each text once."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -189,7 +186,7 @@ class _Names:
 
 
 def _sequences(store: CaptureStore, numbers: np.ndarray) -> Iterator[StoredSequence]:
-    """The sequences of these ascending numbers, read block by block where they are neighbours."""
+    """The sequences with these ascending numbers; neighbours are read together in blocks."""
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
         yield from store.iter_sequences(int(run[0]), int(run[-1]) + 1)
 
@@ -197,7 +194,7 @@ def _sequences(store: CaptureStore, numbers: np.ndarray) -> Iterator[StoredSeque
 def _gaps(texts: Sequence[str], places: Sequence[int], prompt_size: int) -> list[list[Any]]:
     """The text between explained tokens: [before which of them, text, tokens, 1 if generated].
 
-    A gap ends where the prompt does, so each is of one kind.
+    A gap is split where the prompt ends, so each is all prompt or all generated.
     """
     gaps: list[list[Any]] = []
     start = 0
@@ -227,14 +224,14 @@ def _fields(source: Any, prefix: str = "") -> Iterator[tuple[str, str | int | fl
 
 
 def _columns_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Field -> its value in each record, None where it is missing; of many fields the commonest."""
+    """Field -> its value in each record, None where it is missing. Only the FIELDS commonest fields are kept."""
     counts = Counter(name for record in records for name in record)
     kept = {name for name, _ in counts.most_common(FIELDS)}
     return {name: [record.get(name) for record in records] for name in counts if name in kept}
 
 
 def _numbers(values: np.ndarray, digits: int) -> list[float | int | None]:
-    """For JSON: so many significant digits, None for what is not finite."""
+    """For JSON: rounded to `digits` significant digits, None for NaN and infinity."""
     return [
         None
         if not np.isfinite(value)

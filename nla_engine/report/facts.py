@@ -1,7 +1,4 @@
-"""What a run amounts to, in plain words: its figures beside their controls, its warnings, and where it comes from.
-
-Knows nothing of HTML.
-"""
+"""A run in plain words: its figures with their controls, its warnings, and where it comes from."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from nla_engine.roundtrip.results import ranked_among
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
-#: The mean FVE should stand at least so far above that of the shuffled control.
+#: The mean FVE should be at least this much above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the run, as text. label: its name; says: what it means; control: what means nothing."""
+    """One number of the run, as text. label: its name; says: what it means; control: the same by chance."""
 
     label: str
     value: str
@@ -34,7 +31,7 @@ class Figure:
 
 
 def figures(explained: Explained) -> list[Figure]:
-    """The four figures that stand first: FVE, cos, retrieval, explanations closed by their tag."""
+    """The four figures at the top: FVE, cos, retrieval, and explanations closed by their tag."""
     columns = explained.columns
     rank = columns["retrieval_rank"][np.isfinite(columns["retrieval_rank"])]
     among = ranked_among(explained.metadata)
@@ -55,19 +52,19 @@ def figures(explained: Explained) -> list[Figure]:
         Figure(
             "retrieval",
             _percent(_how_many(rank == 1), len(rank)),
-            "of reconstructions lie nearest to their own vector",
+            "of reconstructions are nearest to their own vector",
             f"{_percent(1, among)} by chance, among {among:,} vectors",
         ),
         Figure(
             "closed",
             _percent(closed, explained.explanations),
-            f"of {explained.explanations:,} explanations were brought to an end, with their tag",
+            f"of {explained.explanations:,} explanations were finished, with their closing tag",
         ),
     ]
 
 
 def lead(store: CaptureStore, explained: Explained) -> str:
-    """One or two sentences: what was explained by whom."""
+    """Two sentences: what was explained, and by which AV and AR."""
     metadata, samples = explained.metadata, int(explained.metadata["run"]["samples"])
     sequences = len(np.unique(store.column("sequence")[explained.rows]))
     times = "" if samples == 1 else f", {samples} times each"
@@ -80,17 +77,17 @@ def lead(store: CaptureStore, explained: Explained) -> str:
 
 
 def warnings(store: CaptureStore, explained: Explained) -> list[str]:
-    """What to keep in mind while reading, as `name, how many: what it means`; the gravest first."""
+    """What to keep in mind while reading, as `name, how many: what it means`; the most serious first."""
     out = []
     if not store.complete:
         out.append(
-            "Unfinished capture: it had not ended when this page was made, and the store may hold but a part."
+            "Unfinished capture: it was still running when this page was made, and the store may hold only a part."
         )
     fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
     if math.isfinite(fve) and math.isfinite(control) and fve < control + CLEAR_OF_CONTROL:
         out.append(
             f"Close to the control: mean FVE is {fve:.2f}, and {control:.2f} against the vector of another row. These "
-            "explanations say little about the very row that they were written for."
+            "explanations say little about the row that they were written for."
         )
     total = explained.explanations
     if count := _how_many(explained.fve < 0):
@@ -111,7 +108,7 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     out = []
     flags = store.column("flags")[explained.rows]
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
-    placed = IMPORTED not in store.options or store.column("position").any()  # else nobody knows
+    placed = IMPORTED not in store.options or store.column("position").any()  # else positions are not known
     if placed and (count := _how_many(flags & RowFlag.EARLY)):
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
@@ -121,7 +118,7 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
         limit = store.sink_norm[layer]
         out.append(
             f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
-            f"{layer}, or its like in another). Released pairs were not trained on them: take means without them."
+            f"{layer}, or that of another layer). Released pairs were not trained on them: take means without them."
         )
     if count := _how_many(flags & RowFlag.NONFINITE):
         out.append(
@@ -140,8 +137,8 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
         )
     if count := status["untagged"]:
         out.append(
-            f"No opening tag, {_part(count, total, 'explanation')}: the AV did not keep to its form, and all that it "
-            "wrote is shown."
+            f"No opening tag, {_part(count, total, 'explanation')}: the AV did not keep to its format; all of its text "
+            "is shown."
         )
     if count := status["zero_vector"] + status["nonfinite_vector"]:
         out.append(
@@ -183,7 +180,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
                 "selected by",
                 _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
             ),
-            ("explanations a row", str(run["samples"])),
+            ("explanations per row", str(run["samples"])),
             (
                 "sampling",
                 f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
@@ -196,11 +193,11 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("Var", _variance(explained)),
             (
                 "shuffled control",
-                "the same reconstruction against the vector of another row, of another sequence if it can",
+                "the same reconstruction against the vector of another row, if possible of another sequence",
             ),
             (
                 "retrieval rank",
-                f"place of the own vector by cos, among {ranked_among(explained.metadata):,} distinct ones",
+                f"rank of the row's own vector by cos, among {ranked_among(explained.metadata):,} distinct vectors",
             ),
         ],
         "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]
@@ -213,7 +210,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
 
 
 def short_name(name: Any) -> str:
-    """A model or file as it can be shown to others: of a local path only the last two parts."""
+    """The name of a model or file to show to others: of a local path only the last two parts."""
     path = PurePath(str(name))
     return "/".join(path.parts[-2:]) if path.is_absolute() else str(name)
 

@@ -1,8 +1,8 @@
-"""One HTML file out of a template, style, script and data: nothing in it needs a network.
+"""One HTML file from a template, style, script and data. It needs no network.
 
-Everything that a model or a user wrote is untrusted. What Python puts into the markup is escaped; the rest travels as
-base64 of compressed JSON, which holds no character that HTML knows, and the script sets it as text, never as markup.
-A content security policy lets the page run its own script and nothing else, and load nothing.
+Everything that a model or a user wrote is untrusted. What Python puts into the markup is escaped. The rest is base64 of
+compressed JSON, which has no character with a meaning in HTML; the script inserts it as text, never as markup.
+A content security policy lets the page run only its own script, and load nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from nla_engine.store.shards import write_file_atomically
 #: Parts of the page in the order in which they are joined.
 STYLES = ("page.css", "text.css", "charts.css")
 SCRIPTS = ("data.js", "marks.js", "filter.js", "text.js", "panel.js", "charts.js", "main.js")
-#: Areas of the page itself: no section may take their names.
+#: The page's own areas: no section may take their names.
 AREAS = ("text", "distributions", "run")
 _SECTION_ID = re.compile(r"[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True)
 class Section:
-    """An area of its own on the page.
+    """A further area of the page.
 
     id: lower-case letters, digits and hyphens; the end of its link (`#tab=ID`)
     title: plain text, on the tab
@@ -77,8 +77,8 @@ def write_report(
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
-    Raises RequestError (`out` exists or is the table, the two do not belong together, a section's id is unfit or
-    taken), StoreError, WriteError; `out` is whole or as it was.
+    Raises RequestError (`out` exists or is the table; store and table do not belong together; a section's id is
+    unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
     if out.is_dir() or (out.exists() and not overwrite):
         mend = (
@@ -102,7 +102,7 @@ def write_report(
     caveats = warnings(store, table)
     title = title or f"{store.path.name}: layer {table.metadata['layer']} in words"
     page = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
-    with Lease.beside(out):  # two that write one page would write one temporary file
+    with Lease.beside(out):  # two writers of one page would share a temporary file
         write_file_atomically(out, page)
     return ReportSummary(
         out=str(out),
@@ -156,7 +156,7 @@ def _assemble(
         "data": packed(data),
         "script": script,
     }
-    # One pass: what has been put in is not searched again.
+    # One pass: inserted text is not searched for holes again.
     return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], _joined(["page.html"]))
 
 
@@ -167,7 +167,7 @@ def packed(data: Mapping[str, Any]) -> str:
 
 
 def _caveats(texts: Sequence[str]) -> str:
-    """Warnings `name, how many: what it means`: the first part is seen at once, all of it after a click."""
+    """Warnings `name, how many: what it means`: the first part is always visible, the rest after a click."""
     if not texts:
         return ""
     parts = [text.partition(":") for text in texts]

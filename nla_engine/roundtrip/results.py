@@ -1,8 +1,7 @@
 """The table that a round trip (or a study) writes: one Parquet file, made from parts that are committed one by one.
 
-While a run goes on, `<out>.parts/` holds run.json (what the run is), numbered Parquet parts, each written to a
-temporary name and renamed, and the lease of the process that writes them. The last step joins them.
-Knows nothing of how a score is computed.
+During a run, `<out>.parts/` holds run.json (the run's options), numbered Parquet parts, and the writer's lease. Each
+part is written to a temporary name and renamed. The last step joins the parts.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from nla_engine.store.shards import (
 from nla_engine.store.swap import remove_directory
 
 METADATA_KEY = b"nla_engine"
-#: What the name of a table that is not finished ends in: a directory.
+#: Ending of the directory that holds an unfinished table.
 PARTS_SUFFIX = ".parts"
-#: In it: what the run is. Without it the parts are nobody's.
+#: In that directory: the run's options. Without this file the parts are leftovers.
 RECORD_NAME = "run.json"
 SCHEMA = pa.schema(
     [
@@ -58,14 +57,14 @@ SCHEMA = pa.schema(
         pa.field("retrieval_rank", pa.int32()),
     ]
 )
-#: Columns that are known at the end alone, from mse_nrm and a number that belongs to the whole run.
+#: Columns that are computed at the end, from mse_nrm and a number of the whole run.
 _LAST = ("fve_nrm", "fve_meannorm")
 
 
 class ResultTable:
-    """The result of one run on its way. `done`: rows of the table (samples counted) that are committed.
+    """The result of a run while it is written. `done`: committed rows of the table, one per sample.
 
-    A context manager: its parts are this process's until it is left, or until `finish`.
+    A context manager: this process alone may write the parts until it exits, or until `finish`.
     """
 
     def __init__(
@@ -92,11 +91,11 @@ class ResultTable:
         overwrite: bool,
         schema: pa.Schema = SCHEMA,
     ) -> ResultTable:
-        """Start, or go on with, a result. options: what a resumed run must have in common with the one it goes on with.
+        """Start or resume a result. options: a resumed run must have the same.
 
-        A result that is to be overwritten stays until the new one is whole.
-        RequestError if something is there and neither is asked for, if it is no result, if the options differ, or if
-        another process is at it.
+        A result that is overwritten stays until the new one is complete.
+        RequestError if something exists and is neither to be resumed nor overwritten, if it is not a result, or if the
+        options differ. StoreError if another process writes it.
         """
         parts = _parts_of(out)
         check_table(out, resume=resume, overwrite=overwrite)
@@ -108,7 +107,7 @@ class ResultTable:
             lease = Lease.of_directory(parts)
         except BaseException:
             with contextlib.suppress(OSError):
-                parts.rmdir()  # empty ones alone
+                parts.rmdir()  # only if it is empty
             raise
         try:
             return cls._begin(out, lease, options, overwrite, schema)
@@ -127,7 +126,7 @@ class ResultTable:
     def _begin(
         cls, out: Path, lease: Lease, options: dict[str, Any], overwrite: bool, schema: pa.Schema
     ) -> ResultTable:
-        """The table, once nobody else is at its parts."""
+        """The table, once this process has the lease of its parts."""
         parts = _parts_of(out)
         record = parts / RECORD_NAME
         if out.exists() and not overwrite and not record.exists():
@@ -138,7 +137,9 @@ class ResultTable:
         if record.exists() and not overwrite:
             _check_same(parts, _read_json(record).get("options", {}), options)
         else:
-            with writing(parts):  # without a record the parts are nobody's: it goes first and comes last
+            with writing(
+                parts
+            ):  # the record is removed first and written last: without it the parts are leftovers
                 record.unlink(missing_ok=True)
                 fsync_directory(parts)
                 _remove_parts(parts, ())
@@ -156,7 +157,7 @@ class ResultTable:
     ) -> None:
         if self._lease is None:
             return
-        # What never began is in nobody's way; the record of one that replaces another is what `resume` goes on with.
+        # A failed run without rows leaves nothing, unless it was to replace a table: then --resume needs its record.
         if kind is not None and not (self.done or self.finished or self.out.exists()):
             with contextlib.suppress(NLAError, OSError):
                 self._lease.check()
@@ -169,7 +170,7 @@ class ResultTable:
         return self._next_part < 0
 
     def append(self, columns: dict[str, Any]) -> None:
-        """Commit a part: columns of the schema that do not come at the end, all of one length.
+        """Commit a part: every column but those computed at the end, all of one length.
 
         WriteError if another process has taken the table.
         """
@@ -188,7 +189,7 @@ class ResultTable:
     ) -> None:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
-        last: gives the columns that come at the end from mse_nrm, float64 [n] with NaN for null.
+        last: computes the columns of the end from mse_nrm, float64 [n] with NaN for null.
         WriteError if another process has taken the table.
         """
         if self.finished:
@@ -207,11 +208,11 @@ class ResultTable:
             lease.check()
             if (joined := pq.read_metadata(temporary).num_rows) != self.done:
                 raise WriteError(
-                    f"{self._parts}: holds {joined} rows, this run wrote {self.done}: another one wrote there too: "
+                    f"{self._parts}: holds {joined} rows, this run wrote {self.done}: another run wrote there as well: "
                     "start again with --overwrite"
                 )
         with writing(self._parts):
-            (self._parts / RECORD_NAME).unlink()  # without it the parts are nobody's
+            (self._parts / RECORD_NAME).unlink()  # without it the parts are leftovers
             remove_directory(self._parts, lease)
         self._next_part = -1
 
@@ -221,8 +222,10 @@ class ResultTable:
 
 
 def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """RequestError if what is at `out` is neither to be gone on with nor to be replaced, StoreError if that lies in a
-    store. Asked before any work, and again by `ResultTable.open`."""
+    """RequestError if `out` exists and is neither to be resumed nor replaced, StoreError if it lies in a store.
+
+    Called before any work, and again by `ResultTable.open`.
+    """
     parts = _parts_of(out)
     if not (resume or overwrite) and (out.exists() or parts.exists()):
         found = out if out.exists() else parts
@@ -231,11 +234,11 @@ def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise RequestError(f"{out}: is a directory; choose another name for the table")
     check_outside_stores(out)
     if overwrite and out.exists():
-        read_metadata(out)  # nothing but a table of ours is ever replaced
+        read_metadata(out)  # only a table that this program wrote is ever replaced
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The run's metadata of a result. RequestError if the file is not one."""
+    """The run's metadata in a result. RequestError if the file is not a result."""
     try:
         found = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
     except (OSError, pa.ArrowException) as error:
@@ -251,8 +254,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def ranked_among(metadata: Mapping[str, Any]) -> int:
-    """How many vectors the ranks of a round trip are among. A table from before vectors that coincide were counted
-    once names its rows alone."""
+    """Among how many vectors a round trip ranked. Older tables, which counted equal vectors separately, have only the
+    number of rows."""
     return int(metadata.get("control_vectors", metadata["control_rows"]))
 
 
@@ -265,14 +268,14 @@ def _parts_of(out: Path) -> Path:
 
 
 def _remove_parts(parts: Path, kept: Sequence[Path]) -> None:
-    """Remove what looks like a part, whole or begun, and is none of these."""
+    """Remove every part, whole or partly written, that is not in `kept`."""
     for path in parts.iterdir():
         if path.name.lstrip(".").startswith("part-") and path not in kept:
             path.unlink()
 
 
 def _part_files(parts: Path) -> list[Path]:
-    """The parts in order, up to the first number that is missing."""
+    """The parts in order, up to the first missing number."""
     found: list[Path] = []
     while (path := parts / f"part-{len(found):06d}.parquet").exists():
         found.append(path)
@@ -310,7 +313,7 @@ def nullable(values: np.ndarray, kind: Callable[[Any], Any] = float) -> list[Any
 
 
 def batches(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Columns of a result as numpy arrays, some thousand rows at a time."""
+    """Columns of a result as numpy arrays, in batches of up to 65,536 rows."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(65536, columns=columns):
             yield {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}

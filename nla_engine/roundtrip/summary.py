@@ -15,9 +15,9 @@ from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
 
 @dataclass(frozen=True)
 class RoundtripSummary:
-    """What came out; its keys are those of `--json`. Scores are means over every scored explanation.
+    """The result in numbers; the keys are those of `--json`. Scores are means over every scored explanation.
 
-    With several samples a row, the `_best` keys take the best of each row by cos.
+    With several samples per row, the `_best` keys take the best sample of each row by cos.
     """
 
     out: str
@@ -50,7 +50,7 @@ class RoundtripSummary:
 
 
 def summarise(options: RoundtripOptions, seconds: float = 0.0, new_rows: float = 0.0) -> RoundtripSummary:
-    """The summary of a finished result, from its file alone (and this run's time)."""
+    """The summary of a finished result, from its file. seconds, new_rows: time and rows of this run."""
     metadata = read_metadata(options.out)
     names = ["cos", "cos_shuffled", "retrieval_rank", "status", "n_tokens", "best", "early"]
     parts = list(batches(options.out, names))

@@ -169,7 +169,7 @@ def test_the_legend_filters_and_order_follows_fve(small: Path, open_page: Open) 
         page.locator("#filter [name=order]").select_option(order)
         expect(page.locator("article h2")).to_have_text(numbers)
     page.locator("#filter [name=q]").fill("/(/")
-    expect(page.locator("#found")).to_contain_text("That is no pattern")
+    expect(page.locator("#found")).to_contain_text("Not a valid pattern")
     assert len(shown(page)) == 7
 
 

@@ -126,7 +126,7 @@ const drawNorms = (list, choose) => (width) => {
   const steps = to / from < 5 ? ticks(from, to, 5) : decades(from, to);
   const plot = frame("Norm against cos", width, 340,
     { domain: [from, to], label: "norm (logarithmic)", log: true, ticks: steps }, { domain: [Math.floor(bottom * 5) / 5, 1], label: "cos" });
-  // Points on one pixel are drawn once: many rows, few paths.
+  // Points on one pixel are drawn only once, since there may be many rows.
   const cloud = (kind, points) => {
     const seen = new Set(points.map(([x, y]) => `M${Math.round(x * 2) / 2} ${Math.round(y * 2) / 2}h0`));
     if (seen.size) plot.drawing.append(svg("path", { class: `${kind} cloud`, d: [...seen].join("") }));
@@ -159,7 +159,7 @@ const showCharts = (view, choose) => {
   const sinks = list.some((e) => R.flags[rowOf[e]] & SINK);
   const plates = [
     plate("How much came through", `Mean FVE ${number(mean(own), 2)}; control ${number(mean(control), 2)}. 1 is the whole vector, 0 is as good as always answering with the mean.`, drawHistogram(own, control)),
-    plate("Does it find its own vector?", `${rank.length ? `${number((100 * first) / rank.length, 1)}%` : "None"} of reconstructions lie nearest to their own vector. The bars across: what chance would give.`, drawRanks(list)),
+    plate("Does it find its own vector?", `${rank.length ? `${number((100 * first) / rank.length, 1)}%` : "None"} of reconstructions are nearest to their own vector. The bars across show chance.`, drawRanks(list)),
     plate("By position", "FVE over the token's place in its sequence: median, the middle half, and the middle four fifths.", drawPositions(list)),
     plate("By class of token", "Median, the middle half (thick) and the middle four fifths (thin).", drawClasses(list)),
     plate("Norm against cos", `Each point is an explanation${sinks ? "; diamonds are attention sinks" : ""}. Click a point to read it.`, drawNorms(list, choose)),

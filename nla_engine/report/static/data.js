@@ -34,7 +34,7 @@ const mean = (values) => {
   return count ? sum / count : NaN;
 };
 
-// The explanations of row i are first[i] .. first[i + 1] - 1; a row's own FVE is their mean, so that no score selects.
+// The explanations of row i are first[i] .. first[i + 1] - 1; a row's own FVE is their mean, so that no explanation is chosen by its score.
 const explanationsOf = (row) =>
   Array.from({ length: R.first[row + 1] - R.first[row] }, (_, i) => R.first[row] + i);
 const rowFve = Float64Array.from({ length: ROWS }, (_, row) => mean(E.fve.subarray(R.first[row], R.first[row + 1])));
@@ -46,7 +46,7 @@ const rowIndex = new Map(R.row.map((row, index) => [row, index]));
 const tokenText = (row) => texts[R.token[row]];
 const nextText = (row) => (R.next[row] === null ? null : texts[R.next[row]]);
 
-// Colours: orange for vectors of which less than half came through, blue for more. The lower edge of each step.
+// Lower edges of the colour steps: orange where less than half of a vector came through, blue where more did.
 const STEPS = [-Infinity, 0, 0.25, 0.5, 0.7, 0.8, 0.9];
 const stepOf = (fve) => {
   if (!Number.isFinite(fve)) return -1;
@@ -62,7 +62,7 @@ const number = (value, digits = 3) =>
 const count = (value) => value.toLocaleString("en");
 const counted = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
 
-// A token as it can be seen: line breaks and control characters get signs, nothing at all gets one too.
+// A visible form of a token: line breaks, control characters and empty text become symbols.
 const visible = (text) => {
   if (text === "") return "\u25e6";
   return text.replace(/[\u0000-\u001f\u007f]/g, (c) =>

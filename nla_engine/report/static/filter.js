@@ -1,9 +1,9 @@
-// Which rows are shown: the form's values, turned into one test a row.
+// Which rows are shown: the form's values, turned into one test per row.
 
 const FIELDS = ["q", "token", "lo", "hi", "status", "field", "value", "order"];
 const SEQUENCE_TEXT = " text";
 
-// "exactly this", /a pattern/i, or words that stand in the text, upper and lower case alike. null: anything goes.
+// "exactly this", /a pattern/i, or words that occur in the text, ignoring case. null: every text matches.
 const matcher = (wanted) => {
   if (wanted === "") return null;
   const pattern = /^\/(.+)\/(i?)$/s.exec(wanted);
@@ -34,19 +34,19 @@ const fieldText = (field, s) => {
   return value === null || value === undefined ? null : String(value);
 };
 
-// One truth for each of `size` things, tested at first use only: texts are long and rows many.
+// The test of each of `size` items, run once at first use: texts are long and rows many.
 const remembered = (size, test) => {
   const known = new Int8Array(size).fill(-1);
   return (i) => (known[i] < 0 ? (known[i] = test(i) ? 1 : 0) : known[i]) === 1;
 };
 
-// -> { match: one byte a row, rows: how many, order: sequences to show, active }. Throws on a pattern that is none.
+// -> { match: one byte per row, rows: how many match, order: sequences to show, active }. Throws on an invalid pattern.
 const select = (wanted) => {
   const tests = [];
   const text = matcher(wanted.q), token = matcher(wanted.token), value = matcher(wanted.value);
   const bound = (given, otherwise) => (given === "" || !Number.isFinite(+given) ? otherwise : +given);
   const lo = bound(wanted.lo, -Infinity), hi = bound(wanted.hi, Infinity);
-  // A range reaches to its upper edge without it, but for 1, which nothing exceeds.
+  // A range excludes its upper edge, except 1, the largest FVE.
   if (lo > -Infinity || hi < Infinity) tests.push((row) => rowFve[row] >= lo && (rowFve[row] < hi || (hi >= 1 && rowFve[row] <= hi)));
   if (token) {
     const fits = remembered(texts.length, (i) => token(texts[i]));
@@ -79,7 +79,7 @@ const order = (match, by) => {
   }
   if (!by) return shown;
   const sign = by === "low" ? 1 : -1;
-  // Sequences without a score come last either way.
+  // Sequences without a score come last in both orders.
   const rank = (s) => (Number.isFinite(score[s]) ? sign * score[s] : Infinity);
   return shown.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) - rank(b)));
 };
@@ -90,7 +90,7 @@ const fillFilter = (form) => {
   form.field.append(make("option", { value: SEQUENCE_TEXT }, "(text of the sequence)"));
 };
 
-// What the field holds, offered for choosing; exact, so that 4 does not find 24.
+// The field's values, offered as choices; matched exactly, so that 4 does not find 24.
 const fillValues = (field) => {
   const values = field === SEQUENCE_TEXT ? [] : [...new Set((S.fields[field] ?? []).filter((v) => v !== null).map(String))];
   const sorted = values.sort((a, b) => a.localeCompare(b, "en", { numeric: true })).slice(0, 500);

@@ -12,7 +12,7 @@ const refilter = () => {
     view = select(wanted());
     $("found").classList.remove("wrong");
   } catch (error) {
-    $("found").textContent = `That is no pattern: ${error.message}`;
+    $("found").textContent = `Not a valid pattern: ${error.message}`;
     $("found").classList.add("wrong");
     return;
   }
@@ -44,7 +44,7 @@ const openTab = (name) => {
   if (state.tab === "distributions") drawCharts();
 };
 
-// A row by its place among the explained ones; -1 for none.
+// The index of a row among the explained ones; -1 if it is not among them.
 const choose = (row, scroll = true) => {
   if (state.row >= 0) {
     spans[state.row].classList.remove("here");
@@ -67,7 +67,7 @@ const choose = (row, scroll = true) => {
   remember();
 };
 
-// Twice: what is laid out on the way to the token moves it.
+// Twice: blocks that are laid out during the first scroll move the token.
 const reveal = (span) => {
   span.scrollIntoView({ block: "nearest", inline: "nearest" });
   requestAnimationFrame(() => span.scrollIntoView({ block: "nearest", inline: "nearest" }));
@@ -89,12 +89,12 @@ const reading = () => {
 const step = (by) => {
   const rows = reading();
   if (!rows.length) return;
-  // Nothing chosen, or a row that the filter hides: begin at an end.
+  // No row is chosen, or the filter hides it: start at one end.
   const place = state.view.place.get(state.row) ?? (by > 0 ? -1 : rows.length);
   choose(rows[Math.min(rows.length - 1, Math.max(0, place + by))]);
 };
 
-// To the same place, counted in shown rows, of the sequence before or after.
+// To the previous or next sequence, at the same place counted in shown rows.
 const stepSequence = (by) => {
   const { order, match } = state.view;
   const rowsOf = (s) => reading().filter((row) => sequenceOf[row] === s && match[row]);

@@ -9,7 +9,7 @@ const svg = (tag, attributes = {}, ...children) => {
 
 const scale = ([a, b], [c, d]) => (value) => c + ((value - a) / (b - a || 1)) * (d - c);
 
-// Round numbers that cut [lo, hi] into about `parts`; no fractions if they shall be whole.
+// Round numbers that divide [lo, hi] into about `parts`; integers only if `whole`.
 const ticks = (lo, hi, parts, whole = false) => {
   const rough = (hi - lo) / parts || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -20,7 +20,7 @@ const ticks = (lo, hi, parts, whole = false) => {
   return out;
 };
 
-// 1, 2 and 5 of every power of ten within [lo, hi]; the powers alone if those are many.
+// 1, 2 and 5 times every power of ten within [lo, hi]; only the powers if there are many.
 const decades = (lo, hi) => {
   const parts = hi / lo > 1e4 ? [1] : [1, 2, 5], out = [];
   for (let power = Math.floor(Math.log10(lo)); power <= Math.log10(hi); power++)
@@ -35,14 +35,14 @@ const quantile = (sorted, q) => {
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
 };
 
-// Deciles and quartiles of what is finite.
+// Deciles and quartiles of the finite values.
 const spread = (values) => {
   const sorted = Float64Array.from(values.filter(Number.isFinite)).sort();
   const [least, low, mid, high, most] = [0.1, 0.25, 0.5, 0.75, 0.9].map((q) => quantile(sorted, q));
   return { n: sorted.length, least, low, mid, high, most };
 };
 
-// FVE from a quarter below nearly all values (but at least -3) up to 1.
+// The FVE axis: from a multiple of 0.25 below nearly all values (at least -3) up to 1.
 const fveDomain = (...lists) => {
   let lo = 0;
   for (const values of lists) {
@@ -52,7 +52,7 @@ const fveDomain = (...lists) => {
   return [Math.max(-3, Math.floor(lo * 4) / 4), 1];
 };
 
-// `parts` bars over the domain: { lo, hi, n, share }. What lies beyond an end counts with it.
+// `parts` bars over the domain: { lo, hi, n, share }. Values beyond an end count in its bar.
 const histogram = (values, [lo, hi], parts) => {
   const width = (hi - lo) / parts;
   const bars = Array.from({ length: parts }, (_, i) => ({ lo: lo + i * width, hi: lo + (i + 1) * width, n: 0, share: 0 }));

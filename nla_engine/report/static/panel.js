@@ -1,4 +1,4 @@
-// The side panel: all there is to say about one token; before a choice, where to begin.
+// The side panel: everything about the chosen token; before a choice, where to begin.
 
 const STATUS = {
   ok: "",
@@ -94,7 +94,7 @@ const strip = (row) => {
   return drawing;
 };
 
-// Before a choice: the lowest, the middle and the highest row, and the keys.
+// Before a choice: the rows with the lowest, middle and highest FVE, and the keys.
 const showStart = (choose, notice) => {
   const scored = [...rowFve.keys()].filter((row) => Number.isFinite(rowFve[row])).sort((a, b) => rowFve[a] - rowFve[b]);
   const cards = scored.length < 3 ? [] : [

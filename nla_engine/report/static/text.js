@@ -1,5 +1,5 @@
-// The sequences as text, one element a token. They stand in blocks: a block is built when it comes near the window or when
-// there is time, and the browser lays out only the blocks that are near (content-visibility).
+// The sequences as text, one element per token, in blocks. A block is built when it comes near the window or when there
+// is time. The browser lays out only the blocks near the window (content-visibility).
 
 const LINE_CHARACTERS = 72, LINE_PIXELS = 28, HEAD_PIXELS = 64;
 const BLOCK = 24, AT_ONCE = 2;
@@ -19,7 +19,7 @@ const tokenElement = (row) => {
   return span;
 };
 
-// Text that no row was explained of. A long one shows its ends; the middle comes on a click.
+// Text without explained rows. A long one shows its ends, and its middle on a click.
 const gapElement = ([, text, tokens, generated]) => {
   const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, not explained` });
   if (text.length <= LONG_GAP) {
@@ -63,7 +63,7 @@ const sequenceElement = (s) => {
   return make("article", {}, heading(s), body);
 };
 
-// How tall a sequence will be, about: until it is laid out, its block takes that much room.
+// About how tall a sequence will be: its block takes this much space until it is laid out.
 const heightOf = (s) => {
   let lines = 1, characters = 0;
   for (const [, text] of S.gaps[s]) {
@@ -84,7 +84,7 @@ const build = (block) => {
   }
 };
 
-// The element of a row, which is among those shown.
+// The element of a row that is shown.
 const spanOf = (row) => {
   build(blocks[blockOf[sequenceOf[row]]]);
   return spans[row];
@@ -94,7 +94,7 @@ const near = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) if (isIntersecting) build(blocks[Number(target.dataset.block)]);
 }, { rootMargin: "1200px 0px" });
 
-// The rest, so that the browser's own search finds it.
+// Build the rest, so that the browser's own search finds it.
 const buildInTime = (view, first) => {
   const when = window.requestIdleCallback ?? ((go) => setTimeout(() => go({ timeRemaining: () => 12 }), 30));
   when((deadline) => {
@@ -121,7 +121,7 @@ const showSequences = (view) => {
   buildInTime(view, AT_ONCE);
 };
 
-// The legend: how many of the shown rows have each colour. It filters, too.
+// The legend: how many shown rows have each colour. A click filters by it.
 const showScale = (view, form, choose) => {
   const counts = new Array(STEPS.length).fill(0);
   let without = 0;
