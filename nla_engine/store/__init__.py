@@ -1,6 +1,6 @@
 """The activation store: what a capture run leaves behind.
 
-`views/` looks at a store, `exchange/` converts and merges stores, `care/` verifies and repairs them.
+`views/` reads a store, `exchange/` converts and merges stores, `care/` verifies and repairs them.
 """
 
 from nla_engine.store.format import Finish, RowFlag, row_flags

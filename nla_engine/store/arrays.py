@@ -1,7 +1,4 @@
-"""One array of a store: a log that only grows (ArrayLog), and its committed part (ArrayReader).
-
-Know nothing of what the values mean or when they are committed.
-"""
+"""One array of a store: a log that only grows (ArrayLog), and a reader of its committed part (ArrayReader)."""
 
 from __future__ import annotations
 
@@ -25,12 +22,12 @@ from nla_engine.store.shards import (
     writing,
 )
 
-#: Fewer bytes are copied sooner than a thread of the queue takes them up.
+#: Below this many bytes, copying at once is faster than handing the copy to the queue.
 _COPIED_BY_QUEUE_BYTES = 1 << 20
 
 
 class _Copy:
-    """Pieces to be put into an image once, by whichever thread comes first."""
+    """Pieces to put into an image once, by whichever thread comes first."""
 
     def __init__(self, image: ShardImage, pieces: list[Piece]) -> None:
         self._image, self._pieces = image, pieces
@@ -42,7 +39,7 @@ class _Copy:
         return self._made
 
     def make(self) -> None:
-        """Copy, unless another thread does or did."""
+        """Copy, unless another thread is copying or has copied."""
         if self._claim.acquire(blocking=False):
             try:
                 self._image.put(self._pieces)
@@ -52,7 +49,7 @@ class _Copy:
                 self._ended.set()
 
     def wait(self) -> None:
-        """Until it is made, by this thread if no other has begun. RuntimeError if it failed in another thread."""
+        """Wait for the copy, or make it if no thread has begun. RuntimeError if it failed in another thread."""
         self.make()
         self._ended.wait()
         if not self._made:
@@ -62,7 +59,7 @@ class _Copy:
 class ArrayLog:
     """Appends rows; full shards go to the write queue at once, the last partial one waits in memory for `flush`.
 
-    What `flush` and `describe` hand to the queue is on disk once the queue has been joined.
+    What `flush` and `describe` submit is on disk once the queue has been joined.
     """
 
     def __init__(self, root: Place, spec: ArraySpec, queue: WriteQueue) -> None:
@@ -73,21 +70,21 @@ class ArrayLog:
         self._root = root
         self._tail = ShardImage(spec)
         self._copying: list[_Copy] = []
-        self._written: list[ShardImage] = []  # images to use again: fresh memory costs more than the copy
+        self._written: list[ShardImage] = []  # images to reuse: fresh memory costs more than the copy
         self._flushed = 0
         self._described: int | None = None
 
     @classmethod
     def resume(cls, root: Place, spec: ArraySpec, length: int, queue: WriteQueue) -> ArrayLog:
-        """The log as it was when `length` rows were committed: what lies beyond is removed or written over.
+        """The log as it was when `length` rows were committed. Later rows are removed or overwritten.
 
-        Raises StoreError when the last committed rows are damaged, WriteError when a stale file stays.
+        Raises StoreError when the last committed rows are damaged, WriteError when a stale file cannot be removed.
         """
         log = cls(root, spec, queue)
         first = length - length % spec.shard_rows
         log._tail.put([(0, ArrayReader(root, spec, length).read(first, length))])
         log.length = length
-        # The last shard on disk may hold rows past the commit: the next flush writes it anew.
+        # The last shard on disk may hold rows after the commit: the next flush rewrites it.
         log._flushed = first
         log._remove_stale(-(-length // spec.shard_rows))
         return log
@@ -95,8 +92,8 @@ class ArrayLog:
     def _remove_stale(self, needed: int) -> None:
         """Remove temporary files, and shards from number `needed` on.
 
-        The last shard that is needed may have been written anew: in those before it nothing can be left over, so they
-        are not looked into.
+        Only the last shard that is needed may have been rewritten. Earlier ones cannot have leftovers, so they are not
+        searched.
         """
         array = self._root / self.spec.path
         if isinstance(array, ObjectPath):
@@ -120,13 +117,13 @@ class ArrayLog:
             (array / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
             fsync_directory(
                 chunks
-            )  # directories that a killed writer had just made; they will not be made again
+            )  # a killed writer may just have made directories here, which will not be made again
 
     def append(self, *parts: np.ndarray) -> None:
         """Append copies of parts [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write.
 
-        What fills a shard is copied by the queue's threads if it is much, several shards at once: the parts must stay
-        as they are until `wait_until_copied`.
+        The queue's threads copy large parts that fill a shard, several shards at once. So the parts must not change
+        until `wait_until_copied`.
         """
         shard_rows = self.spec.shard_rows
         pieces: list[Piece] = []
@@ -145,7 +142,7 @@ class ArrayLog:
         self._tail.put(pieces)
 
     def wait_until_copied(self) -> None:
-        """Until everything appended has been copied. What no thread has begun with is copied here."""
+        """Wait until everything appended has been copied. Copies that no thread has begun are made here."""
         for copy in self._copying:
             copy.make()
         while self._copying:
@@ -153,7 +150,7 @@ class ArrayLog:
             self._copying.pop()
 
     def flush(self) -> None:
-        """Hand every row to the queue: the last partial shard is written anew if it has grown.
+        """Submit every row to the queue. The last partial shard is rewritten if it has grown.
 
         Nothing may be appended until the queue has been joined.
         """
@@ -161,7 +158,7 @@ class ArrayLog:
             self._write_tail()
 
     def describe(self) -> None:
-        """Hand the array's zarr.json with its present length to the queue, if that changed."""
+        """Submit the array's zarr.json to the queue, if its length changed."""
         if self._described != self.length:
             metadata = json_bytes(self.spec.metadata(self.length), self.spec.path)
             path = self._root / self.spec.path / METADATA_NAME
@@ -169,7 +166,7 @@ class ArrayLog:
             self._described = self.length
 
     def _write_tail(self, pieces: Sequence[Piece] = ()) -> None:
-        """Hand the tail to the queue, with what is still to be put into it."""
+        """Submit the tail to the queue, with the pieces that still go into it."""
         shard, last = divmod(self.length - 1, self.spec.shard_rows)
         path, image, full = (
             self._root / self.spec.shard_path(shard),
@@ -238,6 +235,6 @@ class ArrayReader:
         return np.empty((chunks, self.spec.chunk_rows, *self.spec.trailing), self.spec.dtype)
 
     def read_shard(self, shard: int, chunks: range | list[int], out: np.ndarray) -> None:
-        """Read chunks, numbered from the start of the array, all of one shard."""
+        """Read chunks of one shard, numbered from the start of the array."""
         inside = [chunk - shard * self.spec.shard_chunks for chunk in chunks]
         read_chunks(self._root / self.spec.shard_path(shard), inside, self.spec.shard_chunks, out)

@@ -1,7 +1,6 @@
-"""A store's place as a whole: one writer at a time; a directory is created and replaced in one step.
+"""Creating and replacing a whole store: one writer at a time, and a directory changes in one step.
 
-Nothing is ever deleted that might not be a store of ours.
-Knows nothing of what lies inside beyond the names that a store may hold.
+Nothing is deleted unless it is certainly a store of this program.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ GROUP_NAMES = ("rows", "sequences", "vocabulary")
 
 
 def check_outside_stores(path: Path) -> None:
-    """Raises StoreError if `path` would lie in a directory that is a store: it would be no part of it."""
+    """Raises StoreError if `path` lies inside a store, to which it would not belong."""
     for parent in path.resolve().parents:
         if _is_store(parent):
             raise StoreError(f"{path}: lies inside the store {parent}: choose a place outside")
@@ -40,11 +39,11 @@ def _is_store(path: Path) -> bool:
 
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
-    """A new directory beside `path` and its lease, to be filled inside; on leaving it takes the name `path`.
+    """A new directory beside `path`, and its lease. The body fills it; at the end it takes the name `path`.
 
-    An existing store is replaced only at that moment, in one step, and only with `overwrite`; when the body raises, it
-    is untouched and the new directory is gone. Raises StoreError when what `path` holds may not be replaced, or it
-    lies in another store.
+    An existing store is replaced only then, in one step, and only with `overwrite`. If the body raises, the existing
+    store is untouched and the new directory is removed. Raises StoreError if what `path` holds may not be replaced, or
+    if it lies in another store.
     """
     check_outside_stores(path)
     replaced = Lease.of_directory(path) if _is_replaced(path, overwrite) else None
@@ -58,7 +57,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
             lease = Lease.of_directory(staging)
         except BaseException:
             with contextlib.suppress(OSError):
-                staging.rmdir()  # empty ones alone: without the lease it may be another process's by now
+                staging.rmdir()  # only if it is empty: without the lease another process may own it by now
             raise
         made = staging.stat().st_ino
         try:
@@ -71,7 +70,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
             with contextlib.suppress(OSError):
                 if staging.exists() and staging.stat().st_ino == made:
                     remove_directory(staging, lease)
-                else:  # it has the name already; what it replaces is left, since the disk may not know of it
+                else:  # it already has the name; the old one stays, since the rename may not be on disk yet
                     lease.moved(path)
             lease.release()
             raise
@@ -87,10 +86,10 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
 
 @contextlib.contextmanager
 def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
-    """The lock of a place on an object store, to be filled inside; the lock is still held on leaving normally.
+    """The lock of a place on an object store, which the body fills. The lock is still held after a normal exit.
 
-    There is no rename there: an old store is removed before the new one is written, its zarr.json first.
-    Raises StoreError when what is there may not be replaced.
+    An object store has no rename: an old store is removed before the new one is written, its zarr.json first.
+    Raises StoreError if what is there may not be replaced.
     """
     lock = ObjectLock(root)
     try:
@@ -114,7 +113,7 @@ def check_place(root: Place, overwrite: bool) -> None:
 
 
 def _is_replaced(path: Path, overwrite: bool) -> bool:
-    """Whether a store is there that is to be replaced. StoreError where what is there may not be."""
+    """Whether `path` holds a store to replace. StoreError if what it holds may not be replaced."""
     if not exists(path) or (path.is_dir() and not any(path.iterdir())):
         return False
     if not path.is_dir():
@@ -147,17 +146,17 @@ def _foreign_names(path: Path) -> list[str]:
 
 
 def _foreign(names: Iterable[str]) -> list[str]:
-    """Those of the names in a root that no store holds."""
+    """The names in a root that no store has."""
     known = {*GROUP_NAMES, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX, LOCK_NAME}
     return sorted(name for name in names if name not in known and not name.startswith("layer_"))
 
 
 def _remove_leftover(path: Path) -> None:
-    """Remove what a killed process left under one of our own temporary names."""
+    """Remove what a killed process left under a temporary name."""
     if path.exists():
         if foreign := _foreign_names(path):
             raise StoreError(
                 f"{path}: in the way, and holds '{foreign[0]}', which is no part of a store: move it"
             )
         with writing(path):
-            remove_directory(path, Lease.of_directory(path))  # refused while another process is still at it
+            remove_directory(path, Lease.of_directory(path))  # refused while another process still uses it

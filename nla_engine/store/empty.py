@@ -1,7 +1,4 @@
-"""The files of a store that holds nothing yet: groups, empty arrays, the vocabulary, the manifest.
-
-Knows nothing of locks, or of what is written later.
-"""
+"""The files of a new store: groups, empty arrays, the vocabulary, the manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Store format, version 1: which arrays there are, of what type, and how each is cut into shards.
+"""Store format, version 1: which arrays there are, their types, and how each is cut into shards.
 
-The words and numbers here are the contract of docs/store_format.md. Knows nothing of files.
+The words and numbers here are the contract of docs/store_format.md.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ NO_TOKEN = -1
 CHUNK_ROWS = 128
 MAX_SHARD_ROWS = 4096
 MAX_SHARD_BYTES = 16 << 20
-#: Narrow are the arrays that count rows, but `codes`. A small file costs a sync too, so their shards hold more rows.
+#: Narrow arrays are all those with one entry per row, except `codes`. Each file costs a sync however small it is, so
+#: their shards hold more rows.
 NARROW_SHARD_FACTOR = 16
-#: Every commit writes the last shard of each array anew: those of narrow ones are to be small beside that of codes.
+#: Every commit rewrites the last shard of each array: those of narrow arrays must be small beside that of `codes`.
 MAX_NARROW_SHARD_BYTES = 4 << 20
 EXACT_CHUNK_ROWS = 16
 EXACT_SHARD_BYTES = 2 << 20
@@ -97,7 +98,7 @@ def row_flags(
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of the store: everything about it but its length.
+    """One array of the store: everything about it except its length.
 
     unit: what its length counts, a key of `Manifest.lengths`
     trailing: shape after the first axis
@@ -116,7 +117,7 @@ class ArraySpec:
         return self.shard_rows // self.chunk_rows
 
     def shards_bytes(self, length: int) -> int:
-        """Size of the shard files of `length` rows together."""
+        """Total size of the shard files of `length` rows."""
         chunks, shards = -(-length // self.chunk_rows), -(-length // self.shard_rows)
         chunk_bytes = self.chunk_rows * math.prod(self.trailing) * self.dtype.itemsize
         return chunks * (chunk_bytes + CHECKSUM_BYTES) + shards * index_bytes(self.shard_chunks)
@@ -128,7 +129,7 @@ class ArraySpec:
     def metadata(self, length: int) -> dict[str, Any]:
         """The array's zarr.json."""
         little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-        # Zarr wants no byte order where there is none to choose.
+        # Zarr allows no byte order for one-byte types.
         raw = little if self.dtype.itemsize > 1 else {"name": "bytes"}
         sharding = {
             "chunk_shape": [self.chunk_rows, *self.trailing],
@@ -160,18 +161,18 @@ def index_bytes(shard_chunks: int) -> int:
 
 
 def default_shard_rows(codec: Codec) -> int:
-    """Rows in a shard: 4096, or the power of two that keeps a shard of codes within 16 MiB (but 128)."""
+    """Rows per shard: 4096, or the power of two that keeps a shard of codes within 16 MiB; at least 128."""
     return _shard_rows(
         codec.code_width * codec.code_dtype.itemsize, MAX_SHARD_ROWS, MAX_SHARD_BYTES, CHUNK_ROWS
     )
 
 
 def default_narrow_shard_rows(codec: Codec, shard_rows: int) -> int:
-    """Rows in a shard of a narrow array: 16 * shard_rows, or the power of two that keeps every one within 4 MiB.
+    """Rows per shard of a narrow array: 16 * shard_rows, or the power of two that keeps each shard within 4 MiB.
 
     Never fewer than shard_rows.
     """
-    row_bytes = max(2 * codec.scale_width, 8)  # of the widest: `scales`, or else `rows/sequence`
+    row_bytes = max(2 * codec.scale_width, 8)  # of the widest narrow array: `scales` or `rows/sequence`
     return _shard_rows(row_bytes, NARROW_SHARD_FACTOR * shard_rows, MAX_NARROW_SHARD_BYTES, shard_rows)
 
 
@@ -239,7 +240,7 @@ def layer_group(layer: int) -> str:
 
 
 def exact_unit(layer: int) -> str:
-    """What the exact arrays of a layer are counted in."""
+    """The unit of length of a layer's exact arrays."""
     return f"exact_{layer}"
 
 

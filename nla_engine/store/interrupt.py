@@ -1,4 +1,4 @@
-"""Ctrl-C, held back while something must not be left half done. Knows nothing of what that is."""
+"""Ctrl-C, held back while something must not be left half done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the body is done, so that nothing is done by halves. A second one is not held."""
+    """Hold Ctrl-C back until the body is done. A second Ctrl-C is not held back."""
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():
         yield

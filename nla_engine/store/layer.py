@@ -1,7 +1,4 @@
-"""The vectors of one layer as they are stored: codes, scales, norms, and the rows that are kept exactly.
-
-Knows nothing of sequences or tokens: rows are numbers.
-"""
+"""The vectors of one layer as stored: codes, scales, norms, and the rows that are kept exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from nla_engine.store.records import LayerRows
 
 
 class StoredLayer:
-    """Encoded rows of one layer. StoreError on damaged bytes, IndexError on rows that are not committed."""
+    """Encoded rows of one layer. Raises StoreError for damaged bytes, IndexError for rows that are not committed."""
 
     def __init__(self, codec: Codec, arrays: Mapping[str, ArrayReader]) -> None:
         """arrays: codes, scales (not for bf16), norm, exact_row, exact."""
@@ -65,11 +62,11 @@ class StoredLayer:
 
     @property
     def shard_rows(self) -> int:
-        """Rows in a shard of codes."""
+        """Rows per shard of codes."""
         return self.arrays["codes"].spec.shard_rows
 
     def exact_between(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows [start, stop) those that are kept exactly: their places int64 [m], bfloat16 bits uint16 [m, d]."""
+        """The exact rows of [start, stop): places int64 [m], counted from start, and bfloat16 bits uint16 [m, d]."""
         first, last = np.searchsorted(self.exact_row, [start, stop])
         return self.exact_row[first:last] - start, self.arrays["exact"].read(int(first), int(last))
 

@@ -1,10 +1,10 @@
-"""The right to write what lies under a name, for one process at a time, on one machine or several.
+"""The right to write under a name, for one process at a time, on one machine or several.
 
-It is a small file that names its holder, with a lock on it that ends with its process. On some file systems (NFS, as it
-may be mounted) a lock is seen by its own machine alone, or there are none. So a holder also touches its file every few
-seconds, and what another machine holds is taken over only when it has not been touched for long. A holder that was
-thought dead finds out by `check`, which every commit asks. Whoever looks whether there is a writer takes nothing.
-Knows nothing of what is written.
+A lease is a small file that names its holder, with a lock on it that ends with the process. Some file systems (NFS, as
+it may be mounted) show a lock only to its own machine, or have none. So a holder also touches its file every few
+seconds. The lease of another machine is taken over only after its file has not been touched for long. A live holder
+whose lease was taken over finds out in `check`, which runs before every commit. `WriterWatch` looks for a writer
+without taking the lease.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from types import TracebackType
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store.objects import CHECK_SECONDS, LOCK_NAME
 
-#: A holder touches its file as often as this.
+#: A holder touches its file this often.
 BEAT_SECONDS = 5.0
-#: The file of a holder on another machine that was not touched for so long is nobody's.
+#: A holder on another machine is taken for dead when its file has not been touched for this long.
 SILENT_SECONDS = 30.0
-#: Two that take over the same file at once both see whose it is after so long.
+#: After this long, two processes that take over the same file at once both see whose it is.
 SETTLE_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
-#: What a file system says that has no locks.
+#: Errors of a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 #: `struct flock` of 64-bit Linux: type, whence, start, length, process.
 _FLOCK = "@hhqqi0q"
@@ -44,8 +44,8 @@ class Lease:
     def __init__(self, file: Path) -> None:
         """file: see `of_directory` and `beside`.
 
-        StoreError, naming the holder, when there is another one; WriteError when the file cannot be made. Waits for
-        SILENT_SECONDS when a process of another machine held it last and did not let go.
+        StoreError, naming the holder, if there is one; WriteError if the file cannot be made. Waits for SILENT_SECONDS
+        if a process of another machine held it last and did not release it.
         """
         self._file = file
         self._data = _record()
@@ -57,7 +57,7 @@ class Lease:
 
     @classmethod
     def of_directory(cls, directory: Path) -> Lease:
-        """The right to write what a directory holds; the file lies in it, so it goes where the directory goes."""
+        """The right to write in a directory. The file lies in it, so it moves with the directory."""
         return cls(directory / LOCK_NAME)
 
     @classmethod
@@ -66,7 +66,7 @@ class Lease:
         return cls(path.with_name(f".{path.name}{LOCK_NAME}"))
 
     def moved(self, directory: Path) -> None:
-        """The directory has another name now."""
+        """Note that the directory has another name now."""
         self._file = directory / self._file.name
 
     @property
@@ -75,7 +75,7 @@ class Lease:
         return self._file
 
     def is_in_place(self) -> bool:
-        """Whether its file is where it was made, or moved to."""
+        """Whether the file is still in its place and names this holder."""
         try:
             return self._file.read_bytes() == self._data
         except FileNotFoundError:
@@ -84,7 +84,7 @@ class Lease:
             raise _cannot_write(self._file, error) from error
 
     def check(self) -> None:
-        """WriteError when it was taken away, so that a writer that was thought dead commits nothing."""
+        """WriteError if the lease was taken away, so that a writer that was taken for dead commits nothing."""
         self._checked = time.monotonic()
         if not self.is_in_place():
             raise WriteError(
@@ -92,17 +92,17 @@ class Lease:
             )
 
     def check_sometimes(self) -> None:
-        """`check`, unless that was a moment ago."""
+        """`check`, unless the last check was less than CHECK_SECONDS ago."""
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self.check()
 
     def release(self) -> None:
-        """Let another writer in. Does nothing the second time."""
+        """Let another writer in. A second call does nothing."""
         if self._fd < 0:
             return
         self._ended.set()
         self._beating.join()
-        with contextlib.suppress(OSError, WriteError):  # if the file stays, the lock on it ends all the same
+        with contextlib.suppress(OSError, WriteError):  # if the file stays, its lock still ends
             if self.is_in_place():
                 self._file.unlink()
         os.close(self._fd)
@@ -117,7 +117,7 @@ class Lease:
         self.release()
 
     def _take(self) -> int:
-        """The descriptor of the file, ours and locked."""
+        """Make and lock the file; its descriptor."""
         taken_over = False
         while True:
             try:
@@ -148,7 +148,7 @@ class Lease:
             return fd
 
     def _remove_abandoned(self) -> bool:
-        """Remove the file of a holder that has gone; whether it was one of another machine. StoreError if it lives."""
+        """Remove the file of a holder that has gone; True if it was on another machine. StoreError if it lives."""
         try:
             fd = os.open(self._file, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -172,13 +172,13 @@ class Lease:
             os.close(fd)
 
     def _wait_while_silent(self, found: bytes) -> None:
-        """StoreError as soon as the holder of another machine shows that it lives. An empty file has no holder yet."""
+        """Wait; StoreError once the holder on another machine shows that it lives. An empty file has no holder yet."""
         since, beat = time.monotonic(), _beat_of(self._file)
         while time.monotonic() - since < (SILENT_SECONDS if found else SETTLE_SECONDS):
             time.sleep(min(_LOOK_SECONDS, SETTLE_SECONDS / 2))
             if (_read(self._file), _beat_of(self._file)) != (found, beat):
                 if not _read(self._file) and _beat_of(self._file) is None:
-                    return  # it has just let go
+                    return  # it was just released
                 raise self._held_by(_read(self._file))
 
     def _held_by(self, found: bytes) -> StoreError:
@@ -194,7 +194,7 @@ class Lease:
 
 
 class WriterWatch:
-    """Looks again and again whether what a directory holds has a writer. Takes no lock: it is in no writer's way."""
+    """Tells whether a directory has a writer, each time it is asked. Takes no lock, so it never blocks a writer."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / LOCK_NAME
@@ -202,7 +202,7 @@ class WriterWatch:
         self._since = 0.0
 
     def has_writer(self) -> bool:
-        """Whether there is one, or one of another machine showed itself in the last SILENT_SECONDS."""
+        """Whether a process of this machine holds it, or another machine touched it in the last SILENT_SECONDS."""
         found = _read(self._file)
         if _machine(found) == this_machine():
             with contextlib.suppress(OSError):
@@ -221,7 +221,7 @@ class WriterWatch:
 
 @cache
 def this_machine() -> str:
-    """What tells this machine, since it was started, from all others."""
+    """An id of this machine since it was started."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     return socket.gethostname()
@@ -250,7 +250,7 @@ def _machine(found: bytes) -> object:
 
 
 def _read(file: Path) -> bytes:
-    """What stands in the file; nothing if it is not there."""
+    """The contents of the file; empty if it does not exist."""
     try:
         return file.read_bytes()
     except OSError:
@@ -267,9 +267,9 @@ def _is_at(file: Path, fd: int) -> bool:
 
 
 def _beat_of(file: Path) -> int | None:
-    """When the file was touched, by its own machine's clock; None if it is not there."""
+    """When the file was last touched, by the clock of the machine that did; None if it does not exist."""
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # opening asks a file server anew
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # opening makes NFS ask its server again
     except OSError:
         return None
     try:
@@ -279,7 +279,7 @@ def _beat_of(file: Path) -> int | None:
 
 
 def _lock(fd: int) -> bool:
-    """Lock an open file; False on a file system that has no locks. BlockingIOError if another one has it."""
+    """Lock an open file; False on a file system without locks. BlockingIOError if another process holds the lock."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except OSError as error:
@@ -292,7 +292,7 @@ def _lock(fd: int) -> bool:
 
 
 def _is_locked(fd: int) -> bool:
-    """Whether another one has locked an open file. OSError on a file system that has no locks."""
+    """Whether another process has locked an open file. OSError on a file system without locks."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     found = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     return bool(found[0] != fcntl.F_UNLCK)

@@ -1,9 +1,7 @@
 """The manifest: the root group's zarr.json, which says what a store holds and how much of it is committed.
 
-It is one file, always replaced whole, so its `commit` is the one truth about what may be read. The metadata
-of every array is repeated in it (Zarr's inline consolidated metadata): readers which use that see all shapes
-change at once.
-Knows nothing of shards.
+It is one file, always replaced whole, so its `commit` alone decides what may be read. It repeats the metadata of every
+array (Zarr's inline consolidated metadata): readers that use it see all shapes change at once.
 """
 
 from __future__ import annotations
@@ -69,11 +67,11 @@ class Commit:
 class Manifest:
     """Everything that attributes["nla_engine"] holds.
 
-    store_id: random, tells a store from one that replaced it under the same name
-    shard_rows: rows in a shard of codes; narrow_shard_rows: of every other array that counts rows
+    store_id: random; differs for a store that replaces another under the same name
+    shard_rows: rows per shard of codes; narrow_shard_rows: of every other array with one entry per row
     sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
     codec_error: measured reconstruction error of each layer, or None
-    dropped: sequences whose rows were lost to damage and dropped by a repair, with the fault
+    dropped: the sequences that a repair dropped because rows were damaged, with the fault
     """
 
     store_id: str
@@ -164,7 +162,7 @@ class Manifest:
             layers=tuple(int(layer) for layer in data["layers"]),
             codec=Codec.from_dict(data["codec"]),
             shard_rows=int(data["shard_rows"]),
-            # A store from before there were narrow shards does not say it.
+            # Stores written before this key existed lack it.
             narrow_shard_rows=int(data.get("narrow_shard_rows", data["shard_rows"])),
             sink_norm={int(k): math.inf if v is None else float(v) for k, v in data["sink_norm"].items()},
             vocabulary_size=int(data["vocabulary"]["size"]),
@@ -175,7 +173,7 @@ class Manifest:
             codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
             dropped={int(k): str(v) for k, v in data["dropped"].items()},
         )
-        manifest.specs(), manifest.lengths()  # what they need is there and sane
+        manifest.specs(), manifest.lengths()  # raise if something they need is missing or unfit
         return manifest
 
     def write(self, root: Place) -> None:
@@ -200,7 +198,7 @@ class Manifest:
 
     @classmethod
     def read(cls, root: Place) -> Manifest:
-        """The manifest of the store at `root`. Raises StoreError when there is none that can be read."""
+        """The manifest of the store at `root`. Raises StoreError if there is none that can be read."""
         data = read_attributes(root)
         version = data.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool):
@@ -218,13 +216,13 @@ class Manifest:
 
 
 def read_attributes(root: Place) -> dict[str, Any]:
-    """attributes["nla_engine"] of the Zarr group at `root`. Raises StoreError that says what it is."""
+    """attributes["nla_engine"] of the Zarr group at `root`. The StoreError says what else is there."""
     path = root / METADATA_NAME
     try:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            exists(root)  # which puts back what an interrupted replacement left under another name
+            exists(root)  # puts back a store that an interrupted replacement left under another name
             data = path.read_bytes()
     except OSError as error:
         raise _why_unreadable(root, error) from None
@@ -242,7 +240,7 @@ def read_attributes(root: Place) -> dict[str, Any]:
 
 
 def _why_unreadable(root: Place, error: OSError) -> StoreError:
-    """What is wrong with a root whose zarr.json could not be read. Raises StoreError when it cannot be reached."""
+    """The error for a root whose zarr.json could not be read. Raises StoreError if the root cannot be reached."""
     try:
         if not root.exists():
             return StoreError(f"{root}: there is no such store: give the directory that capture wrote")
@@ -258,14 +256,14 @@ def _why_unreadable(root: Place, error: OSError) -> StoreError:
 
 
 def attributes_checksum(attributes: Mapping[str, Any]) -> str:
-    """crc32c, in 8 hex digits, of all but `checksum` as JSON with sorted keys and no spaces."""
+    """crc32c, as 8 hex digits, of all but `checksum`, written as JSON with sorted keys and no spaces."""
     rest = {key: value for key, value in attributes.items() if key != "checksum"}
     text = json.dumps(rest, allow_nan=False, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return f"{google_crc32c.value(text.encode()):08x}"
 
 
 def strict_json(value: Any, name: str) -> Any:
-    """`value` as it reads after a trip through JSON. Raises StoreError when JSON cannot hold it (NaN)."""
+    """`value` after a trip through JSON. Raises StoreError if JSON cannot hold it (NaN)."""
     return json.loads(json_bytes(value, name))
 
 

@@ -1,7 +1,7 @@
 """A store's place on an object store (S3 and the like), reached through zarr's own store interface.
 
-An object is put whole or not at all and is durable when the call returns, so a commit is one put of the root's
-zarr.json. There is no rename, and no lock that ends with its process. Knows nothing of what an object holds.
+An object is put whole or not at all, and is durable when the call returns. So a commit is one put of the root's
+zarr.json. There is no rename, and no lock that ends with its process.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:  # a store on a disk is read without importing zarr
     from zarr.core.buffer import Buffer
 
 LOCK_NAME = ".nla-writer"
-#: Between two commits a writer asks as often as this whether the store is still its own.
+#: Between commits, a writer checks this often that it still holds the store.
 CHECK_SECONDS = 2.0
-#: Characters of a library's error that ours repeats.
+#: Most characters of a library's error that are repeated.
 _LONGEST_REASON = 300
 _T = TypeVar("_T")
 
 
 class ObjectPath:
-    """A key of an object store, with the little of `pathlib.Path` that a store's files need. Errors are OSErrors."""
+    """A key of an object store, with the few methods of `pathlib.Path` that a store needs. Errors are OSErrors."""
 
     def __init__(self, store: Store, url: str, key: str = "") -> None:
-        """store: where keys are below `url`."""
+        """store: its keys are relative to `url`."""
         self._store, self._url, self._key = store, url, key
 
     @classmethod
@@ -68,7 +68,7 @@ class ObjectPath:
         return self._run(self._store.getsize(self._key))
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), fewer if it ends before."""
+        """Bytes [start, stop), fewer if the object ends before."""
         return self._get((start, stop))
 
     def write_bytes(self, data: bytes | memoryview) -> None:
@@ -76,12 +76,12 @@ class ObjectPath:
         self._run(self._store.set(self._key, _buffer(data)))
 
     def create(self, data: bytes) -> bool:
-        """Put the object unless it is there; False when another one is. One conditional request."""
+        """Put the object unless one exists; False if another one does. One conditional request."""
         self._run(self._store.set_if_not_exists(self._key, _buffer(data)))
         return self.read_bytes() == data
 
     def unlink(self) -> None:
-        """Delete the object if it is there."""
+        """Delete the object if it exists."""
         self._run(self._store.delete(self._key))
 
     def names(self) -> list[str]:
@@ -98,7 +98,7 @@ class ObjectPath:
         return str(self).rsplit("/", 1)[-1]
 
     def exists(self) -> bool:
-        """Whether there is anything here or below: one request. StoreError if it cannot be asked."""
+        """Whether there is anything here or below: one request. StoreError if the object store cannot be reached."""
 
         async def first() -> str | None:
             async for key in self._store.list_prefix(self._prefix):
@@ -135,7 +135,7 @@ class ObjectPath:
             return sync(request)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "there is no such object or bucket", str(self)) from None
-        except Exception as error:  # each kind of object store has its own
+        except Exception as error:  # each kind of object store has its own errors
             raise OSError(errno.EIO, first_line(error)[:_LONGEST_REASON], str(self)) from error
 
 
@@ -155,7 +155,7 @@ class ObjectLock:
     """The right to write a store: an object that only one writer can create. A killed writer leaves it behind."""
 
     def __init__(self, root: ObjectPath) -> None:
-        """Raises StoreError, naming the holder, when there is one; WriteError is left to the caller (OSError)."""
+        """Raises StoreError, naming the holder, if there is one. An OSError is left to the caller."""
         self._object = root / LOCK_NAME
         holder = {"host": socket.gethostname(), "process": os.getpid(), "token": os.urandom(8).hex()}
         self._data = json.dumps(holder).encode()
@@ -168,7 +168,7 @@ class ObjectLock:
             )
 
     def check(self) -> None:
-        """Raise WriteError when it was taken away, so that a writer that was thought dead commits nothing."""
+        """WriteError if the lock was taken away, so that a writer that was taken for dead commits nothing."""
         self._checked = time.monotonic()
         try:
             self._held = self._object.read_bytes() == self._data
@@ -180,7 +180,7 @@ class ObjectLock:
             )
 
     def check_sometimes(self) -> None:
-        """`check`, unless that was a moment ago: it is a request."""
+        """`check`, which is a request, unless the last check was less than CHECK_SECONDS ago."""
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self.check()
 

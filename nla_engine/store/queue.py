@@ -1,6 +1,6 @@
 """Files written in the background, a few at a time, so that syncing one does not hold up the next.
 
-Writes and syncs release the interpreter, so threads are enough. Knows nothing of what a file holds.
+Writes and syncs release the interpreter's lock, so threads are enough.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 WRITE_THREADS = 8
-#: What may wait to be written; beyond it `submit` waits for the disk.
+#: Most bytes that wait to be written; beyond this `submit` waits for the disk.
 MOST_WAITING_BYTES = 256 << 20
 
 
 class WriteQueue:
-    """Runs write jobs in no order. The first failure is raised by the next call of `submit` or `join`.
+    """Runs write jobs in any order. The first failure is raised by the next call of `submit` or `join`.
 
     As a context manager it joins at the end.
     """
@@ -26,14 +26,14 @@ class WriteQueue:
         self._bytes = 0
 
     def submit(self, job: Callable[[], None], size: int) -> None:
-        """Start a job that holds `size` bytes; waits while too much is under way. Raises what an earlier job raised."""
+        """Start a job that holds `size` bytes; waits while too many are pending. Raises the error of an earlier job."""
         while self._waiting and (self._waiting[0][0].done() or self._bytes + size > MOST_WAITING_BYTES):
             self._take()
         self._waiting.append((self._pool.submit(job), size))
         self._bytes += size
 
     def join(self) -> None:
-        """Wait until every job is done. Raises what the first that failed raised."""
+        """Wait until every job is done. Raises the error of the first job that failed."""
         while self._waiting:
             self._take()
 

@@ -1,7 +1,7 @@
 """A store opened for reading: what is committed, and nothing else.
 
-A reader shows the commit that stood when it was opened; `refresh` moves it on, so a store can be followed while it
-grows. Vectors come as they are stored; `nla_engine.store.views.capture_store` decodes them.
+A reader shows the last commit when it was opened. `refresh` moves it to the newest, so a store can be followed while it
+grows. Vectors come as stored; `nla_engine.store.views.capture_store` decodes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nla_engine.store.sequences import SequenceTable, StoredSequence, Vocabulary
 
 
 class StoreReader:
-    """The committed rows and sequences of a store, vectors as they are stored."""
+    """The committed rows and sequences of a store, with vectors as stored."""
 
     def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class StoreReader:
         return cls(opened, Manifest.read(opened))
 
     def refresh(self) -> bool:
-        """Show the last commit; True when it is another one. Readers handed out before keep showing theirs.
+        """Move to the newest commit; True if it changed. Layers and arrays handed out before keep the old one.
 
         Raises StoreError when another store has taken the place of this one.
         """
@@ -64,12 +64,12 @@ class StoreReader:
 
     @property
     def nbytes(self) -> int:
-        """Size of the files that the commit needs, as it follows from the commit."""
+        """Total size of the files of this commit, computed from the manifest."""
         return self._manifest.nbytes()
 
     @property
     def complete(self) -> bool:
-        """The writer finished its work; else it is still writing, or died."""
+        """Whether the writer has finished; else it is still writing, or died."""
         return self.commit.complete
 
     @property
@@ -90,7 +90,7 @@ class StoreReader:
 
     @property
     def codec_error(self) -> Mapping[int, Any]:
-        """Measured error of the codec, for the layers where it was measured."""
+        """Measured error of the codec, by layer; only of layers where it was measured."""
         return self._manifest.codec_error
 
     @property
@@ -107,7 +107,7 @@ class StoreReader:
         return self._manifest.options
 
     def chosen_layer(self, layer: int | None) -> int:
-        """`layer`, or for None the only one there is. Raises StoreError if there are several."""
+        """`layer`, or for None the store's only layer. Raises StoreError if there are several."""
         if layer is None and len(self.layers) > 1:
             raise StoreError(
                 f"{self.path}: holds layers {', '.join(map(str, self.layers))}: name one of them"
@@ -166,7 +166,7 @@ class StoreReader:
         return self._sequence_table
 
     def arrays(self, group: str) -> dict[str, ArrayReader]:
-        """The arrays of a group as they are stored, by name: any part of them can be read."""
+        """The arrays of a group by name, to read any part of them as stored."""
         lengths = self._manifest.lengths()
         specs: dict[str, ArraySpec] = self._manifest.specs()
         return {

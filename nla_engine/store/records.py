@@ -1,7 +1,4 @@
-"""What a writer is given: the rows of finished sequences, and the test that they agree with themselves.
-
-Knows nothing of files or of where in a store the sequence goes.
-"""
+"""What a writer is given: the rows of finished sequences, and the checks that their arrays agree."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ _UINT8, _UINT16, _INT32, _INT64, _FLOAT16, _FLOAT32 = map(
 
 @dataclass(frozen=True)
 class LayerRows:
-    """n rows of one layer as they are stored.
+    """n rows of one layer as stored.
 
     codes, scales, norm: as in `EncodedRows` (scales has width 0 for bf16)
     exact_index: int64 [m], ascending: which of the n rows are also kept exactly
@@ -50,7 +47,7 @@ class LayerRows:
         return sum(array.nbytes for array in vars(self).values())
 
     def copy(self) -> LayerRows:
-        """The same in memory of its own."""
+        """A copy in its own memory."""
         return LayerRows(**{name: array.copy() for name, array in vars(self).items()})
 
     @property
@@ -86,13 +83,13 @@ class SequenceRows:
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """k sequences that agree with themselves, as flat arrays of all their n rows, t tokens and b source bytes.
+    """k checked sequences, as flat arrays of all their n rows, t tokens and b source bytes.
 
     row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
     norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
-    The wide arrays stay where they are: `rows` holds the layers of each sequence, or of all of them in one piece.
+    The wide arrays are not copied: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
 
     row_size: np.ndarray
@@ -168,7 +165,7 @@ class SequenceBatch:
     ) -> SequenceBatch:
         """Sequences that lie end to end already.
 
-        columns: the arrays of this class that count a sequence, a row, a token or a byte, by name, but `owner`
+        columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`
         Raises StoreError as `of` does.
         """
         sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
@@ -210,7 +207,7 @@ class SequenceBatch:
         return batch
 
     def _check_values(self, first: int, codec: Codec) -> None:
-        """How the arrays must agree, looked at for all sequences at once."""
+        """How the arrays must agree, checked for all sequences at once."""
 
         def refuse(wrong: np.ndarray, owner: np.ndarray, fault: str) -> None:
             if wrong.any():

@@ -1,7 +1,4 @@
-"""The sequences of a store: their tokens, what these say, where their rows lie, which record they came from.
-
-Knows nothing of vectors.
-"""
+"""The sequences of a store: their tokens and text, where their rows lie, and their prompt records."""
 
 from __future__ import annotations
 
@@ -27,9 +24,9 @@ TABLE_COLUMNS = (
     "source_start",
     "source_size",
 )
-#: Sequences whose texts are read at once.
+#: Sequences whose tokens and records are read at once.
 BLOCK_SEQUENCES = 256
-#: And those of which the table is: a multiple, the rows of a shard of it.
+#: Sequences whose table entries are read at once: a shard of the table. A multiple of BLOCK_SEQUENCES.
 TABLE_BLOCK = 4096
 
 
@@ -54,11 +51,11 @@ class Vocabulary:
         return self._text[self._start[token] : self._start[token + 1]] if 0 <= token < len(self) else b""
 
     def text(self, token: int) -> str:
-        """One token on its own: a part of a character shows as U+FFFD."""
+        """One token by itself: part of a character becomes U+FFFD."""
         return self.raw(token).decode(errors="replace")
 
     def join(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens in a row; characters that span tokens come out whole."""
+        """The text of consecutive tokens; characters that span tokens come out whole."""
         return b"".join(self.raw(int(token)) for token in tokens).decode(errors="replace")
 
 
@@ -66,7 +63,7 @@ class Vocabulary:
 class StoredSequence:
     """One sequence. tokens: int32 [t]; rows: its rows in the store.
 
-    source: the user's prompt record; record: the same as it is stored, UTF-8 JSON
+    source: the user's prompt record; record: the same as stored, UTF-8 JSON
     """
 
     number: int
@@ -79,7 +76,7 @@ class StoredSequence:
     vocabulary: Vocabulary
 
     def text(self) -> str:
-        """Prompt and what was generated."""
+        """The prompt and the generated text."""
         return self.vocabulary.join(self.tokens)
 
     def prompt_text(self) -> str:
@@ -113,9 +110,9 @@ class SequenceTable:
             start = last
 
     def _columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """What has one value for each of the sequences [start, stop), all of one block of the table.
+        """The table entries of sequences [start, stop), which lie in one block of the table.
 
-        The block that was read last stays in memory.
+        The last block read stays in memory.
         """
         block, held = self._held
         if block != start // TABLE_BLOCK:

@@ -2,7 +2,6 @@
 
 A shard is its inner chunks in order, each as raw little-endian values followed by their crc32c, then the
 index (u64 offset and u64 length of every inner chunk, 2^64-1 twice for an absent one) and the index's crc32c.
-Knows nothing of what the values mean, of commits or of metadata.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from nla_engine.store.objects import ObjectPath, Place
 
 ABSENT = 2**64 - 1
 TEMPORARY_SUFFIX = ".tmp"
-#: Of an object no more than this part is read by itself: a fourth.
+#: Up to a fourth of an object's chunks are read by themselves, more with the whole object.
 _FEW_CHUNKS_PART = 4
-#: What can be done about damage.
+#: What to do about damage.
 MEND = "restore it from a copy, or give up what is lost with `nla-engine verify --repair`"
 
-#: Where in a shard rows [n, *trailing] start, and they.
+#: The first row in the shard, and the rows [n, *trailing] that go there.
 Piece = tuple[int, np.ndarray]
 
 
 class ShardImage:
-    """A shard file in the making: rows are put where they lie in the file, `seal` adds checksums and index.
+    """A shard file being built: rows are put where they lie in the file, `seal` adds checksums and index.
 
-    So a value is copied twice on its way: into the image, and by the system into the file. An image may be used
-    for one shard after another.
+    So a value is copied only twice: into the image, and by the system into the file. An image can be reused for the
+    next shard.
     """
 
     def __init__(self, spec: ArraySpec) -> None:
@@ -60,9 +59,9 @@ class ShardImage:
         return self._bytes.nbytes
 
     def put(self, pieces: Sequence[Piece]) -> None:
-        """Lay rows down.
+        """Copy rows into their places.
 
-        With the extension that is one call, which needs the interpreter's lock for none of the copies.
+        With the extension this is one call, which copies without the interpreter's lock.
         """
         native = extension.load()
         if native is None or not all(self._is_as_stored(rows) for _, rows in pieces):
@@ -89,7 +88,7 @@ class ShardImage:
     def seal(self, rows: int) -> memoryview:
         """The file's contents when the shard holds its first `rows` > 0 rows; valid until the next `put`.
 
-        Only the inner chunks that hold rows are present; the last one is filled up with zeros.
+        Only the inner chunks with rows are present; the last one is padded with zeros.
         """
         native = extension.load()
         if native is None:
@@ -118,7 +117,7 @@ class ShardImage:
     def write(self, path: Place, rows: int) -> None:
         """Seal the shard and put it in place as `write_file_atomically` does.
 
-        With the extension that is one call, which needs the interpreter's lock for none of its steps.
+        With the extension this is one call, which runs without the interpreter's lock.
         """
         native = extension.load()
         if native is None or isinstance(path, ObjectPath):
@@ -130,9 +129,9 @@ class ShardImage:
 
 
 def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
-    """Read inner chunks of a shard file into out [len(chunks), chunk_rows, ...] (C order), checksums tested.
+    """Read inner chunks of a shard file into out [len(chunks), chunk_rows, ...] (C order), and check them.
 
-    Raises DamageError, naming the file, when it is missing, cut short, or any byte read is not as written.
+    Raises DamageError, naming the file, if it is missing, truncated, or a byte read is not as written.
     """
     try:
         if isinstance(path, ObjectPath):
@@ -151,8 +150,8 @@ def read_chunks(path: Place, chunks: Sequence[int], shard_chunks: int, out: np.n
 def write_file_atomically(path: Place, data: bytes | memoryview) -> None:
     """Put a file in place whole or not at all, durably: temporary name, fsync, rename, fsync of directory.
 
-    On an object store: one put. Raises WriteError with the file and the system's message; the temporary file is gone
-    then.
+    On an object store this is one put. Raises WriteError with the file and the system's message, and removes the
+    temporary file.
     """
     if isinstance(path, ObjectPath):
         with writing(path):
@@ -189,9 +188,9 @@ def writing(path: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or a directory that becomes it, durably, when the body succeeds.
+    """A temporary name beside `path`. The file or directory made there becomes `path`, durably, if the body succeeds.
 
-    Else it goes away. An OSError inside is a WriteError that names `path`.
+    Else it is removed. An OSError in the body becomes a WriteError that names `path`.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     with writing(path):
@@ -215,7 +214,7 @@ def _fsync(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, durably, where they are missing."""
+    """Make a directory and its missing parents, durably."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -223,7 +222,7 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames in a directory durable. A filesystem that cannot sync a directory is taken as it is."""
+    """Make renames in a directory durable. Does nothing on a file system that cannot sync a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -238,25 +237,25 @@ class _Damage(Exception):
     """What is wrong with a shard file."""
 
 
-#: read(buffers, offset): fills buffers in turn with what stands from offset on; the number of bytes, fewer at the end.
+#: read(buffers, offset): fills the buffers in turn from offset on; returns the bytes read, fewer at the end.
 _Read = Callable[[Sequence[memoryview], int], int]
 
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[tuple[int, _Read]]:
-    """Size of a file, and how to read it."""
+    """The size of a file, and a function that reads it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # With a mapping, a cut file would be a signal, not an error.
+        # With a memory map, a truncated file would raise a signal, not an error.
         yield os.fstat(fd).st_size, lambda buffers, offset: os.preadv(fd, buffers, offset)
     finally:
         os.close(fd)
 
 
 def _read_object(path: ObjectPath, chunks: Sequence[int], shard_chunks: int, out: np.ndarray) -> None:
-    """A few chunks side by side in three small requests, others in one for the whole object: a request costs more.
+    """Read a few neighbouring chunks in three small requests, anything else by reading the whole object.
 
-    An object that a writer replaces between two requests looks damaged: then that one, too, is read as a whole.
+    If a writer replaces the object between two requests it looks damaged; then it is read again as a whole.
     """
     few = len(chunks) == 1 or len(chunks) <= shard_chunks // _FEW_CHUNKS_PART
     if few and chunks[-1] - chunks[0] + 1 == len(chunks):
@@ -268,7 +267,7 @@ def _read_object(path: ObjectPath, chunks: Sequence[int], shard_chunks: int, out
 
 
 def _ahead(part: Callable[[int, int], bytes], size: int) -> Callable[[int, int], bytes]:
-    """`part`, asked for `size` bytes at a time: what lies behind is wanted next."""
+    """`part`, reading at least `size` bytes at a time, since the bytes after are wanted next."""
     start, data = 0, b""
 
     def read(first: int, stop: int) -> bytes:
@@ -281,7 +280,7 @@ def _ahead(part: Callable[[int, int], bytes], size: int) -> Callable[[int, int],
 
 
 def _reading(part: Callable[[int, int], bytes]) -> _Read:
-    """A reader of what `part` gives of [start, stop)."""
+    """A `_Read` from a function that gives bytes [start, stop)."""
 
     def read(buffers: Sequence[memoryview], offset: int) -> int:
         data = part(offset, offset + sum(buffer.nbytes for buffer in buffers))

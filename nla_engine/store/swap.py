@@ -1,8 +1,7 @@
-"""One directory takes another's name. Whatever stops it, the whole old one or the whole new one stands there.
+"""One directory takes another's name. Whatever interrupts it, the name has the whole old one or the whole new one.
 
-Two names are exchanged in one step where the system can. Elsewhere the old directory is put aside first; whoever next
-asks for the name puts it back if the new one never came.
-Knows nothing of what a directory holds.
+Where the system can, the two names are exchanged in one step. Elsewhere the old directory is put aside first; if the
+new one never came, the next `exists` puts it back.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from nla_engine.store.objects import Place
 from nla_engine.store.shards import fsync_directory, writing
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-#: What a kernel or a file system says that cannot exchange names.
+#: Errors of a kernel or file system that cannot exchange names.
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def staging_name(path: Path) -> Path:
-    """Where a directory is filled that is to be `path`, and where the old one lies when it has the name."""
+    """Where the new directory is filled, and where the old one lies after the exchange."""
     return path.with_name(f".{path.name}.nla-new")
 
 
@@ -35,10 +34,10 @@ def aside_name(path: Path) -> Path:
 
 
 def put_in_place(path: Path, replaces: bool) -> None:
-    """The directory at `staging_name(path)` is `path` from now on, durably; what it replaces lies where it lay.
+    """Give the directory at `staging_name(path)` the name `path`, durably; what it replaces takes the staging name.
 
-    The caller holds the leases of both, and nothing has the name `aside_name(path)`. Raises OSError: then neither is
-    gone, and one of the two stands under the name `path`, or will at the next look.
+    The caller holds the leases of both, and nothing has the name `aside_name(path)`. If it raises OSError, neither is
+    lost, and one of the two has the name `path`, or gets it at the next `exists`.
     """
     staging, aside = staging_name(path), aside_name(path)
     with interrupt_held():
@@ -71,9 +70,9 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def exists(root: Place) -> bool:
-    """Whether there is anything under this name; a directory that a killed process had put aside gets it back.
+    """Whether anything has this name. A directory that a killed process had put aside gets its name back.
 
-    StoreError while the process that put it aside still lives, WriteError if it cannot be given its name.
+    StoreError while the process that put it aside still lives, WriteError if the name cannot be given back.
     """
     if not isinstance(root, Path):
         return root.exists()
@@ -91,8 +90,8 @@ def exists(root: Place) -> bool:
 
 
 def remove_directory(path: Path, lease: Lease) -> None:
-    """Remove a directory and let its lease go; nothing of it is removed before its name is settled. OSError."""
-    fsync_directory(path.parent)  # a power cut must not give it back the name of what replaced it
+    """Remove a directory and release its lease, once its name is durable. Raises OSError."""
+    fsync_directory(path.parent)  # or a power cut could give it back the name of what replaced it
     try:
         for name in os.listdir(path):
             if (path / name).is_dir() and not (path / name).is_symlink():

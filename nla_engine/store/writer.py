@@ -1,8 +1,8 @@
 """The writer of a store: finished sequences in, committed rows out.
 
-A commit is (1) every shard file, (2) the manifest, in one step, (3) the shapes in the arrays' own metadata.
-Whatever stops a writer, what the manifest says is on disk is readable, and `resume` goes on after it.
-Knows nothing of how rows are made; sequences come in the order in which they are to be numbered.
+A commit writes (1) every shard file, (2) the manifest, in one step, (3) the shapes in the arrays' own metadata.
+Whatever stops a writer, the rows that the manifest counts stay readable, and `resume` continues after them.
+Sequences are numbered in the order in which they are appended.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from nla_engine.store.shards import (
 )
 
 COMMIT_SECONDS = 30.0
-#: A filled shard is a good moment to commit, but a commit syncs some forty files: a fast run waits this part.
+#: A full shard is a good moment to commit. But a commit syncs some forty files, so at least this part of
+#: `commit_seconds` must have passed.
 FILLED_COMMIT_PART = 1 / 30
 
 
@@ -53,13 +54,13 @@ class StoreWriter:
     """Appends sequences to a store. Use `create` or `resume`; a context manager.
 
     Leaving the context normally commits and marks the store complete; an exception commits what was appended and
-    goes on. After a WriteError the writer is dead: nothing committed is harmed, and `resume` goes on.
+    is raised again. After a WriteError the writer is dead: what was committed is safe, and `resume` continues it.
     """
 
     def __init__(
         self, path: Place, lock: Lease | ObjectLock, manifest: Manifest, commit_seconds: float
     ) -> None:
-        """For `create` and `resume`. `manifest` is what stands on disk."""
+        """For `create` and `resume`. manifest: the one on disk."""
         self.path = path
         self._lock = lock
         self._manifest = manifest
@@ -99,8 +100,8 @@ class StoreWriter:
         sink_norm: norm above which rows are kept exactly, for each layer (infinity: never)
         vocabulary: the bytes of every token's text, by token id
         options: JSON; what `resume` compares
-        shard_rows: rows in a shard of codes, a power of two; None chooses
-        Raises StoreError when the path is taken or an argument unfit, WriteError when it cannot be written.
+        shard_rows: rows per shard of codes, a power of two; None for the default
+        Raises StoreError if the path is taken or an argument is unfit, WriteError if it cannot be written.
         """
         target = _target(path)
         shard_rows = shard_rows or default_shard_rows(codec)
@@ -135,7 +136,7 @@ class StoreWriter:
         options: Mapping[str, Any],
         commit_seconds: float = COMMIT_SECONDS,
     ) -> StoreWriter:
-        """Go on after the last commit of an existing store: the next sequence is number `sequences`.
+        """Continue after the last commit of an existing store: the next sequence is number `sequences`.
 
         Raises StoreError when there is no store, another writer has it, its options differ (each difference
         is named), or its last committed rows are damaged.
@@ -145,7 +146,7 @@ class StoreWriter:
         with writing(target):
             lock = ObjectLock(target) if isinstance(target, ObjectPath) else Lease.of_directory(target)
         try:
-            manifest = Manifest.read(target)  # again: another writer may have just let go
+            manifest = Manifest.read(target)  # again: another writer may have just released it
             if changed := differences(manifest.options, strict_json(options, "options")):
                 raise StoreError(
                     f"{target}: cannot be resumed with other options: {'; '.join(changed)}: "
@@ -154,7 +155,7 @@ class StoreWriter:
             if isinstance(target, Path):
                 with writing(target):
                     (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
-                    fsync_directory(target.parent)  # its creator may have been killed before it did
+                    fsync_directory(target.parent)  # the creator may have been killed before it synced this
             writer = cls(target, lock, manifest, commit_seconds)
             writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
         except BaseException:
@@ -189,11 +190,11 @@ class StoreWriter:
         self.append_many([sequence])
 
     def append_many(self, sequences: Sequence[SequenceRows], *, wait: bool = True) -> None:
-        """Add the next sequences, all or none; their rows are copied, the arrays may be used again.
+        """Add the next sequences, all or none. Their rows are copied, so the arrays may be reused.
 
-        wait: false: they may be used again after `wait_until_copied`, which lets several calls copy at once, and the
-            caller sees to commits; true: `commit_if_due`
-        Raises StoreError when a sequence does not fit (the writer stays usable), WriteError.
+        wait: True: copy before returning, then `commit_if_due`. False: the arrays may be reused only after
+            `wait_until_copied`, so several calls copy at once, and the caller commits
+        Raises StoreError if a sequence does not fit (the writer stays usable), WriteError.
         """
         if sequences:
             self._append(SequenceBatch.of(sequences, self.layers, self.codec, self._appended), wait)
@@ -207,7 +208,7 @@ class StoreWriter:
         logs, columns = self._logs, self._columns(batch)
         with self._write_errors():
             try:
-                for layer in self.layers:  # what is largest keeps the disk busy while the rest is made
+                for layer in self.layers:  # the largest first: the disk is busy while the rest is made
                     group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
                     for name in ("codes", "scales", "exact"):
                         if name != "scales" or self.codec.scale_width:
@@ -221,9 +222,9 @@ class StoreWriter:
             self.commit_if_due()
 
     def commit_if_due(self) -> None:
-        """Commit if `commit_seconds` have passed, or a thirtieth and a shard of codes has filled. Raises WriteError.
+        """Commit if `commit_seconds` have passed, or a thirtieth of it and a shard of codes is full. Raises WriteError.
 
-        Waits for little some time after `append_many` without waiting: what fills a shard is on disk by then.
+        Some time after an `append_many` that did not wait this is quick: full shards are on disk by then.
         """
         shard_rows = self._manifest.shard_rows
         filled = self._logs["rows/token_id"].length // shard_rows != self.rows // shard_rows
@@ -239,12 +240,12 @@ class StoreWriter:
         return time.monotonic() - self._committed_at >= part * self._commit_seconds
 
     def wait_until_copied(self) -> None:
-        """Until the arrays of every sequence appended may be used again."""
+        """Wait until the arrays of every appended sequence may be reused."""
         for log in self._logs.values():
             log.wait_until_copied()
 
     def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
-        """What goes into the arrays with one value a row, a sequence, a token or a byte, by the array's path."""
+        """The values of the arrays with one value per row, sequence, token or byte, by the array's path."""
         logs = self._logs
         columns = {
             f"rows/{name}": getattr(batch, name)
@@ -269,7 +270,7 @@ class StoreWriter:
 
     @property
     def _appended(self) -> int:
-        """Sequences, those that are not committed yet among them."""
+        """Sequences, committed or not."""
         return self._logs["sequences/row_start"].length
 
     def commit(self) -> None:
@@ -285,7 +286,7 @@ class StoreWriter:
         self._codec_error[layer] = strict_json(error, "codec_error")
 
     def close(self, complete: bool = True) -> None:
-        """Commit, mark the store complete (or not), let another writer in. Does nothing the second time."""
+        """Commit, mark the store complete (or not), and let another writer in. A second call does nothing."""
         try:
             if self._usable:
                 self._write_commit(complete)
@@ -303,14 +304,14 @@ class StoreWriter:
             return
         try:
             if self._usable:
-                with contextlib.suppress(WriteError):  # the first error is the one to tell
+                with contextlib.suppress(WriteError):  # the first error is the one to report
                     self.commit()
         finally:
             self._release()
 
     def _release(self) -> None:
         self._usable = False
-        self._queue.close()  # nothing is written any more when another writer gets the lock
+        self._queue.close()  # no write may follow once another writer has the lock
         self._lock.release()
 
     def _write_commit(self, complete: bool, epoch: int | None = None) -> None:
@@ -345,7 +346,7 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Stop for good after a failure inside: logs may disagree. Add to a WriteError what is safe."""
+        """After an error in the body the writer is unusable: logs may disagree. A WriteError also says what is safe."""
         if not self._usable:
             raise StoreError(
                 f"{self.path}: this writer is closed or has failed: resume the store with a new one"

@@ -116,7 +116,7 @@ def test_requests_that_cannot_be_met(store: CaptureStore, tmp_path: Path) -> Non
     fill_store(tmp_path / "empty.zarr", store.codec, [])
     with pytest.raises(StoreError, match="holds no rows"):
         export(CaptureStore.open(tmp_path / "empty.zarr"), "npy", out)
-    with pytest.raises(StoreError, match=r"out: a file of format npy ends in .npy: readers go by it"):
+    with pytest.raises(StoreError, match=r"out: a file of format npy ends in .npy: readers need this ending"):
         export(store, "npy", out, layer=3)
     assert not out.exists()
     (tmp_path / "file").touch()

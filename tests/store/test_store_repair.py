@@ -160,7 +160,7 @@ def test_a_sequence_without_its_text_is_dropped(path: Path, name: str) -> None:
 )
 def test_what_is_said_twice_is_restored(path: Path, name: str) -> None:
     flip(path / name / "c" / "0", 3)
-    assert f"{name}: lost nothing that other arrays do not say" in failed(path)["damaged sequences"]
+    assert f"{name}: can be restored from other arrays" in failed(path)["damaged sequences"]
     _, done = repair(path)
     assert (done.dropped, done.rows_lost, done.restored) == ({}, 0, [name])
     check_sequences(path, {})
@@ -205,7 +205,7 @@ def test_what_repair_cannot_mend_is_left_as_it_is(path: Path) -> None:
     refused("'notes.txt', which is no part of a store")
     (path / "notes.txt").unlink()
     flip(path / "vocabulary/text/c/0", 3)
-    refused("vocabulary/text: damaged, and it belongs to no sequence")
+    refused("vocabulary/text: damaged, and the damage cannot be assigned")
     flip(path / "vocabulary/text/c/0", 3)
     document = json.loads((path / "zarr.json").read_text())
     about = document["attributes"]["nla_engine"]

@@ -175,7 +175,7 @@ ERRORS = {
     "early and token": (11, "is not a condition"),
     "'a'": (1, "is not a condition"),
     "record.nothing == 1": (1, "no prompt record has 'nothing' (keys seen: answer, kind, meta, ok, order)"),
-    "record.kind == 1": (1, 'never a number in the prompt records (it is "easy", say)'),
+    "record.kind == 1": (1, 'never a number in the prompt records (it is, for example, "easy")'),
     "record.kind": (1, "never true or false"),
     "record.ok == 1": (1, "never a number"),
     "record.answer == token_id": (18, "can only be compared with a constant"),

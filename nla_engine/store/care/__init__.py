@@ -1,1 +1,1 @@
-"""Is a store sound, and what is to be done if it is not."""
+"""Verifying a store, and repairing a damaged one."""

@@ -1,6 +1,6 @@
-"""What damage costs: which parts of a store cannot be read, what of them it says twice, which sequences lose something.
+"""What damage costs: which lost values follow from other arrays, and which sequences lose data.
 
-Knows nothing of files: it is told which parts are damaged.
+It reads no files: it is given the damaged parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nla_engine.codec.rows import exact_rows
 from nla_engine.store.format import NO_TOKEN, layer_group, row_flags
 from nla_engine.store.manifest import Manifest
 
-#: The arrays that say where a sequence lies, by what they count.
+#: Prefix of the arrays that say where a sequence lies, by what they count.
 _RAGGED = {"rows": "row", "tokens": "token", "source_bytes": "source"}
 
 
@@ -29,15 +29,15 @@ class Part(NamedTuple):
 class Damage:
     """The damaged parts of a store's arrays.
 
-    values: every array with one value a row, sequence, token or byte, by path; what could be restored stands in it
-    restored: paths of arrays that were damaged, and of which other arrays say every value
+    values: every array with one value per row, sequence, token or byte, by path, restored where possible
+    restored: paths of damaged arrays of which every value followed from other arrays
     lost: the damaged parts of the others, by path
     """
 
     def __init__(
         self, manifest: Manifest, parts: Mapping[str, Sequence[Part]], values: Mapping[str, np.ndarray]
     ) -> None:
-        """parts: by path. values: what was read, anything in the damaged parts."""
+        """parts: the damaged parts, by path. values: what was read; damaged parts may hold anything."""
         self._manifest = manifest
         self._units = {path: spec.unit for path, spec in manifest.specs().items()}
         self._damaged = {path: np.zeros(len(array), bool) for path, array in values.items()}
@@ -53,7 +53,7 @@ class Damage:
             self._restore_exact_rows()
 
     def sequences(self, units: Sequence[str] | None = None) -> dict[int, str]:
-        """The sequences that lose something (in arrays counted in `units`, if given), each with a fault."""
+        """The sequences that lose data, each with a fault. units: look only at arrays counted in these."""
         found: dict[int, str] = {}
         for path, parts in self.lost.items():
             unit = self._units[path]
@@ -67,14 +67,14 @@ class Damage:
         return dict(sorted(found.items()))
 
     def unplaced(self) -> list[str]:
-        """Arrays with lost parts of which nobody can say to which sequences they belong."""
+        """Arrays with lost parts that cannot be assigned to sequences."""
         return sorted(path for path in self.lost if self._owners(self._units[path]) is None)
 
     def _good(self, *paths: str) -> bool:
         return not any(path in self.lost for path in paths)
 
     def _restore(self, path: str, values: np.ndarray) -> None:
-        """Take `values` for a damaged array if they agree with what of it could be read."""
+        """Use `values` for a damaged array if they agree with the parts of it that could be read."""
         held, damaged = self.values[path], self._damaged[path]
         if (
             path in self.lost
@@ -86,7 +86,7 @@ class Damage:
             del self.lost[path]
 
     def _owners(self, unit: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where each sequence starts and how long it is, counted in `unit`; None when that cannot be said."""
+        """Where each sequence starts and how long it is, counted in `unit`; None if that is lost."""
         if unit == "sequences":
             count = self._manifest.commit.sequences
             return np.arange(count), np.ones(count, np.int64)
@@ -103,7 +103,7 @@ class Damage:
         return (self.values[names[0]], self.values[names[1]]) if self._good(*names) else None
 
     def _restore_tables(self) -> None:
-        """A start follows from the start and size before it, a size from two starts, both from the rows."""
+        """A start follows from the start and size before it, a size from two starts, and both from the rows."""
         for unit, prefix in _RAGGED.items():
             start, size = f"sequences/{prefix}_start", f"sequences/{prefix}_size"
             if self._good(start, size):

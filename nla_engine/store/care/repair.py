@@ -1,7 +1,6 @@
-"""Repair: a damaged store rewritten without what is lost. What it says twice is restored, the rest is dropped by name.
+"""Repair: a damaged store is rewritten. What follows from undamaged arrays is restored, other sequences are dropped.
 
-A dropped sequence keeps its number and has no rows; every other sequence keeps its values bit for bit.
-Knows nothing of how damage is found.
+A dropped sequence keeps its number and has no rows. Every other sequence keeps its values bit for bit.
 """
 
 from __future__ import annotations
@@ -30,15 +29,16 @@ from nla_engine.store.records import LayerRows, SequenceRows
 from nla_engine.store.shards import MEND
 from nla_engine.store.writer import StoreWriter
 
-#: Rows that are read and written at once.
+#: Rows read and written at once.
 GROUP_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What a repair did. dropped: the fault, by number of the sequence. rows_lost: rows of the dropped sequences.
+    """What a repair did.
 
-    restored: arrays that were damaged, and of which others say every value.
+    dropped: the fault, by number of the sequence; rows_lost: rows of the dropped sequences
+    restored: damaged arrays of which every value followed from other arrays
     """
 
     dropped: Mapping[int, str]
@@ -49,7 +49,7 @@ class Repair:
         lines = [
             f"repaired: {len(self.dropped)} sequences with {self.rows_lost} rows dropped, the others kept bit for bit",
             *(f"  sequence {number}: {fault}" for number, fault in self.dropped.items()),
-            *(f"  {path}: restored from what other arrays say" for path in self.restored),
+            *(f"  {path}: restored from other arrays" for path in self.restored),
         ]
         return "\n".join(lines)
 
@@ -60,15 +60,14 @@ class Repair:
 def repair(
     path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[Check], Repair | None]:
-    """Verify the store and rewrite it if it is damaged; None when it is not.
+    """Verify the store and rewrite it if it is damaged. Returns the checks, and the repair or None if there was none.
 
-    It needs room for a second store until it is done; whatever stops it, the damaged one stays as it is till then.
-    Returns the checks that were made before. Raises StoreError when the damage belongs to no sequence or the store is
-    being written, WriteError.
+    It needs room for a second store. Until it is done, the damaged store stays as it is.
+    Raises StoreError if the damage belongs to no sequence or the store is being written, WriteError.
     """
     if not isinstance(place(path), Path):
         raise StoreError(
-            f"{path}: repair needs a rename, which an object store has not: repair a copy on a disk"
+            f"{path}: repair needs a rename, which object stores do not have: repair a copy on a disk"
         )
     target = Path(os.path.realpath(path))
     manifest = Manifest.read(target)
@@ -79,18 +78,18 @@ def repair(
     damage = verification.damage
     if verification.disagreement:
         raise StoreError(
-            f"{target}: {verification.disagreement}: its arrays disagree, which dropping sequences does not mend: "
+            f"{target}: {verification.disagreement}: its arrays disagree, and dropping sequences would not help: "
             "restore it from a copy"
         )
     if unplaced := damage.unplaced():
         raise StoreError(
-            f"{target}: {', '.join(unplaced)}: damaged, and it belongs to no sequence that can be named: "
+            f"{target}: {', '.join(unplaced)}: damaged, and the damage cannot be assigned to sequences: "
             "restore it from a copy"
         )
-    if not damage.lost and not damage.restored:  # the metadata alone
+    if not damage.lost and not damage.restored:  # only the metadata is damaged
         _rewrite_metadata(target, manifest)
         return checks, Repair({}, 0, [])
-    dropped = {  # the fault alone: neither where the store was, nor what could be done
+    dropped = {  # only the fault: without the store's path and the advice
         number: fault.removeprefix(f"{target}/").removesuffix(f": {MEND}")
         for number, fault in damage.sequences().items()
     }
@@ -111,7 +110,7 @@ def _unchanged(target: Path, manifest: Manifest) -> None:
 
 
 def _rewrite(target: Path, manifest: Manifest, damage: Damage, dropped: Mapping[int, str]) -> None:
-    """Put a new store with what is left in the place of the old one, in one step."""
+    """Replace the store, in one step, by a new one with what is left."""
     start, text = damage.values["vocabulary/start"], damage.values["vocabulary/text"].tobytes()
     vocabulary = [text[a:b] for a, b in pairwise(start.tolist())]
     nothing = Commit(0, 0, 0, 0, dict.fromkeys(manifest.layers, 0), manifest.commit.epoch + 1, False, "")
@@ -130,7 +129,7 @@ def _rewrite(target: Path, manifest: Manifest, damage: Damage, dropped: Mapping[
 def _groups(
     root: Path, manifest: Manifest, damage: Damage, dropped: set[int]
 ) -> Iterator[list[SequenceRows]]:
-    """Every sequence in order, those that are dropped as they will stand in the new store."""
+    """Every sequence in order, dropped ones as they will be in the new store."""
     values, lengths = damage.values, manifest.lengths()
     readers = {
         name: ArrayReader(root, spec, lengths[spec.unit])
@@ -166,7 +165,7 @@ def _groups(
 def _sequence(
     number: int, values: Mapping[str, np.ndarray], layers: Mapping[int, LayerRows], silent: bool
 ) -> SequenceRows:
-    """One sequence with these rows; silent: without its text and record, which are lost."""
+    """One sequence with these rows. silent: its text and record are lost, so it has none."""
 
     def part(prefix: str) -> slice:
         start = int(values[f"sequences/{prefix}_start"][number])

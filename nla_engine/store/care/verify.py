@@ -1,6 +1,6 @@
 """Verification: every committed byte of a store, and every relation between its arrays.
 
-Knows nothing of models; whether the vectors are the right ones is not decided here.
+Whether the vectors are the right ones needs the model: see `nla_engine.capture.audit`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. detail: what was found, in words."""
+    """One check and its result. detail: what was found, in words."""
 
     name: str
     ok: bool
@@ -46,7 +46,7 @@ class Check:
 def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> list[Check]:
     """Read all that is committed and return one check for each array and relation.
 
-    progress is called with (shards read, shards in all). Raises StoreError when there is no store to verify.
+    progress is called with (shards read, total shards). Raises StoreError if there is no store to verify.
     """
     root = place(path)
     return list(Verification(root, Manifest.read(root), progress).run())
@@ -55,7 +55,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> li
 class Verification:
     """One pass over one store.
 
-    After `run`: damage is what could not be read, disagreement names a relation between readable arrays that fails.
+    After `run`: damage is what could not be read; disagreement names a failed relation between readable arrays.
     """
 
     def __init__(self, root: Place, manifest: Manifest, progress: Progress | None) -> None:
@@ -72,7 +72,7 @@ class Verification:
 
     def run(self) -> Iterator[Check]:
         commit = self._manifest.commit
-        state = "complete" if commit.complete else "not complete: a writer is at work, or died"
+        state = "complete" if commit.complete else "not complete: a writer is running, or died"
         yield Check("manifest", True, f"{commit.rows} rows of {commit.sequences} sequences, {state}")
         yield self._consolidated()
         yield self._names()
@@ -108,9 +108,9 @@ class Verification:
         return Check("groups", not wrong, "; ".join(wrong) or "as they should be")
 
     def _consolidated(self) -> Check:
-        """What the root's zarr.json repeats of the metadata, against the format and the commit beside it."""
+        """Compare the metadata repeated in the root's zarr.json with the format and the commit in it."""
         path = self._root / METADATA_NAME
-        found = json.loads(path.read_bytes())  # again: a live writer may have moved on
+        found = json.loads(path.read_bytes())  # read again: a live writer may have committed since
         wanted = Manifest.from_attributes(found["attributes"][ATTRIBUTE]).document()
         wrong = [key for key in wanted if key != "attributes" and found.get(key) != wanted[key]]
         detail = f"{path}: {', '.join(wrong)} differs from the format or from the commit" if wrong else "fits"
@@ -125,10 +125,10 @@ class Verification:
         found -= {LOCK_NAME}
         detail = [f"'{name}' is missing" for name in sorted(known - found)]
         detail += [f"'{name}' is no part of a store" for name in sorted(found - known)]
-        return Check("names", not detail, "; ".join(detail) or "all there, nothing foreign")
+        return Check("names", not detail, "; ".join(detail) or "all there, and no others")
 
     def _metadata(self, spec: ArraySpec) -> Check:
-        """The array's zarr.json against the format. After a crash its shape may lag behind the commit."""
+        """Compare the array's zarr.json with the format. After a crash its shape may lag behind the commit."""
         name, length = f"{spec.path} metadata", self._lengths[spec.unit]
         path = self._root / spec.path / METADATA_NAME
         try:
@@ -145,7 +145,7 @@ class Verification:
         if self._manifest.commit.complete:
             return Check(name, False, detail)
         return Check(
-            name, True, detail + ": the writer is between two steps, or died there (resume mends it)"
+            name, True, detail + ": the writer is between two steps, or died there (resume repairs it)"
         )
 
     def _damage(self, spec: ArraySpec) -> list[Part]:
@@ -166,7 +166,7 @@ class Verification:
                 except StoreError as error:
                     if last - first <= spec.chunk_rows:
                         found.append(Part(first, last, str(error)))
-                    else:  # again, a chunk at a time
+                    else:  # read again, one chunk at a time
                         starts = range(first, last, spec.chunk_rows)
                         parts = [(at, min(at + spec.chunk_rows, last)) for at in reversed(starts)]
             self._shards_read += 1
@@ -177,7 +177,7 @@ class Verification:
         return found
 
     def _damaged_sequences(self) -> Check:
-        """Which sequences the damaged parts belong to, and what of them other arrays say."""
+        """Which sequences the damaged parts belong to, and which arrays can be restored from others."""
         name, damage = "damaged sequences", self.damage
         if not damage.lost and not damage.restored:
             return Check(name, True, "none")
@@ -187,13 +187,13 @@ class Verification:
         if len(sequences) > 50:
             detail += ", ..."
         if damage.restored:
-            detail += f"; {', '.join(damage.restored)}: lost nothing that other arrays do not say"
+            detail += f"; {', '.join(damage.restored)}: can be restored from other arrays"
         if unplaced := damage.unplaced():
-            detail += f"; damage in {', '.join(unplaced)} belongs to no sequence that can be named"
+            detail += f"; damage in {', '.join(unplaced)} cannot be assigned to sequences"
         return Check(name, False, detail)
 
     def _relations(self) -> Iterator[Check]:
-        """How the arrays must agree. What needs an array that could not be read is left out."""
+        """How the arrays must agree. Checks that need an unreadable array are left out."""
         values, commit = self._values, self._manifest.commit
         contiguous = {"row": commit.rows, "token": commit.tokens, "source": commit.source_bytes}
         laid_out = True
@@ -258,5 +258,5 @@ class Verification:
 
 def _relation(name: str, wrong: np.ndarray, unit: str) -> Check:
     count = int(np.count_nonzero(wrong))
-    detail = f"{count} wrong, first {unit} {int(np.argmax(wrong))}" if count else f"{len(wrong)} looked at"
+    detail = f"{count} wrong, first {unit} {int(np.argmax(wrong))}" if count else f"{len(wrong)} checked"
     return Check(name, count == 0, detail)

@@ -1,4 +1,4 @@
-"""The columns beside imported vectors that say where a row comes from: whole numbers, each there or not at all."""
+"""Columns beside imported vectors that say where a row comes from. Each is optional and holds whole numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMBERS = {"n_raw_tokens": (1, 1 << 24), "position": (0, (1 << 24) - 1), "activ
 
 
 def checked(record: dict[str, Any], file: Path, row: int) -> dict[str, Any]:
-    """The record itself. Raises StoreError that names file, row (counted from 0) and column if a number is not one."""
+    """The record itself. Raises StoreError that names file, row (counted from 0) and column for any other value."""
     for name, (least, most) in _NUMBERS.items():
         if name not in record:
             continue

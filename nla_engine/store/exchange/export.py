@@ -6,8 +6,7 @@
     safetensors  the vectors and the numeric columns
     npy          the vectors alone
 
-Written in batches, so memory stays bounded, to a temporary name that is renamed last.
-Knows nothing of models.
+Files are written in batches, so memory stays bounded, to a temporary name that is renamed last.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ SUFFIXES = {
     "npy": ".npy",
 }
 FORMATS = tuple(SUFFIXES)
-#: Names that `nla_engine.store.exchange.importing` looks for again.
+#: Names that `nla_engine.store.exchange.importing` looks for.
 INDEX_NAME = "index.json"
 SIDECAR_SUFFIX = ".nla_meta.yaml"
 VECTOR_COLUMN = "activation_vector"
-#: Of the sidecars that the reader of NLA training data knows.
+#: Version of the sidecars that the reader of NLA training data knows.
 NLA_SCHEMA_VERSION = 1
 BATCH_BYTES = 32 << 20
-#: Vectors in a file of the datasets format, unless the caller says otherwise: what the Hub advises for a shard.
+#: Default bytes of vectors per file of the datasets format: what the Hub advises for a shard.
 DATASETS_SHARD_BYTES = 500 << 20
 INTEGER_COLUMNS = ("sequence", "position", "token_id", "next_token_id")
 
@@ -64,13 +63,13 @@ class _Selection:
     rows: np.ndarray
 
     def batches(self) -> Iterator[np.ndarray]:
-        """The row numbers, as many at a time as BATCH_BYTES of vectors hold."""
+        """The row numbers, in batches of BATCH_BYTES of vectors."""
         size = max(1, BATCH_BYTES // (4 * self.store.d_model))
         for start in range(0, len(self.rows), size):
             yield self.rows[start : start + size]
 
     def metadata(self) -> dict[str, str]:
-        """What the numbers are, for the head of the file."""
+        """What the numbers mean, for the metadata of the file."""
         attributes = self.store.attributes
         return {
             "nla_engine": json.dumps({key: value for key, value in attributes.items() if key != "options"}),
@@ -87,12 +86,12 @@ def export(
     overwrite: bool = False,
     shard_rows: int | None = None,
 ) -> int:
-    """Write vectors (float32) and, but for npy, their row columns; returns the number of rows.
+    """Write vectors (float32) and, except for npy, their row columns; returns the number of rows.
 
     to: one of FORMATS; layer: None for the store's only one; where: None for every row
-    shard_rows: rows in a file, and `out` is a directory then; None: one file (datasets: files of some 500 MB)
-    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected, `out` exists or lies in a store,
-    several layers and none is named), WriteError.
+    shard_rows: rows per file; `out` is then a directory. None: one file (datasets: files of about 500 MB)
+    Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected; `out` exists or lies in a store;
+    several layers and none named), WriteError.
     """
     if to not in FORMATS:
         raise RequestError(f"export format '{to}' is unknown: choose one of {', '.join(FORMATS)}")
@@ -117,7 +116,7 @@ def export(
         shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
     selection = _Selection(store, number, store.layer(number), rows)
     if shard_rows is None and path.suffix != SUFFIXES[to]:
-        raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers go by it")
+        raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers need this ending")
     write = _WRITERS[to]
     with writing(path):
         make_directory(path.parent)
@@ -134,7 +133,7 @@ def export(
 
 
 def _write_shards(selection: _Selection, to: str, directory: Path, shard_rows: int) -> None:
-    """Files of `shard_rows` rows, numbered; an index names them in order, but for datasets, which needs none."""
+    """Numbered files of `shard_rows` rows. An index names them in order, except for datasets, which needs none."""
     starts = range(0, len(selection.rows), shard_rows)
     folder, stem = (directory / "data", "train") if to == "datasets" else (directory, "rows")
     folder.mkdir(parents=True)
@@ -171,7 +170,7 @@ def _write_parquet(selection: _Selection, path: Path) -> None:
 
 
 def _write_nla(selection: _Selection, path: Path) -> None:
-    """A row for each vector: how many tokens were read, and the text they spell."""
+    """One row per vector: how many tokens were read, and their text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,7 +202,7 @@ def _write_nla(selection: _Selection, path: Path) -> None:
 
 
 def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str | None:
-    """What the model had read: the text of the tokens, or in an imported store, which has none, the record's."""
+    """What the model had read: the text of the tokens. An imported store has no tokens: there, the record's text."""
     if IMPORTED in store.options and "detokenized_text_truncated" in sequence.source:
         told = sequence.source["detokenized_text_truncated"]
         return None if told is None else str(told)
@@ -218,7 +217,7 @@ def _document(sequence: StoredSequence) -> str:
 
 
 def _nla_sidecar(selection: _Selection) -> str:
-    """What the reader of NLA training data asks for; under `extraction` it takes these keys and no others."""
+    """What the reader of NLA training data needs. Under `extraction` it accepts these keys and no others."""
     import yaml
 
     store, number = selection.store, selection.layer_number
@@ -238,7 +237,7 @@ def _nla_sidecar(selection: _Selection) -> str:
     }
     if (
         IMPORTED in store.options
-    ):  # of which a row is a sequence; what the file's own sidecar knew is still true
+    ):  # a row is a sequence here; what the imported file's sidecar says is still true
         told = (store.provenance.get("sidecar") or {}).get("extraction")
         told = told if isinstance(told, dict) else {}
         extraction["corpus_slice"] = {"start": 0, "length": len(documents)}
@@ -279,7 +278,7 @@ def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -
 
 
 def _write_safetensors(selection: _Selection, path: Path) -> None:
-    """Header length (8 bytes), JSON header, raw tensors. The library's own writer wants all in memory."""
+    """Header length (8 bytes), JSON header, raw tensors. The library's own writer needs everything in memory."""
     rows, store = selection.rows, selection.store
     tensors = {"row": rows} | {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
     header: dict[str, object] = {"__metadata__": selection.metadata()}
@@ -301,7 +300,7 @@ def _write_safetensors(selection: _Selection, path: Path) -> None:
 
 
 def _write_npy(selection: _Selection, path: Path) -> None:
-    # A plain stream, not a memory map: a full disk is then an error, where a map would end the process.
+    # A plain stream, not a memory map: a full disk then raises an error, while a map would kill the process.
     shape = (len(selection.rows), selection.store.d_model)
     with path.open("wb") as file:
         description = {"descr": "<f4", "fortran_order": False, "shape": shape}

@@ -1,8 +1,8 @@
-"""Vectors from elsewhere become a store: Parquet with an `activation_vector`, safetensors shards, npy.
+"""Vectors of other tools become a store: Parquet with an `activation_vector`, safetensors shards, npy.
 
-A row of the file becomes a sequence of one row, in the file's order; its other columns are that sequence's record,
-so `--where "record.doc_id == 'x'"` finds it. Which tokens were read is not known: every token id is 0, its text empty.
-What `nla_engine.store.exchange.export` writes is read here again. Knows nothing of models.
+Each row of the file becomes a sequence of one row, in the file's order. Its other columns become the sequence's record,
+so `--where "record.doc_id == 'x'"` finds it. Its tokens are not known: every token id is 0, with an empty text.
+What `nla_engine.store.exchange.export` writes can be read here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1024
 #: The largest bfloat16; float32 has somewhat larger ones.
 _LARGEST = (2 - 2.0**-7) * 2.0**127
-#: Types whose every value JSON holds as it is.
+#: Types of which JSON can hold every value.
 _PLAIN = {str, int, bool, type(None)}
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 #: The id of every imported token; its text is empty.
@@ -41,7 +41,7 @@ UNKNOWN_TOKEN = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file: vectors float32 [n, d], and for each row its other columns."""
+    """Some rows of a file: vectors float32 [n, d], and the other columns of each row."""
 
     vectors: np.ndarray
     records: list[dict[str, Any]]
@@ -64,7 +64,7 @@ def import_rows(
 ) -> Imported:
     """Write the vectors of a file, or of a directory of shards, as a new store.
 
-    layer: its number; None for the one that the file or its sidecar names
+    layer: the number of their layer; None for the one that the file or its sidecar names
     Raises StoreError (nothing to read, damaged, `out` exists), RequestError (no layer, unknown codec), WriteError.
     """
     files = _files(source)
@@ -96,7 +96,7 @@ def import_rows(
         for batch in chain([first], _read_ahead(batches)):
             if batch.vectors.shape[1] != chosen.d_model:
                 raise StoreError(
-                    f"{source}: rows are {chosen.d_model} wide, and further on "
+                    f"{source}: rows are {chosen.d_model} wide, and later ones "
                     f"{batch.vectors.shape[1]}: import files of one width"
                 )
             rows = LayerRows.encode(chosen, batch.vectors, sink_norm)
@@ -110,7 +110,7 @@ def import_rows(
 def _columns(
     batch: Batch, layer: int, norm: np.ndarray, sink_norm: float, source: Path
 ) -> dict[str, np.ndarray]:
-    """One sequence for each row, as `StoreWriter.append_block` takes them: unknown tokens, of which the last was read.
+    """One sequence per row, for `StoreWriter.append_block`: its tokens are unknown, the row belongs to the last one.
 
     norm: float32 [n], of the rows
     """
@@ -139,7 +139,7 @@ def _columns(
 
 
 def _tokens_read(record: dict[str, Any], source: Path) -> int:
-    """From n_raw_tokens, or the position; 1 where neither is told."""
+    """From n_raw_tokens or the position; 1 if the record has neither."""
     size = record.get("n_raw_tokens", record.get("position", 0) + 1)
     if not isinstance(size, int) or not 1 <= size <= 1 << 24:
         raise StoreError(f"{source}: n_raw_tokens {size!r} is not a number of tokens from 1 on")
@@ -168,7 +168,7 @@ def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any
 
 
 def _sidecar(source: Path) -> dict[str, Any]:
-    """What `SOURCE.nla_meta.yaml` says, {} if it is not there."""
+    """The contents of `SOURCE.nla_meta.yaml`, {} if there is none."""
     import yaml
 
     path = source.with_name(source.name + SIDECAR_SUFFIX)
@@ -187,7 +187,7 @@ def _sidecar(source: Path) -> dict[str, Any]:
 
 
 def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; while the caller is at one, a thread reads the next."""
+    """The same batches; while the caller uses one, a thread reads the next."""
     with ThreadPoolExecutor(1, thread_name_prefix="import-reader") as pool:
         following = pool.submit(next, batches, None)
         while (batch := following.result()) is not None:
@@ -266,7 +266,7 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
 
 
 def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:
-    """Its rows as Python holds them. StoreError names a column with a value that Python has no type for."""
+    """The rows as Python values. StoreError names a column with a value that Python has no type for."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):
@@ -285,7 +285,7 @@ def _unreadable(file: Path, kind: str, error: Exception) -> NLAError:
 
 
 def _read_safetensors(file: Path) -> Iterator[Batch]:
-    """The tensor `activation` [n, d], and every other tensor of one value a row."""
+    """The tensor `activation` [n, d], and every other tensor with one value per row."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -327,8 +327,8 @@ def _read_npy(file: Path) -> Iterator[Batch]:
 
 
 def _float32(values: np.ndarray, file: Path) -> np.ndarray:
-    """A copy of values [n, d] in float32. Raises StoreError if a finite one is beyond what every codec can hold."""
-    inside = not values.size or max(values.max(), -values.min()) <= _LARGEST  # false for NaN, too
+    """A copy of values [n, d] in float32. Raises StoreError if a finite value is too large for some codec."""
+    inside = not values.size or max(values.max(), -values.min()) <= _LARGEST  # also false for NaN
     if not inside and (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
         raise StoreError(
             f"{file}: holds a number beyond {_LARGEST:.4g}, the largest of bfloat16: scale the vectors"
@@ -337,12 +337,12 @@ def _float32(values: np.ndarray, file: Path) -> np.ndarray:
 
 
 def _told(layer: str) -> dict[str, int]:
-    """What each record has of the layer that the head of its file names, if it names one."""
+    """The layer that the file's metadata names, as a field for each record; {} if it names none."""
     return {"activation_layer": int(layer)} if layer.isdigit() else {}
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as strict JSON has it: bytes left out, NaN and Inf as null, dates as text."""
+    """A record as strict JSON: bytes left out, NaN and Inf as null, dates as text."""
     if all(type(value) in _PLAIN for value in record.values()):
         return record
     kept = {key: value for key, value in record.items() if not isinstance(value, bytes)}

@@ -1,6 +1,6 @@
-"""Stores of the same run parameters become one: the sequences of the first, then those of the next, renumbered.
+"""Stores with the same run parameters become one: the sequences of the first, then those of the next, renumbered.
 
-Rows, tokens and prompt records are copied as they are stored; nothing is decoded. Knows nothing of models.
+Rows, tokens and prompt records are copied as stored; nothing is decoded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nla_engine.store.sequences import TABLE_COLUMNS
 from nla_engine.store.views.capture_store import CaptureStore
 from nla_engine.store.writer import StoreWriter
 
-#: Options that runs of one job may differ in: the prompts are what is being put together.
+#: Options in which the stores may differ: a merge puts different prompts together.
 FREE_OPTIONS = ("prompts",)
-#: Rows, and sequences, that are read at once.
+#: Rows, and sequences, read at once.
 BLOCK_ROWS = BLOCK_SEQUENCES = 4096
 ROW_COLUMNS = ("token_id", "next_token_id", "position", "flags")
 
@@ -35,9 +35,9 @@ def merge(
 ) -> CaptureStore:
     """Write the committed sequences of several stores as a new one, complete if all of them are.
 
-    progress(sequences done, sequences in all). Where stores measured different sink norms, the largest stands in the
-    result: every row above it is kept exactly, and some below it are too.
-    Raises StoreError when fewer than two stores are given, their parameters differ, or a committed byte is damaged.
+    progress(sequences done, sequences in all). If the stores have different sink norms, the result has the
+    largest: every row above it is kept exactly, and some rows below it as well.
+    Raises StoreError if fewer than two stores are given, their parameters differ, or a committed byte is damaged.
     """
     if len(paths) < 2:
         raise StoreError("give two or more stores to merge")
@@ -49,7 +49,7 @@ def merge(
         if store.attributes["store_id"] in [
             other.attributes["store_id"] for other in stores if other is not store
         ]:
-            raise StoreError(f"{store.path}: is given twice, or a copy of it: name each store once")
+            raise StoreError(f"{store.path}: is given twice, or as a copy: name each store once")
         if changed := differences(_parameters(first), _parameters(store)):
             raise StoreError(
                 f"{store.path}: its run differs from that of {first.path}: {'; '.join(changed)}: "
@@ -113,7 +113,7 @@ def _origin(store: CaptureStore) -> dict[str, Any]:
 
 
 def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
-    """Errors of several samples as one: the mean by rows, the larger of the others. None unless all were measured."""
+    """Errors of several samples as one: mean weighted by rows, maximum of the others. None unless all were measured."""
     if not all(errors):
         return None
     rows = [error["rows"] for error in errors]
@@ -124,7 +124,7 @@ def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[int, LayerRows]]]:
-    """Every sequence as it went in, in blocks of whole ones: what `StoreWriter.append_block` takes."""
+    """Every sequence as stored, in blocks of whole sequences, for `StoreWriter.append_block`."""
     table, rows = store.arrays("sequences"), store.arrays("rows")
     layers = {layer: store.layer(layer) for layer in store.layers}
     for first in range(0, store.sequences, BLOCK_SEQUENCES):
@@ -148,7 +148,7 @@ def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[i
 
 
 def _cuts(sizes: np.ndarray) -> Iterator[slice]:
-    """Runs of sequences that have about BLOCK_ROWS rows together."""
+    """Runs of sequences with together at most BLOCK_ROWS rows, or of one longer sequence."""
     ends = np.cumsum(sizes)
     start = 0
     while start < len(sizes):

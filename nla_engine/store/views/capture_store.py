@@ -1,4 +1,4 @@
-"""A store as users see it: a reader whose vectors are decoded and whose rows can be selected by an expression."""
+"""A store as users see it: vectors come decoded, and an expression can select rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Rows = int | slice | Sequence[int] | np.ndarray
 class LayerReader(StoredLayer):
     """layer[a:b], layer[[3, 1, 3]] and layer[mask] are float32 [n, d]; layer[i] is float32 [d].
 
-    Rows that are kept exactly (sinks, NaN, Inf) come back exactly to bfloat16. Reads raise StoreError on
-    damaged bytes and IndexError on rows that are not committed.
+    Rows that are kept exactly (sinks, NaN, Inf) come back bit-exact in bfloat16. Reads raise StoreError for
+    damaged bytes and IndexError for rows that are not committed.
     """
 
     def __getitem__(self, rows: Rows) -> np.ndarray:
@@ -32,7 +32,7 @@ class LayerReader(StoredLayer):
         return self.encoded_any(rows).decode(self.codec)
 
     def torch(self, rows: Rows, device: Device | str = "cpu", dtype: DType | None = None) -> Tensor:
-        """The same as layer[rows], as a tensor on `device`, which decodes it: float32 (None), bfloat16 or float16."""
+        """layer[rows] as a tensor, decoded on `device`: float32 (None), bfloat16 or float16."""
         from nla_engine.store.views.tensors import decode_tensor
 
         if isinstance(rows, int | np.integer):
@@ -48,7 +48,7 @@ class LayerReader(StoredLayer):
         dtype: DType | None = None,
         threads: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Rows [start, stop) in bulk, a block at a time: see `nla_engine.store.views.tensors.block_tensors`."""
+        """Rows [start, stop) in bulk, one block at a time: see `nla_engine.store.views.tensors.block_tensors`."""
         from nla_engine.store.views.tensors import block_tensors
 
         return block_tensors(self, start, stop, device=device, dtype=dtype, threads=threads)
@@ -62,5 +62,5 @@ class CaptureStore(StoreReader):
         return LayerReader(self.codec, super().layer(number).arrays)
 
     def where(self, expression: str, first: int = 0) -> np.ndarray:
-        """Numbers (int64, ascending) of the rows, from `first` on, for which an expression holds. Raises WhereError."""
+        """int64, ascending: the rows from number `first` on for which an expression holds. Raises WhereError."""
         return select_rows(self, expression, first)

@@ -1,8 +1,8 @@
 """Rows of a layer as torch datasets: one by number, one shuffled stream for training.
 
-The stream is shuffled by shard and then within a buffer. It is a function of (seed, epoch) and of how many consumers
-(ranks times workers) share it: each takes its own span of one shuffled order, so every row comes exactly once, and a
-consumer goes on after any batch without reading what came before. Knows nothing of what the rows mean.
+The stream is shuffled by shard and then within a buffer. It depends only on (seed, epoch) and on the number of
+consumers (ranks times workers). Each consumer takes its own span of one shuffled order, so every row comes exactly
+once, and a consumer can resume after any batch without reading what came before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = Tensor | tuple[Tensor, Tensor]
 class RowDataset(Dataset[Row]):
     """Map-style: item i is the vector [d] of the i-th chosen row; with `numbers`, (row number int64 [], vector).
 
-    A batch that a DataLoader asks for is read at once, each chunk of the store a single time.
+    A DataLoader's batch is read at once: each chunk of the store is read only once.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RowDataset(Dataset[Row]):
         dtype: torch.dtype = torch.float32,
         numbers: bool = False,
     ) -> None:
-        """layer: None for the only one; where: None for every row. Raises StoreError, WhereError, RequestError."""
+        """layer: None for the store's only one; where: None for every row. StoreError, WhereError, RequestError."""
         self.layer = store.layer(store.chosen_layer(layer))
         self.rows = ChosenRows.of(store, where)
         self.dtype = checked_dtype(dtype)
@@ -59,10 +59,10 @@ class RowDataset(Dataset[Row]):
 
 
 class ShuffledRows(IterableDataset[Row]):
-    """Iterable: batches [b, d] of the chosen rows, each row once an epoch; with `numbers`, (int64 [b], [b, d]).
+    """Iterable: batches [b, d] of the chosen rows, each row once per epoch; with `numbers`, (int64 [b], [b, d]).
 
     For a DataLoader pass batch_size=None: batches are made here. Call `set_epoch` before each epoch, as for a
-    DistributedSampler. `state_dict` and `load_state_dict` go on after a batch, with as many workers as before.
+    DistributedSampler. `state_dict` and `load_state_dict` resume after a batch, with the same number of workers.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class ShuffledRows(IterableDataset[Row]):
         ranks: int | None = None,
     ) -> None:
         """layer: None for the store's only one; where: None for every row
-        buffer_rows: rows in memory at once, of which batches are drawn
+        buffer_rows: rows in memory at once, from which batches are drawn
         device: where rows are decoded; leave it at cpu when a DataLoader has workers
-        even: every worker of every rank gets equally many whole batches; what is over is left out (other rows each
-            epoch)
+        even: every worker of every rank gets the same number of full batches; the rest is dropped (other rows in
+            each epoch)
         rank, ranks: None for those of torch.distributed, or 0 and 1 without it
 
-        Raises RequestError for arguments that cannot be, StoreError, WhereError.
+        Raises RequestError for unfit arguments, StoreError, WhereError.
         """
         super().__init__()
         self._layer = store.layer(store.chosen_layer(layer))
@@ -101,7 +101,7 @@ class ShuffledRows(IterableDataset[Row]):
         self._batch, self._buffer = batch_size, buffer_rows
         self._seed, self._even, self._numbers = seed, even, numbers
         self._dtype, self._device = checked_dtype(dtype), torch.device(device)
-        # What a state must agree on to mean the same rows.
+        # A state is of this stream only if all of these agree.
         self._same = {
             "store": store.attributes["store_id"],
             "rows": len(self._rows),
@@ -111,31 +111,31 @@ class ShuffledRows(IterableDataset[Row]):
             "even": even,
             "ranks": self._ranks,
         }
-        # Epoch, batches done, workers (0: not known), in memory that the workers of a DataLoader see too.
+        # Epoch, batches done, workers (0: not known). Shared memory, so that a DataLoader's workers see it as well.
         with torch.inference_mode(False):
             self._place = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another shuffled order, from its start. The epoch that is set already stays where it stands."""
+        """Start the shuffled order of another epoch. Setting the current epoch again changes nothing."""
         if epoch != self._place[0]:
             self._place.copy_(torch.tensor([epoch, 0, 0]))
 
     def batches(self, workers: int = 1) -> int:
-        """Batches that this rank gets in an epoch, through a DataLoader with that many workers (0 counts as 1)."""
+        """Batches of this rank per epoch, through a DataLoader with that many workers (0 counts as 1)."""
         return sum(self._batch_counts(max(workers, 1)))
 
     def state_dict(self, batches: int | None = None, workers: int = 0) -> dict[str, Any]:
         """Where this rank stands, as JSON-able values.
 
-        batches, workers: with a DataLoader that has workers, the batches taken from it since the epoch began, and
-            their number; without workers the dataset has counted itself
+        batches, workers: for a DataLoader with workers, the batches taken from it since the epoch began, and the number
+            of workers; without workers the dataset counts itself
         """
         epoch, done, _ = self._place.tolist()
         done = done if batches is None else batches
         return {**self._same, "epoch": epoch, "batches": done, "workers": max(workers, 1)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there: the next iteration gives what would have come next. Raises StoreError for another stream's."""
+        """Resume there: the next iteration gives what would have come next. StoreError for another stream's state."""
         if changed := differences({key: state.get(key) for key in self._same}, self._same):
             raise StoreError(
                 f"a state of another stream: {'; '.join(changed)}: make the dataset as it was then"
@@ -168,7 +168,7 @@ class ShuffledRows(IterableDataset[Row]):
         return [-(-len(self._span(worker, workers)) // self._batch) for worker in range(workers)]
 
     def _span(self, worker: int, workers: int) -> range:
-        """The part of the shuffled order that one worker of this rank gives."""
+        """The part of the shuffled order that belongs to one worker of this rank."""
         consumers, place, total = self._ranks * workers, self._rank * workers + worker, len(self._rows)
         if self._even:
             each = total // consumers // self._batch * self._batch
@@ -202,7 +202,7 @@ class ShuffledRows(IterableDataset[Row]):
     def _read(self, turn: np.ndarray, ends: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, Tensor]:
         """Places [start, stop) of the shuffled order: their row numbers and vectors.
 
-        turn, ends: int64, the shards in the order of the epoch, and where in the shuffled order each ends
+        turn: int64, the shards in the epoch's order; ends: int64, where in the shuffled order each of them ends
         """
         numbers, vectors = [], []
         for place in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop) + 1):
@@ -218,7 +218,7 @@ class ShuffledRows(IterableDataset[Row]):
 
 
 class ChosenRows:
-    """Row numbers, ascending: those that an expression chose, or all rows of a store, which are not kept in memory."""
+    """Row numbers, ascending: those that an expression chose, kept in memory, or all rows of a store, which are not."""
 
     def __init__(self, count: int, numbers: np.ndarray | None = None) -> None:
         """numbers: int64 [count], None for 0 to count - 1."""
@@ -226,7 +226,7 @@ class ChosenRows:
 
     @classmethod
     def of(cls, store: CaptureStore, where: str | None) -> ChosenRows:
-        """where: None for every row. Raises StoreError when there are none, WhereError."""
+        """where: None for every row. Raises StoreError if there are none, WhereError."""
         numbers = None if where is None else store.where(where)
         chosen = cls(store.rows if numbers is None else len(numbers), numbers)
         if not len(chosen):
@@ -251,7 +251,7 @@ class ChosenRows:
         return places % self._count
 
     def shards(self, shard_rows: int) -> np.ndarray:
-        """int64 [k + 1]: the places at which the rows of each of k shards begin, and where the last ends."""
+        """int64 [k + 1]: the places where the rows of each of k shards begin, and where the last shard ends."""
         if self._numbers is None:
             return np.append(np.arange(0, self._count, shard_rows), self._count)
         edges = np.flatnonzero(np.diff(self._numbers // shard_rows)) + 1
@@ -259,13 +259,13 @@ class ChosenRows:
 
 
 def _turns(counts: Sequence[int], done: int) -> list[tuple[int, int]]:
-    """What each worker of a DataLoader goes on with after `done` batches: (whose stream, how many of it are done).
+    """Where each worker of a DataLoader resumes after `done` batches: (which stream, how many of its batches are done).
 
-    counts: batches of each stream, which differ by one at most; the DataLoader takes them in turn, and begins with
-    its first worker, so that one gets the stream whose turn it is.
+    counts: batches of each stream, which differ by at most one. The DataLoader takes batches from its workers in turn
+    and begins with the first, so the first worker gets the stream whose turn it is.
     """
     streams = len(counts)
-    # Rounds in which every stream takes part, then one of those that have a batch more.
+    # Full rounds of every stream, then one round of the streams with one more batch.
     whole = min(done // streams, min(counts))
     longer = [stream for stream, count in enumerate(counts) if whole < count]
     begun = min(done - whole * streams, len(longer))

@@ -1,7 +1,4 @@
-"""A layer as an xarray.Dataset: vectors decoded as they are asked for, beside the columns of their rows. Needs xarray.
-
-Knows nothing of models.
-"""
+"""A layer as an xarray.Dataset: vectors, decoded when read, beside the columns of their rows. Needs xarray."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
     """`activation` float32 (row, channel), lazy: reading a part decodes that part; `norm` (row); the row columns.
 
     The columns are coordinates along `row`; the store's attributes become those of the dataset.
-    layer: None for the store's only one. Raises StoreError for another layer, RequestError without xarray.
+    layer: None for the store's only one. Raises StoreError for a layer that is not there, RequestError without xarray.
     """
     try:
         import xarray

@@ -1,7 +1,7 @@
-"""Rows of a layer as torch tensors, decoded on the device that asks for them: any rows at once, or all in bulk.
+"""Rows of a layer as torch tensors, decoded on the device that wants them: any rows at once, or all in bulk.
 
-In bulk a shard's bytes go straight into memory that the device copies from, and on a CUDA device the next shard is
-read while the last one is copied and decoded. Knows nothing of sequences or tokens.
+In bulk, a shard's bytes are read straight into memory that the device copies from. On a CUDA device, the next shard is
+read while the last one is copied and decoded.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from nla_engine.store.layer import StoredLayer
 from nla_engine.store.records import LayerRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: float32 values read at once for a CPU: small enough for the allocator to hand the same memory out again.
+#: Bytes of float32 values read at once for a CPU: small enough for the allocator to reuse the memory.
 BLOCK_BYTES = 16 << 20
 
 
 def decode_tensor(
     rows: LayerRows, codec: Codec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Tensor:
-    """n rows as a tensor [n, d] of a dtype in DTYPES (None: float32), the exact ones in their places.
+    """n rows as a tensor [n, d] of a dtype in DTYPES (None: float32), with the exact rows in their places.
 
-    On a CUDA device nothing waits for the device if the rows lie in pinned memory. RequestError for other dtypes.
+    Does not wait for a CUDA device if the rows lie in pinned memory. RequestError for other dtypes.
     """
     dtype, device = checked_dtype(dtype), torch.device(device)
     if device.type == "cpu":
@@ -56,7 +56,7 @@ def block_tensors(
     dtype: torch.dtype | None = None,
     threads: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows [start, stop) of a layer in order, a block of a shard at a time: (number of the first row, tensor [n, d]).
+    """Rows [start, stop) of a layer in order, one block at a time: (number of the first row, tensor [n, d]).
 
     threads: blocks read (for a CPU, also decoded) ahead of the caller; 0: everything in the caller's thread
     Raises StoreError on damaged bytes, RequestError for a dtype not in DTYPES or a negative number of threads.
@@ -72,7 +72,7 @@ def _block_tensors(
 ) -> Iterator[tuple[int, Tensor]]:
     on_host = target.type == "cpu"
     size = block_rows(layer) if on_host else layer.shard_rows
-    # One is being copied and decoded, `threads` are being read, one is read and not yet taken.
+    # One block is copied and decoded, `threads` blocks are being read, one is read and waits.
     places = deque(_Place.allocate(layer, size, pinned=not on_host) for _ in range(threads + 2))
 
     def read(part: range, place: _Place) -> LayerRows | Tensor:
@@ -106,14 +106,14 @@ def _block_tensors(
 
 
 def block_rows(layer: StoredLayer) -> int:
-    """Rows that are read at once for a CPU: a power of two, so that no block lies in two shards."""
+    """Rows read at once for a CPU: a power of two, so that no block lies in two shards."""
     fitting = max(BLOCK_BYTES // (4 * layer.codec.d_model), 1)
     return min(layer.shard_rows, max(1 << (fitting.bit_length() - 1), layer.arrays["codes"].spec.chunk_rows))
 
 
 @dataclass
 class _Place:
-    """Memory for one block as it is stored; pinned, with an event, if a CUDA device is to copy from it."""
+    """Memory for one block as stored; pinned, and with an event, if a CUDA device copies from it."""
 
     parts: dict[str, Tensor]
     copied: torch.cuda.Event | None
@@ -151,14 +151,14 @@ class _Place:
 
 
 def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, float32 for None. Raises RequestError unless rows can be had so."""
+    """`dtype`, float32 for None. Raises RequestError unless rows can be read in it."""
     if dtype not in (None, *DTYPES):
         raise RequestError(f"rows cannot be read as {dtype}: choose float32, bfloat16 or float16")
     return dtype or torch.float32
 
 
 def _decode_on_host(rows: LayerRows, codec: Codec, dtype: torch.dtype) -> Tensor:
-    # The memory is numpy's: it asks for huge pages, and without them page faults take longer than decoding.
+    # numpy allocates the memory, because it uses huge pages: without them page faults take longer than decoding.
     shape = (len(rows.norm), codec.d_model)
     if dtype == torch.bfloat16:
         bits = codec.decode(rows.encoded, np.empty(shape, np.uint16))

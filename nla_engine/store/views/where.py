@@ -1,7 +1,7 @@
 """Row selection by an expression such as  next_token == '1' and record.correct and not early.
 
-A small grammar, parsed by lark and evaluated on whole columns with numpy; text is compared once for each
-distinct token. Nothing is ever executed. Knows nothing of vectors but their norms.
+A small grammar, parsed by lark and evaluated on whole columns with numpy. Text is compared once per distinct token.
+Nothing in an expression is executed.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ MISSING = object()
 
 
 def select_rows(store: StoreReader, expression: str, first: int = 0) -> np.ndarray:
-    """int64, ascending: the rows from `first` on for which the expression holds. No row before `first` is looked at.
+    """int64, ascending: the rows from `first` on for which the expression holds. Rows before `first` are not read.
 
-    Raises WhereError, with the place in the expression and the fields there are. Whether any prompt record has a field
-    is asked only if all rows are: with first > 0 those before may have it.
+    Raises WhereError, with the place in the expression and the known fields. A field that no prompt record has is an
+    error only with first = 0: otherwise the records before may have it.
     """
     return _Selection(store, expression, first).rows()
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """A value for each row that is one of a list: values[index[row]]. `kind` is "text" or "record"."""
+    """A value for each row, from a list: values[index[row]]. kind: "text" or "record"."""
 
     kind: str
     index: np.ndarray
@@ -162,7 +162,7 @@ class _Selection:
         known: set[str] = set()
         index = self._column("sequence")
         base = int(index[0]) if len(index) else self._store.sequences
-        base = base if self._first else 0  # those without rows may have the field, too
+        base = base if self._first else 0  # sequences without rows may also have the field
         for sequence in self._store.iter_sequences(base):
             value = sequence.source
             for key in name.split("."):
@@ -236,13 +236,13 @@ class _Selection:
     def _per_record(
         self, node: lark.Tree, labels: _Labels, kind: type, holds: Callable[[Any], Any]
     ) -> np.ndarray:
-        """Apply `holds` to record values of a type. Records without the field, or with null, are left out."""
+        """Apply `holds` to record values of a type. It is false for records without the field or with null."""
         fits = [_is(value, kind) for value in labels.values]
         present = [value for value in labels.values if value is not MISSING and value is not None]
         if present and not self._first and not any(fits):
             shown = json.dumps(present[0])[:40]
             raise self._error(
-                f"the field is never {_NAMES[kind]} in the prompt records (it is {shown}, say)",
+                f"the field is never {_NAMES[kind]} in the prompt records (it is, for example, {shown})",
                 node,
                 WhereRecordError,
             )
@@ -251,7 +251,7 @@ class _Selection:
         )
 
     def _literal(self, node: lark.Tree) -> int | float | str | bool:
-        """A constant; a number without point and exponent is an integer, with every digit it has."""
+        """A constant. A number without point and exponent is an integer, exact however long."""
         token = node.children[0]
         assert isinstance(token, lark.Token)
         if token.type == "NUMBER":
@@ -284,7 +284,7 @@ def _trees(node: lark.Tree) -> list[lark.Tree]:
 
 
 def _compare(left: Any, right: Any, compare: Callable[[Any, Any], Any]) -> np.ndarray:
-    """A column with another or with a constant. Integers are compared exactly, however large."""
+    """Compare a column with another or with a constant. Integers are compared exactly, however large."""
     if isinstance(right, int) and not isinstance(right, bool):
         if left.dtype.kind == "f":
             largest = int(np.finfo(np.float64).max)
@@ -298,7 +298,7 @@ def _compare(left: Any, right: Any, compare: Callable[[Any, Any], Any]) -> np.nd
 
 
 def _is(value: Any, kind: type) -> bool:
-    """`value` of a prompt record is of the type that a literal has."""
+    """Whether a prompt record's `value` has the type of a literal."""
     return (
         isinstance(value, int | float) and not isinstance(value, bool)
         if kind in (int, float)
