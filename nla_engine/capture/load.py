@@ -38,11 +38,18 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     clock, ahead = _first_clock(options), None
     if lm is None:  # what costs nothing to refuse comes before what may have to be fetched
         device = pick_device(options.device)
-        pick_dtype(options.dtype, device)
+        dtype = pick_dtype(options.dtype, device)
         directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
         ahead = _Ahead.start(options, directory, clock)
     try:
-        lm = lm or load_base_model(options)
+        lm = lm or load_model(
+            options.model,
+            device=device,
+            dtype=dtype,
+            revision=options.revision,
+            directory=directory,
+            remote_code=options.trust_remote_code,
+        )
         for layer in options.layer:
             lm.check_layer(layer)
     except BaseException:
@@ -55,19 +62,6 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     if ahead:  # what the configuration said of the model was not so
         ahead.stop()
     return lm, _read(options, lm.tokenizer, limits, clock)
-
-
-def load_base_model(options: CaptureOptions) -> LanguageModel:
-    """The model that the options name, on their device."""
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    return load_model(
-        options.model,
-        device=device,
-        dtype=dtype,
-        revision=options.revision,
-        remote_code=options.trust_remote_code,
-    )
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:

@@ -50,19 +50,19 @@ def reads(monkeypatch) -> list[reading.Limits]:
 def test_prompts_are_read_while_the_weights_load(tmp_path: Path, monkeypatch, reads) -> None:
     """Loading waits until a prompt was encoded, which happens on another thread."""
     encoded = threading.Event()
-    add, load_model = reading.PromptSet.add, load.load_base_model
+    add, load_model = reading.PromptSet.add, load.load_model
 
     def note(self: Any, *args: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
         add(self, *args)
         encoded.set()
 
-    def wait(given: CaptureOptions) -> LanguageModel:
+    def wait(*args: Any, **how: Any) -> LanguageModel:
         assert encoded.wait(30)
-        return load_model(given)
+        return load_model(*args, **how)
 
     monkeypatch.setattr(reading.PromptSet, "add", note)
-    monkeypatch.setattr(load, "load_base_model", wait)
+    monkeypatch.setattr(load, "load_model", wait)
     lm, prompts = load.load_inputs(options(tmp_path))
     assert len(prompts) == 12 and reads == [reading.Limits(512 - 4, lm.vocab_size)]
 
