@@ -60,6 +60,11 @@ class WhereRecordError(WhereError):
     """A `--where` expression asks for something that no prompt record of the store has (yet)."""
 
 
+def already_there(path: object) -> str:
+    """What a run says of a result that another one made, if it was told neither to resume nor to replace it."""
+    return f"{path}: exists; pass --resume to continue it or --overwrite to replace it"
+
+
 def first_line(error: Exception) -> str:
     """The first line of a library's error message; its type if it has none."""
     lines = str(error).strip().splitlines()

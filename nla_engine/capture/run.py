@@ -27,7 +27,7 @@ from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.errors import EngineError, RequestError, StoreError
+from nla_engine.errors import EngineError, RequestError, StoreError, already_there
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompts import PromptSet
 from nla_engine.models.sidecar import SIDECAR
@@ -97,9 +97,7 @@ def check_out(options: CaptureOptions) -> None:
     out = place(options.out)
     there = exists(out)
     if there and not (options.resume or options.overwrite):
-        raise StoreError(
-            f"{options.out}: exists; pass --resume to go on with it or --overwrite to replace it"
-        )
+        raise StoreError(already_there(options.out))
     if not (there and options.resume):
         check_place(out, options.overwrite)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_engine.errors import NLAError, RequestError, WriteError
+from nla_engine.errors import NLAError, RequestError, WriteError, already_there
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import (
@@ -229,7 +229,7 @@ def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
     parts = _parts_of(out)
     if not (resume or overwrite) and (out.exists() or parts.exists()):
         found = out if out.exists() else parts
-        raise RequestError(f"{found}: exists; pass --resume to go on with it or --overwrite to replace it")
+        raise RequestError(already_there(found))
     if out.is_dir():
         raise RequestError(f"{out}: is a directory; choose another name for the table")
     check_outside_stores(out)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_engine.errors import RequestError, WriteError
+from nla_engine.errors import RequestError, WriteError, already_there
 from nla_engine.store.lease import Lease
 from nla_engine.store.objects import LOCK_NAME
 from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, write_file_atomically, writing
@@ -65,7 +65,7 @@ class StudyDirectory:
         if self.resume and not self.overwrite:
             self._check_same(record)
         elif not self.overwrite:
-            raise RequestError(f"{out}: exists; pass --resume to go on with it or --overwrite to replace it")
+            raise RequestError(already_there(out))
         return not self.overwrite
 
     def _check_same(self, record: Path) -> None:
