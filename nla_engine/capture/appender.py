@@ -1,4 +1,4 @@
-"""Sequences that have ended go into the store: what each row read, what came next, its flags. Counts them."""
+"""Appends finished sequences to the store, with each row's token, next token and flags, and counts them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nla_engine.models.prompts import Prompt
 from nla_engine.store import SequenceRows, StoreWriter, row_flags
 from nla_engine.store.format import NO_TOKEN
 
-#: Many, for their arrays to be checked as one; few, for threads to copy and write while the next are looked at.
+#: Sequences per batch. A large batch is checked at once; a small one lets threads write while the next is prepared.
 _TOGETHER = 64
 
 
 class Appender:
-    """Appends the sequences of a run to a store, in the order in which they are given, and counts them.
+    """Appends the sequences of a run to a store, in the given order, and counts them.
 
-    prompts: of every request, by its id; keep: the rows that the tap kept of a sequence
+    prompts: by request id; keep: the rows of a sequence that the tap kept
     """
 
     def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt], keep: RowRange) -> None:
@@ -28,10 +28,10 @@ class Appender:
         self.sequences = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
-        """Append these sequences. Raises EngineError if one lacks rows (those before it are sound), WriteError.
+        """Append these sequences. Raises WriteError, or EngineError if one lacks rows (those before it are appended).
 
-        Because a shard has filled, what came before is committed, whose full shards are on disk by now. A commit that
-        is overdue holds these sequences too: the next ones may be long in coming.
+        A commit that is due because a shard filled comes first: the full shards of earlier calls are on disk by now. An
+        overdue commit comes last, to include these sequences: the next ones may take long.
         """
         overdue = self._writer.is_overdue
         if not overdue:
@@ -59,7 +59,7 @@ class Appender:
 def sequence_rows(
     prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
 ) -> SequenceRows:
-    """A finished sequence as the store wants it: what each kept row read, what came next, and its flags."""
+    """The store's record of a finished sequence. EngineError if a layer lacks rows."""
     given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
     with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
     tokens, prompt_size = with_end[:-1], len(given)

@@ -1,7 +1,7 @@
 """Does a store hold what it says? Re-reads a sample of its sequences with plain transformers and compares every row.
 
-Independent of the engine: one sequence at a time, no slots, no kernels of this package. Knows nothing of checksums
-(`nla_engine.store.care.verify`).
+Independent of the engine: one sequence at a time, no slots, no kernels of this package. Checksums are not checked here
+but in `nla_engine.store.care.verify`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nla_engine.store.care.verify import Check
 from nla_engine.store.format import IMPORTED
 from nla_engine.store.views.draw import draw_rows
 
-#: Relative L2 error of a row that is allowed beside the codec's own: batching changes the order of sums.
+#: Relative L2 error allowed per row, on top of the codec's own, by dtype: batching changes the order of sums.
 ROUNDING = {"float32": 0.005, "bfloat16": 0.08}
-#: And so many times what rounding does to this very row: on some tokens a model is chaotic, and then in any arithmetic.
+#: Also allowed: this multiple of the row's own rounding noise. On some tokens a model is chaotic in any arithmetic.
 TIMES_NOISE = 4.0
-#: Readings with the embeddings changed by as little as rounding changes them, which redraws every rounding behind.
+#: Passes that measure this noise: each perturbs the embeddings by a rounding error, which changes every later rounding.
 REDRAWN = 2
-#: Worst relative L2 error of a row that each codec is held to; measured ones lie well below.
+#: Largest relative L2 error allowed per row, by codec; measured errors lie well below.
 CODEC_LIMIT = {"int8": 0.03, "int4": 0.25, "bf16": 0.005}
 
 #: progress(sequences done, sequences in all)
@@ -40,10 +40,10 @@ def audit(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> list[Check]:
-    """Checks of weights and tokenizer; for each layer, of its rows against that block's output and its neighbours'.
+    """Check weights and tokenizer, and each layer's rows against the outputs of its block and of the blocks beside it.
 
-    sample: sequences to read again, at most. Raises StoreError if the store was imported, or the model's width or depth
-    cannot be its own.
+    sample: most sequences to read again. Raises StoreError if the store was imported or has another width than the
+    model, RequestError if the model lacks one of its layers.
     """
     if IMPORTED in store.options:
         raise StoreError(
@@ -113,8 +113,8 @@ def _compare(
     errors: dict[int, dict[int, list[np.ndarray]]],
     noise: dict[int, list[np.ndarray]],
 ) -> None:
-    """Append the relative L2 errors of one sequence's finite rows, against block layer + offset for each offset, and
-    how far rounding moves the rows of transformers themselves."""
+    """For one sequence, append the relative L2 errors of its finite rows against block layer + offset, for each offset,
+    and how far rounding alone moves transformers' own rows."""
     sequence = store.sequence(number)
     if sequence.rows.stop == sequence.rows.start:
         return
@@ -135,7 +135,7 @@ def _compare(
 
 
 def _rows(output: torch.Tensor, position: torch.Tensor) -> np.ndarray:
-    """Of a block's output [1, T, d], float64 [n, d]."""
+    """The rows of a block's output [1, T, d] at these positions [n], float64 [n, d]."""
     return output[0][position].double().cpu().numpy()
 
 
@@ -146,7 +146,7 @@ def _apart(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def _read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torch.Tensor]:
-    """The output of every block, [1, T, d]. seed: not 0: embeddings are changed by half a unit in the last place."""
+    """The output [1, T, d] of every block. seed: if not 0, embeddings change by about half a unit in the last place."""
     outputs: dict[int, torch.Tensor] = {}
 
     def moved(_module: object, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:

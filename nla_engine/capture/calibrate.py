@@ -1,7 +1,4 @@
-"""What capture measures before it writes: the norm that makes a row a sink, and what the codec costs on such rows.
-
-Knows nothing of stores.
-"""
+"""What capture measures before it writes: the norm above which a row is a sink, and the codec's error on other rows."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompts import Prompt
 from nla_engine.ops.backends import Kernels
 
-#: Prompts, and tokens of each, on which the median norm and the codec's error are measured.
+#: Most prompts, and most tokens of each, on which the median norm and the codec's error are measured.
 CALIBRATION = (64, 512)
 
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """Of one layer: the norm above which a row is a sink, and the codec's relative errors (`describe_errors`)."""
+    """Of one layer. sink_norm: rows with a larger norm are sinks. error: the codec's, by `describe_errors`."""
 
     sink_norm: float
     error: dict[str, float | int]

@@ -1,6 +1,6 @@
 """What a capture would write and how long it would take: its plan, and a short run of its first prompts.
 
-Nothing is left behind. Knows nothing of how a capture works beyond its plan and its summary.
+Leaves no files behind.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from nla_engine.store import CaptureStore, Finish
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
-#: Most sequences, and new tokens of each, that are run to measure the speed.
+#: Most sequences, and most new tokens of each, in the run that measures the speed.
 SAMPLE = (64, 32)
 
 
 @dataclass(frozen=True)
 class CaptureEstimate:
-    """rows and bytes: at most, since replies may end early; sequences: those still to be done.
+    """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: replies of the sample that ended early stand for their part of all, the others for full length
-    seconds_expected: sample_seconds by tokens, read and so expected; set-up apart
-    load_seconds: of the model and its prompts
+    rows_expected: assumes that replies end early as often, and as early, as in the sample
+    seconds_expected: sample_seconds scaled to all tokens, prompts and expected replies; without set-up
+    load_seconds: to load the model and read its prompts
     """
 
     sequences: int
@@ -59,8 +59,8 @@ def estimate_capture(
     announce: Callable[[str], None] = lambda text: None,
     lm: LanguageModel | None = None,
 ) -> CaptureEstimate:
-    """Plan a capture and measure its speed on its first prompts. Raises what loading, prompts and a place that is
-    taken raise; whether a store can be resumed with these options is asked by the run alone."""
+    """Plan a capture and time its first prompts. Raises what `load_inputs` and `check_out` raise. Whether a store can
+    be resumed with these options is checked only by the run itself."""
     check_out(options)
     started = time.perf_counter()
     lm, prompts = load_inputs(options, lm)
@@ -115,7 +115,7 @@ def estimate_capture(
 
 
 def _reply_tokens(sample: CaptureStore, most: int) -> float:
-    """Mean tokens of a reply, if those that the sample's own limit cut off would have `most`."""
+    """Mean tokens per reply, where replies cut off by the sample's own limit count as `most`."""
     sizes = [
         most if sequence.finish == Finish.LENGTH else len(sequence.tokens) - sequence.prompt_size
         for sequence in sample.iter_sequences()

@@ -1,7 +1,4 @@
-"""What a capture starts from: the base model and its prompts, which are read while the weights load.
-
-Knows nothing of how rows are made or written.
-"""
+"""What a capture starts from: the base model and its prompts, which are read while the weights load."""
 
 from __future__ import annotations
 
@@ -26,17 +23,17 @@ from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
-#: Of provenance: the time that the chat template was told, where it asked for one.
+#: Key of provenance: the time that the chat template was given, if it asked for one.
 CLOCK = "chat_template_clock"
 
 
 def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
-    """The model, unless it is given, and the prompts, for layers that the model has.
+    """Load the model, unless it is given, check the layers, and read the prompts.
 
     Raises what `find_directory`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
     """
     clock, ahead = _first_clock(options), None
-    if lm is None:  # what costs nothing to refuse comes before what may have to be fetched
+    if lm is None:  # cheap checks come before a possible download
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
@@ -59,7 +56,7 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     limits = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
     if ahead and ahead.limits == limits:
         return lm, ahead.result()
-    if ahead:  # what the configuration said of the model was not so
+    if ahead:  # the model differs from what its configuration said
         ahead.stop()
     return lm, _read(options, lm.tokenizer, limits, clock)
 
@@ -92,7 +89,7 @@ def _read(
 
 
 def _first_clock(options: CaptureOptions) -> datetime | None:
-    """The time that the first run of a resumed store told the chat template: its prompts must come out the same."""
+    """If a store is resumed, the time that its first run gave the chat template: prompts must render the same."""
     if not (options.resume and exists(place(options.out))):
         return None
     told = CaptureStore.open(options.out).provenance.get(CLOCK)
@@ -100,7 +97,7 @@ def _first_clock(options: CaptureOptions) -> datetime | None:
 
 
 class _Ahead:
-    """Reads the prompts in a thread of its own, with the limits that the model's configuration lets expect."""
+    """Reads the prompts in a thread of its own, with the limits that the model's configuration states."""
 
     def __init__(
         self, options: CaptureOptions, tokenizer: Any, limits: Limits, clock: datetime | None
@@ -112,16 +109,16 @@ class _Ahead:
         def read() -> None:
             try:
                 self._found = _read(options, tokenizer, limits, clock, lambda: not self._stopped.is_set())
-            except BaseException as error:  # told to whoever asks for the result
+            except BaseException as error:  # raised by `result`
                 self._found = error
 
-        # A daemon, should the program end without `stop`.
+        # A daemon, in case the program ends without `stop`.
         self._thread = threading.Thread(target=read, name="prompts", daemon=True)
         self._thread.start()
 
     @classmethod
     def start(cls, options: CaptureOptions, directory: Path, clock: datetime | None) -> _Ahead | None:
-        """None where tokenizer or configuration cannot be loaded: loading the model says why."""
+        """None if tokenizer or configuration cannot be loaded: loading the model then says why."""
         from transformers import AutoConfig
 
         try:
@@ -130,12 +127,12 @@ class _Ahead:
             text = config.get_text_config(decoder=True)
             longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
             limits = Limits(longest - options.max_new_tokens, int(text.vocab_size))
-        except Exception:  # the library raises many kinds
+        except Exception:  # the library raises many types
             return None
         return cls(options, tokenizer, limits, clock)
 
     def stop(self) -> None:
-        """The result is not wanted: the thread ends with the batch that it is at."""
+        """Drop the result: the thread ends after its current batch."""
         self._stopped.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""What a capture will do, known before it starts: most rows and bytes, slots, shared prompt tokens."""
+"""The plan of a capture: upper bounds of rows and bytes, slots, shared prompt tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nla_engine.engine.slots import default_slots
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompts import PromptSet
 
-#: Shared prompt tokens below this are not worth a prefix.
+#: Fewer shared prompt tokens are not worth a prefix.
 SHORTEST_PREFIX = 8
-#: Slots when prompts are only read: a pass reads no more texts than this at once.
+#: Most slots when prompts are only read: a pass reads at most this many texts at once.
 READING_SLOTS = 64
 
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a run will do, known before it starts. rows: an upper bound, since replies may end early."""
+    """What a run will do. rows, bytes: upper bounds, since replies may end early."""
 
     sequences: int
     already_done: int
@@ -42,13 +42,13 @@ class CapturePlan:
 
 
 def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
-    """Sizes of the run: slots from the batch size or the memory that is free, rows from the lengths."""
+    """Plan the run: slots from the batch size or the free memory, rows from the lengths."""
     keep = RowRange.parse(str(options.positions))
     new = options.max_new_tokens
     todo = prompts.sizes[done:]
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
-        prefix = 0  # the rows of a shared prefix would be computed once and wanted for every sequence
+        prefix = 0  # its rows would be computed once, but every sequence needs them
     longest = int(todo.max(initial=1)) + new
     slots = options.batch_size or default_slots(lm, longest, prefix)
     if not new and options.batch_size is None:

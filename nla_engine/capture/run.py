@@ -1,6 +1,6 @@
 """Stage 1: prompts -> batched generation -> tapped rows -> store.
 
-Sequences are written in the order of the prompts, so a store that was interrupted goes on with the next prompt.
+Sequences are written in the order of the prompts, so an interrupted store resumes at the next prompt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Progress = Callable[[int, int], None]
 class CaptureSummary:
     """What a store holds after a run; its keys are those of `--json`.
 
-    tokens_generated, seconds and the rates are of this run alone.
+    tokens_generated, seconds and the rates count this run alone.
     """
 
     store: str
@@ -80,11 +80,11 @@ def run_capture(
 ) -> CaptureSummary:
     """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
     if options.dry_run:
-        raise RequestError("--dry-run writes nothing: ask `nla_engine.capture.estimate.estimate_capture`")
+        raise RequestError("--dry-run writes nothing: call `nla_engine.capture.estimate.estimate_capture`")
     check_out(options)
     if (Path(options.model) / SIDECAR).is_file():
         announce(
-            f"{options.model} is an AV or AR (it has {SIDECAR}); their pair explains the base model's rows"
+            f"{options.model} is an AV or AR (it has {SIDECAR}); such a pair explains the rows of its base model"
         )
     lm, prompts = load_inputs(options, lm)
     for message in prompts.messages():
@@ -93,7 +93,7 @@ def run_capture(
 
 
 def check_out(options: CaptureOptions) -> None:
-    """StoreError if something is in the way that is neither to be gone on with nor to be replaced."""
+    """StoreError if `out` holds something that may be neither resumed nor replaced."""
     out = place(options.out)
     there = exists(out)
     if there and not (options.resume or options.overwrite):
@@ -103,7 +103,7 @@ def check_out(options: CaptureOptions) -> None:
 
 
 class CaptureJob:
-    """One run of stage 1: the model and its prompts are loaded, and the store may be written to."""
+    """One run of stage 1, once the model and its prompts are loaded and `check_out` has passed."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class CaptureJob:
         self.described = lm.describe()
 
     def run(self) -> CaptureSummary:
-        """Measure, plan, generate and write. A store that is new is made only when nothing can be refused any more."""
+        """Calibrate, plan, generate and write. A new store is created only after every check has passed."""
         with ExitStack() as opened:
             writer = calibration = None
             if self.options.resume and exists(place(self.options.out)):
@@ -143,7 +143,7 @@ class CaptureJob:
             return self._fill(writer, plan, generator)
 
     def unchanging(self) -> dict[str, Any]:
-        """What a run that resumes a store must have in common with those before it."""
+        """Options and fingerprints that must be the same when a store is resumed."""
         given = self.options.to_dict()
         same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
         same["layer"] = list(self.options.layer)
@@ -155,11 +155,11 @@ class CaptureJob:
             return calibrate(self.lm, self.prompts, self.options.layer, codec, self.kernels)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
-                f"{self.lm.name}: there is no room to run it beside its weights on {self.lm.device}"
+                f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
             ) from error
 
     def _create_store(self, codec: Codec, calibration: Mapping[int, LayerCalibration]) -> StoreWriter:
-        """A new store, with what was measured for it."""
+        """A new store, with its calibration."""
         writer = StoreWriter.create(
             self.options.out,
             layers=list(self.options.layer),
@@ -175,7 +175,7 @@ class CaptureJob:
         return writer
 
     def _provenance(self) -> dict[str, Any]:
-        """What a new store remembers of the run that made it, beside the model itself."""
+        """What a new store records of the run that made it, besides the model."""
         options, prompts = self.options, self.prompts
         return {
             **describe_run(),
@@ -191,7 +191,7 @@ class CaptureJob:
         }
 
     def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
-        """The generator of the plan, or of the largest halving of its slots that the GPU has memory for."""
+        """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
         for line in shortfall(self.lm.device):
             self.announce(line)
         while True:
@@ -240,7 +240,7 @@ class CaptureJob:
         return generator
 
     def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
-        """Run what is left to be done. generator: None if nothing is. Setting up is not part of the time it takes."""
+        """Generate and write the remaining sequences. generator: None if none remain. Set-up is not timed."""
         done, rows_before = writer.sequences, writer.rows
         appender = Appender(writer, self.prompts, self.keep)
         started = time.perf_counter()
@@ -248,7 +248,7 @@ class CaptureJob:
             order = InOrder(int(self.options.host_memory * 2**30))
             for group in generator.groups(self._requests(done, plan.prefix, order), order.portion):
                 appender.add(order.add(group))
-                del group  # its memory, before the next is fetched
+                del group  # frees its memory before the next is fetched
                 self.progress(done + appender.sequences, len(self.prompts))
         if done + appender.sequences != len(self.prompts):
             raise EngineError(

@@ -1,7 +1,7 @@
 """The tap: rows of the residual stream, encoded on the device the moment a block has computed them.
 
 A row's place in the staging buffers is computed from (slot, position), like a key's place in the slot cache, so a row
-cannot land elsewhere; `collect` refuses a sequence of which any row was not written.
+cannot land elsewhere; `collect` refuses a sequence with an unwritten row.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from nla_engine.ops.encode import RowStage, encode_rows
 from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.store import LayerRows
 
-#: Most pinned host memory to have ready before the run.
+#: Most bytes of pinned host memory to allocate before the run.
 _PINNED_BYTES = 1 << 28
-#: What the norm of a row that nothing wrote reads as.
+#: The norm of an unwritten row.
 _UNWRITTEN = -1.0
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Which positions of a sequence are kept: a run from (prompt_size if from_prompt_end else 0) + start on.
+    """Which positions of a sequence are kept: one contiguous range.
 
-    Every union of the named policies is one run, since all of them touch the prompt's end.
+    Every union of the named policies is contiguous, since all of them touch the prompt's end.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class RowRange:
         return min(starts[name] for name in self.names)
 
     def end(self, prompt_size: int, size: int) -> int:
-        """Position behind the last one kept, of a sequence of `size` tokens."""
+        """One past the last position kept, in a sequence of `size` tokens."""
         ends = {"all": size, "prompt": prompt_size, "last": prompt_size, "generated": size}
         return max(ends[name] for name in self.names)
 
@@ -67,8 +67,8 @@ class RowTap:
     """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows per slot and layer.
 
     sink_norm: by layer; rows with a larger norm are kept exactly as well
-    reference: by plain torch alone
-    The methods that the generator calls are those of `engine.tap.Tap`.
+    reference: use plain torch only
+    Implements `engine.tap.Tap`, which the generator calls.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class RowTap:
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
-        """The staging buffers, and room for rows kept exactly: at worst all that is written between two `settle`."""
+        """Allocate staging buffers, and room for rows kept exactly: at worst all those between two `settle`."""
         written = generated + (given if self.rows.covers_prompts else slots)
         if self.codec.name == "bf16":
             written = 1  # its codes are exact, so no row is kept twice
         self._counts = torch.zeros(len(self.layers), dtype=torch.int32, device=self._device)
-        self._seen = Glance(self._counts)  # one look for all layers
+        self._seen = Glance(self._counts)  # one read for all layers
         self.stages = {}
         for i, layer in enumerate(self.layers):
             stage = RowStage.allocate(self.codec, (slots + 1) * self.rows_per_slot, written, self._device)
@@ -109,15 +109,15 @@ class RowTap:
         }
 
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
-        """Encode the rows of hidden [T, d] whose (slot, position) is to be kept. Launches only: no synchronisation."""
-        if self._places is None or self._places[0] is not position:  # once a pass, not once a layer
+        """Encode the rows of hidden [T, d] whose (slot, position) is kept. Launches only: no synchronisation."""
+        if self._places is None or self._places[0] is not position:  # once per pass, not per layer
             places = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
             self._places = (position, places)
         stage, sink_norm = self.stages[layer], self.sink_norm[layer]
         encode_rows(hidden, self._places[1], stage, sink_norm, with_backend=self._backend)
 
     def prepare(self) -> None:
-        """Have pinned memory ready for the first large collection."""
+        """Allocate pinned memory for the first large collection."""
         if not self._first.is_cuda:
             return
         room, held = _PINNED_BYTES, []
@@ -143,12 +143,12 @@ class RowTap:
                 self._exact[layer].pop(slot, None)
 
     def look(self, *, decoded: bool) -> None:
-        """Queue a look at how many rows were kept exactly; prompts whose rows are not kept need none."""
+        """Queue a read of how many rows were kept exactly. Prompts whose rows are not kept need none."""
         if decoded or self.rows.touches_prompts:
             self._seen.take()
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Fetch the rows kept exactly, if a sequence ended or the last look saw one."""
+        """Fetch the rows kept exactly, if a sequence ended or the last `look` saw one."""
         if slots or any(self._seen.read()):
             self._fetch_exact()
         row_bytes = self.codec.row_bytes * len(self.layers)
@@ -159,7 +159,7 @@ class RowTap:
         return ended
 
     def _fetch_exact(self) -> None:
-        """Bring the rows that were kept exactly to the host, where they wait for the rest of their sequences."""
+        """Copy the rows kept exactly to the host, where they stay until their sequences end."""
         counts = self._counts.tolist()
         if not any(counts):
             return
@@ -206,7 +206,7 @@ class RowTap:
         return collected
 
     def _exact_bits(self, layer: int, slot: int, wanted: np.ndarray) -> np.ndarray:
-        """uint16 [m, d] of the rows `wanted` [m] of a slot, as they were fetched."""
+        """bfloat16 bits, uint16 [m, d], of the rows `wanted` [m] of a slot. EngineError if one was not fetched."""
         none = np.zeros((0, self.codec.d_model), np.uint16)
         if not len(wanted):
             return none

@@ -1,4 +1,4 @@
-"""When what has ended is committed: by time with the sequences that are added, by filled shards with those before."""
+"""When finished sequences are committed: by time, including those just added; by filled shards, without them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_groups_far_apart_are_each_committed_when_they_come(
 def test_groups_that_follow_each_other_are_committed_with_the_next(
     open_writer: StoreWriter, clock: list[float]
 ) -> None:
-    """So that none waits for the disk while others end."""
+    """So that no group waits for the disk while others end."""
     appender = Appender(open_writer, [Prompt((0,) * 5, b"{}")] * 9, RowRange.parse("all"))
     appender.add(completions(0, 1, 2))
     assert open_writer.sequences == 0
@@ -78,5 +78,5 @@ def test_groups_that_follow_each_other_are_committed_with_the_next(
     appender.add([])
     assert open_writer.sequences == 3
     clock[0] += 1.0
-    appender.add([])  # what ended waits for a sequence before it: what is there is committed all the same
+    appender.add([])  # finished ones wait for an earlier sequence: those appended are committed anyway
     assert open_writer.sequences == 5

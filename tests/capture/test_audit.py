@@ -117,7 +117,7 @@ def test_swapped_rows_are_noticed(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_row_may_err_as_rounding_moves_it_and_no_further(tmp_path: Path, monkeypatch) -> None:
-    """Read again, one row is a fifth longer than stored: sound only if rounding moves that very row as well."""
+    """Read again, one row is a fifth longer than stored: accepted only if rounding moves that row as far."""
     store = captured(tmp_path, positions="all")
     position = int(store.column("position")[4])
     right = audit_module._read

@@ -93,7 +93,7 @@ def check_store(
 
 
 def equal_but_for_roundings(a: np.ndarray, b: np.ndarray) -> bool:
-    """int8 rows of two runs: sums in another order may round a code the other way, here and there."""
+    """int8 rows of two runs: sums in another order may round a few codes the other way."""
     error = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
     return bool(error.max() < 0.01 and (error < 1e-5).mean() > 0.9)
 
@@ -197,7 +197,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: 
         run_capture(options(tmp_path, **sampled), lm=lm)
     monkeypatch.undo()
     cut = CaptureStore.open(tmp_path / "run.zarr")
-    assert (cut.sequences, cut.complete) == (committed, False)  # all before the one that failed, and no more
+    assert (cut.sequences, cut.complete) == (committed, False)  # exactly those before the one that failed
     said: list[str] = []
     run_capture(
         options(tmp_path, resume=True, batch_size=2, **sampled),
@@ -301,14 +301,14 @@ def test_ended_sequences_are_held_within_the_memory_given(
     real = InOrder.add
     monkeypatch.setattr(InOrder, "add", add)
     lm = language_model()
-    lm.model.generation_config.eos_token_id = list(range(0, 256, 40))  # so that some later ones end first
+    lm.model.generation_config.eos_token_id = list(range(0, 256, 40))  # so some later ones end first
     write_prompts(tmp_path / "prompts.jsonl", 30)
     run_capture(options(tmp_path, host_memory=limit / 2**30, batch_size=8, temperature=1.0), lm=lm)
     check_store(lm, tmp_path / "run.zarr", "generated", (1, 3), limit=2**-8)
     assert sum(groups) == 30 and waited[-1] == 0
     assert (max(groups) == 1) == (sequences < 1)
     assert (max(waited) > 0) == (sequences > 1)
-    assert (max(groups) >= 7) == (sequences >= 40)  # memory enough: those that end together leave together
+    assert (max(groups) >= 7) == (sequences >= 40)  # with enough memory they leave together
 
 
 def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch) -> None:
@@ -333,7 +333,7 @@ CODEC = stage.Codec.named("bf16", 64)
 
 
 def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatch) -> None:
-    """Neither in the calibration nor in the run, neither to its place nor to its codes."""
+    """In the calibration and in the run, both its place and its codes come from the reference."""
 
     def fails(*_: object) -> None:
         raise AssertionError("a kernel was chosen")

@@ -1,4 +1,4 @@
-"""What a capture does first: all that can be refused is refused before a store is made or replaced."""
+"""What a capture does first: every check comes before a store is made or replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nla_engine.store import CaptureStore
 
 
 def windowed() -> LanguageModel:
-    """Tells a window of 16 tokens by its mask alone, which the engine refuses for sequences that are longer."""
+    """Its mask alone shows a window of 16 tokens, which the engine refuses for longer sequences."""
     shape = dict.fromkeys(("num_experts", "num_attention_heads", "num_key_value_heads"), 4)
     sizes = dict.fromkeys(("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
     window = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}
@@ -28,7 +28,7 @@ def windowed() -> LanguageModel:
 
 
 def test_what_the_length_rules_out_is_refused_before_a_store_is_made(tmp_path: Path, monkeypatch) -> None:
-    """Also where the prompts alone, on which capture measures first, are short enough."""
+    """Even if the prompts alone, on which capture calibrates first, are short enough."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a short one"}\n')
     lm, given = windowed(), options(tmp_path, layer=(1,), chat=False, max_new_tokens=2)
     run_capture(given, lm=lm)
@@ -37,7 +37,7 @@ def test_what_the_length_rules_out_is_refused_before_a_store_is_made(tmp_path: P
         run_capture(replace(given, max_new_tokens=40, overwrite=True), lm=lm)
     assert np.array_equal(
         CaptureStore.open(given.out).sequence(0).tokens, before
-    )  # what was there is there still
+    )  # the old store is untouched
 
     def no_room(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("no room")

@@ -1,4 +1,4 @@
-"""The model and its prompts: read while the weights load, judged by the model that was loaded, told the first time."""
+"""The model and its prompts: read while the weights load, checked by the loaded model, rendered as of the first run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def options(tmp_path: Path, **changes: Any) -> CaptureOptions:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[reading.Limits]:
-    """The limits of each time that the prompts are read."""
+    """The limits of each reading of the prompts."""
     seen = []
     real = load.read_prompts
 
@@ -48,7 +48,7 @@ def reads(monkeypatch) -> list[reading.Limits]:
 
 
 def test_prompts_are_read_while_the_weights_load(tmp_path: Path, monkeypatch, reads) -> None:
-    """Loading waits until a prompt was encoded, which happens on another thread."""
+    """Loading waits until another thread has encoded a prompt."""
     encoded = threading.Event()
     add, load_model = reading.PromptSet.add, load.load_model
 
@@ -80,7 +80,7 @@ def test_the_loaded_model_decides_what_it_can_read(tmp_path: Path, monkeypatch, 
 
 
 def test_the_model_is_judged_before_its_prompts(tmp_path: Path) -> None:
-    """Both are wrong: the one that was always told first is told, and no thread is left."""
+    """If both are wrong, the model's error is raised, and no thread is left."""
     (tmp_path / "p.jsonl").write_text("nonsense\n")
     given = options(tmp_path, prompts=tmp_path / "p.jsonl", layer=(9,))
     with pytest.raises(RequestError, match="layer 9 does not exist"):
@@ -128,7 +128,7 @@ class Day(datetime):
 
 
 def test_a_resumed_run_renders_with_the_time_of_the_first(tmp_path: Path, monkeypatch) -> None:
-    """The run is cut after its first commit and goes on the next day: every prompt says the first day."""
+    """The run is cut after its first commit and resumes the next day: every prompt says the first day."""
     from tiny import byte_tokenizer
 
     from nla_engine.capture import run as capture
@@ -195,4 +195,4 @@ def test_what_costs_nothing_to_refuse_comes_before_the_model_is_fetched(tmp_path
     assert asked == []
     with pytest.raises(CheckpointError, match="gated"):
         load.load_inputs(options(tmp_path))
-    assert len(asked) == 1  # and it is asked once
+    assert len(asked) == 1  # and only once
