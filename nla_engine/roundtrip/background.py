@@ -1,4 +1,4 @@
-"""Work that goes on behind the main thread: one job after another, on a thread (and a CUDA stream) of its own."""
+"""Background work: jobs run one after another, on a thread (and a CUDA stream) of their own."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from nla_engine.engine.streams import enter_device
 
-#: Jobs that may wait or be under way, so that what they hold stays bounded.
+#: Most jobs queued or running, which bounds the memory that they hold.
 _MOST = 3
 
 
 class Behind:
-    """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or there.
+    """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or on leaving.
 
-    No job runs after one that failed: what it would write would stand in the wrong place.
+    No job runs after one that failed: it would write in the wrong place.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
-        """stream: where the jobs' work on a GPU goes."""
+        """stream: the CUDA stream of the jobs."""
         device = torch.device("cpu") if stream is None else stream.device
         self._pool = ThreadPoolExecutor(1, "behind", enter_device, (device,))
         self._jobs: deque[Future[None]] = deque()
@@ -30,7 +30,7 @@ class Behind:
         self._stream = stream
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Start a job after those before it; waits while too many are under way."""
+        """Queue a job; waits while too many are queued or running."""
         while self._jobs and (self._jobs[0].done() or len(self._jobs) >= _MOST):
             self._jobs.popleft().result()
         self._jobs.append(self._pool.submit(self._run, job))
@@ -42,7 +42,7 @@ class Behind:
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 job()
                 if self._stream is not None:
-                    self._stream.synchronize()  # nothing of a job is in flight when its memory is given back
+                    self._stream.synchronize()  # a job's GPU work ends before its memory is freed
         except BaseException:
             self._failed = True
             raise

@@ -1,6 +1,6 @@
-"""AV and AR of a round trip: loaded, checked against each other and the store, and where they live.
+"""AV and AR of a round trip: loads them, places them, and checks them against each other and the store.
 
-Both stay on the GPU if they fit; else they take turns there, and the other waits in host memory.
+Both stay on the GPU if they fit. Otherwise they take turns there, and the other waits in host memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 
-#: GPU memory that AV and AR need beside their weights: slots, activations, graphs.
+#: GPU memory that AV and AR need besides their weights: slots, activations, graphs.
 _WORKING_BYTES = 12 << 30
 _HOST = torch.device("cpu")
 
@@ -40,19 +40,19 @@ class Pair:
     in_turns: bool = False
 
     def verbalize_next(self) -> None:
-        """Have the AV on the device."""
+        """Bring the AV to the device."""
         if self.in_turns:
             self.reconstructor.move(_HOST)
             self.verbalizer.move(self.device)
 
     def reconstruct_next(self) -> None:
-        """Have the AR on the device."""
+        """Bring the AR to the device."""
         if self.in_turns:
             self.verbalizer.move(_HOST)
             self.reconstructor.move(self.device)
 
     def close(self) -> None:
-        """Give the models back as they were."""
+        """Undo what the engine changed in the models."""
         self.reconstructor.close()
 
 
@@ -62,7 +62,7 @@ def load_pair(
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
 ) -> Pair:
-    """The AV and AR of the options, or the given ones, each on the device unless they are to take turns."""
+    """The AV and AR of the options, or the given ones, on the device unless they take turns."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     if options.precision == "fp8":
@@ -80,7 +80,7 @@ def load_pair(
     if options.residency == "auto" and device.type == "cuda" and len(directories) == 2:
         weights = sum(_weight_bytes(directory, dtype) for directory in directories)
         if options.precision == "fp8":
-            weights += weights // 2  # the quantised ones lie beside the models' own
+            weights += weights // 2  # the quantised weights are kept beside the model's own
         free = free_bytes(device)
         turns = weights + _WORKING_BYTES > free
         if turns:
@@ -103,7 +103,7 @@ def load_pair(
 def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32.
 
-    0 where config or index cannot be read: loading the checkpoint says what is wrong.
+    0 if config or index cannot be read: loading the checkpoint then says why.
     """
     try:
         config = read_json(directory / CONFIG)

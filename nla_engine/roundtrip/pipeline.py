@@ -1,7 +1,4 @@
-"""Rows through AV and AR: vectors are read ahead, the AV writes, and behind it the AR reads, scores and commits.
-
-Knows nothing of how rows are selected or where results go.
-"""
+"""Rows through AV and AR. The AV generates; in the background, vectors are read ahead and the AR output is scored."""
 
 from __future__ import annotations
 
@@ -26,18 +23,18 @@ from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
 
-#: Explanations scored and committed together, or as many as there are after so many seconds.
+#: Explanations scored and committed together; fewer if this many seconds have passed.
 CHUNK = 512
 COMMIT_SECONDS = 30.0
-#: Vectors read at once, one such block ahead of need.
+#: Vectors per block; one block is read ahead.
 READ_AHEAD = 1024
-#: Explanations of a turn, when AV and AR take turns: some minutes of work, lost if the run is killed before the AR's.
+#: Explanations per turn, when AV and AR take turns. A run killed before the AR's turn loses some minutes of work.
 TURN = 16384
 
 
 @dataclass(frozen=True)
 class Explained:
-    """rows: int64 [n], `samples` of each row together; written: what the AV said of each."""
+    """rows: int64 [n], each row `samples` times in succession; written: the explanation of each."""
 
     rows: np.ndarray
     written: list[Explanation]
@@ -62,11 +59,11 @@ class Pipeline:
         self._reader: LayerReader
 
     def run(self, rows: np.ndarray, first: int) -> None:
-        """Explain, score and write these rows. first: place of the first one among all selected rows.
+        """Explain, score and write these rows. first: place of rows[0] among all selected rows.
 
-        The places name the random numbers, so that neither segments nor resuming change a sampled text.
+        Places seed the random numbers, so neither segments nor resuming change a sampled text.
         """
-        self._reader = self.store.layer(self.layer)  # a store that is followed has grown
+        self._reader = self.store.layer(self.layer)  # a followed store has grown
         turn = max(TURN // self.options.samples, 1) if self.pair.in_turns else len(rows)
         for start in range(0, len(rows), turn):
             part = rows[start : start + turn]
@@ -82,12 +79,12 @@ class Pipeline:
                     behind.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
 
     def _prepare_ar(self) -> None:
-        """Have the AR take the memory that it needs before the AV shares out what is free: done when this returns."""
+        """Let the AR allocate its memory before the AV takes what is free. Returns when it has."""
         with Behind(self._stream) as behind:
             behind.submit(lambda: self.pair.reconstructor.prepare(self.options.max_new_tokens))
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
-        """The explanations, CHUNK at a time, fewer where they take long; the samples of a row stay together."""
+        """The explanations, CHUNK at a time, fewer if they take long; the samples of a row stay together."""
         samples, start, since = self.options.samples, 0, time.monotonic()
         group: list[Explanation] = []
         with closing(self._explanations(rows, first)) as written:
@@ -99,7 +96,7 @@ class Pipeline:
                     group, start, since = [], place + 1, time.monotonic()
 
     def _explanations(self, rows: np.ndarray, first: int) -> Generator[Explanation, None, None]:
-        """In order, `samples` a row. Vectors without a direction get a status instead of a text."""
+        """In order, `samples` per row. Vectors without a direction get a status instead of a text."""
         options = self.options
         norm = self._reader.norm_at(rows)
         sound = np.isfinite(norm) & (norm > 0)
@@ -134,7 +131,7 @@ class Pipeline:
                 yield from zip((block + first).tolist(), vectors, strict=True)
 
     def _score(self, chunk: Explained) -> dict[str, Any]:
-        """The columns of a chunk, but for those that need Var."""
+        """The columns of a chunk, except those that need Var."""
         store, samples, rows, written = self.store, self.options.samples, chunk.rows, chunk.written
         v = self._reader.torch(rows, self.pair.device)
         sequence = store.column("sequence")[rows]

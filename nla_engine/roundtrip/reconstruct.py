@@ -1,5 +1,5 @@
 """AR: explanations -> vectors. Blocks 0..K of a language model read a fixed prompt around the text; a linear head maps
-the last token's residual stream to the vector. Knows nothing of stores or scores.
+the last token's residual stream to the vector.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.sidecar import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
 from nla_engine.ops.backends import Kernels
 
-#: Prompts, and tokens, of one packed pass.
+#: Most prompts, and most tokens, in one packed pass.
 _BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
 
 
 class Reconstructor:
-    """An AR checkpoint, ready to read. weight float32 [d, d], bias float32 [d] or None: the value head."""
+    """A loaded AR checkpoint. weight float32 [d, d], bias float32 [d] or None: the value head."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Reconstructor:
         return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}-{digest.hexdigest()[:16]}"
 
     def move(self, device: torch.device) -> None:
-        """Take the weights to another device."""
+        """Move the weights to another device."""
         self.close()
         self.lm.move(device)
         self.weight = self.weight.to(device)
@@ -86,13 +86,13 @@ class Reconstructor:
 
     @torch.inference_mode()
     def prepare(self, tokens: int) -> None:
-        """Take the memory that texts of so many tokens need, and check the engine against the library's forward."""
+        """Allocate memory for texts of so many tokens, and check the engine against the library's forward."""
         (empty,) = reconstructor_prompts(self.sidecar, self.lm.tokenizer, [""])
         self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
 
     @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
-        """float32 [n, d] on the model's device: the vector that each text stands for. Packed passes, no padding."""
+        """The vector of each text, float32 [n, d] on the model's device. Passes are packed, without padding."""
         prompts = reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)
         last = torch.empty((len(prompts), self.lm.d_model), dtype=self.lm.dtype, device=self.lm.device)
         most, budget = _BATCH[self.lm.device.type]
@@ -112,7 +112,7 @@ class Reconstructor:
 
     @torch.inference_mode()
     def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
-        """The last token's residual stream [n, d] of each prompt. Tokens that every slot holds already are not read."""
+        """The last token's residual stream [n, d] of each prompt. The prefix held by every slot is not read again."""
         runner = self._fit_runner(max(map(len, prompts)))
         shared = len(self._prefix)
         first = [
@@ -128,21 +128,21 @@ class Reconstructor:
         return states
 
     def _shared_prefix(self) -> tuple[int, ...]:
-        """Token ids that prompts begin with, but for texts that a tokenizer merges with the template before them."""
+        """Token ids that prompts begin with, unless the tokenizer merges a text with the template before it."""
         one, other = reconstructor_prompts(self.sidecar, self.lm.tokenizer, ["a", "1"])
         same = [a == b for a, b in zip(one, other, strict=False)]
         return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
 
     def close(self) -> None:
-        """Give the model back; the next `reconstruct` takes it again."""
+        """Release the model; the next `reconstruct` takes it again."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None
 
     def _fit_runner(self, longest: int) -> Runner:
-        """A runner whose slots hold `longest` tokens; grown by half when a text is longer than any before."""
+        """A runner whose slots hold `longest` tokens. If too small, it is replaced by one for 1.5 times as many."""
         if self._runner is None or self._runner.cache.size - 1 < longest:
-            self.close()  # its cache is given back first
+            self.close()  # frees its cache first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
             self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)

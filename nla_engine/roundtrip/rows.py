@@ -12,12 +12,12 @@ from nla_engine.config import RoundtripOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, WriterWatch
 
-#: Seconds between two looks at a store that is being written.
+#: Seconds between checks of a store that is being written.
 POLL_SECONDS = 1.0
 
 
 def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
-    """int64 [n]: the row numbers that `where` and `limit` leave, ascending. StoreError if there are none."""
+    """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none."""
     rows = _matching(store, options.where, 0)
     if not len(rows):
         raise nothing_selected(options)
@@ -27,7 +27,7 @@ def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
 
 
 def nothing_selected(options: RoundtripOptions) -> StoreError:
-    """The error of a store, or a selection, without rows."""
+    """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"
         if options.where is None
@@ -39,9 +39,9 @@ def nothing_selected(options: RoundtripOptions) -> StoreError:
 def follow_rows(
     store: CaptureStore, where: str | None, announce: Callable[[str], None] = lambda text: None
 ) -> Iterator[np.ndarray]:
-    """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
+    """The selected rows of each commit, int64 [n], until the writer has finished. Refreshes `store`.
 
-    EngineError if the writer has gone without finishing; RequestError if the store is not on a local disk.
+    EngineError if the writer ended without finishing; RequestError if the store is not on a local disk.
     """
     if not isinstance(store.path, Path):
         raise RequestError(
@@ -52,7 +52,7 @@ def follow_rows(
         store.refresh()
         try:
             rows, seen = _matching(store, where, seen), store.rows
-        except WhereRecordError:  # a later prompt may have what these lack
+        except WhereRecordError:  # a later prompt may have the field
             if store.complete:
                 raise
             rows = np.zeros(0, np.int64)
@@ -64,10 +64,10 @@ def follow_rows(
             return
         if gone:
             raise EngineError(
-                f"{store.path}: the writer has gone without finishing: go on with capture --resume, "
-                "then with this command and --resume"
+                f"{store.path}: the writer ended without finishing: run capture with --resume, "
+                "then this command with --resume"
             )
-        gone = not watch.has_writer()  # then it may have committed since the look: look once more
+        gone = not watch.has_writer()  # it may have committed since the refresh: check once more
         if not gone:
             if not waiting:
                 announce(f"waiting for the writer: {store.rows:,} rows so far")

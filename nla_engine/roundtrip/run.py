@@ -26,7 +26,7 @@ from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
 
-#: Rows of the store that Var is measured on, and rows in the sample of the controls, at most.
+#: Most rows that Var is measured on, and most rows in the sample of the controls.
 VARIANCE_ROWS = 100_000
 CONTROL_ROWS = 1024
 _VARIANCE_BLOCK = 4096
@@ -44,7 +44,7 @@ def run_roundtrip(
     reconstructor: Reconstructor | None = None,
     rows: np.ndarray | None = None,
 ) -> RoundtripSummary:
-    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
+    """Run stage 2. `verbalizer`, `reconstructor`: if already loaded. Raises the errors of `nla_engine.errors`.
 
     rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
     """
@@ -121,7 +121,7 @@ def _explain(
 def _control_sample(
     segments: Iterator[np.ndarray], options: RoundtripOptions
 ) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """The segments again, and the rows of the controls: at random of all, or the first ones of a store that grows."""
+    """The segments again, and the rows of the controls: drawn from all, or the first ones of a growing store."""
     held: list[np.ndarray] = []
     for rows in segments:
         held.append(rows)
@@ -149,7 +149,7 @@ def _identity(
     rows: np.ndarray | None,
     sample: np.ndarray,
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it goes on with. rows: None if they are not known yet."""
+    """What must be the same when a run is resumed. rows: None if they are not known yet."""
     given = options.to_dict()
     names = (
         "where",
@@ -187,7 +187,7 @@ def _metadata(options: RoundtripOptions, layer: int, pair: Pair) -> dict[str, An
 def _variance(
     options: RoundtripOptions, store: CaptureStore, layer: int, device: torch.device
 ) -> tuple[float, int]:
-    """Var, and the number of rows it was measured on: 0 if it was given."""
+    """Var, and the number of rows it was measured on; 0 if Var was given."""
     if options.variance is not None:
         return options.variance, 0
     rows = draw_rows(np.arange(store.rows), VARIANCE_ROWS, options.seed)

@@ -1,12 +1,10 @@
-"""Round-trip error: how much of a vector came back, and the controls that say whether that means anything.
+"""Round-trip error: how much of a vector came back, and the controls that show whether that means anything.
 
 With x^ = x / ||x||, v the original and r its reconstruction:
 
     cos = v^ . r^            mse_nrm = 2 (1 - cos)
     fve_nrm = 1 - mse_nrm / Var,       Var = E ||v^ - mu||^2 = 1 - ||mu||^2,           mu = E v^
     fve_meannorm = 1 - mse_nrm / M,    M = E ||v^ - mu/||mu|| ||^2 = 2 (1 - sqrt(1 - Var))
-
-Knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-#: Vectors whose directions are nearer than this count as one: bfloat16 arithmetic itself changes a vector by as much.
+#: Vectors whose directions are nearer than this count as one: bfloat16 arithmetic alone moves a vector that far.
 COINCIDENCE = 0.02
-#: Scores of a retrieval that differ by less are a tie: float64 sums in another order differ by less than this.
+#: Retrieval scores that differ by less are tied: float64 sums in another order differ by less.
 _TIE = 1e-11
 
 
@@ -53,7 +51,7 @@ class DirectionVariance:
         self._sum: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        """Take rows float32 [n, d]; rows without a direction are left out."""
+        """Add rows float32 [n, d]; rows without a direction are left out."""
         directions = unit(x).double()
         directions = directions[directions.isfinite().all(1)]
         self.rows += len(directions)
@@ -75,17 +73,17 @@ def fve_nrm(mse: np.ndarray, variance: float) -> np.ndarray:
 
 
 def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
-    """The same against always answering with the mean direction."""
+    """The same, with always answering the mean direction as the baseline."""
     baseline = 2.0 * (1.0 - math.sqrt(1.0 - variance))
     return 1.0 - mse / baseline if baseline > 0 else np.full_like(mse, math.nan)
 
 
 @dataclass(frozen=True)
 class Controls:
-    """A fixed sample of rows that reconstructions are held against.
+    """A fixed sample of rows that reconstructions are compared with.
 
     rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite, on any device.
-    distinct: float64 [k, d], k <= m: the directions of the sample, those that coincide once.
+    distinct: float64 [k, d], k <= m: the directions of the sample, coinciding ones once.
     Both controls of a row depend on the row, the seed and this sample alone, never on batches.
     """
 
@@ -103,7 +101,7 @@ class Controls:
         return cls(rows[kept], sequences[kept], directions.float(), _distinct(directions), seed)
 
     def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
-        """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if it can."""
+        """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if any."""
         partner = np.array(
             [self._partner(int(a), int(s)) for a, s in zip(rows, sequences, strict=True)], np.int64
         )
@@ -128,9 +126,9 @@ class Controls:
     def rank(self, v: torch.Tensor, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: place of the own vector among the distinct ones of the sample, by nearness to r.
 
-        v, r: [n, d] vectors and their reconstructions. 1 + the vectors at least as near to r, not counting those that
-        coincide with v: rows of one vector rank alike, and a tie of different vectors never counts for the own one.
-        NaN without a direction, and where the sample holds no other vector: there is nothing to find then.
+        v, r: [n, d] vectors and their reconstructions. The rank is 1 + the number of vectors that are at least as near
+        to r and do not coincide with v. Rows of one vector rank alike; a tie counts against the own vector. NaN if v or
+        r has no direction, or if the sample holds no other vector.
         """
         own, read = _directions(v), _directions(r)
         rival = ~_coincide(own @ self.distinct.T)
@@ -141,12 +139,12 @@ class Controls:
 
 
 def _coincide(cos: torch.Tensor) -> torch.Tensor:
-    """bool: unit vectors of these cosines are no further apart than COINCIDENCE."""
+    """bool: whether unit vectors with these cosines are at most COINCIDENCE apart."""
     return 2.0 - 2.0 * cos <= COINCIDENCE**2
 
 
 def _distinct(directions: torch.Tensor) -> torch.Tensor:
-    """The first of the rows, float64 [m, d], and each later one that coincides with none of those taken before."""
+    """The rows of float64 [m, d] that coincide with none of those taken before them."""
     same = _coincide(directions @ directions.T).cpu().numpy()
     taken = np.zeros(len(same), bool)
     for place, others in enumerate(same):

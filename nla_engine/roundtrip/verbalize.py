@@ -1,7 +1,4 @@
-"""AV: vectors -> explanations. A vector takes the place of one token of a fixed prompt, and the model writes on.
-
-Knows nothing of stores or scores.
-"""
+"""AV: vectors -> explanations. A vector replaces one token of a fixed prompt, and the model generates the text."""
 
 from __future__ import annotations
 
@@ -34,9 +31,9 @@ from nla_engine.ops.sampling import Sampling
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 #: Finished explanations that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
-#: Vectors brought to the injection norm together.
+#: Vectors scaled to the injection norm at once.
 _SCALED_AT_ONCE = 256
-#: Explanations are short, so that more lanes than capture's fit: a product costs less a lane.
+#: Explanations are short, so more lanes fit than in capture; a matrix product then costs less per lane.
 _MOST_SLOTS = 1024
 
 
@@ -60,7 +57,7 @@ def parse_explanation(text: str) -> tuple[str, str]:
 
 
 class Verbalizer:
-    """An AV checkpoint, ready to write."""
+    """A loaded AV checkpoint."""
 
     def __init__(self, lm: LanguageModel, sidecar: Sidecar, *, kernels: Kernels = Kernels()) -> None:
         self.lm, self.sidecar, self.kernels = lm, sidecar, kernels
@@ -89,7 +86,7 @@ class Verbalizer:
 
     @property
     def room(self) -> int:
-        """Most tokens of an explanation: the model's positions behind the prompt."""
+        """Most tokens in an explanation: the model's positions after the prompt."""
         return self.lm.max_length - len(self.injection.token_ids)
 
     def fingerprint(self) -> str:
@@ -102,7 +99,7 @@ class Verbalizer:
         return "-".join(parts)
 
     def move(self, device: torch.device) -> None:
-        """Take the weights to another device."""
+        """Move the weights to another device."""
         self.lm.move(device)
 
     @cached_property
@@ -121,8 +118,9 @@ class Verbalizer:
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
-        Their ids are id * samples, + 1 and so on, and name their random numbers; the prompt is read once for all of
-        them. Vectors are scaled here, and must be finite and not zero. Read lazily, some ahead of free slots.
+        Their ids are id * samples, id * samples + 1 and so on, and seed their random numbers. The prompt is read once
+        for all of them. Vectors must be finite and not zero. They are scaled here, and read lazily, some ahead of
+        free slots.
         """
         lm, injection, kernels = self.lm, self.injection, self.kernels
         prefix, tail = injection.prefix, injection.tail
@@ -147,14 +145,14 @@ class Verbalizer:
                     yield Explanation(ended.request.id, text, status, len(ended.generated))
 
     def _written(self, ended: Completion) -> str:
-        """The text of what was generated: special tokens are a part of it, but for the one that ended it."""
+        """The generated text, with special tokens except the one that ended it."""
         ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
         return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def _at_scale(
         self, vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same pairs with scaled vectors on the model's device, some at a time."""
+        """The same pairs with scaled vectors on the model's device, in blocks."""
         pairs = iter(vectors)
         while group := list(islice(pairs, _SCALED_AT_ONCE)):
             block = torch.stack([torch.as_tensor(vector) for _, vector in group]).to(self.lm.device)

@@ -1,4 +1,4 @@
-"""Tables on their way: one process at a time, and nothing of another run ever gets in."""
+"""Unfinished tables: one process at a time, and nothing of another run ever gets in."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(out: Path) -> list[int]:
 
 
 def test_a_second_run_on_one_table_is_refused(tmp_path: Path) -> None:
-    """Two that resumed one table wrote one part twice and joined to rows 0 1 2 3 4 5 5."""
+    """Two runs that resumed one table once wrote a part twice and joined to rows 0 1 2 3 4 5 5."""
     out = tmp_path / "x.parquet"
     with open_table(out) as table:
         table.append(columns(0, 1, 2))
@@ -60,7 +60,7 @@ def test_a_run_whose_table_was_taken_writes_no_more(tmp_path: Path) -> None:
     out = tmp_path / "x.parquet"
     with open_table(out) as first:
         first.append(columns(0, 1))
-        (tmp_path / "x.parquet.parts" / ".nla-writer").unlink()  # as another machine does that thinks it dead
+        (tmp_path / "x.parquet.parts" / ".nla-writer").unlink()  # as a machine that thinks it dead would do
         with open_table(out, resume=True) as second:
             second.append(columns(2))
             with pytest.raises(WriteError, match="deleted or replaced while this process was writing"):
@@ -83,7 +83,7 @@ def test_a_part_that_this_run_did_not_write_is_not_joined(tmp_path: Path) -> Non
 
 
 def test_parts_behind_a_hole_are_never_joined(tmp_path: Path) -> None:
-    """What a kill leaves that fell while parts were being removed: later numbers, and a record or none."""
+    """What a kill leaves while parts are being removed: later numbers, with or without a record."""
     out, parts = tmp_path / "x.parquet", tmp_path / "x.parquet.parts"
     with open_table(out) as table:
         for row in range(4):
@@ -159,7 +159,7 @@ def test_many_at_once_and_killed(tmp_path: Path, rng: np.random.Generator) -> No
 
 
 def test_a_run_that_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -> None:
-    """So what was refused once the models were set up is not in the way of the next try."""
+    """So a run that is refused after the models were set up does not block the next try."""
     out = tmp_path / "x.parquet"
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), open_table(out):
@@ -175,7 +175,7 @@ def test_a_run_that_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -
     with pytest.raises(ZeroDivisionError), open_table(out, overwrite=True):
         raise ZeroDivisionError
     assert rows_of(out) == [0, 1]
-    with open_table(out, resume=True) as table:  # goes on with what is to replace it
+    with open_table(out, resume=True) as table:  # resumes the one that is to replace it
         assert not table.finished and table.done == 0
         table.append(columns(7))
         finish(table)

@@ -175,7 +175,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             run_roundtrip(options(trio, out, **sampled))
         with pytest.raises(RequestError, match="seed was 4, is 5"):
             run_roundtrip(options(trio, out, **{**sampled, "seed": 5}, resume=True))
-    else:  # no part was written: nothing is in the way of a run of any kind
+    else:  # no part was written: nothing blocks another run
         assert not list(tmp_path.glob("x.parquet*"))
     run_roundtrip(options(trio, out, **sampled, resume=True, batch_size=3))
     columns = ["row", "sample", "explanation", "best", "retrieval_rank", "status"]

@@ -205,7 +205,7 @@ def test_following_a_writer_gives_every_row_once(
     summary = run_roundtrip(given, announce=announce)
     thread.join()
     run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "after.parquet", where="position > 0"))
-    controls = ("cos_shuffled", "retrieval_rank")  # of the first rows where the others are not known yet
+    controls = ("cos_shuffled", "retrieval_rank")  # a run that follows samples the first rows
     followed, after = (table(tmp_path / f"{name}.parquet", controls) for name in ("followed", "after"))
     assert followed == after and len(after) == summary.rows == 32
     again = options(pair, tmp_path / "s.zarr", tmp_path / "again.parquet", follow=True, where="position > 0")
@@ -240,7 +240,7 @@ def test_a_writer_that_has_gone_is_told(pair: Path, tmp_path: Path, monkeypatch:
     writer.append(sequence(0))
     writer.close(complete=False)
     given = {"follow": True}
-    with pytest.raises(EngineError, match="the writer has gone without finishing"):
+    with pytest.raises(EngineError, match="the writer ended without finishing"):
         run_roundtrip(options(pair, tmp_path / "s.zarr", tmp_path / "x.parquet", **given))
     with StoreWriter.resume(tmp_path / "s.zarr", options={}) as writer:
         writer.append(sequence(1))
@@ -353,7 +353,7 @@ def test_following_waits_for_a_record_that_later_prompts_have(
 
 
 def test_parts_without_a_record_belong_to_nobody(pair: Path, tmp_path: Path) -> None:
-    """What a kill between the last two steps of `finish` leaves, once the finished table has been moved away."""
+    """A kill between the last two steps of `finish` leaves them, once the finished table has been moved away."""
     store, out = make_store(tmp_path / "s.zarr", 2), tmp_path / "x.parquet"
     parts = tmp_path / "x.parquet.parts"
     parts.mkdir()

@@ -77,7 +77,7 @@ def test_controls_of_a_sample_with_nothing_else_in_it() -> None:
     vector = torch.ones(1, 4)
     alone = Controls.of(np.array([5]), np.array([0]), vector, seed=0)
     assert np.isnan(alone.shuffled(np.array([5]), np.array([0]), vector)).all()
-    assert np.isnan(alone.rank(vector, vector)).all()  # found, but there was nothing else to find
+    assert np.isnan(alone.rank(vector, vector)).all()  # there was nothing else to find
     assert alone.rank(-vector, vector).tolist() == [2.0]
     empty = Controls.of(np.array([5]), np.array([0]), vector * torch.nan, seed=0)
     assert np.isnan(empty.shuffled(np.array([5]), np.array([0]), vector)).all()
@@ -114,7 +114,7 @@ def exact_ranks(sample: np.ndarray, vectors: np.ndarray, read: np.ndarray) -> li
 
 @pytest.mark.parametrize("width", [4, 96])
 def test_ranks_with_ties_equal_exact_arithmetic(width: int, rng) -> None:
-    """Planted: the same vector many times and longer, others by a hair, mirrored, with places swapped, orthogonal."""
+    """Planted: one vector many times, also scaled; almost the same; mirrored; with channels swapped; orthogonal."""
     base = rng.integers(-9, 10, (12, width))
     base[:, 0] = rng.integers(1, 9, 12)
     swapped = base[:3, ::-1]
@@ -134,12 +134,12 @@ def test_ranks_with_ties_equal_exact_arithmetic(width: int, rng) -> None:
     controls = Controls.of(sample, sample, given[0], seed=0)
     wanted = exact_ranks(vectors[sample], vectors, read)
     assert controls.rank(given[1], given[2]).tolist() == pytest.approx(wanted, abs=0, nan_ok=True)
-    some = rng.permutation(len(vectors))[:7]  # no rank depends on its batch
+    some = rng.permutation(len(vectors))[:7]  # ranks do not depend on the batch
     assert controls.rank(given[1][some], given[2][some]).tolist() == [wanted[i] for i in some]
 
 
 def test_rows_of_one_vector_rank_alike(rng) -> None:
-    """64 rows of one vector and 64 others: float32 against float64 gave the former ranks of 1 or 64."""
+    """64 rows of one vector and 64 others: comparing float32 with float64 once ranked the former 1 or 64."""
     one = torch.from_numpy(rng.standard_normal((1, 256)).astype(np.float32))
     others = torch.from_numpy(rng.standard_normal((64, 256)).astype(np.float32))
     vectors, rows = torch.cat([one.expand(64, 256), others]), np.arange(128)
@@ -147,7 +147,7 @@ def test_rows_of_one_vector_rank_alike(rng) -> None:
     assert len(controls.distinct) == 65
     noise = torch.from_numpy(rng.standard_normal((128, 256)).astype(np.float32))
     assert (controls.rank(vectors, vectors + 0.3 * noise) == 1).all()
-    blind = noise[:1].expand(128, 256)  # what is said is the same of every row
+    blind = noise[:1].expand(128, 256)  # every row has the same reconstruction
     ranks = controls.rank(vectors, blind)
     assert len(set(ranks[:64])) == 1
     assert sorted(set(ranks)) == list(range(1, 66))
