@@ -1,7 +1,6 @@
 """Writes the demo checkpoints in the NLA layout: model, tokenizer, `nla_meta.yaml`, `value_head.safetensors`.
 
-Knows the prompt templates of the demo's verbalizer (AV) and reconstructor (AR) and the sidecar's keys. Does
-not know how the weights came about.
+Holds the prompt templates of the demo's verbalizer (AV) and reconstructor (AR) and the sidecar's keys.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ AR_TEMPLATE = "Explanation of one vector: <text>\n{explanation}\n" + AR_SUFFIX
 
 
 def av_prompt_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
-    """Ids of the AV's rendered prompt and the index of the marker in it, which stands exactly once."""
+    """Ids of the AV's rendered prompt and the index of the marker in it. ValueError unless it occurs once."""
     ids = encode(tokenizer, render(tokenizer, AV_TEMPLATE.replace("{injection_char}", MARKER)))
     (marker_id,) = encode(tokenizer, MARKER)
     if ids.count(marker_id) != 1:

@@ -1,7 +1,7 @@
-"""What a text says about numbers: which it names, which it multiplies, which token it claims was read or comes next.
+"""What a text says about numbers: which it names, which it multiplies, which token it says was read or comes next.
 
-Reads model-written, untrusted text of any wording: it searches, never raises, and every length is bounded. Knows
-nothing of models, nor of what is true.
+Reads model-written, untrusted text of any wording: it searches, never raises, and every length is bounded. It does not
+judge whether a claim is true.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# [0-9] and not \d, which also matches other scripts' digits. A letter beside a number makes it a name ("v2", "2nd"); x
-# may be a sign. Decimals are no integers.
+# [0-9], not \d, which also matches other scripts' digits. A letter beside a number makes it a name ("v2", "2nd"), but x
+# may be a sign. Decimals are not integers.
 _INTEGER = (
     r"(?<![0-9])(?<![0-9][.,])(?<![A-WYZa-wyz_])"
     r"([0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})"
@@ -89,7 +89,7 @@ def answer_claims(reply: str) -> list[Number]:
 
 
 def find_answer(reply: str) -> Number | None:
-    """The last result that a reply claims, where it claims it first. None without a claim."""
+    """The last result that a reply claims, at the first place that claims it. None without a claim."""
     claims = answer_claims(reply)
     return next((claim for claim in claims if claim.value == claims[-1].value), None)
 
@@ -99,10 +99,10 @@ def _value(digits: str) -> int:
 
 
 def _tokens_claimed(text: str) -> tuple[frozenset[str], frozenset[str], str]:
-    """Digits said to be read, digits said to come, and the text without claims of a single digit.
+    """Digits said to be read, digits said to come next, and the text without claims about a single digit.
 
-    A quoted number, or one after "token" or "digit", is a claim about a token. It speaks of what comes if a word like
-    "next" stands before it in its sentence (behind the claim before), or "follows" right behind it.
+    A quoted number, or one after "token" or "digit", is a claim about a token. It is about the next token if a word
+    like "next" precedes it in its sentence (after any earlier claim), or "follows" comes right after it.
     """
     reads: set[str] = set()
     nexts: set[str] = set()
@@ -111,11 +111,11 @@ def _tokens_claimed(text: str) -> tuple[frozenset[str], frozenset[str], str]:
         digits = match[1] or match[2]
         lead = re.split(r"[.!?;\n]", text[max(done, match.start() - 120) : match.start()])[-1]
         clause = lead if match[1] else lead + match[0]
-        if not (done and _AND.fullmatch(lead)):  # 'followed by "7" or "8"': as the claim before
+        if not (done and _AND.fullmatch(lead)):  # 'followed by "7" or "8"': like the claim before
             coming = bool(_COMING.search(clause) or _COMING_AFTER.match(text, match.end()))
         (nexts if coming else reads).add(digits)
         kept.append(text[done : match.start()])
-        # "17" may be a number as well. " ; ": what stands around a claim does not become one expression.
+        # "17" may also be a number. " ; " keeps the text around a claim from joining into one expression.
         kept.append(match[0] if len(digits) > 1 and digits[0] != "0" else " ; ")
         done = match.end()
     return frozenset(reads), frozenset(nexts), "".join([*kept, text[done:]])

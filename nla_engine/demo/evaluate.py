@@ -74,7 +74,7 @@ def capture(model: Any, sequences: list[list[int]], layer: int) -> list[torch.Te
     for low in range(0, len(sequences), BATCH):
         part = sequences[low : low + BATCH]
         width = max(map(len, part))
-        # Padding stands on the right: causal attention keeps it away from the real tokens.
+        # Padding is on the right, where causal attention hides it from the real tokens.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=model.device)
         hidden = model(ids, output_hidden_states=True).hidden_states[layer + 1]
         out += [hidden[index, : len(row)].float().cpu() for index, row in enumerate(part)]
@@ -148,7 +148,7 @@ def _share(flags: list[bool]) -> float:
 def evaluate_trio(
     directory: Path, device: torch.device, problem_count: int = 400, seed: int = 0
 ) -> dict[str, object]:
-    """The trio's measured quality on held-out problems; the vectors are those of the base's own replies."""
+    """The trio's measured quality on held-out problems; the vectors come from the base's own replies."""
     base, tokenizer = load_model(directory / "base", device)
     meta = yaml.safe_load((directory / "av" / "nla_meta.yaml").read_text(encoding="utf-8"))
     problems = held_out_problems(problem_count * 4, seed)

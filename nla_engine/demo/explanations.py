@@ -1,7 +1,7 @@
 """Explanations of the demo: writes the target text of a position, and reads facts back out of any text.
 
-Every fact is a function of (problem, position) alone; only the wording varies. Knows nothing of tensors or
-models. The readers take model-written, untrusted text: they search, never raise, and return None.
+Every fact is a function of (problem, position) alone; only the wording varies. The readers take
+model-written, untrusted text: they search, never raise, and return None if they find nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nla_engine.demo.problems import RESULT_NAMES, SIGNS, Problem
 OPEN_TAG, CLOSE_TAG = "<explanation>", "</explanation>"
 WORDINGS = 3
 
-# Special tokens must not stand in an explanation as themselves: they would end or re-frame the AV's turn.
+# Special tokens must not appear literally in an explanation: they would end or re-frame the AV's turn.
 _LABELS = {
     "<|im_start|>": "(start of turn)",
     "<|im_end|>": "(end of turn)",

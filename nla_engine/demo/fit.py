@@ -1,7 +1,4 @@
-"""The training loop shared by the three demo models, and the forward pass over a model's first blocks.
-
-Knows optimiser, schedule and budgets; does not know what the loss means.
-"""
+"""The training loop shared by the three demo models, and the forward pass over a model's first blocks."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ def fit(
     )
     warmup = max(1, min(300, steps // 20))
     start, step, losses = time.perf_counter(), 0, []
-    first_step_end = start  # the first step compiles, which counts neither as time nor as speed
+    first_step_end = start  # the first step compiles: its time is not counted
     while step < steps:
         spent = max(step / steps, (time.perf_counter() - first_step_end) / seconds)
         if spent >= 1:

@@ -1,8 +1,5 @@
 """The problems of the demo models: two operands of 0..99, several phrasings, one reply form per phrasing.
 
-Knows the wording of questions and replies and which operand pairs are held out. Does not know tokens,
-models or explanations.
-
 The split is by unordered pair: if 37 and 46 are held out, neither "37 x 46" nor "46 x 37", in any phrasing
 or operation, is ever shown to the verbalizer and the reconstructor. The base model is trained on all pairs,
 as a real language model has seen the text it is asked about.

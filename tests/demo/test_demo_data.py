@@ -1,4 +1,4 @@
-"""The demo's problems, explanations and tokenizer: seeded, split by unordered pair, facts readable again."""
+"""The demo's problems, explanations and tokenizer: seeded, split by unordered pair, facts can be read back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_problems_are_seeded() -> None:
     assert held_out_problems(50, 3) == held_out_problems(50, 3)
     assert held_out_problems(50, 3) != held_out_problems(50, 4)
     assert len(set(held_out_problems(500, 0))) == 500
-    # The shipped weights hold this split: a change of it would turn held-out problems into seen ones.
+    # The shipped weights were trained with this split: changing it would turn held-out problems into seen ones.
     assert len(held_out_pairs()) == 505
     assert sorted(held_out_pairs())[:3] == [(0, 2), (0, 4), (0, 5)]
 
@@ -165,7 +165,7 @@ def test_rows_of_several_processes_join(tokenizer) -> None:
 
 
 def test_tokenizers_load_in_older_transformers_too(tokenizer, tmp_path: Path) -> None:
-    """A class that all versions have is named, and loads to the same tokenizer here."""
+    """The config names a class that all versions have, and it loads to the same tokenizer here."""
     save_tokenizer(tokenizer, tmp_path / "made")
     for directory in (tmp_path / "made", *(TRIO / role for role in ("base", "av", "ar"))):
         config = json.loads((directory / "tokenizer_config.json").read_text())

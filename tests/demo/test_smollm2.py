@@ -1,4 +1,4 @@
-"""The checkpoint of SmolLM2: made whole or not at all, kept in a cache, and what is said where it cannot be made."""
+"""The checkpoint of SmolLM2: made whole or not at all, kept in a cache, and the errors if it cannot be made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = b"the known weights"
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A recipe that writes WEIGHTS in no time, and a cache of its own. The directories that were written."""
+    """A recipe that writes WEIGHTS in no time, and a cache of its own. Returns the directories written."""
     written = []
 
     def write(source: Path, directory: Path) -> None:
@@ -38,7 +38,7 @@ def test_the_cache_is_made_once_and_again_when_it_is_damaged(recipe: list[Path],
     (directory / smollm2.WEIGHTS).write_bytes(b"other weights")
     assert smollm2.cached() == directory and len(recipe) == 2
     assert (directory / smollm2.WEIGHTS).read_bytes() == WEIGHTS
-    assert list(directory.parent.iterdir()) == [directory]  # nothing half made
+    assert list(directory.parent.iterdir()) == [directory]  # nothing half-made is left
 
 
 def test_of_two_that_make_it_at_once_the_second_takes_what_is_there(
@@ -57,7 +57,7 @@ def test_of_two_that_make_it_at_once_the_second_takes_what_is_there(
 def test_a_directory_in_use_is_left_alone(recipe: list[Path], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(RequestError, match="is there already"):
+        with pytest.raises(RequestError, match="exists and is not empty"):
             smollm2.make(place)
     assert not recipe and (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -85,6 +85,6 @@ def test_other_weights_than_the_known_ones_are_refused(
     except RequestError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(smollm2, "WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(NLAError, match="other weights than the known ones"):
+    with pytest.raises(NLAError, match="does not give the known weights"):
         smollm2.make(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
