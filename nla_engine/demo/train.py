@@ -220,9 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--time-limit", type=float, default=1e9, help="seconds of training, all three together"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default 512, on a CPU 16")
-    parser.add_argument(
-        "--av-from", type=Path, help="continue training the AV of this trio; keep its base and AR"
-    )
+    parser.add_argument("--av-from", type=Path, help="continue the AV of this trio; keep its base and AR")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--eval-problems", type=int, default=400)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Studies: a question put to a model, both stages run on it, answered with numbers, intervals and controls.
+"""Studies: each asks a question of a model, runs both stages, and answers with numbers, intervals and controls.
 
-The modules here are what any study needs. Each study is a folder with its own questions: `multiplication` is the first.
+The modules here serve every study. Each study is a folder with its own questions: `multiplication` is the first.
 """

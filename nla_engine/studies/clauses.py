@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from nla_engine.studies.findings import ALL
 from nla_engine.studies.intervals import Bootstrap, Estimate
 
-#: A number of clauses that fewer explanations have is left out of the table by place of the clause.
+#: The table by clause number leaves out numbers of clauses that a smaller share of explanations has.
 RAREST = 0.05
 
 
@@ -41,9 +41,9 @@ def clause_losses(
     kind_of: Callable[[str], str],
     bootstrap: Bootstrap,
 ) -> tuple[list[Clause], list[Clause]]:
-    """(by the clause's number in its explanation, by what it is about), each for all places and for every one.
+    """(by the clause's number in its explanation, by what it is about), each for all places together and one by one.
 
-    cluster_of: by row. places: all there may be, in reading order. kind_of: what a clause is about.
+    cluster_of: by row. places: all possible ones, in reading order. kind_of: what a clause is about.
     """
     table = pq.read_table(reread).to_pylist()
     whole = {entry["row"]: entry["fve_nrm"] for entry in table if entry["variant"] == "whole"}

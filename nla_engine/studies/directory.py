@@ -1,4 +1,4 @@
-"""The directory of a study: new, resumed, refused, or emptied of what a study writes; and its record of options."""
+"""The directory of a study, created, resumed, refused or emptied; and its record of options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nla_engine.store.lease import Lease
 from nla_engine.store.objects import LOCK_NAME
 from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, write_file_atomically, writing
 
-#: What a study writes into its directory, beside its Markdown file; nothing else there is touched.
+#: What a study writes into its directory, besides its Markdown file. Nothing else there is touched.
 RECORD, PROBLEMS = "study.json", "problems.jsonl"
 STORE, EXPLAINED, SAMPLES, REREAD = "run.zarr", "explained.parquet", "samples.parquet", "reread.parquet"
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
@@ -26,7 +26,7 @@ FREE = {"out", "batch_size", "device", "resume", "overwrite"}
 
 @dataclass(frozen=True)
 class StudyDirectory:
-    """Where one study is written. markdown: the name of its Markdown file. options: all of them, fit for JSON."""
+    """Where one study is written. markdown: the name of its Markdown file. options: all of them, as JSON values."""
 
     out: Path
     markdown: str
@@ -36,7 +36,7 @@ class StudyDirectory:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The directory exists, holds nothing of an older study, and is this process's alone inside the `with`.
+        """Inside the `with`, the directory exists, is locked by this process, and holds no study but a resumed one.
 
         RequestError, with nothing changed, if it cannot be used as asked; StoreError if another run is filling it.
         """
@@ -44,7 +44,7 @@ class StudyDirectory:
         with writing(self.out):
             make_directory(self.out)
         with Lease.of_directory(self.out):
-            if not self._resumes():  # asked again: another run may have just ended
+            if not self._resumes():  # checked again: another run may have just ended
                 self._empty()
                 write_file_atomically(self.out / RECORD, (json.dumps(self._asked, indent=1) + "\n").encode())
             yield
@@ -54,7 +54,7 @@ class StudyDirectory:
         return {key: value for key, value in self.options.items() if key not in FREE}
 
     def _resumes(self) -> bool:
-        """Whether a study is there that is to be resumed. RequestError if the directory cannot be used as asked."""
+        """Whether there is a study to resume. RequestError if the directory cannot be used as asked."""
         out, record = self.out, self.out / RECORD
         if out.exists() and not out.is_dir():
             raise RequestError(f"{out}: a file is in the way; choose another --out")
@@ -84,7 +84,7 @@ class StudyDirectory:
             )
 
     def _empty(self) -> None:
-        """Remove all that a study writes but its record: without that a half-emptied directory would be nobody's."""
+        """Remove all that a study writes except its record, which marks a half-emptied directory as a study's."""
         try:
             for name in (EXPLAINED, SAMPLES, REREAD, PROBLEMS, self.markdown, PAGE):
                 (self.out / name).unlink(missing_ok=True)

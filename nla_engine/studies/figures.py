@@ -1,6 +1,6 @@
-"""Figures of a study, as PNG and SVG. Every point stands with its 95% interval.
+"""Figures of a study, as PNG and SVG. Every point has its 95% interval.
 
-Colours are of Okabe and Ito's palette and every series has a marker of its own, so that no reader depends on colour.
+Colours are from Okabe and Ito's palette, and every series has its own marker, so that no reader depends on colour.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from nla_engine.studies.intervals import Estimate
 
-#: Panels beside each other, at most.
+#: Most panels side by side.
 COLUMNS = 3
 BLUE, VERMILLION, GREY, GREEN = "#0072B2", "#D55E00", "#7a7a7a", "#009E73"
-#: Limits of a share, with room for the points at 0 and 1.
+#: Axis limits of a share, with room for the points at 0 and 1.
 SHARE = (-0.04, 1.04)
 #: A label that the legend leaves out.
 UNNAMED = "_"
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: places from top to bottom, a number to the right. limits: of the number; mark: a line drawn at it."""
+    """One plot: places from top to bottom, values to the right. limits: of the values; mark: where a line is drawn."""
 
     title: str
     unit: str
@@ -46,9 +46,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels over the same places. name: of its files. caption: one sentence. same_scale: of all the numbers.
+    """Panels over the same places. name: of its files. caption: one sentence. same_scale: one scale for all panels.
 
-    places: from top to bottom, and how they are written.
+    places: place -> its label, from top to bottom.
     """
 
     name: str
@@ -120,7 +120,7 @@ def _draw_panel(axes: Any, panel: Panel, places: Sequence[str]) -> None:
         if not known:
             continue
         x = [estimate.value for _, estimate in known]
-        # The point lies in its interval but for rounding: a bar of negative length would be refused.
+        # Rounding may put a point just outside its interval, and matplotlib refuses bars of negative length.
         bars = [
             [max(estimate.value - estimate.low, 0.0) for _, estimate in known],
             [max(estimate.high - estimate.value, 0.0) for _, estimate in known],
@@ -149,10 +149,10 @@ def _draw_panel(axes: Any, panel: Panel, places: Sequence[str]) -> None:
 
 
 def own(points: dict[str, Estimate], label: str = "explanation of the row") -> Series:
-    """The measured points, in the colour that they have in every figure."""
+    """The measured points, in the same colour in every figure."""
     return Series(label, BLUE, "o", points)
 
 
 def shuffled(points: dict[str, Estimate], label: str = "of another problem, same place") -> Series:
-    """Their control."""
+    """Their control, in the same colour in every figure."""
     return Series(label, VERMILLION, "s", points)

@@ -1,6 +1,6 @@
 """What any study measures of its explanations: FVE and retrieval at each place, beside their controls.
 
-Reads what the stages wrote and nothing else, so that numbers can be made again without a model.
+Reads only what the stages wrote, so that numbers can be computed again without a model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from nla_engine.studies.intervals import UNKNOWN, Bootstrap, Estimate, constant
 from nla_engine.studies.reread import WITH_TEXT
 
-#: All rows of interest together; and the place of the rows that are none.
+#: All rows of interest together; and the place of all other rows.
 ALL, ELSEWHERE = "all places", "elsewhere"
-#: Fewer problems, or rows, than this in a group, and nothing is said about the group.
+#: Groups with fewer problems, or rows, are not reported.
 FEWEST = 10
 SCORES = {
     "fve": "FVE",
@@ -31,7 +31,7 @@ SCORES = {
 class Finding:
     """One measure at one place. shuffled: explanations of other clusters at the same place (for retrieval: chance).
 
-    text_only: the same, from explanations at any place. margin: own less shuffled, row by row.
+    text_only: the same, from explanations at any place. margin: own minus shuffled, row by row.
     """
 
     place: str
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One number in two groups of rows. difference: the first less the second."""
+    """One measure in two groups of rows. difference: first minus second."""
 
     place: str
     measure: str
@@ -76,14 +76,14 @@ class ScoredRows:
         return self.place != ELSEWHERE if place == ALL else self.place == place
 
     def places(self, known: Iterable[str]) -> list[str]:
-        """Those of the known places that occur, in their order."""
+        """The known places that occur, in the given order."""
         return [place for place in known if (self.place == place).any()]
 
 
 def load_scored(
     explained: Path, reread: Path, place_of: Mapping[int, str], cluster_of: Mapping[int, str]
 ) -> ScoredRows:
-    """The explained rows, with what was read again of them. place_of: by row; cluster_of: by sequence."""
+    """The explained rows, with the scores of texts read again. place_of: by row; cluster_of: by sequence."""
     names = ["row", "sequence", "explanation", "status", "fve_nrm", "retrieval_rank"]
     table = [e for e in pq.read_table(explained, columns=names).to_pylist() if e["status"] in WITH_TEXT]
     again = pq.read_table(reread, columns=["row", "variant", "fve_nrm", "rank_in_place"]).to_pylist()
@@ -107,7 +107,7 @@ def score_findings(
 ) -> list[Finding]:
     """FVE and both retrievals at one place.
 
-    among: distinct vectors of the retrieval sample; among_in_place: of those of each place.
+    among: distinct vectors in the retrieval sample; among_in_place: in the sample of each place.
     """
     mask = rows.at(place)
     cluster, fve, another = rows.cluster[mask], rows.fve[mask], rows.another[mask]
@@ -135,7 +135,7 @@ def compare(
     *,
     binary: bool,
 ) -> Contrast:
-    """Values [n] where bool `group` [n] holds, against those where it does not. binary: they are 0 or 1."""
+    """Compare values [n] where bool `group` [n] is true with the others. binary: values are 0 or 1."""
     return Contrast(
         place,
         measure,

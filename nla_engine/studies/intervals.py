@@ -1,7 +1,7 @@
-"""Means with 95% intervals, honest about rows that belong together.
+"""Means with 95% intervals that allow for rows that belong together.
 
-A problem gives several rows, and several problems may ask about the same thing. They make one cluster, and whole
-clusters are drawn, not rows. Knows nothing of what is measured.
+A problem gives several rows, and several problems may ask about the same thing. They form one cluster, and the
+bootstrap draws whole clusters, not rows.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Estimate:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def above(self, limit: float) -> bool:
-        """The whole interval lies above."""
+        """Whether the whole interval lies above."""
         return self.known and self.low > limit
 
     def below(self, limit: float) -> bool:
-        """The whole interval lies below."""
+        """Whether the whole interval lies below."""
         return self.known and self.high < limit
 
     def numbers(self) -> list[float | None]:
-        """[value, low, high], rounded; None for what is unknown: fit for JSON."""
+        """[value, low, high] for JSON: rounded; None if unknown."""
         triple = (self.value, self.low, self.high)
         return [round(number, 6) if math.isfinite(number) else None for number in triple]
 
@@ -55,7 +55,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0, 0)
 
 
 def interval_note(clusters: str) -> str:
-    """What a reader must know of the intervals in a table. clusters: what the study draws, such as "questions"."""
+    """What a reader must know about the intervals in a table. clusters: what the study draws, such as "questions"."""
     return (
         f"In brackets: 95% intervals by a bootstrap over {clusters} ({RESAMPLES:,} resamples), or Wilson's where every "
         "value is alike."
@@ -94,10 +94,10 @@ class Bootstrap:
         self._last = np.zeros((0, 0))
 
     def mean(self, values: np.ndarray, clusters: np.ndarray, *, binary: bool = False) -> Estimate:
-        """Mean of values [n] (NaN: not measured, left out) whose clusters are [n].
+        """Mean of values [n] (NaN: not measured, left out) with clusters [n].
 
-        binary: values are 0 or 1. Where all of them are alike, resampling cannot show doubt: Wilson's interval over the
-        number of clusters stands there instead. NaN bounds for fewer than FEWEST_CLUSTERS.
+        binary: values are 0 or 1. If all are equal, resampling shows no spread: Wilson's interval over the number of
+        clusters is used instead. NaN bounds for fewer than FEWEST_CLUSTERS.
         """
         values, clusters = _measured(values, clusters)
         if not len(values):
@@ -115,10 +115,10 @@ class Bootstrap:
     def margin(
         self, values: np.ndarray, control: np.ndarray, clusters: np.ndarray, *, binary: bool = False
     ) -> Estimate:
-        """Mean of values less control, row by row.
+        """Mean of values minus control, row by row.
 
-        binary: where all values are alike, the interval runs from the lower end of `mean(values)` less the upper end of
-        the control's to the other two: wider than needed rather than too narrow.
+        binary: if all values are equal, the interval runs from the low of `mean(values)` minus the control's high to
+        its high minus the control's low: too wide rather than too narrow.
         """
         out = self.mean(values - control, clusters)
         own, other = self.mean(values, clusters, binary=binary), self.mean(control, clusters)
@@ -127,7 +127,7 @@ class Bootstrap:
         return out
 
     def difference(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
-        """Mean of values where bool `group` [n] holds, less the mean where it does not. Clusters may lie in both."""
+        """Mean of values where bool `group` [n] is true, minus the mean of the others. A cluster may lie in both."""
         values, group, index = _finite(values, group, clusters)
         if not group.any() or group.all():
             return UNKNOWN
@@ -137,7 +137,7 @@ class Bootstrap:
         weights = self._weights(size)
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = (weights @ sums[0]) / (weights @ counts[0]) - (weights @ sums[1]) / (weights @ counts[1])
-        drawn = drawn[np.isfinite(drawn)]  # a resample without one of the groups says nothing
+        drawn = drawn[np.isfinite(drawn)]  # resamples that lack one of the groups are dropped
         low, high = np.percentile(drawn, [2.5, 97.5])
         value = float(values[group].mean() - values[~group].mean())
         return Estimate(value, float(low), float(high), len(values), int(size))
@@ -166,7 +166,7 @@ class Bootstrap:
 
     def _weights(self, clusters: int) -> np.ndarray:
         """float64 [resamples, clusters]: how often each cluster is drawn."""
-        if self._last.shape[1] != clusters:  # the next question is most often about as many
+        if self._last.shape[1] != clusters:  # the next call usually has as many
             rng = np.random.default_rng(self.seed)
             shares = np.full(clusters, 1 / clusters)
             self._last = rng.multinomial(clusters, shares, self.resamples).astype(np.float64)
@@ -187,7 +187,7 @@ def _per_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, 
 def _finite(
     values: np.ndarray, group: np.ndarray, clusters: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finite values float64 [n], their bool group [n], and the number of their cluster, from 0 on, int64 [n]."""
+    """Finite values float64 [n], their bool group [n], and the index of their cluster, int64 [n]."""
     keep = np.isfinite(values)
     _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
     return np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep], index

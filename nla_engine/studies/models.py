@@ -1,4 +1,4 @@
-"""Which models a study asks: the bundled ones, or others by name."""
+"""The models of a study: the bundled ones, or others by name."""
 
 from __future__ import annotations
 

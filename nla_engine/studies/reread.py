@@ -1,6 +1,6 @@
 """Reads texts again with the AR: whole explanations, another problem's, and explanations with one clause changed.
 
-What a clause carries is what is lost without it. Removing also changes the text's form, so each clause is also replaced
+A clause carries what is lost without it. Removing also changes the text's form, so each clause is also replaced
 by the same clause of another problem's explanation (form kept, facts wrong), and read alone.
 """
 
@@ -52,7 +52,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[\"“‘'A-Z0-9])")
 
 @dataclass(frozen=True)
 class Explained:
-    """A row of interest with its explanation. cluster: problems of one cluster are one draw (see `intervals`)."""
+    """A row of interest with its explanation. cluster: problems of one cluster are drawn together (see `intervals`)."""
 
     row: int
     sequence: int
@@ -63,7 +63,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Reading:
-    """One text to read again, and the row whose vector it is held against.
+    """One text to read again, and the row whose vector it is compared with.
 
     variant: "whole"; "another" (the whole text of `partner`); "removed", "swapped" or "alone" (clause `unit` of
     `units`, counted from 0). partner: the row that a foreign text came from, or None. clause: the row's own clause.
@@ -82,7 +82,7 @@ class Reading:
 def explained_rows(
     table: Path, place_of: Mapping[int, str], cluster_of: Mapping[int, str]
 ) -> list[Explained]:
-    """The rows of interest that have a text. place_of: by row, those of interest alone; cluster_of: by sequence."""
+    """The rows of interest that have a text. place_of: by row, rows of interest only; cluster_of: by sequence."""
     out = []
     names = ["row", "sequence", "explanation", "status"]
     for part in batches(table, names):
@@ -104,7 +104,7 @@ def clauses(text: str) -> list[str]:
 
 
 def join(text: str, parts: Sequence[str]) -> str:
-    """Clauses put together again as `text` had them: by its own line break, or a space between sentences."""
+    """Clauses joined as `text` had them: by its own line breaks, or by spaces between sentences."""
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) == 1:
         return " ".join(parts)
@@ -112,7 +112,7 @@ def join(text: str, parts: Sequence[str]) -> str:
 
 
 def choose_partners(explained: Sequence[Explained], seed: int) -> dict[int, Explained]:
-    """For each row, one of the same place and another cluster: the next such in a seeded order."""
+    """For each row, one of the same place and another cluster: the next one in a seeded order."""
     out: dict[int, Explained] = {}
     for place in sorted({entry.place for entry in explained}):
         group = [entry for entry in explained if entry.place == place]
@@ -166,8 +166,8 @@ def run_reread(
 ) -> None:
     """Read every text with the AR and score it against its row's vector, into the Parquet file `out`. Resumable.
 
-    variance: Var of fve_nrm. rank_in_place of a whole text: `Controls.rank` among rows of the same place, of at most
-    CONTROL_ROWS; how many distinct vectors that are stands in the metadata.
+    variance: Var of fve_nrm. rank_in_place of a whole text: `Controls.rank` among at most CONTROL_ROWS rows of the same
+    place; the metadata gives the number of distinct vectors.
     """
     digest = hashlib.sha256()
     for reading in readings:

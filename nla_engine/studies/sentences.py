@@ -1,7 +1,7 @@
 """Sentences that any study can write: what its controls show and what they do not, chosen by numbers and intervals.
 
-A sentence that claims a difference is written only where the whole 95% interval lies on one side, and one that claims
-there is none only where there is an interval. Knows no files.
+A difference is claimed only where the whole 95% interval lies on one side. That there is none is claimed only where
+there is an interval.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from nla_engine.studies.findings import ALL, Finding
 from nla_engine.studies.intervals import FEWEST_CLUSTERS, Estimate
 from nla_engine.studies.tables import decimal, show
 
-#: Two kinds of explanation whose FVE differs by less are alike for a reader who looks at one explanation.
+#: Two kinds of explanation whose FVE differs by less look alike to a reader of one explanation.
 LITTLE = 0.1
 
 
 @dataclass(frozen=True)
 class Words:
-    """How a study calls things. clusters: what the intervals draw, such as "questions".
+    """A study's wording. clusters: what the intervals draw, such as "questions".
 
-    places: as they are written. kinds: of clauses, where a sentence writes them otherwise than a table.
+    places: place -> its label. kinds: kind of clause -> its wording in a sentence, where a table's differs.
     """
 
     places: Mapping[str, str]
@@ -32,11 +32,11 @@ class Words:
 
     @property
     def few(self) -> str:
-        """Why a thing cannot be told."""
+        """Why a question stays open."""
         return f"fewer than {FEWEST_CLUSTERS} {self.clusters} give no interval"
 
     def named(self, found: Sequence[Finding]) -> str:
-        """Their places."""
+        """The places of these findings, quoted."""
         return join([f"“{self.places[f.place]}”" for f in found])
 
     def at(self, found: Sequence[Finding], among: Sequence[Finding]) -> str:
@@ -114,7 +114,7 @@ class Words:
         return text
 
     def form(self, by_kind: Sequence[Clause]) -> str:
-        """Where the form of a text matters to the AR, and not what it says. "" where it does not."""
+        """Where the form of a text, not its content, matters to the AR. "" if nowhere."""
         formal = [
             clause
             for clause in by_kind
@@ -150,7 +150,7 @@ def bounded(found: Sequence[Finding]) -> list[Finding]:
 
 
 def split(found: Sequence[Finding], holds: Callable[[Finding], bool]) -> tuple[list[Finding], list[Finding]]:
-    """Those for which it holds, and the others."""
+    """The findings for which `holds` is true, and the others."""
     return [f for f in found if holds(f)], [f for f in found if not holds(f)]
 
 
@@ -162,5 +162,5 @@ def span(found: Sequence[Finding], field: str = "own") -> str:
 
 
 def join(names: Sequence[str]) -> str:
-    """Names in a row: a, b and c."""
+    """Names as a list: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

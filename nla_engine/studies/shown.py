@@ -1,4 +1,4 @@
-"""What any study shows of its findings and its clauses: tables and figures. Computes nothing."""
+"""Tables and figures that any study shows of its findings and clauses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def findings_table(
     title: str,
     note: str,
 ) -> Table:
-    """Measures down, places across. field: of a finding ("own"). places, measures: each with how it is written."""
+    """Measures down, places across. field: of a finding ("own"). places, measures: key -> label."""
     of = {(finding.place, finding.measure): getattr(finding, field) for finding in findings}
     rows: list[tuple[Cell, ...]] = [
         (written, *(of.get((place, measure)) for place in places))
@@ -33,7 +33,7 @@ def findings_table(
 def clauses_table(
     clauses: Sequence[Clause], column: str, places: Mapping[str, str], name: str, title: str, note: str
 ) -> Table:
-    """FVE lost with each clause. column: what stands in the column of the clause. note: on its intervals."""
+    """FVE lost with each clause. column: heading of the clause column. note: about the intervals."""
     return Table(
         name,
         title,
@@ -71,7 +71,7 @@ def points(findings: Sequence[Finding], measure: str, field: str) -> dict[str, E
 
 
 def scores_figure(findings: Sequence[Finding], places: Mapping[str, str], control_vectors: int) -> Figure:
-    """FVE and both retrievals. control_vectors: how many a vector was found among."""
+    """FVE and both retrievals. control_vectors: how many vectors a vector was searched among."""
     panels = [
         Panel(
             "variance explained",
@@ -93,7 +93,7 @@ def scores_figure(findings: Sequence[Finding], places: Mapping[str, str], contro
 
 
 def clauses_figure(by_number: Sequence[Clause], places: Mapping[str, str]) -> Figure | None:
-    """One panel a clause, of explanations with the commonest number of clauses. None without clauses."""
+    """One panel per clause, of explanations with the commonest number of clauses. None without clauses."""
     everywhere = [clause for clause in by_number if clause.place == ALL]
     if not everywhere:
         return None

@@ -1,6 +1,6 @@
 """The model runs of a study, inside its directory: capture, explanations, samples, and texts that the AR reads again.
 
-Each run resumes where it was interrupted. Uses the stages as any caller does.
+Each run resumes where it was interrupted. Calls the stages as any user does.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from nla_engine.studies.directory import EXPLAINED, PROBLEMS, REREAD, SAMPLES, S
 from nla_engine.studies.models import Models
 from nla_engine.studies.reread import Reading, run_reread
 
-#: progress(what is counted) gives a function (done, in all)
+#: progress(what is counted): a context that gives a function (done, in all)
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The runs in the directory `out`. What is there was made with the same options: `StudyDirectory` saw to it."""
+    """The runs in the directory `out`. `StudyDirectory` has checked that the same options made what is there."""
 
     out: Path
     models: Models
@@ -86,7 +86,7 @@ class Stages:
         max_new_tokens: int,
         variance: float | None = None,
     ) -> float:
-        """One greedy explanation of each row (int64 [n], ascending). variance: Var of FVE, if it is given.
+        """One greedy explanation of each row (int64 [n], ascending). variance: Var of FVE, if given.
 
         Returns the Var that was used.
         """
@@ -117,7 +117,7 @@ class Stages:
         )
 
     def reread(self, readings: Sequence[Reading], ar: Reconstructor, *, variance: float) -> None:
-        """Every changed text, read by the AR and scored. variance: that of `explain`."""
+        """Have the AR read every changed text, and score it. variance: that of `explain`."""
         with self.progress("texts") as update:
             run_reread(
                 CaptureStore.open(self.out / STORE),

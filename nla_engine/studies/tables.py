@@ -1,4 +1,4 @@
-"""Tables of a study: as CSV with every digit, as Markdown and HTML for people. Knows nothing of what they hold."""
+"""Tables of a study: as CSV with every digit, as Markdown and HTML for people."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def show(cell: Cell) -> str:
 
 
 def decimal(value: float) -> str:
-    """Two decimals, or three where two would show nothing; a true minus sign."""
+    """Two decimals, or three below 0.095; a true minus sign."""
     text = f"{value:.2f}" if abs(value) >= 0.095 or value == 0 else f"{value:.3f}"
     return ("0" if float(text) == 0 else text).replace("-", "−")
 

@@ -1,4 +1,4 @@
-"""What a reader gets of a study: tables as CSV, one Markdown file, figures, and the page. Computes nothing."""
+"""What a reader gets of a study: tables as CSV, one Markdown file, figures, and the page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Writeup:
     figures: list[Figure]
 
     def write(self, out: Path) -> ReportSummary:
-        """Everything into the directory `out`; files of an earlier run are replaced. WriteError if it cannot be."""
+        """Write everything into the directory `out`, replacing files of an earlier run. WriteError if that fails."""
         try:
             for name in (TABLES, FIGURES):
                 shutil.rmtree(out / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What any study needs is enough for a second one: interrupted at every stage, resumed, refused and overwritten."""
+"""The shared modules are enough for a second study: interrupted at every stage, resumed, refused and overwritten."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = Words(PLACES, "questions", {})
 
 @dataclass(frozen=True)
 class Options:
-    """Of the second study."""
+    """Options of the second study."""
 
     out: Path
     questions: int = 5
@@ -38,7 +38,7 @@ class Options:
 
 
 def run_sums(options: Options, progress: Progress) -> list[Finding]:
-    """The second study: where a reply about a sum starts and ends, does the explanation carry its row?"""
+    """The second study: does an explanation carry its row, where a reply about a sum starts and ends?"""
     out = options.out
     asked = {**asdict(options), "out": str(out)}
     with StudyDirectory(out, "sums.md", asked, options.resume, options.overwrite).opened():
@@ -70,7 +70,7 @@ def run_sums(options: Options, progress: Progress) -> list[Finding]:
 
 
 def progress(stop: str | None = None) -> Progress:
-    """Stops the run, as Ctrl-C does, at the first thing that is counted under this name."""
+    """Stops the run, as Ctrl-C does, when something is first counted under this name."""
 
     def update(counted: str, done: int) -> None:
         if counted == stop and done:

@@ -31,7 +31,7 @@ BOOT = Bootstrap(0, 300)
 
 
 def rows_of(count: int, *, right: float, fooled: float, names_the_wrong: bool) -> Rows:
-    """One row ("first") a problem i: 10+i times 50+i. A share `right` is answered right. A share `fooled`
+    """One row ("first") per problem i: 10+i times 50+i. A share `right` is answered right. A share `fooled`
     is explained with other operands (those answered wrongly, if names_the_wrong); FVE is 0.9, or 0.2 if fooled."""
     correct = np.arange(count) < right * count
     wrong_text = ~correct if names_the_wrong else np.arange(count) % round(1 / fooled) == 0
@@ -159,7 +159,7 @@ def test_agreement_of_planted_samples(tmp_path: Path) -> None:
 
 
 def test_clause_losses_of_planted_scores(tmp_path: Path) -> None:
-    """FVE 0.9 whole; each of two clauses costs another amount; explanations of three are too rare to be shown."""
+    """FVE 0.9 whole; each of two clauses costs a different amount; explanations of three are too rare to show."""
     entries = []
     for row in range(40):
         parts = 3 if row == 0 else 2

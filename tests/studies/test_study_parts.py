@@ -66,14 +66,14 @@ def test_bad_ranges_are_refused(text: str) -> None:
 
 def test_unknown_phrasings_are_refused() -> None:
     assert parse_phrasings("what, much,what") == ("what", "much")
-    with pytest.raises(RequestError, match="'add' is none; choose of what"):
+    with pytest.raises(RequestError, match="'add' is unknown; choose from what"):
         parse_phrasings("what,add")
 
 
 def sequence(
     pieces: list[str | bytes], record: dict[str, object], finish: Finish = Finish.EOS, prompt: int = 2
 ):
-    """A stored sequence of `prompt` prompt tokens and one token for each piece of the reply; and the row positions."""
+    """A stored sequence of `prompt` prompt tokens and one token per piece of the reply; and the row positions."""
     raw = [b"?"] * prompt + [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
     start = np.cumsum([0, *map(len, raw)])
     size = len(raw)
@@ -118,7 +118,7 @@ def test_places_of_single_digits() -> None:
 
 
 def test_places_where_the_answer_opens_the_reply() -> None:
-    """The prompt's last token comes before it. Tokens of three digits; no EOS; the answer stands twice."""
+    """The prompt's last token comes before it. Tokens of three digits; no EOS; the answer occurs twice."""
     found = places(["170", "2", " = 37 × 46, or ", "1702"], Finish.LENGTH)
     assert found == [
         ("before", None, "170"),

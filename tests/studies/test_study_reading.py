@@ -71,7 +71,7 @@ def unbounded(estimate: Estimate) -> Estimate:
 
 
 def test_without_intervals_neither_a_difference_nor_its_absence_is_claimed() -> None:
-    """As from fewer than five operand pairs, whatever the means are."""
+    """From fewer than five operand pairs, whatever the means are."""
     base = outcome()
     findings = [
         replace(
@@ -224,6 +224,6 @@ def test_what_is_shown_is_escaped_and_complete() -> None:
 
 
 def test_readings_of_a_growing_difference_change_once() -> None:
-    """From no margin to a clear one, the claim appears and stays."""
+    """As the margin grows from none to a clear one, the claim appears and stays."""
     claims = ["carry more of their own" in reading(findings=with_margin("fve", m / 100)) for m in range(12)]
     assert claims == sorted(claims) and set(claims) == {False, True}

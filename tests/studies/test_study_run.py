@@ -132,7 +132,7 @@ def test_what_was_read_again_is_what_the_reconstructor_gives(ran: tuple[Path, di
 
 
 def results(out: Path) -> dict[str, str]:
-    """Sums of all that the models made. The store's zarr.json tells when it was opened last."""
+    """Checksums of all that the models made, without the store's zarr.json, which says when it was last opened."""
     every = contents(out / STORE) | contents(out / EXPLAINED) | contents(out / SAMPLES)
     return {name: digest for name, digest in every.items() if not name.endswith("run.zarr/zarr.json")}
 
@@ -159,7 +159,7 @@ def test_resuming_a_finished_study_changes_nothing_but_the_time(
 def test_overwriting_leaves_nothing_of_the_old_study_and_all_else(
     ran: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The new one fails at its models; what the old one wrote is gone by then, the user's own file is not."""
+    """The new one fails at its models. By then the old one's files are gone, but not the user's own file."""
     out = tmp_path / "copy"
     shutil.copytree(ran[0], out)
     (out / "mine.txt").write_text("mine")
@@ -247,7 +247,7 @@ FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
     "one problem": (("--problems", 1), "--problems is 1: it must be 2 or more"),
     "one sample": (("--samples", 1), "--samples is 1: it must be 2 or more, or 0"),
     "cold samples": (("--temperature", 0), "--temperature is 0.0: it must be above 0"),
-    "unknown phrasing": (("--phrasings", "shout"), "'shout' is none; choose of what"),
+    "unknown phrasing": (("--phrasings", "shout"), "'shout' is unknown; choose from what"),
     "unknown split": (("--split", "half"), "--split is 'half'"),
     "unknown rows": (("--rows", "some"), "--rows is 'some'"),
     "both ways": (("--resume", "--overwrite"), "exclude each other"),
@@ -298,7 +298,7 @@ def test_a_model_that_states_no_result_is_no_study(root: Path, tmp_path: Path) -
 
 
 def test_models_that_are_named(tmp_path: Path) -> None:
-    """The bundled ones by their directories, as any others; without samples and without clauses."""
+    """The bundled models, given by their directories; without samples and without clauses."""
     names = [
         part for name in ("base", "av", "ar") for part in (f"--{name.replace('base', 'model')}", TRIO / name)
     ]

@@ -1,4 +1,4 @@
-"""Intervals and measures of studies, against truths from elsewhere: closed forms, plain loops, planted texts."""
+"""Intervals and measures of studies, against independent truths: closed forms, plain loops, planted texts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_bootstrap_mean_is_what_loops_over_clusters_give(rng: np.random.Generato
 
 
 def test_rows_of_one_cluster_are_no_new_evidence(rng: np.random.Generator) -> None:
-    """Every row ten times over must not narrow the interval; and it is the normal theory's for single rows."""
+    """Repeating every row ten times must not narrow the interval. For single rows it is the normal theory's."""
     values = rng.normal(size=400)
     boot = Bootstrap(0)
     once = boot.mean(values, np.arange(400))
@@ -92,7 +92,7 @@ def test_difference_between_groups(rng: np.random.Generator) -> None:
 
 
 def test_intervals_of_a_difference_cover_as_often_as_they_say() -> None:
-    """One of 95% misses the truth in one run of twenty, so it is asked of many, always the same ones."""
+    """One interval of 95% misses the truth in one run of twenty, so many are tried, always the same ones."""
     hits = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ def test_a_partly_true_explanation() -> None:
 
 
 def test_chance_is_the_share_among_texts_of_other_pairs(rng: np.random.Generator) -> None:
-    """Against a plain loop over all pairs of texts and facts, with several texts a cluster and many coincidences."""
+    """Against a plain loop over all pairs of texts and facts, with several texts per cluster and many coincidences."""
     truth, named = [], []
     for _ in range(60):
         a, b = (int(x) for x in rng.integers(2, 6, 2))

@@ -1,4 +1,4 @@
-"""Do several samples of one row's explanation say the same, and is what they agree on true? Reads files alone."""
+"""Do several samples of one row's explanation say the same, and is what they agree on true? Reads files only."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _measure(place: str, rows: list[_Row], bootstrap: Bootstrap) -> Agreement:
 
 
 def _chance(rows: list[_Row]) -> list[float]:
-    """For each row: how often one of its samples and one of another cluster's state the same pair, over all of them."""
+    """For each row: how often one of its samples and one of another cluster's state the same pair, over all such."""
     everywhere: Counter[Pair | None] = Counter()
     by_cluster: dict[str, Counter[Pair | None]] = defaultdict(Counter)
     for row in rows:

@@ -1,6 +1,6 @@
-"""The numbers of the multiplication study: what its replies, explanations and rows say, beside controls.
+"""The numbers of the multiplication study: what its replies, explanations and rows say, with controls.
 
-Reads what the stages wrote and nothing else, so that numbers can be made again without a model.
+Reads only what the stages wrote, so that numbers can be computed again without a model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Rows(ScoredRows):
 
 
 def load_rows(replies: Sequence[Reply], explained: Path, reread: Path) -> Rows:
-    """The explained rows that have a text, with what was read again of them."""
+    """The explained rows that have a text, with the scores of texts read again."""
     scored = load_scored(explained, reread, places_of(replies), clusters_of(replies))
     by_sequence = {reply.sequence: reply for reply in replies}
     owners = [by_sequence[sequence] for sequence in scored.sequence.tolist()]
@@ -95,7 +95,7 @@ def findings(
 ) -> list[Finding]:
     """Every score and every naming measure at every place.
 
-    among: distinct vectors of the retrieval sample; among_in_place: of those of each place.
+    among: distinct vectors in the retrieval sample; among_in_place: in the sample of each place.
     """
     everywhere, _ = rows.index(np.ones(len(rows.row), bool))
     out = []
@@ -124,7 +124,7 @@ def findings(
 
 
 def correctness(rows: Rows, bootstrap: Bootstrap) -> list[Contrast]:
-    """Each measure where the model answered right and where it did not; empty if either group is too small to tell."""
+    """Each measure where the model answered right and where it did not; empty if either group is too small."""
     mask = rows.at(ALL)
     for group in (rows.correct, ~rows.correct):
         if len(np.unique(rows.cluster[mask & group])) < FEWEST:
@@ -146,8 +146,8 @@ def correctness(rows: Rows, bootstrap: Bootstrap) -> list[Contrast]:
 def detection(rows: Rows, bootstrap: Bootstrap) -> list[tuple[Contrast, Estimate]]:
     """FVE of explanations that name the true operands and nothing else, and of those that name another number.
 
-    With each contrast the chance that a sound one has the higher FVE (0.5: FVE cannot tell). Places with fewer than
-    FEWEST of either are left out.
+    With each contrast comes the chance that one of the former has the higher FVE (0.5: FVE cannot tell). Places with
+    fewer than FEWEST of either are left out.
     """
     out = []
     for place in (ALL, *rows.places(PLACES)):
@@ -179,10 +179,10 @@ class Origin:
 
 
 def origins(rows: Rows, bootstrap: Bootstrap) -> list[Origin]:
-    """For true and for other stated pairs; a group with fewer than FEWEST texts is left out.
+    """For true and for other stated pairs. A group with fewer than FEWEST texts is left out.
 
-    A text with other operands but the true product read the product from the vector; one with the product of its own
-    operands may have multiplied by itself.
+    A text with other operands but the true product read the product from the vector. One with the product of its own
+    operands may have computed it.
     """
     groups: dict[str, list[tuple[str, bool, bool]]] = {"true": [], "other": []}
     for i in np.flatnonzero(rows.at(ALL)):

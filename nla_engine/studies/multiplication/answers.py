@@ -1,7 +1,4 @@
-"""Where the answer stands in each reply: which row read its first, its middle, its last digit, and what came after.
-
-Knows stores and replies; does not know explanations.
-"""
+"""Where the answer stands in each reply: which row read its first, its middle, its last digit, and what came after."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from nla_engine.engine.request import Finish
 from nla_engine.store import CaptureStore
 from nla_engine.store.sequences import StoredSequence
 
-#: Places of a row beside the answer, in reading order, and how they are written. "only": an answer of one token.
+#: Places of a row in or beside the answer, in reading order, and their labels. "only": an answer of one token.
 PLACES = {
     "before": "token before",
     "first": "first digit",
@@ -30,7 +27,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Spot:
-    """What a row has to do with the answer. read, coming: digits of the answer token just read, and of the next."""
+    """A row's relation to the answer. read, coming: digits of the answer token just read, and of the next."""
 
     place: str
     read: str | None = None
@@ -41,8 +38,8 @@ class Spot:
 class Reply:
     """One problem's reply. answer: the number it claims, or None. pieces: the texts of the tokens that hold the answer.
 
-    spots: row of the store -> its place. known: numbers that a true text may name: operands, product, every number of
-    the conversation, and at each row (`written`) what has been written of the answer.
+    spots: row of the store -> its place. known: numbers that a true text may name: operands, product and every number
+    of the conversation. written: row -> the answer as written so far, which a text may name too.
     """
 
     sequence: int
@@ -83,7 +80,7 @@ def _read(sequence: StoredSequence, positions: np.ndarray) -> Reply:
     record = dict(sequence.source)
     start, size = sequence.prompt_size, len(sequence.tokens)
     tokens = sequence.tokens[start:]
-    # Bytes that are no UTF-8 keep their number, so that places in the text lead back to tokens.
+    # Bytes that are not UTF-8 survive as surrogates, so that places in the text map back to tokens.
     raw = [sequence.vocabulary.raw(int(token)) for token in tokens]
     reply = b"".join(raw).decode(errors="surrogateescape")
     end_text = raw[-1].decode(errors="surrogateescape") if raw and sequence.finish is Finish.EOS else ""

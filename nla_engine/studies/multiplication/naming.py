@@ -1,7 +1,7 @@
-"""What explanations name, beside what explanations of other problems name: the control that needs no model.
+"""What explanations name, compared with explanations of other problems: the control that needs no model.
 
-Every measure is a set: which texts of an index name the facts of a row. The row's own text is in it or not; the share
-of the texts of other operand pairs that are in it is what naming by chance looks like: all of them, not one draw.
+Every measure is a set: the texts of an index that name the facts of a row. The row's own text is in it or not. The
+share of texts of other operand pairs in it is the level of chance: over all of them, not one draw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nla_engine.demo.claims import Named, read_claims
 from nla_engine.studies.findings import ELSEWHERE
 from nla_engine.studies.multiplication.answers import Reply, Spot
 
-#: Measure -> what it asks of a text. "other" is the one where less is better.
+#: Measure -> what it asks of a text. Only for "other" is less better.
 MEASURES = {
     "operands": "names both true operands",
     "product": "names the true product",
@@ -29,7 +29,7 @@ _TOKEN = re.compile(r"\btokens?\b|\bcomes next\b|\bnext comes\b|\bfollow", re.IG
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of a row. allowed: the numbers that a text may name without naming "another" one."""
+    """What is true of a row. allowed: the numbers that do not count as "other" when a text names them."""
 
     a: int
     b: int
@@ -79,7 +79,7 @@ class TextIndex:
                 self._bare.add(text)
 
     def hits(self, measure: str, facts: Facts) -> set[int] | None:
-        """The texts for which a measure of MEASURES holds, given the facts of one row. None: not defined there."""
+        """The texts for which a measure of MEASURES holds, given the facts of one row. None if not defined there."""
         none: set[int] = set()
         if measure == "operands":
             return self._numbers.get(facts.a, none) & self._numbers.get(facts.b, none)
@@ -101,7 +101,7 @@ class TextIndex:
 
 
 def named_flags(index: TextIndex, facts: Sequence[Facts], measure: str) -> list[float]:
-    """1.0 or 0.0 for each text of an index: does it name the facts of its own row? NaN where that is not defined."""
+    """1.0 or 0.0 for each text of an index: does it name the facts of its own row? NaN if not defined."""
     out = []
     for text, entry in enumerate(facts):
         hits = index.hits(measure, entry)

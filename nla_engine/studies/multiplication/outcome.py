@@ -1,4 +1,4 @@
-"""Everything that the multiplication study found, made from its files. Knows no models, and not how it is shown."""
+"""Everything that the multiplication study found, computed from its files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out. Lists are empty where the rows do not allow an answer; `agreement` also if it was left out."""
+    """The results. A list is empty if the rows do not allow an answer; `agreement` also if it was left out."""
 
     setup: Setup
     problems: int
@@ -68,7 +68,7 @@ class Outcome:
 
     @property
     def places(self) -> dict[str, str]:
-        """The places that were measured, in reading order, and how they are written."""
+        """The places that were measured, in reading order, and their labels."""
         there = {finding.place for finding in self.findings}
         return {place: title for place, title in PLACES.items() if place in there}
 

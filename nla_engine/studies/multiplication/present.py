@@ -1,4 +1,4 @@
-"""What is shown of the multiplication study: its tables, and everything together as a reader gets it."""
+"""What is shown of the multiplication study: its tables, and the whole writeup."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def writeup_of(outcome: Outcome) -> Writeup:
 
 
 def csv_tables(outcome: Outcome) -> list[Table]:
-    """Every number, one fact a line."""
+    """Every number, one fact per line."""
     measures = Table(
         "measures",
         "Every measure at every place",

@@ -1,7 +1,6 @@
 """The multiplications that a study asks: operands from two ranges, in several phrasings, seeded.
 
-Knows the wordings of the demo's questions, which any chat model understands, and the demo's split of operand pairs.
-Knows no models.
+Uses the wordings of the demo's questions, which any chat model understands, and the demo's split of operand pairs.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ class Multiplication:
 def draw_problems(
     count: int, seed: int, a: range, b: range, phrasings: tuple[str, ...] = TIMES_KEYS, split: str = "any"
 ) -> list[Multiplication]:
-    """`count` different problems. No unordered pair comes a second time before every pair came once.
+    """`count` different problems. No unordered pair repeats before every pair has come once.
 
     a, b: the values of the first and second operand. split: "held_out" or "trained" keeps the pairs that the bundled
-    verbalizer and reconstructor never saw, or saw. RequestError if the ranges do not hold so many problems.
+    verbalizer and reconstructor never saw, or saw. RequestError if the ranges hold fewer problems.
     """
     rng = random.Random(seed)
     out: list[Multiplication] = []
@@ -123,7 +122,7 @@ def parse_phrasings(text: str) -> tuple[str, ...]:
     keys = tuple(dict.fromkeys(key.strip() for key in text.split(",")))
     if unknown := [key for key in keys if key not in TIMES_KEYS]:
         raise RequestError(
-            f"--phrasings: {unknown[0]!r} is none; choose of {', '.join(TIMES_KEYS)}, joined by commas"
+            f"--phrasings: {unknown[0]!r} is unknown; choose from {', '.join(TIMES_KEYS)}, joined by commas"
         )
     return keys
 

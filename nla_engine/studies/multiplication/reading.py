@@ -1,7 +1,7 @@
 """The study in words: what its controls show and what they do not, chosen by the measured numbers and intervals.
 
-A sentence that claims a difference is written only where the whole 95% interval lies on one side, and one that claims
-there is none only where there is an interval. Knows no files.
+A difference is claimed only where the whole 95% interval lies on one side. That there is none is claimed only where
+there is an interval.
 """
 
 from __future__ import annotations

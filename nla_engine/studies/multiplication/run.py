@@ -1,4 +1,4 @@
-"""`nla-engine study multiplication`: makes problems, runs both stages, reads texts again, measures, writes it all down.
+"""`nla-engine study multiplication`: makes problems, runs both stages, reads texts again, measures, writes the results.
 
 Every step can be interrupted and resumed.
 """
@@ -34,7 +34,7 @@ from nla_engine.studies.stages import Progress, Stages
 
 @dataclass(frozen=True)
 class MultiplicationSummary:
-    """What came out; its keys are those of `--json`. Estimates are [value, low, high]."""
+    """The results; its keys are those of `--json`. Estimates are [value, low, high]."""
 
     out: str
     problems: int
@@ -135,7 +135,7 @@ def _explain(stages: Stages, replies: list[Reply], options: MultiplicationOption
     stages.announce("2  round trip: rows into words and back")
     variance = stages.explain(rows, av, ar, max_new_tokens=longest, variance=options.variance)
     if options.samples:
-        stages.announce(f"   again, {options.samples} samples a row at temperature {options.temperature:g}")
+        stages.announce(f"   again, {options.samples} samples per row at temperature {options.temperature:g}")
         sampled = _first_answered(replies, options.sampled_problems)
         few = answer_rows[np.isin(store.column("sequence")[answer_rows], sorted(sampled))]
         stages.sample(
