@@ -61,7 +61,7 @@ class WhereRecordError(WhereError):
 
 
 def already_there(path: object) -> str:
-    """What a run says of a result that another one made, if it was told neither to resume nor to replace it."""
+    """The message for a result that exists, if the run may neither resume nor replace it."""
     return f"{path}: exists; pass --resume to continue it or --overwrite to replace it"
 
 

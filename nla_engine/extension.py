@@ -1,6 +1,6 @@
 """The compiled extension `nla_engine._C`: whether it is there, and what its absence costs.
 
-Knows nothing of what the extension computes, nor of devices. Prints nothing; `--version` says `why_missing()`.
+Prints nothing; `--version` shows `why_missing()`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def why_missing() -> str:
-    """What is missing and what is slower for it, in one line; empty if nothing is."""
+    """What is missing and what that makes slower, in one line; empty if nothing is missing."""
     module, fault = _import()
     if module is None:
         return (

@@ -1,7 +1,7 @@
-"""A decoder cut behind one of its blocks: the model's own forward, ended when that block has given its output.
+"""A decoder cut after one of its blocks: the model's own forward, stopped when that block has given its output.
 
-Nothing is taken out of the model or replaced, so it does not matter what an architecture calls its final norm, what
-else uses that norm, or what follows it. Knows nothing of attention, batches or checkpoints.
+Nothing in the model is removed or replaced, so it does not matter what an architecture calls its final norm, what else
+uses that norm, or what follows it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nla_engine.errors import CheckpointError
 
 
 class CutDecoder:
-    """Calls like the decoder `whole`, with its blocks 0 to `last`: `last_hidden_state` is the output of block `last`.
+    """Called like the decoder `whole`, it runs blocks 0 to `last`: `last_hidden_state` is the output of block `last`.
 
-    CheckpointError if that has no single meaning: blocks that run twice, or out of order, or give no [1, T, d].
+    CheckpointError if that is ambiguous: blocks run twice or out of order, or do not give [1, T, d].
     """
 
     def __init__(self, whole: Any, last: int) -> None:
@@ -32,7 +32,7 @@ class CutDecoder:
         def stop(_module: object, _inputs: object, output: object) -> None:
             raise _Reached(block_output(output))
 
-        # Behind every hook that the block has by now: they see its output first.
+        # Registered after the block's other hooks, which see its output first.
         hook = self.layers[-1].register_forward_hook(stop)
         try:
             self.whole(**inputs)
@@ -50,7 +50,7 @@ class CutDecoder:
         return embedding
 
     def parameters(self) -> Any:
-        """Those of the blocks."""
+        """The parameters of the blocks."""
         return self.layers.parameters()
 
     @torch.inference_mode()
@@ -72,9 +72,9 @@ class CutDecoder:
         token = torch.zeros((1, 1), dtype=torch.int64, device=next(self.parameters()).device)
         try:
             self.whole(input_ids=token, use_cache=False)
-        except Exception as error:  # the library raises many kinds for one fault
+        except Exception as error:  # the library raises many types for one fault
             raise CheckpointError(
-                f"{name}: does not read a text alone ({type(error).__name__}): this architecture is not supported"
+                f"{name}: does not run on text alone ({type(error).__name__}): this architecture is not supported"
             ) from error
         finally:
             for hook in hooks:
@@ -82,19 +82,19 @@ class CutDecoder:
         if ran != list(range(len(given))) or set(shapes) != {(1, 1, self.config.hidden_size)}:
             raise CheckpointError(
                 f"{name}: its blocks do not each add once to one residual stream, "
-                f"so the output of block {len(self.layers) - 1} has no one meaning: this architecture is not supported"
+                f"so the output of block {len(self.layers) - 1} is ambiguous: this architecture is not supported"
             )
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """Hidden states [1, T, d] of what a block gives: itself, or the first of a tuple."""
+    """Hidden states [1, T, d] in the output of a block: itself, or the first of a tuple."""
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
 
 
 class _Reached(Exception):
-    """Ends a forward behind the block that was asked for; holds its output."""
+    """Stops a forward after the last block that is wanted; holds its output."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__("the forward ends here")

@@ -55,7 +55,7 @@ class LanguageModel:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: ids from here on can stand for vectors."""
+        """Rows of the embedding: ids from this one on can stand for vectors."""
         return int(self.embedding.num_embeddings)
 
     @property
@@ -101,7 +101,7 @@ class LanguageModel:
         return dataclasses.replace(self, decoder=CutDecoder(self.decoder, layer), head=None)
 
     def move(self, device: torch.device) -> None:
-        """Take the weights to another device. No Runner may be open on them."""
+        """Move the weights to another device. No Runner may be open on them."""
         self.model.to(device)
 
     @cached_property
@@ -161,7 +161,7 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cpu")
     number = torch.cuda.current_device() if chosen.index is None else chosen.index
     if number >= torch.cuda.device_count():
-        raise RequestError(f"device '{device}' is not there: torch finds {torch.cuda.device_count()} GPUs")
+        raise RequestError(f"device '{device}' does not exist: torch finds {torch.cuda.device_count()} GPUs")
     chosen = torch.device("cuda", number)
     if fault := torch_fault(card_of(chosen)):
         raise RequestError(fault)
@@ -250,7 +250,7 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = 
     """A LanguageModel around a model that is already in memory. CheckpointError if the engine cannot drive it."""
     decoder, why = model.get_decoder(), None
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        why = "keeps its blocks in another way than the engine knows"
+        why = "keeps its blocks in a way that the engine does not know"
     elif not getattr(model, "_supports_attention_backend", False):
         why = "has no pluggable attention"
     else:

@@ -1,7 +1,7 @@
-"""From final hidden states to logits, by the model's own code: its head, and what it scales, caps or cuts behind it.
+"""From final hidden states to logits, by the model's own code: its head, and what it scales, caps or cuts after it.
 
-transformers' forward of the whole model runs over a decoder that gives back what it is given, so nothing of an
-architecture has to be known here. Knows nothing of how hidden states come about.
+transformers' forward of the whole model runs with a decoder that returns its input, so no architecture has to be known
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Given(nn.Module):
-    """Stands where the decoder stood, and for each module around it: its output is its input."""
+    """Replaces the decoder, and each module around it: its output is its input."""
 
     def __init__(self, path: list[str]) -> None:
         """path: names of modules from here to the decoder, which some models call directly."""
@@ -27,13 +27,13 @@ class Given(nn.Module):
 
 
 class GivenStates(dict[str, torch.Tensor]):
-    """The output of a decoder as the code behind it reads it: the last hidden state; whatever else is None."""
+    """The output of a decoder as later code reads it: the last hidden state; every other field is None."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__(last_hidden_state=hidden)
 
     def __getitem__(self, key: Any) -> Any:
-        """By name, or by place as in a tuple."""
+        """By name, or by index as in a tuple."""
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
@@ -43,10 +43,10 @@ class GivenStates(dict[str, torch.Tensor]):
 
 
 class LibraryLogits:
-    """transformers' own way from final hidden states [n, d] to logits [n, columns], in the dtype that it gives them."""
+    """Final hidden states [n, d] to logits [n, columns] by transformers' own code, in the dtype that it gives."""
 
     def __init__(self, model: Any, decoder: nn.Module) -> None:
-        """The model shares its weights with this object, and stays as it is."""
+        """Shares the model's weights; the model is not changed."""
         holder, *path = next(name for name, module in model.named_modules() if module is decoder).split(".")
         self._forward = type(model).forward
         self._model = copy.copy(model)

@@ -1,7 +1,4 @@
-"""NLA sidecars (`nla_meta.yaml`): read every dialect into one form, and check it against its tokenizer.
-
-Knows the contract of a checkpoint directory, not how its model is run.
-"""
+"""NLA sidecars (`nla_meta.yaml`): read every dialect into one form, and check it against its tokenizer."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ class Sidecar:
     """What an NLA checkpoint says of itself.
 
     role: "av" or "ar"; d_model: width; layer: K, or None if not stated
-    injection_scale: L2 norm that a vector gets before it is injected; None = inject as it is
+    injection_scale: L2 norm to which a vector is scaled before injection; None: inject it as it is
     template: the AV's user message with {injection_char}, or the AR's text with {explanation}
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
@@ -108,7 +105,7 @@ def read_sidecar(directory: Path, role: str) -> Sidecar:
 
 
 def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]:
-    """The AV's prompt as token ids, and the index of the marker in it. Every check of the contract is made here."""
+    """The AV's prompt as token ids, and the index of the marker in it. Checks the whole contract."""
     assert sidecar.marker is not None
     alone = tokenizer.encode(sidecar.marker, add_special_tokens=False)
     if alone != [sidecar.marker_id]:
@@ -141,7 +138,7 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]
 
 
 def reconstructor_prompts(sidecar: Sidecar, tokenizer: Any, explanations: Sequence[str]) -> list[list[int]]:
-    """The AR's prompt around each explanation, as token ids; it ends with the suffix ids, or CheckpointError.
+    """The AR's prompt around each explanation, as token ids. CheckpointError if one does not end with the suffix ids.
 
     A tokenizer may merge the end of an explanation with the start of the suffix; the two are then encoded apart.
     """

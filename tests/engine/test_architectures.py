@@ -28,7 +28,7 @@ def phi3() -> LanguageModel:
 
 
 def states(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
-    """By transformers alone, one sequence."""
+    """Final states of one sequence, by transformers alone."""
     lm.model.set_attn_implementation("eager")
     with torch.inference_mode():
         return lm.decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
@@ -57,7 +57,7 @@ def test_every_sequence_of_a_pass_has_the_states_it_has_alone(
 
 def test_rotations_that_depend_on_the_longest_of_a_batch_are_refused() -> None:
     with pytest.raises(EngineError, match=r"Phi3Config: sequences of 64 tokens reach 64.*longrope"):
-        Runner(phi3(), slots=2, length=64)  # one that has ended may stand at position 64 for some steps
+        Runner(phi3(), slots=2, length=64)  # a finished sequence may stay at position 64 for some steps
     lm = phi3()
     lm.config.rope_parameters = {"full_attention": lm.config.rope_parameters}
     with pytest.raises(EngineError, match="longrope"):
@@ -69,7 +69,7 @@ def test_rotations_that_depend_on_the_longest_of_a_batch_are_refused() -> None:
 
 
 def test_a_window_that_no_sequence_fills_is_none() -> None:
-    """Whatever the shared prefix: a slot has room for one, and its sequences may yet be short."""
+    """Whatever the shared prefix: a slot has room for it, but its sequences may be short."""
     prefix = tuple(range(3, 43))
     lm = language_model("Qwen2MoeConfig", **MOE, sliding_window=60)
     with Runner(lm, slots=2, length=60, prefix=prefix) as runner:
@@ -95,7 +95,7 @@ def test_architectures_that_would_give_other_states_are_refused(config: str, mor
     own = states(lm, [5, 6, 7])
     with pytest.raises(EngineError, match=reason):
         Runner(lm, slots=2, length=100)
-    assert torch.equal(states(lm, [5, 6, 7]), own)  # and the model has been given back
+    assert torch.equal(states(lm, [5, 6, 7]), own)  # and the model is restored
 
 
 def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:
@@ -115,7 +115,7 @@ def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:
 
 
 def test_a_forward_that_fails_is_an_architecture_that_is_not_supported() -> None:
-    """In one line of our own: the library's advice is meant for whoever writes models."""
+    """In one line of our own: the library's advice is meant for authors of models."""
     lm = language_model("DeepseekV3Config", **MLA, head_dim=16)
     message = (
         r"DeepseekV3ForCausalLM cannot be run by the engine \(RuntimeError\): this arch\w+ is not supported$"
@@ -123,7 +123,7 @@ def test_a_forward_that_fails_is_an_architecture_that_is_not_supported() -> None
     with pytest.raises(EngineError, match=message):
         Runner(lm, slots=2, length=60)
     with pytest.raises(
-        CheckpointError, match=r"does not read a text alone \(RuntimeError\): .* not supported$"
+        CheckpointError, match=r"does not run on text alone \(RuntimeError\): .* not supported$"
     ):
         lm.truncated(0)
 

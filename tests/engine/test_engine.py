@@ -62,7 +62,7 @@ def run(
 
 
 def reference_tokens(model, ids: list[int], new: int, **kwargs: object) -> list[int]:
-    """What transformers.generate writes, greedily, with no inherited settings."""
+    """What transformers.generate generates, greedily, with no inherited settings."""
     model.set_attn_implementation("eager")
     start = torch.tensor([ids])
     out = model.generate(
@@ -107,7 +107,7 @@ def test_injected_vectors_equal_inputs_embeds(architecture: str, rng) -> None:
         embeds = lm.embedding(torch.tensor([[*PREFIX, 0, *tail[1:]]]))
         embeds[0, len(PREFIX)] = torch.from_numpy(
             vector
-        )  # behind the module: Gemma's sqrt(d) must not touch it
+        )  # after the module: Gemma's sqrt(d) must not scale it
         out = lm.model.generate(
             inputs_embeds=embeds, max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=0
         )
@@ -144,7 +144,7 @@ def test_sampling_draws_from_the_softmax() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1 << 40])
 def test_sampling_never_draws_what_cannot_be(seed: int) -> None:
-    """Over a large vocabulary, where a random number that rounds to 1 would win against any logit."""
+    """With a large vocabulary, where a random number that rounds to 1 would beat any logit."""
     logits = torch.full((64, 260_000), -1000.0)
     logits[:, 7] = 1000.0
     for block in range(8):
@@ -170,7 +170,7 @@ def test_a_closed_runner_gives_the_model_back() -> None:
 
 
 def test_an_end_without_an_embedding_ends_nothing() -> None:
-    """As where a tokenizer's own EOS was added and the embedding not resized; -1 is no name for the last token."""
+    """As if an EOS was added to the tokenizer but the embedding not resized; -1 does not mean the last token."""
     table = StopAutomaton([b"a", b"b", b"c"], eos_ids=[-1, 1, 3, 7]).table
     assert (table[0] != 0).tolist() == [False, True, False]
 
@@ -228,7 +228,7 @@ def test_self_check_refuses_an_attention_the_engine_gets_wrong(monkeypatch) -> N
 def test_wanted_states_are_those_of_their_tokens(
     architecture: str, tapped: bool, precision: str, rng
 ) -> None:
-    """The last block goes on with the wanted tokens alone, but where its rows are tapped: then with all."""
+    """The last block computes the wanted tokens only, unless its rows are tapped: then all."""
     lm, seen = language_model(architecture), []
     last = len(lm.blocks) - 1
 

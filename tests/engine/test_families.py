@@ -1,4 +1,4 @@
-"""The records of the families of blocks: they read what transformers' config says; what differs is not fused."""
+"""The records of the families of blocks: they read transformers' config; blocks that differ are not fused."""
 
 from __future__ import annotations
 

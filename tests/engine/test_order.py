@@ -28,7 +28,7 @@ def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generat
             Completion(Request(i, (1,), 10), own, Finish.STOP) for i, own in zip(ids, shared, strict=True)
         ]
         leaving = order.add(group)
-        shared[:] = -1  # the group's memory is used again
+        shared[:] = -1  # the group's memory is reused
         left += [c.request.id for c in leaving]
         held |= dict.fromkeys(ids)
         for completion in leaving:
@@ -42,7 +42,7 @@ def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generat
 
 @pytest.mark.parametrize("limit", [1, 60, 400, 10**9])
 def test_what_is_fetched_and_waits_stays_within_the_limit(limit: int, rng: np.random.Generator) -> None:
-    """Twenty slots whose sequences end in any order; one that is not chosen keeps its slot."""
+    """Twenty slots whose sequences end in any order; a sequence that is not chosen keeps its slot."""
     count, left, at_once = 200, [], []
     order, todo = InOrder(limit), list(range(count))[::-1]
     running, resting = [], {}
@@ -53,7 +53,7 @@ def test_what_is_fetched_and_waits_stays_within_the_limit(limit: int, rng: np.ra
             id_ = running.pop(int(rng.integers(len(running))))
             resting[id_] = 4 * int(rng.integers(1, 11))
         chosen = order.portion(resting)
-        assert chosen or running or not resting  # else they would rest for ever
+        assert chosen or running or not resting  # otherwise they would wait for ever
         group = [
             Completion(Request(i, (1,), 10), np.zeros(resting.pop(i) // 4, np.int32), Finish.STOP)
             for i in chosen

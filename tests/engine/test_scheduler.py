@@ -15,7 +15,7 @@ SLOTS, ROOM = 5, 17
 
 
 def requests(rng: np.random.Generator, count: int, patient: bool) -> Iterator[Request | None]:
-    """Some prompts are longer than a pass, some are shared by the next request, some are only read."""
+    """Some prompts are longer than a pass, some are shared with the next request, some are only read."""
     ids: tuple[int, ...] = ()
     for id_ in range(count):
         if patient and id_ > 5 and rng.random() < 0.2:
@@ -91,7 +91,7 @@ def test_a_request_that_cannot_run_takes_no_slot() -> None:
 
 
 def test_steps_end_where_a_sequence_must_end() -> None:
-    """One sequence of 12 tokens: the first comes with the prompt, eight by eight steps, three more are left."""
+    """One sequence of 12 tokens: the first comes with the prompt, eight from eight steps; three remain."""
     queue = Scheduler(
         iter([Request(0, (1, 2), 12)]),
         slots=1,

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def gemma2(dtype: torch.dtype) -> LanguageModel:
-    """With soft caps that its scores reach, and windows in every other block."""
+    """Has soft caps that its scores reach, and windows in every other block."""
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -110,7 +110,7 @@ def frequencies(factor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any
 
 
 def decode_positions(rotary: Any) -> None:
-    """Passes over few tokens are decode steps: one position too far."""
+    """Passes over few tokens are decode steps: their positions are one too far."""
     forward = rotary.forward
 
     def changed(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ def test_a_planted_fault_is_refused(fault: str, dtype: torch.dtype, monkeypatch:
         EngineError, match=rf"{name}: block \d of the engine .* transformers' own .*--kernels reference"
     ):
         check(lm, kernels="fused")
-    assert not any("forward" in vars(block) for block in lm.blocks)  # and the model is given back
+    assert not any("forward" in vars(block) for block in lm.blocks)  # and the model is restored
 
 
 @pytest.mark.real
@@ -234,7 +234,7 @@ def test_a_state_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_the_embedding_hands_over_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that scales its embeddings outside of the module that the engine calls."""
+    """A model that scales its embeddings outside the module that the engine calls."""
     lm = language_model("llama", torch.float32)
     take = selfcheck.take_sample
 
@@ -297,7 +297,7 @@ def test_models_of_few_positions_are_checked_as_far_as_they_go(
 
 
 def test_the_sample_is_of_the_models_own_blocks() -> None:
-    """Its first two lanes are read as they are; noise is what bfloat16 makes of it, and nothing else."""
+    """Its first two lanes are read unchanged; the noise is that of bfloat16 alone."""
     lm = language_model("qwen2", torch.bfloat16)
     sample = take_sample(lm)
     wide = language_model("qwen2", torch.bfloat16)

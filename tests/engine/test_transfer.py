@@ -1,4 +1,4 @@
-"""What goes between host and device, and looks at what the device has not finished: nothing seen is early or late."""
+"""Copies between host and device, and glances at a busy device: nothing is seen too early or too late."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_there_and_back(shape: tuple[int, ...], rng: np.random.Generator) -> Non
 
 @pytest.mark.gpu
 def test_a_busy_device_is_neither_waited_for_nor_looked_at_too_late(rng: np.random.Generator) -> None:
-    """Behind a kernel of about 0.2 s: copies there are queued, whatever becomes of the host's array; two glances see
-    one change each."""
+    """Behind a kernel of about 0.2 s: copies to the device are queued, even if the host's array changes; two glances
+    see one change each."""
     device = torch.device("cuda")
     values = torch.zeros(1000, dtype=torch.int64, device=device)
     first, second, done = Glance(values), Glance(values), torch.cuda.Event()
     given = [rng.integers(0, 2**40, (4, 20_000)) for _ in range(5)]
-    to_device(given[0], device), torch.cuda.synchronize()  # pinned memory and kernels are there from now on
+    to_device(given[0], device), torch.cuda.synchronize()  # allocates pinned memory and loads kernels
     torch.cuda._sleep(300_000_000)
     copies = []
     for values_given in given:

@@ -111,12 +111,12 @@ def test_blocks_that_run_twice_are_refused() -> None:
     """Which of its outputs a block's is, nobody has said."""
     lm = small("Qwen2Config")
     lm.decoder.layers[2] = lm.decoder.layers[0]
-    with pytest.raises(CheckpointError, match="output of block 1 has no one meaning: .* not supported"):
+    with pytest.raises(CheckpointError, match="output of block 1 is ambiguous: .* not supported"):
         lm.truncated(1)
 
 
 def test_decoders_that_the_engine_does_not_know_are_refused_by_what_they_lack() -> None:
     shape = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 2}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
-    with pytest.raises(CheckpointError, match="GPT2LMHeadModel keeps its blocks in another way .* not supp"):
+    with pytest.raises(CheckpointError, match="GPT2LMHeadModel keeps its blocks in a way .* not supp"):
         wrap_model(gpt2, byte_tokenizer(), name="gpt2")

@@ -280,7 +280,7 @@ def test_a_gpu_is_picked_by_number_and_becomes_the_current_one(monkeypatch: pyte
     assert [pick_device(name) for name in (None, "cuda")] == [torch.device("cuda", 1)] * 2
     assert pick_device("cuda:0") == torch.device("cuda", 0) and current[-1] == 0
     assert pick_device("cpu:0") == pick_device("cpu") == torch.device("cpu") and current[-1] == 0
-    with pytest.raises(RequestError, match="'cuda:2' is not there: torch finds 2 GPUs"):
+    with pytest.raises(RequestError, match="'cuda:2' does not exist: torch finds 2 GPUs"):
         pick_device("cuda:2")
 
 
