@@ -60,13 +60,13 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def capture(root: Path, out: Path | str, **changes: object) -> list[object]:
-    """A capture command into `out`. changes: options instead of these; None leaves one out, True is a flag."""
+    """A capture command into `out`. changes: options to replace; None leaves one out, True is a flag."""
     options = {"prompts": root / "prompts.jsonl", "layer": LAYER, "out": out, "max_new_tokens": 4}
     return ["capture", root / "base", *flags({**options, "device": "cpu", **changes})]
 
 
 def roundtrip(root: Path, out: Path, store: Path | None = None, **changes: object) -> list[object]:
-    """A round-trip command into `out`, of the store that `root` holds if no other is given."""
+    """A round-trip command into `out`, of the store in `root` unless another is given."""
     options = {"av": root / "av", "ar": root / "ar", "out": out, "max_new_tokens": 8, "device": "cpu"}
     return ["roundtrip", store or root / "run.zarr", *flags({**options, **changes})]
 
@@ -80,7 +80,7 @@ def flags(options: dict[str, object]) -> list[object]:
 
 
 def check_refused(ran: Ran, message: str, code: int = 2) -> None:
-    """One line, which says what `message` (a pattern) says; nothing on stdout."""
+    """Check the exit code, one line on stderr that matches the pattern `message`, and nothing on stdout."""
     lines = ran.err.splitlines()
     assert ran.code == code, ran.err
     assert len(lines) == 1 and lines[0].startswith("error: "), ran.err

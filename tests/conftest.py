@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Open = Callable[..., "Page"]
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, children too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit an ignored one
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
 
 
@@ -75,7 +75,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real.cached()
     except RequestError as error:
         pytest.skip(str(error))
-    except OSError:  # no place for a cache
+    except OSError:  # no writable cache
         directory = tmp_path_factory.mktemp("real") / "smollm2"
         real.make(directory)
         return directory
@@ -122,7 +122,7 @@ def browser() -> Iterator["Browser"]:
 
 @pytest.fixture
 def open_page(browser: "Browser") -> Iterator[Open]:
-    """open_page(file, "#row=1", size, scheme): the page, shown. Complaints and requests fail the test at its end."""
+    """open_page(file, "#row=1", size, scheme): the page, shown. Complaints and requests fail the test when it ends."""
     complaints, contexts = [], []
 
     def open_(

@@ -12,7 +12,7 @@ import torch
 from nla_engine.codec.rows import Codec, bf16_bits, exact_rows, hadamard_matrix, ordinary_rows
 from nla_engine.ops.encode import RowStage
 
-#: name, device, and for kernels on a CPU the multiprocessors played: up to 16 rows for each have a CTA of their own.
+#: name, device, and for kernels on a CPU the number of multiprocessors: up to 16 rows for each get their own CTA.
 NUMBA = pytest.param(("numba", "cpu", 0), id="numba")
 CUDA = [
     pytest.param(("cuda", "cpu", 1), id="cuda-on-cpu"),
@@ -74,12 +74,12 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def one_nan(exact: np.ndarray) -> np.ndarray:
-    """bfloat16 bits with every NaN the same: the payload of a float16 NaN is the processor's own affair."""
+    """bfloat16 bits with every NaN the same: the payload of a float16 NaN depends on the processor."""
     return np.where((exact & 0x7FFF) > 0x7F80, 0x7FC0, exact)
 
 
 def same_norm(got: np.ndarray, want: np.ndarray) -> None:
-    """At most one unit in the last place apart: the order of a float64 sum is free."""
+    """At most one unit in the last place apart: the order of a float64 sum may differ."""
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     finite = ~np.isnan(want)
     apart = np.abs(bits(got)[finite].astype(np.int64) - bits(want)[finite].astype(np.int64))
@@ -87,7 +87,7 @@ def same_norm(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def sums_on_tensor_cores(name: str, codec: Codec, hidden: torch.Tensor) -> bool:
-    """Whether the rotation may round in an order of its own (see nla_engine/codec/rows.py)."""
+    """Whether the rotation may round in another order (see nla_engine/codec/rows.py)."""
     return name == "cuda" and codec.name == "int8" and codec.block == 128 and hidden.dtype != torch.float32
 
 
@@ -114,7 +114,7 @@ def check_definition(codec: Codec, rows: np.ndarray, norm: np.ndarray, codes: np
 def check_stage(
     stage: RowStage, hidden: torch.Tensor, dest: np.ndarray, sink_norm: float = SINK_NORM, *, name: str
 ) -> None:
-    """What `stage`, poisoned before, must hold after `hidden` went to `dest` by the implementation `name`."""
+    """Check `stage`, poisoned before, after the implementation `name` has encoded `hidden` into the rows `dest`."""
     codec, stage = stage.codec, on_host(stage)
     chosen = dest >= 0
     rows = hidden.cpu().float().numpy()[chosen]
@@ -123,7 +123,7 @@ def check_stage(
     same_norm(stage.norm.numpy()[places], want.norm)
     agree = bits(stage.norm.numpy()[places]) == bits(
         want.norm
-    )  # another norm is another scale: compare where equal
+    )  # other norms give other scales: compare where equal
     agree |= np.isnan(want.norm)
     assert agree.mean() > 0.9
     codes = stage.codes.numpy().view(codec.code_dtype)

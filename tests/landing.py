@@ -1,6 +1,6 @@
-"""Load the checkpoint DIRECTORY as onto a GPU, with undeclared packages hidden: `python landing.py DIRECTORY`.
+"""Load the checkpoint DIRECTORY as if onto a GPU, with undeclared packages hidden: `python landing.py DIRECTORY`.
 
-The GPU's part is played by this machine's memory: a weight that arrives is copied there once. Prints the model's
+This machine's memory stands in for the GPU's: each weight is copied there once. Prints the model's
 fingerprint; fails unless every weight has arrived.
 """
 
@@ -16,7 +16,7 @@ from nla_engine.models.load import load_model  # noqa: E402
 
 
 class Device:
-    """Of a type that is no CPU's."""
+    """A device whose type is not the CPU's."""
 
     type = "cuda"
 

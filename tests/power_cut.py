@@ -1,6 +1,6 @@
 """What a disk may hold after a power cut, worked out from a log of the calls that changed it (see syscalls.c).
 
-The promise of POSIX and no more: bytes last once their file was synced, names once their directory was. What was not
+Only what POSIX promises: bytes last once their file was synced, names once their directory was. What was not
 synced may be there, be missing, or be there in part; a name whose directory is missing is missing.
 """
 
@@ -28,7 +28,7 @@ def build_library(folder: Path) -> Path:
 
 
 def watch(folder: Path, log: Path, fail_after: int = -1, error: int = 0) -> None:
-    """In a process with the library: write down what happens below folder, and fail one call (see syscalls.c)."""
+    """In a process with the library: log what happens below folder, and fail one call (see syscalls.c)."""
     arguments = [
         ctypes.c_char_p(bytes(folder)),
         ctypes.c_char_p(bytes(log)),
@@ -39,13 +39,13 @@ def watch(folder: Path, log: Path, fail_after: int = -1, error: int = 0) -> None
 
 
 def note(text: str) -> None:
-    """In a process with the library: a line of one's own in the log."""
+    """In a process with the library: add a line to the log."""
     ctypes.CDLL(None).note(ctypes.c_char_p(text.encode()))
 
 
 @dataclass
 class File:
-    """contents: as running processes see them. synced: what is certain. written: the rest, by write."""
+    """synced: bytes certain to last. written: the bytes after them, one entry per write."""
 
     synced: bytes = b""
     written: list[bytes] = field(default_factory=list)
@@ -53,7 +53,7 @@ class File:
 
 @dataclass
 class Directory:
-    """names: as running processes see them. synced: those that are certain. changes: (name, node or None) since."""
+    """names: as running processes see them. synced: those certain to last. changes: (name, node or None) since."""
 
     names: dict[str, File | Directory] = field(default_factory=dict)
     synced: dict[str, File | Directory] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Disk:
     def after_power_cut(self, kept: str, rng: np.random.Generator) -> dict[str, bytes | None]:
         """Contents by path (None for a directory) when power fails now.
 
-        kept: of what was not synced "nothing", "everything", or "some": any names, and the beginning of files.
+        kept: what lasts of what was not synced: "nothing", "everything", or "some" (any names, the beginning of files).
         """
         return dict(_survivors(self.root, "", kept, rng))
 
@@ -151,8 +151,8 @@ def _survivors(
 
 
 def lay_out(contents: dict[str, bytes | None], folder: Path, held: dict[str, bytes | None]) -> None:
-    """Put such contents on a real disk, where folder holds `held`; only what differs is touched."""
-    for path in sorted(held, reverse=True):  # what lies in a directory goes before it
+    """Write such contents into `folder`, which holds `held`. Only what differs is touched."""
+    for path in sorted(held, reverse=True):  # the contents of a directory go before it
         if path not in contents:
             (folder / path).rmdir() if held[path] is None else (folder / path).unlink()
     for path, data in contents.items():

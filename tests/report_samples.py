@@ -164,7 +164,7 @@ def large_run(directory: Path, rows: int, tokens: int = 50, words: int = 100) ->
     dictionary = [
         "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size)) for size in rng.integers(2, 11, 4000)
     ]
-    frequency = 1 / np.arange(1, len(dictionary) + 1)  # as words of a language have it
+    frequency = 1 / np.arange(1, len(dictionary) + 1)  # as in natural language
     frequency /= frequency.sum()
     names = [f" {word}" for word in dictionary[:500]]
     sequences = []

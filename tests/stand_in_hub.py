@@ -1,4 +1,4 @@
-"""A Hugging Face Hub for tests: repositories in memory, served on loopback; what was asked for is written down."""
+"""A Hugging Face Hub for tests: repositories in memory, served on loopback; it records what was asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from nla_engine.models.hub import find
 
 SMALL = {"config.json": b"{}", "tokenizer.json": b"[1]", "model.safetensors": b"weights" * 1000}
-#: What repositories carry along, and no one here reads.
+#: Files that repositories carry and nothing here reads.
 BALLAST = {
     "README.md": b"# A model",
     ".gitattributes": b"*",
@@ -38,7 +38,7 @@ BALLAST = {
     "original/tokenizer.model": b"again",
     "images/plot.png": b"png",
 }
-#: Files of these endings are kept beside git, as the Hub does: their ETag is their sha256.
+#: Files with these endings are stored outside git, as on the Hub: their ETag is their sha256.
 LARGE = (".safetensors", ".bin")
 
 
@@ -50,7 +50,7 @@ class Repository:
     commit: str = ""
     gated: bool = False
     fault: tuple[int, str, str] | None = None
-    #: A path whose connection breaks after so many bytes, each time until the count is used up.
+    #: path -> (bytes after which its connection breaks, how many times it breaks)
     breaks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,10 +83,10 @@ class Handler(BaseHTTPRequestHandler):
     """The routes that fetching a model takes."""
 
     hub: Hub
-    protocol_version = "HTTP/1.0"  # a connection for each request: none is left when the Hub is gone
+    protocol_version = "HTTP/1.0"  # one connection per request: none is left when the Hub stops
 
     def log_message(self, *_: object) -> None:
-        """Nothing: `asked` tells more."""
+        """Log nothing: `asked` tells more."""
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "", "no such route")
 
     def find(self, name: str, revision: str) -> Repository | None:
-        """The repository at its one commit; else the Hub's refusal is sent."""
+        """The repository at its one commit; otherwise sends the Hub's refusal."""
         repository = self.hub.repositories.get(name)
         if repository is None:
             self.refuse(404, "RepoNotFound", "Repository not found")
@@ -216,12 +216,12 @@ def serve() -> Iterator[Hub]:
 
 
 def forget(hub: Hub) -> None:
-    """As in a new process."""
+    """Forget what this process knows of the Hub, as a new process would."""
     find._commits.clear()
     hub.asked.clear()
 
 
 def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cable is out."""
+    """Make the Hub unreachable."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     forget(hub)

@@ -1,4 +1,4 @@
-"""The compiled extension: checksums, shards, errors, and that the package lives without it."""
+"""The compiled extension: checksums, shards, errors, and that the package works without it."""
 
 import errno
 import importlib
@@ -51,7 +51,7 @@ def sharded(path: Path, shape: tuple[int, int], dtype: str) -> zarr.Array:
 
 
 def image(data: np.ndarray) -> tuple[np.ndarray, int, int, int]:
-    """The arguments of seal_shard and write_shard for data [n, d] as chunks of 8 rows, 4 a shard."""
+    """The arguments of seal_shard and write_shard for data [n, d] as chunks of 8 rows, 4 per shard."""
     chunk = 8 * data[0].nbytes
     out = np.full(4 * (chunk + 4) + 4 * 16 + 4, 0xAB, np.uint8)
     for i in range(0, len(data), 8):
@@ -104,7 +104,7 @@ def test_python_gives_the_same_bytes(tmp_path, rng, monkeypatch, rows):
         shard = shards.ShardImage(spec)
         shard.put([(0, data)])
         shard.seal(32)
-        shard.put([(0, data[:rows])])  # used again: the old rows behind must not show
+        shard.put([(0, data[:rows])])  # reused: the old rows after these must not show
         contents.append(shard.seal(rows).tobytes())
         shard.write(tmp_path / str(native) / "0", rows)
         contents.append((tmp_path / str(native) / "0").read_bytes())
@@ -114,7 +114,7 @@ def test_python_gives_the_same_bytes(tmp_path, rng, monkeypatch, rows):
 
 @built
 def test_rows_lie_where_they_belong(rng, monkeypatch):
-    """Pieces of any size at any row, in any order: both ways against one plain array; what none covers stays."""
+    """Pieces of any size at any row, in any order: both ways against one plain array; uncovered rows are unchanged."""
     spec = ArraySpec("a", np.dtype("<f2"), ("row", "channel"), "rows", 8, 32, (3,))
     for _ in range(20):
         edges = np.unique(rng.integers(0, 33, 12))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.real
 LAYERS = (0, 10, 20, 29)
 NEW = 24
 TEMPERATURE = 1.5
-#: Requests to the model whose greedy replies do not hang on rounding: the best token leads by 0.02 or more.
+#: Requests whose greedy replies do not depend on rounding: the best token leads by 0.02 or more.
 #: Two end by themselves within NEW tokens; the story makes the batch ragged.
 QUESTIONS = (
     "Compare a steam engine with the game of chess: one thing they share, one in which they differ.",
@@ -65,7 +65,7 @@ def model(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def lm(smollm2: Path, tokenizer: Any) -> LanguageModel:
-    """Modules of their own: the engine plugs its attention in."""
+    """A separate copy of the model: the engine replaces its attention."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     return wrap_model(model, tokenizer, name=str(smollm2))
 
@@ -126,7 +126,7 @@ def test_the_checkpoint_is_the_released_model(smollm2: Path, tokenizer: Any) -> 
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    # Runs of spaces stay together before a number, as every digit is taken out first.
+    # Runs of spaces stay together before a number, as every digit is split off first.
     assert tokenizer.tokenize("a   1234 b") == ["a", "ĠĠĠ", "1", "2", "3", "4", "Ġb"]
     text = "Grüße, 東京 🙂\n\n\tdon't  <|im_end|> 3.14"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -203,7 +203,7 @@ MEAN = {"int8": 0.0056, "int4": 0.09, "bf16": 0.0}
 
 
 def check_exact(got: np.ndarray, want: np.ndarray) -> None:
-    """Rows kept exactly are the float32 rows in bfloat16, bit for bit but where a sum in another order rounds over."""
+    """Rows kept exactly are the float32 rows in bfloat16, equal except where sums in another order round differently."""
     apart = np.abs(bf16_bits(got).astype(np.int32) - bf16_bits(want).astype(np.int32))
     assert apart.max(initial=0) <= 1 and np.count_nonzero(apart) <= 0.02 * apart.size
 

@@ -33,7 +33,7 @@ D = 64
 #: A chat template that prints its messages, and one that also asks for the time.
 PRINTS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 DATED = "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y %H:%M:%S') }}\n{% endif %}" + PRINTS
-#: Of the configurations that `language_model` makes; MOE and MLA: what such architectures ask for beside it.
+#: The configuration of `language_model`; MOE and MLA: what such architectures need besides it.
 SHAPE = {
     "vocab_size": 259,
     "hidden_size": 64,
@@ -66,7 +66,7 @@ MLA = {
 
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte, two ChatML tokens, the marker."""
+    """One token per byte, two ChatML tokens, the marker."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -111,7 +111,7 @@ def tiny_config(architecture: str, layers: int = 4, vocab: int = 259) -> Any:
 
 
 def tiny_model(architecture: str, layers: int = 4, seed: int = 0) -> Any:
-    """A float32 causal LM whose weights are large enough for its argmax not to hang on rounding."""
+    """A float32 causal LM whose weights are so large that its argmax does not depend on rounding."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, layers)).float().eval()
     with torch.no_grad():
