@@ -1,19 +1,26 @@
-"""The options of each stage: one frozen dataclass per stage, checked on construction; the command line is made from it.
-
-A field's metadata holds its help text, its check, and what the command line needs.
-"""
+"""The options of each stage: one frozen dataclass per stage. The command line is made from them."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
+from nla_engine.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    AT_LEAST_2,
+    Must,
+    Options,
+    check_local,
+    named_values,
+    one_of,
+    option,
+    whole_numbers,
+)
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
@@ -22,98 +29,19 @@ KERNELS = ("auto", "fused", "reference")
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
+#: Ways for a vector to enter an AV that can be named.
+INJECTIONS = ("replace",)
+#: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
+SCALES = ("raw", "none", "sqrt_d_model")
 POSITIONS = ("generated", "prompt", "all", "last")
 
 
-@dataclass(frozen=True)
-class Must:
-    """What the value of an option must be: the test, and the words of the error."""
-
-    holds: Callable[[Any], bool]
-    be: str
-
-
-AT_LEAST_0 = Must(lambda value: value >= 0, "0 or more")
-AT_LEAST_1 = Must(lambda value: value >= 1, "1 or more")
-AT_LEAST_2 = Must(lambda value: value >= 2, "2 or more")
-
-
-def one_of(names: tuple[str, ...], words: str | None = None) -> Must:
-    """The value is one of these names. words: how the error lists them."""
-    return Must(lambda value: value in names, words or f"one of {', '.join(names)}")
-
-
-def option(
-    help: str,
-    default: Any = ...,
-    *,
-    must: Must | None = None,
-    excludes: str | None = None,
-    argument: bool = False,
-    flags: str | None = None,
-    typed: Any = None,
-    parse: Callable[[str, Any], Any] | None = None,
-) -> Any:
-    """A dataclass field with all that its check and the command line need.
-
-    must: checked on construction; None passes where None is the default
-    excludes: another option that cannot be given with this one
-    argument: it is an argument on the command line, not an option
-    flags: its names on the command line, if not `--` followed by the field's name
-    typed: its type on the command line, if that is not the field's type
-    parse: turns the field's name and the value from the command line into the field's value
-    """
-    metadata = {
-        "help": help,
-        "must": must,
-        "excludes": excludes,
-        "argument": argument,
-        "flags": flags,
-        "typed": typed,
-        "parse": parse,
-    }
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
-
-
-def flag(name: str) -> str:
-    """A field's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def check_local(*paths: Path) -> None:
-    """RequestError if one of them is a URL. Path drops one of its slashes, so it would name a directory `s3:`."""
-    for path in paths:
-        if re.match(r"[a-z0-9]+:/", str(path)):
-            url = str(path).replace(":/", "://", 1)
-            raise RequestError(f"{url}: this has to be on a local disk, not on an object store")
-
-
-def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
-    """Numbers, given one by one or joined by commas."""
+def is_scale(value: str) -> bool:
+    """Whether a text is an injection scale: a positive number, or a word of SCALES."""
     try:
-        return tuple(int(number) for words in given for number in words.split(","))
+        return value in SCALES or 0 < float(value) < math.inf
     except ValueError:
-        raise RequestError(
-            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
-        ) from None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Base: runs the checks in the metadata of the fields, and gives a JSON-able form."""
-
-    def __post_init__(self) -> None:
-        for about in fields(self):
-            name, value, must = about.name, getattr(self, about.name), about.metadata["must"]
-            if must and not (value is None and about.default is None) and not must.holds(value):
-                given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-                raise RequestError(f"{flag(name)} is {given}: it must be {must.be}")
-            other = about.metadata["excludes"]
-            if other and value and getattr(self, other):
-                raise RequestError(f"{flag(name)} and {flag(other)} exclude each other")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return False
 
 
 # Options that several stages have: each is written once.
@@ -269,6 +197,22 @@ class RoundtripOptions(Options):
     max_new_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
     variance: float | None = _variance(
         "Var of fve_nrm, such as a published training value. [default: measured on the store's rows]"
+    )
+    injection_scale: str | None = option(
+        "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
+        None,
+        must=Must(is_scale, f"a positive number or one of {', '.join(SCALES)}"),
+    )
+    injection: str | None = option(
+        "How vectors enter the AV where its sidecar does not say: replace (the marker's embedding).",
+        None,
+        must=one_of(INJECTIONS),
+    )
+    template_value: tuple[tuple[str, str], ...] = option(
+        "Value of a further hole in the sidecars' templates, as depth_pct=57. Repeat for several.",
+        (),
+        typed=list[str],
+        parse=named_values,
     )
     batch_size: int | None = _batch_size("Explanations generated at once.")
     follow: bool = option("Follow a store that is still being written, until its writer has finished.", False)

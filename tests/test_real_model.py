@@ -203,7 +203,7 @@ MEAN = {"int8": 0.0056, "int4": 0.09, "bf16": 0.0}
 
 
 def check_exact(got: np.ndarray, want: np.ndarray) -> None:
-    """Rows kept exactly are the float32 rows in bfloat16, equal except where sums in another order round differently."""
+    """Rows kept exactly are the float32 rows in bfloat16, but where sums in another order round differently."""
     apart = np.abs(bf16_bits(got).astype(np.int32) - bf16_bits(want).astype(np.int32))
     assert apart.max(initial=0) <= 1 and np.count_nonzero(apart) <= 0.02 * apart.size
 

@@ -15,9 +15,9 @@ import typer
 
 from nla_engine.cli.output import Json, progress_bar, say
 from nla_engine.cli.streams import watch_streams
-from nla_engine.config import Options, flag
 from nla_engine.errors import NLAError
 from nla_engine.models import hub
+from nla_engine.options import Options, flag
 
 app = typer.Typer(
     name="nla-engine",

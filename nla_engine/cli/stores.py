@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nla_engine.cli.app import app
 from nla_engine.cli.output import Json, finish, print_json, progress_bar, results
-from nla_engine.config import check_local
+from nla_engine.options import check_local
 
 if TYPE_CHECKING:
     from nla_engine.store.care.verify import Check

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import yaml
 
+from nla_engine.config import SCALES, is_scale
 from nla_engine.errors import CheckpointError
+from nla_engine.models.template import split_template
 
 SIDECAR = "nla_meta.yaml"
 VALUE_HEAD = "value_head.safetensors"
+KINDS = ("nla_model", "nla_dataset")
 _ROLES = {"av": "av", "actor": "av", "verbalizer": "av", "ar": "ar", "critic": "ar", "reconstructor": "ar"}
 _TEMPLATE_NAMES = {"av": ("av", "actor", "verbalizer"), "ar": ("ar", "critic", "reconstructor")}
+#: Where the layer is told. The last two name K, whatever their word says.
 _LAYER_KEYS = (
     "extraction_layer_index",
     "extraction.layer_index",
@@ -26,15 +30,27 @@ _LAYER_KEYS = (
     "critic.num_hidden_layers",
     "ar.num_hidden_layers",
 )
+#: All that is known of how a vector enters, by section. Another key that speaks of it is another way to enter.
+_INJECTION_KEYS = {
+    "": set(),
+    "extraction": {"injection_scale"},
+    "tokens": {
+        "injection_char",
+        "injection_token_id",
+        "injection_left_neighbor_id",
+        "injection_right_neighbor_id",
+    },
+}
+_REPLACE = "pass --injection replace if they take the place of the marker's embedding"
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What an NLA checkpoint says of itself.
+    """What an NLA checkpoint says of itself, with what was given beside it.
 
     role: "av" or "ar"; d_model: width; layer: K, or None if not stated
     injection_scale: L2 norm to which a vector is scaled before injection; None: inject it as it is
-    template: the AV's user message with {injection_char}, or the AR's text with {explanation}
+    template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
     """
@@ -44,7 +60,7 @@ class Sidecar:
     d_model: int
     layer: int | None
     injection_scale: float | None
-    template: str
+    template: tuple[str, str]
     marker: str | None
     marker_id: int | None
     left_id: int | None
@@ -56,43 +72,59 @@ class Sidecar:
         return hashlib.sha256(repr(replace(self, path=Path())).encode()).hexdigest()[:16]
 
 
-def read_sidecar(directory: Path, role: str) -> Sidecar:
-    """Read `directory`/nla_meta.yaml as the sidecar of an "av" or "ar". CheckpointError names file and fault."""
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a checkpoint whose sidecar does not: it comes before what the sidecar says.
+
+    scale: a number as text, or one of SCALES; injection: "replace"; values: of the holes in a template
+    """
+
+    scale: str | None = None
+    injection: str | None = None
+    values: tuple[tuple[str, str], ...] = ()
+
+
+def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
+    """Read `directory`/nla_meta.yaml as the sidecar of an "av" or "ar". CheckpointError names file and fault.
+
+    Nothing is guessed: what is unknown or missing is refused, unless `given` says it.
+    """
     path = directory / SIDECAR
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing; {directory} is not an NLA checkpoint: give the directory of an AV or AR"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path}: cannot be read as YAML ({reason}): mend it or fetch the checkpoint again"
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a mapping of keys to values")
-    found = _ROLES.get(str(_get(data, "role")).lower())
+    data = _read_yaml(path)
+    kind = data.get("kind")
+    if kind is not None and kind not in KINDS:
+        raise CheckpointError(f"{path}: kind is {kind!r}, which is none of {', '.join(KINDS)}")
+    told = _get(data, "role")
+    found = role if told is None else _ROLES.get(str(told).lower())
     if found is None:
-        raise CheckpointError(f"{path}: role {_get(data, 'role')!r} is none of {', '.join(_ROLES)}")
+        raise CheckpointError(f"{path}: role {told!r} is none of {', '.join(_ROLES)}")
     if found != role:
         raise CheckpointError(
             f"{directory}: is an {found.upper()} checkpoint, but was given as the {role.upper()}; swap --av and --ar?"
         )
-    d_model = _integer(path, data, "d_model", "extraction.d_model")
+    d_model = _agreed(path, data, "d_model", "extraction.d_model")
     if d_model is None or d_model < 1:
         raise CheckpointError(f"{path}: d_model is missing or not a positive integer")
+    norm = _get(data, "extraction.norm")
+    if norm not in (None, "none"):
+        raise CheckpointError(
+            f"{path}: extraction.norm is {norm!r}: only vectors as they were captured (none) are supported"
+        )
+    layer = _agreed(path, data, *_LAYER_KEYS)
     marker = _get(data, "tokens.injection_char")
     suffix = _get(data, "tokens.critic_suffix_ids") or _get(data, "tokens.ar_suffix_ids") or []
     if not isinstance(suffix, list) or not all(_is_int(id_) for id_ in suffix):
         raise CheckpointError(f"{path}: tokens.critic_suffix_ids is not a list of token ids")
+    if role == "av":
+        _check_injection(path, data, kind, given)
+    values = dict(given.values) | ({} if layer is None else {"layer": str(layer)})
     sidecar = Sidecar(
         path=path,
         role=role,
         d_model=d_model,
-        layer=_layer(path, data),
-        injection_scale=_injection_scale(path, data, d_model),
-        template=_template(path, data, role),
+        layer=layer,
+        injection_scale=_injection_scale(path, data, d_model, given) if role == "av" else None,
+        template=_template(path, data, role, values, None if marker is None else str(marker)),
         marker=None if marker is None else str(marker),
         marker_id=_integer(path, data, "tokens.injection_token_id"),
         left_id=_integer(path, data, "tokens.injection_left_neighbor_id"),
@@ -104,6 +136,23 @@ def read_sidecar(directory: Path, role: str) -> Sidecar:
     return sidecar
 
 
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: missing; {path.parent} is not an NLA checkpoint: give the directory of an AV or AR"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: cannot be read as YAML ({reason}): mend it or fetch the checkpoint again"
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a mapping of keys to values")
+    return data
+
+
 def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]:
     """The AV's prompt as token ids, and the index of the marker in it. Checks the whole contract."""
     assert sidecar.marker is not None
@@ -113,7 +162,7 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]
             f"{sidecar.path}: the marker {sidecar.marker!r} must encode to the one id {sidecar.marker_id}, "
             f"but this tokenizer gives {alone}; the tokenizer and the sidecar do not belong together"
         )
-    message = sidecar.template.replace("{injection_char}", sidecar.marker)
+    message = sidecar.marker.join(sidecar.template)
     text = message
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
@@ -142,8 +191,7 @@ def reconstructor_prompts(sidecar: Sidecar, tokenizer: Any, explanations: Sequen
 
     A tokenizer may merge the end of an explanation with the start of the suffix; the two are then encoded apart.
     """
-    # plain replacement: explanations contain braces
-    texts = [sidecar.template.replace("{explanation}", explanation) for explanation in explanations]
+    texts = [explanation.join(sidecar.template) for explanation in explanations]
     prompts: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else []
     suffix = list(sidecar.suffix_ids)
     for number, ids in enumerate(prompts if suffix else []):
@@ -212,34 +260,69 @@ def _integer(path: Path, data: dict[str, Any], *keys: str) -> int | None:
     return None
 
 
-def _layer(path: Path, data: dict[str, Any]) -> int | None:
-    return _integer(path, data, *_LAYER_KEYS)
+def _agreed(path: Path, data: dict[str, Any], *keys: str) -> int | None:
+    """The number that all of these keys that are there name. CheckpointError if two of them differ."""
+    found = {key: number for key in keys if (number := _integer(path, data, key)) is not None}
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{key} {number}" for key, number in found.items())
+        raise CheckpointError(f"{path}: tells two different numbers ({told}): correct the wrong one")
+    return next(iter(found.values()), None)
 
 
-def _injection_scale(path: Path, data: dict[str, Any], d_model: int) -> float | None:
-    value = _get(data, "extraction.injection_scale")
-    if value is None or value == "raw":
+def _check_injection(path: Path, data: dict[str, Any], kind: object, given: Given) -> None:
+    """CheckpointError unless the vector is known to take the place of the marker's embedding."""
+    if given.injection == "replace":
+        return
+    for section, known in _INJECTION_KEYS.items():
+        there = _get(data, section) if section else data
+        for key in there if isinstance(there, dict) else ():
+            if "inject" in str(key).lower() and key not in known:
+                name = ".".join(filter(None, (section, str(key))))
+                raise CheckpointError(
+                    f"{path}: {name} is not known, and may change how vectors enter: {_REPLACE}"
+                )
+    if kind == "nla_dataset":
+        raise CheckpointError(
+            f"{path}: is a data set's sidecar (kind: nla_dataset), which does not say how vectors enter: {_REPLACE}"
+        )
+
+
+def _injection_scale(path: Path, data: dict[str, Any], d_model: int, given: Given) -> float | None:
+    """The norm that vectors are brought to, None for as they are."""
+    name, value = "extraction.injection_scale", _get(data, "extraction.injection_scale")
+    if given.scale is not None:
+        name, value = "--injection-scale", given.scale
+    if value is None:
+        raise CheckpointError(
+            f"{path}: extraction.injection_scale is missing: pass --injection-scale with the norm that this AV was "
+            "trained on, or raw if its vectors enter as they are"
+        )
+    if value in ("raw", "none"):
         return None
     if value == "sqrt_d_model":
         return math.sqrt(d_model)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (math.isfinite(value) and value > 0)
-    ):
-        raise CheckpointError(f"{path}: extraction.injection_scale is {value!r}, not a positive number")
+    if isinstance(value, bool) or not is_scale(str(value)):
+        raise CheckpointError(
+            f"{path}: {name} is {value!r}, not a positive number or one of {', '.join(SCALES)}"
+        )
     return float(value)
 
 
-def _template(path: Path, data: dict[str, Any], role: str) -> str:
+def _template(
+    path: Path, data: dict[str, Any], role: str, values: dict[str, str], marker: str | None
+) -> tuple[str, str]:
     names = _TEMPLATE_NAMES[role]
-    hole = "{injection_char}" if role == "av" else "{explanation}"
     for name in names:
         template = _get(data, f"prompt_templates.{name}")
-        if template is not None:
-            if not isinstance(template, str) or template.count(hole) != 1:
-                raise CheckpointError(
-                    f"{path}: prompt_templates.{name} must be a text that holds {hole} once"
-                )
-            return template
+        if template is None or template == "":
+            continue
+        key = f"{path}: prompt_templates.{name}"
+        if not isinstance(template, str):
+            raise CheckpointError(f"{key} is not a text")
+        try:
+            if role == "av":
+                return split_template(template, "injection_char", values, marker)
+            return split_template(template, "explanation", values)
+        except ValueError as error:
+            raise CheckpointError(f"{key} {error}") from None
     raise CheckpointError(f"{path}: prompt_templates.{names[0]} is missing")

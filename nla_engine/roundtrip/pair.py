@@ -18,7 +18,7 @@ from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.checkpoint import CONFIG, read_json, weight_paths
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import pick_device, pick_dtype
-from nla_engine.models.sidecar import VALUE_HEAD
+from nla_engine.models.sidecar import VALUE_HEAD, Given
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -71,6 +71,11 @@ def load_pair(
         announce(line)
     remote_code = options.trust_remote_code
     kernels = Kernels(options.kernels, options.precision)
+    said = Given(options.injection_scale, options.injection, options.template_value)
+    if said != Given() and (verbalizer or reconstructor):
+        raise RequestError(
+            "--injection, --injection-scale and --template-value are for models that are loaded here"
+        )
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
             raise RequestError(f"a given model has {model.kernels}, the options ask for {kernels}")
@@ -94,6 +99,7 @@ def load_pair(
         "dtype": dtype,
         "remote_code": remote_code,
         "kernels": kernels,
+        "given": said,
     }
     verbalizer = verbalizer or Verbalizer.load(options.av, **how)
     reconstructor = reconstructor or Reconstructor.load(options.ar, **how)

@@ -14,7 +14,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import LanguageModel, load_model
-from nla_engine.models.sidecar import Sidecar, read_sidecar, read_value_head, reconstructor_prompts
+from nla_engine.models.sidecar import Given, Sidecar, read_sidecar, read_value_head, reconstructor_prompts
 from nla_engine.ops.backends import Kernels
 
 #: Most prompts, and most tokens, in one packed pass.
@@ -60,10 +60,11 @@ class Reconstructor:
         dtype: torch.dtype,
         remote_code: bool = False,
         kernels: Kernels = Kernels(),
+        given: Given = Given(),
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         directory = find_directory(name, remote_code=remote_code)
-        sidecar = read_sidecar(directory, "ar")
+        sidecar = read_sidecar(directory, "ar", given)
         weight, bias = read_value_head(directory, sidecar.d_model)
         lm = load_model(
             name, device=device, dtype=dtype, directory=directory, headless=True, remote_code=remote_code

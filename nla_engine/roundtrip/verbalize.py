@@ -23,7 +23,7 @@ from nla_engine.errors import CheckpointError
 from nla_engine.models.chat import reads_clock
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import LanguageModel, load_model
-from nla_engine.models.sidecar import Sidecar, read_sidecar, verbalizer_prompt
+from nla_engine.models.sidecar import Given, Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
@@ -77,10 +77,11 @@ class Verbalizer:
         dtype: torch.dtype,
         remote_code: bool = False,
         kernels: Kernels = Kernels(),
+        given: Given = Given(),
     ) -> Verbalizer:
         """From a directory or Hub id. CheckpointError names what is wrong with it."""
         directory = find_directory(name, remote_code=remote_code)
-        sidecar = read_sidecar(directory, "av")
+        sidecar = read_sidecar(directory, "av", given)
         lm = load_model(name, device=device, dtype=dtype, directory=directory, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels)
 

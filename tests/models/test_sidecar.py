@@ -15,19 +15,26 @@ from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, sav
 from nla_engine.errors import CheckpointError, NLAError, RequestError
 from nla_engine.models import load as models
 from nla_engine.models.load import load_model, pick_device, pick_dtype
-from nla_engine.models.sidecar import read_sidecar, reconstructor_prompts, verbalizer_prompt
+from nla_engine.models.sidecar import Given, read_sidecar, reconstructor_prompts, verbalizer_prompt
 from nla_engine.ops.cards import Card
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 TOKENS = {"injection_char": MARKER, "injection_token_id": 258}
-AV = {"role": "av", "d_model": D, "tokens": TOKENS, "prompt_templates": {"av": "x {injection_char} y"}}
+AV = {
+    "kind": "nla_model",
+    "role": "av",
+    "d_model": D,
+    "extraction": {"injection_scale": 150},
+    "tokens": TOKENS,
+    "prompt_templates": {"av": "x {injection_char} y"},
+}
 AR = {"role": "ar", "d_model": D, "prompt_templates": {"ar": "x {explanation} y"}}
 
 
-def read(tmp_path: Path, sidecar: dict[str, Any], role: str) -> Any:
-    return read_sidecar(write_sidecar(tmp_path, sidecar), role)
+def read(tmp_path: Path, sidecar: dict[str, Any], role: str, **given: Any) -> Any:
+    return read_sidecar(write_sidecar(tmp_path, sidecar), role, Given(**given))
 
 
 @pytest.mark.parametrize(("word", "role"), [("av", "av"), ("actor", "av"), ("ar", "ar"), ("critic", "ar")])
@@ -65,18 +72,14 @@ def test_a_prompt_that_changes_with_the_day_is_part_of_the_fingerprint(tmp_path:
 
 @pytest.mark.parametrize("name", ["av", "actor", "verbalizer"])
 def test_av_template_names(tmp_path: Path, name: str) -> None:
-    assert (
-        read(tmp_path, {**AV, "prompt_templates": {name: "t {injection_char}"}}, "av").template
-        == "t {injection_char}"
-    )
+    sidecar = {**AV, "prompt_templates": {"av": "", name: "t {injection_char}"}}  # an empty one is none
+    assert read(tmp_path, sidecar, "av").template == ("t ", "")
 
 
 @pytest.mark.parametrize("name", ["ar", "critic", "reconstructor"])
 def test_ar_template_names(tmp_path: Path, name: str) -> None:
-    assert (
-        read(tmp_path, {**AR, "prompt_templates": {name: "t {explanation}"}}, "ar").template
-        == "t {explanation}"
-    )
+    sidecar = {**AR, "prompt_templates": {name: "t {explanation}"}}
+    assert read(tmp_path, sidecar, "ar").template == ("t ", "")
 
 
 @pytest.mark.parametrize(
@@ -95,10 +98,80 @@ def test_layer_dialects(tmp_path: Path, entry: dict[str, Any], layer: int | None
 
 @pytest.mark.parametrize(
     ("scale", "expected"),
-    [(150, 150.0), (80000.0, 80000.0), (None, None), ("raw", None), ("sqrt_d_model", math.sqrt(D))],
+    [
+        (150, 150.0),
+        (80000.0, 80000.0),
+        ("150", 150.0),
+        ("8e4", 80000.0),
+        ("raw", None),
+        ("none", None),
+        ("sqrt_d_model", math.sqrt(D)),
+    ],
 )
 def test_injection_scales(tmp_path: Path, scale: Any, expected: float | None) -> None:
     assert read(tmp_path, {**AV, "extraction": {"injection_scale": scale}}, "av").injection_scale == expected
+
+
+@pytest.mark.parametrize("extraction", [{}, {"injection_scale": None}, None])
+def test_an_av_without_a_scale_is_refused_unless_it_is_given(tmp_path: Path, extraction: Any) -> None:
+    """null, too: the reference writes raw for vectors that enter as they are."""
+    sidecar = {**AV, "extraction": extraction}
+    with pytest.raises(CheckpointError, match="injection_scale is missing: pass --injection-scale"):
+        read(tmp_path, sidecar, "av")
+    for scale, expected in (("150", 150.0), ("raw", None), ("sqrt_d_model", math.sqrt(D))):
+        assert read(tmp_path, sidecar, "av", scale=scale).injection_scale == expected
+    with pytest.raises(
+        CheckpointError, match="--injection-scale is 'loud', not a positive number or one of raw"
+    ):
+        read(tmp_path, sidecar, "av", scale="loud")
+    assert read(tmp_path, AV, "av", scale="7").injection_scale == 7, "what is given comes first"
+
+
+def test_what_is_given_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    found = [
+        read(tmp_path, AV, "av", **given).fingerprint() for given in ({}, {"scale": "150"}, {"scale": "raw"})
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_dataset_sidecar_says_neither_the_role_nor_how_vectors_enter(tmp_path: Path) -> None:
+    av = {key: value for key, value in AV.items() if key not in ("role", "d_model")}
+    av |= {"kind": "nla_dataset", "extraction": {"d_model": D, "norm": "none", "injection_scale": 150}}
+    with pytest.raises(
+        CheckpointError, match="nla_dataset.*does not say how vectors enter.*--injection replace"
+    ):
+        read(tmp_path, av, "av")
+    assert read(tmp_path, av, "av", injection="replace").role == "av"
+    assert read(tmp_path, {**AR, "role": None, "kind": "nla_dataset"}, "ar").role == "ar"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"injection": "add"},
+        {"injection_layer": 1},
+        {"extraction": {"injection_scale": 150, "injection_mode": "add"}},
+        {"tokens": {**TOKENS, "injection_count": 4}},
+    ],
+)
+def test_other_ways_for_a_vector_to_enter_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(
+        CheckpointError, match="injection_?[a-z]* is not known, and may change how vectors enter"
+    ):
+        read(tmp_path, {**AV, **change}, "av")
+    read(tmp_path, {**AV, **change}, "av", injection="replace")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"extraction_layer_index": 20, "critic": {"extraction_layer_index": 21}},
+        {"extraction": {"layer_index": 20}, "ar": {"num_hidden_layers": 21}},
+    ],
+)
+def test_two_places_that_disagree_about_the_layer_are_refused(tmp_path: Path, places: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"two different numbers \(.*20.*21\)"):
+        read(tmp_path, {**AR, **places}, "ar")
 
 
 def test_width_of_a_dataset_sidecar(tmp_path: Path) -> None:
@@ -112,13 +185,16 @@ def test_width_of_a_dataset_sidecar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "role", "message"),
     [
+        ({"kind": "nla_adapter"}, "av", "kind is 'nla_adapter', which is none of nla_model, nla_dataset"),
+        ({"extraction": {"injection_scale": 9, "norm": "whitened_zca"}}, "av", "norm is 'whitened_zca'"),
+        ({"extraction": {"injection_scale": 9, "d_model": D + 1}}, "av", "two different numbers"),
         ({"role": "judge"}, "av", "role 'judge' is none of"),
         ({"role": "ar"}, "av", "is an AR checkpoint, but was given as the AV"),
         ({"d_model": None}, "av", "d_model is missing"),
         ({"d_model": "wide"}, "av", "d_model is 'wide', not an integer"),
         ({"tokens": {}}, "av", "injection_char or tokens.injection_token_id is missing"),
         ({"prompt_templates": {}}, "av", "prompt_templates.av is missing"),
-        ({"prompt_templates": {"av": "no hole"}}, "av", "holds {injection_char} once"),
+        ({"prompt_templates": {"av": ""}}, "av", "prompt_templates.av is missing"),
         ({"extraction": {"injection_scale": -1}}, "av", "not a positive number"),
         ({"extraction": {"injection_scale": float("nan")}}, "av", "not a positive number"),
         ({"tokens": {**TOKENS, "critic_suffix_ids": "abc"}}, "av", "not a list of token ids"),

@@ -20,9 +20,9 @@ from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import has_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
 
-_TEMPLATE = "<text>{explanation}</text> <i>"
+_TEMPLATE = ("<text>", "</text> <i>")
 #: Tokens of the template around the explanation; with the 120 that an AV writes, 140.
-AROUND = len(_TEMPLATE.replace("{explanation}", ""))
+AROUND = len("".join(_TEMPLATE))
 _BRIEF_TEXTS = 256
 
 

@@ -1,0 +1,112 @@
+"""What an option is: a dataclass field with its help, its check, and what the command line needs. Knows no stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nla_engine.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Must:
+    """What the value of an option must be: the test, and the words of the error."""
+
+    holds: Callable[[Any], bool]
+    be: str
+
+
+AT_LEAST_0 = Must(lambda value: value >= 0, "0 or more")
+AT_LEAST_1 = Must(lambda value: value >= 1, "1 or more")
+AT_LEAST_2 = Must(lambda value: value >= 2, "2 or more")
+
+
+def one_of(names: tuple[str, ...], words: str | None = None) -> Must:
+    """The value is one of these names. words: how the error lists them."""
+    return Must(lambda value: value in names, words or f"one of {', '.join(names)}")
+
+
+def option(
+    help: str,
+    default: Any = ...,
+    *,
+    must: Must | None = None,
+    excludes: str | None = None,
+    argument: bool = False,
+    flags: str | None = None,
+    typed: Any = None,
+    parse: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A dataclass field with all that its check and the command line need.
+
+    must: checked on construction; None passes where None is the default
+    excludes: another option that cannot be given with this one
+    argument: it is an argument on the command line, not an option
+    flags: its names on the command line, if not `--` followed by the field's name
+    typed: its type on the command line, if that is not the field's type
+    parse: turns the field's name and the value from the command line into the field's value
+    """
+    metadata = {
+        "help": help,
+        "must": must,
+        "excludes": excludes,
+        "argument": argument,
+        "flags": flags,
+        "typed": typed,
+        "parse": parse,
+    }
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """A field's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_local(*paths: Path) -> None:
+    """RequestError if one of them is a URL. Path drops one of its slashes, so it would name a directory `s3:`."""
+    for path in paths:
+        if re.match(r"[a-z0-9]+:/", str(path)):
+            url = str(path).replace(":/", "://", 1)
+            raise RequestError(f"{url}: this has to be on a local disk, not on an object store")
+
+
+def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
+    """Numbers, given one by one or joined by commas."""
+    try:
+        return tuple(int(number) for words in given for number in words.split(","))
+    except ValueError:
+        raise RequestError(
+            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
+        ) from None
+
+
+def named_values(name: str, given: list[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs of NAME=VALUE."""
+    pairs = [words.partition("=") for words in given]
+    if wrong := [before for before, equals, _ in pairs if not (equals and before.isidentifier())]:
+        raise RequestError(f"{flag(name)} is {wrong[0]!r}: it must be NAME=VALUE")
+    if len({before for before, _, _ in pairs}) < len(pairs):
+        raise RequestError(f"{flag(name)} names one value twice")
+    return tuple((before, value) for before, _, value in pairs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base: runs the checks in the metadata of the fields, and gives a JSON-able form."""
+
+    def __post_init__(self) -> None:
+        for about in fields(self):
+            name, value, must = about.name, getattr(self, about.name), about.metadata["must"]
+            if must and not (value is None and about.default is None) and not must.holds(value):
+                given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+                raise RequestError(f"{flag(name)} is {given}: it must be {must.be}")
+            other = about.metadata["excludes"]
+            if other and value and getattr(self, other):
+                raise RequestError(f"{flag(name)} and {flag(other)} exclude each other")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
