@@ -70,7 +70,7 @@ def read_claims(text: str) -> Named:
 
 
 def numbers_in(text: str) -> frozenset[int]:
-    """The whole numbers that stand in a text as such: 1,702 is one; decimals, "v2" and "digit 2 of 4" are none."""
+    """The whole numbers that a text names: 1,702 is one; decimals, "v2" and "digit 2 of 4" are not."""
     return frozenset(_value(match[1]) for match in re.finditer(_INTEGER, _COUNTERS.sub(" ", text)))
 
 

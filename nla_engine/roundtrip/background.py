@@ -15,7 +15,7 @@ from nla_engine.engine.streams import enter_device
 _MOST = 3
 
 
-class Behind:
+class Background:
     """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or on leaving.
 
     No job runs after one that failed: it would write in the wrong place.
@@ -47,7 +47,7 @@ class Behind:
             self._failed = True
             raise
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -16,7 +16,7 @@ from nla_engine.config import RoundtripOptions
 from nla_engine.engine.streams import enter_device, side_stream
 from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.background import Behind
+from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.pair import Pair
 from nla_engine.roundtrip.results import nullable
 from nla_engine.roundtrip.score import Controls
@@ -70,18 +70,18 @@ class Pipeline:
             self.pair.verbalize_next()
             if not self.pair.in_turns:
                 self._prepare_ar()
-            with Behind(self._stream) as behind, closing(self._chunks(part, first + start)) as chunks:
+            with Background(self._stream) as background, closing(self._chunks(part, first + start)) as chunks:
                 ready: Iterable[Explained] = chunks
                 if self.pair.in_turns:
                     ready = list(chunks)
                     self.pair.reconstruct_next()
                 for chunk in ready:
-                    behind.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
+                    background.submit(lambda chunk=chunk: self.write(self._score(chunk)))  # type: ignore[misc]
 
     def _prepare_ar(self) -> None:
         """Let the AR allocate its memory before the AV takes what is free. Returns when it has."""
-        with Behind(self._stream) as behind:
-            behind.submit(lambda: self.pair.reconstructor.prepare(self.options.max_new_tokens))
+        with Background(self._stream) as background:
+            background.submit(lambda: self.pair.reconstructor.prepare(self.options.max_new_tokens))
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:
         """The explanations, CHUNK at a time, fewer if they take long; the samples of a row stay together."""

@@ -23,7 +23,7 @@ from nla_engine.config import RoundtripOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
 from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import pipeline, rows, run
-from nla_engine.roundtrip.background import Behind
+from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.verbalize import Verbalizer
@@ -265,10 +265,10 @@ def test_an_error_behind_stops_the_run(pair: Path, tmp_path: Path, monkeypatch: 
 
 def test_what_runs_behind_tells_its_error() -> None:
     def work() -> None:
-        with Behind() as behind:
-            behind.submit(lambda: time.sleep(0.1))
-            behind.submit(lambda: {}["second"])
-            behind.submit(lambda: ran_after.append(1))
+        with Background() as background:
+            background.submit(lambda: time.sleep(0.1))
+            background.submit(lambda: {}["second"])
+            background.submit(lambda: ran_after.append(1))
 
     ran_after: list[int] = []
     with pytest.raises(KeyError, match="second"):

@@ -1,4 +1,4 @@
-"""Where the answer stands in each reply: which row read its first, its middle, its last digit, and what came after."""
+"""Where the answer is in each reply: which row read its first, its middle, its last digit, and what came after."""
 
 from __future__ import annotations
 
