@@ -1,8 +1,8 @@
-"""What attention must know of one forward pass, and the attention function for unmodified Hugging Face modules.
+"""What attention needs of one forward pass, and the attention function for unmodified Hugging Face modules.
 
-A forward pass is a `Pass`: T packed tokens, each with a slot and a position, no padding. The modules hand over
-query, key and value after rotation; key and value go to the slot cache, and the query attends to the shared prefix
-and its slot.
+A forward pass is a `Pass`: T packed tokens without padding, each with a slot and a position. A module passes query, key
+and value after rotation. Key and value are written to the slot cache; the query attends to the shared prefix and to
+its slot.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NAME = "nla_engine"
 
 @dataclass(frozen=True)
 class Wanted:
-    """The tokens of a pass whose states are asked for, int64 [n]. Behind the attention of `layer`, the last, a fused
-    block goes on with these alone: of the others only keys and values are ever used again.
+    """The tokens of a pass whose hidden states are asked for, int64 [n]. After attention in the last block, `layer`, a
+    fused block computes only these: of the other tokens only keys and values are used again.
     """
 
     layer: int
@@ -41,8 +41,8 @@ class Wanted:
 class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
-    reference: use plain torch on every device. wanted: None: every block goes on with every token. shapes: how each
-    layer attended (each must, once). branch: where work `beside` the pass runs until `join`.
+    reference: use plain torch on every device. wanted: None if every block computes every token. shapes: how each layer
+    attended; each must attend exactly once. branch: the stream of work started in `beside`, until `join`.
     """
 
     cache: SlotCache
@@ -59,17 +59,17 @@ class Pass:
         self.place = self.position - self.cache.prefix_size
 
     def enter(self, layer: int, shape: Shape) -> None:
-        """Note how a layer attends. EngineError if it has done so already."""
+        """Record how a layer attends. EngineError if it already attended in this pass."""
         if layer in self.shapes:
             raise EngineError(
-                f"block {layer} attends twice in one pass: the engine keeps one key and value a position"
+                f"block {layer} attends twice in one pass: the engine keeps one key and value per position"
             )
         self.shapes[layer] = shape
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is launched inside reads the residual stream as it is now. In a graph that is being captured it runs
-        beside what follows, so `join` must come before the stream changes; elsewhere before what follows."""
+        """Work launched inside reads the residual stream as it is now. While a graph is captured, it runs in parallel
+        with what follows, so call `join` before the residual stream changes. Otherwise it runs before what follows."""
         if not (self.slot.is_cuda and torch.cuda.is_current_stream_capturing()):
             yield
             return
@@ -79,19 +79,19 @@ class Pass:
             yield
 
     def join(self) -> None:
-        """What follows waits for the branch."""
+        """Make what follows wait for the branch."""
         if self.branch is not None:
             torch.cuda.current_stream(self.slot.device).wait_stream(self.branch)
             self.branch = None
 
     def attend(self, query: torch.Tensor, layer: int, shape: Shape) -> torch.Tensor:
-        """query [T, H, h] -> [T, H, h], over what the cache holds of this layer."""
+        """query [T, H, h] -> [T, H, h], over the cached keys and values of this layer."""
         return self._attend(query, self.tiles, layer, shape)
 
     def attend_wanted(
         self, query: torch.Tensor, x: torch.Tensor, layer: int, shape: Shape
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`attend`, and the residual stream x [T, d], both [n, ...] of the tokens with which this layer goes on."""
+        """`attend`, and the residual stream x [T, d]; both [n, ...], for the tokens that this layer continues with."""
         wanted = self.wanted
         if wanted is None or wanted.layer != layer:
             return self.attend(query, layer, shape), x
@@ -105,13 +105,13 @@ class Pass:
 
 
 def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest: int) -> Tiles:
-    """One query a tile: a decode step. slot, position: int64 [B]."""
+    """One query per tile: a decode step. slot, position: int64 [B]."""
     token = torch.arange(len(slot), device=slot.device)
     return Tiles(token, torch.ones_like(token), slot, position, position, tile_rows(1, group), longest)
 
 
 def prefill_tiles(parts: np.ndarray, group: int, own: torch.Tensor) -> Tiles:
-    """Runs of queries, one after another, cut so that a tile is filled.
+    """Cut consecutive runs of queries so that tiles are full.
 
     parts: int64 [runs, 3]: slot, start position, length. own: int64 [T], the position of every query.
     """
@@ -128,11 +128,11 @@ def prefill_tiles(parts: np.ndarray, group: int, own: torch.Tensor) -> Tiles:
 
 
 def counted(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, ... n - 1 for each n of sizes, one after another: int64 [sum of sizes]."""
+    """0, 1, ... n - 1 for each n in sizes, concatenated: int64 [sum of sizes]."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-#: The passes under way on this thread, the innermost last: AV and AR may run on two.
+#: The running passes of each thread, innermost last: AV and AR may run on two threads.
 _threads = threading.local()
 
 
@@ -144,7 +144,7 @@ def _passes() -> list[Pass]:
 
 
 class running:
-    """Context manager: the pass that the calls of modules inside belong to."""
+    """Context manager: module calls inside belong to this pass."""
 
     def __init__(self, work: Pass) -> None:
         self.work = work
@@ -158,13 +158,13 @@ class running:
 
 
 def current_pass() -> Pass:
-    """The pass that is running. EngineError outside of one."""
+    """The running pass. EngineError if there is none."""
     if not _passes():
         raise EngineError("the model was called outside the engine while the engine holds it")
     return _passes()[-1]
 
 
-#: What else modules of transformers hand to their attention that changes its result.
+#: Other arguments of transformers' modules to their attention that change its result.
 _OTHER_ATTENTION = ("s_aux", "sinks", "position_bias", "indices", "alibi", "head_mask")
 
 
@@ -207,14 +207,14 @@ def slot_attention(
 
 
 def _check_no_window(module: Any, cache: SlotCache) -> None:
-    """EngineError if the model tells a layer's window by its mask alone, which nobody makes for this attention."""
+    """EngineError if only the model's mask defines a layer's window: no mask is built for this attention."""
     config, kinds = module.config, getattr(module.config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     windowed = window is not None if kinds is None else kinds[module.layer_idx] != "full_attention"
     if windowed and (window is None or window < cache.length):
         raise EngineError(
-            f"{type(module).__name__}: block {module.layer_idx} attends to a part of the sequence that the model names "
-            "in its mask alone, which the engine does not use: this architecture is not supported"
+            f"{type(module).__name__}: block {module.layer_idx} attends to a part of the sequence that is defined by "
+            "its mask alone, and the engine does not use masks: this architecture is not supported"
         )
 
 

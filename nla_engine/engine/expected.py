@@ -1,8 +1,8 @@
-"""What transformers' own modules make of a short sample, block by block: the truth of the engine's self-check.
+"""What transformers' own modules compute for a short sample, block by block: the truth for the engine's self-check.
 
-Every block is asked by itself, in the model's dtype and in float32, so that its rounding is known. The lanes of the
-sample read real text; in some of them a block's input is scaled down until the epsilon of a norm matters, which it
-rarely does in text. Knows nothing of the engine.
+Every block runs by itself, in the model's dtype and in float32, so that its rounding is known. The lanes of the sample
+read real text. In some lanes a block's input is scaled down until the epsilon of a norm matters, which it rarely does
+in text.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from nla_engine.errors import EngineError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 
-#: What the lanes read, cut to LENGTH tokens. The first two begin alike: they can share a prefix.
+#: What the lanes read, cut to LENGTH tokens. The first two begin alike, so they can share a prefix.
 TEXTS = (
     "In the spring of 1846 the harbour froze twice, and the ships that had wintered there could not leave before May.",
     "In the spring of 1846 the harbour was quiet; a list of stores names 37 barrels of rye, 482 of salt and no wine.",
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total\n",
     "Question: what is 482 times 37? Multiply 482 by 30, which is 14460, then 482 by 7, which is 3374, and add them.",
 )
-#: Root mean square of a block's input in each lane; None: as it is. Below a norm's epsilon (1e-5 or 1e-6, of the mean
-#: square) the norm is linear, so that what stands behind it is small as well and the next norm meets its own epsilon.
+#: Root mean square of a block's input in each lane; None: not scaled. Below a norm's epsilon (1e-5 or 1e-6, of the mean
+#: square) the norm is linear, so its output is small too and the next norm meets its own epsilon.
 SCALES = (None, None, 0.05, 3e-3, 5e-4, 1e-5)
-#: Tokens of a lane.
+#: Tokens per lane.
 LENGTH = 16
 #: Tokens that the first two lanes share.
 PREFIX = 4
@@ -38,12 +38,12 @@ PREFIX = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """What transformers makes of the sample: L lanes of T tokens; lists have an entry a part, see `parts_of`.
+    """What transformers computes for the sample: L lanes of T tokens. Lists have one entry per part, see `parts_of`.
 
-    ids: int64 [L, T]. embedded: what arrives at the first block, [L, T, d], the model's dtype. inputs: what a part
-    reads, that or the same rescaled. wide: what it gives of its input in float32, [L, T, d]. size: what errors are
-    relative to, [L, T]: the L2 norm of the input or of what is added to it, whichever is larger. noise: transformers'
-    own error in the model's dtype, relative to `size`, [L, T]; of a float32 model it is not asked, and 0.
+    ids: int64 [L, T]. embedded: input of the first block, [L, T, d], the model's dtype. inputs: what each part reads:
+    its input in the model, rescaled in some lanes. wide: its output for that input in float32, [L, T, d]. size: what
+    errors are relative to, [L, T]: the L2 norm of the input or of what the part adds to it, whichever is larger. noise:
+    transformers' own error in the model's dtype, relative to `size`, [L, T]; 0 for a float32 model.
     """
 
     ids: torch.Tensor
@@ -55,14 +55,14 @@ class Sample:
 
 
 def parts_of(lm: LanguageModel) -> list[nn.Module]:
-    """The blocks, and the norm behind the last where the engine computes it itself."""
+    """The blocks, and the norm after the last one if the engine computes it itself."""
     norm = getattr(lm.decoder, "norm", None)
     return [*lm.blocks, *([norm] if can_fuse_norm(norm) else [])]
 
 
 @torch.inference_mode()
 def take_sample(lm: LanguageModel) -> Sample:
-    """By transformers' own modules, before the engine takes them over. Needs room for one block in float32."""
+    """Run transformers' own modules, before the engine takes them over. Needs room for one block in float32."""
     lm.model.set_attn_implementation("eager")
     ids = _sample_ids(lm)
     calls = _library_calls(lm, ids)
@@ -80,7 +80,7 @@ def take_sample(lm: LanguageModel) -> Sample:
 
 
 def _sample_ids(lm: LanguageModel) -> torch.Tensor:
-    """TEXTS by the model's tokenizer, behind its BOS if it has one: int64 [L, T]."""
+    """TEXTS by the model's tokenizer, after its BOS if it has one: int64 [L, T]."""
     start = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
     length = min(LENGTH, lm.max_length)
     lanes = []
@@ -95,7 +95,7 @@ def _sample_ids(lm: LanguageModel) -> torch.Tensor:
 
 
 def _rescaled(hidden: torch.Tensor) -> torch.Tensor:
-    """The lanes [L, T, d] with the root mean squares of SCALES."""
+    """The lanes [L, T, d], scaled to the root mean squares in SCALES."""
     lanes = []
     for lane, scale in zip(hidden, SCALES, strict=True):
         rms = lane.float().square().mean(-1, keepdim=True).sqrt()
@@ -108,7 +108,7 @@ Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 def _library_calls(lm: LanguageModel, ids: torch.Tensor) -> list[Call]:
-    """How the library calls each part as it reads ids [L, T]."""
+    """How transformers calls each part when it reads ids [L, T]."""
     parts, calls = parts_of(lm), list[tuple[int, Call]]()
 
     def recorder(number: int) -> Callable[..., None]:
@@ -128,13 +128,13 @@ def _library_calls(lm: LanguageModel, ids: torch.Tensor) -> list[Call]:
             hook.remove()
     if [number for number, _ in calls] != list(range(len(parts))):
         raise EngineError(
-            f"{lm.name}: its blocks do not run once each and in their order: this architecture is not supported"
+            f"{lm.name}: its blocks do not run once each, in order: this architecture is not supported"
         )
     return [call for _, call in calls]
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The hidden states of a block's call, and the rest of it."""
+    """The hidden states of a block's call, and its other arguments."""
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
@@ -147,7 +147,7 @@ def _in_float32(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _to_float32(value: Any) -> Any:
-    """Every floating-point tensor of a nested argument."""
+    """A nested argument with every floating-point tensor in float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple):

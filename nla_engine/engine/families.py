@@ -1,7 +1,7 @@
-"""What the fused block must know of an architecture: a record per family of blocks, checked against each block.
+"""What the fused block must know of an architecture: one record per family of blocks, checked against each block.
 
-A new family is a new record in FAMILIES, and a new class of norms one in NORMS. A block is fused only if it is exactly
-what its record says: another module, bias, activation, norm or soft cap leaves it to transformers.
+To add a family, add a record to FAMILIES; to add a class of norms, add one to NORMS. A block is fused only if it
+matches its record exactly. One with another module, bias, activation, norm or soft cap is left to transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nla_engine.ops.rotary import HeadNorm
 
 @dataclass(frozen=True)
 class NormClass:
-    """A class of RMSNorm. offset: what it adds to its weight. eps: its attribute that holds the epsilon."""
+    """A class of RMSNorm. offset: what it adds to its weight. eps: name of the attribute that holds its epsilon."""
 
     offset: float = 0.0
     eps: str = "variance_epsilon"
@@ -30,14 +30,14 @@ class NormClass:
 
 @dataclass(frozen=True)
 class BlockFamily:
-    """How the blocks of a family compute. A string names a module of the block, its `self_attn` or its `mlp`.
+    """How the blocks of a family compute. A string names a module of the block, of its `self_attn` or of its `mlp`.
 
-    before_attention, before_mlp: the norm of what the sublayer reads. after_attention, after_mlp: the norm of what it
-    gives, before the sum with the residual stream; None: there is none. head_norms: of each query head and each key
-    head; None: there are none. qkv: linear layers that give, one after another, all query, key and value heads.
-    gate_up: linear layers that give the gate, then what it multiplies. activation: the field of the config that names
-    the gate's function. windows: whether the attention may have a sliding window. softcap: whether it caps its scores
-    as the config says (`softcap_of`).
+    before_attention, before_mlp: the norm of the sublayer's input. after_attention, after_mlp: the norm of its output,
+    before the sum with the residual stream; None if there is none. head_norms: the norms of each query head and each
+    key head; None if there are none. qkv: linear layers whose outputs, in order, are all query, key and value heads.
+    gate_up: linear layers for the gate, then for what it multiplies. activation: the config field that names the
+    gate's function. windows: whether the attention may have a sliding window. softcap: whether it caps its scores as
+    the config says (`softcap_of`).
     """
 
     before_attention: str = "input_layernorm"
@@ -54,14 +54,14 @@ class BlockFamily:
     softcap: bool = False
 
 
-#: By the name of the norm's class.
+#: By class name of the norm.
 NORMS = {
     "LlamaRMSNorm": NormClass(),
     "Qwen2RMSNorm": NormClass(),
     "Qwen3RMSNorm": NormClass(),
     "Gemma3RMSNorm": NormClass(offset=1.0, eps="eps"),
 }
-#: By the name of the block's class.
+#: By class name of the block.
 FAMILIES = {
     "LlamaDecoderLayer": BlockFamily(),
     "Qwen2DecoderLayer": BlockFamily(windows=True),
@@ -78,7 +78,7 @@ FAMILIES = {
 
 
 class NotFused(EngineError):
-    """A module that computes something else than the fused block would; says what."""
+    """A module does not compute what the fused block would. The message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class NormFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """A block as its record reads it. eps, offset: of each of its norms but those of the heads.
+    """A block as read by its record. eps, offset: shared by all its norms except those of the heads.
 
     The norms' weights are [d]. activation: as `ops.gate` names it.
     """
@@ -114,7 +114,7 @@ class BlockFacts:
 
 
 def can_fuse(block: Any) -> bool:
-    """Whether the fused block computes what this block computes."""
+    """Whether the fused block computes the same as this block."""
     try:
         facts_of(block)
     except NotFused:
@@ -123,7 +123,7 @@ def can_fuse(block: Any) -> bool:
 
 
 def can_fuse_norm(norm: Any) -> bool:
-    """Whether the arithmetic of the norm behind the last block is known."""
+    """Whether the arithmetic of the norm after the last block is known."""
     return type(norm).__name__ in NORMS
 
 
@@ -131,21 +131,21 @@ def norm_facts(norm: Any) -> NormFacts:
     """NotFused if its class is not in NORMS."""
     kind = NORMS.get(type(norm).__name__)
     if kind is None:
-        raise NotFused(f"{type(norm).__name__} is no norm that is known")
+        raise NotFused(f"{type(norm).__name__} is not a known norm")
     return NormFacts(norm.weight, float(getattr(norm, kind.eps)), kind.offset)
 
 
 def softcap_of(config: Any) -> float:
-    """The soft cap of attention scores that a config names; 0: none."""
+    """The soft cap of attention scores in a config; 0: none."""
     return float(getattr(config, "attn_logit_softcapping", None) or 0.0)
 
 
 def facts_of(block: Any) -> BlockFacts:
-    """Read a block and its config by the record of its class. NotFused if they are not what the record says."""
+    """Read a block and its config by the record of its class. NotFused if they do not match the record."""
     name = type(block).__name__
     family = FAMILIES.get(name)
     if family is None:
-        raise NotFused(f"{name} is no block that is known")
+        raise NotFused(f"{name} is not a known block")
     try:
         return _read(block, family)
     except (NotFused, AttributeError) as error:
@@ -183,7 +183,7 @@ def _read(block: Any, family: BlockFamily) -> BlockFacts:
 
 
 def _check_parts(module: nn.Module, expected: set[str]) -> None:
-    """That a module has these modules and no parameters beside theirs."""
+    """NotFused unless a module has exactly these submodules and no parameters of its own."""
     found = {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
     if found != expected:
         raise NotFused(f"{type(module).__name__} differs in {', '.join(sorted(found ^ expected))}")
@@ -204,9 +204,9 @@ def _check_products(
     gate_up: tuple[nn.Linear, ...],
     down: nn.Linear,
 ) -> None:
-    """That queries, keys and values have a bias all or none, the others none; and the widths of the config."""
+    """NotFused unless queries, keys and values all have a bias or none does, the others have none, and widths fit."""
     if len({layer.bias is None for layer in qkv}) > 1:
-        raise NotFused("some of queries, keys and values have a bias")
+        raise NotFused("only some of queries, keys and values have a bias")
     if any(layer.bias is not None for layer in (out, *gate_up, down)):
         raise NotFused("a product other than queries, keys and values has a bias")
     groups, size = kv_shape(config)
@@ -222,11 +222,11 @@ def _attention_shape(attn: Any, family: BlockFamily) -> Shape:
     window = getattr(attn, "sliding_window", None)
     cap = softcap_of(attn.config)
     if not attn.is_causal:
-        raise NotFused("it attends to what comes later")
+        raise NotFused("it attends to later tokens")
     if window and not family.windows:
-        raise NotFused(f"a window of {window} is not known of it")
+        raise NotFused(f"a window of {window} is not known for its family")
     if cap and not family.softcap:
-        raise NotFused(f"a soft cap of {cap} is not known of it")
+        raise NotFused(f"a soft cap of {cap} is not known for its family")
     return Shape(float(attn.scaling), int(window or 0), cap)
 
 
@@ -239,7 +239,7 @@ def _activation(mlp: Any, name: str) -> str:
 
 
 def _in_common(norms: list[NormFacts]) -> tuple[float, float]:
-    """Epsilon and offset of all norms."""
+    """The epsilon and offset that all norms share."""
     found = {(norm.eps, norm.offset) for norm in norms}
     if len(found) > 1:
         raise NotFused("its norms differ in epsilon or offset")

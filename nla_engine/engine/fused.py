@@ -1,7 +1,7 @@
 """Decoder blocks in few launches: merged projections, fused norm and rotation, gate and residual add in the products.
 
-Takes the place of a block's `forward` where `families` knows its arithmetic; the weights stay those of the model
-(merged ones are shared, not copied). The runner compares the result with transformers before it is used.
+Replaces a block's `forward` where `families` knows its arithmetic. The weights stay the model's own: merged weights
+share memory with it. The runner compares the result with transformers before it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nla_engine.ops.rotary import rotate_and_store
 
 
 class FusedNorm:
-    """Calls like the norm it replaces: hidden states [1, T, d] -> [1, T, d]."""
+    """Called like the norm it replaces: hidden states [1, T, d] -> [1, T, d]."""
 
     def __init__(self, norm: Any) -> None:
         facts = norm_facts(norm)
@@ -34,9 +34,9 @@ class FusedNorm:
 
 
 class FusedBlock:
-    """Calls like the block it replaces: hidden states [1, T, d] -> [1, T, d], inside a pass of the runner.
+    """Called like the block it replaces, inside a pass of the runner: hidden states [1, T, d] -> [1, T, d].
 
-    The last one gives those of the pass's wanted tokens alone, if it names any. NotFused for a block not of a family.
+    The last block returns only the pass's wanted tokens, if it names any. NotFused for a block of no known family.
     """
 
     def __init__(self, block: Any) -> None:
@@ -52,7 +52,7 @@ class FusedBlock:
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """Of the gated product. First asked for in the runner's check, before any graph is captured."""
+        """The tiles of the gated product. First needed in the runner's check, before any graph is captured."""
         return tried_tiles(self.both, self.activation)
 
     def __call__(
@@ -69,7 +69,7 @@ class FusedBlock:
     def _attend(
         self, row: torch.Tensor, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h]; and x [T, d], or both of the wanted tokens."""
+        """row [T, (H + 2 KV) h] of queries, keys and values -> [T, H h], and x [T, d]; both for wanted tokens only."""
         work = current_pass()
         work.enter(self.layer, self.shape)
         kv = work.cache.layer(self.layer)
@@ -78,20 +78,20 @@ class FusedBlock:
             row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
         )
         attended, x = work.attend_wanted(query, x, self.layer, self.shape)
-        work.join()  # what read the residual stream as the block before left it has done so: it changes from here on
+        work.join()  # the residual stream changes from here on, so wait for the work that reads it in parallel
         return attended.flatten(1), x
 
     def _add(
         self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
     ) -> torch.Tensor:
-        """x + inner @ weight^T, normed before the sum where the family does so."""
+        """x + inner @ weight^T. With a norm, the product is normed before the sum."""
         if norm is None:
-            return add_linear_(x, inner, weight)  # in place: the sum would otherwise start with a copy of x
+            return add_linear_(x, inner, weight)  # in place, to save a copy of x
         return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
 
 
 class Fp8Block(FusedBlock):
-    """The same with products in fp8: weights quantised here, once more beside the model's own; rows as they come."""
+    """The same with products in fp8. Quantised copies of the weights are made here, rows are quantised in each pass."""
 
     def __init__(self, block: Any) -> None:
         super().__init__(block)
@@ -120,7 +120,7 @@ class Fp8Block(FusedBlock):
 
 
 def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
-    """Find the fastest way to each product of these blocks in passes of `rows` tokens (see `ops.linear.tune`)."""
+    """Find the fastest way to compute these blocks' products in passes of `rows` tokens (see `ops.linear.tune`)."""
     add = blocks[0].after_attention is None
     tune(rows, [block.qkv for block in blocks], [block.qkv_bias for block in blocks])
     tune(rows, [block.out for block in blocks], add=add)
@@ -130,7 +130,7 @@ def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
 
 
 def _merge(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One weight (and bias) of several linear layers, sharing memory with them from now on."""
+    """One weight (and bias) for several linear layers, which share its memory from now on."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return _merge_tensors([layer.weight for layer in layers]), _merge_tensors(biases) if biases else None
 
@@ -146,7 +146,7 @@ def _merge_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     merged = torch.cat([tensor.data for tensor in tensors])
     for tensor, part in zip(tensors, merged.split([tensor.shape[0] for tensor in tensors]), strict=True):
-        if tensor.is_cuda:  # its old memory is still being read, and may be another stream's to give away
+        if tensor.is_cuda:  # another stream may own the old memory, and must not reuse it while it is read
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         tensor.data = part
     return merged

@@ -1,7 +1,7 @@
 """Batched generation: requests enter free slots, are prefilled in packed passes, decode together, and leave.
 
-The state of a running sequence lives in tensors on the device (`SlotState`), where decode steps advance it; the host
-only looks which slots have ended. `Scheduler` says what comes next, the generator does it.
+The state of a running sequence is kept in tensors on the device (`SlotState`), and decode steps advance it there. The
+host only checks which slots have ended. `Scheduler` decides what comes next, the generator does it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
 
 _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]
-#: Of sequences that ended, bytes by request id: which of them are to be fetched now.
+#: Takes the bytes of each ended sequence by request id, returns the ids to fetch now.
 Portion = Callable[[Mapping[int, int]], Sequence[int]]
 
 
 class Generator:
-    """Runs requests through a Runner, and collects the rows that the runner's tap keeps of them.
+    """Runs requests through a Runner, and collects the rows that the runner's tap keeps.
 
-    read_last: read the last generated token too (one more pass, nothing sampled), as capture needs.
-    max_prefill_tokens: most prompt tokens of one pass; longer prompts are read in several, between decode steps.
+    read_last: also read the last generated token (one more pass that samples nothing), as capture needs.
+    max_prefill_tokens: most prompt tokens per pass. Longer prompts are read in several passes, between decode steps.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Generator:
         slots = runner.cache.slots
         self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)
-        # A look may miss what the step behind it writes, and sees it one look later.
+        # A look may miss what the step queued after it writes; the next look sees that.
         runner.tap.allocate(slots, generated=slots * (STEPS_BETWEEN_POLLS + 1), given=max_prefill_tokens)
         self._active = Glance(self.state.active)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
     def run(self, requests: Iterable[Request | None]) -> Generate[Completion]:
-        """`groups`, one completion after the other."""
+        """The completions of `groups`, one at a time."""
         with closing(self.groups(requests)) as groups:
             for group in groups:
                 yield from group
@@ -78,12 +78,12 @@ class Generator:
     def groups(
         self, requests: Iterable[Request | None], portion: Portion = list
     ) -> Generate[list[Completion]]:
-        """Yield a Completion for each request, in order of ending; those that ended together in one list.
+        """Yield a Completion for each request, in the order they end. Those that end together are in one list.
 
         The iterable is read only when a slot is free. It may yield None for "nothing just now" while others still run;
         None with nothing running is an error of the caller.
-        portion: which of the sequences that ended to fetch, all by default. The others stay on the device, in their
-            slots, and are asked for again when the caller has taken those; with nothing running it must choose one.
+        portion: chooses which ended sequences to fetch, all by default. The others stay on the device, in their slots,
+            and are offered again once the caller has taken the chosen ones. With nothing running it must choose one.
         """
         queue = Scheduler(
             requests,
@@ -97,9 +97,9 @@ class Generator:
         while True:
             step = queue.schedule()
             if step is None:
-                if ready:  # the caller may let requests go once it has these
+                if ready:  # once the caller has these, it may stop holding requests back
                     yield ready
-                    ready = []  # its memory goes before the next is fetched
+                    ready = []  # freed before the next group is fetched
                 elif not queue.finished:
                     if queue.held_back:
                         raise EngineError("requests were held back although nothing is running")
@@ -109,7 +109,7 @@ class Generator:
                 continue
             self._take(step)
             if ready:
-                yield ready  # while the device works: what the caller does with them costs no time
+                yield ready  # the device works meanwhile, so the caller's work costs no time
                 ready = []
             ended = queue.ended(self._active.read() if step.slots else None)
             queue.finish(self._settle(ended))
@@ -127,7 +127,7 @@ class Generator:
             raise EngineError(f"request {request.id}: shares a prompt, so it has no rows for the tap")
 
     def _take(self, step: Step) -> None:
-        """Queue all of a step, and the look at what has ended, without waiting for any of it."""
+        """Queue a step, and a look at which sequences have ended, without waiting for either."""
         if step.entered:
             self._open(step.entered)
         if step.runs:
@@ -147,7 +147,7 @@ class Generator:
         )
         at = columns[0]
         state.sequence[at], state.limit[at] = columns[1], columns[2]
-        state.position[at] = columns[3] - 1  # the last prompt token, whose reading gives the first new one
+        state.position[at] = columns[3] - 1  # the last prompt token: reading it gives the first new token
         state.count[at] = 0
         state.stop_state[at] = 0
         state.closing[at] = False
@@ -158,12 +158,12 @@ class Generator:
         self.runner.tap.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
 
     def _prefill(self, runs: list[Run]) -> None:
-        """One packed pass. The first token of each request whose prompt it completes is chosen."""
+        """One packed pass. Chooses the first token of each request whose prompt it completes."""
         prefix = self.runner.cache.prefix_size
         parts = []
         wanted: list[int] = []  # tokens of the pass at which a prompt ends
-        growing: list[int] = []  # slots that go on
-        last: list[int] = []  # and which of the wanted tokens is theirs
+        growing: list[int] = []  # slots that generate
+        last: list[int] = []  # and the index of their token in `wanted`
         twins: list[tuple[Admitted, Admitted]] = []
         end = 0
         for run in runs:
@@ -185,7 +185,7 @@ class Generator:
             self._advance(at[0], hidden[at[1]])
 
     def _decode(self, step: Step) -> None:
-        """Decode, several steps at a time where a graph can. Then `_active` can be read."""
+        """Take the decode steps, several at a time with a graph. Afterwards `_active` can be read."""
         if self.runner.graphable:
             graph = self._graph(len(step.slots))
             graph.run(step.slots, step.steps - step.after_look)
@@ -201,7 +201,7 @@ class Generator:
         self.runner.tap.look(decoded=True)
 
     def _graph(self, lanes: int) -> DecodeGraph:
-        """The captured decode step for at least so many lanes."""
+        """The captured decode step for at least this many lanes."""
         size = min(lane_bucket(lanes), max(self.runner.cache.slots, lanes))
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
@@ -215,15 +215,15 @@ class Generator:
         return self._graphs[size]
 
     def prepare(self) -> None:
-        """Build what the first steps need, so that a run's time is the run's: tuned products, a graph, buffers.
+        """Build what the first steps need, so that it does not count as run time: tuned products, a graph, buffers.
 
-        Only full passes and steps of all slots are tuned; the others are few.
+        Only full passes and steps of all slots are tuned; others are rare.
         """
         self.runner.tune(self.max_prefill_tokens)
         if self.runner.graphable and self.max_new_tokens:
             self.runner.tune(self.runner.cache.slots)
             self._graph(self.runner.cache.slots)
-        self.runner.tap.prepare()  # last: capturing a graph gives pinned memory back
+        self.runner.tap.prepare()  # last, because capturing a graph releases pinned memory
 
     @torch.inference_mode()
     def _step(self, lanes: torch.Tensor, longest: int) -> None:
@@ -233,12 +233,12 @@ class Generator:
         self._advance(lanes, hidden)
 
     def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
-        """From the hidden states [B, d] of the tokens just read: choose, record and move on. No synchronisation."""
+        """Choose and record the next tokens, given the hidden states [B, d] of those just read. No synchronisation."""
         assert self.choosing is not None
         advance(self.runner.lm.logits(hidden), lanes, self.state, self.choosing, self.runner.reference)
 
     def _settle(self, ended: list[Admitted]) -> list[Ended]:
-        """How many tokens these sequences generated, and their rows. Waits for the device if there are any."""
+        """Count the tokens of these sequences and settle their rows. Waits for the device if there are any."""
         slots, counts = [a.slot for a in ended], []
         if ended:
             counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
@@ -248,7 +248,7 @@ class Generator:
         return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
 
     def _fetch(self, queue: Scheduler, portion: Portion) -> list[Completion]:
-        """Fetch what `portion` chooses of the sequences that have ended; their slots are free then."""
+        """Fetch the ended sequences that `portion` chooses, and free their slots."""
         if not queue.finished:
             return []
         chosen = queue.release(portion({id_: a.nbytes for id_, a in queue.finished.items()}))

@@ -1,4 +1,4 @@
-"""How vectors enter sequences: each takes the place of the embedding of one token of its prompt.
+"""How vectors enter sequences: each replaces the embedding of one token of its prompt.
 
 embedding(token at the marker)  becomes  v * scale / ||v||        after the embedding module has run
 """
@@ -14,16 +14,16 @@ from torch import nn
 
 from nla_engine.engine.transfer import to_device
 
-#: In token ids: the place of the sequence's own vector.
+#: Stands in token ids for the sequence's own vector.
 VECTOR = -1
 
 
 @dataclass(frozen=True)
 class Injection:
-    """Where a vector enters a prompt and how long it is.
+    """Where a vector enters a prompt, and with which norm.
 
     token_ids: the prompt; place: index of the token whose embedding the vector replaces
-    scale: L2 norm that every vector is brought to; None: vectors enter as they are
+    scale: L2 norm that every vector is scaled to; None: vectors enter as they are
     """
 
     token_ids: tuple[int, ...]
@@ -37,11 +37,11 @@ class Injection:
 
     @property
     def tail(self) -> tuple[int, ...]:
-        """The vector's place and the tokens behind it, as a request has them."""
+        """The vector's place and the tokens after it, as a request has them."""
         return (VECTOR, *self.token_ids[self.place + 1 :])
 
     def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
-        """float32 [n, d], finite and not zero -> the same vectors at `scale`; norms summed in float64."""
+        """float32 [n, d], finite and not zero -> the same vectors with norm `scale`. Norms are summed in float64."""
         if self.scale is None:
             return vectors
         norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
@@ -49,7 +49,7 @@ class Injection:
 
 
 class InjectedVectors:
-    """The vectors of the sequences that run, one per slot: [slots + 1, d] in the model's dtype."""
+    """The vectors of the running sequences, one per slot: [slots + 1, d] in the model's dtype."""
 
     def __init__(self, slots: int, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
         self._table = torch.zeros(slots + 1, d_model, device=device, dtype=dtype)

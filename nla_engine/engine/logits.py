@@ -1,4 +1,4 @@
-"""Before a model generates: are the engine's logits those of transformers' own whole model?"""
+"""Check, before a model generates, that the engine's logits equal those of transformers' whole model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nla_engine.errors import EngineError, first_line
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.logits import GivenStates
 
-#: Relative L2 difference that is allowed: both ways run the same code on the same states.
+#: Largest relative L2 difference: both ways run the same code on the same states.
 _LIMIT = 1e-3
-#: Hidden states that are tried.
+#: Number of hidden states that are tried.
 _STATES = 8
 
 
 @torch.inference_mode()
 def check_logits(lm: LanguageModel) -> None:
-    """EngineError unless `lm.logits` are those of transformers' whole model when its decoder gives the same states.
+    """EngineError unless `lm.logits` equal those of transformers' whole model when its decoder returns the same states.
 
     The decoder itself does not run, so a Runner may be open. Needs a head.
     """
@@ -30,11 +30,11 @@ def check_logits(lm: LanguageModel) -> None:
         own, expected = lm.logits(hidden), _whole(lm, hidden)
     except Exception as error:  # the code of any architecture
         raise EngineError(
-            f"{refusal}its logits are not made of its decoder's last hidden states alone ({first_line(error)})"
+            f"{refusal}its logits depend on more than its decoder's last hidden states ({first_line(error)})"
         ) from error
     if own.shape != expected.shape or own.shape[1] > lm.vocab_size:
         raise EngineError(
-            f"{refusal}it gives {own.shape[1]} logits to a state (transformers {expected.shape[1]}), and has "
+            f"{refusal}it gives {own.shape[1]} logits per state (transformers {expected.shape[1]}), and has "
             f"{lm.vocab_size} embeddings"
         )
     difference = float((own.double() - expected.double()).norm() / expected.double().norm())
@@ -45,7 +45,7 @@ def check_logits(lm: LanguageModel) -> None:
 
 
 def _whole(lm: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [n, columns] of transformers' model as it is, but for a decoder that answers `hidden` [n, d]."""
+    """Logits [n, columns] of transformers' own model, whose decoder is replaced by one that returns `hidden` [n, d]."""
 
     def answer(*_: Any, **__: Any) -> GivenStates:
         return GivenStates(hidden[None])

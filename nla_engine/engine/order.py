@@ -1,4 +1,4 @@
-"""Sequences end in any order and leave in the order they were asked for; what waits is bounded. Knows no payload."""
+"""Sequences end in any order and leave in the order of their requests; the memory of those that wait is bounded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 
 from nla_engine.engine.request import Completion, Request
 
-#: Of the limit: what may be fetched at once, and what may wait. The rest is for memory that is rounded up.
+#: Parts of the limit that may be fetched at once, and that may wait. The rest covers memory that is rounded up.
 _PORTION_PART, _WAITING_PART = 1 / 4, 1 / 2
 
 
 class InOrder:
     """Holds completions back until every earlier request has left, within `limit` bytes.
 
-    Who asks `portion` what to fetch stays within the limit, or takes one sequence at a time where not even one fits.
+    A caller that fetches what `portion` says stays within the limit. If not even one sequence fits, it takes one at a
+    time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,7 +25,7 @@ class InOrder:
         self.bytes = 0
 
     def asked(self, request: Request) -> Request:
-        """Note that this request comes next; returns it."""
+        """Record that this request comes next; returns it."""
         self._asked.append(request.id)
         return request
 
@@ -34,15 +35,16 @@ class InOrder:
         return self.bytes > self._limit
 
     def portion(self, ended: Mapping[int, int]) -> list[int]:
-        """Which of the sequences that ended to fetch now. ended: bytes by request id.
+        """Which ended sequences to fetch now. ended: bytes by request id.
 
-        Those whose turn it is, and what may wait; together a part of the limit, or one whose turn it is.
+        First those whose turn it is, then others that may wait. Together they take at most a part of the limit, except
+        for a single sequence whose turn it is.
         """
         chosen: list[int] = []
         left = self._limit * _PORTION_PART
         for id_ in self._asked:
             if id_ in self._waiting:
-                continue  # leaves with those before it
+                continue  # leaves together with those before it
             if id_ not in ended:
                 break
             if chosen and ended[id_] > left:
@@ -57,9 +59,9 @@ class InOrder:
         return chosen
 
     def add(self, group: Iterable[Completion]) -> list[Completion]:
-        """Take those that ended together; returns every completion whose turn it now is.
+        """Take completions that ended together; returns every completion whose turn it now is.
 
-        The others are copied: one that waits must not keep the memory of its whole group.
+        The others are copied, because one that waits must not keep the memory of its whole group.
         """
         new = {completion.request.id: completion for completion in group}
         leaving = []

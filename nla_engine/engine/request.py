@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it gives back. Knows no tensors of the model."""
+"""What the engine is asked for, and what it returns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Finish(IntEnum):
 class Request:
     """One sequence to run.
 
-    id: unique and >= 0; names the sequence's random numbers. token_ids: the prompt behind the shared prefix, at
+    id: unique and >= 0; selects the sequence's random numbers. token_ids: the prompt after the shared prefix, at
     least one token, `injection.VECTOR` where `vector` enters (any float dtype [d], best on the model's device).
     max_new_tokens: 0 = only read the prompt.
-    again: token_ids and vector are those of the request before, so the prompt need not be read a second time. Such a
-    request has no rows of its own for a tap.
+    again: token_ids and vector equal those of the request before, so the prompt need not be read again. Such a request
+    has no rows of its own for a tap.
     """
 
     id: int
@@ -51,10 +51,10 @@ class Completion:
 
     @property
     def nbytes(self) -> int:
-        """Of its arrays."""
+        """Bytes of its arrays."""
         return self.generated.nbytes + sum(rows.nbytes for rows in self.rows.values())
 
     def copy(self) -> Completion:
-        """The same in memory of its own."""
+        """A copy with memory of its own."""
         rows = {layer: kept.copy() for layer, kept in self.rows.items()}
         return replace(self, generated=self.generated.copy(), rows=rows)

@@ -1,6 +1,6 @@
 """One forward pass of a language model over packed tokens: embeddings or vectors in, hidden states out.
 
-Owns the slot cache, the shared prefix, the vectors that enter sequences and the hooks of the tap.
+Owns the slot cache, the shared prefix, the injected vectors and the hooks of the tap.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from nla_engine.ops.attention import Tiles
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
 
-#: Errors in a model's first passes that say nothing of its architecture.
+#: Errors in a model's first passes that say nothing about its architecture.
 _NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-#: Kinds of rotary embeddings whose code in transformers may look at positions on the host.
+#: Kinds of rotary embeddings whose code in transformers may read positions on the host.
 _HOST_ROTATIONS = ("dynamic", "longrope")
 
 
 class Runner:
-    """Drives `lm` with `slots` sequences of at most `length` tokens each, the shared `prefix` included.
+    """Runs `lm` with `slots` sequences of at most `length` tokens each, including the shared `prefix`.
 
     tap: called inside every pass once the model has been checked. While a runner is open, the model's own forward must
-    not be called; `close` gives it back, with transformers' eager attention.
+    not be called. `close` restores it, with transformers' eager attention.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Runner:
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self.tap = tap
-        self._tapped = False  # not before the model has been checked
+        self._tapped = False  # until the model has been checked
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._norm: Any = None  # the norm behind the last block, where its forward is, too
+        self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
-        self._narrows = False  # whether the last block goes on with the wanted tokens alone
+        self._narrows = False  # whether the last block continues with the wanted tokens only
         try:
             self._take_over(length, prefix)
         except BaseException as error:
@@ -89,8 +89,8 @@ class Runner:
         self._tapped = True
 
     def _take_over(self, length: int, prefix: Sequence[int]) -> None:
-        """Put the engine's attention, fused blocks and hooks into the model, and check that they compute the same."""
-        check = SelfCheck(self, length)  # by the library's own attention, which `close` leaves behind
+        """Install the engine's attention, fused blocks and hooks in the model, and check that they compute the same."""
+        check = SelfCheck(self, length)  # before anything is installed: it runs transformers' own attention
         self.lm.model.set_attn_implementation(attention.NAME)
         check.note_shapes()
         for block in self.lm.blocks:
@@ -107,7 +107,7 @@ class Runner:
         for layer in layers:
             self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
         check.run()
-        if self.precision == "fp8":  # whose arithmetic has just been checked, but for rounding
+        if self.precision == "fp8":  # the same arithmetic, just checked, except for rounding
             for block in self._fused:
                 block.forward = Fp8Block(block)
             check.run(fp8=True)
@@ -122,7 +122,7 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        """Take the taps and the fused blocks off the model."""
+        """Remove the hooks, the fused blocks and the engine's attention from the model."""
         for hook in self._hooks:
             hook.remove()
         for block in self._fused:
@@ -134,18 +134,18 @@ class Runner:
 
     @property
     def graphable(self) -> bool:
-        """Whether a decode step looks at nothing on the host, so that a CUDA graph can hold it."""
+        """Whether a decode step reads nothing on the host, so that a CUDA graph can hold it."""
         if self.device.type != "cuda" or self.reference:
             return False
         return not any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
 
     def tune(self, rows: int) -> None:
-        """Measure the products of passes of `rows` tokens and take the fastest from now on: before a run, not in it."""
+        """Time the products of passes of `rows` tokens; from now on use the fastest. Call before a run, not in it."""
         if self.graphable and self._fused and self.precision != "fp8":
             tune_products([block.forward for block in self._fused], rows)
 
     def _on_block(self, layer: int) -> Callable[..., None]:
-        # A fused block joins what runs beside the one before it; others do not.
+        # Only a fused block joins the work that runs beside the block before it.
         joined = layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
 
         def hook(_module: object, _inputs: object, output: object) -> None:
@@ -162,7 +162,7 @@ class Runner:
     ) -> torch.Tensor:
         """Read runs of tokens: (slot, start position, token ids). Returns their hidden states, run by run.
 
-        wanted: which of the T tokens' states [n, d] are asked for, 0 < n <= T; None: all of them
+        wanted: the tokens whose states [n, d] are returned, 0 < n <= T; None: all T of them
         """
         runs = np.array([(slot, start, len(ids)) for slot, start, ids in parts], np.int64)
         slot, start, length = runs.T
@@ -179,9 +179,9 @@ class Runner:
     def decode(
         self, ids: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, longest: int
     ) -> torch.Tensor:
-        """Read one token for each lane: ids, slot, position int64 [B]. Returns hidden states [B, d].
+        """Read one token per lane: ids, slot, position int64 [B]. Returns hidden states [B, d].
 
-        longest: an upper bound on position + 1 (a tight one is faster where attention is plain torch).
+        longest: an upper bound on position + 1. A tight one is faster where attention is plain torch.
         """
         tiles = attention.decode_tiles(slot, position, self.group, longest)
         return self._forward(ids, slot, position, tiles)
@@ -195,7 +195,7 @@ class Runner:
         with_vectors: bool = False,
         token: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """token: int64 [n], those whose states are returned."""
+        """token: int64 [n], the tokens whose states are returned."""
         if not all(each.is_contiguous() for each in (ids, slot, position)):
             raise EngineError("ids, slot and position of a pass are contiguous: kernels read them by number")
         work = Pass(self.cache, slot, position, tiles, self.reference)
@@ -219,21 +219,21 @@ class Runner:
 
 
 def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
-    """The parameters of the model's rotary embedding, or of each that it has."""
+    """The parameters of the model's rotary embedding, or of each one if it has several."""
     given: Any = getattr(lm.config, "rope_parameters", None) or {}
     return [given, *(each for each in given.values() if isinstance(each, dict))]
 
 
 def _check_rotation(lm: LanguageModel, length: int) -> None:
-    """EngineError if rotations of one sequence would depend on how long the others of a pass are.
+    """EngineError if the rotations of a sequence would depend on how long the others of a pass are.
 
-    A lane that has ended may stand one position behind its last token, so a sequence must end before the limit.
+    A lane that has ended may stand one position past its last token, so a sequence must end before the limit.
     """
     own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
     for rope in _rotations(lm):
         most = rope.get("original_max_position_embeddings", own)
         if rope.get("rope_type") == "longrope" and length >= most:
             raise EngineError(
-                f"{lm.name}: sequences of {length} tokens reach {most}, from where on its rotation (longrope) of every "
+                f"{lm.name}: sequences of {length} tokens reach {most}. From there its rotation (longrope) of every "
                 "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
             )

@@ -1,7 +1,6 @@
 """What the device does next: which requests enter free slots, which prompt tokens are read, which sequences decode.
 
-A request waits, is read in one or several passes, runs, and has finished. All of it is decided on the host from what
-is known there; no tensors.
+A request waits, is read in one or several passes, runs, and has finished. The host decides all of this without tensors.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from dataclasses import dataclass, field
 from nla_engine.engine.request import Request
 from nla_engine.engine.tap import KeptRows
 
-#: Decode steps that the device takes alone before the host looks which sequences have ended.
+#: Decode steps that the device takes without the host, before the host looks which sequences have ended.
 STEPS_BETWEEN_POLLS = 8
 #: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
-#: Before that nobody needs to know which sequences have ended.
+#: Until then the host need not know which sequences have ended.
 REFILL_PART = 1 / 16
 
 
 @dataclass
 class Admitted:
-    """A request in a slot. read: prompt tokens read so far; steps: decode steps since; twins: share its prompt."""
+    """A request in a slot. read: prompt tokens read so far; steps: decode steps since; twins: they share its prompt."""
 
     request: Request
     slot: int
@@ -34,7 +33,7 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Ended:
-    """A request whose sequence has ended and still has its slot. count: tokens generated; kept: its rows."""
+    """A request whose sequence has ended but keeps its slot. count: tokens generated; kept: its rows."""
 
     request: Request
     slot: int
@@ -43,7 +42,7 @@ class Ended:
 
     @property
     def nbytes(self) -> int:
-        """What it takes on the host: rows, and tokens as int32."""
+        """Its size on the host: rows, and tokens as int32."""
         return self.kept.nbytes + self.count * 4
 
 
@@ -65,9 +64,9 @@ class Step:
     """One turn of the device: open slots, read prompt tokens in one pass, then decode.
 
     entered: requests that take their slots now
-    runs: what the pass reads; none: no pass
-    slots: those that decode, ascending, among them requests whose prompt this pass completes; none: no decode step
-    steps: decode steps in all; after_look: how many of them are queued behind the host's look at what has ended
+    runs: what the pass reads; empty: no pass
+    slots: those that decode, ascending, including requests whose prompt this pass completes; empty: no decode step
+    steps: all decode steps; after_look: those of them that are queued after the host's look at what has ended
     """
 
     entered: list[Admitted]
@@ -80,10 +79,11 @@ class Step:
 class Scheduler:
     """Moves requests from waiting to finished.
 
-    requests: read only when a slot is free; None stands for "nothing just now". check: raises if a request cannot run.
-    prefill_tokens: most prompt tokens of one pass
-    more_steps: steps of a sequence beyond the tokens that it generates, the first of which needs no step (0 or -1)
-    alone: whether the device can take several decode steps without the host (as CUDA graphs)
+    requests: read only when a slot is free; None means "nothing just now". check: raises if a request cannot run.
+    prefill_tokens: most prompt tokens per pass
+    more_steps: decode steps of a sequence, minus its generated tokens: -1 as the first token needs no step, 0 if the
+        last token is read too
+    alone: whether the device can take several decode steps without the host (with CUDA graphs)
     """
 
     def __init__(
@@ -103,22 +103,22 @@ class Scheduler:
         self._alone = alone
         self._refill = math.ceil(slots * REFILL_PART)
         self._free = deque(range(slots))
-        self._exhausted = False  # the last look at the requests gave none
-        self.held_back = False  # and that was None: there are more, but not now
+        self._exhausted = False  # no request came when last asked for
+        self.held_back = False  # None came instead: there are more, but not now
         self._reading: deque[Admitted] = deque()
         self._running: dict[int, Admitted] = {}  # by slot
-        self._read_only: list[Admitted] = []  # end with the pass that completes their prompt
+        self._read_only: list[Admitted] = []  # these end with the pass that completes their prompt
         self.finished: dict[int, Ended] = {}  # by request id
 
     def schedule(self) -> Step | None:
-        """The next turn; None if no request is being read or runs, and none can enter."""
+        """The next turn; None if no request is being read or running, and none can enter."""
         entered: list[Admitted] = []
         if not self._running or len(self._free) >= self._refill:
             entered = self._admit()
         if not self._reading and not self._running:
             return None
         runs = self._next_runs()
-        # Every slot that can be filled is filled before the next decode step; only a prompt of several passes waits.
+        # Fill all slots that can be filled before the next decode step. Only a prompt of several passes is interleaved.
         filling = entered and self._free and not self._reading and not self._exhausted
         if filling or not self._running:
             return Step(_with_twins(entered), runs, [], 0, 0)
@@ -126,30 +126,30 @@ class Scheduler:
         return Step(_with_twins(entered), runs, sorted(self._running), steps, after_look)
 
     def ended(self, active: list[bool] | None) -> list[Admitted]:
-        """The sequences that ended in the turn just taken. active: of every slot, at the host's look; None: no look."""
+        """The sequences that ended in the last turn. active: one per slot, from the host's look; None: no look."""
         ended, self._read_only = self._read_only, []
         if active is not None:
             ended += [self._running.pop(slot) for slot in sorted(self._running) if not active[slot]]
         return ended
 
     def finish(self, ended: Iterable[Ended]) -> None:
-        """Have these wait, in their slots, until they are released."""
+        """Keep these in their slots until they are released."""
         self.finished |= {each.request.id: each for each in ended}
 
     def release(self, ids: Iterable[int]) -> list[Ended]:
-        """Take these finished requests out of their slots."""
+        """Remove these finished requests and free their slots."""
         released = [self.finished.pop(id_) for id_ in ids]
         self._free.extend(each.slot for each in released)
         return released
 
     def _admit(self) -> list[Admitted]:
-        """Fill free slots, with as many prompts as one pass can read. Twins are with the request that they follow."""
+        """Fill free slots with as many prompts as one pass can read. Twins are attached to the request they follow."""
         room = self._prefill_tokens - sum(len(a.request.token_ids) - a.read for a in self._reading)
         entered: list[Admitted] = []
         while self._free and room > 0 and (request := self._next_request()) is not None:
             self._check(request)
             admitted = Admitted(request, self._free.popleft())
-            if request.again and entered:  # else the one before is under way already: read the prompt again
+            if request.again and entered:  # else the one before is in an earlier turn: read the prompt again
                 entered[-1].twins.append(admitted)
             else:
                 entered.append(admitted)
@@ -164,7 +164,7 @@ class Scheduler:
         return None if request is ... else request
 
     def _next_runs(self) -> list[Run]:
-        """The prompt tokens of the next pass. Requests whose prompt it completes run from here on, or end with it."""
+        """The prompt tokens of the next pass. Requests whose prompt it completes start to run, or end with it."""
         runs, room = [], self._prefill_tokens
         while self._reading and room > 0:
             admitted = self._reading[0]
@@ -184,15 +184,15 @@ class Scheduler:
     def _decode_steps(self) -> tuple[int, int]:
         """Decode steps to take now, and how many of them come after the host's look.
 
-        No more steps than until enough sequences must have ended for a refill.
+        At most as many steps as it takes until enough sequences must have ended for a refill.
         """
         left = sorted(a.request.max_new_tokens + self._more_steps - a.steps for a in self._running.values())
         ends = 0 if self._reading else self._refill if self._exhausted else self._refill - len(self._free)
         steps = 1
         if self._alone and ends > 0:
             steps = max(min(left[min(ends, len(left)) - 1], STEPS_BETWEEN_POLLS), 1)
-        # The host looks before the last step, and queues the next ones while the device takes it. What ends in that
-        # step is seen one look later; if something must end there, the host waits for it.
+        # The host looks before the last step and queues the next steps while the device takes it. A sequence that ends
+        # in that step is seen one look later. If one is sure to end there, the host looks after that step instead.
         after_look = int(steps > 1 and steps not in left)
         for admitted in self._running.values():
             admitted.steps += steps

@@ -1,8 +1,8 @@
-"""Whether the engine computes what transformers computes, asked of this very model before anything is captured.
+"""Checks that the engine computes what transformers computes, for the given model, before anything is captured.
 
-Every block reads what transformers' own block read, so nothing piles up from block to block, and a model whose last
-states hang on rounding is judged as fairly as any other. The judge is the arithmetic's own noise: the engine may not be
-much further from the block in float32 than transformers is. Knows nothing of kernels, requests or rows.
+Every block reads what transformers' own block read. So errors do not add up from block to block, and a model whose last
+states depend on rounding is judged as fairly as any other. The limit is the noise of the arithmetic: the engine may not
+be much further from the block in float32 than transformers is.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Shape
 
-#: The engine's error (relative L2, see `Sample.size`) may be so many times transformers' own ...
+#: The engine's error (relative L2, see `Sample.size`) may be this many times transformers' own ...
 RATIO = 2.0
-#: ... and so much more, for sums in another order.
+#: ... plus this much, for sums in another order.
 FLOOR = {torch.float32: 3e-4, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-#: The same in fp8: e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%; a block has three in a row,
-#: and rows with a few massive channels lose most of the others. Unrelated states are 1.4 apart.
+#: The same in fp8. e4m3 rounds a factor by 2.6% (root mean square), so a product by 3.7%. A block has three products in
+#: a row, and rows with a few massive channels lose most of the other channels. Unrelated states are 1.4 apart.
 FLOOR_FP8 = 0.7
-#: Tokens of a lane that are read one by one.
+#: Tokens per lane that are read one by one.
 DECODED = 3
-#: Longest text for which the library's masks are looked at, [length, length].
+#: Longest text for which transformers' masks, [length, length], are checked.
 LONGEST_MASK = 16_384
-#: Stands for the error of a state that is not finite; its square still is.
+#: Stands for the error of a state that is not finite; its square is finite.
 _INFINITE = 1e18
 
 
 class Engine(Protocol):
-    """What is asked of the runner that is checked."""
+    """What the check needs of the runner."""
 
     lm: LanguageModel
     cache: SlotCache
@@ -61,7 +61,7 @@ class Engine(Protocol):
 
 
 class SelfCheck:
-    """Made before the engine takes the model over, and run after it. length: of the run's longest sequence."""
+    """Created before the engine takes over the model, and run after that. length: of the run's longest sequence."""
 
     def __init__(self, engine: Engine, length: int) -> None:
         self.engine, self.lm, self.length = engine, engine.lm, length
@@ -75,7 +75,7 @@ class SelfCheck:
 
     @torch.inference_mode()
     def note_shapes(self) -> None:
-        """How the library's own modules ask to attend. EngineError if their windows are not those of its masks."""
+        """Record how transformers' own modules ask to attend. EngineError if their windows differ from its masks."""
         self._shapes = self._attended()
         cap = softcap_of(self.lm.config)
         for block, shape in enumerate(self._shapes):
@@ -99,7 +99,7 @@ class SelfCheck:
 
     @torch.inference_mode()
     def run(self, fp8: bool = False) -> None:
-        """EngineError if a part of the engine attends otherwise or is further off than rounding explains."""
+        """EngineError if a part of the engine attends differently, or is further off than rounding explains."""
         for block, (own, asked) in enumerate(zip(self._attended(), self._shapes, strict=True)):
             if own != asked:
                 raise EngineError(
@@ -131,9 +131,9 @@ class SelfCheck:
     def _check_embedding(self, name: str, seen: list[Seen], fp8: bool) -> None:
         first = seen[0]
         expected = self.sample.embedded[first.slot, first.position].float()
-        told = torch.isfinite(expected).all(-1, keepdim=True)
-        apart = torch.where(told, first.arrived.float() - expected, 0.0)
-        error = float(apart.norm() / torch.where(told, expected, 0.0).norm().clamp(min=1e-30))
+        finite = torch.isfinite(expected).all(-1, keepdim=True)
+        apart = torch.where(finite, first.arrived.float() - expected, 0.0)
+        error = float(apart.norm() / torch.where(finite, expected, 0.0).norm().clamp(min=1e-30))
         if not error <= FLOOR[self.lm.dtype]:
             raise EngineError(
                 f"{self.lm.name}: block 0 reads what differs from transformers' own by {error:.2g} {name}: "
@@ -142,9 +142,9 @@ class SelfCheck:
 
     @contextmanager
     def _cache(self, slots: int, prefix: int = 0) -> Iterator[SlotCache]:
-        """A cache for the sample in place of the run's."""
+        """Replace the run's cache by one for the sample."""
         kept, cache = self.engine.cache, SlotCache(self.lm, slots, self.sample.ids.shape[1], prefix)
-        cache.length = self.length  # what is asked of windows is asked for the run
+        cache.length = self.length  # windows are checked for the run's length
         self.engine.cache = cache
         try:
             yield cache
@@ -158,7 +158,7 @@ class SelfCheck:
         return [watch.work.shapes[block] for block in range(len(self.lm.blocks))]
 
     def _passes(self) -> Iterator[tuple[str, list[Seen]]]:
-        """Every way in which a run reads tokens: what it is called, and what the parts gave."""
+        """Every way in which a run reads tokens: its name, and what the parts computed."""
         ids = self.sample.ids.tolist()
         lanes, length = len(ids), len(ids[0])
         decoded = min(DECODED, length - 1)
@@ -186,12 +186,12 @@ class SelfCheck:
                 cache.keep_as_prefix(0, PREFIX)
                 watch.take()
                 self.engine.prefill([(lane, PREFIX, ids[lane][PREFIX:-1]) for lane in (1, 0)])
-                yield "behind a shared prefix", watch.take()
+                yield "after a shared prefix", watch.take()
                 self._decoder([length - 1] * 2)(torch.arange(2, device=self.lm.device))
-                yield "in a decode step behind a shared prefix", watch.take()
+                yield "in a decode step after a shared prefix", watch.take()
 
     def _decoder(self, positions: list[int]) -> Callable[[torch.Tensor], None]:
-        """A decode step of lanes (int64 [B], slots) that stand at these positions; the spare slot at position 0."""
+        """A decode step of lanes (int64 [B], slots) that are at these positions; the spare slot is at position 0."""
         lanes = len(positions)
         position = torch.tensor([*positions, 0], device=self.lm.device)
         token = self.sample.ids[torch.arange(lanes + 1, device=self.lm.device).clamp(max=lanes - 1), position]
@@ -206,7 +206,7 @@ class SelfCheck:
         self, decode: Callable[[torch.Tensor], None], cache: SlotCache, watch: Watch
     ) -> list[Seen]:
         def step(slots: torch.Tensor) -> None:
-            watch.take()  # of the steps before; the last is the one that the graph holds
+            watch.take()  # drops the steps before: the graph holds the last one
             decode(slots)
 
         pool = torch.cuda.graph_pool_handle()
@@ -214,12 +214,12 @@ class SelfCheck:
         graph.run(list(range(cache.slots)), 1)
         seen = watch.take()
         torch.cuda.current_stream(self.lm.device).synchronize()
-        return [each.clone() for each in seen]  # the graph's own memory goes with it
+        return [each.clone() for each in seen]  # the graph's memory is freed with it
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a part of the engine read and gave in one pass. arrived, states: [n, d]; slot, position: int64 [n]."""
+    """What a part of the engine read and returned in a pass. arrived, states: [n, d]; slot, position: int64 [n]."""
 
     part: int
     arrived: torch.Tensor
@@ -247,7 +247,7 @@ class Watch:
 
 @contextmanager
 def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
-    """Inside, slot i of a pass is lane i: every part reads the sample's input, and what it gives is kept."""
+    """Inside, slot i of a pass is lane i. Every part reads the sample's input, and its output is kept."""
     watch, last_lane = Watch(), len(sample.ids) - 1
 
     def hook(number: int, part: nn.Module) -> tuple[Any, Any]:
@@ -258,7 +258,7 @@ def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
             hidden, args, kwargs = split_call(args, kwargs)
             arrived[:] = [hidden[0]]
             slot, position = _places(watch.work, hidden.shape[1])
-            # A graph is captured on the spare slot, which is nobody's lane.
+            # A graph is captured on the spare slot, which is not a lane.
             return (sample.inputs[number][slot.clamp(max=last_lane), position][None], *args), kwargs
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -276,7 +276,7 @@ def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
 
 
 def _places(work: Pass, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots and positions of the tokens of a pass, or of the wanted ones where a block has gone on with these alone."""
+    """Slots and positions of the tokens of a pass, or of the wanted ones if a block returned only these."""
     if work.wanted is not None and count != len(work.slot):
         return work.slot[work.wanted.token], work.position[work.wanted.token]
     return work.slot, work.position
@@ -284,7 +284,7 @@ def _places(work: Pass, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Finding:
-    """The worst lane of a pass: its part, the engine's error there and what it may be, relative L2 norms."""
+    """The worst lane of a pass: its part, and the engine's error, its limit and the noise, as relative L2 norms."""
 
     part: int
     error: float
@@ -293,11 +293,11 @@ class Finding:
 
 
 def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> Finding:
-    """The finding with the largest share of its limit. One look at the device for all parts of a pass.
+    """The finding with the largest share of its limit. Synchronises once for all parts of a pass.
 
-    What n tokens of a lane may err by follows from the noise of the n noisiest of that lane: one token's rounding is
-    a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts: there one
-    token is judged, that in the middle of all.
+    The error allowed for n tokens of a lane follows from the noise of its n noisiest tokens: the rounding of one token
+    is a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts, so only one
+    token is judged there: the one with the median share of its limit.
     """
     found = torch.stack(
         [_medians(sample, each, floor) if each.part in routed else _by_lane(sample, each) for each in seen]
@@ -310,50 +310,50 @@ def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> F
                 findings.append(Finding(each.part, error, RATIO * noise + floor, noise))
     if not findings:
         raise EngineError(
-            "transformers' own states of a short text are not finite: nothing can be told of this model"
+            "transformers' own states of a short text are not finite, so this model cannot be checked"
         )
     return max(findings, key=lambda finding: finding.error / finding.limit)
 
 
 def _errors(sample: Sample, seen: Seen) -> torch.Tensor:
-    """Relative to `Sample.size`, [n]."""
+    """Errors relative to `Sample.size`, [n]."""
     at = (seen.slot, seen.position)
     apart = (seen.states.float() - sample.wide[seen.part][at]).norm(dim=-1) / sample.size[seen.part][at]
     return apart.nan_to_num(_INFINITE, posinf=_INFINITE)
 
 
 def _by_lane(sample: Sample, seen: Seen) -> torch.Tensor:
-    """Root mean squares of error and noise of each lane, and how many tokens they are of: [3, L]."""
+    """Root mean squares of error and noise per lane, and the number of tokens: [3, L]."""
     noise = sample.noise[seen.part]
-    told = torch.isfinite(noise)  # a model may overflow in its own dtype: nothing can be told of that token
-    mine = (seen.slot[:, None] == torch.arange(len(noise), device=noise.device)) & told[
+    finite = torch.isfinite(noise)  # a model may overflow in its own dtype: such a token cannot be checked
+    mine = (seen.slot[:, None] == torch.arange(len(noise), device=noise.device)) & finite[
         seen.slot, seen.position
     ][:, None]
     count = mine.sum(0)
     last = (count - 1).clamp(min=0)
-    noisiest = torch.where(told, noise, 0.0).square().sort(1, descending=True).values.cumsum(1)
+    noisiest = torch.where(finite, noise, 0.0).square().sort(1, descending=True).values.cumsum(1)
     allowed = noisiest.gather(1, last[:, None])[:, 0] / (last + 1)
     return torch.stack([_errors(sample, seen).square() @ mine.float() / (last + 1), allowed, count]).sqrt()
 
 
 def _medians(sample: Sample, seen: Seen, floor: float) -> torch.Tensor:
-    """The same of the token in the middle, by error beside its limit, as one lane; others have none.
+    """The same for the token with the median share of its limit, as one lane; the other lanes have no tokens.
 
-    A token that rounding sends to other experts in transformers' own arithmetic may err as far as it does there.
+    A token that rounding sends to other experts in transformers too may be as far off as it is there.
     """
     noise = sample.noise[seen.part]
     own, error = noise[seen.slot, seen.position], _errors(sample, seen)
-    told = torch.isfinite(own)
-    allowed = torch.where(told, torch.maximum(own, noise.nanmedian().nan_to_num(0.0)), 0.0)
-    share = torch.where(told, error / (RATIO * allowed + floor), torch.nan)
+    finite = torch.isfinite(own)
+    allowed = torch.where(finite, torch.maximum(own, noise.nanmedian().nan_to_num(0.0)), 0.0)
+    share = torch.where(finite, error / (RATIO * allowed + floor), torch.nan)
     middle = share.nanmedian(0).indices
     out = torch.zeros((3, len(noise)), device=noise.device)
-    out[0, 0], out[1, 0], out[2, 0] = error[middle], allowed[middle], told.sum()
+    out[0, 0], out[1, 0], out[2, 0] = error[middle], allowed[middle], finite.sum()
     return out
 
 
 def _largest_window(lm: LanguageModel, shapes: list[Shape]) -> int:
-    """Of those that the blocks ask for and those that the configuration names; 0: none."""
+    """The largest window that the blocks ask for or the configuration names; 0: none."""
     named = [
         value
         for name, value in vars(lm.config).items()
@@ -363,8 +363,8 @@ def _largest_window(lm: LanguageModel, shapes: list[Shape]) -> int:
 
 
 def masks_of_the_library(lm: LanguageModel, length: int) -> list[torch.Tensor | None]:
-    """What the last of `length` tokens attends to by the mask that the library makes for each block: bool [length], or
-    None where it makes none. The blocks themselves do not run."""
+    """What the last of `length` tokens attends to by transformers' mask for each block: bool [length], or None where
+    it makes no mask. The blocks themselves do not run."""
     seen: list[torch.Tensor | None] = []
 
     def skip(*args: Any, **kwargs: Any) -> torch.Tensor:

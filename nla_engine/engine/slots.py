@@ -1,7 +1,7 @@
-"""Where keys and values live: one fixed region a slot, and one shared prefix that every slot attends to first.
+"""Where keys and values are kept: one fixed region per slot, and one shared prefix that every slot attends to first.
 
-Position p of a sequence lies in the prefix if p < prefix size, else at p - prefix size of its slot. One more slot than
-asked for exists: unused lanes of a decode step work there. Knows nothing of requests.
+Position p of a sequence is in the prefix if p < prefix size, else at p - prefix size of its slot. There is one slot
+more than asked for: unused lanes of a decode step work there.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from nla_engine.engine.transfer import to_device
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import KeyValues
 
-#: Most slots on a CPU when nobody names a number: few enough that its caches are not thrashed.
+#: Most slots on a CPU by default: few enough that its caches do not thrash.
 _MOST_SLOTS_CPU = 64
 #: The part of the free GPU memory that slots may take.
 _MEMORY_PART = 0.7
 
 
 def slot_size(length: int, prefix: int) -> int:
-    """Tokens that a slot has room for, if sequences of `length` share `prefix`: the prefix is first read in a slot."""
+    """Tokens that a slot has room for if sequences of `length` share `prefix`, which is first read in a slot."""
     return max(length - prefix, prefix) + 1
 
 
 def default_slots(
     lm: LanguageModel, length: int, prefix: int = 0, most: int = 512, precision: str = "full"
 ) -> int:
-    """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, as many as fit
-    the memory that is free on the model's device once a runner of that precision has made its weights."""
+    """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, and as many as
+    fit the memory that is free on the model's device once a runner of that precision has made its weights."""
     if lm.device.type == "cpu":
         return min(most, _MOST_SLOTS_CPU)
     heads, head_size = kv_shape(lm.config)
     slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
     free = free_bytes(lm.device)
     if precision == "fp8":
-        free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # a byte each
+        free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each
     return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, to which torch has given back what it keeps of earlier work."""
+    """Free memory of a GPU, after torch has released what it caches."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
@@ -58,7 +58,7 @@ class SlotCache:
     """keys, values: [layers, slots + 1, size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV, ...]."""
 
     def __init__(self, lm: LanguageModel, slots: int, length: int, prefix: int) -> None:
-        """length: of a sequence, at most, `prefix` shared tokens included."""
+        """length: most tokens of a sequence, including `prefix` shared ones."""
         heads, head_size = kv_shape(lm.config)
         layers = len(lm.blocks)
         self.length, self.size = length, slot_size(length, prefix)
@@ -79,7 +79,7 @@ class SlotCache:
         self.prefix_values = self.values[:, slot, :length].clone()
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
-        """Give each target slot the first `length` places of its source slot, in every layer."""
+        """Copy the first `length` places of each source slot to its target slot, in every layer."""
         at = to_device(np.array([source, target]), self.keys.device)
         for held in (self.keys, self.values):
             held[:, at[1], :length] = held[:, at[0], :length]

@@ -1,6 +1,6 @@
 """When a sequence ends: an automaton over tokens that finds stop strings across token borders, and EOS ids.
 
-It runs on the device as one table look-up a token: state' = table[state, token]. Knows nothing of slots or models.
+It runs on the device as one table look-up per token: state' = table[state, token].
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class StopAutomaton:
     """table: uint8 [states, vocab]; state 0 is the start; `stopped` and `ended` are the two accepting states."""
 
     def __init__(self, tokens: Sequence[bytes], eos_ids: Sequence[int], stop: Sequence[bytes] = ()) -> None:
-        """tokens: the bytes of every id; eos_ids: those that are no id of these are never generated.
+        """tokens: the bytes of every id; eos_ids: those outside `tokens` are ignored, as they are never generated.
 
-        stop: strings that end a sequence as soon as they stand in its text
+        stop: strings that end a sequence as soon as its text contains one of them
         """
         prefixes = [b"", *sorted({text[:size] for text in stop for size in range(1, len(text))})]
         self.stopped, self.ended = len(prefixes), len(prefixes) + 1
@@ -33,7 +33,7 @@ class StopAutomaton:
             table[0] = [self._next(token, 0, stop, number) for token in tokens]
             for state, prefix in enumerate(prefixes[1:], 1):
                 table[state] = table[0]
-                # Only tokens whose first byte goes on with the prefix can lead elsewhere than from the start.
+                # Only tokens whose first byte continues the prefix can lead to another state than from the start.
                 firsts = {bytes([b]) for b in range(256)}
                 live = {
                     b
@@ -50,7 +50,7 @@ class StopAutomaton:
         self.table = torch.from_numpy(table)
 
     def _next(self, text: bytes, known: int, stop: Sequence[bytes], number: dict[bytes, int]) -> int:
-        """The state after `text`, of which the first `known` bytes hold no stop string."""
+        """The state after `text`, whose first `known` bytes hold no stop string."""
         if len(text) == known:
             return number[text]
         if any(entry in text for entry in stop):

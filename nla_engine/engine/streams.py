@@ -1,6 +1,6 @@
-"""The CUDA streams of this process beside torch's default one, and the device of a thread.
+"""The CUDA streams of this process besides torch's default one, and the device of a thread.
 
-torch gives out 32 streams in turn. One that is made for each use would now and then be one that is in use: what another
+torch gives out 32 streams in turn, so a stream made for each use would sometimes be one in use already. What another
 thread launches on the stream of a graph's capture becomes part of the graph instead of being run.
 """
 
@@ -12,22 +12,22 @@ import torch
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are captured."""
+    """The stream on which graphs are captured."""
     return _streams(_number(device))[0]
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """For work of another thread beside the default stream and any capture."""
+    """For work of another thread, in parallel with the default stream and any capture."""
     return _streams(_number(device))[1]
 
 
 def branch_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of a graph that is being captured: what may run beside the rest."""
+    """For the part of a graph being captured that may run in parallel with the rest."""
     return _streams(_number(device))[2]
 
 
 def enter_device(device: torch.device) -> None:
-    """For a new thread, which starts on the first GPU whatever its parent's is. Nothing on a CPU."""
+    """Call in a new thread, which starts on the first GPU whatever its parent's is. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(_number(device))
 
@@ -39,4 +39,4 @@ def _number(device: torch.device) -> int:
 @cache
 def _streams(number: int) -> tuple[torch.cuda.Stream, ...]:
     device = torch.device("cuda", number)
-    return tuple(torch.cuda.Stream(device) for _ in range(3))  # one after the other: never the same
+    return tuple(torch.cuda.Stream(device) for _ in range(3))  # made in a row, so all different

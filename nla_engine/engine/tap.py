@@ -1,4 +1,4 @@
-"""The engine's side of a tap: what is called inside every pass, and what the generator asks of it.
+"""The engine's side of a tap: what is called inside every pass, and what the generator calls.
 
 The generator calls `allocate` once, `prepare` before a run, then for each sequence `open`, `settle` and `collect`.
 `collect` takes what `settle` returned, so the two cannot be called in the wrong order.
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows of a sequence that has ended, still on the device. size: tokens of the sequence; nbytes: on the host."""
+    """Rows of an ended sequence, still on the device. size: tokens of the sequence; nbytes: size on the host."""
 
     slot: int
     size: int
@@ -30,24 +30,24 @@ class Tap(Protocol):
         """The blocks whose output is tapped."""
 
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
-        """Take the device memory, before any pass. Between two calls of `settle` the passes read at most `generated`
-        tokens that the model chose and `given` tokens of prompts."""
+        """Allocate the device memory, before any pass. Between two calls of `settle` the passes read at most
+        `generated` tokens that the model chose and `given` tokens of prompts."""
 
     def prepare(self) -> None:
-        """Take the host memory. Called last before a run, after graphs are captured."""
+        """Allocate the host memory. Called last before a run, after graphs are captured."""
 
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
-        """These slots start new sequences of at most `total` tokens, `prompt_size` of them given."""
+        """Start new sequences in these slots, each of at most `total` tokens, `prompt_size` of them given."""
 
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Called inside every pass after block `layer`. hidden [T, d]; slot, position int64 [T]. No synchronisation."""
 
     def look(self, *, decoded: bool) -> None:
-        """Queue a look at what `settle` must fetch. decoded: of decode steps, else of prompts. No synchronisation."""
+        """Queue a look at what `settle` must fetch. decoded: after decode steps, else prompts. No synchronisation."""
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with `size`
-        tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
+        """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with
+        `size` tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
 
     def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
         """The rows of these sequences, by layer. Their slots may be opened again."""
@@ -74,9 +74,9 @@ class NoTap:
         """Nothing to do."""
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """No bytes for any."""
+        """Each sequence has 0 bytes of rows."""
         return [KeptRows(slot, size, 0) for slot, size in zip(slots, sizes, strict=True)]
 
     def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
-        """No layers for any."""
+        """Each sequence has rows of no layer."""
         return [{} for _ in ended]

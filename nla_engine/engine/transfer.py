@@ -1,6 +1,6 @@
-"""Copies between host and device, on a GPU through pinned memory, and glances at what the device is still changing.
+"""Copies between host and device, on a GPU through pinned memory, and snapshots of what the device is still changing.
 
-A copy from pageable memory waits for everything that was queued before it; one from pinned memory is queued behind it.
+A copy from pageable memory waits for everything queued before it; a copy from pinned memory is only queued.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The values on the device; on a GPU queued, not waited for. On a CPU they may share the array's memory."""
+    """The values on the device. On a GPU the copy is queued, not waited for. On a CPU they may share memory."""
     host = torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -26,7 +26,7 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Glance:
-    """A small tensor as it was at one point of the device's queue: who reads it waits for that point alone."""
+    """A small tensor as it was at one point of the device's queue. Reading it waits for that point only."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -34,7 +34,7 @@ class Glance:
         self._passed = torch.cuda.Event() if tensor.is_cuda else None
 
     def take(self) -> None:
-        """Queue the look, in place of any before it."""
+        """Queue a look, which replaces the last one."""
         self._seen.copy_(self._tensor, non_blocking=True)
         if self._passed is not None:
             self._passed.record(torch.cuda.current_stream(self._tensor.device))

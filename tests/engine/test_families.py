@@ -114,7 +114,7 @@ ALTERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "bias of the output": ("llama", bias("o_proj"), "other than queries, keys and values has a bias"),
     "bias of the gate": ("gemma3_text", bias("gate_proj"), "other than queries, keys and values has a bias"),
     "bias of the MLP's output": ("qwen3", bias("down_proj"), "other than queries, keys and values has a"),
-    "bias of keys alone": ("llama", bias("k_proj"), "some of queries, keys and values have a bias"),
+    "bias of keys alone": ("llama", bias("k_proj"), "only some of queries, keys and values have a bias"),
     "no bias of values": ("qwen2", put("self_attn.v_proj.bias", lambda _: None), "some of queries, keys"),
     "activation": ("llama", put("self_attn.config.hidden_act", lambda _: "relu"), "relu is not known"),
     "activation of the module": (
@@ -127,7 +127,7 @@ ALTERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
         put("self_attn.config.hidden_activation", lambda _: "gelu"),
         "activation gelu is not known",
     ),
-    "unknown norm": ("llama", put("input_layernorm", lambda _: OtherNorm(64)), "OtherNorm is no norm"),
+    "unknown norm": ("llama", put("input_layernorm", lambda _: OtherNorm(64)), "OtherNorm is not a known"),
     "norm of another family": (
         "llama",
         put("post_attention_layernorm", lambda norm: Gemma3RMSNorm(64, norm.variance_epsilon)),
@@ -151,7 +151,7 @@ ALTERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
         "soft cap of 50",
     ),
     "window": ("llama", put("self_attn.sliding_window", lambda _: 8), "a window of 8 is not known"),
-    "both directions": ("qwen2", put("self_attn.is_causal", lambda _: False), "what comes later"),
+    "both directions": ("qwen2", put("self_attn.is_causal", lambda _: False), "to later tokens"),
     "no scale": ("llama", lambda block: delattr(block.self_attn, "scaling"), "no attribute 'scaling'"),
 }
 
@@ -170,7 +170,7 @@ def test_a_block_with_an_altered_fact_is_not_fused(fact: str) -> None:
 @pytest.mark.parametrize("name", ["MistralConfig", "Gemma2Config"])
 def test_a_class_without_a_record_is_not_fused(name: str) -> None:
     block = language_model(name).blocks[0]
-    with pytest.raises(NotFused, match=rf"{name[:5]}\w+DecoderLayer is no block that is known"):
+    with pytest.raises(NotFused, match=rf"{name[:5]}\w+DecoderLayer is not a known block"):
         facts_of(block)
     assert not can_fuse(block) and not families.can_fuse_norm(block.input_layernorm)
     assert not families.can_fuse_norm(None)

@@ -149,11 +149,11 @@ def longer(_model: Any, output: Any, _given: dict[str, Any]) -> Any:
         (by_ids, r"changed: Changed cannot generate here: its logits differ from transformers' own by 0.33"),
         (
             by_states,
-            r"changed: Changed cannot generate here: its logits are not made of its decoder's last hidden",
+            r"changed: Changed cannot generate here: its logits depend on more than its decoder's last hidden",
         ),
         (
             longer,
-            r"changed: Changed cannot generate here: it gives 260 logits to a state .* has 259 embeddings",
+            r"changed: Changed cannot generate here: it gives 260 logits per state .* has 259 embeddings",
         ),
     ],
 )
