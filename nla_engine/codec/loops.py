@@ -1,6 +1,6 @@
 """The loops over rows of `nla_engine.codec.rows`, compiled by numba: norms, encoding, decoding, bfloat16.
 
-They release the interpreter. Shapes and types are checked by whoever calls them.
+They release the interpreter's lock. Callers check shapes and types.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import numba
 import numpy as np
 
-#: Rows whose norm lies outside this range (but is not 0) are kept exactly: 1 / rms would leave float32.
+#: Rows whose norm is outside this range (but not 0) are kept exactly: 1 / rms would leave the range of float32.
 NORM_RANGE = (np.float32(1e-30), np.float32(1e30))
 _LEAST_NORM, _MOST_NORM = NORM_RANGE
 _LARGEST = np.finfo(np.float32).max
 
 
 def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """By numba, without the interpreter's lock. The result is kept for the next process, where that can be written."""
+    """Compile with numba, to run without the interpreter's lock. The result is cached where a cache can be written."""
     try:
         return numba.njit(cache=True, nogil=True)(loop)
-    except RuntimeError:  # neither beside this file nor below HOME
+    except RuntimeError:  # no cache can be written, neither beside this file nor below HOME
         return numba.njit(nogil=True)(loop)
 
 
@@ -65,13 +65,13 @@ def _half(value):
 
 @compiled
 def _code(value, reciprocal, top):
-    """The product of two float32, exact in float64, rounded to a whole number (even on ties) and cut at the top."""
+    """The product of two float32, exact in float64, rounded to a whole number (even on ties) and clamped to +-top."""
     return np.float32(min(max(np.rint(np.float64(value) * np.float64(reciprocal)), -top), top))
 
 
 @compiled
 def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
-    """Codes int8 [n, d] and scales float32 [n, d / group] of the ordinary rows; others are left as they are."""
+    """Codes int8 [n, d] and scales float32 [n, d / group] of the ordinary rows; others are left unchanged."""
     d = x.shape[1]
     one = np.float32(1.0)
     unit = np.float32(1.0 / math.sqrt(block))
@@ -151,11 +151,11 @@ def _fold(source, target, half):
 
 @cache
 def decoder(group: int, block: int, packed: bool, to_bits: bool) -> Callable[..., None]:
-    """The decoding loop for one shape of block and group: loops of known length are what LLVM makes vectors of.
+    """The decoding loop for one shape of block and group: LLVM vectorises loops of known length.
 
-    A fold works on the lowest bit of the channel number and moves it to the top, so log2(block) folds are the
-    butterflies of step 1, 2, 4 ... and end in natural order. The first log2(group) of them work on the integer codes,
-    and the scale is applied behind them, when code j of group g stands at j * groups + g. That gives the bits of the
+    A fold works on the lowest bit of the channel number and moves it to the top. So log2(block) folds are the
+    butterflies of step 1, 2, 4 ... and end in natural order. The first log2(group) of them work on the integer codes.
+    The scale is applied after them, when code j of group g is at j * groups + g. That gives the same bits as the
     stated order: a product of code and scale has at most 7 + 11 significant bits and a sum of 64 of them at most 24,
     so nothing is rounded before the last step of a group of 128, and that step rounds the same exact value once.
     """

@@ -1,24 +1,24 @@
-"""Row codecs: float32 rows <-> the bytes that a store keeps. Host side; the loops are in `codec_loops`.
+"""Row codecs: float32 rows <-> the bytes that a store keeps. Runs on the host; the loops are in `codec.loops`.
 
 A row x of width d is stored as its exact L2 norm and a quantised direction. With rms = norm / sqrt(d):
 
     y     = (H x) / rms            H: orthonormal Hadamard matrix on each block of `block` channels
-    scale = float16(clip * max|y| / top)         one for each group of `group` channels
+    scale = float16(clip * max|y| / top)         one per group of `group` channels
     code  = clamp(round_half_even(y / scale), -top, top)
     x'    = rms * H (scale * code)               H is its own inverse
 
-`int8`: top 127, group = block, clip 1; y / scale is H x times the float32 (1 / rms) * (1 / scale), at most its largest,
-and not rounded before.
-`int4`: top 7, group 32, clip = the candidate of least squared error, code + 8 in a nibble, even channel low; y / scale
-is y times the float32 1 / scale, not rounded before.  `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no
-scales.
+`int8`: top 127, group = block, clip 1. y / scale is H x times the float32 (1 / rms) * (1 / scale), which is capped at
+the largest float32. y / scale is exact until it is rounded to the code.
+`int4`: top 7, group 32, clip = the candidate of least squared error, code + 8 in a nibble, even channel low. y / scale
+is y times the float32 1 / scale, exact until it is rounded to the code.
+`bf16`: the row itself, rounded to bfloat16 bits; no rotation, no scales.
 
-Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused but for the code, so
-that the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception, the CUDA encoder of int8
-for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in an order of their own. Where the
-float32 sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) that changes
-nothing; elsewhere the last bits of a sum may differ, so a code by one where y / scale is next to a tie, or, rarer, a
-scale by one unit in the last place and the codes of its block with it. Knows nothing of files, layers or sequences.
+Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused except for the code.
+So the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception is the CUDA encoder of int8
+for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in their own order. Where the float32
+sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) this changes nothing.
+Elsewhere the last bits of a sum may differ. Then a code may differ by one where y / scale is next to a tie. More
+rarely, a scale differs by one unit in the last place, and with it the codes of its block.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_BLOCK = 128
 INT4_GROUP = 32
 INT4_TOP = 7
 INT8_TOP = 127
-#: Fractions of the group's largest magnitude that int4 tries as its range, in this order; the first best wins.
+#: Fractions of the group's largest magnitude that int4 tries as its range, in this order; of equal ones the first wins.
 INT4_CLIPS = np.array([1.0, 0.92, 0.84, 0.76, 0.68, 0.6], dtype=np.float32)
 
 CODEC_NAMES = ("int8", "int4", "bf16")
@@ -80,7 +80,7 @@ class Codec:
         block = math.gcd(d_model, MAX_BLOCK)
         if name == "int4" and d_model % 2:
             raise RequestError(
-                f"codec int4 packs two channels a byte: d_model {d_model} is odd, use int8 or bf16"
+                f"codec int4 packs two channels per byte: d_model {d_model} is odd, use int8 or bf16"
             )
         if name == "bf16":
             return cls(name, d_model, block=1, group=1)
@@ -92,21 +92,21 @@ class Codec:
 
     @property
     def code_width(self) -> int:
-        """Stored code elements a row."""
+        """Stored code elements per row."""
         return self.d_model // 2 if self.name == "int4" else self.d_model
 
     @property
     def scale_width(self) -> int:
-        """Stored scales a row."""
+        """Stored scales per row."""
         return 0 if self.name == "bf16" else self.d_model // self.group
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a row takes in the store, its norm included."""
+        """Bytes per row in the store, including its norm."""
         return self.code_width * self.code_dtype.itemsize + 2 * self.scale_width + 4
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheme in words and numbers, as it stands in a store's attributes."""
+        """The scheme in words and numbers, for a store's attributes."""
         described = {
             "int8": "x' = norm/sqrt(d) * H(scale * code); H orthonormal Hadamard per block; scale float16 per group",
             "int4": "as int8 with code = nibble - 8, even channel in the low nibble; scale float16 per group",
@@ -130,7 +130,7 @@ class Codec:
         return codec
 
     def encode(self, rows: np.ndarray) -> EncodedRows:
-        """Encode float32 [n, d]. Rows that are not `ordinary` (see `ordinary_rows`) get codes of 0 and scales of 0."""
+        """Encode float32 [n, d]. Rows that are not ordinary (see `ordinary_rows`) get codes of 0 and scales of 0."""
         x = np.ascontiguousarray(rows, dtype=np.float32)
         if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"rows of shape {x.shape} do not have width {self.d_model}")
@@ -153,7 +153,7 @@ class Codec:
         return EncodedRows(codes, scales, norm)
 
     def decode(self, encoded: EncodedRows, out: np.ndarray | None = None) -> np.ndarray:
-        """Decode n rows. Rows that are kept exactly elsewhere come out as zeros here (but for bf16, which holds all).
+        """Decode n rows. Rows that are kept exactly elsewhere come out as zeros here, except in bf16, which holds all.
 
         out: C-contiguous [n, d] to fill and return, float32 or uint16 (bfloat16 bits of the float32 values, rounded to
             nearest even); None for a new float32 one
@@ -203,7 +203,7 @@ def relative_errors(codec: Codec, rows: np.ndarray) -> np.ndarray:
 
 
 def describe_errors(errors: np.ndarray) -> dict[str, float | int]:
-    """What a store remembers of its codec's relative L2 errors on a sample."""
+    """What a store records of its codec's relative L2 errors on a sample."""
     p99 = float(np.percentile(errors, 99))
     return {"mean": float(errors.mean()), "p99": p99, "worst": float(errors.max()), "rows": len(errors)}
 
