@@ -1,12 +1,12 @@
-"""Attention of packed queries over slots and a shared prefix: reference in torch, two Triton kernels for every case.
+"""Attention of packed queries over slots and a shared prefix: reference in torch, two Triton kernels.
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h // G]) v[p, h // G]    position - window < p <= position of t
 
-Keys and values of positions below the prefix size are the prefix's, the others lie in the query's slot. A decode step
-and a packed prefill differ only in how queries are cut into tiles. G: query heads of a key/value head, any number.
-Online softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135. The prefix,
-which every query sees, is attended by tiles that cross sequences, and its partial softmax is where a slot's begins
-(Juravsky et al., arXiv:2402.05099).
+Keys and values of positions below the prefix size are in the prefix, the others in the query's slot. A decode step and
+a packed prefill differ only in how queries are cut into tiles. G: query heads per key/value head, any number. Online
+softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135. Every query sees the
+prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial result (Juravsky et
+al., arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class KeyValues:
 class Tiles:
     """Runs of queries of one slot each, int64 [tiles]: first packed token, how many, slot, position of the first.
 
-    own: int64 [T], the position of every packed token; none lies in the shared prefix
-    rows: query rows (tokens times G) that the largest tile may have; longest: an upper bound on positions + 1
+    own: int64 [T], the position of every packed token; none is in the shared prefix
+    rows: most query rows (tokens times G) of a tile; longest: an upper bound on positions + 1
     """
 
     token: torch.Tensor
@@ -70,7 +70,7 @@ def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> to
 
 
 def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """One tile after the other, softmax in float32. Slow and obvious; looks at the device for every tile."""
+    """One tile after the other, softmax in float32. Slow and obvious; synchronises with the device."""
     out = torch.empty_like(query)
     places = (tiles.token, tiles.count, tiles.slot, tiles.position)
     for token, count, slot, position in zip(*(column.tolist() for column in places), strict=True):
@@ -85,7 +85,7 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
 
 
 def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """The reference for a decode step (one query a tile) as one batched computation, for CPUs."""
+    """The reference for a decode step (one query per tile) as one batched computation, for CPUs."""
     size = tiles.longest - kv.prefix_size
     lanes = len(query)
     keys, values = kv.keys[tiles.slot, :size], kv.values[tiles.slot, :size]
@@ -96,9 +96,8 @@ def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sha
     seen = at <= tiles.position[:, None]
     if shape.window:
         seen &= at > tiles.position[:, None] - shape.window
-    values = values.masked_fill(
-        ~seen[:, :, None, None], 0.0
-    )  # a weight of 0 would keep another sequence's NaN
+    # A weight of 0 would not remove another sequence's NaN.
+    values = values.masked_fill(~seen[:, :, None, None], 0.0)
     return _attend(query[:, None], keys, values, seen[:, None], shape)[:, 0]
 
 
@@ -118,12 +117,12 @@ def _attend(
 
 
 def tile_rows(tokens: int, group: int) -> int:
-    """Rows of a tile for runs of up to `tokens` tokens: enough for a decode step's G, at most 64."""
+    """Rows of a tile for runs of up to `tokens` tokens: at most 64, or G if that is more."""
     return min(max(16, triton.next_power_of_2(tokens * group)), max(64, triton.next_power_of_2(group)))
 
 
 def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """One program for each tile and key/value head, or several. No synchronisation; runs inside CUDA graphs."""
+    """One or more programs per tile and key/value head. No synchronisation; runs inside CUDA graphs."""
     tokens, heads, size = query.shape
     groups = kv.keys.shape[2]
     query = query if query.stride(2) == 1 else query.contiguous()
@@ -269,9 +268,9 @@ def _attend_kernel(
     keys,  # [slots, size, KV, h]
     values,  # [slots, size, KV, h], strides of keys
     out,  # [T, H, h], contiguous
-    partial,  # float32 [T, H, h], contiguous: what the prefix gave; unused without PREFIX
-    sums,  # float32 [T, H], likewise
-    biggests,  # float32 [T, H], likewise
+    partial,  # float32 [T, H, h], contiguous: from the prefix's kernel; unused without PREFIX
+    sums,  # float32 [T, H]: the same
+    biggests,  # float32 [T, H]: the same
     tile_token,  # int64 [tiles]
     tile_count,
     tile_slot,
@@ -303,7 +302,7 @@ def _attend_kernel(
     first = tl.load(tile_position + tile).to(tl.int32)
 
     row = tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
-    if SHARED:  # else the compiler knows the rows: 2% of a decode step
+    if SHARED:  # else the compiler knows the rows, which saves 2% of a decode step
         row += tl.program_id(2) * BLOCK_M
     mine = row // GROUP < count
     channel = tl.arange(0, BLOCK_H)
@@ -351,7 +350,7 @@ def _attend_kernel(
 def _fold(
     q, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Take one block of keys [N, h] and values [N, h] into the running softmax of q [M, h]."""
+    """Add one block of keys [N, h] and values [N, h] to the running softmax of q [M, h]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if SOFTCAP:
         ratio = scores / softcap

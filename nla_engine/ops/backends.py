@@ -1,7 +1,7 @@
 """What a device computes with: the extension's CUDA part, Triton kernels or plain torch, and why with no better one.
 
-Asked before a kernel is chosen: of the card, then of CUDA and Triton themselves, once each. A fault is one line that
-names the card, what is not used and what to do. Knows no kernel of the package.
+Checked once, before a kernel is chosen: first the card, then CUDA and Triton themselves. A fault is one line that names
+the card, what is not used and what to do.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ENCODED_BY_TORCH = "rows are encoded by plain torch, slower"
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes, chosen once and handed to every part of a run.
+    """What computes, chosen once and passed to every part of a run.
 
     name: one of `config.KERNELS`. precision: of the products of fused blocks, one of `config.PRECISIONS`; full is the
-    dtype of the weights, fp8 keeps quantised weights beside them. Raises RequestError for other words.
+    dtype of the weights, fp8 keeps quantised weights beside them. Raises RequestError for other values.
     """
 
     name: str = "auto"
@@ -46,7 +46,7 @@ class Kernels:
 
     @property
     def reference(self) -> bool:
-        """Whether nothing but the library's own modules and plain torch may compute."""
+        """Whether only transformers' own modules and plain torch may compute."""
         return self.name == "reference"
 
     def plain(self, device: torch.device) -> bool:
@@ -64,7 +64,7 @@ def cuda_fault(device: torch.device) -> str:
 
 
 def code_fault(card: Card, built: tuple[str, ...]) -> str:
-    """Why a CUDA part that is compiled for these architectures is not used on a card; empty if it is."""
+    """Why a CUDA part compiled for these architectures is not used on a card; empty if it is."""
     if not card.nvidia:
         return f"{card}: the CUDA part is for NVIDIA cards: {_ENCODED_BY_TORCH}"
     if runs(card.capability, built):
@@ -99,17 +99,17 @@ def triton_fault(device: torch.device) -> str:
     card = card_of(device)
     slower = "everything is computed by plain torch, slower"
     if not card.nvidia:
-        return f"{card}: the Triton kernels are tested on NVIDIA cards alone: {slower}"
+        return f"{card}: the Triton kernels are tested on NVIDIA cards only: {slower}"
     if card.capability < _TRITON:
         return f"{card}: Triton needs compute capability {_TRITON[0]}.{_TRITON[1]}: {slower}"
     try:
         _try_triton(device)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # no C compiler, no headers of Python, a card that is newer than Triton
+    except Exception as error:  # no C compiler, no Python headers, a card that is newer than Triton
         return (
-            f"{card}: Triton does not run ({first_line(error)}): {slower}; it needs a C compiler, the headers of "
-            "Python and a version that knows the card"
+            f"{card}: Triton does not run ({first_line(error)}): {slower}; it needs a C compiler, Python's headers "
+            "and a version that knows the card"
         )
     return ""
 
@@ -129,14 +129,14 @@ def _trial_kernel(out):  # int32 [1]
 
 
 def shortfall(device: torch.device) -> list[str]:
-    """What a run on this device goes without, a line each, for its start and for --version. Of a CPU nothing."""
+    """What a run on this device lacks, one line each, for the start of the run and for --version. Empty for a CPU."""
     if device.type != "cuda":
         return []
     lines = [triton_fault(device), cuda_fault(device)]
     module = extension.load()
     if not lines[1] and card_of(device).capability == HOPPER and not getattr(module, "gated_tiles", ()):
         lines.append(
-            f"{card_of(device)}: the extension has no gated product for Hopper, which takes two launches, slower; put "
+            f"{card_of(device)}: the extension has no gated product for Hopper, so it takes two launches, slower; put "
             "nvcc 12.5 or later on PATH and reinstall nla-engine with NLA_CUDA=1"
         )
     return [line for line in lines if line]

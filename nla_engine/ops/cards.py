@@ -1,6 +1,6 @@
 """The GPUs of this machine: their names, compute capabilities and shared memory, and which compiled code they run.
 
-Compute capabilities are NVIDIA's: 8.6 is what sm_86 is code for. Knows no kernel.
+Compute capabilities are NVIDIA's: 8.6 is what sm_86 is code for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from nla_engine.errors import RequestError
 
 HOPPER = (9, 0)
-#: KiB of shared memory that one block may ask for, by compute capability (CUDA C++ Programming Guide, table of
-#: technical specifications).
+#: KiB of shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, table of technical
+#: specifications).
 SHARED_KIB = {
     (7, 5): 64,
     (8, 0): 163,
@@ -28,14 +28,14 @@ SHARED_KIB = {
     (10, 0): 227,
     (12, 0): 99,
 }
-#: For trying on one card what is chosen on another: the compute capability that every GPU is taken to have.
+#: For trying on one card what is chosen on another: the compute capability that every GPU is assumed to have.
 ASSUMED = "NLA_ASSUME_CAPABILITY"
 _CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
 @dataclass(frozen=True)
 class Card:
-    """number: torch's; capability: (0, 0) of another maker's card; shared_bytes: shared memory for one block."""
+    """number: torch's; capability: (0, 0) for another maker's card; shared_bytes: shared memory per block."""
 
     number: int
     name: str
@@ -54,7 +54,7 @@ class Card:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether it computes in bfloat16 itself. Older ones emulate it, slower than float32."""
+        """Whether it computes in bfloat16 itself. Older cards emulate it, slower than float32."""
         return not self.nvidia or self.capability >= (8, 0)
 
 
@@ -72,7 +72,7 @@ def _card(number: int) -> Card:
 
 
 def _assumed(card: Card, capability: str | None) -> Card:
-    """The card as if it had this lower compute capability, and as little shared memory as such cards have."""
+    """The card as if it had this lower compute capability, and no more shared memory than such cards have."""
     if not capability:
         return card
     match = re.fullmatch(r"(\d+)\.(\d)", capability)
@@ -87,8 +87,9 @@ def _assumed(card: Card, capability: str | None) -> Card:
 def runs(capability: tuple[int, int], code: Iterable[str]) -> bool:
     """Whether a card of this capability runs any of these, named as nvcc names them.
 
-    sm_86 (machine code): the same major number, and no lower a minor one. compute_86 (PTX): any that is no lower.
-    With an a (sm_90a): this capability alone. With an f (sm_100f, compute_100f): as machine code.
+    sm_86 (machine code) runs on the same major number with the same or a higher minor one. compute_86 (PTX) runs on
+    any capability that is no lower. With an a (sm_90a): this capability only. With an f (sm_100f, compute_100f): as
+    machine code.
     """
     return any(_runs(capability, name) for name in code)
 

@@ -3,8 +3,8 @@
     for every row t with dest[t] >= 0:    stage.codes/scales/norm[dest[t]] = codec(hidden[t])
     and if the codec cannot hold it:      stage.exact[k] = bfloat16(hidden[t]), stage.exact_dest[k] = dest[t]
 
-where k counts up from `stage.exact_count`. `nla_engine.codec.rows` is the contract, for the bits too, and names the one
-exception; the order of rows in the exact pool is free. Knows nothing of rings, sequences or when a stage is emptied.
+where k counts up from `stage.exact_count`. `nla_engine.codec.rows` is the contract, also for the bits, and names the
+one exception. The order of rows in the exact pool is free.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "bf16": torch.int16}
 
 @dataclass(frozen=True)
 class RowStage:
-    """Preallocated tensors that rows are encoded into. R places, room for E exact rows.
+    """Preallocated tensors that rows are encoded into: R places, and room for E exact rows.
 
     codes: int8 [R, d] | uint8 [R, d/2] | int16 [R, d] (bfloat16 bits)
     scales: float16 [R, d/group], width 0 for bf16;  norm: float32 [R]
-    exact: int16 [E, d], bfloat16 bits;  exact_dest: int64 [E], the place in the stage of that row
-    exact_count: int32 [1]; only ever grows. Past E the rows are not kept: whoever empties the stage must check.
+    exact: int16 [E, d], bfloat16 bits;  exact_dest: int64 [E], the place of each in the stage
+    exact_count: int32 [1]; only grows. Rows past E are not kept: the code that empties the stage must check.
     """
 
     codec: Codec
@@ -78,8 +78,8 @@ class RowStage:
 def backend(device: torch.device | str, override: str | None = None, codec: Codec | None = None) -> str:
     """The implementation for tensors on `device`: 'cuda', 'numba' or 'torch'.
 
-    codec: whose rows must fit the card's shared memory for 'cuda'; None: any
-    Raises RequestError if `override` names one that is unknown or cannot run there.
+    codec: for 'cuda' its rows must fit the card's shared memory; None: not checked
+    Raises RequestError if `override` is unknown or cannot run there.
     """
     device = torch.device(device)
     kind = device.type
@@ -92,12 +92,12 @@ def backend(device: torch.device | str, override: str | None = None, codec: Code
     if (override, kind) in (("cuda", "cpu"), ("numba", "cuda")):
         raise RequestError(f"encode backend '{override}' cannot work on device '{device}': use 'torch'")
     if override == "cuda" and (fault := cuda_fault(device)):
-        raise RequestError(f"encode backend 'cuda' is not there: {fault}")
+        raise RequestError(f"encode backend 'cuda' is not available: {fault}")
     return override
 
 
 def _fits(codec: Codec | None, device: torch.device) -> bool:
-    """Whether a row and its scales, as float32, fit the shared memory of a block: what csrc/encode.cu may ask for."""
+    """Whether a row and its scales, as float32, fit the shared memory of a block, as csrc/encode.cu may need."""
     return codec is None or 4 * (codec.d_model + codec.scale_width) <= card_of(device).shared_bytes
 
 
@@ -106,10 +106,10 @@ def encode_rows(
 ) -> None:
     """Encode the selected rows of `hidden` into `stage`; on CUDA one launch on the current stream, no synchronisation.
 
-    hidden: float32, bfloat16 or float16 [T, d]; rows may be strided, the channels of a row not
-    dest: int64 [T]; the row's place in the stage, negative to skip it. Places must differ, and be below R: not checked,
-        for that would cost a synchronisation.
-    sink_norm: rows with a larger norm are also kept exactly (math.inf: none for that reason)
+    hidden: float32, bfloat16 or float16 [T, d]; rows may be strided, the channels of a row may not
+    dest: int64 [T]; the row's place in the stage, negative to skip it. Places must differ and be below R. This is not
+        checked, because a check would cost a synchronisation.
+    sink_norm: rows with a larger norm are also kept exactly (math.inf: no rows)
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_encode(hidden, dest, stage)
@@ -126,7 +126,7 @@ def decode_rows(
     *,
     with_backend: str | None = None,
 ) -> Tensor:
-    """Decode n encoded rows (layout of RowStage) to float32 or bfloat16 [n, d]; exact rows are not put back in here.
+    """Decode n encoded rows (layout of RowStage) to float32 or bfloat16 [n, d]. Exact rows are not restored here.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
@@ -148,7 +148,7 @@ def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_no
     if codec.name == "bf16":
         codes, scales = bits, stage.scales.new_zeros((len(x), 0))
     else:
-        # The divisor is a tensor: CUDA torch turns division by a Python number into a product with its reciprocal.
+        # The divisor is a tensor, because torch on CUDA replaces division by a Python number by a product.
         inverse = 1.0 / (norm / _scalar(math.sqrt(codec.d_model), x))
         factor = torch.where(ordinary, inverse * _unit(codec, x), 0.0)[:, None]
         rotated = torch.where(ordinary[:, None], _rotate(x, codec.block), 0.0)
@@ -190,7 +190,7 @@ def _scalar(value: float, like: Tensor) -> Tensor:
 
 
 def _unit(codec: Codec, like: Tensor) -> Tensor:
-    """What makes the rotation orthonormal: float32(1 / sqrt(block))."""
+    """The factor that makes the rotation orthonormal: float32(1 / sqrt(block))."""
     return _scalar(1.0 / math.sqrt(codec.block), like)
 
 
@@ -225,7 +225,7 @@ def _quantise(v: Tensor, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
 
 
 def _codes(v: Tensor, factor: Tensor, scale: Tensor, top: int) -> Tensor:
-    """clamp(round(v * factor / scale)) as float32, by one rounded reciprocal; 0 where the scale is 0."""
+    """clamp(round(v * factor / scale)) as float32, with one rounded reciprocal; 0 where the scale is 0."""
     wide = scale.float()
     reciprocal = (torch.where(wide > 0, 1.0 / wide, 0.0) * factor).clamp(max=torch.finfo(torch.float32).max)
     return (v.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
@@ -249,11 +249,11 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _source_of_place(place: Tensor, chosen: Tensor, places: int) -> Tensor:
-    """For each of `places` places the index of the row that goes there, or -1: places nobody chose stay untouched."""
+    """For each of `places` places the index of the row that goes there, or -1 if none does."""
     rows = torch.arange(len(place), device=place.device)
     source = torch.full((places + 1,), -1, dtype=torch.int64, device=place.device)
     inside = chosen & (place < places)
-    source[torch.where(inside, place, places)] = rows  # the last place takes what goes nowhere
+    source[torch.where(inside, place, places)] = rows  # the extra last place takes rows that go nowhere
     return source[:places]
 
 
@@ -296,7 +296,7 @@ def _decode_numba(
 
 def _extension() -> ModuleType:
     module = extension.load()
-    assert module is not None  # `backend` has seen to it
+    assert module is not None  # `backend` has checked
     return module
 
 

@@ -2,9 +2,9 @@
 
     s = max(max_k |x_k|, tiny) / 448        q = e4m3(x * (448 / (448 s)))        x w^T ~ (q_x q_w^T) s_x s_w
 
-A row of x is a token, a row of w an output channel; e4m3 rounds to nearest and its largest value is 448. A row with a
-NaN or an infinity gets an infinite scale, so that its products are not finite either. What is quantised is always
-rounded to the model's dtype first: fused or not, the codes are those of `quantise(rms_norm(x))` and so on.
+A row of x is a token, a row of w an output channel. e4m3 rounds to nearest; its largest value is 448. A row with a NaN
+or an infinity gets an infinite scale, so that its products are not finite either. Values are always rounded to the
+model's dtype before they are quantised: fused or not, the codes are those of `quantise(rms_norm(x))` and so on.
 Micikevicius et al., arXiv:2209.05433.
 """
 
@@ -24,12 +24,12 @@ from nla_engine.ops.gate import gate_reference, gated
 from nla_engine.ops.norm import rms_norm_reference
 
 _LARGEST = 448.0
-#: The largest entry that a row is taken to have at least: its scale, and products of two, stay normal float32.
+#: The least value used for a row's largest entry: scales, and products of two scales, stay normal float32.
 _TINY = 2.0**-60
 #: The oldest cards that multiply fp8: Ada.
 _CAPABILITY = (8, 9)
-#: Rows, channels and columns of the trial product, and how far its result may lie from the reference's (relative L2):
-#: sums of 14 bits, and a result rounded to bfloat16.
+#: Rows, channels and columns of the trial product, and how far its result may be from the reference's (relative L2):
+#: it sums with 14 bits and rounds to bfloat16.
 _TRIAL, _DIFFERENCE = (32, 256, 64), 2**-7
 
 
@@ -54,13 +54,13 @@ def check_fp8(device: torch.device) -> None:
 
 @functools.cache
 def fp8_fault(device: torch.device) -> str:
-    """Why a GPU does not multiply fp8; empty if it does. The first call tries a product: before a graph is captured."""
+    """Why a GPU does not multiply fp8; empty if it does. The first call, before any graph capture, tries a product."""
     card = card_of(device)
     if card.capability < _CAPABILITY:
-        return f"{card} does not multiply fp8, which takes an NVIDIA card of compute capability 8.9 or more"
+        return f"{card} does not multiply fp8, which needs an NVIDIA card of compute capability 8.9 or more"
     if fault := triton_fault(device):
-        return f"fp8 takes Triton kernels ({fault})"
-    random = torch.Generator(device).manual_seed(0)  # torch's own may be part of another thread's graph
+        return f"fp8 needs Triton kernels ({fault})"
+    random = torch.Generator(device).manual_seed(0)  # a graph of another thread may use torch's own
     rows, channels, columns = _TRIAL
     x, w = (torch.randn(n, channels, device=device, generator=random) for n in (rows, columns))
     x8, w8 = quantise_triton(x), quantise_triton(w)
@@ -99,7 +99,7 @@ def gate_quantised(both: torch.Tensor, activation: str) -> Quantised:
 def scaled_linear(x: Quantised, w: Quantised, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """x [m, k], w [n, k], bias [n] or None -> x w^T + bias [m, n] in `dtype`. torch._scaled_mm where there is fp8.
 
-    Sums on the tensor cores are those of its fast accumulation, about 14 bits; the reference's are float32.
+    The tensor cores sum with fast accumulation, in about 14 bits; the reference sums in float32.
     """
     if not has_fp8(x.codes.device):
         return scaled_linear_reference(x, w, bias, dtype)
@@ -131,7 +131,7 @@ def quantise_reference(x: torch.Tensor) -> Quantised:
     """`quantise` in plain torch."""
     wide = x.float()
     size = torch.where(wide.isnan(), torch.inf, wide.abs()).amax(-1, keepdim=True).clamp(min=_TINY)
-    inverse = torch.full_like(size, _LARGEST) / size  # a number over a tensor is rounded twice
+    inverse = torch.full_like(size, _LARGEST) / size  # torch rounds a number divided by a tensor twice
     return Quantised((wide * inverse).to(torch.float8_e4m3fn), size * (1 / _LARGEST))
 
 
@@ -155,7 +155,7 @@ def _empty(rows: int, width: int, device: torch.device) -> Quantised:
 
 
 def quantise_triton(x: torch.Tensor) -> Quantised:
-    """`quantise` as one launch, a program a row."""
+    """`quantise` as one launch, one program per row."""
     rows, width = x.shape
     out = _empty(rows, width, x.device)
     block = min(4096, triton.next_power_of_2(width))
@@ -166,7 +166,7 @@ def quantise_triton(x: torch.Tensor) -> Quantised:
 def rms_norm_quantised_triton(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, add: torch.Tensor | None = None
 ) -> Quantised:
-    """`rms_norm_quantised` as one launch, a program a row."""
+    """`rms_norm_quantised` as one launch, one program per row."""
     rows, d = x.shape
     out = _empty(rows, d, x.device)
     block = triton.next_power_of_2(d)
@@ -187,7 +187,7 @@ def rms_norm_quantised_triton(
 
 
 def gate_quantised_triton(both: torch.Tensor, activation: str) -> Quantised:
-    """`gate_quantised` as one launch, a program a row; the gate is computed twice, from cache the second time."""
+    """`gate_quantised` as one launch, one program per row. The gate is computed twice, from cache the second time."""
     rows, width = both.shape[0], both.shape[1] // 2
     out = _empty(rows, width, both.device)
     block = min(4096, triton.next_power_of_2(width))
@@ -205,7 +205,7 @@ def gate_quantised_triton(both: torch.Tensor, activation: str) -> Quantised:
 
 @triton.jit
 def _size(wide):
-    """Largest |x| of a block, infinite where it holds a NaN."""
+    """Largest |x| of a block; infinite if it holds a NaN."""
     return tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), 0)
 
 

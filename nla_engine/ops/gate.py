@@ -60,7 +60,7 @@ def _gate_kernel(
 
 @triton.jit
 def gated(both, row, width, channel, SILU: tl.constexpr):
-    """The block `channel` of a row of the result, rounded to the dtype of both [T, 2 m]; 0 past the width m."""
+    """The channels `channel` of a row of the result, rounded to the dtype of both [T, 2 m]; 0 past the width m."""
     real = channel < width
     g = tl.load(both + row * 2 * width + channel, mask=real, other=0.0).to(tl.float32)
     u = tl.load(both + row * 2 * width + width + channel, mask=real, other=0.0).to(tl.float32)

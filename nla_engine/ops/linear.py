@@ -1,10 +1,10 @@
-"""The products of a block: x w^T (+ bias), or added to a residual in place. Torch's, or the fastest that was measured.
+"""The products of a block: x w^T (+ bias), or added to a residual in place. By torch, or by the fastest way measured.
 
 Torch takes the first algorithm that cublasLt proposes for a shape; another one is often a few percent faster. `tune`
-measures all of them for one number of rows, on real weights, and from then on this process computes that product by
-the winner. Algorithms sum in different orders, so two of them may round differently: tune before a run, never in it.
-A clock decides, so two processes may choose differently too.
-Reference: `torch.nn.functional.linear` and `addmm_`, which compute every product that was not tuned.
+measures all of them for one number of rows, on real weights. From then on this process computes that product by the
+winner. Algorithms sum in different orders, so two of them may round differently: tune before a run, never in it.
+The choice depends on timings, so two processes may choose differently.
+Reference: `torch.nn.functional.linear` and `addmm_`, which also compute every product that was not tuned.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nla_engine import extension
 #: An algorithm must be this much faster than torch's to take its place.
 _GAIN = 1.02
 _WORKSPACE_BYTES = 32 << 20
-#: One measurement: seconds of products between two events, behind a spin that lets the host get ahead (cycles).
+#: One measurement: seconds of products between two events, after a spin (in cycles) that lets the host get ahead.
 _SECONDS, _HOLD_CYCLES = 6e-3, 1_000_000
-#: Everything is measured once, and the fastest so many again, so many times.
+#: All are measured once, then this many of the fastest again, this many times.
 _FINALISTS, _ROUNDS = 4, 3
 #: Largest relative L2 difference from torch's product: bfloat16 rounds each to 2^-9.
 DIFFERENCE = 2**-7
@@ -34,7 +34,7 @@ _COMPARED_ROWS = 256
 
 #: way(x, w, bias, out) computes a product into `out`.
 _Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], None]
-#: device, m, n, k, with bias, added to what is there
+#: device, m, n, k, with bias, added to a residual
 _Key = tuple[int, int, int, int, bool, bool]
 
 
@@ -60,7 +60,7 @@ class _Algorithm:
         )
 
 
-#: What was measured: the algorithm that beats torch's, or None where none does.
+#: The measured products: the algorithm that beats torch's, or None if none does.
 _tuned: dict[_Key, _Algorithm | None] = {}
 
 
@@ -87,9 +87,9 @@ def add_linear_(residual: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tor
 def tune(
     rows: int, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] = (), add: bool = False
 ) -> None:
-    """Measure the products of `rows` rows with these weights [n, k] of one shape, taken in turn as a pass takes them.
+    """Measure the products of `rows` rows with these weights [n, k] of one shape, used in turn as in a pass.
 
-    Nothing is done where the extension, a known cublasLt or bfloat16 CUDA weights are missing, or twice.
+    Does nothing if the extension, a known cublasLt or bfloat16 CUDA weights are missing, or for a tuned product.
     """
     weight = weights[0]
     module = extension.load()
@@ -101,7 +101,7 @@ def tune(
     ):
         return
     bias = biases[0] if biases else None
-    random = torch.Generator(weight.device).manual_seed(0)  # the caller's stays where it is
+    random = torch.Generator(weight.device).manual_seed(0)  # the caller's random state does not change
     x = torch.randn(rows, weight.shape[1], device=weight.device, generator=random).to(weight.dtype)
     key = _key(x, weight, bias, add)
     if key in _tuned or any(w.shape != weight.shape for w in weights):
@@ -117,7 +117,7 @@ def tune(
         return out[:: math.ceil(rows / _COMPARED_ROWS)].float()
 
     def agrees(way: _Way) -> bool:
-        """Whether an algorithm runs at all, and computes what torch computes."""
+        """Whether an algorithm runs, and computes what torch computes."""
         try:
             return bool((sample(way) - wanted).norm() <= DIFFERENCE * wanted.norm())
         except RuntimeError:
@@ -147,14 +147,14 @@ def _key(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, add: bool)
 
 
 def _fit(*tensors: torch.Tensor | None) -> bool:
-    """Whether the algorithms can take these tensors as they lie; those of a block always do."""
+    """Whether the algorithms can take these tensors as they are in memory. They always can for those of a block."""
     there = [tensor for tensor in tensors if tensor is not None]
     return all(t.dtype == torch.bfloat16 and t.is_contiguous() and t.data_ptr() % 256 == 0 for t in there)
 
 
 @functools.cache
 def _workspace(device: int, thread: int) -> torch.Tensor:
-    """A thread's own: the products of one thread follow each other, those of two (AV and AR) may overlap."""
+    """One per thread: the products of one thread follow each other, those of two threads (AV and AR) may overlap."""
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
 
 
@@ -173,7 +173,7 @@ def _add_by_torch(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, o
 
 
 def _race(runs: Sequence[Callable[[int], None]]) -> list[float]:
-    """Seconds a product of each; infinite for those that were left behind in the first round."""
+    """Seconds per product of each; infinite for those dropped after the first round."""
     for _ in range(2):  # the second is warm
         first = [_time(run, 3) for run in runs]
     calls = max(3, min(64, math.ceil(_SECONDS / first[0])))
@@ -187,7 +187,7 @@ def _race(runs: Sequence[Callable[[int], None]]) -> list[float]:
 
 
 def _time(run: Callable[[int], None], calls: int) -> float:
-    """Seconds a call, on the device alone."""
+    """Seconds per call, on the device only."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(_HOLD_CYCLES)
     start.record()

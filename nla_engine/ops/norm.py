@@ -1,8 +1,8 @@
-"""RMSNorm, with an optional residual added behind it: reference in torch, one Triton kernel.
+"""RMSNorm, with an optional residual added after it: reference in torch, one Triton kernel.
 
     y = x / sqrt(mean(x^2) + eps) * (w + offset)         [+ residual]
 
-float32 inside, rounded once (transformers rounds before the weight too). offset: 1 for Gemma, whose weights are stored
+float32 inside, rounded once (transformers also rounds before the weight). offset: 1 for Gemma, whose weights are stored
 around 0, else 0. Zhang & Sennrich, arXiv:1910.07467.
 """
 
@@ -46,7 +46,7 @@ def rms_norm_triton(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`rms_norm` as one launch, a program a row."""
+    """`rms_norm` as one launch, one program per row."""
     rows, d = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = triton.next_power_of_2(d)

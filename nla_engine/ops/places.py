@@ -1,4 +1,4 @@
-"""Where a slot's rows go in buffers of so many rows a slot: reference in torch, one Triton kernel.
+"""Where a slot's rows go in buffers with a fixed number of rows per slot: reference in torch, one Triton kernel.
 
 place = slot * rows_per_slot + position - first[slot]     if first[slot] <= position < end[slot], else -1
 """

@@ -20,7 +20,7 @@ from nla_engine.ops.norm import rms_norm_reference
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """RMSNorm of each query and key head: weights [h] of both, eps, and what is added to the weights."""
+    """RMSNorm of each query and key head: weights [h] of both, eps, and the offset added to the weights."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -141,7 +141,7 @@ def _rotate_kernel(
     BLOCK_H: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """One program: a token's queries of one key/value head, as rows 0..G-1, and its key as row G."""
+    """One program: a token's queries for one key/value head, as rows 0..G-1, and its key as row G."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     groups = tl.num_programs(1)
     SIZE: tl.constexpr = 2 * HALF
@@ -163,7 +163,7 @@ def _rotate_kernel(
         k_high = tl.load(key_weight + HALF + channel, mask=inside, other=0.0).to(tl.float32) + offset
         low = low * scale * tl.where(is_key[:, None], k_low[None], q_low[None])
         high = high * scale * tl.where(is_key[:, None], k_high[None], q_high[None])
-        low = low.to(row.dtype.element_ty).to(tl.float32)  # the reference rounds behind the norm
+        low = low.to(row.dtype.element_ty).to(tl.float32)  # the reference rounds after the norm
         high = high.to(row.dtype.element_ty).to(tl.float32)
     angle = token * cos_token + channel
     cos_low = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[None]

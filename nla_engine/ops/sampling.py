@@ -1,8 +1,8 @@
-"""The end of a step: choose every lane's next token and move its sequence on. Reference in torch, two Triton launches.
+"""The end of a step: choose every lane's next token and advance its sequence. Reference in torch, two Triton launches.
 
-    greedy      argmax_v logit_v                              the lowest of equal ones, NaN above all, as torch.argmax
+    greedy      argmax_v logit_v                              the first of equal ones; NaN is largest, as torch.argmax
     sampled     argmax_v logit_v / a + g_v / b                draws v with probability softmax(logit / T)
-                a = max(T, 1), b = max(1 / T, 1)              so that neither leaves float32, however small or large T
+                a = max(T, 1), b = max(1 / T, 1)              so that neither term overflows float32, for any T
 
 g_v = -log(-log u_v), where u_v is a counter-based hash of (seed, sequence, position, v), so no state is kept and
 batching cannot change a draw (Gumbel-max; the mixer is C. Wellons' 'lowbias32').
@@ -20,7 +20,7 @@ import triton.language as tl
 from nla_engine.ops.backends import has_triton
 
 _MASK = 0xFFFFFFFF
-#: Logits that one program looks at.
+#: Logits per program.
 _BLOCK = 4096
 _LARGEST = torch.finfo(torch.float32).max
 _Bits = TypeVar("_Bits", int, torch.Tensor)
@@ -28,16 +28,16 @@ _Bits = TypeVar("_Bits", int, torch.Tensor)
 
 @dataclass(frozen=True)
 class SlotState:
-    """What is known of running sequences; one entry a slot, and one for the spare slot that unused lanes work on."""
+    """The state of running sequences: one entry per slot, and one for the spare slot that unused lanes work on."""
 
     token: torch.Tensor  # int64: the next token to read
-    position: torch.Tensor  # int64: and where it stands
-    sequence: torch.Tensor  # int64: whose random numbers it draws
+    position: torch.Tensor  # int64: its position
+    sequence: torch.Tensor  # int64: selects the random numbers
     active: torch.Tensor  # bool
-    closing: torch.Tensor  # bool: its last token is known and only has to be read
+    closing: torch.Tensor  # bool: the last token is known and only has to be read
     stop_state: torch.Tensor  # uint8: row of the stop table
     count: torch.Tensor  # int64: tokens generated
-    limit: torch.Tensor  # int64: and how many there may be
+    limit: torch.Tensor  # int64: most tokens to generate
     generated: torch.Tensor  # int64 [slots + 1, most new tokens]
 
     @classmethod
@@ -62,7 +62,7 @@ class SlotState:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. No other transformation of the model's logits is ever applied."""
+    """temperature 0 is greedy. The model's logits are changed in no other way."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -73,7 +73,7 @@ class Choosing:
     """How tokens are chosen and sequences end.
 
     table: uint8 [states, V], the stop automaton; states from `stopped` on end a sequence
-    read_last: the last token is read too before a sequence leaves
+    read_last: whether the last token is also read before a sequence leaves
     """
 
     sampling: Sampling
@@ -85,10 +85,10 @@ class Choosing:
 def advance(
     logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing, reference: bool = False
 ) -> None:
-    """logits [B, V] of what each lane (int64 [B], slots) has just read. No synchronisation.
+    """logits [B, V] of the token that each lane (int64 [B], slots) has just read. No synchronisation.
 
-    A slot that is active stands in one lane only; others, such as the spare one, may stand in several: they stay as
-    they are. Triton where it runs unless `reference`.
+    An active slot is in one lane only. Others, such as the spare one, may be in several lanes and are not changed.
+    Triton where it runs unless `reference`.
     """
     run = advance_triton if has_triton(logits.device) and not reference else advance_reference
     run(logits, lanes, state, how)
@@ -125,15 +125,13 @@ def choose(
     for part in (sequence, sequence >> 32, position):
         key = _hash(key ^ (part & _MASK))
     bits = _hash(key[:, None] ^ _hash(vocabulary)[None])
-    u = (
-        (bits >> 9).float() + 0.5
-    ) * 2.0**-23  # 23 bits: with 24 the largest would round to 1, a certain winner
+    u = ((bits >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24 the largest would round to 1 and always win
     a, b = _divisors(temperature)
     return (logits.float() / a - torch.log(-torch.log(u)) / b).argmax(-1)
 
 
 def _divisors(temperature: float) -> tuple[float, float]:
-    """Of the logits, and of their Gumbel noise: the scores are those of logit / T + noise times one positive number."""
+    """Divisors of the logits and of their Gumbel noise: the scores are logit / T + noise, times one positive number."""
     return min(max(temperature, 1.0), _LARGEST), min(max(1.0 / temperature, 1.0), _LARGEST)
 
 
@@ -150,7 +148,7 @@ def _hash(x: _Bits) -> _Bits:
 
 
 def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing) -> None:
-    """`advance` in two launches: the best token of each part of the vocabulary; then of all, and the state.
+    """`advance` in two launches: the best token of each part of the vocabulary; then the best of all, and the state.
 
     ValueError if `lanes` or the logits of a lane are strided.
     """
@@ -205,8 +203,8 @@ def _best_kernel(
     lanes,  # int64 [B]
     sequence,  # int64 [slots + 1]
     position,  # int64 [slots + 1]
-    best_order,  # int32 [B, parts]: the best score of a part, as an integer that orders as torch orders floats
-    best_token,  # int32 [B, parts]: and the first token that has it
+    best_order,  # int32 [B, parts]: the best score of a part, as an integer that sorts as torch sorts floats
+    best_token,  # int32 [B, parts]: the first token that has it
     logits_row,
     vocabulary,
     logits_divisor,
@@ -270,7 +268,7 @@ def _advance_kernel(
 ):
     lane = tl.program_id(0).to(tl.int64)
     slot = tl.load(lanes + lane)
-    if tl.load(active + slot) != 0:  # nothing of any other slot is written: it may stand in several lanes
+    if tl.load(active + slot) != 0:  # other slots are not written: they may be in several lanes
         tl.store(position + slot, tl.load(position + slot) + 1)
         if tl.load(closing + slot) != 0:
             if READ_LAST:

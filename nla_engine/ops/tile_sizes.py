@@ -1,4 +1,4 @@
-"""How attention's Triton programs are cut, so that each fits the shared memory of its card. Knows no kernel."""
+"""How attention's Triton programs are cut, so that each fits the shared memory of its card."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import triton
 
 from nla_engine.ops.cards import HOPPER, SHARED_KIB, Card, card_of
 
-#: Query rows of a program that reads the shared prefix; half as many of wide heads.
+#: Query rows of a program that reads the shared prefix; half as many for wide heads.
 PREFIX_ROWS = 64
 _INTERPRETED = Card(0, "Triton's interpreter", HOPPER, 1024 * SHARED_KIB[HOPPER])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a program works: query rows; keys in a block; warps; stages of Triton's pipeline."""
+    """The size of a program: query rows; keys per block; warps; stages of Triton's pipeline."""
 
     rows: int
     keys: int
@@ -25,9 +25,9 @@ class Cut:
     stages: int
 
     def shared_bytes(self, size: int, itemsize: int, card: Card) -> int:
-        """Shared memory that Triton takes, at most, for heads of `size` channels."""
+        """The most shared memory that Triton takes for heads of `size` channels."""
         width = head_width(size)
-        # Cards with wgmma or tcgen05 read operands from shared memory, so that a stage more lies there.
+        # Cards with wgmma or tcgen05 read operands from shared memory, which then holds one more stage.
         buffers = self.stages if card.capability[0] in (9, 10, 11) else self.stages - 1
         values = 2 * buffers * self.keys * width + self.rows * width + self.rows * self.keys
         return itemsize * values + 8 * self.rows
@@ -35,9 +35,9 @@ class Cut:
 
 @functools.cache
 def cut_for(size: int, itemsize: int, rows: int, card: Card) -> Cut:
-    """The cut for `rows` query rows of heads of `size` channels: the fastest known, cut down until it fits the card.
+    """The cut for `rows` query rows of heads of `size` channels: the fastest known, reduced until it fits the card.
 
-    Its rows are `rows` over a power of two. ValueError if nothing fits.
+    Its rows are `rows` divided by a power of two. ValueError if nothing fits.
     """
     small = size <= 128 and itemsize < 4
     if small and rows == 16:
@@ -57,10 +57,10 @@ def cut_for(size: int, itemsize: int, rows: int, card: Card) -> Cut:
 
 
 def card_or_interpreter(device: torch.device) -> Card:
-    """The card of a device; of a CPU, on which kernels run interpreted, one with Hopper's shared memory."""
+    """The card of a device. For a CPU, where kernels are interpreted, one with Hopper's shared memory."""
     return card_of(device) if device.type == "cuda" else _INTERPRETED
 
 
 def head_width(size: int) -> int:
-    """Channels of a head as the kernels hold it."""
+    """Channels of a head as the kernels hold it, padded."""
     return max(16, triton.next_power_of_2(size))

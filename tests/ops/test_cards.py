@@ -203,7 +203,7 @@ def test_what_is_chosen_and_said(
     assert backends.shortfall(torch.device("cpu")) == []
     assert encode.backend("cpu") == "numba" and not backends.has_triton(torch.device("cpu"))
     if encoder == "torch":
-        with pytest.raises(RequestError, match="encode backend 'cuda' is not there"):
+        with pytest.raises(RequestError, match="encode backend 'cuda' is not available"):
             encode.backend(GPU, "cuda")
 
 

@@ -22,7 +22,7 @@ def codec_name(request) -> str:
 
 def make_codec(name: str, d: int) -> Codec:
     if name == "int4" and d % 2:
-        pytest.skip("int4 packs two channels a byte")
+        pytest.skip("int4 packs two channels per byte")
     return Codec.named(name, d)
 
 
