@@ -1,7 +1,7 @@
-# Which architectures the CUDA part is compiled for, of those that are asked for: those that this nvcc knows.
+# The architectures that the CUDA part is compiled for: those requested that this nvcc knows.
 
-# wanted: a list of NUMBER, NUMBER-real (machine code alone) or NUMBER-virtual (PTX alone), NUMBER being 80, 90a, ...
-# flags_out: what nvcc is told; built_out: what the module then holds, as sm_80 (machine code) and compute_80 (PTX).
+# wanted: a list of NUMBER, NUMBER-real (machine code only) or NUMBER-virtual (PTX only); NUMBER is 80, 90a, ...
+# flags_out: options for nvcc; built_out: what the module then holds, as sm_80 (machine code) and compute_80 (PTX).
 function(nla_architectures wanted flags_out built_out)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
@@ -10,7 +10,7 @@ function(nla_architectures wanted flags_out built_out)
   set(built "")
   foreach(name IN LISTS wanted)
     if(NOT name MATCHES "^([0-9]+)([af]?)(-real|-virtual)?$")
-      message(FATAL_ERROR "NLA_CUDA_ARCH: '${name}' is no architecture: use numbers such as 80, 90a-real or 120-virtual")
+      message(FATAL_ERROR "NLA_CUDA_ARCH: '${name}' is not an architecture: use numbers such as 80, 90a-real or 120-virtual")
     endif()
     set(number "${CMAKE_MATCH_1}")
     set(architecture "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")

@@ -1,4 +1,4 @@
-// Binds the extension nla_engine._C. Only binds: names, pointers as integers, the GIL and the exceptions.
+// Bindings of the extension nla_engine._C and nothing else: names, pointers as integers, the GIL and exceptions.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,7 +22,8 @@ namespace py = pybind11;
 
 namespace {
 
-// The bytes of any C-contiguous buffer (numpy array, bytes, memoryview), held while this lives. Made under the GIL.
+// The bytes of any C-contiguous buffer (numpy array, bytes, memoryview), held for the lifetime of this object.
+// Construct it under the GIL.
 class Bytes {
   public:
     explicit Bytes(const py::object& object, int flags = PyBUF_SIMPLE) {
@@ -31,14 +32,14 @@ class Bytes {
     Bytes(const Bytes&) = delete;
     Bytes& operator=(const Bytes&) = delete;
     ~Bytes() { PyBuffer_Release(&view_); }
-    uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }  // to be written only if PyBUF_WRITABLE was asked
+    uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }  // write only if PyBUF_WRITABLE was asked for
     size_t size() const { return static_cast<size_t>(view_.len); }
 
   private:
     Py_buffer view_;
 };
 
-// The image of a shard with `data_bytes` bytes of data, tested against the layout.
+// The layout of a shard with `data_bytes` bytes of data, after checking that `image` has its size.
 nla::ShardLayout shard_layout(const Bytes& image, int64_t data_bytes, int64_t chunk_bytes, int64_t chunks_per_shard) {
     nla::check(data_bytes >= 0, "data_bytes", std::to_string(data_bytes) + " is negative");
     const nla::ShardLayout layout(chunk_bytes, chunks_per_shard, static_cast<size_t>(data_bytes));
@@ -105,7 +106,7 @@ T* pointer(uintptr_t address) {
 
 void bind_matmul(py::module_& m) {
     using namespace py::literals;
-    m.def("matmul_available", &nla::matmul_available, "Whether the process has loaded a cublasLt that is known here.");
+    m.def("matmul_available", &nla::matmul_available, "Whether the process has loaded a supported cublasLt.");
     py::class_<nla::Matmul>(m, "Matmul", "Products of one shape by cublasLt (see csrc/matmul.hpp); addresses as integers.")
         .def(py::init([](int device, int64_t rows, int64_t n, int64_t k, bool bias, bool accumulate, size_t bytes) {
                  return std::make_unique<nla::Matmul>(device, nla::MatmulShape{rows, n, k, bias, accumulate}, bytes);
@@ -197,18 +198,18 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("crc32c", &checksum, "data"_a, "portable"_a = false, "CRC-32C of a contiguous buffer.");
     m.def("fill_shard", &fill_shard, "image"_a, "chunk_bytes"_a, "chunks_per_shard"_a, "pieces"_a,
-          "Copies contiguous buffers, each to a byte of a shard's data, into its image. Releases the GIL.");
+          "Copies contiguous buffers, each to its offset in a shard's data, into its image. Releases the GIL.");
     m.def("seal_shard", &seal_shard, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
-          "Checksums and index into the image of a Zarr v3 shard (see csrc/shard.hpp); the size of the file.");
+          "Adds checksums and index to the image of a Zarr v3 shard (see csrc/shard.hpp); returns the file's size.");
     m.def("write_shard", &write_shard, "path"_a, "image"_a, "data_bytes"_a, "chunk_bytes"_a, "chunks_per_shard"_a,
-          "seal_shard, and the file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
+          "seal_shard, then the file: temporary name, fsync, rename, fsync of the directory. Releases the GIL.");
 
     bind_matmul(m);
 
 #ifdef NLA_WITH_CUDA
     m.attr("cuda") = true;
     m.attr("cuda_architectures") = NLA_CUDA_ARCHITECTURES;
-    m.def("cuda_fault", &nla::cuda_fault, "device"_a, "Why CUDA cannot run the kernels there; empty if it can.");
+    m.def("cuda_fault", &nla::cuda_fault, "device"_a, "Why CUDA cannot run the kernels on a device; empty if it can.");
     m.def("encode_rows", &encode_rows, "device"_a, "stream"_a, py::kw_only(), "codec"_a, "d"_a, "block"_a, "group"_a,
           "hidden"_a, "hidden_dtype"_a, "row_stride"_a, "rows"_a, "dest"_a, "codes"_a, "scales"_a, "norm"_a,
           "sink_norm"_a, "exact"_a, "exact_dest"_a, "exact_count"_a, "exact_capacity"_a,

@@ -1,5 +1,4 @@
-// Argument checks at the boundary to Python: std::invalid_argument (ValueError there) with the thing and the fault.
-// Knows no kernel and no file format.
+// Argument checks at the boundary to Python: std::invalid_argument (ValueError there) names the thing and the fault.
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,7 @@ uint32_t update_portable(uint32_t crc, const uint8_t* p, size_t size) {
 #if defined(__x86_64__) && defined(__GNUC__)
 #define NLA_CRC32C_X86 1
 
-// The instruction takes 3 cycles and one can start each cycle, so three lanes run side by side and are joined after.
+// The instruction takes 3 cycles and one can start per cycle, so three lanes run in parallel and are joined afterwards.
 constexpr size_t kLane = 2048;
 
 // shift[k][b]: the register whose byte k was b, after kLane more zero bytes (the register is linear in its bits).

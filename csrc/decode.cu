@@ -1,6 +1,6 @@
 // Codec bytes -> rows, for reading a stage or a store back on the device.
 //
-//     x' = norm / sqrt(d) * (H (scale * code))      bits as in nla_engine/codec/rows.py `_decode`
+//     x' = norm / sqrt(d) * (H (scale * code))      the bits of nla_engine/codec/loops.py `decoder`
 //
 // Pointers and shapes: DecodeArgs in encode.hpp. The layout of a row over threads: rows.cuh.
 #include "rows.cuh"
@@ -8,7 +8,7 @@
 namespace nla {
 namespace {
 
-// Eight neighbouring channels out, 16-byte stores. Finite scales give no NaN, so the conversion does as bf16_bits.
+// Stores eight neighbouring channels, 16 bytes at a time. Finite scales give no NaN, so conversion equals bf16_bits.
 __device__ __forceinline__ void store_chunk(float* out, const float* v) {
     reinterpret_cast<float4*>(out)[0] = {v[0], v[1], v[2], v[3]};
     reinterpret_cast<float4*>(out)[1] = {v[4], v[5], v[6], v[7]};
@@ -28,11 +28,11 @@ __device__ __forceinline__ void store_value(uint16_t* out, float v) {
     *out = static_cast<uint16_t>(bf16_bits(__float_as_uint(v)));
 }
 
-// What a lane reads of one block of 128, as it lies in memory: 4 chunks of codes, and what they are scaled by.
+// What a lane reads of one block of 128, as it is in memory: 4 chunks of codes, and their scales.
 template <CodecKind kind>
 struct Packed {
-    static constexpr int kWords = kind == CodecKind::int8 ? 2 : 1;  // of 4 bytes, a chunk
-    static constexpr int kScales = kind == CodecKind::int8 ? 1 : 4;  // a block; of int4 one for each chunk of a lane
+    static constexpr int kWords = kind == CodecKind::int8 ? 2 : 1;  // of 4 bytes, per chunk
+    static constexpr int kScales = kind == CodecKind::int8 ? 1 : 4;  // per block; in int4 one per chunk of a lane
     uint32_t codes[4][kWords];
     uint32_t scales[(kScales + 1) / 2];
     float norm;
@@ -43,7 +43,7 @@ struct Packed {
     }
 };
 
-// The codes of block `place` (of all rows, counted through) and the norm of its row.
+// The codes of block `place` (numbered across all rows) and the norm of its row.
 template <CodecKind kind>
 __device__ __forceinline__ Packed<kind> load_packed(const DecodeArgs& args, int64_t place, int64_t row, int sub) {
     using P = Packed<kind>;
@@ -71,9 +71,10 @@ __device__ __forceinline__ Packed<kind> load_packed(const DecodeArgs& args, int6
     return packed;
 }
 
-// code * scale, given base + code' (the code's bits in the mantissa of a power of two `base`) and `zero`, what code 0
-// becomes there. One operation, where conversion has an eighth of the throughput, and exact: zero has at most 13 bits,
-// scale (finite, not negative) 11. But code * 0 comes out as +0 whatever the code's sign: `signed_zero` takes two.
+// code * scale, given base + code' (the code's bits in the mantissa of a power of two `base`) and `zero`, the value of
+// code 0 in that form. One operation, where conversion has an eighth of the throughput. It is exact: zero has at most
+// 13 bits, scale (finite, not negative) 11. But code * 0 gives +0 whatever the code's sign; `signed_zero` keeps the
+// sign, in two operations.
 template <bool signed_zero>
 __device__ __forceinline__ float scaled_code(uint32_t bits, float zero, float scale) {
     const float shifted = __uint_as_float(bits);
@@ -86,7 +87,7 @@ __device__ __forceinline__ void scaled(const uint32_t (&codes)[2], float scale, 
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) {
         const uint32_t shifted = codes[e / 4] ^ 0x80808080u;  // two's complement + 128
-        // 2^15 + byte: the byte lies in bits 8 to 15
+        // 2^15 + byte: the byte is in bits 8 to 15
         const uint32_t bits = __byte_perm(shifted, 0x47000000u, 0x7604 | (e % 4) << 4);
         out[e] = scaled_code<signed_zero>(bits, 32768.0f + 128.0f, scale);
     }
@@ -103,8 +104,8 @@ __device__ __forceinline__ void scaled(const uint32_t (&codes)[1], float scale, 
     }
 }
 
-// Blocks of 128: a quad of lanes per block, no exchange between quads; the next block's codes are on their way while
-// one is worked at. `places` blocks of all rows counted through.
+// Blocks of 128: a quad of lanes per block, no exchange between quads. The next block's codes are loaded while one is
+// decoded. places: number of blocks of all rows.
 template <typename Out, CodecKind kind>
 __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int64_t places) {
     using P = Packed<kind>;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int
     const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / 4);
     const int64_t step_rows = step / per_row;
     const int step_quads = static_cast<int>(step % per_row);
-    // Whole warps stay together to the end, because the rotation shuffles; quads past the end do the last block again.
+    // Whole warps stay together to the end, because the rotation shuffles. Quads past the end repeat the last block.
     int64_t base = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 4);
     int64_t place = base + threadIdx.x / 4;
     int64_t row = place / per_row;
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int
     for (; base < places; base += step) {
         const P packed = next;
         const int64_t here = place;
-        place += step;  // and its row, without a division
+        place += step;  // row and quad follow without a division
         row += step_rows;
         quad += step_quads;
         if (quad >= per_row) {
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int
         }
         next = load();
 
-        // A row that is kept elsewhere comes out as +0 throughout.
+        // A row that is kept elsewhere is decoded as +0 throughout.
         const bool ordinary = is_ordinary(packed.norm);
         const float rms = ordinary ? __fdiv_rn(packed.norm, args.sqrt_d) : 0.0f;
         float scale[4];
@@ -158,13 +159,13 @@ __global__ void __launch_bounds__(256, 4) decode_fast(const DecodeArgs args, int
     }
 }
 
-// Any width: a CTA a row, the row in shared memory (float[d]).
+// Any width: one CTA per row, the row in shared memory (float[d]).
 template <typename Out, CodecKind kind>
 __global__ void __launch_bounds__(256) decode_any(const DecodeArgs args) {
     extern __shared__ float row[];
     const int d = args.codec.d, group = args.codec.group, groups = d / group;
     for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
-        __syncthreads();  // the row before is done with
+        __syncthreads();  // all threads have finished the row before
         const float norm = args.norm[r];
         const bool ordinary = is_ordinary(norm);
         const __half* scales = static_cast<const __half*>(args.scales) + r * groups;
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(256) decode_any(const DecodeArgs args) {
     }
 }
 
-// bf16 codes, only widened or copied: codes uint16 [values] -> out Out [values].
+// bf16 codes are only widened or copied: codes uint16 [values] -> out Out [values].
 template <typename Out>
 __global__ void __launch_bounds__(256) widen(const uint16_t* codes, Out* out, int64_t values) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -205,8 +206,8 @@ __device__ __forceinline__ void store_wide(float* out, const uint4& eight) {
                                             word[2 * i + 1] & 0xffff0000u};
 }
 
-// The same for both 16-byte aligned: codes uint16 [chunks, 8] -> out Out [chunks, 8]. A thread takes kWideChunks chunks,
-// all loads before the first store.
+// The same if both are 16-byte aligned: codes uint16 [chunks, 8] -> out Out [chunks, 8]. A thread takes kWideChunks
+// chunks, all loads before the first store.
 constexpr int kWideChunks = 8;
 template <typename Out>
 __global__ void __launch_bounds__(256) widen_fast(const uint4* codes, Out* out, int64_t chunks) {

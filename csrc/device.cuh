@@ -1,4 +1,4 @@
-// The host's side of every kernel: CUDA's return codes, the current device, how many CTAs it holds.
+// The host side of every kernel: CUDA's return codes, the current device, how many CTAs it holds.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ inline void cuda_check(cudaError_t code, const char* what) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
 }
 
-// Makes `device` current while it lives.
+// Makes `device` current for the lifetime of this object.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -41,7 +41,7 @@ inline int processors(int device) {
     return count;
 }
 
-// As many CTAs as the device holds at once, but no more than there is work.
+// As many CTAs as the device holds at once, but no more than there are pieces of work.
 template <typename Kernel>
 int persistent_grid(Kernel kernel, int threads, size_t shared, int64_t pieces, int device) {
     int resident = 0;
@@ -51,7 +51,7 @@ int persistent_grid(Kernel kernel, int threads, size_t shared, int64_t pieces, i
     return static_cast<int>(pieces < most ? pieces : most);
 }
 
-// Lets `kernel` use `shared` bytes of dynamic shared memory, if the device has them.
+// Lets `kernel` use `shared` bytes of dynamic shared memory, or raises std::invalid_argument.
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t shared, int device) {
     int most = 0;

@@ -4,13 +4,13 @@
 //     y    = (H x) / (norm / sqrt(d))      H: orthonormal Hadamard matrix on each block
 //     scale, code                          see nla_engine/codec/rows.py, the contract for every bit
 //
-// Here: any width, and the choice between that and encode_fast.cu. Pointers and shapes: EncodeArgs in encode.hpp.
+// This file: any width, and the choice between that and encode_fast.cu. Pointers and shapes: EncodeArgs in encode.hpp.
 #include "encode.cuh"
 
 namespace nla {
 namespace {
 
-// Any width, block and alignment: a CTA a row, the row in shared memory. Slow and plain.
+// Any width, block and alignment: one CTA per row, the row in shared memory. Slow and plain.
 // Dynamic shared memory: float[d] the row, uint32[scales] each group's largest magnitude as bits.
 template <typename T, CodecKind kind>
 __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
     for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
         const int64_t dest = args.dest[r];
         if (dest < 0) continue;
-        __syncthreads();  // the row before is done with
+        __syncthreads();  // all threads have finished the row before
         const T* x = static_cast<const T*>(args.hidden) + r * args.row_stride;
         double sum = 0.0;
         for (int i = threadIdx.x; i < d; i += blockDim.x) {
@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
             for (int i = threadIdx.x; i < d; i += blockDim.x) {
                 if (factor == 0.0f) row[i] = 0.0f;  // Inf * 0 is not 0
                 else if (kind == CodecKind::int4) row[i] = __fmul_rn(row[i], factor);
-                atomicMax(&largest[i / group], __float_as_uint(fabsf(row[i])));  // magnitudes order as their bits
+                atomicMax(&largest[i / group], __float_as_uint(fabsf(row[i])));  // magnitudes sort like their bits
             }
             __syncthreads();
             __half* const scales = static_cast<__half*>(args.scales) + dest * groups;
-            for (int base = threadIdx.x & ~31; base < d; base += blockDim.x) {  // whole warps: int4 shuffles
+            for (int base = threadIdx.x & ~31; base < d; base += blockDim.x) {  // whole warps, because int4 shuffles
                 const int i = base + (threadIdx.x & 31);
                 const float v = i < d ? row[i] : 0.0f;
                 float range = i < d ? __uint_as_float(largest[i / group]) : 0.0f;

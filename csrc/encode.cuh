@@ -1,4 +1,4 @@
-// What both encoders share: where a row goes, what its norm decides, scales. The contract: nla_engine/codec/rows.py.
+// Shared by both encoders: where a row goes, what its norm decides, scales. The contract: nla_engine/codec/rows.py.
 #pragma once
 
 #include <cfloat>
@@ -7,12 +7,12 @@
 
 namespace nla {
 
-// Added and so rounded to an integer, nearest even, whose two's complement stands in the low bits: for |v| < 2^22.
+// Adding it rounds v to an integer, nearest even, whose two's complement is in the low bits, if |v| < 2^22.
 constexpr float kRounder = 12582912.0f;
 constexpr int kClips = 6;
-static __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // codec.INT4_CLIPS
+static __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // INT4_CLIPS of codec/rows.py
 
-// Where a row goes; -1 if it is not selected, or past the end.
+// Where a row goes; negative if it is not selected, or past the end.
 __device__ __forceinline__ int64_t dest_of(const EncodeArgs& args, int64_t row) {
     return row < args.rows ? __ldg(args.dest + row) : -1;
 }
@@ -20,10 +20,10 @@ __device__ __forceinline__ int64_t dest_of(const EncodeArgs& args, int64_t row) 
 struct RowState {
     float norm;
     float factor;  // 1 / (norm / sqrt(d)) / sqrt(block); 0 for rows that the codec cannot hold
-    bool keep;     // exactly, too
+    bool keep;     // whether the row is also kept exactly
 };
 
-// From the sum of the squares of a row.
+// From the sum of a row's squares.
 __device__ __forceinline__ RowState state_of(const EncodeArgs& args, double sum) {
     RowState state;
     state.norm = __double2float_rn(__dsqrt_rn(sum));
@@ -33,7 +33,7 @@ __device__ __forceinline__ RowState state_of(const EncodeArgs& args, double sum)
     return state;
 }
 
-// A place in the exact pool for the row that goes to `dest`: one thread calls. nullptr if the pool is full.
+// A place in the exact pool for the row that goes to `dest`, or nullptr if the pool is full. Called by one thread.
 __device__ __forceinline__ uint16_t* take_exact(const EncodeArgs& args, int64_t dest) {
     const int slot = atomicAdd(args.exact_count, 1);
     if (slot >= args.exact_capacity) return nullptr;
@@ -41,7 +41,7 @@ __device__ __forceinline__ uint16_t* take_exact(const EncodeArgs& args, int64_t 
     return args.exact + static_cast<int64_t>(slot) * args.codec.d;
 }
 
-// codec: scale = float16(clip * largest / top) and its reciprocal, 0 if the scale is.
+// scale = float16(clip * largest / top) and its reciprocal, 0 if the scale is 0.
 struct Scale {
     __half half;
     float value, reciprocal;
@@ -55,17 +55,17 @@ __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
     return scale;
 }
 
-// What a value of int8 is multiplied by: factor / scale, cut at the largest float32, so that 0 stays 0.
+// The multiplier of values in int8: factor / scale, capped at the largest float32, so that 0 stays 0.
 __device__ __forceinline__ float whole_reciprocal(const Scale& scale, float factor) {
     return fminf(__fmul_rn(scale.reciprocal, factor), FLT_MAX);
 }
 
-// kRounder + the code of a value before it is cut at the top: the product, rounded once.
+// kRounder + the code of a value before it is clamped to +-top: the product, rounded once.
 __device__ __forceinline__ float shifted_code(float value, float reciprocal) {
     return __fmaf_rn(value, reciprocal, kRounder);
 }
 
-// Squared error of y at a scale of int4. Signs fall out of a square; code (3 bits) * scale (11 bits) is exact, so the
+// Squared error of y at a scale of int4; its sign does not matter. code (3 bits) * scale (11 bits) is exact, so the
 // fused operation rounds once, as the subtraction of the product does.
 __device__ __forceinline__ float int4_error(float y, const Scale& scale) {
     const float code = fminf(__fsub_rn(shifted_code(fabsf(y), scale.reciprocal), kRounder), 7.0f);
@@ -73,7 +73,7 @@ __device__ __forceinline__ float int4_error(float y, const Scale& scale) {
     return __fmul_rn(delta, delta);
 }
 
-// Blocks of 128 and 16-byte accesses (encode_fast.cu). False if it does not take these arguments.
+// For blocks of 128 and 16-byte accesses (encode_fast.cu). False if it does not take these arguments.
 template <typename T>
 bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
 // The tap's kernels: rows of the residual stream -> codec bytes (encode.cu, encode_fast.cu) and back (decode.cu).
-// Knows nothing of layers, sequences or rings; nla_engine/codec.py is the contract for the bits.
+// nla_engine/codec/rows.py is the contract for the bits.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace nla {
 enum class CodecKind : int { bf16 = 0, int8 = 1, int4 = 2 };
 enum class FloatKind : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// What a codec is, in numbers. d channels in blocks (rotated together) of groups (one scale each).
+// A codec in numbers: d channels in blocks (rotated together), which consist of groups (one scale each).
 struct CodecShape {
     CodecKind kind;
     int d;
@@ -34,7 +34,7 @@ struct EncodeArgs {
     float sink_norm;         // rows with a larger norm are also kept exactly
     uint16_t* exact;         // [exact_capacity, d] bfloat16 bits
     int64_t* exact_dest;     // [exact_capacity] place in the stage of that row
-    int32_t* exact_count;    // [1] only ever grows; may pass the capacity, the rows past it are not kept
+    int32_t* exact_count;    // [1] only grows; may exceed the capacity: rows past it are not kept
     int64_t exact_capacity;
 };
 
@@ -50,7 +50,7 @@ struct DecodeArgs {
 };
 
 // Both: one launch on `stream` (a cudaStream_t) of `device`, no allocation, no synchronisation, fit for CUDA graphs.
-// Raise std::invalid_argument for arguments that cannot be right and std::runtime_error for what CUDA reports.
+// Raise std::invalid_argument for invalid arguments and std::runtime_error for errors of CUDA.
 void encode_rows(int device, uintptr_t stream, EncodeArgs args);
 void decode_rows(int device, uintptr_t stream, DecodeArgs args);
 

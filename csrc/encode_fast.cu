@@ -1,30 +1,30 @@
-// Rows -> codec bytes where blocks are of 128 and accesses of 16 bytes.
+// Rows -> codec bytes for blocks of 128 and accesses of 16 bytes.
 //
-// Many rows: a warp a row, no warp waits for another. A lane copies its chunks (rows.cuh) to shared memory, squares
-// them, and when the warp knows the norm works at eight blocks at a time, a quad of lanes a block, and copies those of
-// its next row into their place. But for squares, what a lane reads there it has put there itself. The last four blocks
-// of a row, or fewer, wait for those of the next row (staged_row.cuh).
+// Many rows: one warp per row; no warp waits for another. A lane copies its chunks (rows.cuh) to shared memory and
+// squares them. When the warp knows the norm, it encodes eight blocks at a time, a quad of lanes per block, and copies
+// the blocks of its next row into their place. Except for squares, a lane reads there only what it has written itself.
+// If at most four blocks of a row are left over, they wait for those of the next row (staged_row.cuh).
 //
-// Few rows, as of a decode step: a CTA a row, a warp for each eight blocks, so that a row takes the time of eight.
+// Few rows, as in a decode step: one CTA per row, one warp per eight blocks, so a row takes the time of eight blocks.
 #include "encode_pass.cuh"
 #include "staged_row.cuh"
 
 namespace nla {
 namespace {
 
-constexpr int kWarps = 4;                // of a CTA that takes row after row, unless they would not fit
-constexpr int kFewRows = 16;             // a multiprocessor: up to so many, each has a CTA of its own
+constexpr int kWarps = 4;                // per CTA with many rows, or fewer if they do not fit
+constexpr int kFewRows = 16;             // per multiprocessor: up to this many rows, each has its own CTA
 constexpr int kMostPasses = 16;          // of such a row
-constexpr size_t kShared = 48 << 10;     // what a CTA has without asking for more
+constexpr size_t kShared = 48 << 10;     // bytes that a CTA has without asking for more
 
-// ---- many rows: a warp a row, one after the other ----
+// ---- many rows: one warp per row, one after the other ----
 
-// So many CTAs share a multiprocessor, where their rows fit: int4 computes more than it waits.
+// CTAs that share a multiprocessor, if their rows fit. Fewer for int4, which computes more than it waits.
 template <CodecKind kind>
 constexpr int kResident = kind == CodecKind::int4 ? 4 : 6;
 
-// f(dest, next, half) for each row of the warp that goes somewhere, when it lies in `staged` where `half` says; next:
-// the row to be copied behind it, or null. Returns the half of the row that would follow.
+// Calls f(dest, next, half) for each row of the warp that is not skipped, once it is in `staged` at `half`. next: the
+// row to copy after it, or null. Returns the half of the row that would follow.
 template <typename T, Layout layout, typename F>
 __device__ __forceinline__ int for_each_row(const EncodeArgs& args, const StagedRow<T, layout>& staged, F f) {
     const uint32_t warps = blockDim.x / 32, stride = gridDim.x * warps;
@@ -32,27 +32,27 @@ __device__ __forceinline__ int for_each_row(const EncodeArgs& args, const Staged
 
     uint32_t row = blockIdx.x * warps + threadIdx.x / 32;
     int64_t next_dest = dest_of(args, row);
-    bool copied = false;  // whether this row is in shared memory, or on its way there
+    bool copied = false;  // whether this row is in shared memory, or being copied there
     int half = 0;
     for (; row < args.rows; row += stride) {
         const int64_t dest = next_dest;
-        next_dest = dest_of(args, row + stride);  // on its way meanwhile
+        next_dest = dest_of(args, row + stride);  // loaded meanwhile
         if (dest < 0) continue;
         if (!copied) {
 #pragma unroll 1
             for (int pass = 0; pass < staged.passes(); ++pass) staged.copy(at(row), pass, half);
         }
         staged.wait();
-        copied = next_dest >= 0;  // the next row takes the place of what has been read of this one
+        copied = next_dest >= 0;  // the next row replaces what has been read of this one
         f(dest, copied ? at(row + stride) : nullptr, half);
         half ^= staged.shares();
     }
     return half;
 }
 
-// Dynamic shared memory of these two: uint4[warps, StagedRow::pieces].
+// Dynamic shared memory of the next two kernels: uint4[warps, StagedRow::pieces].
 
-// bf16: a chunk is read once.
+// bf16: each chunk is read once.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps, kResident<CodecKind::bf16>) encode_bits(const EncodeArgs args) {
     constexpr Layout layout = layout_of<CodecKind::bf16>;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(con
     const StagedRow<T, layout_of<kind>> staged(shared, d);
     const Rotation<T, kind> rotation(lane);
 
-    // A pass over what is staged. at: as store_codes takes it.
+    // A pass over staged blocks. at: as in store_codes.
     const auto encode = [&](int pass, int64_t at, float factor, const T* next, int next_half) {
         const Chunk<T> x[4] = {staged.chunk(pass, 0), staged.chunk(pass, 1), staged.chunk(pass, 2),
                                staged.chunk(pass, 3)};
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(con
         store_codes<kind>(args, v, factor, at);
     };
 
-    int64_t rest_at = -1;  // of the row whose share of a shared pass the lane has at hand
+    int64_t rest_at = -1;  // of the row whose share of a shared pass this lane holds
     float rest_factor = 0.0f;
     const int half = for_each_row(args, staged, [&](int64_t dest, const T* next, int half) {
         Squares squares;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(con
             }
         }
 
-        // A row's share of a shared pass waits for that of the next one.
+        // A row's share of a shared pass waits for the share of the next row.
         const int next_half = half ^ staged.shares();
         const int64_t first = dest * d;
         if (staged.shares() && staged.works(staged.whole(), half)) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(con
     if (half) encode(staged.whole(), rest_at, rest_factor, nullptr, 0);
 }
 
-// ---- few rows: a CTA a row, a warp a pass ----
+// ---- few rows: one CTA per row, one warp per pass ----
 
 template <typename T, CodecKind kind>
 __global__ void __launch_bounds__(32 * kMostPasses) encode_few(const EncodeArgs args) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32 * kMostPasses) encode_few(const EncodeArgs 
     sum = 0.0;
     for (int w = 0; w < warps; ++w) sum += sums[w];
     const RowState state = state_of(args, sum);
-    uint16_t* bits = nullptr;  // where those of the lane's first channel go, if anywhere
+    uint16_t* bits = nullptr;  // where the bits of the lane's first channel go, if anywhere
     if (kind == CodecKind::bf16) bits = static_cast<uint16_t*>(args.codes) + at;
     if (threadIdx.x == 0) args.norm[dest] = state.norm;
     if (state.keep) {

@@ -1,16 +1,15 @@
 // A pass of the fast encoder: eight blocks of 128 channels at once, a quad of lanes each. Rotation, scales, codes.
-// Knows neither where rows come from nor norms.
 //
-// int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the
-// tensor cores, whose factors, the row and +-1, are exact. What they sum is rounded by the hardware, and in an order of
-// its own, which shows where the float32 sums of a block are not exact (codec.py says how). A chunk's four words, as
-// they lie, are a lane's part of the first factor A [16, 16]:
+// int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on
+// the tensor cores. Their factors, the row and +-1, are exact. The hardware sums in its own order and rounds, which
+// shows where the float32 sums of a block are not exact (see codec/rows.py). A chunk's four words, as they are in
+// memory, are a lane's part of the first factor A [16, 16]:
 //
 //     row of A      the quad in the warp (8), channel bit 1 (2)
 //     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
 //
-// The column of the result means what that of A does, so what comes out lies as what went in. Channel bits 5 and 6 tell
-// a lane's chunks apart: each chunk of the result sums the products of all four, with their signs. Left is bit 1.
+// A column of the result means the same as in A, so output and input have the same layout. Channel bits 5 and 6 select
+// one of the lane's chunks: each chunk of the result sums the products of all four, with their signs. Bit 1 remains.
 #pragma once
 
 #include <type_traits>
@@ -23,14 +22,14 @@ namespace nla {
 
 constexpr float kSmallestNormalHalf = 6.103515625e-05f;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kTensorCores = false;     // that take bfloat16: older ones rotate as the host does
+constexpr bool kTensorCores = false;     // none that take bfloat16: these cards rotate as the host does
 #else
 constexpr bool kTensorCores = true;
 #endif
 
 // ---- the rotation on tensor cores ----
 
-// The matrix of order 16 as this lane's part of the second factor: b[half][pair] holds rows k, k + 1 of column n, with
+// This lane's part of the matrix of order 16, the second factor: b[half][pair] holds rows k, k + 1 of column n, with
 // k = 2 sub + 8 pair and n = 8 half + g.
 template <typename T>
 struct Hadamard {
@@ -49,7 +48,7 @@ struct Hadamard {
         }
     }
 
-    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. All lanes of the warp call.
+    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. Called by all lanes of the warp.
     __device__ void rotate(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) v[i] = 0.0f;
@@ -57,7 +56,7 @@ struct Hadamard {
         for (int from = 0; from < 4; ++from) {
 #pragma unroll
             for (int to = 0; to < 4; ++to) {
-                const int common = from & to;  // bits 5 and 6: the sign of this chunk in that one
+                const int common = from & to;  // bits 5 and 6 give the sign of chunk `from` in chunk `to`
                 const uint32_t sign = (common == 1 || common == 2) ? 0x80008000u : 0u;
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
@@ -68,18 +67,18 @@ struct Hadamard {
     }
 };
 
-// ---- codes of a quad's block, each lane 32 channels ----
+// ---- codes of a quad's block, 32 channels per lane ----
 
 __device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
-    float largest[4] = {};  // so that one need not wait for another
+    float largest[4] = {};  // four independent chains
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(v[i]));
     return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
 }
 
-// One scale a block; v is y / factor. A normal scale is within 2^-11 of largest / 127, so rounding alone keeps codes
-// within +-127.
-// at: as below; all lanes of the warp call.
+// One scale per block; v is y / factor. A normal scale is within 2^-11 of largest / 127, so codes stay within +-127
+// without clamping.
+// at: as below; called by all lanes of the warp.
 __device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, int8_t* codes, __half* scales, int64_t at,
                                            int sub) {
     float largest = largest_in_lane(v);
@@ -118,7 +117,7 @@ __device__ __forceinline__ float int4_error_sum(const float (&v)[kPerLane], int 
     }
 }
 
-// One group to a lane. codes: of the lane; scales: of its group.
+// One group per lane. codes: the lane's; scales: its group's.
 __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* codes, __half* scales) {
     const float largest = largest_in_lane(v);
     Scale best = make_scale(largest, 1.0f / 7.0f);
@@ -126,8 +125,8 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
 #pragma unroll 1
     for (int c = 1; c < kClips; ++c) {
         const Scale scale = make_scale(__fmul_rn(largest, clips[c]), 1.0f / 7.0f);
-        // A rounded sum of squares is no less than any of them: if what is cut off the largest value costs too much
-        // alone, the sum does.
+        // A rounded sum of squares is no less than any of them: if clipping the largest value alone costs too much, so
+        // does the sum.
         if (int4_error(largest, scale) >= best_error) continue;
         const float error = int4_error_sum<1>(v, 0, scale);
         if (error < best_error) {
@@ -151,7 +150,7 @@ __device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* 
     *scales = best.half;
 }
 
-// ---- a pass: eight blocks, a quad each ----
+// ---- a pass: eight blocks, one quad each ----
 
 template <CodecKind kind>
 constexpr Layout layout_of = kind == CodecKind::int4 ? Layout::Packed : Layout::Spread;
@@ -161,7 +160,7 @@ class Rotation {
   public:
     __device__ explicit Rotation(int lane) : matrix_(lane), sub_(lane % 4) {}
 
-    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. All lanes of the warp call.
+    // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. Called by all lanes of the warp.
     __device__ void apply(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
         if constexpr (kPacked) {
             matrix_.rotate(x, v);
@@ -173,12 +172,12 @@ class Rotation {
     }
 
   private:
-    static constexpr bool kPacked = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;  // what they take
+    static constexpr bool kPacked = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;
     Hadamard<std::conditional_t<kPacked, T, __half>> matrix_;
     int sub_;
 };
 
-// at: the place of the lane's first channel among all rows' channels; < 0: none. All lanes of the warp call.
+// at: index of the lane's first channel among all rows' channels; < 0: store nothing. Called by all lanes of the warp.
 template <CodecKind kind>
 __device__ __forceinline__ void store_codes(const EncodeArgs& args, float (&v)[kPerLane], float factor, int64_t at) {
     if (factor == 0.0f) {  // Inf * 0 is not 0

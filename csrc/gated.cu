@@ -1,12 +1,12 @@
 // act(x Wg^T) * (x Wu^T) in one launch: contract in gated.hpp, instructions in wgmma.cuh.
 //
-// Persistent CTAs, one to a multiprocessor. A thread of the first warpgroup copies tiles of x and w into a ring of
-// stages (64 channels each); the others multiply, 64 rows each. The tile of w in a stage is `width` gate rows and below
-// them `width` up rows, so one wgmma makes both, and gate and up of a result meet in one thread. While the consumers
-// round and store a tile, the producer fills the ring for the next.
+// Persistent CTAs, one per multiprocessor. A thread of the first warpgroup, the producer, copies tiles of x and w into
+// a ring of stages (64 channels each). The other warpgroups, the consumers, multiply 64 rows each. The tile of w in a
+// stage is `width` gate rows and below them `width` up rows. So one wgmma computes both, and gate and up of a result
+// are in one thread. While the consumers round and store a tile, the producer fills the ring for the next one.
 //
 // The width decides how full the last wave is: 4 x 148 tiles of 128 columns (m = 512, n = 18944) are 4.5 waves on 132
-// multiprocessors and take 5; of 96 columns they are 6.0 waves, of three quarters the time.
+// multiprocessors and take 5; with 96 columns they are 6.0 waves, each of three quarters the time.
 #include "gated.hpp"
 
 #include <stdexcept>
@@ -16,20 +16,20 @@
 #include "wgmma.cuh"
 
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "gated.cu is for sm_90a alone: its instructions are those of Hopper, and of no card after it"
+#error "gated.cu is for sm_90a only: only Hopper has its instructions, not later cards"
 #endif
 
 namespace nla {
 namespace {
 
 constexpr int kDepth = 64;                  // channels of a stage: 128 bytes, the swizzle's span
-constexpr int kGroupRows = 2048;            // rows of x that stay in L2 while all of w passes
+constexpr int kGroupRows = 2048;            // rows of x that stay in L2 while all of w is read
 constexpr int kShared = 227 * 1024 - 2048;  // bytes for stages and output; the rest for barriers and alignment
 constexpr int kMaxStages = 8;
-// L2 policies, as createpolicy makes them. The rows are read again for every tile of w, the weights seldom.
+// L2 policies, as createpolicy makes them. Rows are read again for every tile of w, weights seldom.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
-// The sizes of a kernel, which all follow from those of its tile.
+// The sizes of a kernel, which all follow from its tile.
 template <int rows, int width>
 struct Sizes {
     static constexpr int kConsumers = rows / 64;  // warpgroups
@@ -41,8 +41,8 @@ struct Sizes {
     static constexpr int kFit = (kShared - kOutBytes) / kStageBytes;
     static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
     static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kOutBytes + 2 * 8 * kStages;
-    // The output leaves in boxes of 64 rows by kBox columns: swizzled where the width is even enough, else rows of an
-    // odd number of 16-byte chunks, which are free of bank conflicts as they are.
+    // The output is stored in boxes of 64 rows by kBox columns. They are swizzled if the width is a multiple of 32.
+    // Otherwise their rows have an odd number of 16-byte chunks, which avoids bank conflicts.
     static constexpr int kBox = width % 64 == 0 ? 64 : width % 32 == 0 ? 32 : width % 16 == 0 ? width / 2 : width;
     static constexpr CUtensorMapSwizzle kBoxSwizzle = kBox == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                                       : kBox == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
@@ -53,7 +53,7 @@ struct Sizes {
     static_assert(64 * kBox * 2 % (kBox == 64 ? 1024 : kBox == 32 ? 512 : 128) == 0);
     static_assert(kXBytes % 1024 == 0 && kHalfBytes % 1024 == 0);
 
-    // Where 8 columns of a row of the warpgroup's 64 go in its part of the output buffer.
+    // Where 8 columns of one of the warpgroup's 64 rows go in its part of the output buffer.
     __device__ static __forceinline__ uint32_t out_place(int row, int eight) {
         constexpr int kEights = kBox / 8;
         const int box = eight / kEights, in_box = eight % kEights;
@@ -67,14 +67,14 @@ struct Maps {
 };
 
 struct Work {
-    int n, k_steps;        // columns of the output; stages to a tile
+    int n, k_steps;        // columns of the output; stages per tile
     int tiles_m, tiles_n;
-    int group;             // of tiles_m that go together, see kGroupRows
+    int group;             // tiles of rows that are computed together, see kGroupRows
     bool silu;
     uint64_t x_policy, w_policy;
 };
 
-// First row and column of a tile: within a group of rows, down the rows first.
+// First row and column of a tile. Within a group, tiles are numbered down the rows first.
 template <int rows, int width>
 __device__ __forceinline__ int2 tile_origin(const Work& work, int tile) {
     const int in_group = work.group * work.tiles_n;
@@ -86,7 +86,7 @@ __device__ __forceinline__ int2 tile_origin(const Work& work, int tile) {
 template <bool silu>
 __device__ __forceinline__ float gated(float g, float u) {
     const float z = silu ? g : 2.0f * 0.7978845608028654f * (g + 0.044715f * g * g * g);
-    // __expf and __fdividef without their care for denormals: 1 + e^80 is far from where it would matter.
+    // __expf and __fdividef without their handling of denormals: 1 + e^80 is far from where that matters.
     float power, share;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fminf(-z, 80.0f) * 1.4426950408889634f));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.0f + power));
@@ -98,8 +98,9 @@ __device__ __forceinline__ uint32_t gated_two(const float* g, const float* u) {
     return reinterpret_cast<const uint32_t&>(two);
 }
 
-// A warp's 16 rows from the accumulators to the output buffer. Of eight columns a thread holds two in row lane / 4 and
-// two in row lane / 4 + 8: what stmatrix takes. A lane's address is that of a row of the (up to) four 8x8 matrices.
+// Writes a warp's 16 rows from the accumulators to the output buffer. Of eight columns a thread holds two in row
+// lane / 4 and two in row lane / 4 + 8, as stmatrix expects. A lane's address is a row of one of up to four 8x8
+// matrices.
 template <class S, bool silu, int width>
 __device__ __forceinline__ void put_out(uint32_t buffer, int warp, int lane, const float (&sums)[width]) {
     const int row = 16 * warp + (lane & 15);
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::kStages; ++s) {
             barrier_init(full + 8 * s, 1);                    // the producer, and the bytes it announces
-            barrier_init(empty + 8 * s, 4 * S::kConsumers);   // every consumer warp that has done with the stage
+            barrier_init(empty + 8 * s, 4 * S::kConsumers);   // every consumer warp, when it has finished the stage
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
                     const uint32_t arrived = full + 8 * stage;
                     const int k = step * kDepth;
                     barrier_wait(empty + 8 * stage, parity);
-                    barrier_expect(arrived, S::kStageBytes);  // what lies past the end counts too, as zeros
+                    barrier_expect(arrived, S::kStageBytes);  // bytes past the end count too, as zeros
                     load_box(&maps.x, x_tile, arrived, k, origin.x, work.x_policy);
                     load_box(&maps.w, w_tile, arrived, k, origin.y, work.w_policy);
                     load_box(&maps.w, w_tile + S::kHalfBytes, arrived, k, origin.y + work.n, work.w_policy);
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
         const uint32_t my_out = out_buffer + part * (S::kOutBytes / S::kConsumers);
         const uint64_t x_first = tile_descriptor(stages + part * 64 * kDepth * 2);
         const uint64_t w_first = tile_descriptor(stages + S::kXBytes);
-        const auto release = [&](int stage) {  // each warp for itself, once its own products are done
+        const auto release = [&](int stage) {  // called by each warp, once its own products are done
             if (lane == 0) barrier_arrive(empty + 8 * stage);
             __syncwarp();
         };
@@ -187,10 +188,10 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
                 const uint64_t at = static_cast<uint64_t>(stage * (S::kStageBytes >> 4));
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < kDepth / 16; ++k)  // 16 channels are 32 bytes, 2 in a descriptor
+                for (int k = 0; k < kDepth / 16; ++k)  // 16 channels are 32 bytes, 2 units of a descriptor
                     wgmma<width>(sums, x_first + at + 2 * k, w_first + at + 2 * k, step | k);
                 wgmma_commit();
-                wgmma_wait<1>();  // these may run on; those of the step before are done
+                wgmma_wait<1>();  // this step's products may still run; those of the step before are done
                 if (step > 0) release(before);
                 before = stage;
                 if (++stage == S::kStages) {
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
             release(before);
 
             const int2 origin = tile_origin<rows, width>(work, tile);
-            if (leads) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the last tile's store has read
+            if (leads) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the buffer was read
             named_sync<128>(1 + part);
             if (work.silu) put_out<S, true>(my_out, warp, lane, sums);
             else put_out<S, false>(my_out, warp, lane, sums);
@@ -222,11 +223,11 @@ __global__ void __launch_bounds__(Sizes<rows, width>::kThreads, 1)
 
 // ---- host side ----
 
-// A map of a row-major bfloat16 matrix in boxes of box_rows by box_columns; a box may stick out, reads give 0 there.
+// A map of a row-major bfloat16 matrix in boxes of box_rows by box_columns. Where a box sticks out, reads give 0.
 CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
                        CUtensorMapSwizzle swizzle) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {  // of the driver, which the module is not linked with
+    static const Encode encode = [] {  // from the driver, which the module is not linked with
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
         const char* const name = "cuTensorMapEncodeTiled";

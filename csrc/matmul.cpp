@@ -1,4 +1,4 @@
-// Calls cublasLt, found at run time, through the few declarations that it needs. See matmul.hpp.
+// Calls cublasLt, found at run time, through the few declarations needed. See matmul.hpp.
 #include "matmul.hpp"
 
 #include <dlfcn.h>
@@ -13,8 +13,8 @@
 namespace nla {
 namespace {
 
-// What is needed of cublasLt.h, the same in CUDA 12 and 13. The header itself comes with neither a C++ compiler nor
-// nvcc's own packages, and builds without it choose algorithms too. tests/ops/test_linear.py holds this against it.
+// The needed part of cublasLt.h, the same in CUDA 12 and 13. The header itself comes with neither a C++ compiler nor
+// nvcc's own packages, and builds without it choose algorithms too. tests/ops/test_linear.py compares this with it.
 using Status = int;
 struct Algorithm {
     uint64_t data[8];
@@ -78,7 +78,7 @@ bool load(Library& to) {
     return false;
 }
 
-// Null until the process has loaded the library. Called under the GIL, as everything here.
+// Null until the process has loaded the library. Called under the GIL, like everything here.
 const Library* library() {
     static Library found;
     static bool loaded = false;
@@ -90,7 +90,7 @@ void must(Status status, const char* call) {
     if (status != 0) throw std::runtime_error(std::string(call) + " gave cuBLAS status " + std::to_string(status));
 }
 
-// One handle a device for the life of the process.
+// One handle per device, kept until the process ends.
 void* handle_of(const Library& lib, int device) {
     static std::map<int, void*> handles;
     void*& handle = handles[device];
@@ -134,12 +134,12 @@ Matmul::Matmul(int device, const MatmulShape& shape, size_t workspace_bytes) : p
     plan.shape = shape;
     plan.workspace_bytes = workspace_bytes;
     plan.handle = handle_of(lib, device);
-    // cublasLt counts columns first: out^T [n, m] = (w^T)^T x^T, every matrix as its rows lie in memory.
+    // cublasLt is column-major: out^T [n, m] = (w^T)^T x^T, every matrix as its rows are in memory.
     must(lib.desc_create(&plan.desc, kComputeFloat32, kFloat32), "cublasLtMatmulDescCreate");
     plan.set(kDescTransA, &kTranspose, sizeof kTranspose);
     if (shape.bias) {
         plan.set(kDescEpilogue, &kEpilogueBias, sizeof kEpilogueBias);
-        plan.set_bias(reinterpret_cast<const void*>(kAlignment));  // the heuristic looks at its alignment only
+        plan.set_bias(reinterpret_cast<const void*>(kAlignment));  // the heuristic only reads its alignment
     }
     must(lib.layout_create(&plan.w, kBfloat16, shape.k, shape.n, shape.k), "cublasLtMatrixLayoutCreate");
     must(lib.layout_create(&plan.x, kBfloat16, shape.k, shape.m, shape.k), "cublasLtMatrixLayoutCreate");
@@ -166,7 +166,7 @@ void Matmul::run(int algorithm, uintptr_t stream, const void* x, const void* w, 
     const Plan& plan = *plan_;
     check(algorithm >= 0 && algorithm < algorithms(), "algorithm",
           std::to_string(algorithm) + " is not one of " + std::to_string(algorithms()));
-    check((bias != nullptr) == plan.shape.bias, "bias", "is there or not, other than planned");
+    check((bias != nullptr) == plan.shape.bias, "bias", "is given or missing, unlike in the plan");
     for (const void* pointer : {x, w, static_cast<const void*>(out), static_cast<const void*>(workspace)}) {
         check_pointer(pointer, "x, w, out or workspace");
         check(is_aligned(pointer, kAlignment), "x, w, out or workspace", "is not a multiple of 256 bytes");

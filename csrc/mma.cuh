@@ -1,4 +1,4 @@
-// The tensor cores' product of 16-bit floats, as a warp asks for it.
+// The tensor cores' product of 16-bit floats, by one warp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,8 @@
 
 namespace nla {
 
-// out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8, g being the quad of the warp.
+// out [4] += a lane's part of A B: columns 2 sub, 2 sub + 1 of rows g and g + 8. g: the lane's quad in the warp; sub:
+// the lane in the quad.
 [[maybe_unused]] __device__ __forceinline__ void multiply(float* out, const uint4& a, uint32_t b0, uint32_t b1,
                                                           __nv_bfloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

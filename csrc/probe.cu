@@ -1,4 +1,4 @@
-// A kernel that does nothing, compiled for the architectures of the others: it loads where they do. See probe.hpp.
+// An empty kernel, compiled for the same architectures as the others, so it loads where they do. See probe.hpp.
 #include "probe.hpp"
 
 #include <cuda_runtime.h>
@@ -12,14 +12,14 @@ __global__ void nothing() {}
 
 std::string cuda_fault(int device) {
     int before = 0;
-    cudaFuncAttributes found;  // of loaded code: nothing is launched, so no stream that records a graph is disturbed
+    cudaFuncAttributes found;  // of loaded code: nothing is launched, so no capture of a graph is disturbed
     cudaError_t code = cudaGetDevice(&before);
     if (code == cudaSuccess) code = cudaSetDevice(device);
     if (code == cudaSuccess) {
         code = cudaFuncGetAttributes(&found, nothing);
         cudaSetDevice(before);
     }
-    cudaGetLastError();  // the next call shall not find this one's error
+    cudaGetLastError();  // clears the error, so that the next call does not find it
     return code == cudaSuccess ? "" : cudaGetErrorString(code);
 }
 

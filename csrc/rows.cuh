@@ -1,14 +1,13 @@
-// What the encoder and the decoder share: how a row lies over threads, and the Hadamard rotation.
-// Knows neither codes nor scales.
+// Shared by the encoder and the decoder: the layout of a row over threads, and the Hadamard rotation.
 //
-// Fast layout (block 128): a quad of 4 neighbouring lanes owns one block of 128 channels, 32 to a lane, in 4 chunks of
-// 8 (16 bytes of bfloat16). Channel = 8 * chunk + e, e < 8. Chunk of lane s (0..3), slot c (0..3):
-//     Spread   4 * c + s     a quad's access is 64 contiguous bytes; channel bits 5, 6 lie in the lane
-//     Packed   4 * s + c     a lane holds 32 neighbouring channels (an int4 group); channel bits 3, 4 lie in the lane
-// The other two bits lie across lanes: two shuffle stages of seven, whichever layout.
+// Fast layout (block 128): a quad of 4 neighbouring lanes has one block of 128 channels, 32 per lane, in 4 chunks of 8
+// (16 bytes of bfloat16). Channel = 8 * chunk + e, e < 8. Chunk of lane s (0..3), slot c (0..3):
+//     Spread   4 * c + s     a quad's access is 64 contiguous bytes; channel bits 5, 6 are within the lane
+//     Packed   4 * s + c     a lane has 32 neighbouring channels (an int4 group); channel bits 3, 4 are within the lane
+// The other two bits are across lanes: two shuffle stages of seven, in either layout.
 //
-// Every float operation here is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec/rows.py: the compiler
-// may neither fuse nor reorder them, so the bits agree.
+// Every float operation here is a single rounded one (__fadd_rn ...), in the order of nla_engine/codec/rows.py. The
+// compiler may neither fuse nor reorder them, so the bits agree.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,13 +24,13 @@
 namespace nla {
 
 constexpr int kBlock = 128;      // channels of a block on the fast path
-constexpr int kPerLane = 32;     // of which a lane holds
+constexpr int kPerLane = 32;     // of these, per lane
 constexpr int kChunk = 8;        // neighbouring channels that move together
 constexpr unsigned kAll = 0xffffffffu;
 
 enum class Layout { Spread, Packed };
 
-// Chunks from a lane's slot to its next.
+// Distance in chunks from a lane's slot to its next.
 template <Layout layout>
 constexpr int kChunkStep = layout == Layout::Spread ? 4 : 1;
 
@@ -40,10 +39,10 @@ __device__ __forceinline__ int chunk_of(int sub, int slot) {
     return sub * (layout == Layout::Spread ? 1 : 4) + slot * kChunkStep<layout>;
 }
 
-// Norms outside this range (or not finite) cannot be divided by: codec.py NORM_RANGE.
+// Norms outside this range (or not finite) cannot be divided by: NORM_RANGE of codec/loops.py.
 __device__ __forceinline__ bool is_ordinary(float norm) { return norm >= 1e-30f && norm <= 1e30f; }
 
-// float32 bits -> bfloat16 bits, nearest even, NaN stays NaN: codec.bf16_bits.
+// float32 bits -> bfloat16 bits, nearest even, NaN stays NaN: bf16_bits of codec/rows.py.
 __device__ __forceinline__ uint32_t bf16_bits(uint32_t bits) {
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -51,7 +50,7 @@ __device__ __forceinline__ uint32_t bf16_bits(uint32_t bits) {
 
 // Two or eight bfloat16 -> the same with NaNs made quiet, as bf16_bits does.
 __device__ __forceinline__ uint32_t quiet(uint32_t two) {
-    const uint32_t above = (two & 0x7fff7fffu) + 0x007f007fu;  // bits 15 and 31 tell what is more than Inf
+    const uint32_t above = (two & 0x7fff7fffu) + 0x007f007fu;  // bits 15 and 31: whether it is more than Inf
     return two | (above & 0x80008000u) >> 9;
 }
 __device__ __forceinline__ uint4 quiet(const uint4& eight) {
@@ -70,7 +69,8 @@ __device__ __forceinline__ void butterfly_in_lane(float (&v)[kPerLane]) {
     }
 }
 
-// One butterfly with the lane `mask` away: a + b in the lower lane, a - b in the upper (the product with +-1 is exact).
+// One butterfly with the lane at distance `mask`: a + b in the lower lane, a - b in the upper. Products with +-1 are
+// exact.
 template <int mask>
 __device__ __forceinline__ void butterfly_across(float (&v)[kPerLane], int sub) {
     const float sign = (sub & mask) ? -1.0f : 1.0f;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void butterfly_across(float (&v)[kPerLane], int sub) 
     for (int i = 0; i < kPerLane; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAll, v[i], mask));
 }
 
-// v = sqrt(128) H v over a quad's block of 128: steps 1, 2, 4 ... 64. All lanes of the warp call.
+// v = sqrt(128) H v over a quad's block of 128: steps 1, 2, 4 ... 64. Called by all lanes of the warp.
 template <Layout layout>
 __device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub) {
     butterfly_in_lane<1>(v);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void rotate(float (&v)[kPerLane], int sub) {
     }
 }
 
-// The same over row[d] in shared memory, blocks of any power of two; the whole CTA calls. Ends with a barrier unless
-// block is 1.
+// The same over row[d] in shared memory, blocks of any power of two. Called by the whole CTA. Ends with a barrier
+// unless block is 1.
 __device__ __forceinline__ void rotate_shared(float* row, int d, int block) {
     for (int step = 1; step < block; step *= 2) {
         for (int pair = threadIdx.x; pair < d / 2; pair += blockDim.x) {

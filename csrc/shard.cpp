@@ -17,7 +17,7 @@ namespace {
 
 constexpr size_t kChecksum = 4;
 constexpr size_t kEntry = 16;
-constexpr size_t kPart = 2 << 20;  // of a file, written at a time
+constexpr size_t kPart = 2 << 20;  // bytes of a file that are written at a time
 
 template <typename T>
 uint8_t* put_little_endian(uint8_t* out, T value) {
@@ -25,7 +25,7 @@ uint8_t* put_little_endian(uint8_t* out, T value) {
     return out;
 }
 
-// A file that disappears unless it is renamed.
+// A file that is deleted unless it is renamed.
 class TemporaryFile {
   public:
     explicit TemporaryFile(std::string path) : path_(std::move(path)) {
@@ -46,7 +46,7 @@ class TemporaryFile {
             if (written < 0 && errno == EINTR) continue;
             if (written < 0) throw FileError(errno, path_);
 #ifdef __linux__
-            ::sync_file_range(descriptor_, at, written, SYNC_FILE_RANGE_WRITE);  // the disk may begin; a hint
+            ::sync_file_range(descriptor_, at, written, SYNC_FILE_RANGE_WRITE);  // a hint that the disk may begin
 #endif
             at += written;
             data += written;
@@ -69,7 +69,7 @@ class TemporaryFile {
     bool renamed_ = false;
 };
 
-// After this the rename itself survives a power cut. A filesystem that cannot sync a directory is taken as it is.
+// After this the rename itself survives a power cut. A filesystem that cannot sync a directory is accepted.
 void sync_directory(const std::string& path) {
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor < 0) throw FileError(errno, path);

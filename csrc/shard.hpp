@@ -1,5 +1,4 @@
 // One Zarr v3 shard (codec `sharding_indexed`, index at the end; inner codecs `bytes`, `crc32c`) as bytes and as a file.
-// Knows nothing of arrays, rows or commits.
 //
 //     chunk 0 | crc32c | chunk 1 | crc32c | ... | (u64 offset, u64 nbytes) per chunk | crc32c of the index
 //
@@ -14,7 +13,7 @@
 
 namespace nla {
 
-// A file operation that failed: becomes OSError(error, ..., path) in Python.
+// A failed file operation: becomes OSError(error, ..., path) in Python.
 struct FileError : std::runtime_error {
     FileError(int error, std::string path);
     int error;
@@ -33,7 +32,7 @@ struct ShardLayout {
     size_t image_bytes() const;
 };
 
-// `size` bytes that belong at byte `start` of a shard's data, checksums not counted.
+// `size` bytes that go to byte `start` of a shard's data, not counting checksums.
 struct Piece {
     size_t start;
     const uint8_t* data;
@@ -43,12 +42,12 @@ struct Piece {
 // Copies pieces to their places in `image`. Raises std::invalid_argument if one sticks out, before anything is copied.
 void fill_shard(const ShardLayout& layout, uint8_t* image, const std::vector<Piece>& pieces);
 
-// `image` holds the raw chunks at their places in the file, with room for a whole shard: fills the last chunk that has
-// data up with zeros and adds checksums and index. Returns the size of the file; chunks beyond the data are absent.
+// `image` holds the raw chunks at their places in the file, with room for a whole shard. Pads the last chunk that has
+// data with zeros, and adds checksums and index. Returns the size of the file. Chunks beyond the data are absent.
 size_t seal_shard(const ShardLayout& layout, uint8_t* image, size_t data_bytes);
 
-// Puts `size` bytes in place as a file, whole or not at all, and durably: written to a temporary name beside `path`,
-// synced, renamed, directory synced. Makes the directory if it is missing.
+// Writes `size` bytes as a file, completely or not at all, and durably: writes to a temporary name beside `path`,
+// syncs, renames, syncs the directory. Makes the directory if it is missing.
 void write_file(const std::string& path, const uint8_t* data, size_t size);
 
 }  // namespace nla

@@ -1,6 +1,5 @@
-// A warp's row in shared memory, as the fast encoder reads it: chunks of eight channels (rows.cuh), each a lane's own but
-// where two rows share a pass.
-// Knows nothing of codes.
+// A warp's row in shared memory, as the fast encoder reads it: chunks of eight channels (rows.cuh). Each chunk belongs
+// to one lane, except where two rows share a pass.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -9,9 +8,9 @@
 
 namespace nla {
 
-constexpr int kQuads = 8;  // of a warp
+constexpr int kQuads = 8;  // per warp
 
-// Eight neighbouring channels as they lie in memory: float32 32 bytes, the halves 16.
+// Eight neighbouring channels as they are in memory: 32 bytes of float32, 16 of the 16-bit floats.
 template <typename T>
 struct Chunk {
     uint4 part[sizeof(T) / 2];
@@ -40,8 +39,8 @@ __device__ __forceinline__ void unpack(const Chunk<T>& chunk, float* out) {
     }
 }
 
-// A warp's row: for each pass of the warp over eight blocks, each lane's chunks. Where the last pass has work for no
-// more than half of the warp, its other half is room for the same blocks of another row: `half` says which is meant.
+// A warp's row: for each pass of the warp over eight blocks, each lane's chunks. If the last pass has work for at most
+// half of the warp, its other half has room for the same blocks of another row. `half` says which half is meant.
 template <typename T, Layout layout>
 class StagedRow {
   public:
@@ -51,7 +50,7 @@ class StagedRow {
     static constexpr __host__ __device__ int passes(int d) { return (d + kPass - 1) / kPass; }
     static constexpr __host__ __device__ int pieces(int d) { return passes(d) * 4 * kParts * 32; }
 
-    // memory: of the CTA's warps, each with `pieces`.
+    // memory: `pieces` for each warp of the CTA.
     __device__ StagedRow(uint4* memory, int d)
         : mine_(memory + threadIdx.x / 32 * pieces(d) + threadIdx.x % 32),
           d_(d),
@@ -59,10 +58,10 @@ class StagedRow {
           channel_(threadIdx.x % 32 / 4 * kBlock + chunk_of<layout>(threadIdx.x % 4, 0) * kChunk) {}
 
     __device__ int passes() const { return passes(d_); }
-    // Passes that a row has for itself; the one behind them, if there is one, has room for two rows.
+    // Passes that hold one row. The pass after them, if there is one, has room for two rows.
     __device__ int whole() const { return whole_; }
     __device__ bool shares() const { return whole_ < passes(); }
-    // First channel of the lane, and whether it has work: only in the last pass it may have none.
+    // First channel of the lane, and whether the lane has work: only in the last pass it may have none.
     __device__ int channel(int pass) const {
         return channel_ + pass * kPass - (pass < whole_ ? 0 : my_half() * (kPass / 2));
     }
@@ -70,7 +69,7 @@ class StagedRow {
         return channel(pass) < d_ && (pass < whole_ || my_half() == half);
     }
 
-    // Start copying a pass of a row from global memory. What was there must have been read by this lane.
+    // Starts copying a pass of a row from global memory. This lane must have read what was there before.
     __device__ void copy(const T* row, int pass, int half) const {
         if (!works(pass, half)) return;
         const uint4* from = reinterpret_cast<const uint4*>(row + channel(pass));
@@ -82,14 +81,14 @@ class StagedRow {
         }
     }
 
-    // Until what was copied can be read, by any lane.
+    // Waits until any lane can read what was copied.
     __device__ void wait() const {
         __pipeline_commit();
         __pipeline_wait_prior(0);
         __syncwarp();
     }
 
-    // What no copy has reached is undefined.
+    // Undefined where nothing was copied.
     __device__ Chunk<T> chunk(int pass, int c) const {
         Chunk<T> chunk;
 #pragma unroll
@@ -97,7 +96,7 @@ class StagedRow {
         return chunk;
     }
 
-    // Two chunks of the half's share of the shared pass, other ones for every lane; i < 2.
+    // Two chunks of the half's share of the shared pass, different ones for every lane; i < 2.
     __device__ Chunk<T> shared_chunk(int half, int i) const {
         Chunk<T> chunk;
 #pragma unroll
@@ -115,10 +114,10 @@ class StagedRow {
     int d_, whole_, channel_;
 };
 
-// Of a row's channels, summed in float64.
+// The squares of a row's channels, summed in float64.
 class Squares {
   public:
-    // Chunks of different c need not wait for one another.
+    // Chunks of different c are summed independently.
     template <typename T>
     __device__ void add(const Chunk<T>& chunk, int c) {
         float v[kChunk];
@@ -128,7 +127,7 @@ class Squares {
             sums_[c] = __fma_rn(static_cast<double>(v[e]), static_cast<double>(v[e]), sums_[c]);
     }
 
-    // Of the warp, whose lanes all call.
+    // The sum over the warp. Called by all its lanes.
     __device__ double total() const {
         double sum = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
 #pragma unroll

@@ -1,4 +1,4 @@
-// What gated.cu says to the chip in PTX: barriers, the copy engine, matrix instructions. Knows no tile, no schedule.
+// The PTX instructions of gated.cu: barriers, the copy engine, matrix instructions.
 // Shared-memory addresses are 32-bit, in the window of the CTA.
 #pragma once
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Until the phase of parity `parity` has ended; the phase before the first counts as ended, with parity 1.
+// Waits until the phase of parity `parity` has ended. The phase before the first counts as ended, with parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred ended;\n"
@@ -57,7 +57,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- 8x8 matrices of 16-bit elements from registers to shared memory, one row address a lane ----
+// ---- 8x8 matrices of 16-bit elements from registers to shared memory, one row address per lane ----
 
 __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t
 
 // ---- wgmma ----
 
-// A tile of rows of 128 bytes, swizzled in blocks of 8 rows (1024 bytes, which its address is a multiple of).
+// A tile of rows of 128 bytes, swizzled in blocks of 8 rows. Its address is a multiple of such a block's 1024 bytes.
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
     const uint64_t start = address >> 4, next_eight_rows = 1024 >> 4, swizzle_128 = 1;
     return start | 1ull << 16 | next_eight_rows << 32 | swizzle_128 << 62;
@@ -80,14 +80,14 @@ template <int kInFlight>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
 }
-// No use of the sums is moved ahead of here.
+// The compiler moves no use of the sums ahead of this.
 template <int n>
 __device__ __forceinline__ void pin(float (&sums)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i]));
 }
 
-// The instruction lists its accumulators one by one: names and operands in eights, strung together.
+// The instruction lists its accumulators one by one, so names and operands are joined from groups of eight.
 #define NLA_N9                                                               \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
     "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,"       \
@@ -112,7 +112,7 @@ __device__ __forceinline__ void pin(float (&sums)[n]) {
                  "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" NLA_N##eights "}, %" a_name ", " \
                  "%" b_name ", add, 1, 1, 0, 0;\n}" : NLA_V##eights : "l"(a), "l"(b), "r"(add) : "memory")
 
-// sums (+)= a [64, 16] b [2 width, 16]^T, both from shared memory; from zero unless `add`. Asynchronous.
+// sums = a [64, 16] b [2 width, 16]^T, added to the old sums if `add`; a and b are in shared memory. Asynchronous.
 template <int width>
 __device__ __forceinline__ void wgmma(float (&sums)[width], uint64_t a, uint64_t b, int add) {
     static_assert(width == 128 || width == 120 || width == 112 || width == 96 || width == 72);

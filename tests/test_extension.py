@@ -333,5 +333,5 @@ def test_what_is_built_is_what_the_nvcc_at_hand_knows(tmp_path):
     assert asked(default, newest)[0] == [*names, "sm_100", "sm_120", "compute_120"]
     assert asked("89,90a-real")[0] == ["sm_89", "compute_89", "sm_90a"]
     assert asked("80-virtual")[:2] == (["compute_80"], ["-gencode=arch=compute_80,code=compute_80"])
-    assert "'hopper' is no architecture: use numbers such as 80" in asked("hopper")
+    assert "'hopper' is not an architecture: use numbers such as 80" in asked("hopper")
     assert "nvcc 12.4 knows none of 120, only 75;80;86;89;90" in asked("120")
