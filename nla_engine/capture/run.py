@@ -22,6 +22,7 @@ from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.families import why_unfused
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
@@ -194,6 +195,8 @@ class CaptureJob:
         """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
         for line in shortfall(self.lm.device):
             self.announce(line)
+        if not self.kernels.plain(self.lm.device) and (reason := why_unfused(self.lm.blocks)):
+            self.announce(f"{self.lm.name}: {reason}")
         while True:
             try:
                 return self._try_generator(plan, codec, sink_norm)

@@ -6,6 +6,7 @@ matches its record exactly. One with another module, bias, activation, norm or s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,16 @@ def can_fuse(block: Any) -> bool:
     except NotFused:
         return False
     return True
+
+
+def why_unfused(blocks: Iterable[Any]) -> str:
+    """Why blocks of a known family are not fused; empty if they are, or if their family has no record."""
+    for block in blocks:
+        try:
+            facts_of(block)
+        except NotFused as error:
+            return f"{error}: not fused, slower" if type(block).__name__ in FAMILIES else ""
+    return ""
 
 
 def can_fuse_norm(norm: Any) -> bool:

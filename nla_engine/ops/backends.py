@@ -44,6 +44,9 @@ class Kernels:
         if self.precision == "fp8" and self.reference:
             raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
 
+    def __str__(self) -> str:
+        return f"--kernels {self.name} --precision {self.precision}"
+
     @property
     def reference(self) -> bool:
         """Whether only transformers' own modules and plain torch may compute."""

@@ -157,16 +157,15 @@ def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_no
         raw, scales = _quantise(rotated.view(len(x), codec.scale_width, codec.group), factor, codec)
         codes = raw if codec.name == "int8" else _pack_nibbles(raw)
 
-    source = _source_of_place(dest, dest >= 0, len(stage.norm))
-    for place, value in ((stage.codes, codes), (stage.scales, scales), (stage.norm, norm)):
-        _fill(place, value, source)
+    for rows, value in ((stage.codes, codes), (stage.scales, scales), (stage.norm, norm)):
+        _put(rows, value, dest, dest >= 0)
 
     if codec.name != "bf16":
         exact = (dest >= 0) & (norm != 0) & ~(ordinary & (norm <= sink_norm))
         slot = stage.exact_count + exact.cumsum(0) - 1
-        source = _source_of_place(slot, exact, len(stage.exact))
-        _fill(stage.exact, bits, source)
-        _fill(stage.exact_dest, dest, source)
+        kept = exact & (slot < len(stage.exact))
+        _put(stage.exact, bits, slot, kept)
+        _put(stage.exact_dest, dest, slot, kept)
         stage.exact_count.add_(exact.sum())
 
 
@@ -248,20 +247,14 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
     return both.view(len(packed), 2 * packed.shape[1]).to(torch.int8) - 8
 
 
-def _source_of_place(place: Tensor, chosen: Tensor, places: int) -> Tensor:
-    """For each of `places` places the index of the row that goes there, or -1 if none does."""
-    rows = torch.arange(len(place), device=place.device)
-    source = torch.full((places + 1,), -1, dtype=torch.int64, device=place.device)
-    inside = chosen & (place < places)
-    source[torch.where(inside, place, places)] = rows  # the extra last place takes rows that go nowhere
-    return source[:places]
-
-
-def _fill(stage: Tensor, value: Tensor, source: Tensor) -> None:
-    """stage[i] = value[source[i]] where source[i] >= 0."""
-    if stage.numel() and len(value):
-        taken = (source >= 0).view(-1, *(1,) * (stage.dim() - 1))
-        stage.copy_(torch.where(taken, value[source.clamp(min=0)], stage))
+def _put(stage: Tensor, value: Tensor, place: Tensor, chosen: Tensor) -> None:
+    """stage[place[i]] = value[i] where chosen[i]. The others repeat the first one that is chosen, or stage[0]."""
+    if not stage.numel() or not len(value):
+        return
+    some, first = chosen.any(), chosen.to(torch.uint8).argmax()
+    source = torch.where(chosen, torch.arange(len(value), device=value.device), first)
+    target = torch.where(some, place[source], 0)
+    stage.index_copy_(0, target, torch.where(some, value[source], stage[:1]))
 
 
 # ---- numba: CPU tensors, through the host codec ----

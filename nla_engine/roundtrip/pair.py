@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nla_engine.config import RoundtripOptions
+from nla_engine.engine.families import why_unfused
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.checkpoint import CONFIG, read_json, weight_paths
@@ -78,7 +79,7 @@ def load_pair(
         )
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
-            raise RequestError(f"a given model has {model.kernels}, the options ask for {kernels}")
+            raise RequestError(f"a given model was loaded with {model.kernels}, the options say {kernels}")
     given = ((options.av, verbalizer), (options.ar, reconstructor))
     directories = [find_directory(name, remote_code=remote_code) for name, model in given if model is None]
     turns = options.residency == "turns"
@@ -103,6 +104,9 @@ def load_pair(
     }
     verbalizer = verbalizer or Verbalizer.load(options.av, **how)
     reconstructor = reconstructor or Reconstructor.load(options.ar, **how)
+    for lm in (verbalizer.lm, reconstructor.lm):
+        if not kernels.plain(device) and (reason := why_unfused(lm.blocks)):
+            announce(f"{lm.name}: {reason}")
     return Pair(verbalizer, reconstructor, device, turns)
 
 

@@ -163,6 +163,7 @@ def test_a_block_with_an_altered_fact_is_not_fused(fact: str) -> None:
     assert can_fuse(blocks[1])
     change(blocks[1])
     assert not can_fuse(blocks[1])
+    assert "not fused, slower" in families.why_unfused(blocks)
     with pytest.raises(NotFused, match=rf"{type(blocks[1]).__name__}: .*{reason}"):
         FusedBlock(blocks[1])
 

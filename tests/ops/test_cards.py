@@ -23,7 +23,6 @@ from nla_engine.ops import (
     attention,
     backends,
     cards,
-    choose,
     encode,
     fp8,
     gate,
@@ -31,6 +30,7 @@ from nla_engine.ops import (
     norm,
     places,
     rotary,
+    sampling,
 )
 from nla_engine.ops.cards import HOPPER, Card, runs
 from nla_engine.roundtrip import pair
@@ -216,7 +216,7 @@ def test_every_op_asks_before_it_takes_its_kernel(monkeypatch: pytest.MonkeyPatc
         gate: (gate.gate, "gate_triton", (x, "silu")),
         places: (places.row_places, "row_places_triton", (index, index, index, index, 1)),
         rotary: (rotary.rotate_and_store, "rotate_and_store_triton", (x, x, x, x, x, index, index, None)),
-        choose: (choose.advance, "advance_triton", (x, index, None, None)),
+        sampling: (sampling.advance, "advance_triton", (x, index, None, None)),
         attention: (attention.attend, "attend_triton", (x, None, None, None)),
     }
     for module, (run, kernel, arguments) in calls.items():
