@@ -286,7 +286,7 @@ def test_what_does_not_fit_together_is_refused(trio: Path, tmp_path: Path) -> No
 def test_a_given_model_with_other_kernels_is_refused(trio: Path, tmp_path: Path) -> None:
     given = Verbalizer.load(str(trio / "av"), **CPU, kernels=Kernels("reference"))
     with pytest.raises(
-        RequestError, match="loaded with --kernels reference --precision full, the options say --kernels auto"
+        RequestError, match="loaded with --kernels reference .*the options say --kernels auto"
     ):
         run_roundtrip(options(trio, tmp_path / "x.parquet"), verbalizer=given)
     assert not list(tmp_path.iterdir())
