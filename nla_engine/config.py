@@ -13,9 +13,11 @@ from nla_engine.options import (
     AT_LEAST_0,
     AT_LEAST_1,
     AT_LEAST_2,
+    UNICODE,
     Must,
     Options,
     check_local,
+    json_values,
     named_values,
     one_of,
     option,
@@ -34,6 +36,8 @@ INJECTIONS = ("replace",)
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
 POSITIONS = ("generated", "prompt", "all", "last")
+#: What becomes of a document with too many tokens.
+LONG = ("refuse", "cut", "windows")
 
 
 def is_scale(value: str) -> bool:
@@ -124,18 +128,51 @@ class CaptureOptions(Options):
             f"of {', '.join(POSITIONS)}, joined by commas",
         ),
     )
+    per_document: int | None = option(
+        "Of these rows, keep this many of each document (or prompt), drawn by the seed and the document's number; "
+        "all of them if there are fewer.",
+        None,
+        must=AT_LEAST_1,
+    )
+    min_position: int = option("Keep no rows of positions below this one.", 0, must=AT_LEAST_0)
+    skip_special: bool = option("Keep no rows of special tokens.", False)
     codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
     batch_size: int | None = _batch_size("Sequences run at once.")
     temperature: float = _temperature()
-    seed: int = _seed("Seed of the sampling.")
+    seed: int = _seed("Seed of the sampling and of --per-document.")
     chat: bool | None = option(
         "Render prompts through the chat template, or read them raw. [default: --chat if there is a template]",
         None,
         flags="--chat/--raw",
     )
+    text_column: str | None = option(
+        "Field of the records that holds the text; with a chat template, the user's message or a conversation. "
+        "[default: prompt, text or messages]",
+        None,
+        must=Must(bool, "the name of a field"),
+    )
+    system: str | None = option(
+        "System message of every conversation that has none of its own.", None, must=UNICODE
+    )
+    template_option: dict[str, Any] | None = option(
+        "Variable of the chat template, as enable_thinking=false. Repeat for several. A record's own "
+        "chat_template_kwargs come first.",
+        None,
+        typed=list[str] | None,
+        parse=json_values,
+    )
     corpus: bool = option(
         "Read existing text: raw, nothing is generated, the forward pass stops after the deepest layer.",
         False,
+    )
+    max_tokens: int | None = option(
+        "Most tokens of a document, with --corpus. [default: the model's positions]", None, must=AT_LEAST_1
+    )
+    long: str = option(
+        "What becomes of a longer document, with --corpus: refuse, cut (keep its beginning), or windows (split it into "
+        "sequences of at most so many tokens).",
+        "refuse",
+        must=one_of(LONG),
     )
     dtype: str | None = _dtype()
     device: str | None = _device()
@@ -162,6 +199,12 @@ class CaptureOptions(Options):
                 raise RequestError("--corpus generates nothing: leave --max-new-tokens and --temperature out")
             object.__setattr__(self, "chat", False)
             object.__setattr__(self, "max_new_tokens", 0)
+        elif self.max_tokens is not None or self.long != "refuse":
+            raise RequestError("--max-tokens and --long are for documents: give --corpus, or leave them out")
+        if self.chat is False and (self.system is not None or self.template_option):
+            raise RequestError(
+                "--system and --template-option are for a chat template, and text is read as it is here: leave them out"
+            )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
         object.__setattr__(self, "layer", tuple(sorted(set(self.layer))))

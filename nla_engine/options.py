@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,7 @@ class Must:
 AT_LEAST_0 = Must(lambda value: value >= 0, "0 or more")
 AT_LEAST_1 = Must(lambda value: value >= 1, "1 or more")
 AT_LEAST_2 = Must(lambda value: value >= 2, "2 or more")
+UNICODE = Must(lambda value: _is_unicode(value), "text in UTF-8")
 
 
 def one_of(names: tuple[str, ...], words: str | None = None) -> Must:
@@ -84,14 +86,42 @@ def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
         ) from None
 
 
-def named_values(name: str, given: list[str]) -> tuple[tuple[str, str], ...]:
-    """Pairs of NAME=VALUE."""
-    pairs = [words.partition("=") for words in given]
-    if wrong := [before for before, equals, _ in pairs if not (equals and before.isidentifier())]:
-        raise RequestError(f"{flag(name)} is {wrong[0]!r}: it must be NAME=VALUE")
-    if len({before for before, _, _ in pairs}) < len(pairs):
-        raise RequestError(f"{flag(name)} names one value twice")
-    return tuple((before, value) for before, _, value in pairs)
+def named_values(name: str, given: list[str] | None) -> tuple[tuple[str, str], ...]:
+    """NAME=VALUE, given one by one."""
+    values: dict[str, str] = {}
+    for words in given or ():
+        key, equals, text = words.partition("=")
+        if not (equals and key.isidentifier()):
+            raise RequestError(f"{flag(name)} is {words!r}: it must be NAME=VALUE")
+        if key in values:
+            raise RequestError(f"{flag(name)} gives {key} twice: leave one out")
+        values[key] = text
+    return tuple(values.items())
+
+
+def json_values(name: str, given: list[str] | None) -> dict[str, Any] | None:
+    """NAME=VALUE, given one by one: the values as JSON where they parse, else as text. None if none was given."""
+    values: dict[str, Any] = {}
+    for key, text in named_values(name, given):
+        try:
+            values[key] = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            values[key] = text
+        if not _is_unicode(json.dumps(values[key], ensure_ascii=False)):
+            raise RequestError(f"{flag(name)} {key} is no text in UTF-8")
+    return values or None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 @dataclass(frozen=True)

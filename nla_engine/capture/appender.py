@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.tap import RowRange
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
-from nla_engine.models.prompts import Prompt
+from nla_engine.models.prompt_set import Prompt
 from nla_engine.store import SequenceRows, StoreWriter, row_flags
 from nla_engine.store.format import NO_TOKEN
 
@@ -20,11 +21,17 @@ _TOGETHER = 64
 class Appender:
     """Appends the sequences of a run to a store, in the given order, and counts them.
 
-    prompts: by request id; keep: the rows of a sequence that the tap kept
+    prompts: by request id; keep: the rows of a sequence that the tap kept; choice: which of them to store, None for all
     """
 
-    def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt], keep: RowRange) -> None:
-        self._writer, self._prompts, self._keep = writer, prompts, keep
+    def __init__(
+        self,
+        writer: StoreWriter,
+        prompts: Sequence[Prompt],
+        keep: RowRange,
+        choice: RowChoice | None = None,
+    ) -> None:
+        self._writer, self._prompts, self._keep, self._choice = writer, prompts, keep, choice
         self.sequences = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
@@ -49,35 +56,56 @@ class Appender:
         try:
             for completion in ended:
                 prompt = self._prompts[completion.request.id]
-                sequences.append(sequence_rows(prompt, completion, self._keep, self._writer.sink_norm))
+                chosen = self._chosen(prompt, completion)
+                sequences.append(
+                    sequence_rows(prompt, completion, self._keep, self._writer.sink_norm, chosen)
+                )
         finally:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
 
+    def _chosen(self, prompt: Prompt, completion: Completion) -> np.ndarray | None:
+        if self._choice is None:
+            return None
+        tokens = np.concatenate([prompt.token_ids, completion.generated])
+        return self._choice.positions(completion.request.id, tokens)
+
 
 def sequence_rows(
-    prompt: Prompt, completion: Completion, keep: RowRange, sink_norm: Mapping[int, float]
+    prompt: Prompt,
+    completion: Completion,
+    keep: RowRange,
+    sink_norm: Mapping[int, float],
+    chosen: np.ndarray | None = None,
 ) -> SequenceRows:
-    """The store's record of a finished sequence. EngineError if a layer lacks rows."""
+    """The store's record of a finished sequence. EngineError if a layer lacks rows.
+
+    chosen: int [n], ascending, the positions to store of those that were kept; None: all
+    """
     given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
     with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
     tokens, prompt_size = with_end[:-1], len(given)
     first, end = keep.first(prompt_size), keep.end(prompt_size, len(tokens))
     position = np.arange(first, end, dtype=np.int32)
-    sink = np.zeros(len(position), bool)
-    nonfinite = np.zeros(len(position), bool)
-    for layer, rows in completion.rows.items():
+    layers = completion.rows
+    for layer, rows in layers.items():
         if len(rows.norm) != len(position):
             raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
+    if chosen is not None:
+        position = chosen.astype(np.int32)
+        layers = {layer: rows.take(chosen - first) for layer, rows in layers.items()}
+    sink = np.zeros(len(position), bool)
+    nonfinite = np.zeros(len(position), bool)
+    for layer, rows in layers.items():
         sink |= rows.norm > sink_norm[layer]
         nonfinite |= ~np.isfinite(rows.norm)
     return SequenceRows(
-        token_id=with_end[first:end],
-        next_token_id=with_end[first + 1 : end + 1],
+        token_id=with_end[position],
+        next_token_id=with_end[position + 1],
         position=position,
         flags=row_flags(position, prompt_size, len(tokens), sink, nonfinite),
-        layers=completion.rows,
+        layers=layers,
         tokens=tokens,
         prompt_size=prompt_size,
         finish=completion.finish,

@@ -15,7 +15,7 @@ from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel
-from nla_engine.models.prompts import Prompt
+from nla_engine.models.prompt_set import Prompt
 from nla_engine.ops.backends import Kernels
 
 #: Most prompts, and most tokens of each, on which the median norm and the codec's error are measured.

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import load_inputs
-from nla_engine.capture.plan import plan_capture, rows_kept
-from nla_engine.capture.run import check_out, run_capture
-from nla_engine.capture.tap import RowRange
+from nla_engine.capture.plan import plan_capture
+from nla_engine.capture.run import CaptureJob, check_out
 from nla_engine.config import CaptureOptions
 from nla_engine.models.load import LanguageModel
 from nla_engine.store import CaptureStore, Finish
@@ -68,39 +70,42 @@ def estimate_capture(
     for message in prompts.messages():
         announce(message)
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
-    plan = plan_capture(options, lm, prompts, done)
+    choice = RowChoice.of(options, lm, prompts)
+    plan = plan_capture(options, lm, prompts, choice, done)
     announce(str(plan))
     sizes = prompts.sizes[done:]
-    replies = float(options.max_new_tokens)
+    replies, special_share = float(options.max_new_tokens), 0.0
     count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
     read = generated = 0
     seconds = 0.0
     if count:
         announce(f"measuring {count} sequences of at most {new} new tokens")
         with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
-            sample = Path(directory) / "prompts.jsonl"
-            sample.write_bytes(b"".join(prompt.source + b"\n" for prompt in prompts[done : done + count]))
             short = replace(
                 options,
-                prompts=sample,
                 out=str(Path(directory) / "sample.zarr"),
                 max_new_tokens=new,
                 dry_run=False,
                 resume=False,
                 overwrite=False,
+                per_document=None,
+                min_position=0,
+                skip_special=False,
             )
-            summary = run_capture(short, lm=lm)
-            replies = _reply_tokens(CaptureStore.open(short.out), options.max_new_tokens)
+            sample = prompts.part(done, done + count)
+            summary = CaptureJob(short, lm, sample, lambda text: None, lambda done, total: None).run()
+            made = CaptureStore.open(short.out)
+            replies = _reply_tokens(made, options.max_new_tokens)
+            special_share = _special_share(made, choice.special)
         read = int(sizes[:count].sum())
         generated, seconds = summary.tokens_generated, summary.seconds
     measured = read + generated
-    keep = RowRange.parse(str(options.positions))
     return CaptureEstimate(
         sequences=len(sizes),
         already_done=done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=rows_kept(keep, sizes, round(replies)),
+        rows_expected=choice.most_rows(done, round(replies), special_share),
         codec=options.codec,
         layers=list(options.layer),
         skipped=len(prompts.skipped),
@@ -121,3 +126,12 @@ def _reply_tokens(sample: CaptureStore, most: int) -> float:
         for sequence in sample.iter_sequences()
     ]
     return sum(sizes) / len(sizes)
+
+
+def _special_share(sample: CaptureStore, special: np.ndarray | None) -> float:
+    """Which part of the generated tokens is special. special: bool [V]."""
+    if special is None:
+        return 0.0
+    replies = [sequence.tokens[sequence.prompt_size :] for sequence in sample.iter_sequences()]
+    generated = np.concatenate(replies)
+    return float(special[generated].mean()) if len(generated) else 0.0

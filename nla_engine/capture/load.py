@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.config import CaptureOptions
+from nla_engine.models.chat import Reading
+from nla_engine.models.documents import Longest
 from nla_engine.models.hub import find_directory
 from nla_engine.models.load import (
     LanguageModel,
@@ -18,7 +20,8 @@ from nla_engine.models.load import (
     pick_device,
     pick_dtype,
 )
-from nla_engine.models.prompts import Limits, PromptSet, read_prompts
+from nla_engine.models.prompt_set import PromptSet
+from nla_engine.models.prompts import Limits, read_prompts
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -82,6 +85,8 @@ def _read(
         chat=options.chat,
         replies=options.max_new_tokens > 0,
         limits=limits,
+        reading=Reading(options.text_column, options.system, options.template_option or {}),
+        longest=Longest(options.max_tokens, options.long),
         skip_bad=options.skip_bad,
         clock=clock,
         go_on=go_on,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from nla_engine.capture.tap import RowRange
+from nla_engine.capture.choice import RowChoice
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.slots import default_slots
+from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
-from nla_engine.models.prompts import PromptSet
+from nla_engine.models.prompt_set import PromptSet
 
 #: Fewer shared prompt tokens are not worth a prefix.
 SHORTEST_PREFIX = 8
@@ -41,9 +40,14 @@ class CapturePlan:
         )
 
 
-def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, done: int) -> CapturePlan:
-    """Plan the run: slots from the batch size or the free memory, rows from the lengths."""
-    keep = RowRange.parse(str(options.positions))
+def plan_capture(
+    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, done: int
+) -> CapturePlan:
+    """Plan the run: slots from the batch size or the free memory, rows from the lengths.
+
+    RequestError if it would have no rows.
+    """
+    keep = choice.keep
     new = options.max_new_tokens
     todo = prompts.sizes[done:]
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
@@ -53,7 +57,12 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
     slots = options.batch_size or default_slots(lm, longest, prefix)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
-    rows = rows_kept(keep, todo, new)
+    rows = choice.most_rows(done, new)
+    if not rows and not done:
+        raise RequestError(
+            f"{options.prompts}: no row would be left of any prompt: lower --min-position, leave --skip-special "
+            "out, or choose other --positions"
+        )
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
     return CapturePlan(
         sequences=len(prompts),
@@ -65,9 +74,3 @@ def plan_capture(options: CaptureOptions, lm: LanguageModel, prompts: PromptSet,
         length=longest,
         prefix=prefix,
     )
-
-
-def rows_kept(keep: RowRange, sizes: np.ndarray, new: int) -> int:
-    """Rows of prompts of these sizes, int64 [n], each continued by `new` tokens."""
-    counted = zip(*np.unique(sizes, return_counts=True), strict=True)
-    return sum(keep.count(int(size), int(size) + new) * int(count) for size, count in counted)

@@ -17,6 +17,7 @@ import torch
 
 from nla_engine.capture.appender import Appender
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
+from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import CLOCK, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
@@ -30,7 +31,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError, already_there
 from nla_engine.models.load import LanguageModel
-from nla_engine.models.prompts import PromptSet
+from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
@@ -42,6 +43,17 @@ from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+#: Options that a resumed run must have in common where they are not what is usual: older stores lack them.
+_ADDED = {
+    "system": None,
+    "template_option": None,
+    "max_tokens": None,
+    "long": "refuse",
+    "per_document": None,
+    "min_position": 0,
+    "skip_special": False,
+}
 
 #: progress(sequences done, sequences in all)
 Progress = Callable[[int, int], None]
@@ -118,6 +130,7 @@ class CaptureJob:
         self.announce, self.progress = announce, progress
         self.kernels = Kernels(options.kernels)
         self.keep = RowRange.parse(str(options.positions))
+        self.choice = RowChoice.of(options, lm, prompts)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.described = lm.describe()
 
@@ -132,7 +145,8 @@ class CaptureJob:
                 codec = Codec.named(self.options.codec, self.lm.d_model)
                 calibration = self._calibrate(codec)
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
-            plan = plan_capture(self.options, self.lm, self.prompts, writer.sequences if writer else 0)
+            done = writer.sequences if writer else 0
+            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, done)
             self.announce(str(plan))
             generator = None
             if plan.already_done < len(self.prompts):
@@ -147,6 +161,7 @@ class CaptureJob:
         """Options and fingerprints that must be the same when a store is resumed."""
         given = self.options.to_dict()
         same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
+        same |= {key: given[key] for key, usual in _ADDED.items() if given[key] != usual}
         same["layer"] = list(self.options.layer)
         same["prompts"] = self.prompts.fingerprint()
         return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
@@ -245,7 +260,7 @@ class CaptureJob:
     def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
         """Generate and write the remaining sequences. generator: None if none remain. Set-up is not timed."""
         done, rows_before = writer.sequences, writer.rows
-        appender = Appender(writer, self.prompts, self.keep)
+        appender = Appender(writer, self.prompts, self.keep, self.choice)
         started = time.perf_counter()
         if generator is not None:
             order = InOrder(int(self.options.host_memory * 2**30))

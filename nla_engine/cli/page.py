@@ -35,6 +35,17 @@ _RUN = (
     "sidecar",
 )
 _CHOSEN = ("temperature", "seed", "max_new_tokens", "positions", "prompts", "kernels")
+#: Options that are printed where they were given.
+_GIVEN = (
+    "text_column",
+    "system",
+    "template_option",
+    "max_tokens",
+    "long",
+    "per_document",
+    "min_position",
+    "skip_special",
+)
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
 
 
@@ -79,6 +90,7 @@ def show_page(store: CaptureStore, console: Console) -> None:
     }
     run = {name: made[name] for name in _RUN if name in made}
     run |= {name: chosen[name] for name in _CHOSEN if name in chosen}
+    run |= {name: chosen[name] for name in _GIVEN if chosen.get(name) not in (None, 0, False, "refuse")}
     run |= {"last commit" if not store.complete else "ended": commit.time, "writers so far": commit.epoch}
     storage = {
         "codec": codec.name,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from unittest import mock
@@ -20,27 +20,59 @@ from nla_engine.errors import EngineError, PromptError, first_line
 ASSISTANT = ("assistant", "model")
 #: Fields for the chat template; raw text does not use them.
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+_SYSTEM = ("system", "developer")
 _PROBE = ("qzfirstq", "qzsecondq")
+#: Most fields of a record that an error lists.
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How every record of a file is read, beyond what it says itself.
+
+    column: the field that holds the text; None: the usual ones
+    system: the system message of a conversation that has none; variables: of the chat template, unless a record has
+    them itself
+    """
+
+    column: str | None = None
+    system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text that the model reads; notes: what to tell the user, worded to follow "12 prompts"."""
+    """The text that the model reads.
+
+    notes: what to tell the user, worded to follow "12 prompts"; field: the record's field that holds the text alone,
+    "" if it stands among others.
+    """
 
     text: str
     notes: tuple[str, ...] = ()
+    field: str = ""
 
 
 class RawText:
-    """Records read as written: their "prompt" or "text"."""
+    """Records read as written: their "prompt" or "text", or the named column."""
+
+    def __init__(self, column: str | None = None) -> None:
+        self._column = column
 
     def render(self, record: dict[str, Any]) -> Rendered:
         """The text of a record. Raises PromptError."""
-        if "messages" in record:
+        if self._column is not None:
+            name = self._column
+            if isinstance(named(record, name), list):
+                raise PromptError(f'"{name}" is a list; only a text can be read without a chat template')
+        elif "messages" in record:
             raise PromptError('"messages" needs a chat template: use --chat with a chat model')
-        text = _text(record, ("prompt", "text"), '"prompt" or "text"')
-        unused = [name for name in TEMPLATE_FIELDS if record.get(name)]
-        return Rendered(text, tuple(f'have "{name}", which is not used for raw text' for name in unused))
+        else:
+            name = next((name for name in ("prompt", "text") if name in record), "")
+        text = _text(record, (name,) if name else (), '"prompt" or "text"')
+        unused = [each for each in TEMPLATE_FIELDS if record.get(each) and each != name]
+        notes = tuple(f'have "{each}", which is not used for raw text' for each in unused)
+        return Rendered(text, notes, name)
 
 
 class ChatText:
@@ -50,24 +82,29 @@ class ChatText:
     continued; else it is read as it stands.
     """
 
-    def __init__(self, tokenizer: Any, *, replies: bool) -> None:
-        self._tokenizer, self._replies = tokenizer, replies
+    def __init__(self, tokenizer: Any, *, replies: bool, reading: Reading = Reading()) -> None:
+        """PromptError if a variable of `reading` is one that the engine itself gives."""
+        self._tokenizer, self._replies, self._reading = tokenizer, replies, reading
         self._reads: dict[str, tuple[bool, bool]] = {}
         own = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved = {"messages", *own} - {"documents", "kwargs"}
+        self._reserved = {"messages", "tools", *own} - {"documents", "kwargs"}
+        if taken := sorted(self._reserved & reading.variables.keys()):
+            raise PromptError(f"--template-option must not give {taken[0]}: leave it out")
 
     def render(self, record: dict[str, Any]) -> Rendered:
         """The text of a record. Raises PromptError."""
-        if "messages" in record and "prompt" in record:
-            raise PromptError('has "prompt" and "messages": leave one out')
-        if "messages" not in record and "prompt" not in record and "text" in record:
-            raise PromptError('"text" is read as it is: use --raw or --corpus, or call the field "prompt"')
-        if "messages" in record:
-            messages = _checked_messages(record["messages"])
-        else:
-            messages = [{"role": "user", "content": _text(record, ("prompt",), '"prompt" or "messages"')}]
+        messages = self._conversation(record)
         given = self._given(record)
-        notes = self._unread(given)
+        notes = self._unread(given, record)
+        if self._reading.system is not None:
+            if any(message["role"] in _SYSTEM for message in messages):
+                notes += (
+                    "have a system message of their own: they keep it, and do not get that of --system",
+                )
+            else:
+                messages.insert(0, {"role": "system", "content": self._reading.system})
+                if not any(self._reads_of("system")):
+                    notes += ("get the message of --system, which the chat template does not show",)
         messages = [self._readable(message) for message in messages]
         last = messages[-1]
         if last["role"] not in ASSISTANT:
@@ -88,10 +125,24 @@ class ChatText:
             )
         return Rendered(text, (*notes, "end with the assistant's words: they are continued"))
 
+    def _conversation(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """The messages of a record, without that of --system."""
+        if (column := self._reading.column) is not None:
+            if isinstance(told := named(record, column), list):
+                return _checked_messages(told, column)
+            return [{"role": "user", "content": _text(record, (column,), "")}]
+        if "messages" in record and "prompt" in record:
+            raise PromptError('has "prompt" and "messages": leave one out')
+        if "messages" not in record and "prompt" not in record and "text" in record:
+            raise PromptError('"text" is read as it is: use --raw or --corpus, or call the field "prompt"')
+        if "messages" in record:
+            return _checked_messages(record["messages"])
+        return [{"role": "user", "content": _text(record, ("prompt",), '"prompt" or "messages"')}]
+
     def _given(self, record: dict[str, Any]) -> dict[str, Any]:
         """What the template is given besides the messages."""
         tools, variables = record.get("tools"), record.get("chat_template_kwargs")
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = dict(self._reading.variables)
         if tools is not None:
             if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
                 raise PromptError('"tools" is not a list of objects')
@@ -104,12 +155,20 @@ class ChatText:
             given |= variables
         return given
 
-    def _unread(self, given: dict[str, Any]) -> tuple[str, ...]:
+    def _unread(self, given: dict[str, Any], record: dict[str, Any]) -> tuple[str, ...]:
         """A note for each value that the template is given and does not read."""
         template = self._template(given.get("tools")) if given else ""
-        unread = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
-        places = [name if name == "tools" else f"chat_template_kwargs.{name}" for name in unread]
-        return tuple(f'have "{place}", which the chat template does not read' for place in places)
+        own = record.get("chat_template_kwargs") or {}
+        notes = []
+        for name in given:
+            if re.search(rf"\b{re.escape(name)}\b", template):
+                continue
+            if name == "tools" or name in own:
+                place = name if name == "tools" else f"chat_template_kwargs.{name}"
+                notes.append(f'have "{place}", which the chat template does not read')
+            else:
+                notes.append(f"get --template-option {name}, which the chat template does not read")
+        return tuple(notes)
 
     def _template(self, tools: Any) -> str:
         try:
@@ -121,15 +180,19 @@ class ChatText:
         """The message, with its content as the template reads it for this role: a text or a list of parts."""
         if "content" not in message:
             return message
-        role, content = message["role"], message["content"]
-        if role not in self._reads:
-            self._reads[role] = self._probe(role)
-        text, parts = self._reads[role]
+        content = message["content"]
+        text, parts = self._reads_of(message["role"])
         if isinstance(content, list) and not parts:
             content = "".join(part["text"] for part in content)
         elif isinstance(content, str) and parts and not text:
             content = [{"type": "text", "text": content}]
         return {**message, "content": content}
+
+    def _reads_of(self, role: str) -> tuple[bool, bool]:
+        """`_probe`, asked once."""
+        if role not in self._reads:
+            self._reads[role] = self._probe(role)
+        return self._reads[role]
 
     def _probe(self, role: str) -> tuple[bool, bool]:
         """Whether the template renders the content of such a message (if it is a text, if it is a list of parts)."""
@@ -141,7 +204,7 @@ class ChatText:
             if role == "user":
                 messages = [probe]
             else:
-                messages = [probe, user] if role in ("system", "developer") else [user, probe]
+                messages = [probe, user] if role in _SYSTEM else [user, probe]
             try:
                 shown.append(self._apply(messages, add_generation_prompt=False))
             except PromptError:
@@ -191,6 +254,19 @@ def clock_at(tokenizer: Any, moment: datetime) -> Iterator[None]:
         yield
 
 
+def lacks(column: str, fields: list[str]) -> str:
+    """The error of records that have these fields, and not the one that --text-column names."""
+    names = ", ".join(fields[:_LISTED]) + (", ..." if len(fields) > _LISTED else "")
+    return f'no field "{column}" (--text-column): the fields are {names or "none"}'
+
+
+def named(record: dict[str, Any], column: str) -> Any:
+    """The value of a record's field. PromptError that lists the fields there are if it is not among them."""
+    if column not in record:
+        raise PromptError(lacks(column, list(record)))
+    return record[column]
+
+
 def _text(record: dict[str, Any], names: tuple[str, ...], wanted: str) -> str:
     """The first of these fields that the record has. PromptError unless it is a text that is not empty."""
     for name in names:
@@ -203,13 +279,13 @@ def _text(record: dict[str, Any], names: tuple[str, ...], wanted: str) -> str:
     raise PromptError(f"no field {wanted}")
 
 
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
+def _checked_messages(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
     """Messages with a role and text; without content only where a tool is called. Raises PromptError."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise PromptError('"messages" is not a list of {"role", "content"} objects')
+        raise PromptError(f'"{name}" is not a list of {{"role", "content"}} objects')
     checked = []
     for number, message in enumerate(messages):
-        place = f"messages[{number}]"
+        place = f"{name}[{number}]"
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise PromptError(f'{place} has no "role": say who speaks')
         content = message.get("content")

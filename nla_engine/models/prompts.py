@@ -1,33 +1,30 @@
 """Prompt files -> token ids, with the user's own records kept untouched beside them.
 
-Texts are encoded in batches. Ids and records lie in flat buffers: in memory or, past a limit, in a temporary file.
-A model's limits are passed in: no model has to be loaded.
+Texts are encoded in batches. A model's limits are passed in: no model has to be loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-import weakref
-from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from nla_engine.errors import PromptError, WriteError, first_line
-from nla_engine.models.chat import ChatText, RawText, Rendered, clock_at, reads_clock
+from nla_engine.errors import PromptError, first_line
+from nla_engine.models.chat import ChatText, RawText, Reading, Rendered, clock_at, lacks, reads_clock
+from nla_engine.models.documents import WINDOW, Longest, Splitter, tokens_around, window_sources
 from nla_engine.models.prompt_files import read_records, record_source
+from nla_engine.models.prompt_set import PromptSet
 
 #: Most texts, and most characters, encoded in one call: enough for every core, small beside the result.
 BATCH = (1000, 1 << 20)
-#: Bytes of ids, and of records, that stay in memory.
-SPOOL_BYTES = 64 << 20
+#: Names of fields that are remembered for an error, about.
+MOST_FIELDS = 100
 
 
 @dataclass(frozen=True)
@@ -38,111 +35,6 @@ class Limits:
     vocabulary: int | None = None
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One encoded prompt. token_ids: int32 [t], what the model reads; source: the user's record as UTF-8 JSON."""
-
-    token_ids: np.ndarray
-    source: bytes
-
-
-class PromptSet(Sequence[Prompt]):
-    """Every usable prompt of a file, in file order, and why the others were skipped.
-
-    skipped: one line per record that was left out; notes: lines with what else the user should know
-    clock: the time that the chat template was given, None if it did not ask for one (local, without a zone)
-    One thread at a time may read it.
-    """
-
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-        self.notes: list[str] = []
-        self.clock: datetime | None = None
-        self._ids, self._sources = _Spool(), _Spool()
-        self._digest = hashlib.sha256()
-        self._first = np.zeros(0, np.int32)
-        self._shortest = self._common = 0
-
-    def messages(self) -> list[str]:
-        """What a user should know before the run."""
-        return [*(f"skipped: {why}" for why in self.skipped), *self.notes]
-
-    def add(self, ids: np.ndarray, source: bytes) -> None:
-        """The next prompt. ids: int32 [t], at least one."""
-        if len(self):
-            self._shortest = min(self._shortest, len(ids))
-            size = min(self._common, len(ids))
-            differs = np.flatnonzero(self._first[:size] != ids[:size])
-            self._common = int(differs[0]) if len(differs) else size
-        else:
-            self._first, self._shortest, self._common = ids, len(ids), len(ids)
-        self._digest.update(np.asarray((len(ids), len(source)), np.int64).tobytes())
-        self._digest.update(ids.astype(np.int64).tobytes() + source)
-        self._ids.append(ids.astype(np.int32, copy=False).tobytes())
-        self._sources.append(source)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return Prompt(self.token_ids(index), self._sources.read(index))
-
-    def token_ids(self, index: int) -> np.ndarray:
-        """int32 [t]: the ids of one prompt."""
-        return np.frombuffer(self._ids.read(index), np.int32)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int64 [n]: how many tokens each prompt has."""
-        return self._ids.sizes() // 4
-
-    def fingerprint(self) -> str:
-        """sha256 over the token ids and the record of every prompt, in order."""
-        return self._digest.hexdigest()[:16]
-
-    def common_prefix(self) -> int:
-        """How many leading tokens all prompts share, at most all but the last token of the shortest."""
-        return min(self._common, self._shortest - 1) if len(self) > 1 else 0
-
-
-class _Spool:
-    """Pieces of bytes, each written once and read by its number."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed with the spool
-        weakref.finalize(self, self._file.close)
-        self._start = array("q", [0])
-
-    def __len__(self) -> int:
-        return len(self._start) - 1
-
-    def append(self, piece: bytes) -> None:
-        try:
-            self._file.seek(self._start[-1])
-            self._file.write(piece)
-        except OSError as error:
-            raise WriteError(
-                f"{tempfile.gettempdir()}: the prompts cannot be kept there ({error.strerror}): set TMPDIR to a "
-                "directory with more room"
-            ) from error
-        self._start.append(self._start[-1] + len(piece))
-
-    def read(self, index: int) -> bytes:
-        number = range(len(self))[index]
-        self._file.seek(self._start[number])
-        return self._file.read(self._start[number + 1] - self._start[number])
-
-    def sizes(self) -> np.ndarray:
-        """int64 [n], in bytes."""
-        return np.diff(np.array(self._start, np.int64))
-
-
 def read_prompts(
     path: Path,
     tokenizer: Any,
@@ -150,6 +42,8 @@ def read_prompts(
     chat: bool | None = None,
     replies: bool = True,
     limits: Limits = Limits(),
+    reading: Reading = Reading(),
+    longest: Longest = Longest(),
     skip_bad: bool = False,
     clock: datetime | None = None,
     go_on: Callable[[], bool] = lambda: True,
@@ -157,7 +51,8 @@ def read_prompts(
     """Read and encode a prompt file.
 
     chat: True: render through the chat template. False: read the text raw. None: render if there is a template.
-    replies: whether a reply is to be generated (`ChatText`). skip_bad: count unusable records instead of raising.
+    replies: whether a reply is to be generated (`ChatText`). reading: what holds of every record. longest: of raw text:
+    documents that have too many tokens. skip_bad: count unusable records instead of raising.
     clock: the time that a chat template is given; None for now. go_on: asked after each record; False stops early.
     Raises PromptError for a file that is missing, empty or unreadable, and for the first unusable record.
     """
@@ -168,34 +63,63 @@ def read_prompts(
     if limits.tokens is not None and limits.tokens < 1:
         raise PromptError(f"{path}: no room for a prompt beside so many new tokens: lower --max-new-tokens")
     chat = bool(tokenizer.chat_template) if chat is None else chat
-    reading = _Reading(
-        path, tokenizer, ChatText(tokenizer, replies=replies) if chat else None, limits, skip_bad
-    )
+    if not chat and (reading.system is not None or reading.variables):
+        raise PromptError(
+            f"{path}: --system and --template-option need a chat template, and the model's tokenizer has none: leave "
+            "them out"
+        )
+    if longest.tokens is not None and limits.tokens is not None and longest.tokens > limits.tokens:
+        raise PromptError(
+            f"{path}: --max-tokens is {longest.tokens}, and the model reads at most {limits.tokens}: lower it"
+        )
+    most = limits.tokens if longest.tokens is None else longest.tokens
+    read = _Pass(path, tokenizer, replace(limits, tokens=most), reading.column, skip_bad, replies)
+    if chat:
+        read.text = ChatText(tokenizer, replies=replies, reading=reading)
+    else:
+        read.read_raw(longest.long)
     if chat and reads_clock(tokenizer):
-        reading.found.clock = clock or datetime.now()
-    told = reading.found.clock
+        read.found.clock = clock or datetime.now()
+    told = read.found.clock
     with clock_at(tokenizer, told) if told else nullcontext():
         for place, record in read_records(path):
-            reading.take(place, record)
+            read.take(place, record)
             if not go_on():
                 break
-        return reading.end()
+        return read.end()
 
 
-class _Reading:
+class _Pass:
     """One pass over a prompt file. Records are collected until there are enough to encode together."""
 
     def __init__(
-        self, path: Path, tokenizer: Any, chat: ChatText | None, limits: Limits, skip_bad: bool
+        self,
+        path: Path,
+        tokenizer: Any,
+        limits: Limits,
+        column: str | None,
+        skip_bad: bool,
+        replies: bool,
     ) -> None:
         self._path, self._tokenizer, self._limits, self._skip_bad = path, tokenizer, limits, skip_bad
-        self._text = chat or RawText()
-        self._raw = chat is None
-        self._head = _head(tokenizer) if self._raw else np.zeros(0, np.int32)
+        self._column = column
+        self._replies = replies
+        self.text: ChatText | RawText = RawText()
+        self._fields: set[str] = set()
+        self._raw = False
+        self._head = np.zeros(0, np.int32)
+        self._splitter: Splitter | None = None
         self._waiting: list[tuple[str, Rendered, bytes]] = []
         self._characters = 0
         self._notes: Counter[str] = Counter()
         self.found = PromptSet()
+
+    def read_raw(self, long: str) -> None:
+        """Records are texts as they are. long: what becomes of those with too many tokens."""
+        self.text, self._raw = RawText(self._column), True
+        self._head, tail = tokens_around(self._tokenizer)
+        if long != "refuse" and self._limits.tokens is not None:
+            self._splitter = Splitter(self._limits.tokens, long, self._head, tail)
 
     def take(self, place: str, record: Any) -> None:
         """Take the next record, or the PromptError that reading it gave."""
@@ -204,8 +128,14 @@ class _Reading:
                 raise record
             if not isinstance(record, dict):
                 raise PromptError('not an object with "prompt" or "messages"')
+            if len(self._fields) < MOST_FIELDS:
+                self._fields.update(record)
             source = record_source(record)
-            rendered = self._text.render(record)
+            rendered = self.text.render(record)
+            if self._splits and WINDOW in record:
+                raise PromptError(
+                    f'has a field "{WINDOW}", which is to say where a window comes from: rename it'
+                )
         except PromptError as error:
             self._encode()  # errors come in the order of the file
             self._leave_out(place, error)
@@ -218,8 +148,10 @@ class _Reading:
     def end(self) -> PromptSet:
         """All prompts that were found. PromptError if there is none."""
         self._encode()
-        found = self.found
+        found, column = self.found, self._column
         if not len(found):
+            if column is not None and self._fields and column not in self._fields:
+                raise PromptError(f"{self._path}: {lacks(column, sorted(self._fields))}")
             raise PromptError(
                 f"{self._path}: no usable prompt in it"
                 + (
@@ -228,7 +160,9 @@ class _Reading:
                     else ': write one per line, or JSON records with "prompt"'
                 )
             )
-        found.notes = [f"{count:,} of {len(found):,} prompts {what}" for what, count in self._notes.items()]
+        found.notes = [
+            f"{count:,} of {found.documents:,} prompts {what}" for what, count in self._notes.items()
+        ]
         return found
 
     def _encode(self) -> None:
@@ -247,11 +181,30 @@ class _Reading:
             except PromptError as error:
                 self._leave_out(place, error)
                 continue
-            self.found.add(own, source)
+            self._add(own, source, rendered.field)
             self._notes.update(rendered.notes)
             if own is not ids:
                 name = self._named(int(self._head[-1]))
                 self._notes[f"begin with {name} themselves: it is not put before them again"] += 1
+
+    @property
+    def _splits(self) -> bool:
+        return self._splitter is not None and self._splitter.long == "windows"
+
+    def _add(self, ids: np.ndarray, source: bytes, field: str) -> None:
+        """A document, as one prompt or as its windows."""
+        if self._splitter is None:
+            self.found.add(ids, source)
+            return
+        pieces, most = self._splitter.pieces(ids), self._splitter.most
+        if len(ids) > most:
+            what = "split into windows" if self._splits else "cut"
+            self._notes[f"have more than {most:,} tokens: they are {what}"] += 1
+        sources: Iterable[bytes] = [source]
+        if self._splits:
+            sources = window_sources(source, field, self.found.documents, pieces)
+        for number, (piece, about) in enumerate(zip(pieces, sources, strict=True)):
+            self.found.add(piece.ids, about, same_document=number > 0)
 
     def _one(self, text: str) -> Any:
         try:
@@ -282,10 +235,9 @@ class _Reading:
         if not len(ids):
             raise PromptError("the prompt is empty")
         most, vocabulary = self._limits.tokens, self._limits.vocabulary
-        if most is not None and len(ids) > most:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, the limit is {most}: shorten it, or lower --max-new-tokens"
-            )
+        if most is not None and len(ids) > most and self._splitter is None:
+            mend = "lower --max-new-tokens" if self._replies else "with --corpus give --long cut or windows"
+            raise PromptError(f"the prompt has {len(ids)} tokens, the limit is {most}: shorten it, or {mend}")
         if vocabulary is not None and (highest := int(ids.max())) >= vocabulary:
             raise PromptError(
                 f"token {highest} ({self._named(highest)}) has no row in the model's embedding, which has "
@@ -300,15 +252,3 @@ class _Reading:
         if not self._skip_bad:
             raise PromptError(f"{message} (--skip-bad leaves such records out)") from error
         self.found.skipped.append(message)
-
-
-def _head(tokenizer: Any) -> np.ndarray:
-    """int32: the ids that the tokenizer puts before every text: its BOS, if it has one."""
-    try:
-        bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    except Exception:  # it cannot encode "a": the prompts will show what it does
-        return np.zeros(0, np.int32)
-    for size in range(len(whole) - len(bare) + 1):
-        if whole[size : size + len(bare)] == bare:
-            return np.asarray(whole[:size], np.int32)
-    return np.zeros(0, np.int32)

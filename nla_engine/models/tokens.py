@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from nla_engine.errors import CheckpointError
 
 _BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
@@ -35,6 +37,15 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
         f"the tokenizer {type(tokenizer).__name__} decodes token {wrong} to {tokenizer.decode([wrong] * 3)[-80:]!r} "
         "where it stands three times, not to what its vocabulary and decoder say: it is not supported"
     )
+
+
+def special_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """bool [vocab_size]: whether the tokenizer calls a token special, such as BOS, EOS or the borders of a turn."""
+    ids = {*tokenizer.all_special_ids}
+    ids |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = np.zeros(vocab_size, bool)
+    special[[id_ for id_ in ids if id_ < vocab_size]] = True
+    return special
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:

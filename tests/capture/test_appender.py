@@ -12,7 +12,7 @@ from nla_engine.capture.appender import Appender
 from nla_engine.capture.tap import RowRange
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.request import Completion, Finish, Request
-from nla_engine.models.prompts import Prompt
+from nla_engine.models.prompt_set import Prompt
 from nla_engine.store import LayerRows, StoreWriter, writer
 
 CODEC = Codec.named("int8", 16)

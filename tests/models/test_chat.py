@@ -12,7 +12,8 @@ import pytest
 from tiny import CHATML, DATED, PRINTS, byte_tokenizer, write_records
 
 from nla_engine.errors import EngineError, PromptError
-from nla_engine.models.prompts import PromptSet, read_prompts
+from nla_engine.models.prompt_set import PromptSet
+from nla_engine.models.prompts import read_prompts
 
 USER = {"role": "user", "content": "U"}
 #: Texts and lists of parts, as templates of multimodal models have them.

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nla_engine.demo.run import TRIO
 from nla_engine.errors import PromptError, WriteError
+from nla_engine.models import prompt_set
 from nla_engine.models import prompts as stage
 from nla_engine.models.load import load_tokenizer, tokenizer_fingerprint
 from nla_engine.models.prompts import Limits, read_prompts
@@ -208,7 +209,7 @@ def test_prompts_leave_memory_and_come_back(tmp_path: Path, monkeypatch) -> None
     path = tmp_path / "p.txt"
     path.write_text("\n".join(f"prompt {i}" for i in range(300)))
     whole = read_prompts(path, TOKENIZER, chat=False)
-    monkeypatch.setattr(stage, "SPOOL_BYTES", 100)
+    monkeypatch.setattr(prompt_set, "SPOOL_BYTES", 100)
     spooled = read_prompts(path, TOKENIZER, chat=False)
     assert spooled._ids._file._rolled and not whole._ids._file._rolled
     assert spooled.fingerprint() == whole.fingerprint()
@@ -226,7 +227,7 @@ def test_prompts_leave_memory_and_come_back(tmp_path: Path, monkeypatch) -> None
 
 def test_a_large_file_is_held_in_little_memory(tmp_path: Path, monkeypatch) -> None:
     """800,000 tokens: a tuple of Python integers each would take 29 MB, and the texts another MB."""
-    monkeypatch.setattr(stage, "SPOOL_BYTES", 1 << 16)
+    monkeypatch.setattr(prompt_set, "SPOOL_BYTES", 1 << 16)
     monkeypatch.setattr(stage, "BATCH", (100, 1 << 16))
     path = tmp_path / "p.txt"
     path.write_text("\n".join(f"{i:04d}" + "ab" * 198 for i in range(2000)))
@@ -250,7 +251,7 @@ def test_a_full_disk_is_failed_work(tmp_path: Path, monkeypatch) -> None:
         def write(self, piece: bytes) -> None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage.tempfile, "SpooledTemporaryFile", Full)
+    monkeypatch.setattr(prompt_set.tempfile, "SpooledTemporaryFile", Full)
     with pytest.raises(WriteError, match="No space left on device.*TMPDIR"):
         read_prompts(path, TOKENIZER)
 

@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "a data set": (DATASET, [], "does not say how vectors enter: pass --injection replace"),
     "another injection": ({}, ["--injection", "add@1"], "--injection is 'add@1': it must be one of replace"),
     "a hole": (HOLES, [], "a hole {depth_pct} without a value: pass --template-value depth_pct="),
-    "a value twice": (HOLES, ["--template-value", "a=1", "--template-value", "a=2"], "names one value twice"),
+    "a value twice": (HOLES, ["--template-value", "a=1", "--template-value", "a=2"], "gives a twice"),
     "a value without a name": (HOLES, ["--template-value", "57"], "is '57': it must be NAME=VALUE"),
 }
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nla_engine.errors import RequestError, StoreError
+from nla_engine.models.documents import WINDOW
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.format import IMPORTED, RowFlag
 from nla_engine.store.lease import Lease
@@ -196,7 +197,7 @@ def _write_nla(selection: _Selection, path: Path) -> None:
                 pa.array(texts, pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(selection.layer[rows].reshape(-1)), store.d_model),
                 pa.array([selection.layer_number] * len(rows), pa.int64()),
-                pa.array([_document(sequence) for sequence in documents], pa.string()),
+                pa.array([_document(store, sequence) for sequence in documents], pa.string()),
             ]
             writer.write_table(pa.table(columns, schema=schema))
 
@@ -209,11 +210,27 @@ def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> st
     return sequence.vocabulary.join(sequence.tokens[:tokens])
 
 
-def _document(sequence: StoredSequence) -> str:
-    """The prompt record's own doc_id or id, else the number of the sequence."""
+def _document(store: CaptureStore, sequence: StoredSequence) -> str:
+    """The record's own doc_id or id, else a number: of the sequence, or one for all windows of a document."""
     record = sequence.source if isinstance(sequence.source, dict) else {}
-    told = (record.get(name) for name in ("doc_id", "id"))
+    told = [record.get(name) for name in ("doc_id", "id")]
+    if _has_windows(store):
+        window = record[WINDOW]
+        # Merged stores count their documents each for itself: there it is the number of the first window.
+        told.append(sequence.number - window["window"] if "merged" in store.options else window["document"])
     return str(next((name for name in told if name is not None), sequence.number))
+
+
+def _has_windows(store: CaptureStore) -> bool:
+    """Whether its sequences are windows of documents, as capture splits them."""
+    return store.options.get("long") == "windows"
+
+
+def _corpus_size(store: CaptureStore) -> int:
+    """How many documents its sequences are of."""
+    if not _has_windows(store):
+        return store.sequences
+    return sum(sequence.source[WINDOW]["window"] == 0 for sequence in store.iter_sequences())
 
 
 def _nla_sidecar(selection: _Selection) -> str:
@@ -224,7 +241,7 @@ def _nla_sidecar(selection: _Selection) -> str:
     owners, sizes = np.unique(store.column("sequence")[selection.rows], return_counts=True)
     documents: Counter[str] = Counter()
     for owner, size in zip(owners.tolist(), sizes.tolist(), strict=True):
-        documents[_document(store.sequence(owner))] += size
+        documents[_document(store, store.sequence(owner))] += size
     rows = hashlib.sha256(selection.rows.astype("<i8").tobytes()).hexdigest()[:8]
     extraction = {
         "base_model": str(store.provenance.get("model", "unknown")),
@@ -232,7 +249,7 @@ def _nla_sidecar(selection: _Selection) -> str:
         "layer_index": number,
         "norm": "none",
         "corpus": str(store.options.get("prompts", "unknown")),
-        "corpus_slice": {"start": 0, "length": store.sequences},
+        "corpus_slice": {"start": 0, "length": _corpus_size(store)},
         "positions_per_doc": max(documents.values()),
     }
     if (
