@@ -1,4 +1,4 @@
-"""Commands on a store: info, verify, export, import, merge."""
+"""Commands on stores and files of vectors: info, verify, export, import, merge, variance."""
 
 from __future__ import annotations
 
@@ -169,3 +169,20 @@ def merge(
         "layers": list(merged.layers),
     }
     finish("merged", facts, as_json)
+
+
+@app.command()
+def variance(
+    file: Annotated[Path, typer.Argument(help="A Parquet file with a column of vectors.", metavar="FILE")],
+    column: Annotated[
+        str, typer.Option("--column", help="Name of the column that holds the vectors.")
+    ] = "activation_vector",
+    as_json: Json = False,
+) -> None:
+    """Measure Var (--variance of roundtrip) of the vectors in a Parquet file, without zero and non-finite ones."""
+    from nla_engine.roundtrip.variance import measure_variance
+
+    check_local(file)
+    with progress_bar("rows") as progress:
+        measured = measure_variance(file, column, progress)
+    finish("variance", measured.to_dict(), as_json)

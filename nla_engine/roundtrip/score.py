@@ -51,8 +51,8 @@ class DirectionVariance:
         self._sum: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        """Add rows float32 [n, d]; rows without a direction are left out."""
-        directions = unit(x).double()
+        """Add rows [n, d] of any floating-point type; rows without a direction are left out."""
+        directions = _directions(x)
         directions = directions[directions.isfinite().all(1)]
         self.rows += len(directions)
         total = directions.sum(0)

@@ -29,7 +29,8 @@ D = 24
 @pytest.fixture(autouse=True)
 def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr("nla_engine.store.exchange.importing.BATCH_ROWS", 32)
+    for module in ("importing", "vectors"):
+        monkeypatch.setattr(f"nla_engine.store.exchange.{module}.BATCH_ROWS", 32)
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.codec.rows import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
-from nla_engine.errors import NLAError, ReadError, RequestError, StoreError, is_failure
+from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
 from nla_engine.store.exchange.columns import checked
 from nla_engine.store.exchange.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
+from nla_engine.store.exchange.vectors import BATCH_ROWS, read_vectors, unreadable
 from nla_engine.store.format import IMPORTED, NO_TOKEN, Finish, RowFlag, row_flags
 from nla_engine.store.records import LayerRows
 from nla_engine.store.writer import StoreWriter
@@ -29,7 +30,6 @@ from nla_engine.store.writer import StoreWriter
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 1024
 #: The largest bfloat16; float32 has somewhat larger ones.
 _LARGEST = (2 - 2.0**-7) * 2.0**127
 #: Types of which JSON can hold every value.
@@ -67,7 +67,7 @@ def import_rows(
     layer: the number of their layer; None for the one that the file or its sidecar names
     Raises StoreError (nothing to read, damaged, `out` exists), RequestError (no layer, unknown codec), WriteError.
     """
-    files = _files(source)
+    files = source_files(source)
     sidecar = _sidecar(source)
     batches = chain.from_iterable(_reader(file)(file) for file in files)
     first = next((batch for batch in batches if len(batch.records)), None)
@@ -177,7 +177,7 @@ def _sidecar(source: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _unreadable(path, "YAML", error) from None
+        raise unreadable(path, "YAML", error) from None
     if not isinstance(data, dict):
         raise StoreError(f"{path}: not a mapping of keys to values")
     return json.loads(json.dumps(data, default=str))
@@ -195,7 +195,7 @@ def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _files(source: Path) -> list[Path]:
+def source_files(source: Path) -> list[Path]:
     """The files of a source in order: itself, those that its index names, or the Parquet files below it."""
     if not source.exists():
         raise StoreError(f"{source}: there is no such file or directory")
@@ -224,45 +224,16 @@ def _reader(file: Path) -> Callable[[Path], Iterator[Batch]]:
 
 
 def _read_parquet(file: Path) -> Iterator[Batch]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if schema.names.count(VECTOR_COLUMN) != 1:
-                found = "several columns" if VECTOR_COLUMN in schema.names else "no column"
-                raise StoreError(
-                    f"{file}: has {found} '{VECTOR_COLUMN}': its columns are {', '.join(schema.names)}"
-                )
-            kind = schema.field(VECTOR_COLUMN).type
-            lists = (
-                pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-            )
-            if not lists or not pa.types.is_floating(kind.value_type):
-                raise StoreError(f"{file}: '{VECTOR_COLUMN}' is {kind}, not a list of floating-point numbers")
-            told = schema.metadata or {}
-            more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
-            read = 0
-            for batch in table.iter_batches(BATCH_ROWS):
-                column = batch.column(VECTOR_COLUMN)
-                flat = column.flatten()
-                width = len(flat) // max(len(column), 1)
-                lengths = pc.list_value_length(column)
-                if (
-                    column.null_count
-                    or flat.null_count
-                    or not width
-                    or set(pc.unique(lengths).to_pylist()) != {width}
-                ):
-                    raise StoreError(f"{file}: '{VECTOR_COLUMN}' is not of one length, or empty, in some row")
-                vectors = _float32(flat.to_numpy(zero_copy_only=False).reshape(-1, width), file)
-                records = enumerate(_rows(batch.drop_columns(VECTOR_COLUMN), file), read)
-                read += len(column)
-                yield Batch(vectors, [checked(_plain(more | record), file, row) for row, record in records])
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, "Parquet", error) from None
+    read = 0
+    for batch in read_vectors(file, VECTOR_COLUMN, others=True):
+        told = batch.metadata
+        more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
+        records = enumerate(_rows(batch.others, file), read)
+        read += len(batch.vectors)
+        yield Batch(
+            _float32(batch.vectors, file),
+            [checked(_plain(more | record), file, row) for row, record in records],
+        )
 
 
 def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:
@@ -277,11 +248,6 @@ def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise StoreError(f"{file}: column '{name}' cannot be read ({reason}): drop it") from None
         raise
-
-
-def _unreadable(file: Path, kind: str, error: Exception) -> NLAError:
-    reason = " ".join(str(error).split())
-    return (ReadError if is_failure(error) else StoreError)(f"{file}: cannot be read as {kind}: {reason}")
 
 
 def _read_safetensors(file: Path) -> Iterator[Batch]:
@@ -311,14 +277,14 @@ def _read_safetensors(file: Path) -> Iterator[Batch]:
                 records = [_plain({k: v[i] for k, v in columns.items()} | more) for i in rows]
                 yield Batch(part, [checked(one, file, i) for i, one in zip(rows, records, strict=True)])
     except (SafetensorError, OSError) as error:
-        raise _unreadable(file, "safetensors", error) from None
+        raise unreadable(file, "safetensors", error) from None
 
 
 def _read_npy(file: Path) -> Iterator[Batch]:
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise _unreadable(file, "npy", error) from None
+        raise unreadable(file, "npy", error) from None
     if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
         raise StoreError(f"{file}: {values.dtype} {list(values.shape)}, not floating-point [rows, d_model]")
     for start in range(0, len(values), BATCH_ROWS):
