@@ -66,7 +66,7 @@ class Appender:
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
 
     def _chosen(self, prompt: Prompt, completion: Completion) -> np.ndarray | None:
-        if self._choice is None:
+        if self._choice is None or self._choice.takes_all:
             return None
         tokens = np.concatenate([prompt.token_ids, completion.generated])
         return self._choice.positions(completion.request.id, tokens)

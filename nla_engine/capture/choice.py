@@ -55,16 +55,15 @@ class RowChoice:
         )
 
     @property
-    def _takes_all(self) -> bool:
+    def takes_all(self) -> bool:
+        """Whether every row that the tap keeps is stored."""
         return self._per_document is None and not self._min_position and self.special is None
 
-    def positions(self, number: int, tokens: np.ndarray) -> np.ndarray | None:
-        """The positions to store, int64 [n], ascending; None: every one that the tap kept.
+    def positions(self, number: int, tokens: np.ndarray) -> np.ndarray:
+        """The positions to store, int64 [n], ascending.
 
         number: of the prompt; tokens: int [t], all of its sequence
         """
-        if self._takes_all:
-            return None
         size, document = len(self._prompts.token_ids(number)), self._prompts.document(number)
         if self._per_document is None:
             return self._eligible(tokens, size)
