@@ -62,7 +62,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     ),
     "a variable without a value": (
         lambda r, t: {"template_option": "thinking"},
-        "--template-option is 'thinking': it must be KEY=VALUE",
+        "--template-option is 'thinking': it must be NAME=VALUE",
     ),
     "a variable of the engine's": (
         lambda r, t: {"template_option": "tools=[]"},
