@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nla_engine import fields
 from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
 from nla_engine.options import (
@@ -18,7 +19,6 @@ from nla_engine.options import (
     Options,
     check_local,
     json_values,
-    named_values,
     one_of,
     option,
     whole_numbers,
@@ -31,52 +31,9 @@ KERNELS = ("auto", "fused", "reference")
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
-#: Ways for a vector to enter an AV that can be named.
-INJECTIONS = ("replace",)
-#: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
-SCALES = ("raw", "none", "sqrt_d_model")
 POSITIONS = ("generated", "prompt", "all", "last")
 #: What becomes of a document with too many tokens.
 LONG = ("refuse", "cut", "windows")
-
-
-def is_scale(value: str) -> bool:
-    """Whether a text is an injection scale: a positive number, or a word of SCALES."""
-    try:
-        return value in SCALES or 0 < float(value) < math.inf
-    except ValueError:
-        return False
-
-
-# Options that several stages have: each is written once.
-
-
-def _temperature() -> Any:
-    return option(
-        "0: greedy. Above 0: sample from the softmax at this temperature.",
-        0.0,
-        must=Must(lambda value: math.isfinite(value) and value >= 0, "0 or more"),
-    )
-
-
-def _seed(help: str) -> Any:
-    return option(help, 0, must=Must(lambda value: 0 <= value < 1 << 63, "0 to 2^63 - 1"))
-
-
-def _variance(help: str) -> Any:
-    return option(help, None, must=Must(lambda value: 0 < value <= 1, "above 0 and at most 1"))
-
-
-def _batch_size(help: str) -> Any:
-    return option(f"{help} [default: as many as fit in free memory]", None, must=AT_LEAST_1)
-
-
-def _dtype() -> Any:
-    return option("bfloat16 or float32. [default: bfloat16 on a GPU that supports it, else float32]", None)
-
-
-def _device() -> Any:
-    return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
 
 
 def _kernels() -> Any:
@@ -88,12 +45,12 @@ def _kernels() -> Any:
     )
 
 
-def _resume(what: str) -> Any:
-    return option(f"Resume an interrupted {what}.", False, excludes="overwrite")
-
-
-def _trust_remote_code() -> Any:
-    return option("Run Python code from the model's repository.", False)
+def _precision(models: str) -> Any:
+    return option(
+        f"Matrix products of {models}: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
+        "full",
+        must=one_of(PRECISIONS),
+    )
 
 
 @dataclass(frozen=True)
@@ -137,9 +94,9 @@ class CaptureOptions(Options):
     min_position: int = option("Keep no rows of positions below this one.", 0, must=AT_LEAST_0)
     skip_special: bool = option("Keep no rows of special tokens.", False)
     codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
-    batch_size: int | None = _batch_size("Sequences run at once.")
-    temperature: float = _temperature()
-    seed: int = _seed("Seed of the sampling and of --per-document.")
+    batch_size: int | None = fields.batch_size("Sequences run at once.")
+    temperature: float = fields.temperature()
+    seed: int = fields.seed("Seed of the sampling and of --per-document.")
     chat: bool | None = option(
         "Render prompts through the chat template, or read them raw. [default: --chat if there is a template]",
         None,
@@ -174,12 +131,12 @@ class CaptureOptions(Options):
         "refuse",
         must=one_of(LONG),
     )
-    dtype: str | None = _dtype()
-    device: str | None = _device()
+    dtype: str | None = fields.dtype()
+    device: str | None = fields.device()
     kernels: str = _kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
-    resume: bool = _resume("capture")
+    resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
     dry_run: bool = option(
         "Write nothing. Print the expected rows, bytes and time, measured on the first prompts.", False
@@ -189,7 +146,7 @@ class CaptureOptions(Options):
         4.0,
         must=Must(lambda value: 0 < value < math.inf, "above 0, and finite"),
     )
-    trust_remote_code: bool = _trust_remote_code()
+    trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
         if self.corpus:
@@ -219,76 +176,124 @@ class CaptureOptions(Options):
 class RoundtripOptions(Options):
     """Stage 2. See each field's help."""
 
-    store: str = option("The store that capture wrote: a directory, or s3://bucket/run.zarr.", argument=True)
-    av: str = option("Verbalizer (AV): a local directory or a Hub id.")
-    ar: str = option("Reconstructor (AR): a local directory or a Hub id.")
-    out: Path = option("The Parquet file to write.")
-    layer: int | None = option("Layer of the store to read. [default: the one the AV was trained on]", None)
-    where: str | None = option(
-        "Rows to explain, as an expression: \"generated and token matches '[0-9]'\".", None
-    )
-    limit: int | None = option(
-        "At most this many rows, evenly spread over the selected ones.", None, must=AT_LEAST_1
-    )
-    samples: int = option(
-        "Explanations per row; the best by cos is marked. More than 1 needs a temperature.",
-        1,
-        must=AT_LEAST_1,
-    )
-    temperature: float = _temperature()
-    seed: int = _seed("Seed of the sampling and of the controls.")
-    max_new_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
-    variance: float | None = _variance(
-        "Var of fve_nrm, such as a published training value. [default: measured on the store's rows]"
-    )
-    injection_scale: str | None = option(
-        "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
-        None,
-        must=Must(is_scale, f"a positive number or one of {', '.join(SCALES)}"),
-    )
-    injection: str | None = option(
-        "How vectors enter the AV where its sidecar does not say: replace (the marker's embedding).",
-        None,
-        must=one_of(INJECTIONS),
-    )
-    template_value: tuple[tuple[str, str], ...] = option(
-        "Value of a further hole in the sidecars' templates, as depth_pct=57. Repeat for several.",
-        (),
-        typed=list[str],
-        parse=named_values,
-    )
-    batch_size: int | None = _batch_size("Explanations generated at once.")
-    follow: bool = option("Follow a store that is still being written, until its writer has finished.", False)
+    store: str = fields.store()
+    av: str = fields.av()
+    ar: str = fields.ar()
+    out: Path = fields.table()
+    layer: int | None = fields.layer("AV")
+    where: str | None = fields.where()
+    limit: int | None = fields.limit()
+    samples: int = fields.samples("Explanations per row; the best by cos is marked.")
+    temperature: float = fields.temperature()
+    seed: int = fields.seed("Seed of the sampling and of the controls.")
+    max_new_tokens: int = fields.explanation_tokens()
+    variance: float | None = fields.store_variance()
+    injection_scale: str | None = fields.injection_scale()
+    injection: str | None = fields.injection()
+    template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    batch_size: int | None = fields.batch_size("Explanations generated at once.")
+    follow: bool = fields.follow()
     residency: str = option(
         "AV and AR on the GPU: both (at once), turns (one at a time), or auto (both if they fit).",
         "auto",
         must=one_of(RESIDENCIES),
     )
-    precision: str = option(
-        "Matrix products of AV and AR: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
-        "full",
-        must=one_of(PRECISIONS),
-    )
-    dtype: str | None = _dtype()
-    device: str | None = _device()
+    precision: str = _precision("AV and AR")
+    dtype: str | None = fields.dtype()
+    device: str | None = fields.device()
     kernels: str = _kernels()
-    resume: bool = _resume("round trip")
-    overwrite: bool = option("Replace a result that exists.", False)
-    trust_remote_code: bool = _trust_remote_code()
+    resume: bool = fields.resume("round trip")
+    overwrite: bool = fields.replace()
+    trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_local(self.out)
-        if self.precision == "fp8" and self.kernels == "reference":
-            raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
-        if self.follow and self.limit is not None:
-            raise RequestError(
-                "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
-            )
-        if self.samples > 1 and self.temperature == 0:
-            raise RequestError(
-                "--samples above 1 would write one greedy text several times: give a --temperature"
-            )
+        _check_table(self)
+        _check_words(self)
+
+
+@dataclass(frozen=True)
+class ExplainOptions(Options):
+    """The first half of stage 2: an AV alone. See each field's help."""
+
+    store: str = fields.store()
+    av: str = fields.av()
+    out: Path = fields.table()
+    layer: int | None = fields.layer("AV")
+    where: str | None = fields.where()
+    limit: int | None = fields.limit()
+    samples: int = fields.samples("Explanations per row.")
+    temperature: float = fields.temperature()
+    seed: int = fields.seed("Seed of the sampling.")
+    max_new_tokens: int = fields.explanation_tokens()
+    injection_scale: str | None = fields.injection_scale()
+    injection: str | None = fields.injection()
+    template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    batch_size: int | None = fields.batch_size("Explanations generated at once.")
+    follow: bool = fields.follow()
+    precision: str = _precision("the AV")
+    dtype: str | None = fields.dtype()
+    device: str | None = fields.device()
+    kernels: str = _kernels()
+    resume: bool = fields.resume("run")
+    overwrite: bool = fields.replace()
+    trust_remote_code: bool = fields.trust_remote_code()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_table(self)
+        _check_words(self)
+
+
+@dataclass(frozen=True)
+class ScoreOptions(Options):
+    """The second half of stage 2: an AR alone, on given texts. See each field's help."""
+
+    store: str = fields.store()
+    ar: str = fields.ar()
+    texts: Path = option(
+        "The texts: .parquet or .jsonl with fields row and text, or the table of explain or roundtrip."
+    )
+    out: Path = fields.table()
+    layer: int | None = fields.layer("AR")
+    seed: int = fields.seed("Seed of the controls.")
+    variance: float | None = fields.store_variance()
+    template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    precision: str = _precision("the AR")
+    dtype: str | None = fields.dtype()
+    device: str | None = fields.device()
+    kernels: str = _kernels()
+    resume: bool = fields.resume("run")
+    overwrite: bool = fields.replace()
+    trust_remote_code: bool = fields.trust_remote_code()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_table(self)
+        check_local(self.texts)
+
+
+#: Options of the commands of stage 2: of those that write texts, of those that score them, of all.
+WritingOptions = ExplainOptions | RoundtripOptions
+ScoringOptions = ScoreOptions | RoundtripOptions
+StageTwoOptions = ExplainOptions | ScoreOptions | RoundtripOptions
+
+
+def _check_table(options: StageTwoOptions) -> None:
+    check_local(options.out)
+    if options.precision == "fp8" and options.kernels == "reference":
+        raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
+
+
+def _check_words(options: WritingOptions) -> None:
+    if options.follow and options.limit is not None:
+        raise RequestError(
+            "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
+        )
+    if options.samples > 1 and options.temperature == 0:
+        raise RequestError(
+            "--samples above 1 would write one greedy text several times: give a --temperature"
+        )
 
 
 @dataclass(frozen=True)
@@ -314,7 +319,7 @@ class MultiplicationOptions(Options):
         None,
         must=one_of(("held_out", "trained", "any"), "held_out, trained or any"),
     )
-    seed: int = _seed("Seed of the problems, the samples, the controls and the intervals.")
+    seed: int = fields.seed("Seed of the problems, the samples, the controls and the intervals.")
     rows: str = option(
         "Rows to explain: answer (the rows in and next to the answer) or generated (every generated row).",
         "answer",
@@ -336,16 +341,16 @@ class MultiplicationOptions(Options):
         must=Must(lambda value: math.isfinite(value) and value > 0, "above 0"),
     )
     sampled_problems: int = option("Number of problems whose rows are sampled.", 48, must=AT_LEAST_2)
-    variance: float | None = _variance(
+    variance: float | None = fields.variance(
         "Var of FVE, such as a published training value. [default: measured on the store's rows]"
     )
-    batch_size: int | None = _batch_size("Sequences run at once, in both stages.")
-    dtype: str | None = _dtype()
-    device: str | None = _device()
+    batch_size: int | None = fields.batch_size("Sequences run at once, in both stages.")
+    dtype: str | None = fields.dtype()
+    device: str | None = fields.device()
     kernels: str = _kernels()
-    resume: bool = _resume("study")
+    resume: bool = fields.resume("study")
     overwrite: bool = option("Replace a study that exists.", False)
-    trust_remote_code: bool = _trust_remote_code()
+    trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "av", "ar", "layer") if getattr(self, name) is not None]

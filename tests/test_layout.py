@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"errors", "provenance", "extension"},
     {"codec", "options"},
+    {"fields"},
     {"config"},
     {"ops"},
     {"models"},

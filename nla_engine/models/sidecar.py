@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from nla_engine.config import SCALES, is_scale
 from nla_engine.errors import CheckpointError
+from nla_engine.fields import SCALES, is_scale
 from nla_engine.models.template import split_template
 
 SIDECAR = "nla_meta.yaml"
