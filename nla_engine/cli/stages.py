@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import Json, finish, progress_bar, results, say
-from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.config import CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
 
 
 @command(CaptureOptions)
@@ -37,6 +37,26 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
     with progress_bar("explanations") as progress:
         summary = run_roundtrip(options, announce=say, progress=progress)
     finish("round trip", summary.to_dict(), as_json)
+
+
+@command(ExplainOptions)
+def explain_command(options: ExplainOptions, as_json: bool) -> None:
+    """The first half of roundtrip: explain stored activations with an AV. Nothing is scored."""
+    from nla_engine.roundtrip.run import run_explain
+
+    with progress_bar("explanations") as progress:
+        summary = run_explain(options, announce=say, progress=progress)
+    finish("explained", summary.to_dict(), as_json)
+
+
+@command(ScoreOptions)
+def score_command(options: ScoreOptions, as_json: bool) -> None:
+    """The second half of roundtrip: read the texts of a file with an AR, and score them against stored activations."""
+    from nla_engine.roundtrip.run import run_score
+
+    with progress_bar("texts") as progress:
+        summary = run_score(options, announce=say, progress=progress)
+    finish("scored", summary.to_dict(), as_json)
 
 
 @app.command()

@@ -24,7 +24,7 @@ class Background:
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         """stream: the CUDA stream of the jobs."""
         device = torch.device("cpu") if stream is None else stream.device
-        self._pool = ThreadPoolExecutor(1, "behind", enter_device, (device,))
+        self._pool = ThreadPoolExecutor(1, "background", enter_device, (device,))
         self._jobs: deque[Future[None]] = deque()
         self._failed = False
         self._stream = stream

@@ -1,4 +1,4 @@
-"""AV and AR of a round trip: loads them, places them, and checks them against each other and the store.
+"""AV and AR of stage 2, or one of them alone: loads them, places them, checks them against each other and the store.
 
 Both stay on the GPU if they fit. Otherwise they take turns there, and the other waits in host memory.
 """
@@ -6,13 +6,13 @@ Both stay on the GPU if they fit. Otherwise they take turns there, and the other
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nla_engine.config import RoundtripOptions
+from nla_engine.config import RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import CheckpointError, RequestError
@@ -26,44 +26,57 @@ from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 
-#: GPU memory that AV and AR need besides their weights: slots, activations, graphs.
+#: GPU memory that AV and AR need beside their weights: slots, activations, graphs.
 _WORKING_BYTES = 12 << 30
 _HOST = torch.device("cpu")
 
 
 @dataclass
 class Pair:
-    """The two models. in_turns: only one of them is on `device` at a time."""
+    """The models: None for one that is not needed. in_turns: only one of the two is on `device` at a time."""
 
-    verbalizer: Verbalizer
-    reconstructor: Reconstructor
+    verbalizer: Verbalizer | None
+    reconstructor: Reconstructor | None
     device: torch.device
     in_turns: bool = False
+
+    @property
+    def av(self) -> Verbalizer:
+        """The AV, where there is one."""
+        assert self.verbalizer is not None
+        return self.verbalizer
+
+    @property
+    def ar(self) -> Reconstructor:
+        """The AR, where there is one."""
+        assert self.reconstructor is not None
+        return self.reconstructor
 
     def verbalize_next(self) -> None:
         """Bring the AV to the device."""
         if self.in_turns:
-            self.reconstructor.move(_HOST)
-            self.verbalizer.move(self.device)
+            self.ar.move(_HOST)
+            self.av.move(self.device)
 
     def reconstruct_next(self) -> None:
         """Bring the AR to the device."""
         if self.in_turns:
-            self.verbalizer.move(_HOST)
-            self.reconstructor.move(self.device)
+            self.av.move(_HOST)
+            self.ar.move(self.device)
 
     def close(self) -> None:
         """Undo what the engine changed in the models."""
-        self.reconstructor.close()
+        if self.reconstructor is not None:
+            self.reconstructor.close()
 
 
 def load_pair(
-    options: RoundtripOptions,
+    options: StageTwoOptions,
     announce: Callable[[str], None],
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
 ) -> Pair:
-    """The AV and AR of the options, or the given ones, on the device unless they take turns."""
+    """The models that the options name, or the given ones, on the device unless they take turns."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     if options.precision == "fp8":
@@ -72,7 +85,9 @@ def load_pair(
         announce(line)
     remote_code = options.trust_remote_code
     kernels = Kernels(options.kernels, options.precision)
-    said = Given(options.injection_scale, options.injection, options.template_value)
+    said = Given(values=options.template_value)
+    if isinstance(options, WritingOptions):
+        said = replace(said, scale=options.injection_scale, injection=options.injection)
     if said != Given() and (verbalizer or reconstructor):
         raise RequestError(
             "--injection, --injection-scale and --template-value are for models that are loaded here"
@@ -80,13 +95,20 @@ def load_pair(
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
             raise RequestError(f"a given model was loaded with {model.kernels}, the options say {kernels}")
-    given = ((options.av, verbalizer), (options.ar, reconstructor))
-    directories = [find_directory(name, remote_code=remote_code) for name, model in given if model is None]
-    turns = options.residency == "turns"
-    if options.residency == "auto" and device.type == "cuda" and len(directories) == 2:
+    av = options.av if isinstance(options, WritingOptions) else None
+    ar = options.ar if isinstance(options, ScoringOptions) else None
+    given = ((av, verbalizer), (ar, reconstructor))
+    directories = [
+        find_directory(name, remote_code=remote_code)
+        for name, model in given
+        if name is not None and model is None
+    ]
+    residency = options.residency if isinstance(options, RoundtripOptions) else "both"
+    turns = residency == "turns"
+    if residency == "auto" and device.type == "cuda" and len(directories) == 2:
         weights = sum(_weight_bytes(directory, dtype) for directory in directories)
         if options.precision == "fp8":
-            weights += weights // 2  # the quantised weights are kept beside the model's own
+            weights += weights // 2  # the quantised ones lie beside the models' own
         free = free_bytes(device)
         turns = weights + _WORKING_BYTES > free
         if turns:
@@ -102,18 +124,20 @@ def load_pair(
         "kernels": kernels,
         "given": said,
     }
-    verbalizer = verbalizer or Verbalizer.load(options.av, **how)
-    reconstructor = reconstructor or Reconstructor.load(options.ar, **how)
-    for lm in (verbalizer.lm, reconstructor.lm):
-        if not kernels.plain(device) and (reason := why_unfused(lm.blocks)):
-            announce(f"{lm.name}: {reason}")
+    if av is not None:
+        verbalizer = verbalizer or Verbalizer.load(av, **how)
+    if ar is not None:
+        reconstructor = reconstructor or Reconstructor.load(ar, **how)
+    for model in (verbalizer, reconstructor):
+        if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
+            announce(f"{model.lm.name}: {reason}")
     return Pair(verbalizer, reconstructor, device, turns)
 
 
 def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights in this dtype; on disk they have 16 bits unless the config says float32.
 
-    0 if config or index cannot be read: loading the checkpoint then says why.
+    0 where config or index cannot be read: loading the checkpoint says what is wrong.
     """
     try:
         config = read_json(directory / CONFIG)
@@ -125,28 +149,36 @@ def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     return stored * dtype.itemsize // (4 if wide else 2)
 
 
-def choose_layer(store: CaptureStore, options: RoundtripOptions, pair: Pair) -> int:
-    """The layer to read, checked against the widths and layers of store, AV and AR."""
-    av, ar = pair.verbalizer, pair.reconstructor
-    for name, sidecar in (("--av " + options.av, av.sidecar), ("--ar " + options.ar, ar.sidecar)):
+def choose_layer(store: CaptureStore, options: StageTwoOptions, pair: Pair) -> int:
+    """The layer to read, checked against the widths and layers of the store and the models."""
+    av = (f"--av {options.av}", pair.av.sidecar) if isinstance(options, WritingOptions) else None
+    ar = (f"--ar {options.ar}", pair.ar.sidecar) if isinstance(options, ScoringOptions) else None
+    both = "AV and AR" if av and ar else "AV" if av else "AR"
+    were = f"{both} {'were' if av and ar else 'was'}"
+    for name, sidecar in filter(None, (av, ar)):
         if sidecar.d_model != store.d_model:
             raise RequestError(
                 f"{name} is made for vectors of width {sidecar.d_model}, {options.store} holds {store.d_model}: "
-                "give the AV and AR of the captured model"
+                f"give the {both} of the captured model"
             )
-    trained = av.sidecar.layer
-    if trained is not None and trained != ar.layer:
-        raise RequestError(
-            f"--av {options.av} reads layer {trained}, --ar {options.ar} gives layer {ar.layer}: they are no pair"
-        )
-    layer = options.layer if options.layer is not None else ar.layer
-    if layer != ar.layer:
-        raise RequestError(
-            f"--layer {layer}: this AV and AR were made for layer {ar.layer}; leave --layer out"
-        )
+    trained = pair.ar.layer if ar else None
+    if av:
+        reads = av[1].layer
+        if ar and reads is not None and reads != trained:
+            raise RequestError(
+                f"{av[0]} reads layer {reads}, {ar[0]} gives layer {trained}: they are no pair"
+            )
+        trained = reads if trained is None else trained
+    layer = options.layer if options.layer is not None else trained
+    if layer is None:
+        raise RequestError(f"{av and av[0]} does not say which layer it reads: give --layer")
+    if trained is not None and layer != trained:
+        raise RequestError(f"--layer {layer}: this {were} made for layer {trained}; leave --layer out")
     if layer not in store.layers:
         held = ", ".join(map(str, store.layers))
+        if trained is None:
+            raise RequestError(f"--layer {layer}: {options.store} holds layer {held}")
         raise RequestError(
-            f"{options.store} holds layer {held}, the AV and AR were made for layer {layer}: capture that one"
+            f"{options.store} holds layer {held}, the {were} made for layer {layer}: capture that one"
         )
     return layer

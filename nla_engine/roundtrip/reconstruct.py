@@ -85,6 +85,10 @@ class Reconstructor:
         self.weight = self.weight.to(device)
         self.bias = None if self.bias is None else self.bias.to(device)
 
+    def prompt_sizes(self, explanations: Sequence[str]) -> list[int]:
+        """How many tokens the prompt around each text has."""
+        return [len(ids) for ids in reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)]
+
     @torch.inference_mode()
     def prepare(self, tokens: int) -> None:
         """Allocate memory for texts of so many tokens, and check the engine against the library's forward."""

@@ -57,6 +57,9 @@ SCHEMA = pa.schema(
         pa.field("retrieval_rank", pa.int32()),
     ]
 )
+#: Columns of SCHEMA that need an AR. The table of an AV alone is without them.
+SCORES = ("best", "cos", "mse_nrm", "fve_nrm", "fve_meannorm", "cos_shuffled", "retrieval_rank")
+WITHOUT_SCORES = pa.schema([field for field in SCHEMA if field.name not in SCORES])
 #: Columns that are computed at the end, from mse_nrm and a number of the whole run.
 _LAST = ("fve_nrm", "fve_meannorm")
 
@@ -185,11 +188,13 @@ class ResultTable:
         self.done += len(table)
 
     def finish(
-        self, metadata: dict[str, Any], last: Callable[[np.ndarray], dict[str, list[float | None]]]
+        self,
+        metadata: dict[str, Any],
+        last: Callable[[np.ndarray], dict[str, list[float | None]]] | None = None,
     ) -> None:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
-        last: computes the columns of the end from mse_nrm, float64 [n] with NaN for null.
+        last: computes the columns of the end from mse_nrm, float64 [n] with NaN for null. None: there are none.
         WriteError if another process has taken the table.
         """
         if self.finished:
@@ -203,7 +208,8 @@ class ResultTable:
                 for path in files:
                     part = pq.read_table(path, schema=_but_last(self._schema))
                     columns = dict(zip(part.column_names, part.columns, strict=True))
-                    columns |= last(part["mse_nrm"].to_numpy())
+                    if last is not None:
+                        columns |= last(part["mse_nrm"].to_numpy())
                     writer.write_table(pa.table(columns, schema=schema))
             lease.check()
             if (joined := pq.read_metadata(temporary).num_rows) != self.done:

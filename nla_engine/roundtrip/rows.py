@@ -1,4 +1,4 @@
-"""Which rows of a store a round trip explains: the selected ones, or those that a writer is still adding."""
+"""Which rows of a store are explained: the selected ones, or those that a writer is still adding."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_engine.config import RoundtripOptions
+from nla_engine.config import WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, WriterWatch
 
-#: Seconds between checks of a store that is being written.
+#: Seconds between two looks at a store that is being written.
 POLL_SECONDS = 1.0
 
 
-def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
+def select_rows(store: CaptureStore, options: WritingOptions) -> np.ndarray:
     """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none."""
     rows = _matching(store, options.where, 0)
     if not len(rows):
@@ -26,7 +26,7 @@ def select_rows(store: CaptureStore, options: RoundtripOptions) -> np.ndarray:
     return rows
 
 
-def nothing_selected(options: RoundtripOptions) -> StoreError:
+def nothing_selected(options: WritingOptions) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"
@@ -39,9 +39,9 @@ def nothing_selected(options: RoundtripOptions) -> StoreError:
 def follow_rows(
     store: CaptureStore, where: str | None, announce: Callable[[str], None] = lambda text: None
 ) -> Iterator[np.ndarray]:
-    """The selected rows of each commit, int64 [n], until the writer has finished. Refreshes `store`.
+    """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
-    EngineError if the writer ended without finishing; RequestError if the store is not on a local disk.
+    EngineError if the writer has gone without finishing; RequestError if the store is not on a local disk.
     """
     if not isinstance(store.path, Path):
         raise RequestError(
@@ -52,7 +52,7 @@ def follow_rows(
         store.refresh()
         try:
             rows, seen = _matching(store, where, seen), store.rows
-        except WhereRecordError:  # a later prompt may have the field
+        except WhereRecordError:  # a later prompt may have what these lack
             if store.complete:
                 raise
             rows = np.zeros(0, np.int64)
@@ -67,7 +67,7 @@ def follow_rows(
                 f"{store.path}: the writer ended without finishing: run capture with --resume, "
                 "then this command with --resume"
             )
-        gone = not watch.has_writer()  # it may have committed since the refresh: check once more
+        gone = not watch.has_writer()  # then it may have committed since the look: look once more
         if not gone:
             if not waiting:
                 announce(f"waiting for the writer: {store.rows:,} rows so far")

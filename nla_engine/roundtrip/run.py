@@ -1,4 +1,4 @@
-"""A round trip from its options to its summary."""
+"""Stage 2 from its options to its summary: explain, score, or both, which is the round trip."""
 
 from __future__ import annotations
 
@@ -6,132 +6,266 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from nla_engine.config import RoundtripOptions
+from nla_engine.config import (
+    ExplainOptions,
+    RoundtripOptions,
+    ScoreOptions,
+    ScoringOptions,
+    StageTwoOptions,
+    WritingOptions,
+)
 from nla_engine.errors import RequestError
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import ResultTable, check_table, nullable
+from nla_engine.roundtrip.results import SCHEMA, WITHOUT_SCORES, ResultTable, check_table, nullable
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
 from nla_engine.roundtrip.score import Controls, DirectionVariance
-from nla_engine.roundtrip.summary import RoundtripSummary, summarise
+from nla_engine.roundtrip.summary import ExplainSummary, RoundtripSummary, summarise, summarise_texts
+from nla_engine.roundtrip.text_file import TextFile, check_lengths
+from nla_engine.roundtrip.texts import Texts, Written
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
 
-#: Most rows that Var is measured on, and most rows in the sample of the controls.
+#: Rows of the store that Var is measured on, and rows in the sample of the controls, at most.
 VARIANCE_ROWS = 100_000
 CONTROL_ROWS = 1024
 _VARIANCE_BLOCK = 4096
 
-#: progress(explanations done, explanations in all, as far as is known)
+#: announce(line for the user); progress(explanations done, explanations in all, as far as is known)
+Announce = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
 def run_roundtrip(
     options: RoundtripOptions,
     *,
-    announce: Callable[[str], None] = lambda text: None,
+    announce: Announce = lambda text: None,
     progress: Progress = lambda done, total: None,
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
     rows: np.ndarray | None = None,
 ) -> RoundtripSummary:
-    """Run stage 2. `verbalizer`, `reconstructor`: if already loaded. Raises the errors of `nla_engine.errors`.
+    """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
 
     rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
     """
     store = CaptureStore.open(options.store)
-    if rows is None and not options.follow:
-        rows = select_rows(store, options)
-    segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
-    segments, sample = _control_sample(segments, options)
-    if not len(sample):
-        raise nothing_selected(options)
+    chosen = _choose(store, options, rows, CONTROL_ROWS, announce)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     pair = load_pair(options, announce, verbalizer, reconstructor)
     layer = choose_layer(store, options, pair)
-    if options.max_new_tokens > (room := pair.verbalizer.room):
+    written = _written(options, pair)
+    controls = _controls(store, layer, chosen, options, pair.device)
+    run = _Run(options, store, layer, pair, chosen, written, controls)
+    return summarise(options, *run.finish(announce, progress))
+
+
+def run_explain(
+    options: ExplainOptions,
+    *,
+    announce: Announce = lambda text: None,
+    progress: Progress = lambda done, total: None,
+    verbalizer: Verbalizer | None = None,
+    rows: np.ndarray | None = None,
+) -> ExplainSummary:
+    """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
+    store = CaptureStore.open(options.store)
+    chosen = _choose(store, options, rows, 1, announce)
+    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    pair = load_pair(options, announce, verbalizer)
+    layer = choose_layer(store, options, pair)
+    run = _Run(options, store, layer, pair, chosen, _written(options, pair), None)
+    return summarise_texts(options, *run.finish(announce, progress))
+
+
+def run_score(
+    options: ScoreOptions,
+    *,
+    announce: Announce = lambda text: None,
+    progress: Progress = lambda done, total: None,
+    reconstructor: Reconstructor | None = None,
+) -> RoundtripSummary:
+    """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
+    store = CaptureStore.open(options.store)
+    if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
+        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
+    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    texts = TextFile.read(options.texts, store)
+    rows = texts.selected
+    chosen = _Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
+    pair = load_pair(options, announce, reconstructor=reconstructor)
+    layer = choose_layer(store, options, pair)
+    if texts.metadata is not None and texts.metadata["layer"] != layer:
         raise RequestError(
-            f"--max-new-tokens is {options.max_new_tokens}: {options.av} has room for {room}: lower it"
+            f"{options.texts}: explains layer {texts.metadata['layer']}, --ar {options.ar} gives layer {layer}: "
+            "give an AR of that layer"
         )
-    vectors = store.layer(layer).torch(sample, pair.device)
-    controls = Controls.of(sample, store.column("sequence")[sample], vectors, options.seed)
-    table = ResultTable.open(
-        options.out,
-        options=_identity(options, store, layer, pair, rows, sample),
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
-    started, before = time.perf_counter(), table.done
-    with table:
-        if not table.finished:
-            _explain(options, table, store, layer, pair, controls, segments, announce, progress)
-    seconds = time.perf_counter() - started
-    return summarise(options, seconds, (table.done - before) / options.samples)
+    check_lengths(texts, pair.ar)
+    controls = _controls(store, layer, chosen, options, pair.device)
+    run = _Run(options, store, layer, pair, chosen, texts, controls)
+    return summarise(options, *run.finish(announce, progress))
 
 
-def _explain(
-    options: RoundtripOptions,
-    table: ResultTable,
-    store: CaptureStore,
-    layer: int,
-    pair: Pair,
-    controls: Controls,
-    segments: Iterator[np.ndarray],
-    announce: Callable[[str], None],
-    progress: Progress,
-) -> None:
-    """Explain the rows of the segments that the table does not hold yet, and finish it."""
-    known = 0
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows to explain. segments: int64 arrays, which follow a store that grows; sample: those of the controls.
 
-    def write(columns: dict[str, Any]) -> None:
-        table.append(columns)
-        progress(table.done, known * options.samples)
+    rows: all of them, int64 [n]; None if they are not known yet
+    """
 
-    with closing(pair):
-        pipeline = Pipeline(options, store, layer, pair, controls, write)
-        for part in segments:
-            first, known = known, known + len(part)
-            there = max(table.done // options.samples - first, 0)
-            each = "an explanation" if options.samples == 1 else f"{options.samples} explanations"
-            announce(
-                f"{known:,} rows of layer {layer}, {each} each"
-                + (f" ({table.done:,} already there)" if there else "")
-            )
-            if there < len(part):
-                pipeline.run(part[there:], first + there)
-        variance, measured = _variance(options, store, layer, pair.device)
-    metadata = _metadata(options, layer, pair) | {
-        "variance": variance,
-        "variance_rows": measured,
-        "control_rows": len(controls.rows),
-        "control_vectors": len(controls.distinct),
-    }
-    table.finish(metadata, lambda mse: _explained_variance(mse, variance))
+    segments: Iterator[np.ndarray]
+    sample: np.ndarray
+    rows: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of stage 2, ready to start. controls: None if nothing is scored."""
+
+    options: StageTwoOptions
+    store: CaptureStore
+    layer: int
+    pair: Pair
+    chosen: _Chosen
+    texts: Texts
+    controls: Controls | None
+
+    def finish(self, announce: Announce, progress: Progress) -> tuple[float, float]:
+        """Write the table, or what is missing of it. Returns the seconds, and the rows that are new."""
+        options, texts = self.options, self.texts
+        table = ResultTable.open(
+            options.out,
+            options=self._identity(),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            schema=self._schema(),
+        )
+        started, before = time.perf_counter(), table.done
+        with table:
+            if not table.finished:
+                self._fill(table, announce, progress)
+        seconds = time.perf_counter() - started
+        return seconds, texts.rows_of(table.done) - texts.rows_of(before)
+
+    def _fill(self, table: ResultTable, announce: Announce, progress: Progress) -> None:
+        """Explain and score the rows that the table does not hold yet, and finish it."""
+        options, texts, layer, known = self.options, self.texts, self.layer, 0
+
+        def write(columns: dict[str, Any]) -> None:
+            table.append(columns)
+            progress(table.done, texts.up_to_row(known))
+
+        longest = options.max_new_tokens if isinstance(options, WritingOptions) else None
+        with closing(self.pair):
+            pipeline = Pipeline(self.store, layer, self.pair, texts, self.controls, write, longest)
+            for part in self.chosen.segments:
+                first, known = known, known + len(part)
+                there = max(texts.rows_of(table.done) - first, 0)
+                announce(
+                    f"{known:,} rows of layer {layer}, {texts.each(known)}"
+                    + (f" ({table.done:,} already there)" if there else "")
+                )
+                if there < len(part):
+                    pipeline.run(part[there:], first + there)
+            if self.controls is None or not isinstance(options, ScoringOptions):
+                table.finish(self._metadata())
+                return
+            variance, measured = _variance(options, self.store, layer, self.pair.device)
+        metadata = self._metadata() | {
+            "variance": variance,
+            "variance_rows": measured,
+            "control_rows": len(self.controls.rows),
+            "control_vectors": len(self.controls.distinct),
+        }
+        table.finish(metadata, lambda mse: _explained_variance(mse, variance))
+
+    def _schema(self) -> pa.Schema:
+        schema = WITHOUT_SCORES if self.controls is None else SCHEMA
+        return pa.schema([*schema, *self.texts.more]) if isinstance(self.texts, TextFile) else schema
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it continues."""
+        given, store, pair, chosen = self.options.to_dict(), self.store, self.pair, self.chosen
+        names = (
+            "where",
+            "limit",
+            "samples",
+            "temperature",
+            "seed",
+            "max_new_tokens",
+            "precision",
+            "variance",
+            "follow",
+        )
+        same: dict[str, Any] = {name: given[name] for name in names if name in given}
+        same |= {
+            "layer": self.layer,
+            "base": store.provenance.get("weights"),
+            "store": store.attributes["store_id"],
+        }
+        if chosen.rows is not None:
+            same["rows"] = len(chosen.rows)
+            same["selection"] = hashlib.sha256(chosen.rows.tobytes()).hexdigest()[:16]
+        if self.controls is not None:
+            same["controls"] = hashlib.sha256(chosen.sample.tobytes()).hexdigest()[:16]
+        if pair.verbalizer is not None:
+            same["av"] = pair.verbalizer.fingerprint()
+        if pair.reconstructor is not None:
+            same["ar"] = pair.reconstructor.fingerprint()
+        if isinstance(self.texts, TextFile):
+            same["texts"] = self.texts.fingerprint()
+        elif self.controls is None:
+            same["scores"] = False  # the table of a round trip has all the rest in common with this one
+        return same
+
+    def _metadata(self) -> dict[str, Any]:
+        av, ar, texts = self.pair.verbalizer, self.pair.reconstructor, self.texts
+        models: dict[str, Any] = {}
+        if av is not None:
+            models = {"av": av.lm.name, "av_revision": av.lm.revision, "injection_scale": av.injection.scale}
+        elif isinstance(texts, TextFile) and (made := texts.metadata):
+            models = {name: made.get(name) for name in ("av", "av_revision", "injection_scale")}
+            models["explained"] = made.get("explained") or {**made["run"], "started": made["started"]}
+        if ar is not None:
+            models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
+        return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}
+
+
+def _choose(
+    store: CaptureStore, options: WritingOptions, rows: np.ndarray | None, wanted: int, announce: Announce
+) -> _Chosen:
+    """The given rows, or those that the options select. wanted: most rows in the sample of the controls."""
+    if rows is None and not options.follow:
+        rows = select_rows(store, options)
+    segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
+    segments, sample = _control_sample(segments, options, wanted)
+    if not len(sample):
+        raise nothing_selected(options)
+    return _Chosen(segments, sample, rows)
 
 
 def _control_sample(
-    segments: Iterator[np.ndarray], options: RoundtripOptions
+    segments: Iterator[np.ndarray], options: WritingOptions, wanted: int
 ) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """The segments again, and the rows of the controls: drawn from all, or the first ones of a growing store."""
+    """The segments again, and the rows of the controls: at random of all, or the first ones of a store that grows."""
     held: list[np.ndarray] = []
     for rows in segments:
         held.append(rows)
-        if sum(map(len, held)) >= CONTROL_ROWS:
+        if sum(map(len, held)) >= wanted:
             break
     rows = np.concatenate(held) if held else np.zeros(0, np.int64)
-    if options.follow:
-        sample = rows[:CONTROL_ROWS]
-    else:
-        sample = draw_rows(rows, CONTROL_ROWS, options.seed)
+    sample = rows[:wanted] if options.follow else draw_rows(rows, wanted, options.seed)
 
     def again() -> Iterator[np.ndarray]:
         if len(rows):
@@ -141,53 +275,26 @@ def _control_sample(
     return again(), sample
 
 
-def _identity(
-    options: RoundtripOptions,
-    store: CaptureStore,
-    layer: int,
-    pair: Pair,
-    rows: np.ndarray | None,
-    sample: np.ndarray,
-) -> dict[str, Any]:
-    """What must be the same when a run is resumed. rows: None if they are not known yet."""
-    given = options.to_dict()
-    names = (
-        "where",
-        "limit",
-        "samples",
-        "temperature",
-        "seed",
-        "max_new_tokens",
-        "precision",
-        "variance",
-        "follow",
-    )
-    same: dict[str, Any] = {name: given[name] for name in names}
-    same |= {"layer": layer, "base": store.provenance.get("weights"), "store": store.attributes["store_id"]}
-    if rows is not None:
-        same["rows"] = len(rows)
-        same["selection"] = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
-    same["controls"] = hashlib.sha256(sample.tobytes()).hexdigest()[:16]
-    return same | {"av": pair.verbalizer.fingerprint(), "ar": pair.reconstructor.fingerprint()}
+def _written(options: WritingOptions, pair: Pair) -> Written:
+    """What the AV will write. RequestError if it has no room for so many tokens."""
+    if options.max_new_tokens > (room := pair.av.room):
+        raise RequestError(
+            f"--max-new-tokens is {options.max_new_tokens}: {options.av} has room for {room}: lower it"
+        )
+    return Written(options, pair.av, pair.device)
 
 
-def _metadata(options: RoundtripOptions, layer: int, pair: Pair) -> dict[str, Any]:
-    return {
-        **describe_run(),
-        "run": options.to_dict(),
-        "av": pair.verbalizer.lm.name,
-        "ar": pair.reconstructor.lm.name,
-        "av_revision": pair.verbalizer.lm.revision,
-        "ar_revision": pair.reconstructor.lm.revision,
-        "injection_scale": pair.verbalizer.injection.scale,
-        "layer": layer,
-    }
+def _controls(
+    store: CaptureStore, layer: int, chosen: _Chosen, options: ScoringOptions, device: torch.device
+) -> Controls:
+    vectors = store.layer(layer).torch(chosen.sample, device)
+    return Controls.of(chosen.sample, store.column("sequence")[chosen.sample], vectors, options.seed)
 
 
 def _variance(
-    options: RoundtripOptions, store: CaptureStore, layer: int, device: torch.device
+    options: ScoringOptions, store: CaptureStore, layer: int, device: torch.device
 ) -> tuple[float, int]:
-    """Var, and the number of rows it was measured on; 0 if Var was given."""
+    """Var, and the number of rows it was measured on: 0 if it was given."""
     if options.variance is not None:
         return options.variance, 0
     rows = draw_rows(np.arange(store.rows), VARIANCE_ROWS, options.seed)

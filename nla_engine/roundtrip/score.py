@@ -43,6 +43,14 @@ def mse_nrm(cos: np.ndarray) -> np.ndarray:
     return 2.0 * (1.0 - cos)
 
 
+def best_of(rows: np.ndarray, cos: np.ndarray) -> np.ndarray:
+    """bool [n]: the text with the highest cos of each row, the first of equals. rows: int64 [n]; cos: NaN is lowest."""
+    order = np.lexsort((-np.where(np.isfinite(cos), cos, -2.0), rows))  # a stable sort
+    best = np.zeros(len(rows), bool)
+    best[order[np.unique(rows[order], return_index=True)[1]]] = True
+    return best
+
+
 class DirectionVariance:
     """Var of a stream of rows: 1 - ||mean of the unit rows||^2, in float64."""
 

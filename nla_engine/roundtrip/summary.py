@@ -1,16 +1,18 @@
-"""The summary of a round trip: means over every scored explanation, read from the finished table."""
+"""The summary of a run of stage 2: counts, and means over every scored explanation, read from the finished table."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nla_engine.config import RoundtripOptions
+from nla_engine.config import ExplainOptions, ScoringOptions
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
+from nla_engine.roundtrip.texts import GIVEN
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class RoundtripSummary:
     retrieval_sample: int
     retrieval_vectors: int
     status: dict[str, int]
-    status_ok: float
-    n_tokens: float
+    status_ok: float | None
+    n_tokens: float | None
     early_rows: int
     seconds: float
     rows_per_second: float
@@ -49,46 +51,84 @@ class RoundtripSummary:
         return asdict(self)
 
 
-def summarise(options: RoundtripOptions, seconds: float = 0.0, new_rows: float = 0.0) -> RoundtripSummary:
+@dataclass(frozen=True)
+class ExplainSummary:
+    """The result of an AV alone in numbers; the keys are those of `--json`."""
+
+    out: str
+    layer: int
+    rows: int
+    explanations: int
+    status: dict[str, int]
+    status_ok: float | None
+    n_tokens: float | None
+    early_rows: int
+    seconds: float
+    rows_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise_texts(options: ExplainOptions, seconds: float = 0.0, new_rows: float = 0.0) -> ExplainSummary:
+    """The summary of a finished result without scores, from its file. seconds, new_rows: time and rows of this run."""
+    return ExplainSummary(**_counts(options.out, _columns(options.out, []), seconds, new_rows))
+
+
+def summarise(options: ScoringOptions, seconds: float = 0.0, new_rows: float = 0.0) -> RoundtripSummary:
     """The summary of a finished result, from its file. seconds, new_rows: time and rows of this run."""
     metadata = read_metadata(options.out)
-    names = ["cos", "cos_shuffled", "retrieval_rank", "status", "n_tokens", "best", "early"]
-    parts = list(batches(options.out, names))
-    data = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    data = _columns(options.out, ["cos", "cos_shuffled", "retrieval_rank", "best"])
     cos, variance = data["cos"].astype(np.float64), float(metadata["variance"])
-    best, status = data["best"].astype(bool), Counter(map(str, data["status"]))
+    best = data["best"].astype(bool)
     mse = score.mse_nrm(cos)
-
-    def mean(values: np.ndarray) -> float | None:
-        values = values.astype(np.float64)
-        values = values[np.isfinite(values)]
-        return round(float(values.mean()), 6) if len(values) else None
-
     rank = data["retrieval_rank"].astype(np.float64)
     scored = rank[np.isfinite(rank)]
     return RoundtripSummary(
-        out=str(options.out),
-        layer=int(metadata["layer"]),
-        rows=int(best.sum()),
-        explanations=len(cos),
-        cos=mean(cos),
+        **_counts(options.out, data, seconds, new_rows),
+        cos=_mean(cos),
         cos_std=round(float(np.nanstd(cos)), 6) if np.isfinite(cos).any() else None,
-        mse_nrm=mean(mse),
-        fve_nrm=mean(score.fve_nrm(mse, variance)),
-        fve_meannorm=mean(score.fve_meannorm(mse, variance)),
-        cos_best=mean(cos[best]),
-        fve_nrm_best=mean(score.fve_nrm(mse[best], variance)),
+        mse_nrm=_mean(mse),
+        fve_nrm=_mean(score.fve_nrm(mse, variance)),
+        fve_meannorm=_mean(score.fve_meannorm(mse, variance)),
+        cos_best=_mean(cos[best]),
+        fve_nrm_best=_mean(score.fve_nrm(mse[best], variance)),
         variance=round(variance, 6),
         variance_rows=int(metadata["variance_rows"]),
-        cos_shuffled=mean(data["cos_shuffled"]),
-        retrieval_top1=mean(scored == 1),
+        cos_shuffled=_mean(data["cos_shuffled"]),
+        retrieval_top1=_mean(scored == 1),
         retrieval_median=float(np.median(scored)) if len(scored) else None,
         retrieval_sample=int(metadata["control_rows"]),
         retrieval_vectors=ranked_among(metadata),
-        status=dict(status),
-        status_ok=round(status["ok"] / len(cos), 6),
-        n_tokens=mean(data["n_tokens"]) or 0.0,
-        early_rows=int(data["early"][best].sum()),
-        seconds=round(seconds, 3),
-        rows_per_second=round(new_rows / seconds, 2) if seconds else 0.0,
     )
+
+
+def _columns(out: Path, scores: list[str]) -> dict[str, np.ndarray]:
+    """Columns of the whole table: those that every table has and that are counted, and some scores."""
+    names = ["row", "status", "n_tokens", "early", *scores]
+    parts = list(batches(out, names))
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _counts(out: Path, data: dict[str, np.ndarray], seconds: float, new_rows: float) -> dict[str, Any]:
+    """What is known without an AR. status_ok: None for texts that no AV of a run wrote."""
+    status = Counter(map(str, data["status"]))
+    rows, first = np.unique(data["row"], return_index=True)
+    return {
+        "out": str(out),
+        "layer": int(read_metadata(out)["layer"]),
+        "rows": len(rows),
+        "explanations": status.total(),
+        "status": dict(status),
+        "status_ok": None if status[GIVEN] else round(status["ok"] / status.total(), 6),
+        "n_tokens": _mean(data["n_tokens"]),
+        "early_rows": int(data["early"][first].sum()),
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(new_rows / seconds, 2) if seconds else 0.0,
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values.astype(np.float64)
+    values = values[np.isfinite(values)]
+    return round(float(values.mean()), 6) if len(values) else None

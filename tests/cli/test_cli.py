@@ -339,7 +339,7 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         lambda r, t: ["demo", "--out", written(t / "y", "mine")],
         "y: a file is in the way; choose another --out",
     ),
-    "no such command": (lambda r, t: ["explain"], "No such command 'explain'"),
+    "no such command": (lambda r, t: ["narrate"], "No such command 'narrate'"),
     "no argument": (lambda r, t: ["info"], "Missing argument 'STORE'"),
     "demo of one problem": (
         lambda r, t: ["demo", "--problems", 1],

@@ -83,7 +83,9 @@ def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
             reconstructor=reconstruct.reconstructor_of(session.lm, session.layer, precision),
         )
         expect("explanations", summary.explanations, sizes.vectors)
-        expect("tokens generated", round(summary.n_tokens * sizes.vectors), sizes.vectors * sizes.av_new)
+        expect(
+            "tokens generated", round((summary.n_tokens or 0) * sizes.vectors), sizes.vectors * sizes.av_new
+        )
         return summary.rows_per_second
 
     yield Prepared(once)
