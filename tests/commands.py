@@ -71,6 +71,18 @@ def roundtrip(root: Path, out: Path, store: Path | None = None, **changes: objec
     return ["roundtrip", store or root / "run.zarr", *flags({**options, **changes})]
 
 
+def explain(root: Path, out: Path, **changes: object) -> list[object]:
+    """An explain command into `out`, of the store that `root` holds."""
+    options = {"av": root / "av", "out": out, "max_new_tokens": 8, "device": "cpu"}
+    return ["explain", root / "run.zarr", *flags({**options, **changes})]
+
+
+def score(root: Path, out: Path, texts: Path, store: Path | None = None, **changes: object) -> list[object]:
+    """A score command into `out`, of the store that `root` holds if no other is given."""
+    options = {"ar": root / "ar", "texts": texts, "out": out, "device": "cpu"}
+    return ["score", store or root / "run.zarr", *flags({**options, **changes})]
+
+
 def flags(options: dict[str, object]) -> list[object]:
     out: list[object] = []
     for name, value in options.items():

@@ -99,3 +99,27 @@ def fill_old_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -
     about["checksum"] = attributes_checksum(about)
     (path / "zarr.json").write_text(json.dumps(document))
     return vectors
+
+
+def random_store(path: Path, vectors: np.ndarray, layer: int, sizes: list[int] | None = None) -> Path:
+    """A store of just these vectors, float32 [n, d], in sequences of these sizes (None: all in one)."""
+    codec = Codec.named("bf16", vectors.shape[1])
+    with create_store(path, codec, (layer,), sink_norm={layer: float("inf")}) as writer:
+        for x in np.split(vectors, np.cumsum(sizes or [len(vectors)])[:-1]):
+            ids = (np.arange(len(x)) % len(VOCABULARY)).astype(np.int32)
+            position = np.arange(len(x), dtype=np.int32)
+            flags = row_flags(position, 1, len(x), nonfinite=~np.isfinite(x).all(1))
+            writer.append(
+                SequenceRows(
+                    token_id=ids,
+                    next_token_id=np.append(ids[1:], np.int32(-1)),
+                    position=position,
+                    flags=flags,
+                    layers={layer: LayerRows.encode(codec, x, float("inf"))},
+                    tokens=ids,
+                    prompt_size=1,
+                    finish=Finish.EOS,
+                    source=b"{}",
+                )
+            )
+    return path

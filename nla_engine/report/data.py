@@ -35,10 +35,10 @@ _SPECIAL = re.compile(r"<\|.*\|>|</?[A-Za-z_]+>|\[[A-Z]+\]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Explained:
-    """The table of a round trip: R explained rows, E explanations, those of a row side by side.
+    """The table of a round trip, or of a half of it: R explained rows, E explanations, those of a row side by side.
 
     rows: int64 [R], ascending; start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
-    columns: the table's columns as arrays [E]; scores are float64, NaN where there is none
+    columns: the table's columns as arrays [E]; scores and n_tokens are float64, NaN where there is none
     """
 
     metadata: dict[str, Any]
@@ -51,7 +51,11 @@ class Explained:
         """Raises RequestError when `path` is not the result of a round trip on this store."""
         if not path.exists():
             begun = path.with_name(path.name + PARTS_SUFFIX).exists()
-            mend = "roundtrip --resume finishes it" if begun else "give the table that roundtrip wrote"
+            mend = (
+                "its command with --resume finishes it"
+                if begun
+                else "give the table that roundtrip, explain or score wrote"
+            )
             raise RequestError(f"{path}: no such file: {mend}")
         metadata = read_metadata(path)
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
@@ -60,15 +64,14 @@ class Explained:
         try:
             table = pq.read_table(path, schema=SCHEMA, columns=names)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise RequestError(f"{path}: is damaged ({error}): run roundtrip again") from error
+            raise RequestError(f"{path}: is damaged ({error}): make it again") from error
         columns = {name: table.column(name).to_numpy() for name in names}
-        for name in ("cos", "cos_shuffled", "retrieval_rank"):
+        for name in ("n_tokens", "cos", "cos_shuffled", "retrieval_rank"):
             columns[name] = columns[name].astype(np.float64)
+        columns["best"] = columns["best"].astype(bool)  # null without scores
         row = columns["row"]
         if not len(row) or np.any(np.diff(row) < 0) or row[0] < 0 or row[-1] >= store.rows:
-            raise RequestError(
-                f"{path}: its rows are not those of {store.path} in order: run roundtrip again"
-            )
+            raise RequestError(f"{path}: its rows are not those of {store.path} in order: make it again")
         rows, first = np.unique(row, return_index=True)
         return cls(metadata, rows, np.append(first, len(row)), columns)
 
@@ -77,9 +80,25 @@ class Explained:
         return len(self.columns["row"])
 
     @property
+    def scored(self) -> bool:
+        """Whether an AR read the texts."""
+        return "variance" in self.metadata
+
+    @property
+    def written_by(self) -> dict[str, Any] | None:
+        """The options of the run whose AV wrote the texts; None if they come from elsewhere."""
+        run: dict[str, Any] = self.metadata["run"]
+        return self.metadata.get("explained") or (run if "max_new_tokens" in run else None)
+
+    @property
+    def ranked_among(self) -> int:
+        """Among how many vectors a rank is; 0 without scores."""
+        return ranked_among(self.metadata) if self.scored else 0
+
+    @property
     def variance(self) -> float:
-        """Var, which scales FVE."""
-        return float(self.metadata["variance"])
+        """Var, which scales FVE; NaN without scores."""
+        return float(self.metadata.get("variance", math.nan))
 
     @property
     def fve(self) -> np.ndarray:
@@ -112,8 +131,9 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         finish.append(int(sequences.finish))
     layer = int(explained.metadata["layer"])
     return {
+        "scored": explained.scored,
         "variance": explained.variance if math.isfinite(explained.variance) else None,
-        "control_vectors": ranked_among(explained.metadata),
+        "control_vectors": explained.ranked_among,
         "classes": TOKEN_CLASSES,
         "texts": names.texts,
         "sequences": {
@@ -136,7 +156,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         "explanations": {
             "text": columns["explanation"].tolist(),
             "status": columns["status"].tolist(),
-            "tokens": columns["n_tokens"].tolist(),
+            "tokens": _numbers(columns["n_tokens"], 12),
             "best": np.flatnonzero(columns["best"]).tolist(),
             "cos": _numbers(columns["cos"], 5),
             "cos_shuffled": _numbers(columns["cos_shuffled"], 5),

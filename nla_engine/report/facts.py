@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from nla_engine.report.data import Explained
-from nla_engine.roundtrip.results import ranked_among
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
@@ -31,11 +30,30 @@ class Figure:
 
 
 def figures(explained: Explained) -> list[Figure]:
-    """The four figures at the top: FVE, cos, retrieval, and explanations closed by their tag."""
+    """The figures at the top: FVE, cos and retrieval if there are scores, and what is known of the texts themselves."""
+    return (_score_figures(explained) if explained.scored else []) + _text_figures(explained)
+
+
+def _text_figures(explained: Explained) -> list[Figure]:
+    if explained.written_by is None:
+        return []
+    columns, total = explained.columns, f"{explained.explanations:,} explanations"
+    out = [
+        Figure(
+            "closed",
+            _percent(_how_many(columns["status"] == "ok"), explained.explanations),
+            f"of {total} were finished, with their closing tag",
+        )
+    ]
+    if not explained.scored:
+        out.append(Figure("length", f"{_mean(columns['n_tokens']):,.0f}", f"tokens, the mean of {total}"))
+    return out
+
+
+def _score_figures(explained: Explained) -> list[Figure]:
     columns = explained.columns
     rank = columns["retrieval_rank"][np.isfinite(columns["retrieval_rank"])]
-    among = ranked_among(explained.metadata)
-    closed = _how_many(columns["status"] == "ok")
+    among = explained.ranked_among
     return [
         Figure(
             "FVE",
@@ -55,24 +73,26 @@ def figures(explained: Explained) -> list[Figure]:
             "of reconstructions are nearest to their own vector",
             f"{_percent(1, among)} by chance, among {among:,} vectors",
         ),
-        Figure(
-            "closed",
-            _percent(closed, explained.explanations),
-            f"of {explained.explanations:,} explanations were finished, with their closing tag",
-        ),
     ]
 
 
 def lead(store: CaptureStore, explained: Explained) -> str:
-    """Two sentences: what was explained, and by which AV and AR."""
-    metadata, samples = explained.metadata, int(explained.metadata["run"]["samples"])
+    """Two or three sentences: what was explained, and by which AV and AR."""
+    metadata, samples = explained.metadata, int(np.diff(explained.start).max())
     sequences = len(np.unique(store.column("sequence")[explained.rows]))
     times = "" if samples == 1 else f", {samples} times each"
+    if explained.written_by is None:
+        words = f"Their texts come from {short_name(metadata['run']['texts'])}"
+    else:
+        words = f"The AV {short_name(metadata['av'])} put each into words{times}"
+    if explained.scored:
+        words += f"; the AR {short_name(metadata['ar'])} read the words alone and rebuilt the activation."
+    else:
+        words += ". Nothing was scored: no AR has read the words."
     return (
         f"{_count(len(explained.rows), 'activation')} of layer {metadata['layer']} of "
         f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
-        f"The AV {short_name(metadata['av'])} put each into words{times}; the AR {short_name(metadata['ar'])} read "
-        "the words alone and rebuilt the activation."
+        + words
     )
 
 
@@ -82,6 +102,10 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
     if not store.complete:
         out.append(
             "Unfinished capture: it was still running when this page was made, and the store may hold only a part."
+        )
+    if not explained.scored:
+        out.append(
+            "Nothing was scored: no AR has read these texts. A fluent text can be wrong; nothing here says which is."
         )
     fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
     if math.isfinite(fve) and math.isfinite(control) and fve < control + CLEAR_OF_CONTROL:
@@ -97,7 +121,7 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
         )
     out += _row_warnings(store, explained)
     out += _status_warnings(explained, total)
-    if explained.metadata["run"]["variance"] is not None:
+    if explained.metadata["run"].get("variance") is not None:
         out.append(
             f"Var was given: FVE is scaled by {explained.variance:.4g}, which was not measured on these activations."
         )
@@ -131,7 +155,7 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
     status = Counter(explained.columns["status"].tolist())
     out = []
     if count := status["unclosed"]:
-        limit = explained.metadata["run"]["max_new_tokens"]
+        limit = (explained.written_by or {})["max_new_tokens"]
         out.append(
             f"Cut off, {_part(count, total, 'explanation')}: not finished within the limit of {limit:,} tokens."
         )
@@ -150,7 +174,7 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
 
 def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str, str]]]:
     """Heading -> (name, value) pairs: where the activations, the words and the scores come from."""
-    captured, run = store.provenance, explained.metadata["run"]
+    captured = store.provenance
     asked: Mapping[str, Any] = captured.get("options", {})
     error = store.codec_error.get(int(explained.metadata["layer"]))
     codec = store.codec.name
@@ -171,35 +195,8 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("computed in", f"{captured.get('dtype', '-')} on {captured.get('device', '-')}"),
             ("captured", captured.get("started")),
         ],
-        "Words": [
-            ("AV (vector to words)", short_name(explained.metadata["av"])),
-            ("AR (words to vector)", short_name(explained.metadata["ar"])),
-            ("injection norm", _or(explained.metadata["injection_scale"], "as it is")),
-            ("rows explained", f"{len(explained.rows):,} of {store.rows:,}"),
-            (
-                "selected by",
-                _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
-            ),
-            ("explanations per row", str(run["samples"])),
-            (
-                "sampling",
-                f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
-            ),
-            ("longest explanation", f"{run['max_new_tokens']:,} tokens"),
-            ("explained", explained.metadata["started"]),
-        ],
-        "Scores": [
-            ("FVE", "1 - 2 (1 - cos) / Var"),
-            ("Var", _variance(explained)),
-            (
-                "shuffled control",
-                "the same reconstruction against the vector of another row, if possible of another sequence",
-            ),
-            (
-                "retrieval rank",
-                f"rank of the row's own vector by cos, among {ranked_among(explained.metadata):,} distinct vectors",
-            ),
-        ],
+        "Words": _words(store, explained),
+        "Scores": _scores(explained) if explained.scored else [("scores", "none: no AR has read the words")],
         "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]
         + [("python", explained.metadata["python"])],
     }
@@ -207,6 +204,50 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
         heading: [(name, str(value)) for name, value in pairs if value is not None]
         for heading, pairs in groups.items()
     }
+
+
+def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
+    metadata, run = explained.metadata, explained.written_by
+    rows = f"{len(explained.rows):,} of {store.rows:,}"
+    reader = metadata.get("ar")
+    ar = ("AR (words to vector)", reader and short_name(reader))
+    texts = metadata["run"].get("texts")
+    source = ("texts from", texts and short_name(texts))
+    if run is None:
+        return [source, ar, ("texts", f"{explained.explanations:,}"), ("rows with a text", rows)]
+    return [
+        ("AV (vector to words)", short_name(metadata["av"])),
+        ar,
+        source,
+        ("injection norm", _or(metadata["injection_scale"], "as it is")),
+        ("rows explained", rows),
+        (
+            "selected by",
+            _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
+        ),
+        ("explanations per row", str(run["samples"])),
+        (
+            "sampling",
+            f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
+        ),
+        ("longest explanation", f"{run['max_new_tokens']:,} tokens"),
+        ("explained", run.get("started", metadata["started"])),
+    ]
+
+
+def _scores(explained: Explained) -> list[tuple[str, Any]]:
+    return [
+        ("FVE", "1 - 2 (1 - cos) / Var"),
+        ("Var", _variance(explained)),
+        (
+            "shuffled control",
+            "the same reconstruction against the vector of another row, if possible of another sequence",
+        ),
+        (
+            "retrieval rank",
+            f"rank of the row's own vector by cos, among {explained.ranked_among:,} distinct vectors",
+        ),
+    ]
 
 
 def short_name(name: Any) -> str:

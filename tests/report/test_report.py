@@ -298,7 +298,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     "no such table": (lambda r, t: {"explained": t / "none.parquet"}, "none.parquet: no such file"),
     "a table that is not finished": (
         lambda r, t: {"explained": half_done(t)},
-        "half.parquet: no such file: roundtrip --resume finishes it",
+        "half.parquet: no such file: its command with --resume finishes it",
     ),
     "no Parquet": (
         lambda r, t: {"explained": r / "prompts.jsonl"},

@@ -15,6 +15,7 @@ const D = await unpack($("data").textContent);
 $("data").remove();
 const { texts, sequences: S, rows: R, explanations: E } = D;
 const ROWS = R.row.length;
+const SCORED = D.scored;  // else no AR has read the texts: there is no FVE, no colour and no distribution
 const SEQUENCES = S.number.length;
 for (const name of ["cos", "cos_shuffled", "rank"]) E[name] = numbers(E[name]);
 R.norm = numbers(R.norm);
@@ -54,7 +55,7 @@ const stepOf = (fve) => {
   while (fve < STEPS[step]) step -= 1;
   return step;
 };
-const stepClass = (fve) => (Number.isFinite(fve) ? `s${stepOf(fve)}` : "unscored");
+const stepClass = (fve) => (Number.isFinite(fve) ? `s${stepOf(fve)}` : SCORED ? "unscored" : "told");
 const stepName = (step) => (step < 0 ? "no score" : step === 0 ? "below 0" : `${STEPS[step]} to ${STEPS[step + 1] ?? 1}`);
 
 const number = (value, digits = 3) =>

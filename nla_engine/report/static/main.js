@@ -1,6 +1,10 @@
 // The page's state (area, filter, row) and what changes it: clicks, keys, the form and the address.
 
 const form = $("filter");
+if (!SCORED) {
+  $("tab-distributions").remove();
+  for (const field of [form.lo.parentElement, form.order.parentElement]) field.hidden = true;
+}
 const tabs = [...document.querySelectorAll("[role=tab]")].map((tab) => tab.id.slice(4));
 const state = { tab: "text", row: -1, view: null, drawn: null };
 
@@ -160,7 +164,7 @@ $("sequences").addEventListener("pointerover", (event) => {
   const span = event.target.closest(".t");
   if (!span || span.title) return;
   const row = Number(span.dataset.i), next = nextText(row);
-  span.title = `FVE ${number(rowFve[row])}${next === null ? "" : `, next ${quoted(next)}`}`;
+  span.title = [SCORED && `FVE ${number(rowFve[row])}`, next !== null && `next ${quoted(next)}`].filter(Boolean).join(", ");
 });
 
 document.addEventListener("keydown", (event) => {

@@ -3,6 +3,7 @@
 const STATUS = {
   ok: "",
   unclosed: "Cut off: the AV reached its limit before it closed the text.",
+  given: "",
   untagged: "No opening tag: all that the AV wrote is shown.",
   zero_vector: "The vector is zero: there is nothing to explain.",
   nonfinite_vector: "The vector holds NaN or Inf: there is nothing to explain.",
@@ -26,8 +27,8 @@ const scoreTable = (e) => make("table", { class: "scores" },
 const sampleElement = (e, index, of) => make("section", { class: "sample" },
   of > 1 && make("h3", {}, `Sample ${index + 1} of ${of}`, BEST.has(e) ? make("em", {}, " best cos") : ""),
   E.text[e] ? make("p", { class: "explanation" }, E.text[e]) : "",
-  E.status[e] !== "ok" && make("p", { class: "status" }, make("b", {}, E.status[e]), " ", STATUS[E.status[e]] ?? ""),
-  scoreTable(e));
+  STATUS[E.status[e]] !== "" && make("p", { class: "status" }, make("b", {}, E.status[e]), " ", STATUS[E.status[e]] ?? ""),
+  SCORED && scoreTable(e));
 
 const describe = (row) => {
   const flags = R.flags[row];
@@ -62,8 +63,8 @@ const showRow = (row, move) => {
     pairs([
       ["norm", Number.isFinite(R.norm[row]) ? `${R.norm[row]}, ${number(relative, 2)} of the median` : "not finite"],
       ["position", `${count(R.position[row])} in sequence ${count(S.number[s])}`],
-      ["AV wrote", list.map((e) => counted(E.tokens[e], "token")).join(", ")],
-    ]),
+      list.every((e) => E.tokens[e] !== null) && ["AV wrote", list.map((e) => counted(E.tokens[e], "token")).join(", ")],
+    ].filter(Boolean)),
     record.length ? make("details", { class: "record", open: true }, make("summary", {}, "Prompt record"), pairs(record)) : "");
   $("panel").classList.add("open");
   $("panel").scrollTop = 0;
@@ -109,7 +110,8 @@ const showStart = (choose, notice) => {
   $("panel").replaceChildren(
     notice ? make("p", { class: "status" }, notice) : "",
     make("h2", { class: "begin" }, "Choose a token"),
-    make("p", { class: "hint" }, "A token\u2019s colour says how much of its activation could be rebuilt from the explanation alone. On an orange one even a fluent text is no evidence."),
+    make("p", { class: "hint" }, SCORED ? "A token\u2019s colour says how much of its activation could be rebuilt from the explanation alone. On an orange one even a fluent text is no evidence."
+      : "Each marked token has an explanation. Nothing was scored: no AR has read the explanations, and even a fluent one is no evidence."),
     make("div", { class: "cards" }, cards),
     make("p", { class: "keys" }, make("kbd", {}, "\u2190"), make("kbd", {}, "\u2192"), " tokens ", make("kbd", {}, "\u2191"), make("kbd", {}, "\u2193"), " sequences ", make("kbd", {}, "/"), " search ", make("kbd", {}, "Esc"), " close"));
   $("panel").classList.toggle("open", Boolean(notice));

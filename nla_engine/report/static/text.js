@@ -41,7 +41,7 @@ const heading = (s) => {
   return make("header", {},
     make("h2", {}, count(S.number[s])),
     make("p", { class: "record" }, shown),
-    make("p", { class: "mean" }, `FVE ${number(fve, 2)} over ${counted(rows, "row")}`,
+    make("p", { class: "mean" }, SCORED ? `FVE ${number(fve, 2)} over ${counted(rows, "row")}` : counted(rows, "row"),
       S.finish[s] === FINISH_LENGTH ? "; reply cut off" : ""));
 };
 
@@ -123,6 +123,12 @@ const showSequences = (view) => {
 
 // The legend: how many shown rows have each colour. A click filters by it.
 const showScale = (view, form, choose) => {
+  if (!SCORED) {
+    $("scale").removeAttribute("aria-label");
+    $("scale").replaceChildren(make("p", { class: "name" }, "Not scored"),
+      make("p", {}, make("span", { class: "t told" }, "marked"), " tokens have an explanation; no AR has read it"));
+    return;
+  }
   const counts = new Array(STEPS.length).fill(0);
   let without = 0;
   for (let row = 0; row < ROWS; row++) {
