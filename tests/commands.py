@@ -104,3 +104,8 @@ def check_refused(ran: Ran, message: str, code: int = 2) -> None:
 def written(path: Path, data: str | bytes) -> Path:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return path
+
+
+def json_lines(path: Path, records: list[object]) -> Path:
+    """A file with a record per line."""
+    return written(path, "".join(json.dumps(record) + "\n" for record in records))
