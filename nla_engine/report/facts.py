@@ -136,7 +136,7 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     if placed and (count := _how_many(flags & RowFlag.EARLY)):
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
-            f"below {EARLY_POSITIONS}, and scores there say less about them."
+            f"below {EARLY_POSITIONS}, and {'scores' if explained.scored else 'texts'} there say less about them."
         )
     if count := _how_many(flags & RowFlag.SINK):
         limit = store.sink_norm[layer]

@@ -24,7 +24,7 @@ from tiny import write_prompts
 from nla_engine.capture import appender
 from nla_engine.capture import run as capture_stage
 from nla_engine.capture.run import CaptureSummary
-from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.config import CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
 from nla_engine.roundtrip import results
 from nla_engine.roundtrip.summary import RoundtripSummary
 from nla_engine.store import CaptureStore, shards, writer
@@ -88,11 +88,19 @@ def test_resume_of_finished_work_and_overwrite(root: Path, tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("command", ["capture", "roundtrip"])
+COMMANDS = {
+    "capture": CaptureOptions,
+    "roundtrip": RoundtripOptions,
+    "explain": ExplainOptions,
+    "score": ScoreOptions,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_every_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = call(command, "--help").out
-    for field in dataclasses.fields({"capture": CaptureOptions, "roundtrip": RoundtripOptions}[command]):
+    for field in dataclasses.fields(COMMANDS[command]):
         name = field.name.upper() if field.name in ("model", "store") else "--" + field.name.replace("_", "-")
         assert re.search(rf"(?<![\w-]){name}(?![\w-])", text), name
         assert " ".join(field.metadata["help"].split()[:4]) in " ".join(text.split()), field.name
@@ -102,7 +110,7 @@ def test_help_lists_every_option(command: str, monkeypatch: pytest.MonkeyPatch) 
 def test_help_and_version_in_a_process_of_their_own() -> None:
     ran = shell("--help")
     assert ran.code == 0
-    for command in ["capture", "roundtrip", "report", "info", "verify", "export", "demo"]:
+    for command in ["capture", "roundtrip", "explain", "score", "report", "info", "verify", "export", "demo"]:
         assert re.search(rf"\n\W*{command} ", ran.out), command
     ran = shell("--version")
     assert ran.code == 0 and re.match(r"nla_engine \d+\.\d+\.\d+\n", ran.out)

@@ -126,7 +126,7 @@ const showScale = (view, form, choose) => {
   if (!SCORED) {
     $("scale").removeAttribute("aria-label");
     $("scale").replaceChildren(make("p", { class: "name" }, "Not scored"),
-      make("p", {}, make("span", { class: "t told" }, "marked"), " tokens have an explanation; no AR has read it"));
+      make("p", {}, make("span", { class: "mark told" }, "marked"), " tokens have an explanation; no AR has read it"));
     return;
   }
   const counts = new Array(STEPS.length).fill(0);
