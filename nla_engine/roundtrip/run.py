@@ -234,9 +234,8 @@ class _Run:
         models: dict[str, Any] = {}
         if av is not None:
             models = {"av": av.lm.name, "av_revision": av.lm.revision, "injection_scale": av.injection.scale}
-        elif isinstance(texts, TextFile) and (made := texts.metadata):
-            models = {name: made.get(name) for name in ("av", "av_revision", "injection_scale")}
-            models["explained"] = made.get("explained") or {**made["run"], "started": made["started"]}
+        elif isinstance(texts, TextFile):
+            models = texts.written_by()
         if ar is not None:
             models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
         return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}

@@ -77,14 +77,6 @@ class TextFile:
         _check_writable(path, made.select(further).schema)
         return cls(path, made, metadata)
 
-    @property
-    def most(self) -> int:
-        """Most texts of one row."""
-        return int(np.diff(self._start).max())
-
-    def __len__(self) -> int:
-        return len(self._table)
-
     def all(self) -> list[str]:
         """Every text, in order."""
         return list(self._table["explanation"].to_pylist())
@@ -96,6 +88,19 @@ class TextFile:
     def row_of(self, text: int) -> int:
         """The row of a text, by the text's place."""
         return int(self._table["row"][text].as_py())
+
+    def written_by(self) -> dict[str, Any]:
+        """For the metadata of the result: the AV that wrote the texts, and its run; nothing if that is not known."""
+        made = self.metadata or {}
+        run = made.get("run", {})
+        explained = made.get("explained") or (
+            {**run, "started": made.get("started")} if "max_new_tokens" in run else None
+        )
+        if explained is None:
+            return {}
+        return {name: made.get(name) for name in ("av", "av_revision", "injection_scale")} | {
+            "explained": explained
+        }
 
     def fingerprint(self) -> str:
         """Of the file's bytes."""
@@ -244,7 +249,10 @@ def _metadata_of(path: Path, table: pa.Table, store: CaptureStore) -> dict[str, 
             f"{path}: explains another store than {store.path} (store {made_of}, not {store.attributes['store_id']}): "
             "give the two of one run"
         )
-    return dict(metadata) if "explanation" in table.column_names and "layer" in metadata else None
+    of_run = (
+        "explanation" in table.column_names and "layer" in metadata and isinstance(metadata.get("run"), dict)
+    )
+    return dict(metadata) if of_run else None
 
 
 def _place(places: Sequence[str] | None, index: int) -> str:

@@ -78,6 +78,10 @@ def test_texts_from_elsewhere(root: Path, given: Path) -> None:
     told = dict(facts(store, explained)["Words"])
     assert told["texts"] == "9" and told["rows with a text"] == f"8 of {store.rows}"
     assert told["texts from"].endswith("mine.jsonl") and not any(name.startswith("AV") for name in told)
+    again = given.with_name("again.parquet")
+    assert call(*score(root, again, given)).code == 0
+    store, explained, _ = page(root, again)
+    assert "s.parquet; the AR " in lead(store, explained), "whoever wrote the texts is still not known"
     data = data_of(out)
     assert set(data["explanations"]["tokens"]) == {None} and set(data["explanations"]["status"]) == {"given"}
     assert len(re.findall("<script", out.read_text())) == 2
