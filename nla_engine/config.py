@@ -57,7 +57,7 @@ def _precision(models: str) -> Any:
 class CaptureOptions(Options):
     """Stage 1. See each field's help."""
 
-    model: str = option("Base model: a local directory or a Hub id.", argument=True)
+    model: str = option("Base model, or an adapter of one: a local directory or a Hub id.", argument=True)
     prompts: Path = option(
         "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with one prompt per line."
     )
@@ -135,6 +135,7 @@ class CaptureOptions(Options):
     device: str | None = fields.device()
     kernels: str = _kernels()
     revision: str | None = option("Revision of a Hub model.", None)
+    base: str | None = fields.base("MODEL")
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
@@ -191,6 +192,8 @@ class RoundtripOptions(Options):
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    av_base: str | None = fields.base("the AV")
+    ar_base: str | None = fields.base("the AR")
     batch_size: int | None = fields.batch_size("Explanations generated at once.")
     follow: bool = fields.follow()
     residency: str = option(
@@ -229,6 +232,7 @@ class ExplainOptions(Options):
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    av_base: str | None = fields.base("the AV")
     batch_size: int | None = fields.batch_size("Explanations generated at once.")
     follow: bool = fields.follow()
     precision: str = _precision("the AV")
@@ -259,6 +263,7 @@ class ScoreOptions(Options):
     seed: int = fields.seed("Seed of the controls.")
     variance: float | None = fields.store_variance()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()
+    ar_base: str | None = fields.base("the AR")
     precision: str = _precision("the AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()

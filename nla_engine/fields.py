@@ -64,7 +64,7 @@ def store() -> Any:
 
 def av() -> Any:
     """The verbalizer."""
-    return option("Verbalizer (AV): a local directory or a Hub id.")
+    return option("Verbalizer (AV): a local directory or a Hub id (owner/name, or owner/name/folder).")
 
 
 def ar() -> Any:
@@ -117,6 +117,15 @@ def follow() -> Any:
 def replace() -> Any:
     """Whether a result may be replaced."""
     return option("Replace a result that exists.", False)
+
+
+def base(what: str) -> Any:
+    """The base of an adapter."""
+    return option(
+        f"Base model of {what}, if that is an adapter: a local directory or a Hub id. "
+        "[default: the one that the adapter names]",
+        None,
+    )
 
 
 def injection_scale() -> Any:

@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from adapters import save_adapted
 from commands import LAYER, call, capture, roundtrip
 from encoded import IMPLEMENTATIONS
 from huggingface_hub import constants
@@ -148,6 +149,12 @@ def open_page(browser: "Browser") -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_adapted` writes."""
+    return save_adapted(tmp_path_factory.mktemp("adapted"))
 
 
 @pytest.fixture

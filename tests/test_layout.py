@@ -41,6 +41,8 @@ STORE_MAY_IMPORT_OF_ENGINE = {"nla_engine.engine.request"}
 RECIPE = {"checkpoint_layout", "evaluate", "fit", "rows", "tokenizer", "train"}
 #: Names collected for users; they import from where these are defined, which may be a later room.
 FACADES = ("nla_engine/__init__.py", "nla_engine/store/__init__.py")
+#: The one file that may call torch.load, with weights_only=True: users run it to convert a pickled head.
+UNPICKLES = "nla_engine/models/convert_head.py"
 LONGEST = 400
 
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
@@ -130,6 +132,9 @@ def test_nothing_is_executed_or_unpickled(name: str) -> None:
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if name == UNPICKLES and called == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)
+                continue
             assert called not in ("eval", "exec", "torch.load", "yaml.load"), f"{name}: {called}"
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]

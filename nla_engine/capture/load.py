@@ -6,22 +6,21 @@ import hashlib
 import threading
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from nla_engine.config import CaptureOptions
 from nla_engine.models.chat import Reading
 from nla_engine.models.documents import Longest
-from nla_engine.models.hub import find_directory
 from nla_engine.models.load import (
     LanguageModel,
     load_model,
-    load_tokenizer,
     pick_device,
     pick_dtype,
+    tokenizer_of,
 )
 from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.prompts import Limits, read_prompts
+from nla_engine.models.source import Source, find_source
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -33,21 +32,22 @@ CLOCK = "chat_template_clock"
 def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
     """Load the model, unless it is given, check the layers, and read the prompts.
 
-    Raises what `find_directory`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
+    Raises what `find_source`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
     """
     clock, ahead = _first_clock(options), None
     if lm is None:  # cheap checks come before a possible download
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
-        directory = find_directory(options.model, options.revision, remote_code=options.trust_remote_code)
-        ahead = _Ahead.start(options, directory, clock)
+        source = find_source(
+            options.model, options.revision, base=options.base, remote_code=options.trust_remote_code
+        )
+        ahead = _Ahead.start(options, source, clock)
     try:
         lm = lm or load_model(
             options.model,
             device=device,
             dtype=dtype,
-            revision=options.revision,
-            directory=directory,
+            source=source,
             remote_code=options.trust_remote_code,
         )
         for layer in options.layer:
@@ -122,13 +122,13 @@ class _Ahead:
         self._thread.start()
 
     @classmethod
-    def start(cls, options: CaptureOptions, directory: Path, clock: datetime | None) -> _Ahead | None:
+    def start(cls, options: CaptureOptions, source: Source, clock: datetime | None) -> _Ahead | None:
         """None if tokenizer or configuration cannot be loaded: loading the model then says why."""
         from transformers import AutoConfig
 
         try:
-            tokenizer = load_tokenizer(directory, remote_code=options.trust_remote_code)
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
+            tokenizer = tokenizer_of(source, remote_code=options.trust_remote_code)
+            config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
             text = config.get_text_config(decoder=True)
             longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
             limits = Limits(longest - options.max_new_tokens, int(text.vocab_size))

@@ -84,16 +84,24 @@ def verify(
 def _audit(store: str, model: str, sample: int, device: str | None) -> list[Check]:
     from nla_engine.capture.audit import audit
     from nla_engine.models.load import load_model, pick_device, pick_dtype
+    from nla_engine.models.source import find_source
     from nla_engine.store import CaptureStore
 
     opened, chosen = CaptureStore.open(store), pick_device(device)
     made = opened.provenance
-    captured = model == made.get("model") and not Path(model).is_dir()
+    same = model == made.get("model")
+    captured = same and not Path(model).is_dir()
+    source = find_source(
+        model,
+        made.get("revision") if captured else None,  # the commit that was captured, not today's
+        base=made.get("base") if same else None,
+        base_revision=made.get("base_revision"),
+    )
     lm = load_model(
         model,
         device=chosen,
         dtype=pick_dtype(made.get("dtype"), chosen),
-        revision=made.get("revision") if captured else None,  # the commit that was captured, not today's
+        source=source,
     )
     with progress_bar("sequences") as progress:
         return audit(opened, lm, sample=sample, progress=progress)

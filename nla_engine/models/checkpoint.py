@@ -13,6 +13,7 @@ from typing import Any
 from nla_engine.errors import CheckpointError, first_line
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+VALUE_HEAD = "value_head.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Key of a configuration that names the file of the weights, or their index.
 _NAMED = "transformers_weights"
@@ -97,11 +98,14 @@ def check_form(directory: Path, name: str) -> dict[str, Any]:
     """
     if (directory / ADAPTER).is_file():
         raise CheckpointError(
-            f"{name}: has {ADAPTER}: adapters are not merged yet, and without it this is a different model: "
-            "merge it into its base model and give that directory"
+            f"{name}: has {ADAPTER}, and an adapter has no weights that run alone: give it as a model of its own"
         )
     if not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{name}: has no {CONFIG}: give the directory of one checkpoint")
+        inside = sorted(
+            path.parent.name for file in (CONFIG, ADAPTER) for path in directory.glob(f"*/{file}")
+        )
+        hint = f", such as its folder {inside[0]}" if inside else ""
+        raise CheckpointError(f"{name}: has no {CONFIG}: give the directory of one checkpoint{hint}")
     config = read_json(directory / CONFIG)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _QUANTISED:

@@ -6,22 +6,29 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
 from nla_engine.errors import CheckpointError, RequestError, first_line
+from nla_engine.models.adapters.merge import merge
+from nla_engine.models.adapters.tensors import AdapterFile
+from nla_engine.models.cut import cut_config
 from nla_engine.models.decoder import CutDecoder
-from nla_engine.models.hub import commit_of, find_directory
+from nla_engine.models.hub.fetch import say
 from nla_engine.models.logits import LibraryLogits
+from nla_engine.models.source import Source, find_source
 from nla_engine.models.weights import check_checkpoint, read_model
 from nla_engine.ops.cards import card_of, torch_fault
 
+#: Files that hold a tokenizer, or say of which kind it is.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -30,7 +37,7 @@ class LanguageModel:
     """A decoder-only language model, on one device, in evaluation mode.
 
     `decoder` maps embeddings [1, T, d] to hidden states [1, T, d]; `blocks` are its layers; `head` maps hidden states
-    to logits [.., vocab_size] or is None for a truncated model (an AR).
+    to logits [.., vocab_size] or is None for a truncated model (an AR). `origin`: adapter and base that it was made of.
     """
 
     name: str
@@ -39,6 +46,7 @@ class LanguageModel:
     tokenizer: Any
     decoder: Any
     head: nn.Module | None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -133,6 +141,7 @@ class LanguageModel:
         return {
             "model": self.name,
             "revision": self.revision,
+            **self.origin,
             "architecture": type(self.model).__name__,
             "weights": self.fingerprint(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
@@ -181,10 +190,45 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def tokenizer_of(source: Source, *, remote_code: bool = False) -> Any:
+    """The tokenizer and chat template of a model: an adapter's own, where it has them, else its base's.
+
+    CheckpointError if the adapter's gives a token of the base's another id, or has more than the base's embedding.
+    """
+    tokenizer = load_tokenizer(source.having(*_TOKENIZER), remote_code=remote_code)
+    if source.adapter is None:
+        return tokenizer
+    own, of_base = (
+        any((place / file).is_file() for file in _TOKENIZER) for place in (source.directory, source.weights)
+    )
+    if own and of_base:
+        base = load_tokenizer(source.weights, remote_code=remote_code)
+        _check_vocabulary(source, tokenizer.get_vocab(), base.get_vocab(), remote_code)
+        tokenizer.chat_template = tokenizer.chat_template or base.chat_template
+    template = source.directory / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _check_vocabulary(source: Source, own: dict[str, int], base: dict[str, int], remote_code: bool) -> None:
+    another = "this adapter belongs to another base: give the one that it was trained on"
+    by_id = {id_: token for token, id_ in own.items()}
+    if moved := [t for t, id_ in base.items() if own.get(t, id_) != id_ or by_id.get(id_, t) != t]:
+        raise CheckpointError(
+            f"{source.name}: its tokenizer differs from that of its base {source.base} in {len(moved)} tokens, "
+            f"{min(moved)!r} is one: {another}"
+        )
+    size = int(_text_config(source.weights, remote_code).vocab_size)
+    if more := {token: id_ for token, id_ in own.items() if token not in base and id_ >= size}:
+        raise CheckpointError(
+            f"{source.name}: its tokenizer has {len(more)} tokens, {min(more)!r} is one, for which its base "
+            f"{source.base} has no embedding ({size} in all): {another}"
+        )
+
+
 def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint directory."""
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:  # the library raises many types for one fault
@@ -197,26 +241,44 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     revision: str | None = None,
-    directory: Path | None = None,
+    source: Source | None = None,
     headless: bool = False,
+    blocks: int | None = None,
     remote_code: bool = False,
 ) -> LanguageModel:
     """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
 
-    directory: what `find_directory` gave for name and revision, if that was asked already
+    An adapter is merged into its base.
+    source: what `find_source` gave for name and revision, if that was asked already
+    blocks: load only so many blocks, the first ones
     Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
     engine cannot drive; EngineError if memory is short.
     """
-    directory = directory or find_directory(name, revision, remote_code=remote_code)
+    source = source or find_source(name, revision, remote_code=remote_code)
+    directory = source.weights
     check_checkpoint(directory, headless=headless, remote_code=remote_code)
-    tokenizer = load_tokenizer(directory, remote_code=remote_code)
+    adapter = None if source.adapter is None else AdapterFile(source.adapter)
+    tokenizer = tokenizer_of(source, remote_code=remote_code)
+    cut = None if blocks is None else cut_config(directory, blocks, remote_code)
     model, missing = read_model(
-        directory, device=device, dtype=dtype, headless=headless, remote_code=remote_code
+        directory, device=device, dtype=dtype, headless=headless, remote_code=remote_code, cut=cut
     )
-    lm = wrap_model(model, tokenizer, name=name, revision=commit_of(directory))
+    lm = wrap_model(model, tokenizer, name=name, revision=source.revision)
     if missing:
         _check_unused(directory, lm, missing)
-    return lm
+    if adapter is not None:
+        if adapter.adapter.quantised:
+            say(
+                f"{name}: was trained on its base in 4 bits, and runs on the whole weights: it may differ a little"
+            )
+        depth = int(_text_config(directory, remote_code).num_hidden_layers)
+        merge(model, directory, adapter, headless=headless, depth=depth, blocks=blocks)
+        lm.origin = source.origin()
+    return lm if blocks is None or cut is not None else lm.truncated(blocks - 1)
+
+
+def _text_config(directory: Path, remote_code: bool) -> Any:
+    return AutoConfig.from_pretrained(directory, trust_remote_code=remote_code).get_text_config(decoder=True)
 
 
 @torch.inference_mode()

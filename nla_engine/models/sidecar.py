@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from nla_engine.errors import CheckpointError
@@ -17,7 +16,6 @@ from nla_engine.fields import SCALES, is_scale
 from nla_engine.models.template import split_template
 
 SIDECAR = "nla_meta.yaml"
-VALUE_HEAD = "value_head.safetensors"
 KINDS = ("nla_model", "nla_dataset")
 _ROLES = {"av": "av", "actor": "av", "verbalizer": "av", "ar": "ar", "critic": "ar", "reconstructor": "ar"}
 _TEMPLATE_NAMES = {"av": ("av", "actor", "verbalizer"), "ar": ("ar", "critic", "reconstructor")}
@@ -186,13 +184,16 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]
     return ids, place
 
 
-def reconstructor_prompts(sidecar: Sidecar, tokenizer: Any, explanations: Sequence[str]) -> list[list[int]]:
+def reconstructor_prompts(
+    sidecar: Sidecar, tokenizer: Any, explanations: Sequence[str], special: bool = True
+) -> list[list[int]]:
     """The AR's prompt around each explanation, as token ids. CheckpointError if one does not end with the suffix ids.
 
+    special: begin with the tokenizer's own start token, if it has one
     A tokenizer may merge the end of an explanation with the start of the suffix; the two are then encoded apart.
     """
     texts = [explanation.join(sidecar.template) for explanation in explanations]
-    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else []
+    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
     suffix = list(sidecar.suffix_ids)
     for number, ids in enumerate(prompts if suffix else []):
         if ids[-len(suffix) :] == suffix:
@@ -202,40 +203,9 @@ def reconstructor_prompts(sidecar: Sidecar, tokenizer: Any, explanations: Sequen
             raise CheckpointError(
                 f"{sidecar.path}: an AR prompt ends with tokens {ids[-len(suffix) :]}, the sidecar says {suffix}"
             )
-        start = tokenizer.encode(text.removesuffix(ending), add_special_tokens=True)
+        start = tokenizer.encode(text.removesuffix(ending), add_special_tokens=special)
         prompts[number] = [*start, *suffix]
     return prompts
-
-
-def read_value_head(directory: Path, d_model: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """weight float32 [d, d] and bias float32 [d] or None of `value_head.safetensors`; finite and of the right width."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / VALUE_HEAD
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing; an AR checkpoint needs it: fetch the checkpoint again"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): fetch the checkpoint again") from error
-    if "weight" not in tensors:
-        raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}, not 'weight'")
-    weight, bias = tensors["weight"].float(), tensors.get("bias")
-    if tuple(weight.shape) != (d_model, d_model):
-        raise CheckpointError(
-            f"{path}: weight has shape {tuple(weight.shape)}, the sidecar says width {d_model}"
-        )
-    if bias is not None and tuple(bias.shape) != (d_model,):
-        raise CheckpointError(f"{path}: bias has shape {tuple(bias.shape)}, the sidecar says width {d_model}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or Inf: the checkpoint is damaged, fetch it again"
-            )
-    return weight, None if bias is None else bias.float()
 
 
 def _get(data: Any, dotted: str) -> Any:

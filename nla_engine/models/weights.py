@@ -30,10 +30,11 @@ from nla_engine.models.checkpoint import (
     read_json,
     weight_paths,
 )
+from nla_engine.models.cut import is_behind
 
 #: Patterns in the names of tensors that have no place in the model, and what they mean.
 _STRAYS = (
-    ("lora_", "they belong to an adapter, and adapters are not merged yet: give merged weights"),
+    ("lora_", "they belong to an adapter: give merged weights, or the adapter in a directory of its own"),
     (
         r"_scale|\.scales|qweight|qzeros|g_idx|absmax|quant_|SCB",
         "the weights look quantised, of which config.json says nothing: give the unquantised checkpoint",
@@ -44,10 +45,17 @@ _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def read_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, headless: bool, remote_code: bool
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    headless: bool,
+    remote_code: bool,
+    cut: Any = None,
 ) -> tuple[Any, list[str]]:
     """A transformers model (`headless`: without its head) on `device`, and the names of weights that the files lack.
 
+    cut: a configuration of `cut_config`: only its blocks are read
     Only a headless model may lack weights: those after its last block. For any other model this is an error.
     The directory has passed `check_checkpoint`. Raises CheckpointError, which says what is wrong with the weights,
     or EngineError if memory is short.
@@ -66,6 +74,7 @@ def read_model(
                 output_loading_info=True,
                 attn_implementation="eager",
                 ignore_mismatched_sizes=True,  # listed in the loading info, and refused below
+                **({} if cut is None else {"config": cut}),
             )
         model.to(device)  # buffers, and whatever the hook did not see
     except Exception as error:  # the library raises many types for one fault
@@ -73,6 +82,9 @@ def read_model(
     finally:
         transformers.logging.set_verbosity(noise)
         transformers.logging.enable_progress_bar()
+    if cut is not None:
+        blocks = int(cut.get_text_config(decoder=True).num_hidden_layers)
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not is_behind(str(key), blocks)}
     _check_names(directory, model, info, headless, remote_code)
     return model, sorted(info["missing_keys"])
 

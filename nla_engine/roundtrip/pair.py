@@ -16,10 +16,10 @@ from nla_engine.config import RoundtripOptions, ScoringOptions, StageTwoOptions,
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import CheckpointError, RequestError
-from nla_engine.models.checkpoint import CONFIG, read_json, weight_paths
-from nla_engine.models.hub import find_directory
+from nla_engine.models.checkpoint import CONFIG, VALUE_HEAD, read_json, weight_paths
 from nla_engine.models.load import pick_device, pick_dtype
-from nla_engine.models.sidecar import VALUE_HEAD, Given
+from nla_engine.models.sidecar import Given
+from nla_engine.models.source import find_source
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -97,10 +97,12 @@ def load_pair(
             raise RequestError(f"a given model was loaded with {model.kernels}, the options say {kernels}")
     av = options.av if isinstance(options, WritingOptions) else None
     ar = options.ar if isinstance(options, ScoringOptions) else None
-    given = ((av, verbalizer), (ar, reconstructor))
+    av_base = options.av_base if isinstance(options, WritingOptions) else None
+    ar_base = options.ar_base if isinstance(options, ScoringOptions) else None
+    given = ((av, av_base, "--av-base", verbalizer), (ar, ar_base, "--ar-base", reconstructor))
     directories = [
-        find_directory(name, remote_code=remote_code)
-        for name, model in given
+        find_source(name, base=base, flag=flag, remote_code=remote_code).weights
+        for name, base, flag, model in given
         if name is not None and model is None
     ]
     residency = options.residency if isinstance(options, RoundtripOptions) else "both"
@@ -108,7 +110,7 @@ def load_pair(
     if residency == "auto" and device.type == "cuda" and len(directories) == 2:
         weights = sum(_weight_bytes(directory, dtype) for directory in directories)
         if options.precision == "fp8":
-            weights += weights // 2  # the quantised ones lie beside the models' own
+            weights += weights // 2  # the quantised weights are kept beside the model's own
         free = free_bytes(device)
         turns = weights + _WORKING_BYTES > free
         if turns:
@@ -125,9 +127,9 @@ def load_pair(
         "given": said,
     }
     if av is not None:
-        verbalizer = verbalizer or Verbalizer.load(av, **how)
+        verbalizer = verbalizer or Verbalizer.load(av, base=av_base, **how)
     if ar is not None:
-        reconstructor = reconstructor or Reconstructor.load(ar, **how)
+        reconstructor = reconstructor or Reconstructor.load(ar, base=ar_base, **how)
     for model in (verbalizer, reconstructor):
         if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
             announce(f"{model.lm.name}: {reason}")

@@ -12,9 +12,12 @@ import torch
 
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
-from nla_engine.models.hub import find_directory
+from nla_engine.models.adapters.form import AR_META, AR_WEIGHTS, read_ar_meta
+from nla_engine.models.checkpoint import VALUE_HEAD
 from nla_engine.models.load import LanguageModel, load_model
-from nla_engine.models.sidecar import Given, Sidecar, read_sidecar, read_value_head, reconstructor_prompts
+from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, reconstructor_prompts
+from nla_engine.models.source import Source, find_source
+from nla_engine.models.value_head import read_value_head
 from nla_engine.ops.backends import Kernels
 
 #: Most prompts, and most tokens, in one packed pass.
@@ -22,7 +25,10 @@ _BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
 
 
 class Reconstructor:
-    """A loaded AR checkpoint. weight float32 [d, d], bias float32 [d] or None: the value head."""
+    """A loaded AR checkpoint. weight float32 [d, d], bias float32 [d] or None: the value head.
+
+    special: its prompts begin with the tokenizer's start token, if it has one
+    """
 
     def __init__(
         self,
@@ -32,6 +38,7 @@ class Reconstructor:
         bias: torch.Tensor | None = None,
         *,
         kernels: Kernels = Kernels(),
+        special: bool = True,
     ) -> None:
         if lm.d_model != sidecar.d_model:
             raise CheckpointError(
@@ -48,6 +55,7 @@ class Reconstructor:
         self.weight = weight.to(lm.device)
         self.bias = None if bias is None else bias.to(lm.device)
         self.kernels = kernels
+        self.special = special
         self._runner: Runner | None = None
         self._prefix = self._shared_prefix()
 
@@ -61,22 +69,34 @@ class Reconstructor:
         remote_code: bool = False,
         kernels: Kernels = Kernels(),
         given: Given = Given(),
+        base: str | None = None,
     ) -> Reconstructor:
-        """From a directory or Hub id. CheckpointError names what is wrong with it."""
-        directory = find_directory(name, remote_code=remote_code)
-        sidecar = read_sidecar(directory, "ar", given)
-        weight, bias = read_value_head(directory, sidecar.d_model)
+        """From a directory or Hub id; base: of an adapter. CheckpointError names what is wrong with it."""
+        source = find_source(name, base=base, flag="--ar-base", remote_code=remote_code)
+        sidecar = read_sidecar(source.having(SIDECAR), "ar", given)
+        weight, bias = read_value_head(source.having(VALUE_HEAD, AR_WEIGHTS), sidecar.d_model)
         lm = load_model(
-            name, device=device, dtype=dtype, directory=directory, headless=True, remote_code=remote_code
+            name,
+            device=device,
+            dtype=dtype,
+            source=source,
+            headless=True,
+            blocks=_blocks(source, sidecar),
+            remote_code=remote_code,
         )
-        return cls(lm, sidecar, weight, bias, kernels=kernels)
+        # The trainer that writes ar_meta.json encodes prompts without special tokens, the released pairs' with them.
+        easy = (source.directory / AR_META).is_file()
+        if easy and (told := read_ar_meta(source.directory, name).blocks) != len(lm.blocks):
+            raise CheckpointError(f"{name}: {AR_META} says {told} blocks, the model has {len(lm.blocks)}")
+        return cls(lm, sidecar, weight, bias, kernels=kernels, special=not easy)
 
     def fingerprint(self) -> str:
         """Of everything that a reconstruction depends on: weights, sidecar and value head."""
         digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
         if self.bias is not None:
             digest.update(self.bias.cpu().numpy().tobytes())
-        return f"{self.lm.fingerprint()}-{self.sidecar.fingerprint()}-{digest.hexdigest()[:16]}"
+        parts = [self.lm.fingerprint(), self.sidecar.fingerprint(), digest.hexdigest()[:16]]
+        return "-".join(parts if self.special else [*parts, "plain"])
 
     def move(self, device: torch.device) -> None:
         """Move the weights to another device."""
@@ -87,18 +107,18 @@ class Reconstructor:
 
     def prompt_sizes(self, explanations: Sequence[str]) -> list[int]:
         """How many tokens the prompt around each text has."""
-        return [len(ids) for ids in reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)]
+        return [len(ids) for ids in self._prompts(explanations)]
 
     @torch.inference_mode()
     def prepare(self, tokens: int) -> None:
         """Allocate memory for texts of so many tokens, and check the engine against the library's forward."""
-        (empty,) = reconstructor_prompts(self.sidecar, self.lm.tokenizer, [""])
+        (empty,) = self._prompts([""])
         self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
 
     @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
         """The vector of each text, float32 [n, d] on the model's device. Passes are packed, without padding."""
-        prompts = reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations)
+        prompts = self._prompts(explanations)
         last = torch.empty((len(prompts), self.lm.d_model), dtype=self.lm.dtype, device=self.lm.device)
         most, budget = _BATCH[self.lm.device.type]
         start = 0
@@ -132,9 +152,12 @@ class Reconstructor:
             runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
         return states
 
+    def _prompts(self, explanations: Sequence[str]) -> list[list[int]]:
+        return reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations, self.special)
+
     def _shared_prefix(self) -> tuple[int, ...]:
         """Token ids that prompts begin with, unless the tokenizer merges a text with the template before it."""
-        one, other = reconstructor_prompts(self.sidecar, self.lm.tokenizer, ["a", "1"])
+        one, other = self._prompts(["a", "1"])
         same = [a == b for a, b in zip(one, other, strict=False)]
         return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
 
@@ -156,3 +179,17 @@ class Reconstructor:
                 self._runner.prefill([(cache.spare, 0, self._prefix)])
                 cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner
+
+
+def _blocks(source: Source, sidecar: Sidecar) -> int | None:
+    """How many blocks of its base an AR has that is an adapter; None: it is none, and has those of its weights."""
+    if source.adapter is None:
+        return None
+    if source.adapter.blocks is not None:
+        return source.adapter.blocks
+    if sidecar.layer is None:
+        raise CheckpointError(
+            f"{sidecar.path}: does not say the layer, so it is not known how many blocks of {source.base} this AR has: "
+            "add extraction_layer_index"
+        )
+    return sidecar.layer + 1

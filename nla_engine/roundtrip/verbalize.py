@@ -21,9 +21,9 @@ from nla_engine.engine.slots import default_slots
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
 from nla_engine.models.chat import reads_clock
-from nla_engine.models.hub import find_directory
 from nla_engine.models.load import LanguageModel, load_model
-from nla_engine.models.sidecar import Given, Sidecar, read_sidecar, verbalizer_prompt
+from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, verbalizer_prompt
+from nla_engine.models.source import find_source
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
@@ -78,11 +78,12 @@ class Verbalizer:
         remote_code: bool = False,
         kernels: Kernels = Kernels(),
         given: Given = Given(),
+        base: str | None = None,
     ) -> Verbalizer:
-        """From a directory or Hub id. CheckpointError names what is wrong with it."""
-        directory = find_directory(name, remote_code=remote_code)
-        sidecar = read_sidecar(directory, "av", given)
-        lm = load_model(name, device=device, dtype=dtype, directory=directory, remote_code=remote_code)
+        """From a directory or Hub id; base: of an adapter. CheckpointError names what is wrong with it."""
+        source = find_source(name, base=base, flag="--av-base", remote_code=remote_code)
+        sidecar = read_sidecar(source.having(SIDECAR), "av", given)
+        lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels)
 
     @property

@@ -188,7 +188,7 @@ def test_what_costs_nothing_to_refuse_comes_before_the_model_is_fetched(tmp_path
         asked.append(name)
         raise CheckpointError(f"{name}: gated")
 
-    monkeypatch.setattr(load, "find_directory", find)
+    monkeypatch.setattr(load, "find_source", find)
     for wrong in ({"device": "cuda:9"}, {"dtype": "int3"}):
         with pytest.raises(RequestError):
             load.load_inputs(options(tmp_path, **wrong))

@@ -17,7 +17,20 @@ from stand_in_hub import SMALL, Hub, Repository, offline
 from nla_engine.errors import CheckpointError, HubError, NLAError, RequestError, WriteError
 from nla_engine.models.hub import fetch, find_directory
 
-NO_IDS = ["", "x", "./x/y", "~nobody/x", "/no/x", "a/b/c", "a/b/", "a b/c", "a/..", "\0", "y" * 999]
+NO_IDS = [
+    "",
+    "x",
+    "./x/y",
+    "~nobody/x",
+    "/no/x",
+    "a/b/",
+    "a b/c",
+    "a/..",
+    "a/b/..",
+    "a/b//c",
+    "\0",
+    "y" * 999,
+]
 
 
 def gated(made: Repository) -> None:
@@ -79,6 +92,10 @@ def test_wrong_ids_and_revisions(hub: Hub, tmp_path: Path) -> None:
         find_directory("models/qwne")
     with pytest.raises(RequestError, match="has no revisions"):
         find_directory("models/qwen", "v9")
+    hub.asked.clear()
+    with pytest.raises(CheckpointError, match=r"^models/qwen/av: no such directory \(give a local"):
+        find_directory("models/qwen/av")  # a local path, since its beginning is there
+    assert not hub.asked
 
 
 @pytest.mark.parametrize("name", NO_IDS)
@@ -128,9 +145,7 @@ def test_repositories_that_are_no_checkpoint(hub: Hub) -> None:
         find_directory("owner/quantised")
     assert hub.fetched() == []
     hub.add("owner/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
-    with pytest.raises(
-        CheckpointError, match=r"^owner/adapter: has adapter_config.json: adapters are not merged"
-    ):
+    with pytest.raises(CheckpointError, match=r"^owner/adapter: adapter_config.json: peft_type is None"):
         find_directory("owner/adapter")
     assert hub.fetched() == ["owner/adapter:adapter_config.json"]
 
@@ -230,7 +245,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(hub: Hub, monkeypatch: pytest.
             {"config.json": b'{"quantization_config": {"quant_method": "gptq", "bits": 4}}'},
             "quantised .gptq, 4 bits",
         ),
-        ({"adapter_config.json": b"{}"}, "adapters are not merged yet"),
+        ({"adapter_config.json": b"{}"}, "has adapter_config.json beside other weights .model.safetensors"),
     ],
 )
 def test_a_form_that_is_not_run_is_refused_before_its_weights_are_fetched(

@@ -88,8 +88,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"12 weights have the wrong shape, the first is .*down_proj\.weight \(\[64, 96\], not \[64, 80\]\)",
     ),
     "adapter beside": (
-        lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
-        r"has adapter_config\.json: adapters are not merged yet.*: merge it into its base model",
+        lambda d: (d / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": "x"}'
+        ),
+        r"has adapter_config\.json beside other weights \(model\.safetensors\): which of them is meant",
     ),
     "fp8": (lambda d: configure(d, quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     "gptq": (
@@ -202,7 +204,7 @@ def test_an_adapter_is_refused_whether_or_not_its_package_is_there(
     monkeypatch.setattr(transformers.utils.import_utils, "is_peft_available", lambda: package == "peft")
     directory = save_ar(tmp_path, 2)
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="adapters are not merged yet"):
+    with pytest.raises(CheckpointError, match="has adapter_config.json beside other weights"):
         Reconstructor.load(str(directory), **CPU)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from nla_engine.errors import HubError, WriteError
 from nla_engine.models.checkpoint import read_json
 from nla_engine.models.hub.files import choose, is_whole
+from nla_engine.models.hub.place import Place
 
 #: A bar by its unit: yields progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -37,13 +38,20 @@ def say(text: str) -> None:
     _announce(text)
 
 
-def fetch(name: str, directory: Path, files: Mapping[str, int], remote_code: bool) -> Path:
-    """Fetch every file that is loaded into the snapshot directory. Announces the size before it begins."""
+def fetch(place: Place, root: Path, files: Mapping[str, int], remote_code: bool) -> Path:
+    """Fetch every file that is loaded into the snapshot `root`: the directory of `place`. Announces the size first.
+
+    files: bytes by path, from the place on
+    """
     from huggingface_hub import hf_hub_download
+
+    name, directory = str(place), root / place.folder
 
     def get(file: str, **how: Any) -> Any:
         broken = (directory / file).exists() and not is_whole(directory / file, files[file])
-        return hf_hub_download(name, file, revision=directory.name, force_download=broken, **how)
+        return hf_hub_download(
+            place.repository, place.path(file), revision=root.name, force_download=broken, **how
+        )
 
     chosen = choose(
         name,
@@ -60,7 +68,7 @@ def fetch(name: str, directory: Path, files: Mapping[str, int], remote_code: boo
     _check_room(name, needed)
     whole = sum(files[file] for file in chosen)
     _announce(
-        f"{name} (commit {directory.name[:12]}): {len(chosen)} files, {_size(whole)}; "
+        f"{name} (commit {root.name[:12]}): {len(chosen)} files, {_size(whole)}; "
         f"{_size(needed)} to fetch, {_size(whole - needed)} in the cache"
     )
     _download(get, absent, needed)

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import CheckpointError
-from nla_engine.models.checkpoint import ADAPTER, CONFIG, WEIGHTS, other_weights, weight_files
+from nla_engine.models.adapters.form import (
+    ADAPTER_WEIGHTS,
+    AR_META,
+    AR_WEIGHTS,
+    check_adapter_files,
+    is_adapter,
+)
+from nla_engine.models.checkpoint import ADAPTER, CONFIG, VALUE_HEAD, WEIGHTS, other_weights, weight_files
 
 #: Files beside the weights that transformers may look for when it loads a decoder and its tokenizer.
 BESIDE_WEIGHTS = (
     CONFIG,
     ADAPTER,
+    AR_META,
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -41,10 +49,10 @@ def choose(
 ) -> list[str]:
     """Which of a repository's files are loaded: configuration, tokenizer, templates, weights, NLA's own.
 
-    files: every path in the repository; read(path): one of its JSON files
+    files: every path in the repository or folder; read(path): one of its JSON files
     Raises CheckpointError if it holds no weights that can be read, or lacks a shard that its index names.
     """
-    from nla_engine.models.sidecar import SIDECAR, VALUE_HEAD
+    from nla_engine.models.sidecar import SIDECAR
 
     files = sorted(files)
     need_checkpoint(name, files)
@@ -53,7 +61,10 @@ def choose(
     chosen += [f for f in files if fnmatchcase(f, TEMPLATES)]
     if remote_code:
         chosen += [f for f in files if f.endswith(".py")]
-    if CONFIG in files:
+    if is_adapter(files):
+        check_adapter_files(name, files)
+        chosen += [ADAPTER_WEIGHTS if ADAPTER in files else AR_WEIGHTS]
+    else:
         chosen += _weights(name, files, read)
     return sorted(set(chosen))
 
@@ -61,8 +72,6 @@ def choose(
 def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]]) -> list[str]:
     """The files of the weights. CheckpointError unless the repository has them all."""
     found = weight_files(name, read(CONFIG), lambda file: file in files, read)
-    if not found and ADAPTER in files:
-        return []
     if not found:
         raise CheckpointError(
             f"{name}: this repository has no {WEIGHTS}, whole or in shards{_instead(files)}: "
@@ -79,11 +88,18 @@ def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]])
 
 def need_checkpoint(name: str, files: list[str]) -> None:
     """CheckpointError unless these are the files of a transformers model or adapter."""
-    if CONFIG not in files and ADAPTER not in files:
+    if CONFIG in files or is_adapter(files):
+        return
+    inside = sorted(
+        {f.rpartition("/")[0] for f in files if f.endswith((f"/{CONFIG}", f"/{ADAPTER}", f"/{AR_META}"))}
+    )
+    if inside:
         raise CheckpointError(
-            f"{name}: this repository has no {CONFIG}, so it is no transformers checkpoint"
-            f"{_instead(files)}: give another"
+            f"{name}: has no {CONFIG} itself, its folders have: give one of them, such as {name}/{inside[0]}"
         )
+    raise CheckpointError(
+        f"{name}: this repository has no {CONFIG}, so it is no transformers checkpoint{_instead(files)}: give another"
+    )
 
 
 def _instead(files: list[str]) -> str:
