@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 OUT ?= out
+# Test files that run side by side, each on one core.
+JOBS ?= 2
 # One known torch, so that no newer one is fetched; where pip sees a CPU build of it, this pin takes that one.
 TORCH ?= torch==2.13.0
 
@@ -29,7 +31,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	.ci/browser
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
