@@ -56,20 +56,13 @@ class Appender:
         try:
             for completion in ended:
                 prompt = self._prompts[completion.request.id]
-                chosen = self._chosen(prompt, completion)
                 sequences.append(
-                    sequence_rows(prompt, completion, self._keep, self._writer.sink_norm, chosen)
+                    sequence_rows(prompt, completion, self._keep, self._writer.sink_norm, self._choice)
                 )
         finally:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
-
-    def _chosen(self, prompt: Prompt, completion: Completion) -> np.ndarray | None:
-        if self._choice is None or self._choice.takes_all:
-            return None
-        tokens = np.concatenate([prompt.token_ids, completion.generated])
-        return self._choice.positions(completion.request.id, tokens)
 
 
 def sequence_rows(
@@ -77,11 +70,11 @@ def sequence_rows(
     completion: Completion,
     keep: RowRange,
     sink_norm: Mapping[int, float],
-    chosen: np.ndarray | None = None,
+    choice: RowChoice | None = None,
 ) -> SequenceRows:
     """The store's record of a finished sequence. EngineError if a layer lacks rows.
 
-    chosen: int [n], ascending, the positions to store of those that were kept; None: all
+    choice: which of the rows that were kept to store; None: all
     """
     given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
     with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
@@ -92,7 +85,8 @@ def sequence_rows(
     for layer, rows in layers.items():
         if len(rows.norm) != len(position):
             raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
-    if chosen is not None:
+    if choice is not None and not choice.takes_all:
+        chosen = choice.positions(completion.request.id, tokens)
         position = chosen.astype(np.int32)
         layers = {layer: rows.take(chosen - first) for layer, rows in layers.items()}
     sink = np.zeros(len(position), bool)

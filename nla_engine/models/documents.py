@@ -76,14 +76,16 @@ def window_sources(source: bytes, field: str, document: int, pieces: list[Piece]
         record.pop(field, None)
 
 
-def tokens_around(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """int32, int32: the ids that the tokenizer puts before and behind every text, such as its BOS and its EOS."""
-    none = np.zeros(0, np.int32)
+def tokens_around(tokenizer: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """int32, int32: the ids that the tokenizer puts before and behind every text, such as its BOS and its EOS.
+
+    None if that cannot be told: it cannot encode "a", or not as a part of what it gives with special tokens.
+    """
     try:
         bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    except Exception:  # it cannot encode "a": the prompts will show what it does
-        return none, none
+    except Exception:  # the library raises many types
+        return None
     for size in range(len(whole) - len(bare) + 1):
         if whole[size : size + len(bare)] == bare:
             return np.asarray(whole[:size], np.int32), np.asarray(whole[size + len(bare) :], np.int32)
-    return none, none
+    return None

@@ -117,9 +117,16 @@ class _Pass:
     def read_raw(self, long: str) -> None:
         """Records are texts as they are. long: what becomes of those with too many tokens."""
         self.text, self._raw = RawText(self._column), True
-        self._head, tail = tokens_around(self._tokenizer)
+        around = tokens_around(self._tokenizer)
+        if around is not None:
+            self._head = around[0]
         if long != "refuse" and self._limits.tokens is not None:
-            self._splitter = Splitter(self._limits.tokens, long, self._head, tail)
+            if around is None:
+                raise PromptError(
+                    f"--long {long}: which special tokens this tokenizer puts around a text cannot be told, so its "
+                    "documents cannot be divided: leave --long out"
+                )
+            self._splitter = Splitter(self._limits.tokens, long, *around)
 
     def take(self, place: str, record: Any) -> None:
         """Take the next record, or the PromptError that reading it gave."""

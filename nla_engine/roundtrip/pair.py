@@ -100,11 +100,13 @@ def load_pair(
     av_base = options.av_base if isinstance(options, WritingOptions) else None
     ar_base = options.ar_base if isinstance(options, ScoringOptions) else None
     given = ((av, av_base, "--av-base", verbalizer), (ar, ar_base, "--ar-base", reconstructor))
-    directories = [
-        find_source(name, base=base, flag=flag, remote_code=remote_code).weights
-        for name, base, flag, model in given
+    av_source, ar_source = (
+        find_source(name, base=base, flag=flag, remote_code=remote_code)
         if name is not None and model is None
-    ]
+        else None
+        for name, base, flag, model in given
+    )
+    directories = [source.weights for source in (av_source, ar_source) if source is not None]
     residency = options.residency if isinstance(options, RoundtripOptions) else "both"
     turns = residency == "turns"
     if residency == "auto" and device.type == "cuda" and len(directories) == 2:
@@ -127,9 +129,9 @@ def load_pair(
         "given": said,
     }
     if av is not None:
-        verbalizer = verbalizer or Verbalizer.load(av, base=av_base, **how)
+        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, **how)
     if ar is not None:
-        reconstructor = reconstructor or Reconstructor.load(ar, base=ar_base, **how)
+        reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, **how)
     for model in (verbalizer, reconstructor):
         if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
             announce(f"{model.lm.name}: {reason}")

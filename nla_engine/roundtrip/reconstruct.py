@@ -70,9 +70,13 @@ class Reconstructor:
         kernels: Kernels = Kernels(),
         given: Given = Given(),
         base: str | None = None,
+        source: Source | None = None,
     ) -> Reconstructor:
-        """From a directory or Hub id; base: of an adapter. CheckpointError names what is wrong with it."""
-        source = find_source(name, base=base, flag="--ar-base", remote_code=remote_code)
+        """From a directory or Hub id. CheckpointError names what is wrong with it.
+
+        base: of an adapter; source: what `find_source` gave for both, if that was asked already
+        """
+        source = source or find_source(name, base=base, flag="--ar-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "ar", given)
         weight, bias = read_value_head(source.having(VALUE_HEAD, AR_WEIGHTS), sidecar.d_model)
         lm = load_model(

@@ -23,7 +23,7 @@ from nla_engine.errors import CheckpointError
 from nla_engine.models.chat import reads_clock
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, verbalizer_prompt
-from nla_engine.models.source import find_source
+from nla_engine.models.source import Source, find_source
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
@@ -79,9 +79,13 @@ class Verbalizer:
         kernels: Kernels = Kernels(),
         given: Given = Given(),
         base: str | None = None,
+        source: Source | None = None,
     ) -> Verbalizer:
-        """From a directory or Hub id; base: of an adapter. CheckpointError names what is wrong with it."""
-        source = find_source(name, base=base, flag="--av-base", remote_code=remote_code)
+        """From a directory or Hub id. CheckpointError names what is wrong with it.
+
+        base: of an adapter; source: what `find_source` gave for both, if that was asked already
+        """
+        source = source or find_source(name, base=base, flag="--av-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "av", given)
         lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels)

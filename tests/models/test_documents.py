@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nla_engine.demo.run import TRIO
 from nla_engine.errors import PromptError
-from nla_engine.models.documents import WINDOW, Longest
+from nla_engine.models.documents import WINDOW, Longest, tokens_around
 from nla_engine.models.load import load_tokenizer
 from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.prompts import Limits, read_prompts
@@ -115,6 +115,25 @@ def test_longer_documents_are_refused_unless_asked_otherwise(tmp_path: Path) -> 
         read(tmp_path, byte_tokenizer(), records, 4, "refuse")
     found = read(tmp_path, byte_tokenizer(), records, 4, "refuse", skip_bad=True)
     assert (len(found), len(found.skipped)) == (1, 1)
+
+
+@pytest.mark.parametrize("whole", [[1], None])
+def test_a_tokenizer_whose_special_tokens_cannot_be_told_divides_nothing(
+    whole: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window would begin without them, or in the middle of them."""
+
+    def odd(text: str, add_special_tokens: bool) -> dict[str, list[int] | None]:
+        if whole is None:
+            raise ValueError(text)
+        return {"input_ids": whole if add_special_tokens else [2]}
+
+    assert tokens_around(odd) is None
+    monkeypatch.setattr("nla_engine.models.prompts.tokens_around", lambda _: tokens_around(odd))
+    for long in ("cut", "windows"):
+        with pytest.raises(PromptError, match=f"--long {long}: which special tokens .* cannot be told"):
+            read(tmp_path, byte_tokenizer(), [{"text": "abc"}], 4, long)
+    assert len(read(tmp_path, byte_tokenizer(), [{"text": "abc"}], 4, "refuse")) == 1
 
 
 def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:

@@ -10,15 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import call, check_refused
-from tiny import D, save_ar, save_av, save_model, write_prompts, write_sidecar
+from tiny import D, write_sidecar
 
-from nla_engine.capture.run import run_capture
-from nla_engine.config import CaptureOptions
 from nla_engine.errors import RequestError
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.verbalize import Verbalizer
 
-LAYER = 2
 WITHOUT_SCALE: dict[str, Any] = {"extraction": {"mse_scale": 8.0}}
 DATASET: dict[str, Any] = {
     "kind": "nla_dataset",
@@ -35,23 +32,6 @@ HOLES: dict[str, Any] = {
 FILLED: dict[str, Any] = {
     "prompt_templates": {"av": "At 57% of {{depth}}: <concept>{injection_char}</concept>"}
 }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, av, ar and a store."""
-    root = tmp_path_factory.mktemp("given")
-    save_model(root / "base")
-    save_av(root / "av", LAYER)
-    save_ar(root / "ar", LAYER)
-    write_prompts(root / "prompts.jsonl", 3)
-    run_capture(
-        CaptureOptions(
-            model=str(root / "base"), prompts=root / "prompts.jsonl", layer=(LAYER,), out=str(root / "run.zarr"),
-            max_new_tokens=4, codec="bf16", device="cpu",
-        )
-    )  # fmt: skip
-    return root
 
 
 def changed(root: Path, to: Path, change: dict[str, Any]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion
 from nla_engine.errors import RequestError, StoreError
+from nla_engine.models import source
 from nla_engine.models.load import load_model
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
@@ -281,6 +283,20 @@ def test_what_does_not_fit_together_is_refused(trio: Path, tmp_path: Path) -> No
     with pytest.raises(RequestError, match="an AR checkpoint, but was given as the AV"):
         run_roundtrip(options(trio, out, av=str(trio / "ar")))
     assert not out.exists() and not list(tmp_path.glob("*.parts"))
+
+
+def test_each_model_is_looked_for_once(trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the Hub every look is a request."""
+    looked: list[str] = []
+    real = source.find_directory
+
+    def find(name: str, *args: Any, **how: Any) -> Path:
+        looked.append(name)
+        return real(name, *args, **how)
+
+    monkeypatch.setattr(source, "find_directory", find)
+    run_roundtrip(options(trio, tmp_path / "x.parquet", limit=2))
+    assert looked == [str(trio / "av"), str(trio / "ar")]
 
 
 def test_a_given_model_with_other_kernels_is_refused(trio: Path, tmp_path: Path) -> None:
