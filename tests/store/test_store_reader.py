@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +312,11 @@ def test_verify_reports_progress(path: Path) -> None:
     assert all(check.ok for check in verify(path, lambda done, total: seen.append((done, total))))
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert {total for _, total in seen} == {len(seen)}
+
+
+def test_reading_a_store_does_not_load_torch(path: Path) -> None:
+    """Which takes most of a second."""
+    code = "import sys; from nla_engine import CaptureStore; CaptureStore.open(sys.argv[1]).layer(3)[:2]\n"
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
