@@ -13,6 +13,7 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.shapes import MARKER, twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
+from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.sidecar import Sidecar
 from nla_engine.ops.backends import Kernels
@@ -82,7 +83,7 @@ def verbalizer_of(lm: LanguageModel, layer: int, precision: str = "full") -> Ver
         role="av",
         d_model=lm.d_model,
         layer=layer,
-        injection_scale=_INJECTION_SCALE,
+        injection=Injection(scale=_INJECTION_SCALE),
         template=(texts([BEFORE])[0], texts([AFTER])[0]),
         marker=MARKER,
         marker_id=lm.tokenizer.convert_tokens_to_ids(MARKER),
