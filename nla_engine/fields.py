@@ -186,7 +186,7 @@ def template_option() -> Any:
 
 def prefill() -> Any:
     """The beginning of the text."""
-    return option("Begin the model's reply with this text.", "", must=UNICODE)
+    return option("Begin the model's reply, and so the text, with this.", "", must=UNICODE)
 
 
 def template_value() -> Any:

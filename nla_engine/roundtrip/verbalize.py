@@ -58,6 +58,7 @@ class Verbalizer:
                 f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
             )
         self.prompt = verbalizer_prompt(sidecar, lm.tokenizer, wording)
+        self.prefill = wording.prefill  # the text begins with it
         if len(self.prompt.places) != 1:
             raise PromptError(f"a row gives 1 vector for {len(self.prompt.places)} places in the prompt")
         self.injection = sidecar.injection
@@ -122,5 +123,5 @@ class Verbalizer:
             sampling=sampling,
             batch_size=batch_size,
         ):
-            words, status = parse_explanation(text.text)
+            words, status = parse_explanation(self.prefill + text.text)
             yield Explanation(text.id, words, status, text.n_tokens)

@@ -106,7 +106,7 @@ def told_text(model: Any, family: Family, vector: np.ndarray) -> str:
     new = out[0, ids.shape[1] :].tolist()
     if new[-1] == tokenizer.eos_token_id:
         new.pop()
-    return parse_explanation(tokenizer.decode(new, skip_special_tokens=False))[0]
+    return parse_explanation(family.prefill + tokenizer.decode(new, skip_special_tokens=False))[0]
 
 
 @pytest.fixture(scope="module")
