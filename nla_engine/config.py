@@ -18,6 +18,7 @@ from nla_engine.options import (
     Must,
     Options,
     check_local,
+    flag,
     json_values,
     one_of,
     option,
@@ -96,6 +97,9 @@ class CaptureOptions(Options):
     codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
     batch_size: int | None = fields.batch_size("Sequences run at once.")
     temperature: float = fields.temperature()
+    top_p: float | None = fields.top_p()
+    top_k: int | None = fields.top_k()
+    min_p: float | None = fields.min_p()
     seed: int = fields.seed("Seed of the sampling and of --per-document.")
     chat: bool | None = option(
         "Render prompts through the chat template, or read them raw. [default: --chat if there is a template]",
@@ -167,6 +171,7 @@ class CaptureOptions(Options):
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
         object.__setattr__(self, "layer", tuple(sorted(set(self.layer))))
         super().__post_init__()
+        _check_sampling(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
@@ -186,6 +191,9 @@ class RoundtripOptions(Options):
     limit: int | None = fields.limit()
     samples: int = fields.samples("Explanations per row; the best by cos is marked.")
     temperature: float = fields.temperature()
+    top_p: float | None = fields.top_p()
+    top_k: int | None = fields.top_k()
+    min_p: float | None = fields.min_p()
     seed: int = fields.seed("Seed of the sampling and of the controls.")
     max_new_tokens: int = fields.explanation_tokens()
     variance: float | None = fields.store_variance()
@@ -232,6 +240,9 @@ class ExplainOptions(Options):
     limit: int | None = fields.limit()
     samples: int = fields.samples("Explanations per row.")
     temperature: float = fields.temperature()
+    top_p: float | None = fields.top_p()
+    top_k: int | None = fields.top_k()
+    min_p: float | None = fields.min_p()
     seed: int = fields.seed("Seed of the sampling.")
     max_new_tokens: int = fields.explanation_tokens()
     injection_scale: str | None = fields.injection_scale()
@@ -312,6 +323,16 @@ def _check_words(options: WritingOptions) -> None:
     if options.samples > 1 and options.temperature == 0:
         raise RequestError(
             "--samples above 1 would write one greedy text several times: give a --temperature"
+        )
+    _check_sampling(options)
+
+
+def _check_sampling(options: CaptureOptions | WritingOptions) -> None:
+    cuts = [name for name in ("top_p", "top_k", "min_p") if getattr(options, name) is not None]
+    if cuts and options.temperature == 0:
+        raise RequestError(
+            f"{' and '.join(map(flag, cuts))}: decoding is greedy without a --temperature: give one, or leave "
+            f"{'it' if len(cuts) == 1 else 'them'} out"
         )
 
 

@@ -23,6 +23,29 @@ def temperature() -> Any:
     )
 
 
+def top_p() -> Any:
+    """Of the sampling."""
+    return option(
+        "With a temperature: sample from the most likely tokens that together reach this probability.",
+        None,
+        must=Must(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    )
+
+
+def top_k() -> Any:
+    """Of the sampling."""
+    return option("With a temperature: sample from this many most likely tokens.", None, must=AT_LEAST_1)
+
+
+def min_p() -> Any:
+    """Of the sampling."""
+    return option(
+        "With a temperature: sample from tokens of at least this probability relative to the most likely one.",
+        None,
+        must=Must(lambda value: 0 <= value <= 1, "0 to 1"),
+    )
+
+
 def seed(help: str) -> Any:
     """Of all that is random."""
     return option(help, 0, must=Must(lambda value: 0 <= value < 1 << 63, "0 to 2^63 - 1"))

@@ -27,7 +27,8 @@ from nla_engine.engine.streams import capture_stream, side_stream
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.sampling import Sampling
+from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance_reference, advance_triton
+from nla_engine.ops.truncation import Truncation
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import verify
@@ -87,11 +88,37 @@ def test_fast_and_reference_paths_agree_with_vectors_and_sampling(rng) -> None:
     lm = language_model()
     vectors = rng.standard_normal((40, lm.d_model)).astype(np.float32)
     requests = [Request(i, (30, 20, 21), 15, torch.from_numpy(vectors[i : i + 1]), (0,)) for i in range(40)]
-    for sampling in (Sampling(), Sampling(1.0, 3)):
+    cut = Truncation(top_p=0.8, top_k=100, min_p=0.05)
+    for sampling in (Sampling(), Sampling(1.0, 3), Sampling(1.5, 3, cut), Sampling(1.5, 3, Truncation(0.6))):
         fast = run(lm, requests, slots=16, prefix=PREFIX, sampling=sampling)
         slow = run(lm, requests, slots=5, prefix=PREFIX, sampling=sampling, kernels="reference")
         same = [fast[i].generated.tolist() == slow[i].generated.tolist() for i in range(40)]
         assert np.mean(same) >= 0.95  # a borderline draw may fall either way
+
+
+@pytest.mark.parametrize("cut", [(0.9, None, None), (0.8, 20, None), (None, 50, 0.05), (1e-3, None, None)])
+def test_a_graph_draws_what_the_reference_draws_from_a_vocabulary_of_today(cut: tuple) -> None:
+    """The same launches, replayed over new logits, in bfloat16 with the many equal values that it has."""
+    lanes, vocabulary, steps = 64, 152_064, 6
+    table = torch.zeros(1, vocabulary, dtype=torch.uint8, device="cuda")
+    how = Choosing(Sampling(0.8, 11, Truncation(*cut)), table, 1, False)
+    at = torch.arange(lanes, device="cuda")
+    logits = torch.zeros(lanes, vocabulary, dtype=torch.bfloat16, device="cuda")
+    fast, slow = (SlotState.allocate(lanes, steps + 1, logits.device) for _ in range(2))
+    advance_triton(logits, at, fast, how)  # no slot is active; compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance_triton(logits, at, fast, how)
+    for state in (fast, slow):
+        state.active[:-1] = True
+        state.limit.fill_(steps + 1)
+        state.sequence.copy_(torch.arange(lanes + 1))
+    for _ in range(steps):
+        logits.normal_(0, 2.5)
+        graph.replay()
+        advance_reference(logits, at, slow, how)
+    assert torch.equal(fast.position, slow.position)
+    assert (fast.generated == slow.generated)[:-1, :steps].float().mean() >= 0.97  # roundings at an edge
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3"])

@@ -35,7 +35,7 @@ from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
-from nla_engine.ops.sampling import Sampling
+from nla_engine.ops.sampling import sampling_of
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.directory import check_place
@@ -46,6 +46,9 @@ MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 #: Options that a resumed run must have in common where they are not what is usual: older stores lack them.
 _ADDED = {
+    "top_p": None,
+    "top_k": None,
+    "min_p": None,
     "system": None,
     "template_option": None,
     "max_tokens": None,
@@ -199,9 +202,7 @@ class CaptureJob:
             "device": str(self.lm.device),
             "chat_template": prompts_rendering(options, self.lm),
             **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
-            "sampling": "greedy"
-            if options.temperature == 0
-            else "softmax at the temperature, no truncation or penalty",
+            "sampling": str(sampling_of(options)),
             "options": options.to_dict(),
             "skipped_prompts": len(prompts.skipped),
         }
@@ -247,7 +248,7 @@ class CaptureJob:
                 runner,
                 max_new_tokens=new,
                 stop=StopAutomaton(self.vocabulary, lm.eos_ids) if new else None,
-                sampling=Sampling(options.temperature, options.seed),
+                sampling=sampling_of(options),
                 read_last="generated" in self.keep.names or "all" in self.keep.names,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[lm.device.type],
             )

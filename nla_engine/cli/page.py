@@ -37,6 +37,9 @@ _RUN = (
 _CHOSEN = ("temperature", "seed", "max_new_tokens", "positions", "prompts", "kernels")
 #: Options that are printed where they were given.
 _GIVEN = (
+    "top_p",
+    "top_k",
+    "min_p",
     "text_column",
     "system",
     "template_option",

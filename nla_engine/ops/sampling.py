@@ -1,29 +1,27 @@
-"""The end of a step: choose every lane's next token and advance its sequence. Reference in torch, two Triton launches.
+"""The end of a step: choose every lane's next token and advance its sequence. Reference in torch, Triton launches.
 
-    greedy      argmax_v logit_v                              the first of equal ones; NaN is largest, as torch.argmax
-    sampled     argmax_v logit_v / a + g_v / b                draws v with probability softmax(logit / T)
-                a = max(T, 1), b = max(1 / T, 1)              so that neither term overflows float32, for any T
+    greedy      argmax_v logit_v       the first of equal ones; NaN is largest, as torch.argmax
+    sampled     argmax_v score_v       scores of `gumbel`, over the tokens that `truncation` keeps (by default all)
 
-g_v = -log(-log u_v), where u_v is a counter-based hash of (seed, sequence, position, v), so no state is kept and
-batching cannot change a draw (Gumbel-max; the mixer is C. Wellons' 'lowbias32').
+Two launches, or three if there is a truncation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
+from nla_engine.config import CaptureOptions, WritingOptions
+from nla_engine.ops import gumbel
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.gumbel import draw_key, draw_scores, first_of_best, sortable
+from nla_engine.ops.truncation import Truncation, kept, redraw
 
-_MASK = 0xFFFFFFFF
 #: Logits per program.
 _BLOCK = 4096
-_LARGEST = torch.finfo(torch.float32).max
-_Bits = TypeVar("_Bits", int, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,22 @@ class SlotState:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. The model's logits are changed in no other way."""
+    """temperature 0 is greedy, and truncates nothing. The model's logits are changed in no other way."""
 
     temperature: float = 0.0
     seed: int = 0
+    truncation: Truncation = Truncation()
+
+    def __str__(self) -> str:
+        if not self.temperature:
+            return "greedy"
+        return f"softmax at the temperature, {self.truncation}, no penalty"
+
+
+def sampling_of(options: CaptureOptions | WritingOptions) -> Sampling:
+    """What a run was asked for."""
+    truncation = Truncation(options.top_p, options.top_k, options.min_p)
+    return Sampling(options.temperature, options.seed, truncation)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ def advance_reference(logits: torch.Tensor, lanes: torch.Tensor, state: SlotStat
     """`advance` in plain torch."""
     active, closing = state.active[lanes], state.closing[lanes]
     count, position = state.count[lanes], state.position[lanes]
-    token = choose(logits, state.sequence[lanes], position + 1, how.sampling.temperature, how.sampling.seed)
+    token = choose(logits, state.sequence[lanes], position + 1, how.sampling)
     growing = active & ~closing
     at = (lanes, count.clamp(max=state.generated.shape[1] - 1))
     state.generated[at] = torch.where(growing, token, state.generated[at])
@@ -115,68 +125,59 @@ def advance_reference(logits: torch.Tensor, lanes: torch.Tensor, state: SlotStat
 
 
 def choose(
-    logits: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, temperature: float, seed: int
+    logits: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, sampling: Sampling
 ) -> torch.Tensor:
     """int64 [n]: the token chosen for each row of logits [n, V]; sequence, position: int64 [n] of the chosen token."""
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         return logits.argmax(-1)
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    key = torch.full_like(sequence, _seed_key(seed))
-    for part in (sequence, sequence >> 32, position):
-        key = _hash(key ^ (part & _MASK))
-    bits = _hash(key[:, None] ^ _hash(vocabulary)[None])
-    u = ((bits >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24 the largest would round to 1 and always win
-    a, b = _divisors(temperature)
-    return (logits.float() / a - torch.log(-torch.log(u)) / b).argmax(-1)
-
-
-def _divisors(temperature: float) -> tuple[float, float]:
-    """Divisors of the logits and of their Gumbel noise: the scores are logit / T + noise, times one positive number."""
-    return min(max(temperature, 1.0), _LARGEST), min(max(1.0 / temperature, 1.0), _LARGEST)
-
-
-def _seed_key(seed: int) -> int:
-    return _hash(_hash(seed & _MASK) ^ (seed >> 32 & _MASK))
-
-
-def _hash(x: _Bits) -> _Bits:
-    """A 32-bit mixer, two multiply-xorshift rounds, on Python's integers or int64 tensors."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    found = gumbel.scores(logits, sequence, position, sampling.temperature, sampling.seed)
+    if sampling.truncation.cuts(logits.shape[-1]):
+        found = found.masked_fill(~kept(logits, sampling.temperature, sampling.truncation), -torch.inf)
+    return found.argmax(-1)
 
 
 def advance_triton(logits: torch.Tensor, lanes: torch.Tensor, state: SlotState, how: Choosing) -> None:
-    """`advance` in two launches: the best token of each part of the vocabulary; then the best of all, and the state.
+    """`advance` in launches: the best token of each part of the vocabulary; then the best of all, and the state.
 
+    A truncation comes between the two: if it does not keep the best of all, another token is drawn.
     ValueError if `lanes` or the logits of a lane are strided.
     """
     if not lanes.is_contiguous() or logits.stride(1) != 1:
         raise ValueError("lanes and the logits of each lane are contiguous")
+    sampling = how.sampling
     lane_count, vocabulary = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
     parts = triton.cdiv(vocabulary, block)
     best = torch.empty((2, lane_count, parts), dtype=torch.int32, device=logits.device)
-    key = _seed_key(how.sampling.seed)
+    order, token = best[0], best[1]
+    key = gumbel.seed_key(sampling.seed)
+    key -= key >> 31 << 32  # the same bits as an int32
+    divisors = gumbel.divisors(sampling.temperature) if sampling.temperature else (1.0, 1.0)
     _best_kernel[(lane_count, parts)](
         logits,
         lanes,
         state.sequence,
         state.position,
-        best[0],
-        best[1],
+        order,
+        token,
         logits.stride(0),
         vocabulary,
-        *(_divisors(how.sampling.temperature) if how.sampling.temperature else (1.0, 1.0)),
-        key - (key >> 31 << 32),  # the same bits as an int32
-        SAMPLE=how.sampling.temperature != 0.0,
+        *divisors,
+        key,
+        SAMPLE=sampling.temperature != 0.0,
         BLOCK=block,
         num_warps=8,
     )
+    if sampling.temperature and sampling.truncation.cuts(vocabulary):
+        running = (state.sequence, state.position, state.active, state.closing)
+        chosen = redraw(
+            logits, lanes, running, best, sampling.temperature, divisors, key, sampling.truncation
+        )
+        order = token = chosen  # one part per lane: its best token is the best of all
+        parts = 1
     _advance_kernel[(lane_count,)](
-        best[0],
-        best[1],
+        order,
+        token,
         lanes,
         state.token,
         state.position,
@@ -219,30 +220,13 @@ def _best_kernel(
     score = tl.load(logits + lane * logits_row + token, mask=real, other=0.0).to(tl.float32)
     if SAMPLE:
         slot = tl.load(lanes + lane)
-        number = tl.load(sequence + slot)
-        draw = key.to(tl.uint32)
-        draw = _mix(draw ^ number.to(tl.uint32))
-        draw = _mix(draw ^ (number >> 32).to(tl.uint32))
-        draw = _mix(draw ^ (tl.load(position + slot) + 1).to(tl.uint32))
-        bits = _mix(_mix(token.to(tl.uint32)) ^ draw)
-        u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-        score = tl.div_rn(score, logits_divisor) - tl.div_rn(tl.log(-tl.log(u)), noise_divisor)
-    as_int = (score + 0.0).to(tl.int32, bitcast=True)  # + 0: -0 is 0
-    order = as_int ^ ((as_int >> 31) & 0x7FFFFFFF)
-    order = tl.where(score == score, order, 0x7FFFFFFF)
-    order = tl.where(real, order, -0x80000000)
+        draw = draw_key(key, sequence, position, slot)
+        score = draw_scores(score, token, draw, logits_divisor, noise_divisor)
+    order = tl.where(real, sortable(score), -0x80000000)
     best = tl.max(order, 0)
     at = lane * tl.num_programs(1) + part
     tl.store(best_order + at, best)
-    tl.store(best_token + at, tl.min(tl.where(order == best, token, 0x7FFFFFFF), 0))
-
-
-@triton.jit
-def _mix(x):
-    """`_hash` on uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+    tl.store(best_token + at, first_of_best(order, token))
 
 
 @triton.jit
@@ -277,7 +261,7 @@ def _advance_kernel(
             part = tl.arange(0, PARTS)
             order = tl.load(best_order + lane * parts + part, mask=part < parts, other=-0x80000000)
             first = tl.load(best_token + lane * parts + part, mask=part < parts, other=0x7FFFFFFF)
-            chosen = tl.min(tl.where(order == tl.max(order, 0), first, 0x7FFFFFFF), 0).to(tl.int64)
+            chosen = first_of_best(order, first).to(tl.int64)
             before = tl.load(count + slot)
             after = tl.load(table + tl.load(stop_state + slot).to(tl.int64) * table_row + chosen)
             tl.store(token + slot, chosen)

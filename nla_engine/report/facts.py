@@ -17,6 +17,8 @@ from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: The mean FVE should be at least this much above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
+#: What cuts the softmax before a token is sampled, in this order. Older tables lack them.
+_CUTS = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -226,13 +228,17 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
             _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
         ),
         ("explanations per row", str(run["samples"])),
-        (
-            "sampling",
-            f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
-        ),
+        ("sampling", _sampling(run)),
         ("longest explanation", f"{run['max_new_tokens']:,} tokens"),
         ("explained", run.get("started", metadata["started"])),
     ]
+
+
+def _sampling(run: Mapping[str, Any]) -> str:
+    if not run["temperature"]:
+        return "greedy"
+    cuts = "".join(f"{name.replace('_', '-')} {run[name]}, " for name in _CUTS if run.get(name) is not None)
+    return f"temperature {run['temperature']:g}, {cuts}seed {run['seed']}"
 
 
 def _scores(explained: Explained) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 
 from nla_engine.config import WritingOptions
 from nla_engine.engine.streams import enter_device
-from nla_engine.ops.sampling import Sampling
+from nla_engine.ops.sampling import sampling_of
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
 from nla_engine.store import LayerReader
 
@@ -69,7 +69,7 @@ class Written:
             self._vectors(reader, rows, np.flatnonzero([status is None for status in without]), first),
             samples=samples,
             max_new_tokens=options.max_new_tokens,
-            sampling=Sampling(options.temperature, options.seed),
+            sampling=sampling_of(options),
             batch_size=options.batch_size,
         )
         with closing(written):

@@ -22,6 +22,7 @@ from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling, choose
+from nla_engine.ops.truncation import Truncation
 
 PREFIX = (7, 8, 9, 10, 11)
 EOS = 258 - 1
@@ -113,13 +114,14 @@ def test_injected_vectors_equal_inputs_embeds(architecture: str, rng) -> None:
         assert completions[i].generated.tolist() == out[0].tolist()
 
 
-def test_sampling_does_not_depend_on_batching(rng) -> None:
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_p=0.7, top_k=90, min_p=0.1)])
+def test_sampling_does_not_depend_on_batching(rng, truncation: Truncation) -> None:
     lm = language_model()
     requests = ragged_requests(rng, 11)
-    sampling = Sampling(temperature=1.3, seed=5)
+    sampling = Sampling(1.3, 5, truncation)
     alone = run(lm, requests, slots=1, sampling=sampling)
     together = run(lm, list(reversed(requests)), slots=7, sampling=sampling, chunk=23)
-    other_seed = run(lm, requests, slots=7, sampling=Sampling(temperature=1.3, seed=6))
+    other_seed = run(lm, requests, slots=7, sampling=Sampling(1.3, 6, truncation))
     for i in alone:
         assert alone[i].generated.tolist() == together[i].generated.tolist()
     assert any(alone[i].generated.tolist() != other_seed[i].generated.tolist() for i in alone)
@@ -132,8 +134,7 @@ def test_sampling_draws_from_the_softmax() -> None:
         logits.expand(draws, -1),
         torch.arange(draws) % 100,
         torch.arange(draws) // 100,
-        temperature=0.7,
-        seed=11,
+        Sampling(temperature=0.7, seed=11),
     )
     share = torch.bincount(chosen, minlength=5).double() / draws
     expected = torch.softmax(logits.double() / 0.7, 0)
@@ -148,7 +149,7 @@ def test_sampling_never_draws_what_cannot_be(seed: int) -> None:
     logits[:, 7] = 1000.0
     for block in range(8):
         position = torch.arange(64) + 64 * block
-        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, 1.0, seed) == 7).all()
+        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, Sampling(1.0, seed)) == 7).all()
 
 
 def test_a_sequence_of_nan_does_not_reach_the_next_one_in_its_slot() -> None:

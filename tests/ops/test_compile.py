@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import attention, fp8, gate, norm, places, rotary, sampling
+from nla_engine.ops import attention, fp8, gate, norm, places, rotary, sampling, truncation
 from nla_engine.ops.cards import SHARED_KIB, Card
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, cut_for, head_width
 
@@ -24,6 +24,10 @@ ADVANCE = {
     "best_order": "*i32", "best_token": "*i32", "lanes": LONG, "token": LONG, "position": LONG, "active": BYTE,
     "closing": BYTE, "stop_state": BYTE, "count": LONG, "limit": LONG, "generated": LONG, "table": BYTE,
     "parts": INT, "most": INT, "table_row": INT, "stopped": INT,
+}  # fmt: skip
+REDRAW = BEST | dict.fromkeys(("active", "closing"), BYTE) | {
+    **dict.fromkeys(("parts", "top_k"), INT), "chosen": "*i32",
+    **dict.fromkeys(("temperature", "removed", "min_p", "units"), FLOAT),
 }  # fmt: skip
 QUANTISE = {"x": HALF, "codes": CODE, "scale": "*fp32", "width": INT}
 NORM = {
@@ -60,6 +64,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"READ_LAST": False, "PARTS": 1, "parts": 1, "most": 1, "stopped": 1},
         1,
     ),
+    (truncation._redraw_kernel, REDRAW, {"TOP_K": True, "TOP_P": True, "PARTS": 64, "BLOCK": 4096}, 16),
     (fp8._quantise_kernel, QUANTISE, {"BLOCK": 4096}, 8),
     (fp8._norm_kernel, NORM, {"ADD": True, "BLOCK": 4096}, 8),
     (fp8._norm_kernel, NORM, {"ADD": False, "BLOCK": 4096}, 8),

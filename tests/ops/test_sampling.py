@@ -9,8 +9,9 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from nla_engine.ops import sampling
+from nla_engine.ops import gumbel, sampling
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState
+from nla_engine.ops.truncation import Truncation
 
 DTYPES = [torch.float32, torch.bfloat16]
 MOST = 5
@@ -50,9 +51,19 @@ def same(a: SlotState, b: SlotState) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("lanes", "vocabulary"), [(1, 1), (33, 259), (3, 4096), (4, 10_001)])
 @pytest.mark.parametrize("read_last", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("temperature", "truncation"),
+    [(0.0, Truncation()), (0.7, Truncation()), (0.7, Truncation(None, 40, 0.3))],
+    ids=["greedy", "sampled", "truncated"],
+)
 def test_both_ways_move_every_lane_alike(
-    rng, dtype: torch.dtype, lanes: int, vocabulary: int, read_last: bool, temperature: float
+    rng,
+    dtype: torch.dtype,
+    lanes: int,
+    vocabulary: int,
+    read_last: bool,
+    temperature: float,
+    truncation: Truncation,
 ) -> None:
     slots = lanes + 4
     state, table = filled(rng, slots, vocabulary)
@@ -61,7 +72,7 @@ def test_both_ways_move_every_lane_alike(
     where = torch.from_numpy(at).to(DEVICE)
     logits = torch.from_numpy(rng.integers(-8, 8, (lanes, 2 * vocabulary)).astype(np.float32) / 4)
     logits = logits.to(DEVICE, dtype)[:, :vocabulary]  # many ties; rows further apart than they are long
-    how = Choosing(Sampling(temperature, int(rng.integers(1 << 62))), table, 2, read_last)
+    how = Choosing(Sampling(temperature, int(rng.integers(1 << 62)), truncation), table, 2, read_last)
     fast, slow = copied(state), copied(state)
     sampling.advance_triton(logits, where, fast, how)
     sampling.advance_reference(logits, where, slow, how)
@@ -123,7 +134,7 @@ def test_a_draw_is_that_of_the_reference(rng, seed: int) -> None:
     """The same hash decides: over flat logits nothing else does, and a wrong bit would move nearly every draw."""
     flat = torch.zeros(40, 9001, device=DEVICE)
     number = torch.arange(40, device=DEVICE)
-    expected = sampling.choose(flat, number, number + 1, 1.5, seed)
+    expected = sampling.choose(flat, number, number + 1, Sampling(1.5, seed))
     assert (one_each(flat, 1.5, seed) == expected).float().mean() >= 0.95  # log may round otherwise
     peaked = torch.full((3, 9001), -1000.0, device=DEVICE)
     peaked[:, 7] = 1000.0
@@ -146,11 +157,11 @@ def extremes(rng: np.random.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", EXTREMES)
 def test_a_temperature_towards_nothing_is_greedy_and_towards_infinity_flat(rng, temperature: float) -> None:
     logits, number = extremes(rng), torch.arange(40, device=DEVICE)
-    chosen = sampling.choose(logits, number, number, temperature, 3)
+    chosen = sampling.choose(logits, number, number, Sampling(temperature, 3))
     if temperature < 1:
         assert torch.equal(chosen, logits.argmax(-1))
     else:
-        flat = sampling.choose(torch.zeros_like(logits), number, number, 1.0, 3)
+        flat = sampling.choose(torch.zeros_like(logits), number, number, Sampling(1.0, 3))
         assert (chosen == flat).float().mean() > 0.9
         assert not (chosen == 17).any()  # what has no probability has none at any temperature
 
@@ -159,7 +170,7 @@ def test_a_temperature_towards_nothing_is_greedy_and_towards_infinity_flat(rng, 
 @pytest.mark.parametrize("temperature", [*EXTREMES, 0.3, 1.0, 1.7])
 def test_draws_at_any_temperature_are_those_of_the_reference(rng, temperature: float) -> None:
     logits, number = extremes(rng), torch.arange(40, device=DEVICE)
-    expected = sampling.choose(logits, number, number + 1, temperature, 11)
+    expected = sampling.choose(logits, number, number + 1, Sampling(temperature, 11))
     assert (one_each(logits, temperature, 11) == expected).float().mean() >= 0.95  # log may round otherwise
 
 
@@ -167,7 +178,7 @@ def test_frequencies_are_those_of_the_softmax_at_low_and_high_temperatures() -> 
     logits = torch.tensor([1.0, 0.9, 0.5, -1.0, float("-inf")])
     number = torch.arange(20_000)
     for temperature in (0.05, 0.3, 1.0, 4.0, 1e30):
-        drawn = sampling.choose(logits.expand(len(number), -1), number, number, temperature, 5)
+        drawn = sampling.choose(logits.expand(len(number), -1), number, number, Sampling(temperature, 5))
         wanted = torch.softmax(logits.double() / temperature, -1)
         seen = drawn.bincount(minlength=5) / len(number)
         assert (seen - wanted).abs().max() < 0.015, temperature
@@ -175,7 +186,7 @@ def test_frequencies_are_those_of_the_softmax_at_low_and_high_temperatures() -> 
 
 def test_hashes_of_integers_and_tensors_are_one() -> None:
     values = [0, 1, 12345, 0xFFFFFFFF, 1 << 40]
-    assert sampling._hash(torch.tensor(values)).tolist() == [sampling._hash(value) for value in values]
+    assert gumbel.hash_bits(torch.tensor(values)).tolist() == [gumbel.hash_bits(value) for value in values]
 
 
 @starts_the_interpreter

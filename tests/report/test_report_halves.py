@@ -26,7 +26,7 @@ HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='window.pw
 @pytest.fixture(scope="module")
 def unscored(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unscored") / "e.parquet"
-    assert call(*explain(root, out, samples=2, temperature=0.9, limit=12)).code == 0
+    assert call(*explain(root, out, samples=2, temperature=0.9, top_p=0.95, top_k=50, limit=12)).code == 0
     return out
 
 
@@ -62,7 +62,9 @@ def test_without_scores_the_page_says_so_and_has_no_number_of_them(root: Path, u
     told = facts(store, explained)
     assert told["Scores"] == [("scores", "none: no AR has read the words")]
     words = dict(told["Words"])
-    assert words["sampling"] == "temperature 0.9, seed 0" and not any(name.startswith("AR") for name in words)
+    assert words["sampling"] == "temperature 0.9, top-k 50, top-p 0.95, seed 0" and not any(
+        name.startswith("AR") for name in words
+    )
     data = data_of(out)
     assert data["scored"] is False and data["variance"] is None and data["control_vectors"] == 0
     assert data["explanations"]["best"] == [] and set(data["explanations"]["cos"]) == {None}
@@ -92,7 +94,10 @@ def test_scored_after_it_was_explained(root: Path, unscored: Path, tmp_path: Pat
     store, explained, _ = page(root, tmp_path / "s.parquet")
     assert [figure.label for figure in figures(explained)] == ["FVE", "cos", "retrieval", "closed"]
     told = dict(facts(store, explained)["Words"])
-    assert told["sampling"] == "temperature 0.9, seed 0" and told["explanations per row"] == "2"
+    assert (
+        told["sampling"] == "temperature 0.9, top-k 50, top-p 0.95, seed 0"
+        and told["explanations per row"] == "2"
+    )
     assert told["texts from"].endswith("e.parquet") and told["AV (vector to words)"].endswith("av")
     assert "2 times each; the AR " in lead(store, explained)
 

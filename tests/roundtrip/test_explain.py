@@ -23,6 +23,7 @@ from nla_engine.roundtrip.results import SCHEMA, SCORES, read_metadata
 from nla_engine.roundtrip.verbalize import Verbalizer
 
 SAMPLED = {"samples": 3, "temperature": 1.0, "seed": 4}
+CUT = {"temperature": 1.5, "top_p": 0.8, "top_k": 30, "min_p": 0.01}
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def both(root: Path, store: Path, out: Path, **changes: object) -> RoundtripOpti
     return RoundtripOptions(**{**base, "max_new_tokens": 10, "batch_size": 5, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("how", [{}, SAMPLED, {"where": "position > 0", "limit": 5}, {"follow": True}])
+@pytest.mark.parametrize("how", [{}, SAMPLED, CUT, {"where": "position > 0", "limit": 5}, {"follow": True}])
 def test_the_texts_are_those_of_a_round_trip(
     root: Path, store: Path, tmp_path: Path, how: dict[str, object]
 ) -> None:
