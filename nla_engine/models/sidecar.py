@@ -27,7 +27,10 @@ _LAYER_KEYS = (
     "ar.extraction_layer_index",
     "critic.num_hidden_layers",
     "ar.num_hidden_layers",
+    "extraction.whitening.layer_index",
 )
+#: extraction.norm of vectors that were whitened before training: (v - mean) @ matrix, the matrix symmetric.
+WHITENED = ("whitened_zca", "whitened_zca_v1")
 #: All that is known of how a vector enters, by section. Another key that speaks of it is another way to enter.
 _INJECTION_KEYS = {
     "": set(),
@@ -51,6 +54,8 @@ class Sidecar:
     template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
+    norm: what was done to vectors before training: "none", one of WHITENED, or None if not stated
+    whitening: sha256 of the whitening, None if not stated
     """
 
     path: Path
@@ -64,6 +69,8 @@ class Sidecar:
     left_id: int | None
     right_id: int | None
     suffix_ids: tuple[int, ...]
+    norm: str | None = None
+    whitening: str | None = None
 
     def fingerprint(self) -> str:
         """sha256 over everything but the path."""
@@ -75,11 +82,15 @@ class Given:
     """What the user says of a checkpoint whose sidecar does not: it comes before what the sidecar says.
 
     scale: a number as text, or one of SCALES; injection: "replace"; values: of the holes in a template
+    layer: the one that is read; map, whitening: files that come before those beside the weights
     """
 
     scale: str | None = None
     injection: str | None = None
     values: tuple[tuple[str, str], ...] = ()
+    layer: int | None = None
+    map: Path | None = None
+    whitening: Path | None = None
 
 
 def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
@@ -103,11 +114,7 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
     d_model = _agreed(path, data, "d_model", "extraction.d_model")
     if d_model is None or d_model < 1:
         raise CheckpointError(f"{path}: d_model is missing or not a positive integer")
-    norm = _get(data, "extraction.norm")
-    if norm not in (None, "none"):
-        raise CheckpointError(
-            f"{path}: extraction.norm is {norm!r}: only vectors as they were captured (none) are supported"
-        )
+    norm, whitening = _norm(path, data)
     layer = _agreed(path, data, *_LAYER_KEYS)
     marker = _get(data, "tokens.injection_char")
     suffix = _get(data, "tokens.critic_suffix_ids") or _get(data, "tokens.ar_suffix_ids") or []
@@ -115,7 +122,7 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         raise CheckpointError(f"{path}: tokens.critic_suffix_ids is not a list of token ids")
     if role == "av":
         _check_injection(path, data, kind, given)
-    values = dict(given.values) | ({} if layer is None else {"layer": str(layer)})
+    values = _values(path, given, layer)
     sidecar = Sidecar(
         path=path,
         role=role,
@@ -128,6 +135,8 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         left_id=_integer(path, data, "tokens.injection_left_neighbor_id"),
         right_id=_integer(path, data, "tokens.injection_right_neighbor_id"),
         suffix_ids=tuple(suffix),
+        norm=norm,
+        whitening=whitening,
     )
     if role == "av" and (sidecar.marker is None or sidecar.marker_id is None):
         raise CheckpointError(f"{path}: tokens.injection_char or tokens.injection_token_id is missing")
@@ -237,6 +246,33 @@ def _agreed(path: Path, data: dict[str, Any], *keys: str) -> int | None:
         told = ", ".join(f"{key} {number}" for key, number in found.items())
         raise CheckpointError(f"{path}: tells two different numbers ({told}): correct the wrong one")
     return next(iter(found.values()), None)
+
+
+def _norm(path: Path, data: dict[str, Any]) -> tuple[str | None, str | None]:
+    """What was done to vectors before training, and the sha256 of the whitening."""
+    norm, whitening = _get(data, "extraction.norm"), _get(data, "extraction.whitening")
+    if norm not in (None, "none", *WHITENED):
+        raise CheckpointError(
+            f"{path}: extraction.norm is {norm!r}: only vectors as they were captured (none) and whitened ones "
+            f"({WHITENED[0]}) are supported"
+        )
+    if whitening is not None and norm not in WHITENED:
+        raise CheckpointError(
+            f"{path}: has extraction.whitening, and extraction.norm does not say {WHITENED[0]}: correct the wrong one"
+        )
+    told = _get(whitening, "stats_sha256")
+    return norm, None if told is None else str(told)
+
+
+def _values(path: Path, given: Given, layer: int | None) -> dict[str, str]:
+    """The values of a template's holes. layer: what the sidecar says; else the one that is read."""
+    values = dict(given.values)
+    layer = given.layer if layer is None else layer
+    if layer is not None and values.setdefault("layer", str(layer)) != str(layer):
+        raise CheckpointError(
+            f"{path}: --template-value layer={values['layer']}, but layer {layer} is read: leave it out"
+        )
+    return values
 
 
 def _check_injection(path: Path, data: dict[str, Any], kind: object, given: Given) -> None:

@@ -85,12 +85,16 @@ def load_pair(
         announce(line)
     remote_code = options.trust_remote_code
     kernels = Kernels(options.kernels, options.precision)
-    said = Given(values=options.template_value)
+    said = Given(values=options.template_value, whitening=options.whitening)
+    of_av = of_ar = said
     if isinstance(options, WritingOptions):
-        said = replace(said, scale=options.injection_scale, injection=options.injection)
-    if said != Given() and (verbalizer or reconstructor):
+        of_av = replace(said, scale=options.injection_scale, injection=options.injection, map=options.av_map)
+    if isinstance(options, ScoringOptions):
+        of_ar = replace(said, map=options.ar_map)
+    if (of_av, of_ar) != (Given(), Given()) and (verbalizer or reconstructor):
         raise RequestError(
-            "--injection, --injection-scale and --template-value are for models that are loaded here"
+            "--injection, --injection-scale, --template-value, --av-map, --ar-map and --whitening are for models that "
+            "are loaded here"
         )
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
@@ -126,12 +130,15 @@ def load_pair(
         "dtype": dtype,
         "remote_code": remote_code,
         "kernels": kernels,
-        "given": said,
     }
+    layer = options.layer
     if av is not None:
-        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, **how)
+        said = replace(of_av, layer=layer)
+        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, given=said, **how)
+        layer = verbalizer.sidecar.layer if layer is None else layer
     if ar is not None:
-        reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, **how)
+        said = replace(of_ar, layer=layer)
+        reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, given=said, **how)
     for model in (verbalizer, reconstructor):
         if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
             announce(f"{model.lm.name}: {reason}")

@@ -22,6 +22,7 @@ from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
 from nla_engine.models.chat import reads_clock
 from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.map_files import Maps, find_maps
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, verbalizer_prompt
 from nla_engine.models.source import Source, find_source
 from nla_engine.models.tokens import token_bytes
@@ -59,12 +60,12 @@ def parse_explanation(text: str) -> tuple[str, str]:
 class Verbalizer:
     """A loaded AV checkpoint."""
 
-    def __init__(self, lm: LanguageModel, sidecar: Sidecar, *, kernels: Kernels = Kernels()) -> None:
-        self.lm, self.sidecar, self.kernels = lm, sidecar, kernels
-        if lm.d_model != sidecar.d_model:
-            raise CheckpointError(
-                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
-            )
+    def __init__(
+        self, lm: LanguageModel, sidecar: Sidecar, *, kernels: Kernels = Kernels(), maps: Maps = Maps()
+    ) -> None:
+        self.lm, self.sidecar, self.kernels, self.maps = lm, sidecar, kernels, maps
+        maps.check_width(sidecar, lm.d_model)
+        _check_single(maps, lm.d_model)
         ids, place = verbalizer_prompt(sidecar, lm.tokenizer)
         self.injection = Injection(tuple(ids), place, sidecar.injection_scale)
 
@@ -87,8 +88,9 @@ class Verbalizer:
         """
         source = source or find_source(name, base=base, flag="--av-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "av", given)
+        maps = find_maps(source, sidecar, given)
         lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
-        return cls(lm, sidecar, kernels=kernels)
+        return cls(lm, sidecar, kernels=kernels, maps=maps)
 
     @property
     def room(self) -> int:
@@ -96,8 +98,8 @@ class Verbalizer:
         return self.lm.max_length - len(self.injection.token_ids)
 
     def fingerprint(self) -> str:
-        """Of everything that an explanation depends on: weights, sidecar, and a prompt that changes with the day."""
-        parts = [self.lm.fingerprint(), self.sidecar.fingerprint()]
+        """Of everything that an explanation depends on: weights, sidecar, maps, and a prompt that changes by day."""
+        parts = [self.lm.fingerprint(), self.sidecar.fingerprint(), *self.maps.fingerprint()]
         if reads_clock(self.lm.tokenizer):
             parts.append(
                 hashlib.sha256(str((self.injection.prefix, self.injection.tail)).encode()).hexdigest()[:16]
@@ -158,8 +160,24 @@ class Verbalizer:
     def _at_scale(
         self, vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same pairs with scaled vectors on the model's device, in blocks."""
-        pairs = iter(vectors)
+        """The same pairs with vectors that were mapped and scaled, on the model's device, in blocks."""
+        pairs, maps = iter(vectors), self.maps.to(self.lm.device)
         while group := list(islice(pairs, _SCALED_AT_ONCE)):
             block = torch.stack([torch.as_tensor(vector) for _, vector in group]).to(self.lm.device)
-            yield from zip([id_ for id_, _ in group], self.injection.scaled(block), strict=True)
+            mapped = maps.before(block, self.lm.d_model)[:, 0]
+            yield from zip([id_ for id_, _ in group], self.injection.scaled(mapped), strict=True)
+
+
+def _check_single(maps: Maps, d_model: int) -> None:
+    """CheckpointError for a map that makes several vectors of one: a prompt has one place for a vector."""
+    if maps.map is None:
+        return
+    if maps.map.prefix is not None:
+        raise CheckpointError(
+            f"{maps.map.path}: has a prefix of {len(maps.map.prefix)} vectors before the prompt, which is not supported"
+        )
+    if (count := maps.map.count(d_model)) != 1:
+        raise CheckpointError(
+            f"{maps.map.path}: makes {count} vectors of one, and the prompt has one place for a vector: "
+            "several are not supported"
+        )
