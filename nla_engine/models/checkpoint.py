@@ -94,7 +94,7 @@ def other_weights(files: Iterable[str]) -> list[str]:
 
 def is_heads_alone(files: Collection[str]) -> bool:
     """Whether these are the files of an AR that has its heads, and the weights of its base unchanged."""
-    return VALUE_HEADS in files and CONFIG not in files and ADAPTER not in files
+    return VALUE_HEADS in files and not {CONFIG, ADAPTER, WEIGHTS, INDEX} & set(files)
 
 
 def check_form(directory: Path, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from nla_engine.errors import CheckpointError
 from nla_engine.models.checkpoint import AR_MAP, AV_MAP, WHITENING
+from nla_engine.models.hub import listed
 from nla_engine.models.sidecar import WHITENED, Given, Sidecar
 from nla_engine.models.source import Source
 from nla_engine.models.value_head import CONVERT, convertible
@@ -157,15 +158,15 @@ def _whitening(source: Source, sidecar: Sidecar, given: Path | None) -> Whitenin
 
 
 def _or_convert(source: Source) -> str:
-    for directory in {source.directory, source.weights}:
-        if files := [name for name in convertible(directory) if "whiten" in name.lower()]:
+    for directory in (source.directory, source.weights):
+        if files := [name for name in convertible(listed(directory)[1]) if "whiten" in name.lower()]:
             return f", made from {files[0]} with {CONVERT} {directory / files[0]} {WHITENING}"
     return ""
 
 
 def _check_form(path: Path, option: str, target: str) -> None:
     """CheckpointError for a file that is not there, or of a form that is converted first."""
-    if convertible(path.parent, [path.name]):
+    if convertible([path.name]):
         raise CheckpointError(
             f"{path}: is not safetensors (pickles can run code): convert it with {CONVERT} {path} {target}, and pass "
             f"{option} {target}"

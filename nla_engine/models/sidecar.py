@@ -122,7 +122,7 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         raise CheckpointError(f"{path}: tokens.critic_suffix_ids is not a list of token ids")
     if role == "av":
         _check_injection(path, data, kind, given)
-    values = _values(path, given, layer)
+    values = _values(path, data, given, layer)
     sidecar = Sidecar(
         path=path,
         role=role,
@@ -264,10 +264,17 @@ def _norm(path: Path, data: dict[str, Any]) -> tuple[str | None, str | None]:
     return norm, None if told is None else str(told)
 
 
-def _values(path: Path, given: Given, layer: int | None) -> dict[str, str]:
-    """The values of a template's holes. layer: what the sidecar says; else the one that is read."""
+def _values(path: Path, data: dict[str, Any], given: Given, layer: int | None) -> dict[str, str]:
+    """The values of a template's holes. layer: what the sidecar says; else the one that is read.
+
+    depth_pct is that of `depth_percentages` which is nearest to the layer's depth, as trainers of all layers choose it.
+    """
     values = dict(given.values)
     layer = given.layer if layer is None else layer
+    depths, blocks = _get(data, "depth_percentages"), _integer(path, data, "n_layers")
+    if layer is not None and blocks and depths and isinstance(depths, list) and all(map(_is_int, depths)):
+        depth = 100 * layer / blocks
+        values.setdefault("depth_pct", str(min(depths, key=lambda percent: abs(percent - depth))))
     if layer is not None and values.setdefault("layer", str(layer)) != str(layer):
         raise CheckpointError(
             f"{path}: --template-value layer={values['layer']}, but layer {layer} is read: leave it out"

@@ -102,15 +102,15 @@ def _of_layer(path: Path, keys: Iterable[str], layer: int | None) -> dict[str, s
     return {key: part for part, key in heads[layer].items()}
 
 
-def convertible(directory: Path, files: Iterable[str] | None = None) -> list[str]:
-    """The files of a directory, or of these, that only the conversion command reads."""
-    files = listed(directory)[1] if files is None else files
+def convertible(files: Iterable[str]) -> list[str]:
+    """Those of these files that only the conversion command reads."""
     return sorted(file for file in files if file.endswith(_CONVERTIBLE) and "/" not in file)
 
 
 def _instead(directory: Path) -> str:
     """What to do where there is no head: convert the pickled one beside, if there is one."""
-    repository, pickled = listed(directory)[0], convertible(directory)
+    repository, files = listed(directory)
+    pickled = convertible(files)
     if not pickled:
         return "fetch the checkpoint again"
     file, danger = pickled[0], "is pickled, and pickles can run code"

@@ -80,3 +80,18 @@ def test_the_layer_that_is_read_fills_a_template_where_the_sidecar_tells_none(tm
         read(tmp_path, sidecar, "av")
     with pytest.raises(CheckpointError, match="--template-value layer=8, but layer 5 is read: leave it out"):
         read(tmp_path, told, "av", values=(("layer", "8"),))
+
+
+@pytest.mark.parametrize(("layer", "depth"), [(0, 4), (20, 71), (27, 96)])
+def test_the_depth_of_a_layer_is_chosen_as_the_trainers_of_all_layers_choose_it(
+    tmp_path: Path, layer: int, depth: int
+) -> None:
+    sidecar = {**AV, "n_layers": 28, "prompt_templates": {"av": "{depth_pct}%: {injection_char}"}}
+    depths = [4, 10, 17, 25, 32, 40, 47, 55, 63, 71, 80, 90, 96]
+    told = {**sidecar, "depth_percentages": depths}
+    assert read(tmp_path, told, "av", layer=layer).template == (f"{depth}%: ", "")
+    given = read(tmp_path, told, "av", layer=layer, values=(("depth_pct", "57"),))
+    assert given.template == ("57%: ", "")
+    for lacking in (sidecar, {**told, "n_layers": None}, {**told, "depth_percentages": []}):
+        with pytest.raises(CheckpointError, match="without a value: pass --template-value depth_pct=VALUE"):
+            read(tmp_path, lacking, "av", layer=layer)

@@ -27,10 +27,14 @@ def saved(path: Path, **tensors: torch.Tensor) -> Path:
     return path
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_map_is_weight_times_vector_plus_bias(
-    tmp_path: Path, rng: np.random.Generator, dtype: torch.dtype, count: int
+    tmp_path: Path, rng: np.random.Generator, dtype: torch.dtype, count: int, device: str
 ) -> None:
     weight, bias = numbers(rng, count * D, D_IN).to(dtype), numbers(rng, count * D).to(dtype)
     vectors = numbers(rng, 7, D_IN).float()
@@ -38,10 +42,11 @@ def test_a_map_is_weight_times_vector_plus_bias(
         found = VectorMap.read(saved(tmp_path / "map.safetensors", weight=weight, **more))
         wanted = vectors.double() @ weight.double().T + (bias.double() if more else 0)
         assert (found.width, found.count(D)) == (D_IN, count)
-        got = found.apply(vectors, D)
+        found, on_device = found.to(torch.device(device)), vectors.to(device)
+        got = found.apply(on_device, D)
         assert got.shape == (7, count, D) and got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), wanted.reshape(7, count, D), rtol=1e-5, atol=1e-5)
-        assert torch.equal(got[:, -1], found.apply(vectors, count * D)[:, 0, -D:])
+        torch.testing.assert_close(got.double().cpu(), wanted.reshape(7, count, D), rtol=1e-5, atol=1e-5)
+        assert torch.equal(got[:, -1], found.apply(on_device, count * D)[:, 0, -D:])
 
 
 def test_constant_rows_are_read_beside_a_map(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -81,6 +86,32 @@ def test_a_whitening_and_its_way_back(
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
     assert found.captured(torch.zeros(1, D)).isnan().all()
     assert Whitening.read(tmp_path / "w", back=False).inverse is None or given
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_is_enough_for_vectors_with_attention_sinks(
+    tmp_path: Path, rng: np.random.Generator, device: str
+) -> None:
+    """As measured on a real model: a few vectors a hundred times as long as the others, a condition of 2000."""
+    rows = (
+        rng.standard_normal((4000, 64))
+        * np.geomspace(3, 60, 64)
+        @ np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    )
+    rows[::500] += 25_000 * np.linalg.qr(rng.standard_normal((64, 1)))[0][:, 0]
+    mean, matrix, inverse = zca(rows)
+    assert np.linalg.cond(matrix) > 300
+    saved(tmp_path / "w", mean=torch.from_numpy(mean).float(), matrix=torch.from_numpy(matrix).float())
+    found, white = Whitening.read(tmp_path / "w", back=True), (rows - mean) @ matrix
+    length = np.linalg.norm(white, axis=1, keepdims=True)
+    found = found.to(torch.device(device))
+    pairs = [
+        (found.white(torch.from_numpy(rows).float().to(device)), white),
+        (found.captured(torch.from_numpy(white).float().to(device)), white / length * 8 @ inverse + mean),
+    ]
+    for got, wanted in pairs:
+        apart = np.linalg.norm(got.cpu().numpy() - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+        assert apart.max() < 1e-3 and np.median(apart) < 1e-5
 
 
 def test_a_matrix_that_is_not_symmetric_multiplies_from_the_right(

@@ -68,7 +68,7 @@ def rows_of(root: Path) -> np.ndarray:
 
 
 def check_pair(
-    root: Path, at: Path, out: Path, enters: Apply = same, leaves: Apply = same, every: int = 9
+    root: Path, at: Path, out: Path, enters: Apply = same, leaves: Apply = same, every: int = 23
 ) -> None:
     """Check a table: each text is what the AV says of enters(v), each cos that of v and leaves(head of the AR)."""
     rows, table = rows_of(root), pq.read_table(out).to_pylist()
@@ -157,7 +157,7 @@ def test_a_whitening_and_maps_together(pair: Path, tmp_path: Path, rng: np.rando
     save_map(changed(pair, tmp_path, "av") / "av_map.safetensors", enc)
     save_map(changed(pair, tmp_path, "ar") / "ar_map.safetensors", dec)
     out = tmp_path / "x.parquet"
-    ran = call(*roundtrip(tmp_path, out, pair / "run.zarr", whitening=tmp_path / "w"))
+    ran = call(*roundtrip(tmp_path, out, pair / "run.zarr", whitening=tmp_path / "w", residency="turns"))
     assert ran.code == 0, ran.err
 
     def leaves(r: np.ndarray) -> np.ndarray:
