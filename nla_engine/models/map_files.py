@@ -8,6 +8,7 @@ The files are given, or lie beside the weights: whitening.safetensors, av_map.sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,14 @@ from nla_engine.models.value_head import CONVERT, convertible
 from nla_engine.models.vector_map import VectorMap, Whitening
 
 _MAP = {"av": AV_MAP, "ar": AR_MAP}
+_READ = {WHITENING, *_MAP.values()}
+#: Words in the name of a file that may be a map by another name, by role, and of one that may be a whitening.
+_EITHER = {"map", "proj", "projection", "projector"}
+_SUSPECT = {
+    "av": _EITHER | {"enc", "encoder", "prefix"},
+    "ar": _EITHER | {"dec", "decoder", "mean", "means"},
+}
+_WHITENS = {"whitening", "whiten", "zca"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ def find_maps(source: Source, sidecar: Sidecar, given: Given) -> Maps:
     option, file = f"--{sidecar.role}-map", _MAP[sidecar.role]
     path = given.map or _beside(source, file)
     if path is None:
+        _check_nothing_left_out(source, _SUSPECT[sidecar.role], option, file)
         return Maps(whitening)
     _check_form(path, option, file)
     return Maps(whitening, VectorMap.read(path))
@@ -129,6 +139,7 @@ def _whitening(source: Source, sidecar: Sidecar, given: Path | None) -> Whitenin
                 f"{sidecar.path}: extraction.norm is {sidecar.norm}, and there is no {WHITENING} with the mean and the "
                 f"matrix: pass --whitening FILE{_or_convert(source)}"
             )
+        _check_nothing_left_out(source, _WHITENS, "--whitening", WHITENING)
         return None
     if not whitened and (sidecar.norm is not None or given is None):
         says = (
@@ -159,9 +170,27 @@ def _whitening(source: Source, sidecar: Sidecar, given: Path | None) -> Whitenin
 
 def _or_convert(source: Source) -> str:
     for directory in (source.directory, source.weights):
-        if files := [name for name in convertible(listed(directory)[1]) if "whiten" in name.lower()]:
+        if files := [name for name in convertible(listed(directory)[1]) if _words(name) & _WHITENS]:
             return f", made from {files[0]} with {CONVERT} {directory / files[0]} {WHITENING}"
     return ""
+
+
+def _check_nothing_left_out(source: Source, suspect: set[str], option: str, target: str) -> None:
+    """CheckpointError for a file whose name says that it may be a map: running without it would be wrong."""
+    files = listed(source.directory)[1]
+    left = [file for file in files if file.endswith(".safetensors") and "/" not in file and file not in _READ]
+    for file in sorted([*convertible(files), *left]):
+        if _words(file) & suspect:
+            how = f", converted with {CONVERT} {file} {target}" if convertible([file]) else ""
+            raise CheckpointError(
+                f"{source.name}: has {file}, which may change vectors and is not read under this name: pass {option} "
+                f"with it{how}, or give a directory without it"
+            )
+
+
+def _words(file: str) -> set[str]:
+    """The words of a file's name."""
+    return set(re.split(r"[^a-z]+", file.lower()))
 
 
 def _check_form(path: Path, option: str, target: str) -> None:

@@ -157,6 +157,8 @@ def test_a_whitening_and_maps_together(pair: Path, tmp_path: Path, rng: np.rando
     save_map(changed(pair, tmp_path, "av") / "av_map.safetensors", enc)
     save_map(changed(pair, tmp_path, "ar") / "ar_map.safetensors", dec)
     out = tmp_path / "x.parquet"
+    save_map(tmp_path / "av" / "decoder.safetensors", dec)  # of the other model
+    torch.save({}, tmp_path / "ar" / "optimizer.pt")
     ran = call(*roundtrip(tmp_path, out, pair / "run.zarr", whitening=tmp_path / "w", residency="turns"))
     assert ran.code == 0, ran.err
 
@@ -221,6 +223,18 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], dict[str, str], s
     ),
     "a whitening that the sidecar does not know": (
         beside(), {}, {}, "whitening.safetensors: is a whitening, and .* does not say .*: pass it with --whitening",
+    ),
+    "a whitening by another name": (
+        lambda root: np.savez(root / "av" / "zca_stats.npz", mean=np.ones(D)), {}, {},
+        "av: has zca_stats.npz, which may change vectors .*: pass --whitening with it, converted with .*convert_head",
+    ),
+    "an encoder by another name": (
+        pickled("av/enc.pt"), {}, {},
+        r"av: has enc.pt, which .*: pass --av-map with it, converted with .*convert_head enc.pt av_map.safetensors, or",
+    ),
+    "a decoder by another name": (
+        lambda root: save_map(root / "ar" / "nla-decoder.safetensors", np.eye(D)), {}, {},
+        "ar: has nla-decoder.safetensors, which may change .*: pass --ar-map with it, or give a directory without it",
     ),
     "of another width": (whitened(D - 1), WHITE, {"whitening": "w"}, "vectors of width 63, .* says 64"),
     "no ZCA": (whitened(matrix=SKEW), WHITE, {"whitening": "w"}, "matrix is not symmetric, and .* whitened_zca"),
