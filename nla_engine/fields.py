@@ -222,6 +222,24 @@ def template_value() -> Any:
     )
 
 
+def vector_map(model: str, place: str) -> Any:
+    """A learned map at one side of a model."""
+    return option(
+        f"Learned map that vectors go through {place} the {model}, as safetensors (weight, bias). "
+        f"[default: {model.lower()}_map.safetensors beside its weights, if there is one]",
+        None,
+    )
+
+
+def whitening() -> Any:
+    """The whitening that a pair was trained on."""
+    return option(
+        "Whitening that the models were trained on, as safetensors (mean, matrix). "
+        "[default: whitening.safetensors beside the weights, if the sidecar says norm: whitened_zca]",
+        None,
+    )
+
+
 def is_scale(value: str) -> bool:
     """Whether a text is an injection scale: a positive number, or a word of SCALES."""
     try:

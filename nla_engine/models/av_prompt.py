@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,12 @@ class Wording:
     prefill: str = ""
 
 
-def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any, wording: Wording = Wording()) -> Prompt:
+def verbalizer_prompt(
+    sidecar: Sidecar, tokenizer: Any, wording: Wording = Wording(), vectors: int = 1
+) -> Prompt:
     """The prompt of an AV that has a marker. Checks the whole contract. Errors: CheckpointError, PromptError.
 
-    The marker must stand in the prompt exactly where vectors enter; a prompt of the sidecar's has one place.
+    The marker must stand in it exactly where the vectors enter. One place in the text is for all of them.
     """
     assert sidecar.marker is not None
     alone = tokenizer.encode(sidecar.marker, add_special_tokens=False)
@@ -41,20 +43,18 @@ def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any, wording: Wording = Wordi
             f"{sidecar.path}: the marker {sidecar.marker!r} must encode to the one id {sidecar.marker_id}, "
             f"but this tokenizer gives {alone}; the tokenizer and the sidecar do not belong together"
         )
-    parts = sidecar.template if wording.text is None else tuple(wording.text.split(INJECT))
-    if len(parts) < 2:
-        raise PromptError(f"the prompt does not hold {INJECT}, which says where the vector enters")
-    text = rendered(sidecar.marker.join(parts), tokenizer, wording)
+    parts = sidecar.template if wording.text is None else wording.text.split(INJECT)
+    text = rendered(sidecar.marker.join(_spread(parts, vectors)), tokenizer, wording)
     ids = tokenizer.encode(text, add_special_tokens=False)
     places = tuple(i for i, id_ in enumerate(ids) if id_ == sidecar.marker_id)
-    if len(places) != len(parts) - 1:
-        wanted = "once" if len(parts) == 2 else f"{len(parts) - 1} times"
+    if len(places) != vectors:
+        wanted = "once" if vectors == 1 else f"{vectors} times"
         raise CheckpointError(
             f"{sidecar.path}: the marker {sidecar.marker!r} must stand {wanted} in the prompt, "
             f"it stands {len(places)} times"
         )
     if wording.text is None:
-        _check_neighbours(sidecar, ids, places[0])
+        _check_neighbours(sidecar, ids, places)
     return Prompt(tuple(ids), places)
 
 
@@ -65,12 +65,7 @@ def placeholder_prompt(
 
     text: with INJECT once per vector, or once for all of them
     """
-    parts = text.split(INJECT)
-    if len(parts) not in (2, vectors + 1):
-        raise PromptError(f"the prompt holds {INJECT} {len(parts) - 1} times, for {vectors} vectors")
-    if len(parts) == 2:
-        parts = [parts[0], *[""] * (vectors - 1), parts[1]]
-    whole = rendered(INJECT.join(parts), tokenizer, wording).split(INJECT)
+    whole = rendered(INJECT.join(_spread(text.split(INJECT), vectors)), tokenizer, wording).split(INJECT)
     if len(whole) != vectors + 1:
         raise PromptError("the chat template changes the places of the vectors: give another prompt")
     spans, end = [], 0
@@ -109,9 +104,19 @@ def rendered(message: str, tokenizer: Any, wording: Wording) -> str:
     return made.text + wording.prefill
 
 
-def _check_neighbours(sidecar: Sidecar, ids: list[int], place: int) -> None:
-    for name, offset, expected in (("left", -1, sidecar.left_id), ("right", 1, sidecar.right_id)):
-        at = place + offset
+def _spread(parts: Sequence[str], vectors: int) -> list[str]:
+    """The texts around so many places. parts: around each, or around the one that is for all."""
+    if len(parts) not in (2, vectors + 1):
+        held = "does not hold" if len(parts) == 1 else f"holds {len(parts) - 1} times"
+        raise PromptError(f"the prompt {held} {INJECT}, which says where a vector enters; vectors: {vectors}")
+    return [parts[0], *[""] * (vectors - 1), parts[1]] if len(parts) == 2 else list(parts)
+
+
+def _check_neighbours(sidecar: Sidecar, ids: list[int], places: tuple[int, ...]) -> None:
+    for name, at, expected in (
+        ("left", places[0] - 1, sidecar.left_id),
+        ("right", places[-1] + 1, sidecar.right_id),
+    ):
         actual = ids[at] if 0 <= at < len(ids) else None
         if expected is not None and actual != expected:
             raise CheckpointError(

@@ -6,14 +6,15 @@ The Hub code uses it before it fetches anything large, the loader before it read
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from nla_engine.errors import CheckpointError, first_line
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
-VALUE_HEAD = "value_head.safetensors"
+VALUE_HEAD, VALUE_HEADS = "value_head.safetensors", "value_heads.safetensors"
+WHITENING, AV_MAP, AR_MAP = "whitening.safetensors", "av_map.safetensors", "ar_map.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Key of a configuration that names the file of the weights, or their index.
 _NAMED = "transformers_weights"
@@ -89,6 +90,11 @@ def weight_paths(directory: Path, config: Mapping[str, Any]) -> list[Path]:
 def other_weights(files: Iterable[str]) -> list[str]:
     """The files that look like weights, in any format."""
     return sorted(file for file in files if file.endswith(_ENDINGS) and file not in _NO_WEIGHTS)
+
+
+def is_heads_alone(files: Collection[str]) -> bool:
+    """Whether these are the files of an AR that has its heads, and the weights of its base unchanged."""
+    return VALUE_HEADS in files and not {CONFIG, ADAPTER, WEIGHTS, INDEX} & set(files)
 
 
 def check_form(directory: Path, name: str) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def load_model(
             )
         depth = int(_text_config(directory, remote_code).num_hidden_layers)
         merge(model, directory, adapter, headless=headless, depth=depth, blocks=blocks)
-        lm.origin = source.origin()
+    lm.origin = source.origin()
     return lm if blocks is None or cut is not None else lm.truncated(blocks - 1)
 
 

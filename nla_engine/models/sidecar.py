@@ -28,7 +28,10 @@ _LAYER_KEYS = (
     "ar.extraction_layer_index",
     "critic.num_hidden_layers",
     "ar.num_hidden_layers",
+    "extraction.whitening.layer_index",
 )
+#: extraction.norm of vectors that were whitened before training: (v - mean) @ matrix, the matrix symmetric.
+WHITENED = ("whitened_zca", "whitened_zca_v1")
 #: All that is known of how a vector enters, by section. Another key that speaks of it is another way to enter.
 _INJECTION_KEYS = {
     "": set(),
@@ -52,6 +55,8 @@ class Sidecar:
     template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
+    norm: what was done to vectors before training: "none", one of WHITENED, or None if not stated
+    whitening: sha256 of the whitening, None if not stated
     """
 
     path: Path
@@ -65,6 +70,8 @@ class Sidecar:
     left_id: int | None
     right_id: int | None
     suffix_ids: tuple[int, ...]
+    norm: str | None = None
+    whitening: str | None = None
 
     def fingerprint(self) -> str:
         """sha256 over everything but the path."""
@@ -77,12 +84,16 @@ class Given:
 
     scale: a number as text, or one of SCALES; norm_match: in place of a scale
     injection: as `Injection.named` reads it; values: of the holes in a template
+    layer: the one that is read; map, whitening: files that come before those beside the weights
     """
 
     scale: str | None = None
     injection: str | None = None
     norm_match: bool = False
     values: tuple[tuple[str, str], ...] = ()
+    layer: int | None = None
+    map: Path | None = None
+    whitening: Path | None = None
 
 
 def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
@@ -106,17 +117,13 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
     d_model = _agreed(path, data, "d_model", "extraction.d_model")
     if d_model is None or d_model < 1:
         raise CheckpointError(f"{path}: d_model is missing or not a positive integer")
-    norm = _get(data, "extraction.norm")
-    if norm not in (None, "none"):
-        raise CheckpointError(
-            f"{path}: extraction.norm is {norm!r}: only vectors as they were captured (none) are supported"
-        )
+    norm, whitening = _norm(path, data)
     layer = _agreed(path, data, *_LAYER_KEYS)
     marker = _get(data, "tokens.injection_char")
     suffix = _get(data, "tokens.critic_suffix_ids") or _get(data, "tokens.ar_suffix_ids") or []
     if not isinstance(suffix, list) or not all(_is_int(id_) for id_ in suffix):
         raise CheckpointError(f"{path}: tokens.critic_suffix_ids is not a list of token ids")
-    values = dict(given.values) | ({} if layer is None else {"layer": str(layer)})
+    values = _values(path, data, given, layer)
     sidecar = Sidecar(
         path=path,
         role=role,
@@ -129,6 +136,8 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         left_id=_integer(path, data, "tokens.injection_left_neighbor_id"),
         right_id=_integer(path, data, "tokens.injection_right_neighbor_id"),
         suffix_ids=tuple(suffix),
+        norm=norm,
+        whitening=whitening,
     )
     if role == "av" and (sidecar.marker is None or sidecar.marker_id is None):
         raise CheckpointError(f"{path}: tokens.injection_char or tokens.injection_token_id is missing")
@@ -205,6 +214,40 @@ def _agreed(path: Path, data: dict[str, Any], *keys: str) -> int | None:
         told = ", ".join(f"{key} {number}" for key, number in found.items())
         raise CheckpointError(f"{path}: tells two different numbers ({told}): correct the wrong one")
     return next(iter(found.values()), None)
+
+
+def _norm(path: Path, data: dict[str, Any]) -> tuple[str | None, str | None]:
+    """What was done to vectors before training, and the sha256 of the whitening."""
+    norm, whitening = _get(data, "extraction.norm"), _get(data, "extraction.whitening")
+    if norm not in (None, "none", *WHITENED):
+        raise CheckpointError(
+            f"{path}: extraction.norm is {norm!r}: only vectors as they were captured (none) and whitened ones "
+            f"({WHITENED[0]}) are supported"
+        )
+    if whitening is not None and norm not in WHITENED:
+        raise CheckpointError(
+            f"{path}: has extraction.whitening, and extraction.norm does not say {WHITENED[0]}: correct the wrong one"
+        )
+    told = _get(whitening, "stats_sha256")
+    return norm, None if told is None else str(told)
+
+
+def _values(path: Path, data: dict[str, Any], given: Given, layer: int | None) -> dict[str, str]:
+    """The values of a template's holes. layer: what the sidecar says; else the one that is read.
+
+    depth_pct is that of `depth_percentages` which is nearest to the layer's depth, as trainers of all layers choose it.
+    """
+    values = dict(given.values)
+    layer = given.layer if layer is None else layer
+    depths, blocks = _get(data, "depth_percentages"), _integer(path, data, "n_layers")
+    if layer is not None and blocks and depths and isinstance(depths, list) and all(map(_is_int, depths)):
+        depth = 100 * layer / blocks
+        values.setdefault("depth_pct", str(min(depths, key=lambda percent: abs(percent - depth))))
+    if layer is not None and values.setdefault("layer", str(layer)) != str(layer):
+        raise CheckpointError(
+            f"{path}: --template-value layer={values['layer']}, but layer {layer} is read: leave it out"
+        )
+    return values
 
 
 def _injection(path: Path, data: dict[str, Any], d_model: int, kind: object, given: Given) -> Injection:

@@ -1,10 +1,12 @@
 """Where the files of a model are: one directory, or an adapter's and its base's.
 
-An adapter's own sidecar, tokenizer, chat template and head come before those of its base.
+An adapter's own sidecar, tokenizer, chat template and head come before those of its base. An AR that is heads alone,
+one for each layer of its base, is found in the same way.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from nla_engine.errors import CheckpointError, NLAError, RequestError
 from nla_engine.models.adapters.form import Adapter, find_adapter
 from nla_engine.models.adapters.tensors import fingerprint
+from nla_engine.models.checkpoint import VALUE_HEADS, is_heads_alone
 from nla_engine.models.hub import commit_of, find_directory
 
 
@@ -20,7 +23,7 @@ from nla_engine.models.hub import commit_of, find_directory
 class Source:
     """A model's files. directory: what was named; weights: the directory of config and weights.
 
-    Without an adapter the two are one. base: the name of the base, None without an adapter.
+    base: the name of the base; None if the directory has weights of its own, and the two are one
     """
 
     name: str
@@ -42,15 +45,14 @@ class Source:
         return self.directory
 
     def origin(self) -> Mapping[str, Any]:
-        """What a store or a result records of an adapter and its base; nothing without one."""
-        if self.adapter is None:
+        """What a store or a result records of an adapter and its base; nothing without a base."""
+        if self.base is None:
             return {}
-        return {
-            "adapter": fingerprint(self.adapter.weights),
-            "base": self.base,
-            "base_revision": commit_of(self.weights),
-            **({"base_in_training": "4bit"} if self.adapter.quantised else {}),
-        }
+        found = {"base": self.base, "base_revision": commit_of(self.weights)}
+        if self.adapter is None:
+            return found
+        adapter = {"adapter": fingerprint(self.adapter.weights)}
+        return adapter | found | ({"base_in_training": "4bit"} if self.adapter.quantised else {})
 
 
 def find_source(
@@ -62,7 +64,7 @@ def find_source(
     flag: str = "--base",
     remote_code: bool = False,
 ) -> Source:
-    """The directories of a checkpoint by name, and those of its base if it is an adapter. Fetches what is missing.
+    """The directories of a checkpoint by name, and those of its base if it has one. Fetches what is missing.
 
     base, base_revision: given in place of the one that the adapter names; flag: the option for that, for errors
     Raises what `find_directory` raises, RequestError for a base beside whole weights, CheckpointError for an adapter
@@ -70,24 +72,27 @@ def find_source(
     """
     directory = find_directory(name, revision, remote_code=remote_code)
     adapter = find_adapter(directory, name)
-    if adapter is None:
+    if adapter is None and not is_heads_alone(os.listdir(directory)):
         if base is not None:
             raise RequestError(
                 f"{flag} {base}: {name} is no adapter, it has weights of its own: leave {flag} out"
             )
         return Source(name, directory, directory)
-    named = base or adapter.base
+    kind, config = ("heads", VALUE_HEADS) if adapter is None else ("adapter", adapter.config.name)
+    named = base or (None if adapter is None else adapter.base)
     if named is None:
         raise CheckpointError(
-            f"{name}: {adapter.config.name} does not name the base of this adapter: pass {flag} with the model that "
-            "it was trained on"
+            f"{name}: {config} does not name the base of {'these' if adapter is None else 'this'} {kind}: "
+            f"pass {flag} with the model that {'they were' if adapter is None else 'it was'} trained on"
         )
+    revision = base_revision if base or adapter is None else adapter.revision
     try:
-        weights = find_directory(named, base_revision if base else adapter.revision, remote_code=remote_code)
+        weights = find_directory(named, revision, remote_code=remote_code)
     except NLAError as error:
-        whose = f"{flag}" if base else f"the base that {adapter.config.name} names"
+        whose = flag if base else f"the base that {config} names"
         more = "" if base else f"; pass {flag} if you have it elsewhere"
-        raise CheckpointError(f"{name}: is an adapter, and {whose} cannot be had: {error}{more}") from error
+        what = "has heads alone" if adapter is None else "is an adapter"
+        raise CheckpointError(f"{name}: {what}, and {whose} cannot be had: {error}{more}") from error
     if find_adapter(weights, named) is not None:
         raise CheckpointError(
             f"{name}: its base {named} is an adapter itself: merge that into its own base, and pass {flag} with it"

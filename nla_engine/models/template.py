@@ -33,7 +33,8 @@ def split_template(
         elif name in values:
             parts[-1] += values[name]
         else:
-            raise ValueError(f"has a hole {{{name}}} without a value: pass --template-value {name}=VALUE")
+            mend = "--layer" if name == "layer" else f"--template-value {name}=VALUE"
+            raise ValueError(f"has a hole {{{name}}} without a value: pass {mend}")
     if len(parts) == 1 and literal and parts[0].count(literal) == 1:
         parts = parts[0].split(literal)
     if len(parts) != 2:

@@ -86,17 +86,23 @@ def load_pair(
         announce(line)
     remote_code = options.trust_remote_code
     kernels = Kernels(options.kernels, options.precision)
-    said, wording = Given(values=options.template_value), Wording()
+    said, wording = Given(values=options.template_value, whitening=options.whitening), Wording()
+    of_av = of_ar = said
     if isinstance(options, WritingOptions):
-        said = replace(
+        of_av = replace(
             said,
             scale=options.injection_scale,
             injection=options.injection,
             norm_match=options.norm_match,
+            map=options.av_map,
         )
         wording = Wording(options.prompt, options.system, options.template_option or {}, options.prefill)
-    if (said != Given() or wording != Wording()) and (verbalizer or reconstructor):
-        raise RequestError("injection, template values and prompt are for models that are loaded here")
+    if isinstance(options, ScoringOptions):
+        of_ar = replace(said, map=options.ar_map)
+    if (of_av, of_ar, wording) != (Given(), Given(), Wording()) and (verbalizer or reconstructor):
+        raise RequestError(
+            "injection, prompt, template values, maps and whitening are for models that are loaded here"
+        )
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
             raise RequestError(f"a given model was loaded with {model.kernels}, the options say {kernels}")
@@ -131,12 +137,15 @@ def load_pair(
         "dtype": dtype,
         "remote_code": remote_code,
         "kernels": kernels,
-        "given": said,
     }
+    layer = options.layer
     if av is not None:
-        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, wording=wording, **how)
+        said = replace(of_av, layer=layer)
+        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, given=said, wording=wording, **how)
+        layer = verbalizer.sidecar.layer if layer is None else layer
     if ar is not None:
-        reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, **how)
+        said = replace(of_ar, layer=layer)
+        reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, given=said, **how)
     for model in (verbalizer, reconstructor):
         if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
             announce(f"{model.lm.name}: {reason}")

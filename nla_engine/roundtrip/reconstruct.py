@@ -12,12 +12,13 @@ import torch
 
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
-from nla_engine.models.adapters.form import AR_META, AR_WEIGHTS, read_ar_meta
-from nla_engine.models.checkpoint import VALUE_HEAD
+from nla_engine.models.adapters.form import AR_META, read_ar_meta
+from nla_engine.models.checkpoint import VALUE_HEADS
 from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.map_files import Maps, find_maps
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, reconstructor_prompts
 from nla_engine.models.source import Source, find_source
-from nla_engine.models.value_head import read_value_head
+from nla_engine.models.value_head import HEAD_FILES, read_value_head
 from nla_engine.ops.backends import Kernels
 
 #: Most prompts, and most tokens, in one packed pass.
@@ -28,6 +29,7 @@ class Reconstructor:
     """A loaded AR checkpoint. weight float32 [d, d], bias float32 [d] or None: the value head.
 
     special: its prompts begin with the tokenizer's start token, if it has one
+    maps: what the head's output goes through
     """
 
     def __init__(
@@ -39,11 +41,9 @@ class Reconstructor:
         *,
         kernels: Kernels = Kernels(),
         special: bool = True,
+        maps: Maps = Maps(),
     ) -> None:
-        if lm.d_model != sidecar.d_model:
-            raise CheckpointError(
-                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
-            )
+        maps.check_width(sidecar, lm.d_model)
         if sidecar.layer is not None and len(lm.blocks) != sidecar.layer + 1:
             raise CheckpointError(
                 f"{sidecar.path}: layer {sidecar.layer} needs {sidecar.layer + 1} blocks, "
@@ -56,6 +56,7 @@ class Reconstructor:
         self.bias = None if bias is None else bias.to(lm.device)
         self.kernels = kernels
         self.special = special
+        self.maps = maps.to(lm.device)
         self._runner: Runner | None = None
         self._prefix = self._shared_prefix()
 
@@ -78,28 +79,32 @@ class Reconstructor:
         """
         source = source or find_source(name, base=base, flag="--ar-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "ar", given)
-        weight, bias = read_value_head(source.having(VALUE_HEAD, AR_WEIGHTS), sidecar.d_model)
+        maps = find_maps(source, sidecar, given)
+        layer = given.layer if sidecar.layer is None else sidecar.layer
+        heads = source.having(*HEAD_FILES)
+        weight, bias = read_value_head(heads, sidecar.d_model if maps.map is None else maps.map.width, layer)
         lm = load_model(
             name,
             device=device,
             dtype=dtype,
             source=source,
             headless=True,
-            blocks=_blocks(source, sidecar),
+            blocks=_blocks(source, sidecar, layer if (heads / VALUE_HEADS).is_file() else None),
             remote_code=remote_code,
         )
         # The trainer that writes ar_meta.json encodes prompts without special tokens, the released pairs' with them.
         easy = (source.directory / AR_META).is_file()
         if easy and (told := read_ar_meta(source.directory, name).blocks) != len(lm.blocks):
             raise CheckpointError(f"{name}: {AR_META} says {told} blocks, the model has {len(lm.blocks)}")
-        return cls(lm, sidecar, weight, bias, kernels=kernels, special=not easy)
+        return cls(lm, sidecar, weight, bias, kernels=kernels, special=not easy, maps=maps)
 
     def fingerprint(self) -> str:
-        """Of everything that a reconstruction depends on: weights, sidecar and value head."""
+        """Of everything that a reconstruction depends on: weights, sidecar, value head and maps."""
         digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
         if self.bias is not None:
             digest.update(self.bias.cpu().numpy().tobytes())
         parts = [self.lm.fingerprint(), self.sidecar.fingerprint(), digest.hexdigest()[:16]]
+        parts += self.maps.fingerprint()
         return "-".join(parts if self.special else [*parts, "plain"])
 
     def move(self, device: torch.device) -> None:
@@ -108,6 +113,7 @@ class Reconstructor:
         self.lm.move(device)
         self.weight = self.weight.to(device)
         self.bias = None if self.bias is None else self.bias.to(device)
+        self.maps = self.maps.to(device)
 
     def prompt_sizes(self, explanations: Sequence[str]) -> list[int]:
         """How many tokens the prompt around each text has."""
@@ -137,7 +143,7 @@ class Reconstructor:
                 end += 1
             last[start:end] = self._last_states(prompts[start:end])
             start = end
-        return torch.nn.functional.linear(last.float(), self.weight, self.bias)
+        return self.maps.after(torch.nn.functional.linear(last.float(), self.weight, self.bias))
 
     @torch.inference_mode()
     def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
@@ -185,8 +191,10 @@ class Reconstructor:
         return self._runner
 
 
-def _blocks(source: Source, sidecar: Sidecar) -> int | None:
-    """How many blocks of its base an AR has that is an adapter; None: it is none, and has those of its weights."""
+def _blocks(source: Source, sidecar: Sidecar, layer: int | None) -> int | None:
+    """How many of the blocks in its files an AR has; None: all. layer: the one that is read, if each has a head."""
+    if layer is not None:
+        return layer + 1
     if source.adapter is None:
         return None
     if source.adapter.blocks is not None:

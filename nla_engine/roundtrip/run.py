@@ -237,12 +237,12 @@ class _Run:
         models: dict[str, Any] = {}
         if av is not None:
             models = {"av": av.lm.name, "av_revision": av.lm.revision, **av.injection.to_dict()}
-            models |= {f"av_{key}": value for key, value in av.lm.origin.items()}
+            models |= {f"av_{key}": value for key, value in {**av.lm.origin, **av.maps.checksums()}.items()}
         elif isinstance(texts, TextFile):
             models = texts.written_by()
         if ar is not None:
             models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
-            models |= {f"ar_{key}": value for key, value in ar.lm.origin.items()}
+            models |= {f"ar_{key}": value for key, value in {**ar.lm.origin, **ar.maps.checksums()}.items()}
         return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}
 
 

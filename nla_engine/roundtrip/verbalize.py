@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nla_engine.errors import CheckpointError, PromptError
 from nla_engine.models.av_prompt import Wording, verbalizer_prompt
 from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.map_files import Maps, find_maps
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar
 from nla_engine.models.source import Source, find_source
 from nla_engine.ops.backends import Kernels
@@ -51,18 +51,14 @@ class Verbalizer:
         *,
         kernels: Kernels = Kernels(),
         wording: Wording = Wording(),
+        maps: Maps = Maps(),
     ) -> None:
-        self.lm, self.sidecar, self.kernels = lm, sidecar, kernels
-        if lm.d_model != sidecar.d_model:
-            raise CheckpointError(
-                f"{sidecar.path}: d_model is {sidecar.d_model}, the model's width is {lm.d_model}"
-            )
-        self.prompt = verbalizer_prompt(sidecar, lm.tokenizer, wording)
-        self.prefill = wording.prefill  # the text begins with it
-        if len(self.prompt.places) != 1:
-            raise PromptError(f"a row gives 1 vector for {len(self.prompt.places)} places in the prompt")
+        self.lm, self.sidecar, self.kernels, self.maps = lm, sidecar, kernels, maps
+        maps.check_width(sidecar, lm.d_model)
         self.injection = sidecar.injection
-        self.writer = Writer(lm, self.injection, kernels, [CLOSE_TAG.encode()])
+        self.writer = Writer(lm, self.injection, kernels, [CLOSE_TAG.encode()], maps)
+        self.prompt = verbalizer_prompt(sidecar, lm.tokenizer, wording, self.writer.places(1))
+        self.prefill = wording.prefill  # the text begins with it
 
     @classmethod
     def load(
@@ -84,8 +80,9 @@ class Verbalizer:
         """
         source = source or find_source(name, base=base, flag="--av-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "av", given)
+        maps = find_maps(source, sidecar, given)
         lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
-        return cls(lm, sidecar, kernels=kernels, wording=wording)
+        return cls(lm, sidecar, kernels=kernels, wording=wording, maps=maps)
 
     @property
     def room(self) -> int:
@@ -93,9 +90,9 @@ class Verbalizer:
         return self.lm.max_length - len(self.prompt.token_ids)
 
     def fingerprint(self) -> str:
-        """Of everything that an explanation depends on: weights, sidecar and prompt, which may change with the day."""
+        """Of all that an explanation depends on: weights, sidecar, maps and prompt, which may change with the day."""
         prompt = hashlib.sha256(repr(self.prompt).encode()).hexdigest()[:16]
-        return "-".join((self.lm.fingerprint(), self.sidecar.fingerprint(), prompt))
+        return "-".join((self.lm.fingerprint(), self.sidecar.fingerprint(), prompt, *self.maps.fingerprint()))
 
     def move(self, device: torch.device) -> None:
         """Move the weights to another device."""

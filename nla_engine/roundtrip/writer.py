@@ -21,6 +21,7 @@ from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
 from nla_engine.models.injection import Injection, Prompt
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.map_files import Maps
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
@@ -35,7 +36,7 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, and the vectors for its places in their order: float32 [n, d], finite and not zero.
+    """A prompt, and the vectors that enter it in their order: float32 [n, d], finite and not zero, before any map.
 
     id: unique; those of its texts follow from it and seed their random numbers
     """
@@ -75,7 +76,7 @@ class Limits:
 
 
 class Writer:
-    """Generates texts of `lm`. stop: texts that end one, as bytes; they stay in it."""
+    """Generates texts of `lm`. stop: texts that end one, as bytes; they stay in it. maps: what vectors go through."""
 
     def __init__(
         self,
@@ -83,13 +84,24 @@ class Writer:
         injection: Injection,
         kernels: Kernels = Kernels(),
         stop: Sequence[bytes] = (),
+        maps: Maps = Maps(),
     ) -> None:
         last = len(lm.blocks) - 1
         if injection.block is not None and injection.block > last:
             raise CheckpointError(
                 f"--injection {injection.name}: {lm.name} has blocks 0 to {last}: name one of these"
             )
-        self.lm, self.injection, self.kernels, self.stop = lm, injection, kernels, stop
+        if maps.prefix is not None and injection != Injection(scale=injection.scale):
+            raise CheckpointError(
+                f"{maps.map and maps.map.path}: has a prefix, which replaces embeddings: it does not go with "
+                "--norm-match or another --injection"
+            )
+        self.lm, self.injection, self.kernels, self.stop, self.maps = lm, injection, kernels, stop, maps
+
+    def places(self, rows: int) -> int:
+        """How many places of a prompt these rows of a store need."""
+        prefix = self.maps.prefix
+        return rows * self.maps.count(self.lm.d_model) + (0 if prefix is None else len(prefix))
 
     @cached_property
     def _automaton(self) -> StopAutomaton:
@@ -147,9 +159,12 @@ class Writer:
         return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def _at_scale(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, torch.Tensor]]:
-        """Each with its scaled vectors on the model's device, in blocks."""
-        some = iter(asked)
+        """Each with what enters at its places, mapped and scaled, on the model's device, in blocks."""
+        some, maps, d_model = iter(asked), self.maps.to(self.lm.device), self.lm.d_model
+        prefix = () if maps.prefix is None else (maps.prefix,)
+        each_gives = maps.count(d_model)
         while group := list(islice(some, _SCALED_AT_ONCE)):
             block = torch.cat([torch.as_tensor(each.vectors) for each in group]).to(self.lm.device)
-            scaled = at_scale(block, self.injection)
-            yield from zip(group, scaled.split([len(each.vectors) for each in group]), strict=True)
+            scaled = at_scale(maps.before(block, d_model).flatten(0, 1), self.injection)
+            parts = scaled.split([len(each.vectors) * each_gives for each in group])
+            yield from ((each, torch.cat((*prefix, part))) for each, part in zip(group, parts, strict=True))

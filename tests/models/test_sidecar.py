@@ -187,7 +187,24 @@ def test_width_of_a_dataset_sidecar(tmp_path: Path) -> None:
     ("change", "role", "message"),
     [
         ({"kind": "nla_adapter"}, "av", "kind is 'nla_adapter', which is none of nla_model, nla_dataset"),
-        ({"extraction": {"injection_scale": 9, "norm": "whitened_zca"}}, "av", "norm is 'whitened_zca'"),
+        ({"extraction": {"injection_scale": 9, "norm": "layer_norm"}}, "av", "norm is 'layer_norm': only"),
+        (
+            {"extraction": {"injection_scale": 9, "norm": "none", "whitening": {}}},
+            "av",
+            "has extraction.whitening, and extraction.norm does not say whitened_zca",
+        ),
+        (
+            {
+                "extraction_layer_index": 4,
+                "extraction": {
+                    "injection_scale": 9,
+                    "norm": "whitened_zca_v1",
+                    "whitening": {"layer_index": 5},
+                },
+            },
+            "av",
+            r"two different numbers \(extraction_layer_index 4, extraction.whitening.layer_index 5\)",
+        ),
         ({"extraction": {"injection_scale": 9, "d_model": D + 1}}, "av", "two different numbers"),
         ({"role": "judge"}, "av", "role 'judge' is none of"),
         ({"role": "ar"}, "av", "is an AR checkpoint, but was given as the AV"),
@@ -305,7 +322,7 @@ def head(path: Path, **tensors: torch.Tensor) -> None:
         (lambda d: (d / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
         (lambda d: (d / "tokenizer.json").write_text("{"), "the tokenizer cannot be loaded"),
         (lambda d: save_ar(d, 2, extraction_layer_index=3), "layer 3 needs 4 blocks, the model has 3"),
-        (lambda d: save_ar(d, 2, d_model=D // 2), "the sidecar says width 32"),
+        (lambda d: save_ar(d, 2, d_model=D // 2), "this AR needs width 32"),
     ],
 )
 def test_damaged_ar_checkpoints(tmp_path: Path, damage: Any, message: str) -> None:

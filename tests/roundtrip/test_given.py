@@ -90,7 +90,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     ),
     "a norm of nothing": ({}, ["--norm-match"], "--norm-match goes with --injection"),
     "a prompt without a place": ({}, ["--prompt", "What is it?"], "does not hold <INJECT>"),
-    "a prompt with two places": ({}, ["--prompt", "<INJECT> and <INJECT>"], "gives 1 vector for 2 places"),
+    "a prompt with two places": (
+        {},
+        ["--prompt", "<INJECT> and <INJECT>"],
+        "holds 2 times <INJECT>.* vectors: 1",
+    ),
     "a system message alone": ({}, ["--system", "Be brief."], "--system goes with --prompt"),
     "an option that is not read": (
         {},

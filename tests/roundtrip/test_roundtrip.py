@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
+from plain_pair import plain_state, plain_text
 from safetensors.torch import load_file
-from tiny import MARKER, D, byte_tokenizer, save_ar, save_av, save_model, write_prompts
+from tiny import D, byte_tokenizer, save_ar, save_av, save_model, write_prompts
 
 from nla_engine.capture.run import run_capture
 from nla_engine.codec.rows import Codec
@@ -72,41 +72,9 @@ def options(trio: Path, out: Path, **changes: object) -> RoundtripOptions:
 
 def plain_round_trip(trio: Path, vector: np.ndarray) -> tuple[str, np.ndarray]:
     """The reference: transformers alone, batch 1. Returns the AV's text and the AR's vector."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    tokenizer = byte_tokenizer()
-    sidecar = yaml.safe_load((trio / "av" / "nla_meta.yaml").read_text())
-    av = AutoModelForCausalLM.from_pretrained(trio / "av", dtype=torch.float32)
-    message = sidecar["prompt_templates"]["av"].replace("{injection_char}", MARKER)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    embeds = av.get_input_embeddings()(torch.tensor([ids])).detach()
-    v = torch.from_numpy(vector)
-    embeds[0, ids.index(sidecar["tokens"]["injection_token_id"])] = v * (12.0 / v.norm())
-    out = av.generate(
-        inputs_embeds=embeds,
-        max_new_tokens=24,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=tokenizer.eos_token_id,
-    )[0]
-    ids = out.tolist()
-    written = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids).split(
-        "</explanation>"
-    )[0]
-    explanation = written.split("<explanation>")[-1].strip()
-    ar = AutoModel.from_pretrained(trio / "ar", dtype=torch.float32)
-    prompt = f"Summary of <text>{explanation}</text> <summary>"
-    last: list[torch.Tensor] = []
-    ar.layers[LAYER].register_forward_hook(
-        lambda _m, _i, output: last.append(output[0] if isinstance(output, tuple) else output)
-    )
-    with torch.no_grad():
-        ar(torch.tensor([tokenizer.encode(prompt)]))
-    head = load_file(trio / "ar" / "value_head.safetensors")["weight"]
-    return explanation, (last[0][0, -1] @ head.T).numpy()
+    explanation = plain_text(trio / "av", vector)
+    state = plain_state(trio / "ar", f"Summary of <text>{explanation}</text> <summary>", LAYER)
+    return explanation, load_file(trio / "ar" / "value_head.safetensors")["weight"].numpy() @ state
 
 
 def test_whole_stage_equals_a_plain_round_trip(trio: Path, tmp_path: Path) -> None:

@@ -15,7 +15,19 @@ from nla_engine.models.adapters.form import (
     check_adapter_files,
     is_adapter,
 )
-from nla_engine.models.checkpoint import ADAPTER, CONFIG, VALUE_HEAD, WEIGHTS, other_weights, weight_files
+from nla_engine.models.checkpoint import (
+    ADAPTER,
+    AR_MAP,
+    AV_MAP,
+    CONFIG,
+    VALUE_HEAD,
+    VALUE_HEADS,
+    WEIGHTS,
+    WHITENING,
+    is_heads_alone,
+    other_weights,
+    weight_files,
+)
 
 #: Files beside the weights that transformers may look for when it loads a decoder and its tokenizer.
 BESIDE_WEIGHTS = (
@@ -56,7 +68,7 @@ def choose(
 
     files = sorted(files)
     need_checkpoint(name, files)
-    patterns = (*BESIDE_WEIGHTS, SIDECAR, VALUE_HEAD)
+    patterns = (*BESIDE_WEIGHTS, SIDECAR, VALUE_HEAD, VALUE_HEADS, WHITENING, AV_MAP, AR_MAP)
     chosen = [f for f in files if "/" not in f and any(fnmatchcase(f, pattern) for pattern in patterns)]
     chosen += [f for f in files if fnmatchcase(f, TEMPLATES)]
     if remote_code:
@@ -64,7 +76,7 @@ def choose(
     if is_adapter(files):
         check_adapter_files(name, files)
         chosen += [ADAPTER_WEIGHTS if ADAPTER in files else AR_WEIGHTS]
-    else:
+    elif not is_heads_alone(files):
         chosen += _weights(name, files, read)
     return sorted(set(chosen))
 
@@ -87,8 +99,8 @@ def _weights(name: str, files: list[str], read: Callable[[str], dict[str, Any]])
 
 
 def need_checkpoint(name: str, files: list[str]) -> None:
-    """CheckpointError unless these are the files of a transformers model or adapter."""
-    if CONFIG in files or is_adapter(files):
+    """CheckpointError unless these are the files of a transformers model, of an adapter, or of an AR's heads."""
+    if CONFIG in files or is_adapter(files) or is_heads_alone(files):
         return
     inside = sorted(
         {f.rpartition("/")[0] for f in files if f.endswith((f"/{CONFIG}", f"/{ADAPTER}", f"/{AR_META}"))}

@@ -10,7 +10,7 @@ from typing import Any
 
 from nla_engine.errors import CheckpointError, HubError, NLAError, RequestError
 from nla_engine.models.adapters.form import AR_META, find_adapter
-from nla_engine.models.checkpoint import ADAPTER, CONFIG, check_form, read_json
+from nla_engine.models.checkpoint import ADAPTER, CONFIG, check_form, is_heads_alone, read_json
 from nla_engine.models.hub.faults import explained, unreachable
 from nla_engine.models.hub.fetch import fetch, progress_bar, say
 from nla_engine.models.hub.files import choose, is_whole, need_checkpoint
@@ -101,7 +101,7 @@ def _snapshot(place: Place, revision: str | None, remote_code: bool) -> Path:
             ) from error
         say(f"{name}: {why}: taking commit {root.name[:12]} from the cache")
         return root
-    if find_adapter(root / place.folder, name, files) is None:
+    if find_adapter(root / place.folder, name, files) is None and not is_heads_alone(files):
         check_form(root / place.folder, name)
     try:
         fetch(place, root, files, remote_code)
