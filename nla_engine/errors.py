@@ -52,6 +52,14 @@ class DamageError(StoreError):
     exit_code = 1
 
 
+class FieldError(StoreError):
+    """A name is no field of a store's rows."""
+
+
+class RecordFieldError(FieldError):
+    """No prompt record of the store has a field (yet)."""
+
+
 class WhereError(RequestError):
     """A `--where` expression cannot be parsed or names an unknown field."""
 

@@ -152,7 +152,9 @@ class StoreReader:
         return next(self._table.read(number, number + 1))
 
     def iter_sequences(self, start: int = 0, stop: int | None = None) -> Iterator[StoredSequence]:
-        """Sequences [start, stop) in order."""
+        """Sequences [start, stop) in order. Raises IndexError for negative numbers."""
+        if start < 0 or (stop is not None and stop < 0):
+            raise IndexError("sequences are counted from 0: give numbers that are not negative")
         return self._table.read(start, self.sequences if stop is None else min(stop, self.sequences))
 
     def row_sizes(self) -> np.ndarray:
