@@ -11,6 +11,10 @@ class NLAError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the line that a command would print."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class EngineError(NLAError):
     """Generation or capture cannot continue: what was committed stays valid."""

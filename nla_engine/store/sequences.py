@@ -113,7 +113,11 @@ class StoredSequence:
         return facts_html(f"sequence {self.number}", facts)
 
     def _rows_in_words(self) -> str:
-        return f"rows {self.rows.start:,} to {self.rows.stop - 1:,}" if self.rows.stop > self.rows.start else "no rows"
+        return (
+            f"rows {self.rows.start:,} to {self.rows.stop - 1:,}"
+            if self.rows.stop > self.rows.start
+            else "no rows"
+        )
 
 
 class SequenceTable:

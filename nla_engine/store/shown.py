@@ -26,9 +26,7 @@ def table_html(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         + "</tr>"
         for row in rows
     )
-    return (
-        f"<div><b>{escape(title)}</b><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
+    return f"<div><b>{escape(title)}</b><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def shortened(text: str, characters: int) -> str:

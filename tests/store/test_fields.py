@@ -1,4 +1,4 @@
-"""Fields of rows by name: the same for `where`, `column` and tables. How stores, layers and sequences show themselves."""
+"""Fields of rows by name: the same for `where`, `column` and tables. How stores and their parts show themselves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_every_name_of_where_is_a_column(store: CaptureStore) -> None:
             np.testing.assert_array_equal(store.where(name), np.flatnonzero(column))
         elif column.dtype.kind in "if":
             value = column[~np.isnan(column)][0].item()
-            np.testing.assert_array_equal(store.where(f"{name} >= {value!r}"), np.flatnonzero(column >= value))
+            np.testing.assert_array_equal(
+                store.where(f"{name} >= {value!r}"), np.flatnonzero(column >= value)
+            )
         elif name == "record.topic":
             np.testing.assert_array_equal(store.where(f"{name} == 'sun'"), np.flatnonzero(column == "sun"))
 
@@ -84,7 +86,9 @@ def test_columns_are_cached_and_cannot_be_changed(store: CaptureStore) -> None:
 
 
 def test_what_is_no_field(store: CaptureStore) -> None:
-    with pytest.raises(FieldError, match=r"run\.zarr: there is no field 'colour': choose one of token, .*record\.KEY$"):
+    with pytest.raises(
+        FieldError, match=r"run\.zarr: there is no field 'colour': choose one of token, .*record\.KEY$"
+    ):
         store.column("colour")
     with pytest.raises(RecordFieldError, match="no prompt record has 'colour' .keys seen: big, known, maybe"):
         store.column("record.colour")
@@ -104,14 +108,31 @@ def test_pandas(store: CaptureStore) -> None:
     np.testing.assert_array_equal(store.layer(7)[frame.index], store.layer(7)[rows])
     usual = store.to_pandas()
     assert len(usual) == store.rows
-    assert list(usual.columns)[:7] == ["sequence", "position", "token", "next_token", "generated", "norm_3", "norm_7"]
+    assert list(usual.columns)[:7] == [
+        "sequence",
+        "position",
+        "token",
+        "next_token",
+        "generated",
+        "norm_3",
+        "norm_7",
+    ]
     assert list(usual.columns)[7:] == [name for name in store.fields if name.startswith("record.")]
     assert store.to_pandas("token", slice(3, 6))["token"].tolist() == store.column("token")[3:6].tolist()
 
 
 def test_polars(store: CaptureStore) -> None:
     pl = pytest.importorskip("polars")
-    names = ["token", "record.year", "record.mixed", "record.maybe", "record.meta.fold", "norm_7", "sink", "flags"]
+    names = [
+        "token",
+        "record.year",
+        "record.mixed",
+        "record.maybe",
+        "record.meta.fold",
+        "norm_7",
+        "sink",
+        "flags",
+    ]
     frame = store.to_polars(names)
     assert frame.columns == ["row", *names]
     texts = ["record.mixed"]
@@ -143,11 +164,13 @@ def test_how_they_show_themselves(store: CaptureStore) -> None:
     sequence = store.sequence(1)
     assert repr(store).endswith("run.zarr: 120 rows of 3 sequences, layers 3, 7, d_model 16, int8>")
     assert repr(store.layer(7)) == "<layer 7: float32 [120, 16], kept as int8>"
-    assert repr(sequence).startswith(f"<sequence 1: 40 tokens, {sequence.prompt_size} of the prompt, rows 40 to 79")
+    assert repr(sequence).startswith(
+        f"<sequence 1: 40 tokens, {sequence.prompt_size} of the prompt, rows 40 to 79"
+    )
     assert "\n" not in repr(sequence) and len(repr(sequence)) < 250
     for shown in (store, store.layer(7), sequence):
         assert shown._repr_html_().startswith("<div><b>")
-    assert "moon &lt;b&gt;" in sequence._repr_html_() and "<b>\"" not in sequence._repr_html_()
+    assert "moon &lt;b&gt;" in sequence._repr_html_() and '<b>"' not in sequence._repr_html_()
     assert (len(store), len(sequence)) == (120, 40)
     assert np.asarray(sequence).tolist() == sequence.tokens.tolist()
     assert np.asarray(sequence, np.int64).dtype == np.int64
@@ -169,7 +192,8 @@ def test_reading_a_store_loads_neither_torch_nor_a_table_library(store: CaptureS
         "import sys; from nla_engine import CaptureStore\n"
         f"store = CaptureStore.open({str(store.path)!r}); store.where('generated'); store.layer(3)[0, 3]\n"
         "store.column('record.topic'), repr(store), store._repr_html_()\n"
-        "print([m for m in ('torch', 'transformers', 'pandas', 'polars', 'pyarrow', 'rich', 'typer') if m in sys.modules])"
+        "large = ('torch', 'transformers', 'pandas', 'polars', 'pyarrow', 'rich', 'typer')\n"
+        "print([name for name in large if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

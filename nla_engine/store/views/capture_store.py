@@ -53,7 +53,9 @@ class LayerReader(StoredLayer):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Every row, decoded: float32 [rows, d]."""
         if copy is False:
-            raise ValueError("the rows of a layer are decoded when they are read: they cannot be given uncopied")
+            raise ValueError(
+                "the rows of a layer are decoded when they are read: they cannot be given uncopied"
+            )
         return np.asarray(self[:], dtype)
 
     @property
@@ -101,7 +103,7 @@ class LayerReader(StoredLayer):
 
 
 class CaptureStore(StoreReader):
-    """The committed rows and sequences of a store. Open one with `CaptureStore.open`. Its length is that of its rows."""
+    """The committed rows and sequences of a store. Open one with `CaptureStore.open`. Its length: its rows."""
 
     def __len__(self) -> int:
         return self.rows

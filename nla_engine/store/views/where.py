@@ -55,6 +55,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
+
 def select_rows(store: StoreReader, expression: str, first: int = 0) -> np.ndarray:
     """int64, ascending: the rows from `first` on for which the expression holds. Rows before `first` are not read.
 
