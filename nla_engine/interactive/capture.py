@@ -105,7 +105,7 @@ class _Given(CaptureOptions):
 def _each(prompts: Any) -> Iterable[Any]:
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise PromptError(
-            f"prompts is a {type(prompts).__name__}: give a list of texts or of records, or the path of a file"
+            f"prompts is of type {type(prompts).__name__}: give a list of texts or of records, or the path of a file"
         )
     return prompts
 
@@ -114,7 +114,9 @@ def _line(number: int, prompt: Any) -> bytes:
     """A prompt as a line of JSON. number: counted from 1"""
     record = {"prompt": prompt} if isinstance(prompt, str) else _plain(prompt)
     if not isinstance(record, dict):
-        raise PromptError(f"prompts, number {number}: is a {type(prompt).__name__}: give a text or a dict")
+        raise PromptError(
+            f"prompts, number {number}: is of type {type(prompt).__name__}: give a text or a dict"
+        )
     try:
         return record_source(record) + b"\n"
     except PromptError as error:

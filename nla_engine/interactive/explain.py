@@ -108,6 +108,8 @@ def _options(kind: Any, given: dict[str, Any], what: str, *models: Any) -> Any:
                 "precision": model.kernels.precision,
                 **given,
             }
+    if isinstance(scale := given.get("injection_scale"), Real) and not isinstance(scale, bool):
+        given = {**given, "injection_scale": str(scale)}
     known = [each.name for each in fields(kind) if each.name not in _ELSEWHERE]
     for name in given:
         if name in _ELSEWHERE and name not in ("av", "ar", "texts"):
