@@ -1,4 +1,4 @@
-"""show: the page of a round trip, from vectors whose rows are found by value; inside a notebook, as one escaped frame."""
+"""show: the page of a round trip, from vectors whose rows are found by value; in a notebook, one escaped frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from commands import LAYER, call, roundtrip
+from commands import LAYER
 from store_samples import random_store
 from tiny import D
 
