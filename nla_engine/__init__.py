@@ -12,7 +12,7 @@ _HOME = {
     "capture_activations": "nla_engine.interactive.capture",
     "explain": "nla_engine.interactive.explain",
     "show": "nla_engine.interactive.show",
-    "load_model": "nla_engine.interactive.capture",
+    "load_model": "nla_engine.models.load",
     "load_av": "nla_engine.interactive.explain",
     "load_ar": "nla_engine.interactive.explain",
     "Explanations": "nla_engine.interactive.explanations",

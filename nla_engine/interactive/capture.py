@@ -17,10 +17,8 @@ from nla_engine.cli.output import progress_bar, say
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import PromptError
 from nla_engine.interactive.given import options_from
-from nla_engine.models import load as models_load
-from nla_engine.models.load import LanguageModel, pick_device, pick_dtype
+from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_files import record_source
-from nla_engine.models.source import find_source
 from nla_engine.store import CaptureStore
 
 #: What a store says of prompts that did not come from a file.
@@ -40,7 +38,8 @@ def capture_activations(
     """Run prompts through a model and store the residual stream: stage 1. Returns the store that was written.
 
     model: a directory, a Hub id, or a loaded model (`load_model`)
-    prompts: the path of a prompt file; or texts, or records, dicts with "prompt" or "messages" and fields of your own
+    prompts: the path of a prompt file; or texts, or records, dicts with "prompt" or "messages" and fields of your own,
+    also as a table of pandas or polars
     layer: K of layer K, or several
     out: the store to write; quiet: neither messages nor progress on stderr
     options: any other option of `capture` by its name (`CaptureOptions`): max_new_tokens=64, positions="all"
@@ -73,27 +72,6 @@ def capture_activations(
             raise PromptError(said) from None
 
 
-def load_model(
-    name: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-    base: str | None = None,
-    trust_remote_code: bool = False,
-) -> LanguageModel:
-    """Load a base model once, for several calls of `capture_activations`. Options as there."""
-    target = pick_device(device)
-    source = find_source(os.fspath(name), revision, base=base, remote_code=trust_remote_code)
-    return models_load.load_model(
-        os.fspath(name),
-        device=target,
-        dtype=pick_dtype(dtype, target),
-        source=source,
-        remote_code=trust_remote_code,
-    )
-
-
 @dataclass(frozen=True)
 class _Given(CaptureOptions):
     """The options of a run whose prompts lie in a temporary file."""
@@ -103,6 +81,11 @@ class _Given(CaptureOptions):
 
 
 def _each(prompts: Any) -> Iterable[Any]:
+    """The prompts one by one: the rows of a table of pandas or polars, whose own iterator gives its columns."""
+    if hasattr(prompts, "to_dicts"):
+        return prompts.to_dicts()
+    if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):
+        return prompts.to_dict("records")
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise PromptError(
             f"prompts is of type {type(prompts).__name__}: give a list of texts or of records, or the path of a file"
@@ -115,7 +98,8 @@ def _line(number: int, prompt: Any) -> bytes:
     record = {"prompt": prompt} if isinstance(prompt, str) else _plain(prompt)
     if not isinstance(record, dict):
         raise PromptError(
-            f"prompts, number {number}: is of type {type(prompt).__name__}: give a text or a dict"
+            f"prompts, number {number}: is of type {type(prompt).__name__}: give a text, or a dict with "
+            '"prompt" or "messages"'
         )
     try:
         return record_source(record) + b"\n"

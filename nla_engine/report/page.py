@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,9 +67,9 @@ class ReportSummary:
 
 
 def write_report(
-    store: CaptureStore,
-    explained: Path,
-    out: Path,
+    store: CaptureStore | str | os.PathLike[str],
+    explained: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     title: str | None = None,
     sections: Sequence[Section] = (),
@@ -80,6 +81,8 @@ def write_report(
     Raises RequestError (`out` exists or is the table; store and table do not belong together; a section's id is
     unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
+    store = store if isinstance(store, CaptureStore) else CaptureStore.open(store)
+    explained, out = Path(explained), Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         mend = (
             "is a directory: choose another name"

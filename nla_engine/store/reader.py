@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -116,10 +117,10 @@ class StoreReader:
 
     def layer(self, number: int) -> StoredLayer:
         """The vectors of one layer. StoreError if it was not captured."""
-        if number not in self.layers:
-            raise StoreError(
-                f"layer {number} is not in {self.path}: it has {', '.join(map(str, self.layers))}"
-            )
+        if not isinstance(number, Integral) or number not in self.layers:
+            given = number if isinstance(number, Integral) else repr(number)
+            held = ", ".join(map(str, self.layers))
+            raise StoreError(f"layer {given} is not in {self.path}: it has {held}")
         return StoredLayer(self.codec, self.arrays(layer_group(number)))
 
     def column(self, name: str) -> np.ndarray:

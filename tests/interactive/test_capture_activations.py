@@ -96,6 +96,14 @@ def test_numbers_of_numpy_are_kept_as_numbers(root: Path, tmp_path: Path) -> Non
     assert run.where("record.n == 3 and record.ok").tolist() == list(range(run.sequence(0).rows.stop))
 
 
+def test_tables_are_read_row_by_row(root: Path, tmp_path: Path) -> None:
+    records = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    for name, make in (("pandas", "DataFrame"), ("polars", "DataFrame")):
+        table = getattr(pytest.importorskip(name), make)(records)
+        run = nla_engine.capture_activations(root / "base", table, out=tmp_path / name, **HOW)
+        assert [sequence.source for sequence in run.iter_sequences()] == records
+
+
 def test_resume_and_overwrite_are_those_of_the_command(root: Path, tmp_path: Path) -> None:
     def again(**changes: Any) -> CaptureStore:
         given = {"prompts": ["a", "b"], "out": tmp_path / "r.zarr", **HOW, **changes}
@@ -118,8 +126,9 @@ def test_resume_and_overwrite_are_those_of_the_command(root: Path, tmp_path: Pat
         ),
         ({"prompts": {"prompt": "a"}}, PromptError, "prompts is of type dict: give a list"),
         ({"prompts": 3}, PromptError, "prompts is of type int: give a list"),
+        ({"prompts": [[{"role": "user", "content": "a"}]]}, PromptError, 'is of type list: .*"messages"'),
         ({"prompts": []}, PromptError, "prompts: no usable prompt in it"),
-        ({"prompts": ["a", 3]}, PromptError, "prompts, number 2: is of type int: give a text or a dict"),
+        ({"prompts": ["a", 3]}, PromptError, "prompts, number 2: is of type int: give a text, or a dict"),
         ({"prompts": ["a", {"q": "b"}]}, PromptError, '^prompts, number 2: no field "prompt"'),
         ({"prompts": ["a", ""]}, PromptError, "^prompts, number 2: "),
         ({"prompts": [{"prompt": "a", "x": float("nan")}]}, PromptError, "prompts, number 1: .*'x' is nan"),
@@ -183,6 +192,13 @@ def test_every_option_takes_what_a_program_has() -> None:
     assert type(options.host_memory) is float
     for layers in (5, "5", "5,6", [5, "6"], np.array([6, 5]), (np.int64(5),)):
         assert options_from(CaptureOptions, given | {"layer": layers}, what="x").layer[0] == 5
+
+
+def test_options_take_text_for_paths_and_a_number_for_a_layer(tmp_path: Path) -> None:
+    options = CaptureOptions(model=tmp_path, prompts=Path("p.jsonl"), layer=7, out=tmp_path / "o")  # type: ignore[arg-type]
+    assert (options.model, options.out, options.layer) == (str(tmp_path), str(tmp_path / "o"), (7,))
+    table = nla_engine.RoundtripOptions(store=tmp_path, av=tmp_path, ar="ar", out="o.parquet")  # type: ignore[arg-type]
+    assert (table.store, table.av, table.out) == (str(tmp_path), str(tmp_path), Path("o.parquet"))
 
 
 def test_progress_and_messages_go_to_stderr(

@@ -140,6 +140,10 @@ def test_what_does_not_belong_together(
         nla_engine.show(run, root / "explained.parquet", rows=[1])
     with pytest.raises(RequestError, match="no such file"):
         nla_engine.show(run, "gone.parquet")
+    told = nla_engine.write_report(
+        str(run.path), str(root / "explained.parquet"), str(tmp_path / "whole.html")
+    )
+    assert told.rows == len(run) and (tmp_path / "whole.html").exists()
     page = nla_engine.show(run, explained)
     assert page.save(tmp_path / "page.html").read_text() == page.html
     with pytest.raises(RequestError, match="exists: choose another name"):
