@@ -11,7 +11,7 @@ def facts_html(title: str, facts: Mapping[str, Any]) -> str:
     """A heading, and a line per fact: its name and value as text."""
     lines = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th>'
-        f'<td style="text-align:left">{escape(str(value))}</td></tr>'
+        f'<td style="text-align:left;white-space:pre-wrap">{escape(str(value))}</td></tr>'
         for name, value in facts.items()
     )
     return f"<div><b>{escape(title)}</b><table>{lines}</table></div>"

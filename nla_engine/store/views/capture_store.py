@@ -71,7 +71,7 @@ class LayerReader(StoredLayer):
             "rows": f"{len(self):,}",
             "d_model": f"{self.codec.d_model:,}",
             "kept as": self.codec.name,
-            "as float32": f"{4 * len(self) * self.codec.d_model / 2**20:,.1f} MiB",
+            "as float32": f"{4 * len(self) * self.codec.d_model / 2**20:,.3g} MiB",
         }
         return facts_html(f"layer {self.number}", facts)
 
