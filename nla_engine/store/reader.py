@@ -6,6 +6,7 @@ grows. Vectors come as stored; `nla_engine.store.views.capture_store` decodes th
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -144,10 +145,11 @@ class StoreReader:
 
     def token_text(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The text of each token on its own; empty for -1."""
-        return [self.vocabulary.text(int(token)) for token in ids]
+        return [self.vocabulary.text(operator.index(token)) for token in ids]
 
     def sequence(self, number: int) -> StoredSequence:
-        """One sequence. Raises IndexError when it is not committed."""
+        """One sequence. Raises IndexError when it is not committed, TypeError for what is no integer."""
+        number = operator.index(number)
         if not 0 <= number < self.sequences:
             raise IndexError(f"sequence {number} is not among the {self.sequences} of {self.path}")
         return next(self._table.read(number, number + 1))

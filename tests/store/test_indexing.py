@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from store_samples import fill_store
 
 from nla_engine.codec.rows import Codec
 from nla_engine.store import CaptureStore, LayerReader
+from nla_engine.store.views.dataset import RowDataset
 
 N, D = 300, 48
 
@@ -117,8 +119,30 @@ def test_a_layer_is_an_array(layer: LayerReader) -> None:
         np.array(layer, copy=False)
 
 
-def test_sequences_and_arrays_refuse_what_they_do_not_have(layer: LayerReader) -> None:
+def test_arrays_refuse_rows_that_they_do_not_have(layer: LayerReader) -> None:
     numbers = layer.arrays["norm"]
     for rows in ([-1], [N], [0, N + 500]):
         with pytest.raises(IndexError):
             numbers.take(np.array(rows))
+
+
+def test_what_is_chosen_by_one_number(tmp_path: Path) -> None:
+    """Sequences, and items of a dataset: nothing is rounded, and no list is taken for a number."""
+    fill_store(tmp_path / "run.zarr", Codec.named("bf16", D), [4, 5])
+    store = CaptureStore.open(tmp_path / "run.zarr")
+    items = RowDataset(store)
+    np.testing.assert_array_equal(items[-1], store.layer(3)[-1])
+    np.testing.assert_array_equal(items[np.int64(2)], store.layer(3)[2])
+    assert store.sequence(np.int32(1)).number == 1
+    for wrong in (0.7, (0, 3), "1", None, slice(0, 2), [0, 1]):
+        for take in (items.__getitem__, store.sequence):
+            with pytest.raises((TypeError, IndexError)):
+                take(wrong)  # type: ignore[operator]
+    for outside in (9, -10):
+        with pytest.raises(IndexError):
+            items[outside]
+    for outside in (2, -1):
+        with pytest.raises(IndexError):
+            store.sequence(outside)
+    with pytest.raises(TypeError):
+        store.token_text([1.5])  # type: ignore[list-item]
