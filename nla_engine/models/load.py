@@ -259,8 +259,8 @@ def load_model(
     engine cannot drive; EngineError if memory is short.
     """
     name = os.fspath(name)
-    device = device if isinstance(device, torch.device) else pick_device(device)
-    dtype = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)
+    device = pick_device(device) if device is None or isinstance(device, str) else device
+    dtype = pick_dtype(dtype, device) if dtype is None or isinstance(dtype, str) else dtype
     source = source or find_source(name, revision, base=base, remote_code=remote_code)
     directory = source.weights
     check_checkpoint(directory, headless=headless, remote_code=remote_code)
