@@ -96,9 +96,11 @@ class StoredSequence:
         return np.array(self.tokens, dtype) if copy else np.asarray(self.tokens, dtype)
 
     def __repr__(self) -> str:
+        text = self.generated_text()
+        said = f"generated {shortened(text, _SHOWN)!r}" if text else repr(shortened(self.text(), _SHOWN))
         return (
             f"<sequence {self.number}: {plural(len(self), 'token')}, {self.prompt_size:,} of the prompt, "
-            f"{self._rows_in_words()}, finish {self.finish.name.lower()}: {shortened(self.text(), _SHOWN)!r}>"
+            f"{self._rows_in_words()}, finish {self.finish.name.lower()}: {said}>"
         )
 
     def _repr_html_(self) -> str:
