@@ -9,6 +9,15 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "capture_activations": "nla_engine.interactive.capture",
+    "explain": "nla_engine.interactive.explain",
+    "show": "nla_engine.interactive.show",
+    "load_model": "nla_engine.models.load",
+    "load_av": "nla_engine.interactive.explain",
+    "load_ar": "nla_engine.interactive.explain",
+    "Explanations": "nla_engine.interactive.explanations",
+    "Page": "nla_engine.interactive.show",
+    "demo_models": "nla_engine.demo.run",
     "CaptureStore": "nla_engine.store",
     "StoreWriter": "nla_engine.store",
     "CaptureOptions": "nla_engine.config",
@@ -25,6 +34,10 @@ _HOME = {
     "NLAError": "nla_engine.errors",
 }
 __all__ = sorted(_HOME)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -169,7 +169,8 @@ class CaptureOptions(Options):
             )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
-        object.__setattr__(self, "layer", tuple(sorted(set(self.layer))))
+        layers = (self.layer,) if isinstance(self.layer, int) else self.layer
+        object.__setattr__(self, "layer", tuple(sorted(set(layers))))
         super().__post_init__()
         _check_sampling(self)
         if self.max_new_tokens == 0 and self.positions == "generated":

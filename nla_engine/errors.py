@@ -11,6 +11,10 @@ class NLAError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the line that a command would print."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class EngineError(NLAError):
     """Generation or capture cannot continue: what was committed stays valid."""
@@ -50,6 +54,14 @@ class DamageError(StoreError):
     """A store's bytes are not those that were written: `nla-engine verify` gives details (exit code 1)."""
 
     exit_code = 1
+
+
+class FieldError(StoreError):
+    """A name is no field of a store's rows."""
+
+
+class RecordFieldError(FieldError):
+    """No prompt record of the store has a field (yet)."""
 
 
 class WhereError(RequestError):

@@ -126,11 +126,18 @@ def _no_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """Base: runs the checks in the metadata of the fields, and gives a JSON-able form."""
+    """Base: runs the checks in the metadata of the fields, and gives a JSON-able form.
+
+    A path may be given as text, and text as a path.
+    """
 
     def __post_init__(self) -> None:
         for about in fields(self):
             name, value, must = about.name, getattr(self, about.name), about.metadata["must"]
+            if about.type == "Path" and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+            if isinstance(value, Path) and str(about.type).startswith("str"):
+                object.__setattr__(self, name, str(value))
             if must and not (value is None and about.default is None) and not must.holds(value):
                 given = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
                 raise RequestError(f"{flag(name)} is {given}: it must be {must.be}")

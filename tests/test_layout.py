@@ -33,6 +33,7 @@ ORDER = (
     {"studies"},
     {"studies.multiplication"},
     {"bench", "cli"},
+    {"interactive"},
     {"__main__"},
 )
 #: What the store may know of the engine: why a sequence ends.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -30,6 +30,20 @@ TRIO = Path(__file__).parent / "trio"
 LAYER = 5
 #: Files that a demo writes.
 FILES = ("problems.jsonl", "run.zarr", "explained.parquet", "report.html")
+
+
+class DemoModels(NamedTuple):
+    """The bundled models: directories as text, and the layer that AV and AR were made for."""
+
+    base: str
+    av: str
+    ar: str
+    layer: int
+
+
+def demo_models() -> DemoModels:
+    """The bundled base model, AV and AR, for examples that need no download."""
+    return DemoModels(str(TRIO / "base"), str(TRIO / "av"), str(TRIO / "ar"), LAYER)
 
 
 @dataclass(frozen=True)

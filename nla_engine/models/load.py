@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -236,11 +237,12 @@ def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    base: str | None = None,
     source: Source | None = None,
     headless: bool = False,
     blocks: int | None = None,
@@ -249,12 +251,17 @@ def load_model(
     """Load a causal language model (or, `headless`, its decoder alone) from a directory or Hub id.
 
     An adapter is merged into its base.
-    source: what `find_source` gave for name and revision, if that was asked already
+    device, dtype: by name, or None, as `pick_device` and `pick_dtype` choose them
+    base: of an adapter, unless it names its own
+    source: what `find_source` gave for name, revision and base, if that was asked already
     blocks: load only so many blocks, the first ones
     Raises CheckpointError for weights that cannot be read, are not those of the configuration, or make a model that the
     engine cannot drive; EngineError if memory is short.
     """
-    source = source or find_source(name, revision, remote_code=remote_code)
+    name = os.fspath(name)
+    device = pick_device(device) if device is None or isinstance(device, str) else device
+    dtype = pick_dtype(dtype, device) if dtype is None or isinstance(dtype, str) else dtype
+    source = source or find_source(name, revision, base=base, remote_code=remote_code)
     directory = source.weights
     check_checkpoint(directory, headless=headless, remote_code=remote_code)
     adapter = None if source.adapter is None else AdapterFile(source.adapter)

@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,9 +67,9 @@ class ReportSummary:
 
 
 def write_report(
-    store: CaptureStore,
-    explained: Path,
-    out: Path,
+    store: CaptureStore | str | os.PathLike[str],
+    explained: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     title: str | None = None,
     sections: Sequence[Section] = (),
@@ -80,6 +81,8 @@ def write_report(
     Raises RequestError (`out` exists or is the table; store and table do not belong together; a section's id is
     unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
+    store = store if isinstance(store, CaptureStore) else CaptureStore.open(store)
+    explained, out = Path(explained), Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         mend = (
             "is a directory: choose another name"
@@ -90,6 +93,33 @@ def write_report(
     if out.exists() and explained.exists() and out.samefile(explained):
         raise RequestError(f"{out}: is the table that the page is made of: choose another name")
     check_outside_stores(out)
+    page = render(store, Explained.read(store, explained), title, sections)
+    with Lease.beside(out):  # two writers of one page would share a temporary file
+        write_file_atomically(out, page.html)
+    return ReportSummary(
+        out=str(out),
+        bytes=len(page.html),
+        sequences=len(page.data["sequences"]["number"]),
+        rows=len(page.data["rows"]["row"]),
+        explanations=len(page.data["explanations"]["text"]),
+        sections=tuple(section.id for section in sections),
+        warnings=tuple(page.warnings),
+    )
+
+
+@dataclass(frozen=True)
+class RenderedPage:
+    """A page in UTF-8, the data in it, and the warnings at its head."""
+
+    html: bytes
+    data: dict[str, Any]
+    warnings: list[str]
+
+
+def render(
+    store: CaptureStore, table: Explained, title: str | None = None, sections: Sequence[Section] = ()
+) -> RenderedPage:
+    """The page of a store and its explained rows. RequestError if a section's id is unfit or taken."""
     taken = list(AREAS)
     for section in sections:
         if not _SECTION_ID.fullmatch(section.id) or section.id in taken:
@@ -97,22 +127,10 @@ def write_report(
                 f"section id {section.id!r} is taken or unfit: use lower-case letters, digits and hyphens, each id once"
             )
         taken.append(section.id)
-    table = Explained.read(store, explained)
-    data = page_data(store, table)
-    caveats = warnings(store, table)
+    data, caveats = page_data(store, table), warnings(store, table)
     title = title or f"{store.path.name}: layer {table.metadata['layer']} in words"
-    page = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
-    with Lease.beside(out):  # two writers of one page would share a temporary file
-        write_file_atomically(out, page)
-    return ReportSummary(
-        out=str(out),
-        bytes=len(page),
-        sequences=len(data["sequences"]["number"]),
-        rows=len(table.rows),
-        explanations=table.explanations,
-        sections=tuple(section.id for section in sections),
-        warnings=tuple(caveats),
-    )
+    html = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
+    return RenderedPage(html, data, caveats)
 
 
 def _assemble(

@@ -29,18 +29,17 @@ from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import SCHEMA, WITHOUT_SCORES, ResultTable, check_table, nullable
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
-from nla_engine.roundtrip.score import Controls, DirectionVariance
+from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.summary import ExplainSummary, RoundtripSummary, summarise, summarise_texts
 from nla_engine.roundtrip.text_file import TextFile, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
+from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
 
-#: Rows of the store that Var is measured on, and rows in the sample of the controls, at most.
-VARIANCE_ROWS = 100_000
+#: Rows in the sample of the controls, at most.
 CONTROL_ROWS = 1024
-_VARIANCE_BLOCK = 4096
 
 #: announce(line for the user); progress(explanations done, explanations in all, as far as is known)
 Announce = Callable[[str], None]
@@ -301,10 +300,7 @@ def _variance(
     """Var, and the number of rows it was measured on: 0 if it was given."""
     if options.variance is not None:
         return options.variance, 0
-    rows = draw_rows(np.arange(store.rows), VARIANCE_ROWS, options.seed)
-    reader, variance = store.layer(layer), DirectionVariance()
-    for start in range(0, len(rows), _VARIANCE_BLOCK):
-        variance.add(reader.torch(rows[start : start + _VARIANCE_BLOCK], device))
+    variance = layer_variance(store.layer(layer), options.seed, device)
     return variance.value, variance.rows
 
 

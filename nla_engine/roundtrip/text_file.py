@@ -22,9 +22,9 @@ from nla_engine.errors import PromptError, ReadError, RequestError, first_line, 
 from nla_engine.models.prompt_files import read_records
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA
-from nla_engine.roundtrip.texts import GIVEN, without_direction
+from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
 from nla_engine.roundtrip.verbalize import Explanation
-from nla_engine.store import CaptureStore, LayerReader
+from nla_engine.store import CaptureStore
 
 SUFFIXES = (".parquet", ".jsonl")
 #: Tokens of a prompt that are no part of its text, at most.
@@ -112,7 +112,7 @@ class TextFile:
         return digest.hexdigest()[:16]
 
     def of_rows(
-        self, reader: LayerReader, rows: np.ndarray, first: int
+        self, reader: Vectors, rows: np.ndarray, first: int
     ) -> Generator[list[Explanation], None, None]:
         """See `Texts`."""
         for place, status in enumerate(without_direction(reader.norm_at(rows)), first):

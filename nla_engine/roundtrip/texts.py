@@ -14,7 +14,6 @@ from nla_engine.config import WritingOptions
 from nla_engine.engine.streams import enter_device
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
-from nla_engine.store import LayerReader
 
 #: Vectors read at once, one such block ahead of need.
 READ_AHEAD = 1024
@@ -24,11 +23,23 @@ ZERO, NONFINITE = "zero_vector", "nonfinite_vector"
 GIVEN = "given"
 
 
+class Vectors(Protocol):
+    """Vectors by the number of their row: those of a layer, or of an array."""
+
+    def torch(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+        """float32 [n, d] on the device, for int64 [n]."""
+        ...
+
+    def norm_at(self, rows: np.ndarray) -> np.ndarray:
+        """L2 norms, [n]."""
+        ...
+
+
 class Texts(Protocol):
     """The texts of all selected rows, in the order of the rows; those of a row together."""
 
     def of_rows(
-        self, reader: LayerReader, rows: np.ndarray, first: int
+        self, reader: Vectors, rows: np.ndarray, first: int
     ) -> Generator[list[Explanation], None, None]:
         """The texts of each of these rows, int64 [n]. first: place of the first one among all selected rows.
 
@@ -60,7 +71,7 @@ class Written:
         self.options, self.verbalizer, self.device = options, verbalizer, device
 
     def of_rows(
-        self, reader: LayerReader, rows: np.ndarray, first: int
+        self, reader: Vectors, rows: np.ndarray, first: int
     ) -> Generator[list[Explanation], None, None]:
         """See `Texts`. The places name the random numbers: neither segments nor resuming change a sampled text."""
         options, samples = self.options, self.options.samples
@@ -103,7 +114,7 @@ class Written:
         return "an explanation each" if samples == 1 else f"{samples} explanations each"
 
     def _vectors(
-        self, reader: LayerReader, rows: np.ndarray, places: np.ndarray, first: int
+        self, reader: Vectors, rows: np.ndarray, places: np.ndarray, first: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
         device = self.device

@@ -1,4 +1,4 @@
-"""Var of any Parquet file of vectors: the number that fve_nrm is scaled by, of training data for example."""
+"""Var of the vectors of a layer, or of any Parquet file: the number that fve_nrm is scaled by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import torch
 
 from nla_engine.errors import StoreError
 from nla_engine.roundtrip.score import DirectionVariance
+from nla_engine.store import LayerReader
 from nla_engine.store.exchange.vectors import read_vectors
+from nla_engine.store.views.draw import draw_rows
+
+#: Rows of a layer that Var is measured on, at most, and rows read at once.
+VARIANCE_ROWS = 100_000
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,14 @@ class VectorVariance:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def layer_variance(layer: LayerReader, seed: int, device: torch.device) -> DirectionVariance:
+    """Var of the rows of a layer, or of VARIANCE_ROWS of them that the seed draws."""
+    rows, variance = draw_rows(np.arange(len(layer)), VARIANCE_ROWS, seed), DirectionVariance()
+    for start in range(0, len(rows), _BLOCK):
+        variance.add(layer.torch(rows[start : start + _BLOCK], device))
+    return variance
 
 
 def measure_variance(

@@ -215,10 +215,17 @@ class ArrayReader:
         return rows[start - first * chunk_rows :][: stop - start]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows int64 [n], each in [0, length), any order, repeats allowed. Each chunk is read once."""
+        """Rows int64 [n], each in [0, length), any order, repeats allowed. Each chunk is read once.
+
+        Raises IndexError for other numbers, and what `read` raises.
+        """
         out = np.empty((len(rows), *self.spec.trailing), self.spec.dtype)
         if len(rows) == 0:
             return out
+        if not 0 <= rows.min() <= rows.max() < self.length:
+            raise IndexError(
+                f"{self.spec.path}: rows {rows.min()} to {rows.max()} are outside its {self.length}"
+            )
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         shards = ordered // self.spec.shard_rows

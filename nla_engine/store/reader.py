@@ -6,8 +6,10 @@ grows. Vectors come as stored; `nla_engine.store.views.capture_store` decodes th
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -116,10 +118,10 @@ class StoreReader:
 
     def layer(self, number: int) -> StoredLayer:
         """The vectors of one layer. StoreError if it was not captured."""
-        if number not in self.layers:
-            raise StoreError(
-                f"layer {number} is not in {self.path}: it has {', '.join(map(str, self.layers))}"
-            )
+        if not isinstance(number, Integral) or number not in self.layers:
+            given = number if isinstance(number, Integral) else repr(number)
+            held = ", ".join(map(str, self.layers))
+            raise StoreError(f"layer {given} is not in {self.path}: it has {held}")
         return StoredLayer(self.codec, self.arrays(layer_group(number)))
 
     def column(self, name: str) -> np.ndarray:
@@ -143,16 +145,19 @@ class StoreReader:
 
     def token_text(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The text of each token on its own; empty for -1."""
-        return [self.vocabulary.text(int(token)) for token in ids]
+        return [self.vocabulary.text(operator.index(token)) for token in ids]
 
     def sequence(self, number: int) -> StoredSequence:
-        """One sequence. Raises IndexError when it is not committed."""
+        """One sequence. Raises IndexError when it is not committed, TypeError for what is no integer."""
+        number = operator.index(number)
         if not 0 <= number < self.sequences:
             raise IndexError(f"sequence {number} is not among the {self.sequences} of {self.path}")
         return next(self._table.read(number, number + 1))
 
     def iter_sequences(self, start: int = 0, stop: int | None = None) -> Iterator[StoredSequence]:
-        """Sequences [start, stop) in order."""
+        """Sequences [start, stop) in order. Raises IndexError for negative numbers."""
+        if start < 0 or (stop is not None and stop < 0):
+            raise IndexError("sequences are counted from 0: give numbers that are not negative")
         return self._table.read(start, self.sequences if stop is None else min(stop, self.sequences))
 
     def row_sizes(self) -> np.ndarray:

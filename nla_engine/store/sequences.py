@@ -13,6 +13,7 @@ import numpy as np
 from nla_engine.engine.request import Finish
 from nla_engine.errors import DamageError
 from nla_engine.store.arrays import ArrayReader
+from nla_engine.store.shown import facts_html, plural, shortened
 
 TABLE_COLUMNS = (
     "row_start",
@@ -24,6 +25,8 @@ TABLE_COLUMNS = (
     "source_start",
     "source_size",
 )
+#: Characters of a text that a line shows.
+_SHOWN = 80
 #: Sequences whose tokens and records are read at once.
 BLOCK_SEQUENCES = 256
 #: Sequences whose table entries are read at once: a shard of the table. A multiple of BLOCK_SEQUENCES.
@@ -59,9 +62,9 @@ class Vocabulary:
         return b"".join(self.raw(int(token)) for token in tokens).decode(errors="replace")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredSequence:
-    """One sequence. tokens: int32 [t]; rows: its rows in the store.
+    """One sequence. tokens: int32 [t]; rows: its rows in the store. Its length is that of its tokens.
 
     source: the user's prompt record; record: the same as stored, UTF-8 JSON
     """
@@ -84,6 +87,39 @@ class StoredSequence:
 
     def generated_text(self) -> str:
         return self.vocabulary.join(self.tokens[self.prompt_size :])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The tokens."""
+        return np.array(self.tokens, dtype) if copy else np.asarray(self.tokens, dtype)
+
+    def __repr__(self) -> str:
+        text = self.generated_text()
+        said = f"generated {shortened(text, _SHOWN)!r}" if text else repr(shortened(self.text(), _SHOWN))
+        return (
+            f"<sequence {self.number}: {plural(len(self), 'token')}, {self.prompt_size:,} of the prompt, "
+            f"{self._rows_in_words()}, finish {self.finish.name.lower()}: {said}>"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "tokens": f"{len(self):,}, {self.prompt_size:,} of the prompt",
+            "rows": self._rows_in_words(),
+            "finish": self.finish.name.lower(),
+            "record": shortened(json.dumps(self.source, ensure_ascii=False), 10 * _SHOWN),
+            "prompt": shortened(self.prompt_text(), 10 * _SHOWN),
+            "generated": shortened(self.generated_text(), 10 * _SHOWN),
+        }
+        return facts_html(f"sequence {self.number}", facts)
+
+    def _rows_in_words(self) -> str:
+        return (
+            f"rows {self.rows.start:,} to {self.rows.stop - 1:,}"
+            if self.rows.stop > self.rows.start
+            else "no rows"
+        )
 
 
 class SequenceTable:

@@ -108,7 +108,12 @@ const stepSequence = (by) => {
   choose(rows[Math.max(0, Math.min(place, rows.length - 1))]);
 };
 
+// Inside a notebook the page is the source of a frame: it has no address, so nothing can be kept in it or link to it.
+const framed = location.protocol === "about:";
+addEventListener("click", (event) => { if (framed && event.target.closest("a[href^='#']")) event.preventDefault(); });
+
 const remember = () => {
+  if (framed) return;
   const parts = new URLSearchParams();
   if (state.row >= 0) parts.set("row", R.row[state.row]);
   if (state.tab !== "text") parts.set("tab", state.tab);

@@ -7,6 +7,7 @@ once, and a consumer can resume after any batch without reading what came before
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ Row = Tensor | tuple[Tensor, Tensor]
 class RowDataset(Dataset[Row]):
     """Map-style: item i is the vector [d] of the i-th chosen row; with `numbers`, (row number int64 [], vector).
 
-    A DataLoader's batch is read at once: each chunk of the store is read only once.
+    A DataLoader's batch is read at once: each chunk of the store is read only once. An item is chosen by one integer:
+    others raise IndexError outside, TypeError for another type.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class RowDataset(Dataset[Row]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        rows = self.rows.take(np.asarray(indices, np.int64))
+        rows = self.rows.take(np.array([operator.index(place) for place in indices], np.int64))
         vectors = self.layer.torch(rows, dtype=self.dtype)
         if not self.numbers:
             return list(vectors)

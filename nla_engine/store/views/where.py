@@ -11,16 +11,15 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import lark
 import numpy as np
 
-from nla_engine.errors import WhereError, WhereRecordError
-from nla_engine.store.format import RowFlag
+from nla_engine.errors import FieldError, RecordFieldError, WhereError, WhereRecordError
 from nla_engine.store.reader import StoreReader
+from nla_engine.store.views.fields import MISSING, Labels, field_names, row_field
 
 GRAMMAR = r"""
 ?start: either
@@ -55,10 +54,6 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
 }
 MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-TEXT_FIELDS = {"token": "token_id", "next_token": "next_token_id"}
-NUMBER_FIELDS = ("token_id", "next_token_id", "position", "sequence")
-TRUTH_FIELDS = tuple(str(flag.name).lower() for flag in RowFlag)
-MISSING = object()
 
 
 def select_rows(store: StoreReader, expression: str, first: int = 0) -> np.ndarray:
@@ -70,16 +65,7 @@ def select_rows(store: StoreReader, expression: str, first: int = 0) -> np.ndarr
     return _Selection(store, expression, first).rows()
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """A value for each row, from a list: values[index[row]]. kind: "text" or "record"."""
-
-    kind: str
-    index: np.ndarray
-    values: Sequence[Any]
-
-
-Operand = np.ndarray | _Labels | int | float | str | bool
+Operand = np.ndarray | Labels | int | float | str | bool
 
 
 class _Selection:
@@ -89,10 +75,6 @@ class _Selection:
         self._store = store
         self._expression = expression
         self._first = first
-
-    def _column(self, name: str) -> np.ndarray:
-        store = self._store
-        return store.arrays("rows")[name].read(self._first) if self._first else store.column(name)
 
     def rows(self) -> np.ndarray:
         try:
@@ -123,7 +105,7 @@ class _Selection:
         if node.data == "listed":
             return self._listed(node)
         value = self._operand(node)
-        if isinstance(value, _Labels) and value.kind == "record":
+        if isinstance(value, Labels) and value.kind == "record":
             return self._per_record(node, value, bool, lambda found: found)
         if isinstance(value, np.ndarray) and value.dtype == bool:
             return value
@@ -137,56 +119,25 @@ class _Selection:
         return self._truth(node)
 
     def _field(self, name: str, node: lark.Tree) -> Operand:
-        store = self._store
-        if name in TEXT_FIELDS:
-            ids, index = np.unique(self._column(TEXT_FIELDS[name]), return_inverse=True)
-            return _Labels("text", index, store.token_text(ids))
-        if name in NUMBER_FIELDS:
-            return self._column(name)
-        if name == "row":
-            return np.arange(self._first, store.rows)
-        if name == "prompt":
-            return self._column("flags") & RowFlag.GENERATED == 0
-        if name in TRUTH_FIELDS:
-            return self._column("flags") & RowFlag[name.upper()] != 0
-        if name == "norm":
-            return store.layer(store.layers[0]).norm(self._first)
-        if name in {f"norm_{layer}" for layer in store.layers}:
-            return store.layer(int(name.removeprefix("norm_"))).norm(self._first)
-        if name.startswith("record."):
-            return self._record(name.removeprefix("record."), node)
-        raise self._error(f"there is no field '{name}'", node)
-
-    def _record(self, name: str, node: lark.Tree) -> _Labels:
-        values: list[Any] = []
-        known: set[str] = set()
-        index = self._column("sequence")
-        base = int(index[0]) if len(index) else self._store.sequences
-        base = base if self._first else 0  # sequences without rows may also have the field
-        for sequence in self._store.iter_sequences(base):
-            value = sequence.source
-            for key in name.split("."):
-                known.update(value if isinstance(value, dict) else ())
-                value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
-            values.append(value)
-        if values and not self._first and all(value is MISSING for value in values):
-            shown = ", ".join(sorted(known)[:20]) or "none"
-            raise self._error(f"no prompt record has '{name}' (keys seen: {shown})", node, WhereRecordError)
-        return _Labels("record", index - base, values)
+        try:
+            return row_field(self._store, name, self._first)
+        except FieldError as error:
+            kind = WhereRecordError if isinstance(error, RecordFieldError) else WhereError
+            raise self._error(str(error), node, kind) from None
 
     def _compared(self, node: lark.Tree) -> np.ndarray:
         left_node, sign, right_node = node.children
         assert isinstance(left_node, lark.Tree)
         assert isinstance(right_node, lark.Tree)
         left, right, name = self._operand(left_node), self._operand(right_node), str(sign)
-        if not isinstance(left, np.ndarray | _Labels):
-            if not isinstance(right, np.ndarray | _Labels):
+        if not isinstance(left, np.ndarray | Labels):
+            if not isinstance(right, np.ndarray | Labels):
                 raise self._error("two constants are compared: name a field", node)
             left, right, name = right, left, MIRRORED[name]
         if name not in ("==", "!=") and "number" not in (_kind(left), _kind(right)):
             raise self._error(f"{_kind(left)} has no order: use == != in matches", node)
-        if isinstance(left, _Labels):
-            if isinstance(right, np.ndarray | _Labels):
+        if isinstance(left, Labels):
+            if isinstance(right, np.ndarray | Labels):
                 raise self._error(f"{_kind(left)} can only be compared with a constant", right_node)
             return self._compare_labels(node, left, right, COMPARISONS[name])
         if _kind(left) != _kind(right):
@@ -194,7 +145,7 @@ class _Selection:
         return _compare(left, right, COMPARISONS[name])
 
     def _compare_labels(
-        self, node: lark.Tree, labels: _Labels, constant: Operand, compare: Callable[[Any, Any], Any]
+        self, node: lark.Tree, labels: Labels, constant: Operand, compare: Callable[[Any, Any], Any]
     ) -> np.ndarray:
         if labels.kind == "record":
             return self._per_record(node, labels, type(constant), lambda found: compare(found, constant))
@@ -205,7 +156,7 @@ class _Selection:
     def _matched(self, node: lark.Tree) -> np.ndarray:
         target, pattern_node = _trees(node)
         labels, pattern = self._operand(target), self._operand(pattern_node)
-        if not isinstance(labels, _Labels):
+        if not isinstance(labels, Labels):
             raise self._error(f"'matches' needs a text, this is {_kind(labels)}", target)
         if not isinstance(pattern, str):
             raise self._error("'matches' needs a quoted pattern", pattern_node)
@@ -220,12 +171,12 @@ class _Selection:
     def _listed(self, node: lark.Tree) -> np.ndarray:
         target, list_node = _trees(node)
         value = self._operand(target)
-        if not isinstance(value, np.ndarray | _Labels):
+        if not isinstance(value, np.ndarray | Labels):
             raise self._error("'in' needs a field before it", target)
         result = np.zeros(self._store.rows - self._first, bool)
         for item in (child for child in list_node.children if isinstance(child, lark.Tree)):
             constant = self._literal(item)
-            if isinstance(value, _Labels):
+            if isinstance(value, Labels):
                 result |= self._compare_labels(item, value, constant, operator.eq)
             elif _kind(value) == _kind(constant):
                 result |= _compare(value, constant, operator.eq)
@@ -234,7 +185,7 @@ class _Selection:
         return result
 
     def _per_record(
-        self, node: lark.Tree, labels: _Labels, kind: type, holds: Callable[[Any], Any]
+        self, node: lark.Tree, labels: Labels, kind: type, holds: Callable[[Any], Any]
     ) -> np.ndarray:
         """Apply `holds` to record values of a type. It is false for records without the field or with null."""
         fits = [_is(value, kind) for value in labels.values]
@@ -263,8 +214,7 @@ class _Selection:
 
     def _error(self, message: str, place: lark.Tree | int, kind: type[WhereError] = WhereError) -> WhereError:
         start = place if isinstance(place, int) else place.meta.start_pos
-        norms = ", ".join(f"norm_{layer}" for layer in self._store.layers)
-        fields = ", ".join([*TEXT_FIELDS, *NUMBER_FIELDS, "row", "norm", norms, "prompt", *TRUTH_FIELDS])
+        fields = ", ".join(field_names(self._store))
         return kind(
             f"where expression, column {start + 1}: {message}: {self._expression[start : start + 40]!r} "
             f"(fields: {fields}, record.KEY)"
@@ -307,7 +257,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _kind(value: Operand) -> str:
-    if isinstance(value, _Labels):
+    if isinstance(value, Labels):
         return "text" if value.kind == "text" else "a record field"
     if isinstance(value, str):
         return "text"
@@ -315,5 +265,5 @@ def _kind(value: Operand) -> str:
     return "true or false" if is_truth else "number"
 
 
-def _spread(labels: _Labels, truths: Sequence[bool]) -> np.ndarray:
+def _spread(labels: Labels, truths: Sequence[bool]) -> np.ndarray:
     return np.asarray(truths, bool)[labels.index]

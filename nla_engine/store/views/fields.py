@@ -1,0 +1,137 @@
+"""The fields of rows by name: one list for `--where`, for `CaptureStore.column` and for tables of rows.
+
+A field is an array with a value per row, or labels: values from a list, and which of them each row has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nla_engine.errors import FieldError, RecordFieldError
+from nla_engine.store.format import RowFlag
+from nla_engine.store.reader import StoreReader
+
+#: Fields with the text of a token -> the column with its id.
+TEXT_FIELDS = {"token": "token_id", "next_token": "next_token_id"}
+TRUTH_FIELDS = tuple(str(flag.name).lower() for flag in RowFlag)
+#: Before the name of a field of the prompt records.
+RECORD = "record."
+#: Value of a record that lacks the field.
+MISSING = object()
+#: Most keys that an error lists.
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A value for each row, from a list: values[index[row]]. kind: "text" or "record"."""
+
+    kind: str
+    index: np.ndarray
+    values: Sequence[Any]
+
+    def spread(self) -> np.ndarray:
+        """The value of each row: bool, int64 or float64 (NaN where a record has none), else objects (None)."""
+        return _typed(self.values)[self.index]
+
+
+def field_names(store: StoreReader) -> list[str]:
+    """Every name but those of the prompt records, in the order of documentation and errors."""
+    norms = [f"norm_{layer}" for layer in store.layers]
+    return [*TEXT_FIELDS, *_numbers(store), "row", "norm", *norms, "prompt", *TRUTH_FIELDS]
+
+
+def record_names(store: StoreReader) -> list[str]:
+    """`record.KEY` and `record.KEY.KEY` of every scalar in the prompt records, in order of appearance."""
+    found: dict[str, None] = {}
+    for sequence in store.iter_sequences():
+        found.update(dict.fromkeys(_scalars(sequence.source, RECORD)))
+    return list(found)
+
+
+def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Labels:
+    """A field of the rows from number `first` on. Rows before are not read.
+
+    Raises FieldError for an unknown name, and RecordFieldError if no record has the field; with first > 0 the records
+    before may have it.
+    """
+
+    def column(array: str) -> np.ndarray:
+        return store.arrays("rows")[array].read(first) if first else StoreReader.column(store, array)
+
+    if name in TEXT_FIELDS:
+        ids, index = np.unique(column(TEXT_FIELDS[name]), return_inverse=True)
+        return Labels("text", index, store.token_text(ids))
+    if name in _numbers(store):
+        return column(name)
+    if name == "row":
+        return np.arange(first, store.rows)
+    if name == "prompt":
+        return column("flags") & RowFlag.GENERATED == 0
+    if name in TRUTH_FIELDS:
+        return column("flags") & RowFlag[name.upper()] != 0
+    if name == "norm":
+        return store.layer(store.layers[0]).norm(first)
+    if name in {f"norm_{layer}" for layer in store.layers}:
+        return store.layer(int(name.removeprefix("norm_"))).norm(first)
+    if name.startswith(RECORD):
+        return _record_field(store, name.removeprefix(RECORD), column("sequence"), first)
+    raise FieldError(f"there is no field '{name}'")
+
+
+def _numbers(store: StoreReader) -> list[str]:
+    """Arrays of the group `rows` with a number per row."""
+    return [name for name, array in store.arrays("rows").items() if not array.spec.trailing]
+
+
+def _record_field(store: StoreReader, name: str, sequence: np.ndarray, first: int) -> Labels:
+    """sequence: of each row from `first` on."""
+    values: list[Any] = []
+    known: set[str] = set()
+    base = int(sequence[0]) if len(sequence) else store.sequences
+    base = base if first else 0  # sequences without rows may also have the field
+    for each in store.iter_sequences(base):
+        value = each.source
+        for key in name.split("."):
+            known.update(value if isinstance(value, dict) else ())
+            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
+        values.append(value)
+    if values and not first and all(value is MISSING for value in values):
+        shown = ", ".join(sorted(known)[:_LISTED]) or "none"
+        raise RecordFieldError(f"no prompt record has '{name}' (keys seen: {shown})")
+    return Labels("record", sequence - base, values)
+
+
+def _scalars(source: Any, prefix: str) -> Iterator[str]:
+    """Names of the scalars in a record. A key with a point in it has no name."""
+    if not isinstance(source, dict):
+        return
+    for key, value in source.items():
+        if "." in key:
+            continue
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, str | bool | int | float):
+            yield prefix + key
+
+
+def _typed(values: Sequence[Any]) -> np.ndarray:
+    """The values as an array of the narrowest type that keeps every one of them."""
+    given = [None if value is MISSING else value for value in values]
+    present = [value for value in given if value is not None]
+    complete = len(present) == len(given)
+    if present and complete and all(isinstance(value, bool) for value in present):
+        return np.array(given, bool)
+    if present and all(isinstance(v, int | float) and not isinstance(v, bool) for v in present):
+        whole = all(isinstance(value, int) for value in present)
+        if whole and complete and all(-(1 << 63) <= value < 1 << 63 for value in present):
+            return np.array(given, np.int64)
+        if all(isinstance(value, float) or abs(value) <= 1 << 53 for value in present):
+            return np.array([np.nan if value is None else value for value in given], np.float64)
+    out = np.empty(len(given), object)
+    out[:] = given
+    return out
