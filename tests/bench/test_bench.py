@@ -223,6 +223,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result == json.loads(object_file.read_text())
     lines = {line["case"]: line for line in result["lines"]}
     assert any(case.startswith("encode int8 1024 x 64") for case in lines)
+    (cut,) = (line for case, line in lines.items() if case.startswith("choose 4 ") and "top-k" in case)
+    assert cut["baseline"].endswith(", sampled") and cut["unit"] == "GB/s"
     assert lines["gate and up 2048 x 2 x 96 x 64, two launches"]["unit"] == "TFLOP/s"
     assert "HF generate static cache, no capture B=5 6+4" in lines
     assert lines["5 x 6+4 layer 2 to disk"]["baseline"].startswith("HF generate ")

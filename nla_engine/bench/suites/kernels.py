@@ -1,4 +1,4 @@
-"""Encoding and decoding rows, in bytes moved per second; the gated product, in operations per second."""
+"""Encoding and decoding rows and choosing tokens, in bytes per second; the gated product, in operations per second."""
 
 from __future__ import annotations
 
@@ -15,16 +15,28 @@ from nla_engine.codec.rows import CODEC_NAMES, Codec
 from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
 from nla_engine.ops.gated_linear import gated_linear, has_kernel, tried_tiles
 from nla_engine.ops.linear import tune
+from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
+from nla_engine.ops.truncation import Truncation
 
 #: Bytes of input used in turn, so that no launch finds its input in a cache; and most sets of buffers.
 _ROTATE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 20}
 _MOST_SETS = 64
 _REPEATS = 20
+#: Standard deviation of the logits that tokens are chosen from.
+_SPREAD = 2.5
+#: Ways to choose a token.
+_SAMPLINGS = {
+    "sampled": Sampling(0.7),
+    "top-p 0.9": Sampling(0.7, truncation=Truncation(top_p=0.9)),
+    "top-k 20, top-p 0.8": Sampling(0.7, truncation=Truncation(top_p=0.8, top_k=20)),
+}
 
 
 def run(session: Session) -> None:
-    """Every codec, both ways, at every number of rows; then the gated product of a step and of a full pass."""
+    """Every codec, both ways, at every number of rows; the choice of tokens; the gated product of a step and a pass."""
     _codecs(session)
+    for lanes in session.sizes.batches:
+        _choices(session, lanes)
     for rows in sorted({*session.sizes.batches, MAX_PREFILL_TOKENS[session.device.type]}):
         _gated_product(session, rows)
 
@@ -91,6 +103,46 @@ def _decode(session: Session, codec: Codec, rows: int) -> Iterator[Prepared]:
         for _, stage in _sets(session, codec, rows)
     ]
     yield _timed(session, _moved(codec, rows) / 1e9, runs)
+
+
+# ---- the end of a step ----
+
+
+def _choices(session: Session, lanes: int) -> None:
+    """Choosing the next token of every lane, beside sampling without a truncation. Limit: the logits read once."""
+    size = lanes * int(session.config.vocab_size) * session.settings.dtype.itemsize
+    plain = None
+    for name, sampling in _SAMPLINGS.items():
+        line = session.measure(
+            "kernels",
+            f"choose {lanes} x {session.config.vocab_size}, {name}",
+            "GB/s",
+            _chosen(session, lanes, size, sampling),
+            limit=session.hardware.copy / 1e9,
+            against=plain,
+            detail=lambda p50: f"{size / p50 / 1e3:.4g} us",
+        )
+        plain = plain or line
+
+
+@contextmanager
+def _chosen(session: Session, lanes: int, size: int, sampling: Sampling) -> Iterator[Prepared]:
+    device, vocabulary = session.device, int(session.config.vocab_size)
+    count = min(max(-(-_ROTATE_BYTES[device.type] // size), 2), _MOST_SETS)
+    made = [
+        (torch.randn(lanes, vocabulary, device=device) * _SPREAD).to(session.settings.dtype)
+        for _ in range(count)
+    ]
+    state = SlotState.allocate(lanes, 1, device)
+    state.active[:-1] = True
+    state.limit.fill_(1 << 40)  # no sequence ends
+    table = torch.zeros(1, vocabulary, dtype=torch.uint8, device=device)
+    at, how = torch.arange(lanes, device=device), Choosing(sampling, table, 1, False)
+    runs: list[Callable[[], object]] = [
+        lambda logits=logits: advance(logits, at, state, how)  # type: ignore[misc]
+        for logits in made
+    ]
+    yield _timed(session, size / 1e9, runs)
 
 
 # ---- the gated product ----
