@@ -74,6 +74,9 @@ def verify(
     shown = results(as_json)
     shown.print(table)
     shown.print(escape(f"{store}: {verdict}"), highlight=False, soft_wrap=True)
+    for check in checks:
+        if not check.ok:  # once more, where the eye is when a long table has run by
+            shown.print(escape(f"FAILED {check.name}: {check.detail}"), highlight=False, soft_wrap=True)
     if as_json:
         outcome = {"ok": good, "repair": repaired and repaired.to_dict()}
         print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})
