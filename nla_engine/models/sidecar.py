@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Sidecar:
     template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
+    min_position: the first position of a token that it was trained on; None if not stated
     """
 
     path: Path
@@ -64,6 +65,9 @@ class Sidecar:
     left_id: int | None
     right_id: int | None
     suffix_ids: tuple[int, ...]
+    min_position: int | None = field(
+        default=None, repr=False
+    )  # nothing is computed from it: not in the fingerprint
 
     def fingerprint(self) -> str:
         """sha256 over everything but the path."""
@@ -128,7 +132,12 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         left_id=_integer(path, data, "tokens.injection_left_neighbor_id"),
         right_id=_integer(path, data, "tokens.injection_right_neighbor_id"),
         suffix_ids=tuple(suffix),
+        min_position=_integer(path, data, "extraction.min_position"),
     )
+    if sidecar.min_position is not None and sidecar.min_position < 0:
+        raise CheckpointError(
+            f"{path}: extraction.min_position is {sidecar.min_position}, which is no position"
+        )
     if role == "av" and (sidecar.marker is None or sidecar.marker_id is None):
         raise CheckpointError(f"{path}: tokens.injection_char or tokens.injection_token_id is missing")
     return sidecar

@@ -98,8 +98,10 @@ class TextFile:
         )
         if explained is None:
             return {}
+        stated = {name: made[name] for name in ("av_min_position",) if name in made}
         return {name: made.get(name) for name in ("av", "av_revision", "injection_scale")} | {
-            "explained": explained
+            **stated,
+            "explained": explained,
         }
 
     def fingerprint(self) -> str:
