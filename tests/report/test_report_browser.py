@@ -46,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(page: Page) -> list[str]:
     """The tokens that the filter leaves (all, without one), laid out or not: `inner_text` is "" outside the window."""
-    which = "#hits .hit .mark" if page.locator("#views").is_visible() else "#sequences .t"
+    which = "#hits .entry .mark" if page.locator("#views").is_visible() else "#sequences .t"
     return [text.replace("\u2423", " ") for text in page.locator(which).all_text_contents()]
 
 

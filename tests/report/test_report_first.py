@@ -113,7 +113,7 @@ def test_hits_are_a_list_of_tokens_snippets_and_scores(chat: Path, open_page: Op
     search(page, q="digit")
     expect(page.locator("#found")).to_contain_text("7 of 9 explained rows, in 2 sequences")
     assert page.locator("#sequences").is_hidden()
-    hits = page.locator("#hits .hit")
+    hits = page.locator("#hits .entry")
     expect(hits).to_have_count(7)
     assert hits.locator("mark").all_text_contents() == ["Digit"] * 6 + ["digit"]
     assert hits.first.locator(".mark").inner_text() == "\u2423The"
@@ -147,32 +147,33 @@ def test_a_hit_opens_beside_the_list_and_in_its_text(chat: Path, open_page: Open
     page.keyboard.press("Enter")
     for key, row in {"ArrowDown": "0", "ArrowRight": "2", "ArrowUp": "0"}.items():
         page.keyboard.press(key)
-        assert page.locator(".hit.here").get_attribute("data-i") == row, key
-    page.locator("#hits .hit").nth(3).click()
+        assert page.locator(".entry.here").get_attribute("data-i") == row, key
+    page.locator("#hits .entry").nth(3).click()
     expect(page.locator("#panel .explanation")).to_have_text("Text 4: a Digit.")
     page.get_by_role("button", name="Show in its text").click()
     assert page.locator("#hits").is_hidden() and page.locator(".t.here").get_attribute("data-i") == "4"
     expect(page.locator(".t.here")).to_be_in_viewport()
     assert "show=text" in page.evaluate("location.hash")
+    assert page.locator(".t.hit").first.evaluate("(e) => getComputedStyle(e).display") == "inline"
     other = page.locator(".t:not(.hit)").first
     assert other.evaluate("(e) => getComputedStyle(e).color") == page.locator(".t.hit").first.evaluate(
         "(e) => getComputedStyle(e).color"
     )
     assert page.locator(".t[data-i='0']").evaluate("(e) => getComputedStyle(e).backgroundColor") == whole
     page.get_by_role("button", name="List").click()
-    assert page.locator(".hit.here").get_attribute("data-i") == "4"
+    assert page.locator(".entry.here").get_attribute("data-i") == "4"
 
 
 def test_many_hits_are_built_as_they_are_read(large: Path, open_page: Open) -> None:
     page = open_page(large, "#lo=-3")
     expect(page.locator("#found")).to_contain_text("3,000 of 3,000 explained rows")
-    built = page.locator("#hits .hit").count()
+    built = page.locator("#hits .entry").count()
     assert 0 < built < 1000
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    expect(page.locator("#hits .hit").nth(built)).to_be_attached()
+    expect(page.locator("#hits .entry").nth(built)).to_be_attached()
     page.evaluate("location.hash = 'lo=-3&row=2900'")
-    expect(page.locator(".hit.here")).to_be_in_viewport()
-    assert page.locator(".hit.here").get_attribute("data-i") == "2900"
+    expect(page.locator(".entry.here")).to_be_in_viewport()
+    assert page.locator(".entry.here").get_attribute("data-i") == "2900"
 
 
 def test_the_legend_is_made_of_buttons_and_empty_colours_are_empty(chat: Path, open_page: Open) -> None:
@@ -192,12 +193,12 @@ def test_the_legend_is_made_of_buttons_and_empty_colours_are_empty(chat: Path, o
     steps.nth(0).hover()
     assert steps.nth(0).evaluate(style, "boxShadow") != flat
     steps.nth(4).click()
-    expect(page.locator("#hits .hit")).to_have_count(2)
+    expect(page.locator("#hits .entry")).to_have_count(2)
     assert [int(text) for text in steps.locator(".amount").all_inner_texts()] == amounts, (
         "from one to the next"
     )
     steps.nth(0).click()
-    expect(page.locator("#hits .hit .end b")).to_have_text(["\u22120.50"])
+    expect(page.locator("#hits .entry .end b")).to_have_text(["\u22120.50"])
 
 
 def test_spaces_and_line_ends_can_be_seen(chat: Path, open_page: Open) -> None:

@@ -114,6 +114,9 @@ def test_a_page_without_scores_in_a_browser(root: Path, unscored: Path, open_pag
     shown.locator("#sequences .t").nth(1).hover()
     assert shown.locator("#hover").is_visible() and "FVE" not in shown.locator("#hover").inner_text()
     assert "FVE" not in shown.locator("main").inner_text()
+    shown.locator("#filter [name=status]").select_option(index=1)
+    shown.locator("#hits .entry").first.click()
+    assert not shown.locator("#hits .end b").count() and panel.locator(".explanation").count() == 2
 
 
 def test_a_page_of_given_texts_in_a_browser(root: Path, given: Path, open_page: Open) -> None:

@@ -24,7 +24,7 @@ const hitElement = (row, view) => {
   const fits = (each) => (!text || text(E.text[each])) && (!view.status || E.status[each] === view.status);
   const e = of.find(fits) ?? of.find((each) => text?.(E.text[each])) ?? of[0];
   const field = value && fieldText(view.field, s);
-  return make("button", { type: "button", class: "hit", "data-i": row },
+  return make("button", { type: "button", class: "entry", "data-i": row },
     make("span", { class: "about" },
       make("small", {}, "read "), make("span", { class: `mark ${stepClass(rowFve[row])}` }, signs(tokenText(row))),
       next !== null && make("span", { class: "next" }, " next ", make("span", { class: "mono" }, signs(next)))),

@@ -21,6 +21,7 @@ const refilter = () => {
     return;
   }
   state.view = view;
+  notify("");
   show();
   showScale(view, form, (lo, hi) => { form.lo.value = lo; form.hi.value = hi; refilter(); remember(); });
   const all = counted(ROWS, "explained row"), shown = counted(view.order.length, "sequence");
@@ -91,6 +92,7 @@ const openTab = (name) => {
 
 // The index of a row among the explained ones; -1 if it is not among them.
 const choose = (row, scroll = true) => {
+  notify("");
   state.row = row;
   if (row < 0) {
     point();
@@ -217,7 +219,6 @@ let typing;
 form.addEventListener("input", (event) => {
   if (event.target === form.field) fillValues(form.field.value);
   clearTimeout(typing);
-  notify("");
   typing = setTimeout(() => { refilter(); remember(); }, event.target.tagName === "SELECT" ? 0 : 150);
 });
 form.addEventListener("submit", (event) => event.preventDefault());
