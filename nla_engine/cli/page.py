@@ -63,7 +63,7 @@ class Counts:
 
     finish: how many sequences ended for each reason, commonest first
     fields: of the prompt records, nested ones as `outer.inner`, with how many of the records have them
-    records: how many prompt records were read
+    records: how many prompt records were read, of how many sequences
     """
 
     prompt_rows: int
@@ -71,6 +71,7 @@ class Counts:
     finish: dict[Finish, int]
     fields: dict[str, int]
     records: int
+    sequences: int
 
     @classmethod
     def of(cls, store: CaptureStore) -> Counts:
@@ -86,6 +87,7 @@ class Counts:
             finish={Finish(reason): count for reason, count in reasons},
             fields=dict(fields),
             records=min(store.sequences, RECORDS_READ),
+            sequences=store.sequences,
         )
 
     def shown(self) -> dict[str, str]:
@@ -94,12 +96,13 @@ class Counts:
             name if count == self.records else f"{name} ({count:,} of {self.records:,})"
             for name, count in self.fields.items()
         ]
+        partly = "" if self.records == self.sequences else f" (in the first {self.records:,} records)"
         ended = "; ".join(f"{count:,}: {FINISH_MEANINGS[reason]}" for reason, count in self.finish.items())
         return {
             "prompt rows": f"{self.prompt_rows:,}",
             "generated rows": f"{self.generated_rows:,}",
             "how sequences ended": ended or "none has ended",
-            "record fields": ", ".join(fields) or "none",
+            "record fields": (", ".join(fields) or "none") + partly,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _fields(source: Any, prefix: str = "") -> Iterator[str]:
             yield from _fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
 
 
-def _counted(store: CaptureStore) -> Counts | str:
+def counted(store: CaptureStore) -> Counts | str:
     """The counts, or why there are none: `info` also describes a damaged store."""
     try:
         return Counts.of(store)
@@ -127,9 +130,8 @@ def _counted(store: CaptureStore) -> Counts | str:
         return str(error)
 
 
-def facts(store: CaptureStore) -> dict[str, Any]:
+def facts(store: CaptureStore, counts: Counts | str) -> dict[str, Any]:
     """The same as one flat object, for programs."""
-    counts = _counted(store)
     return {
         "store": str(store.path),
         "complete": store.complete,
@@ -147,10 +149,9 @@ def facts(store: CaptureStore) -> dict[str, Any]:
     }
 
 
-def show_page(store: CaptureStore, console: Console) -> None:
+def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> None:
     """Print the page. Markup in a store's own text is printed literally."""
     about, made, commit, codec = store.attributes, store.provenance, store.commit, store.codec
-    counts = _counted(store)
     chosen = made.get("options")
     chosen = chosen if isinstance(chosen, Mapping) else {}
     state = (

@@ -23,13 +23,14 @@ StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """Show what a store holds and which run made it."""
-    from nla_engine.cli.page import facts, show_page
+    from nla_engine.cli.page import counted, facts, show_page
     from nla_engine.store import CaptureStore
 
     opened = CaptureStore.open(store)
-    show_page(opened, results(as_json))
+    counts = counted(opened)
+    show_page(opened, counts, results(as_json))
     if as_json:
-        print_json(facts(opened))
+        print_json(facts(opened, counts))
 
 
 @app.command()

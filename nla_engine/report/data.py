@@ -20,7 +20,7 @@ from nla_engine.errors import RequestError
 from nla_engine.roundtrip.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
-from nla_engine.store.format import EARLY_POSITIONS
+from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: Classes of tokens in the order in which the page lists them.
 TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "line break", "special", "other")
@@ -108,6 +108,11 @@ class Explained:
         return max(known) if known and len(known) == len(names) else None
 
     @property
+    def early_before(self) -> int:
+        """Rows before this position are early: `trained_from`, or that of released pairs where it is not known."""
+        return EARLY_POSITIONS if self.trained_from is None else self.trained_from
+
+    @property
     def ranked_among(self) -> int:
         """Among how many vectors a rank is; 0 without scores."""
         return ranked_among(self.metadata) if self.scored else 0
@@ -126,6 +131,11 @@ class Explained:
     def fve_shuffled(self) -> np.ndarray:
         """float64 [E]: fve_nrm of the shuffled control, against the vector of another row."""
         return fve_nrm(mse_nrm(self.columns["cos_shuffled"]), self.variance)
+
+
+def positions_known(store: CaptureStore) -> bool:
+    """False for vectors of another tool that came without positions."""
+    return IMPORTED not in store.options or bool(store.column("position").any())
 
 
 def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
@@ -153,7 +163,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         "control_vectors": explained.ranked_among,
         "rows_in_store": store.rows,
         "early": {
-            "below": EARLY_POSITIONS if explained.trained_from is None else explained.trained_from,
+            "below": explained.early_before if positions_known(store) else 0,
             "known": explained.trained_from is not None,
         },
         "classes": TOKEN_CLASSES,

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.report.data import RELEASED, Explained
+from nla_engine.report.data import RELEASED, Explained, positions_known
 from nla_engine.store import CaptureStore, RowFlag
-from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: The mean FVE should be at least this much above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
@@ -149,10 +148,9 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     flags = store.column("flags")[explained.rows]
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
     position = store.column("position")[explained.rows]
-    placed = IMPORTED not in store.options or store.column("position").any()  # else positions are not known
     known = explained.trained_from
-    below = EARLY_POSITIONS if known is None else known
-    if placed and (count := _how_many(position < below)):
+    below = explained.early_before
+    if positions_known(store) and (count := _how_many(position < below)):
         kind = "scores" if explained.scored else "texts"
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: "

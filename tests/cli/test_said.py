@@ -49,6 +49,12 @@ def test_info_says_which_layer_which_rows_and_which_fields(both: Path) -> None:
     assert len(CaptureStore.open(both).where("record.deep.inner == 1")), "the name is the one --where knows"
 
 
+def test_info_says_how_many_records_it_read(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nla_engine.cli.page.RECORDS_READ", 2)
+    page = " ".join(call("info", both).out.split())
+    assert "record fields prompt, topic (in the first 2 records) " in page
+
+
 def test_info_describes_a_damaged_store_too(both: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.zarr"
     shutil.copytree(both, broken)
