@@ -17,6 +17,7 @@ from nla_engine.options import (
     UNICODE,
     Must,
     Options,
+    check_ending,
     check_local,
     flag,
     json_values,
@@ -315,6 +316,7 @@ StageTwoOptions = ExplainOptions | ScoreOptions | RoundtripOptions
 
 def _check_table(options: StageTwoOptions) -> None:
     check_local(options.out)
+    check_ending(options.out, "the table is Parquet", ".parquet")
     if options.precision == "fp8" and options.kernels == "reference":
         raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
 

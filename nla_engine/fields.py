@@ -98,7 +98,7 @@ def ar() -> Any:
 
 def table() -> Any:
     """The result of stage 2."""
-    return option("The Parquet file to write.")
+    return option("The Parquet file to write; its name ends in .parquet.")
 
 
 def layer(model: str) -> Any:

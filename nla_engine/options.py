@@ -76,6 +76,13 @@ def check_local(*paths: Path) -> None:
             raise RequestError(f"{url}: this has to be on a local disk, not on an object store")
 
 
+def check_ending(path: Path, what: str, *endings: str) -> None:
+    """RequestError unless the name ends in one of `endings` (".parquet"): other programs choose a reader by it."""
+    if not path.name.lower().endswith(endings):
+        ending = f"ends in {path.suffix}" if path.suffix else "has no ending"
+        raise RequestError(f"{path}: {ending}, and {what}: give a name that ends in {' or '.join(endings)}")
+
+
 def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
     """Numbers, given one by one or joined by commas."""
     try:

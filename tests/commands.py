@@ -30,7 +30,7 @@ class Ran:
 
     @property
     def json(self) -> dict:
-        return json.loads(self.out.splitlines()[-1])
+        return json.loads(self.out)  # all that stands on stdout
 
 
 def call(*arguments: object) -> Ran:

@@ -30,7 +30,10 @@ _FILE_WIDTH = 200
 #: Progress bars inside one another: only the last one is shown.
 _bars: list[Progress] = []
 
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line, last on stdout.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the summary as one line of JSON on stdout, and nothing else there."),
+]
 
 
 def say(text: str) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.output import show
-from nla_engine.store import CaptureStore
+from nla_engine.errors import StoreError
+from nla_engine.store import CaptureStore, Finish, RowFlag
+from nla_engine.store.format import FINISH_MEANINGS
+
+#: How many sequences are read for the fields of their prompt records: the files of millions would take minutes.
+RECORDS_READ = 10_000
 
 #: Keys of the provenance in the order in which they are printed; keys in no list come last.
 _MODEL = (
@@ -52,13 +60,87 @@ _GIVEN = (
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
 
 
-def facts(store: CaptureStore) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Counts:
+    """What is counted in a store's arrays.
+
+    finish: how many sequences ended for each reason, commonest first
+    fields: of the prompt records, nested ones as `outer.inner`, with how many of the records have them
+    records: how many prompt records were read, of how many sequences
+    """
+
+    prompt_rows: int
+    generated_rows: int
+    finish: dict[Finish, int]
+    fields: dict[str, int]
+    records: int
+    sequences: int
+
+    @classmethod
+    def of(cls, store: CaptureStore) -> Counts:
+        """Raises StoreError if an array is damaged."""
+        generated = int(np.count_nonzero(store.column("flags") & RowFlag.GENERATED))
+        reasons = Counter(store.arrays("sequences")["finish"].read().tolist()).most_common()
+        fields: Counter[str] = Counter()
+        for sequence in store.iter_sequences(0, RECORDS_READ):
+            fields.update(_fields(sequence.source))
+        return cls(
+            prompt_rows=store.rows - generated,
+            generated_rows=generated,
+            finish={Finish(reason): count for reason, count in reasons},
+            fields=dict(fields),
+            records=min(store.sequences, RECORDS_READ),
+            sequences=store.sequences,
+        )
+
+    def shown(self) -> dict[str, str]:
+        """As lines of the page."""
+        fields = [
+            name if count == self.records else f"{name} ({count:,} of {self.records:,})"
+            for name, count in self.fields.items()
+        ]
+        partly = "" if self.records == self.sequences else f" (in the first {self.records:,} records)"
+        ended = "; ".join(f"{count:,}: {FINISH_MEANINGS[reason]}" for reason, count in self.finish.items())
+        return {
+            "prompt rows": f"{self.prompt_rows:,}",
+            "generated rows": f"{self.generated_rows:,}",
+            "how sequences ended": ended or "none has ended",
+            "record fields": (", ".join(fields) or "none") + partly,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "prompt_rows": self.prompt_rows,
+            "generated_rows": self.generated_rows,
+            "finish": {str(reason.name).lower(): count for reason, count in self.finish.items()},
+            "record_fields": self.fields,
+        }
+
+
+def _fields(source: Any, prefix: str = "") -> Iterator[str]:
+    """The names under which `--where record.NAME` finds the fields of a prompt record."""
+    if isinstance(source, Mapping):
+        for key, value in source.items():
+            yield from _fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
+
+
+def counted(store: CaptureStore) -> Counts | str:
+    """The counts, or why there are none: `info` also describes a damaged store."""
+    try:
+        return Counts.of(store)
+    except (StoreError, ValueError) as error:
+        return str(error)
+
+
+def facts(store: CaptureStore, counts: Counts | str) -> dict[str, Any]:
     """The same as one flat object, for programs."""
     return {
         "store": str(store.path),
         "complete": store.complete,
         "rows": store.rows,
         "sequences": store.sequences,
+        **(counts.to_dict() if isinstance(counts, Counts) else {"cannot_be_counted": counts}),
         "layers": list(store.layers),
         "d_model": store.d_model,
         "codec": store.codec.name,
@@ -70,7 +152,7 @@ def facts(store: CaptureStore) -> dict[str, Any]:
     }
 
 
-def show_page(store: CaptureStore, console: Console) -> None:
+def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> None:
     """Print the page. Markup in a store's own text is printed literally."""
     about, made, commit, codec = store.attributes, store.provenance, store.commit, store.codec
     chosen = made.get("options")
@@ -84,8 +166,9 @@ def show_page(store: CaptureStore, console: Console) -> None:
         "state": state,
         "rows": store.rows,
         "sequences": store.sequences,
+        **(counts.shown() if isinstance(counts, Counts) else {"cannot be counted": counts}),
         "tokens": commit.tokens,
-        "layers": list(store.layers),
+        "vectors": ("layer " if len(store.layers) == 1 else "layers ") + ", ".join(map(str, store.layers)),
         "d_model": store.d_model,
         "size": _size(store.nbytes),
         "format version": about["format_version"],

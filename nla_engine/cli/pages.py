@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nla_engine.cli.app import app
-from nla_engine.cli.output import Json, finish, print_json, say
+from nla_engine.cli.output import Json, print_json, say, show_facts
 from nla_engine.cli.stores import StorePath
 
 
@@ -31,6 +31,6 @@ def report(
     for warning in summary.warnings:
         say(warning)
     facts = summary.to_dict()
-    finish("report", facts | {"warnings": len(summary.warnings)}, as_json=False)
+    show_facts("report", facts | {"warnings": len(summary.warnings)}, as_json)
     if as_json:
         print_json(facts)

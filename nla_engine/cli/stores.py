@@ -23,13 +23,14 @@ StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """Show what a store holds and which run made it."""
-    from nla_engine.cli.page import facts, show_page
+    from nla_engine.cli.page import counted, facts, show_page
     from nla_engine.store import CaptureStore
 
     opened = CaptureStore.open(store)
-    show_page(opened, results(as_json))
+    counts = counted(opened)
+    show_page(opened, counts, results(as_json))
     if as_json:
-        print_json(facts(opened))
+        print_json(facts(opened, counts))
 
 
 @app.command()
@@ -74,6 +75,9 @@ def verify(
     shown = results(as_json)
     shown.print(table)
     shown.print(escape(f"{store}: {verdict}"), highlight=False, soft_wrap=True)
+    for check in checks:
+        if not check.ok:  # once more, where the eye is when a long table has run by
+            shown.print(escape(f"FAILED {check.name}: {check.detail}"), highlight=False, soft_wrap=True)
     if as_json:
         outcome = {"ok": good, "repair": repaired and repaired.to_dict()}
         print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})

@@ -60,6 +60,7 @@ def sidecar(tokenizer: PreTrainedTokenizerFast, role: str, d_model: int) -> dict
         "extraction": {
             "injection_scale": INJECTION_SCALE if role == "av" else None,
             "mse_scale": math.sqrt(d_model),
+            "min_position": 0,  # its training rows are of every position
         },
         "tokens": tokens,
         "prompt_templates": {role: AV_TEMPLATE if role == "av" else AR_TEMPLATE},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Sidecar:
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
     norm: what was done to vectors before training: "none", one of WHITENED, or None if not stated
     whitening: sha256 of the whitening, None if not stated
+    min_position: the first position of a token that it was trained on; None if not stated
     """
 
     path: Path
@@ -72,6 +73,8 @@ class Sidecar:
     suffix_ids: tuple[int, ...]
     norm: str | None = None
     whitening: str | None = None
+    #: Nothing is computed from it, so it is not in the fingerprint.
+    min_position: int | None = field(default=None, repr=False)
 
     def fingerprint(self) -> str:
         """sha256 over everything but the path."""
@@ -138,7 +141,12 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         suffix_ids=tuple(suffix),
         norm=norm,
         whitening=whitening,
+        min_position=_integer(path, data, "extraction.min_position"),
     )
+    if sidecar.min_position is not None and sidecar.min_position < 0:
+        raise CheckpointError(
+            f"{path}: extraction.min_position is {sidecar.min_position}, which is no position"
+        )
     if role == "av" and (sidecar.marker is None or sidecar.marker_id is None):
         raise CheckpointError(f"{path}: tokens.injection_char or tokens.injection_token_id is missing")
     return sidecar

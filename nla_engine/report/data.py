@@ -20,6 +20,7 @@ from nla_engine.errors import RequestError
 from nla_engine.roundtrip.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
+from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: Classes of tokens in the order in which the page lists them.
 TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "line break", "special", "other")
@@ -27,6 +28,8 @@ TOKEN_CLASSES = ("digits", "word", "part of a word", "punctuation", "space", "li
 FIELD_CHARACTERS, FIELDS = 200, 40
 #: Larger integers lose digits in a browser, where numbers are float64.
 LARGEST_EXACT = (1 << 53) - 1
+#: Beginning of the names of the pairs whose training left the first EARLY_POSITIONS positions out.
+RELEASED = "kitft/nla-"
 #: Fields of a prompt record that the text of the sequence already shows.
 SHOWN_AS_TEXT = ("prompt", "messages", "text")
 
@@ -91,6 +94,25 @@ class Explained:
         return self.metadata.get("explained") or (run if "max_new_tokens" in run else None)
 
     @property
+    def trained_from(self) -> int | None:
+        """The first position that all models of this table were trained on; None if one does not say it."""
+        names = {
+            role: str(self.metadata[role]) for role in ("av", "ar") if self.metadata.get(role) is not None
+        }
+        known: list[int] = []
+        for role, name in names.items():
+            if (stated := self.metadata.get(f"{role}_min_position")) is not None:
+                known.append(int(stated))
+            elif name.startswith(RELEASED):
+                known.append(EARLY_POSITIONS)
+        return max(known) if known and len(known) == len(names) else None
+
+    @property
+    def early_before(self) -> int:
+        """Rows before this position are early: `trained_from`, or that of released pairs where it is not known."""
+        return EARLY_POSITIONS if self.trained_from is None else self.trained_from
+
+    @property
     def ranked_among(self) -> int:
         """Among how many vectors a rank is; 0 without scores."""
         return ranked_among(self.metadata) if self.scored else 0
@@ -109,6 +131,11 @@ class Explained:
     def fve_shuffled(self) -> np.ndarray:
         """float64 [E]: fve_nrm of the shuffled control, against the vector of another row."""
         return fve_nrm(mse_nrm(self.columns["cos_shuffled"]), self.variance)
+
+
+def positions_known(store: CaptureStore) -> bool:
+    """False for vectors of another tool that came without positions."""
+    return IMPORTED not in store.options or bool(store.column("position").any())
 
 
 def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
@@ -134,6 +161,11 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         "scored": explained.scored,
         "variance": explained.variance if math.isfinite(explained.variance) else None,
         "control_vectors": explained.ranked_among,
+        "rows_in_store": store.rows,
+        "early": {
+            "below": explained.early_before if positions_known(store) else 0,
+            "known": explained.trained_from is not None,
+        },
         "classes": TOKEN_CLASSES,
         "texts": names.texts,
         "sequences": {

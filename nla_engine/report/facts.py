@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.report.data import Explained
+from nla_engine.report.data import RELEASED, Explained, positions_known
 from nla_engine.store import CaptureStore, RowFlag
-from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
 #: The mean FVE should be at least this much above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
 #: What cuts the softmax before a token is sampled, in this order. Older tables lack them.
 _CUTS = ("top_k", "top_p", "min_p")
+#: A mean over fewer explanations is said to be one over few; `charts.js` draws nothing of so few.
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def _text_figures(explained: Explained) -> list[Figure]:
     columns, total = explained.columns, f"{explained.explanations:,} explanations"
     out = [
         Figure(
-            "closed",
+            "finished",
             _percent(_how_many(columns["status"] == "ok"), explained.explanations),
-            f"of {total} were finished, with their closing tag",
+            f"of {total} were written to their end",
         )
     ]
     if not explained.scored:
@@ -60,14 +61,14 @@ def _score_figures(explained: Explained) -> list[Figure]:
         Figure(
             "FVE",
             _score(explained.fve, 2),
-            "of the vectors\u2019 variance came back through the words",
-            f"{_score(explained.fve_shuffled, 2)} against another row\u2019s vector",
+            _says(_mean(explained.fve)),
+            f"{_score(explained.fve_shuffled, 2)} when compared with another row\u2019s vector",
         ),
         Figure(
             "cos",
             _score(columns["cos"]),
             "between a vector and its reconstruction",
-            f"{_score(columns['cos_shuffled'])} against another row\u2019s vector",
+            f"{_score(columns['cos_shuffled'])} when compared with another row\u2019s vector",
         ),
         Figure(
             "retrieval",
@@ -76,6 +77,15 @@ def _score_figures(explained: Explained) -> list[Figure]:
             f"{_percent(1, among)} by chance, among {among:,} vectors",
         ),
     ]
+
+
+def _says(fve: float) -> str:
+    """What a mean FVE means. A share of the variance is told only where there is one."""
+    if math.isnan(fve):
+        return "no vector has a direction, so nothing could be scored"
+    if fve >= 0:
+        return "of 1: the part of the vectors\u2019 variance that came back through the words"
+    return "below 0: the vectors rebuilt from the words are further off than their mean would be"
 
 
 def lead(store: CaptureStore, explained: Explained) -> str:
@@ -109,6 +119,11 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
         out.append(
             "Nothing was scored: no AR has read these texts. A fluent text can be wrong; nothing here says which is."
         )
+    if explained.explanations < FEWEST:
+        out.append(
+            f"Few cases, only {_count(explained.explanations, 'explanation')}: a mean over so few says little of "
+            "others."
+        )
     fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
     if math.isfinite(fve) and math.isfinite(control) and fve < control + CLEAR_OF_CONTROL:
         out.append(
@@ -134,17 +149,25 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     out = []
     flags = store.column("flags")[explained.rows]
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
-    placed = IMPORTED not in store.options or store.column("position").any()  # else positions are not known
-    if placed and (count := _how_many(flags & RowFlag.EARLY)):
+    position = store.column("position")[explained.rows]
+    known = explained.trained_from
+    below = explained.early_before
+    if positions_known(store) and (count := _how_many(position < below)):
+        kind = "scores" if explained.scored else "texts"
         out.append(
-            f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
-            f"below {EARLY_POSITIONS}, and {'scores' if explained.scored else 'texts'} there say less about them."
+            f"Early positions, {_part(count, rows, 'row')}: "
+            + (
+                f"these lie before position {below}. Whether this pair was trained on such rows is not known; the "
+                f"released pairs ({RELEASED}...) were not, and their {kind} say less there."
+                if known is None
+                else f"this pair was not trained on positions before {below}, and its {kind} say less there."
+            )
         )
     if count := _how_many(flags & RowFlag.SINK):
         limit = store.sink_norm[layer]
         out.append(
             f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
-            f"{layer}, or that of another layer). Released pairs were not trained on them: take means without them."
+            f"{layer}, or that of another layer). They can outweigh all others in a mean: take means without them, too."
         )
     if count := _how_many(flags & RowFlag.NONFINITE):
         out.append(
@@ -209,7 +232,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
 
 
 def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
-    metadata, run = explained.metadata, explained.written_by
+    metadata, run, known = explained.metadata, explained.written_by, explained.trained_from
     rows = f"{len(explained.rows):,} of {store.rows:,}"
     reader = metadata.get("ar")
     ar = ("AR (words to vector)", reader and short_name(reader))
@@ -221,6 +244,7 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
         ("AV (vector to words)", short_name(metadata["av"])),
         ar,
         source,
+        ("trained on", "not stated" if known is None else f"positions from {known} on"),
         ("injection", _injection(metadata)),
         ("rows explained", rows),
         (

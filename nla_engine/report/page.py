@@ -21,16 +21,27 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import RequestError
+from nla_engine.options import check_ending
 from nla_engine.report.data import Explained, page_data
-from nla_engine.report.facts import facts, figures, lead, warnings
+from nla_engine.report.facts import Figure, facts, figures, lead, warnings
 from nla_engine.store import CaptureStore
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import write_file_atomically
 
 #: Parts of the page in the order in which they are joined.
-STYLES = ("page.css", "text.css", "charts.css")
-SCRIPTS = ("data.js", "marks.js", "filter.js", "text.js", "panel.js", "charts.js", "main.js")
+STYLES = ("page.css", "text.css", "hits.css", "charts.css")
+SCRIPTS = (
+    "data.js",
+    "marks.js",
+    "filter.js",
+    "text.js",
+    "panel.js",
+    "hits.js",
+    "hover.js",
+    "charts.js",
+    "main.js",
+)
 #: The page's own areas: no section may take their names.
 AREAS = ("text", "distributions", "run")
 _SECTION_ID = re.compile(r"[a-z][a-z0-9-]*")
@@ -78,8 +89,8 @@ def write_report(
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
-    Raises RequestError (`out` exists or is the table; store and table do not belong together; a section's id is
-    unfit or taken), StoreError, WriteError. After an error `out` is as it was.
+    Raises RequestError (`out` exists, is the table, or is not named .html; store and table do not belong together; a
+    section's id is unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
     store = store if isinstance(store, CaptureStore) else CaptureStore.open(store)
     explained, out = Path(explained), Path(out)
@@ -92,6 +103,7 @@ def write_report(
         raise RequestError(f"{out}: {mend}")
     if out.exists() and explained.exists() and out.samefile(explained):
         raise RequestError(f"{out}: is the table that the page is made of: choose another name")
+    check_ending(out, "the page is HTML", ".html", ".htm")
     check_outside_stores(out)
     page = render(store, Explained.read(store, explained), title, sections)
     with Lease.beside(out):  # two writers of one page would share a temporary file
@@ -141,19 +153,20 @@ def _assemble(
     caveats: Sequence[str],
     sections: Sequence[Section],
 ) -> str:
-    script = _joined(SCRIPTS)
+    script, shown = _joined(SCRIPTS), figures(table)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "title": escape(title),
         "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'",
         "style": _joined(STYLES),
+        "brief": _brief(shown, caveats),
         "lead": escape(lead(store, table)),
         "figures": "".join(
             f"<div><dt>{escape(f.label)}</dt><dd><b>{escape(f.value)}</b> <span>{escape(f.says)}</span>"
             + (f" <small>{escape(f.control)}</small>" if f.control else "")
             + "</dd></div>"
-            for f in figures(table)
+            for f in shown
         ),
         "caveats": _caveats(caveats),
         "tabs": "".join(
@@ -184,14 +197,21 @@ def packed(data: Mapping[str, Any]) -> str:
     return base64.b64encode(gzip.compress(text, mtime=0)).decode()
 
 
+def _brief(shown: Sequence[Figure], caveats: Sequence[str]) -> str:
+    """The figures and the names of the warnings on a line each: what is visible while the masthead is closed."""
+    numbers = "".join(f"<span>{escape(f.label)} <b>{escape(f.value)}</b></span> " for f in shown)
+    names = "; ".join(escape(text.partition(":")[0]) for text in caveats)
+    care = f'<p class="care"><b>Read with care:</b> {names}</p>' if names else ""
+    return f'<p class="numbers">{numbers}<span class="open"></span></p>{care}'
+
+
 def _caveats(texts: Sequence[str]) -> str:
-    """Warnings `name, how many: what it means`: the first part is always visible, the rest after a click."""
+    """Warnings, each of them `name, how many: what it means`."""
     if not texts:
         return ""
     parts = [text.partition(":") for text in texts]
-    names = "; ".join(f"<b>{escape(name)}</b>" for name, _, _ in parts)
     items = "".join(f"<li><b>{escape(name)}:</b>{escape(rest)}</li>" for name, _, rest in parts)
-    return f'<details class="caveats"><summary>Read with care. {names}</summary><ul>{items}</ul></details>'
+    return f'<div class="caveats"><h2>Read with care</h2><ul>{items}</ul></div>'
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -98,10 +98,9 @@ class TextFile:
         )
         if explained is None:
             return {}
-        return {
-            name: made.get(name)
-            for name in ("av", "av_revision", "injection", "injection_scale", "norm_match")
-        } | {"explained": explained}
+        stated = {name: made[name] for name in ("av_min_position",) if name in made}
+        named = ("av", "av_revision", "injection", "injection_scale", "norm_match")
+        return {name: made.get(name) for name in named} | {**stated, "explained": explained}
 
     def fingerprint(self) -> str:
         """Of the file's bytes."""

@@ -20,12 +20,21 @@ BLUE, VERMILLION, GREY, GREEN = "#0072B2", "#D55E00", "#7a7a7a", "#009E73"
 SHARE = (-0.04, 1.04)
 #: A label that the legend leaves out.
 UNNAMED = "_"
+#: In a dark place the figure turns dark: paper, ink, and the colours that would be hard to see on dark paper.
+_DARK = {
+    "#ffffff": "#15171a",
+    "#000000": "#eae8e3",
+    GREY: "#a29f98",
+    BLUE: "#5aa6dc",
+    VERMILLION: "#eb9a45",
+    GREEN: "#3dbf97",
+}
 _ABSENT: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": GREY}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One kind of point in a panel. points: place -> estimate; one without an interval (too few cases) is not drawn."""
+    """One kind of point in a panel. points: place -> estimate; without an interval the panel says "too few cases"."""
 
     label: str
     colour: str
@@ -46,8 +55,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels over the same places. name: of its files. caption: one sentence. same_scale: one scale for all panels.
+    """Panels over the same places; without one there were too few cases, and it is not drawn.
 
+    name: of its files. caption: one sentence. same_scale: one scale for all panels.
     places: place -> its label, from top to bottom.
     """
 
@@ -60,6 +70,8 @@ class Figure:
 
 def draw(figure: Figure, directory: Path) -> list[Path]:
     """Write NAME.png and NAME.svg into a directory that exists; the same numbers give the same bytes."""
+    if not figure.panels:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,7 +113,20 @@ def draw(figure: Figure, directory: Path) -> list[Path]:
         plot.savefig(paths[0], dpi=160, metadata={"Software": None})
         plot.savefig(paths[1], metadata={"Date": None})
         pyplot.close(plot)
+    svg = paths[1].read_text(encoding="utf-8")
+    paths[1].write_text(svg.replace("</style>", _dark_style() + "</style>", 1), encoding="utf-8")
     return paths
+
+
+def _dark_style() -> str:
+    """Rules of an SVG's style sheet that change its colours where the reader prefers dark pages."""
+    rules = ["svg{fill:" + _DARK["#000000"] + "}"]  # letters have no colour of their own
+    rules += [
+        f'[style*="{part}: {light.lower()}"]{{{part}:{dark} !important}}'
+        for light, dark in _DARK.items()
+        for part in ("fill", "stroke")
+    ]
+    return ":root{color-scheme:light dark}@media (prefers-color-scheme:dark){" + "".join(rules) + "}"
 
 
 def _draw_panel(axes: Any, panel: Panel, places: Sequence[str]) -> None:
@@ -136,10 +161,15 @@ def _draw_panel(axes: Any, panel: Panel, places: Sequence[str]) -> None:
             capsize=2,
             label=series.label,
         )
-    defined = {p for series in panel.series for p, estimate in series.points.items() if estimate.known}
     for y, name in enumerate(places):
-        if name not in defined:
-            axes.text(0.5, y, "not defined", transform=axes.get_yaxis_transform(), **_ABSENT)
+        found = [series.points[name] for series in panel.series if name in series.points]
+        if not any(math.isfinite(estimate.low) for estimate in found):
+            why = (
+                "too few cases"
+                if any(estimate.known or estimate.rows for estimate in found)
+                else "not defined"
+            )
+            axes.text(0.5, y, why, transform=axes.get_yaxis_transform(), **_ABSENT)
     axes.set_title(panel.title, fontsize=9)
     axes.set_xlabel(panel.unit)
     axes.grid(axis="x", alpha=0.25)

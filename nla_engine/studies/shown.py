@@ -92,11 +92,14 @@ def scores_figure(findings: Sequence[Finding], places: Mapping[str, str], contro
     return Figure("scores", caption, places, panels)
 
 
-def clauses_figure(by_number: Sequence[Clause], places: Mapping[str, str]) -> Figure | None:
-    """One panel per clause, of explanations with the commonest number of clauses. None without clauses."""
+def clauses_figure(by_number: Sequence[Clause], places: Mapping[str, str]) -> Figure:
+    """One panel per clause, of explanations with the commonest number of clauses."""
+    caption = (
+        "FVE lost when one clause of an explanation is left out, or taken from another problem's explanation."
+    )
     everywhere = [clause for clause in by_number if clause.place == ALL]
     if not everywhere:
-        return None
+        return Figure("clauses", caption, {}, [])
     common = max(everywhere, key=lambda clause: clause.rows).clause.split(" of ")[1]
     names = [clause.clause for clause in everywhere if clause.clause.endswith(f" of {common}")]
     panels = []
@@ -109,7 +112,4 @@ def clauses_figure(by_number: Sequence[Clause], places: Mapping[str, str]) -> Fi
             ),
         ]
         panels.append(Panel(f"clause {name} (about {of[0].about})", "FVE lost", series, mark=0.0))
-    caption = (
-        "FVE lost when one clause of an explanation is left out, or taken from another problem's explanation."
-    )
     return Figure("clauses", caption, {ALL: ALL, **places}, panels, same_scale=True)

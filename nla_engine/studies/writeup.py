@@ -18,6 +18,7 @@ from nla_engine.studies.tables import Table
 
 #: The study's place on the page (`report.html#tab=study`).
 SECTION = "study"
+TOO_FEW = "This figure is not drawn: there are too few cases for it."
 BARS = "Bars are 95% intervals; where none shows, it is narrower than its point."
 
 
@@ -74,7 +75,8 @@ class Writeup:
             "",
         ]
         for figure in self.figures:
-            lines += [figure.caption, "", f"![{figure.caption}]({FIGURES}/{figure.name}.png)", ""]
+            picture = f"![{figure.caption}]({FIGURES}/{figure.name}.png)" if figure.panels else TOO_FEW
+            lines += [figure.caption, "", picture, ""]
         lines += ["## Tables", "", f"As CSV, with every digit, in [{TABLES}]({TABLES}).", ""]
         return "\n".join(lines) + "\n".join(table.markdown() for table in self.tables)
 
@@ -87,10 +89,13 @@ def section_html(
     parts += [f"<li>{html.escape(paragraph)}</li>" for paragraph in reading]
     parts.append(f"</ul><p>{html.escape(BARS)}</p>")
     for figure in figures:
+        if not figure.panels:
+            parts.append(f"<p>{html.escape(figure.caption)} <em>{TOO_FEW}</em></p>")
+            continue
         data = base64.b64encode((directory / f"{figure.name}.svg").read_bytes()).decode()
         caption = html.escape(figure.caption)
         parts.append(
-            f'<figure class="plate"><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
+            f'<figure><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     parts += [table.html() for table in tables]

@@ -240,8 +240,8 @@ ROUNDTRIP_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str
         "x.parquet: lies inside the store .*run.zarr",
     ),
     "result over what is none": (
-        lambda r, t: {"out": r / "av" / "config.json", "overwrite": True},
-        "config.json: cannot be read as Parquet",
+        lambda r, t: {"out": written(t / "mine.parquet", "{}"), "overwrite": True},
+        "mine.parquet: cannot be read as Parquet",
     ),
     "result exists": (
         lambda r, t: {"out": r / "explained.parquet"},
@@ -252,10 +252,13 @@ ROUNDTRIP_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str
         r"explained.parquet: was made with other options \(.*limit was None, is 3.*seed was 0, is 5.*--overwrite",
     ),
     "resumed on a foreign file": (
-        lambda r, t: {"out": r / "prompts.jsonl", "resume": True},
-        "prompts.jsonl: cannot be read as Parquet",
+        lambda r, t: {"out": written(t / "mine.parquet", "{}"), "resume": True},
+        "mine.parquet: cannot be read as Parquet",
     ),
-    "a directory in the way": (lambda r, t: {"out": r / "base", "overwrite": True}, "base: is a directory"),
+    "a directory in the way": (
+        lambda r, t: {"out": shutil.copytree(r / "base", t / "d.parquet"), "overwrite": True},
+        "d.parquet: is a directory",
+    ),
     "nothing selected": (lambda r, t: {"where": "position > 999"}, "run.zarr: .*--where 'position > 999'"),
     "where with a fault": (
         lambda r, t: {"where": "position >"},
@@ -328,7 +331,7 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         "has no config.json: give the directory of one checkpoint",
     ),
     "report on what is no table": (
-        lambda r, t: ["report", r / "run.zarr", "--explained", r / "prompts.jsonl", "--out", t / "x"],
+        lambda r, t: ["report", r / "run.zarr", "--explained", r / "prompts.jsonl", "--out", t / "x.html"],
         r"prompts.jsonl: cannot be read as Parquet \(.*\): it is not the table of a round trip$",
     ),
     "demo over someone's store": (
@@ -359,7 +362,7 @@ def test_other_commands_refuse(fault: str, root: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("kept")
 def test_a_gpu_that_is_not_there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in (capture(root, tmp_path / "x"), roundtrip(root, tmp_path / "x")):
+    for command in (capture(root, tmp_path / "x"), roundtrip(root, tmp_path / "x.parquet")):
         check_refused(call(*command, "--device", "cuda"), "torch finds no CUDA GPU: pass --device cpu")
 
 

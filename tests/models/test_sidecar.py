@@ -135,6 +135,13 @@ def test_what_is_given_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
+def test_the_first_position_of_its_training_is_read_and_changes_no_fingerprint(tmp_path: Path) -> None:
+    plain = read(tmp_path, AV, "av")
+    stated = read(tmp_path, AV | {"extraction": {**AV["extraction"], "min_position": 50}}, "av")
+    assert (plain.min_position, stated.min_position) == (None, 50)
+    assert plain.fingerprint() == stated.fingerprint(), "a run that was begun before can be resumed"
+
+
 def test_a_dataset_sidecar_says_neither_the_role_nor_how_vectors_enter(tmp_path: Path) -> None:
     av = {key: value for key, value in AV.items() if key not in ("role", "d_model")}
     av |= {"kind": "nla_dataset", "extraction": {"d_model": D, "norm": "none", "injection_scale": 150}}
@@ -215,6 +222,12 @@ def test_width_of_a_dataset_sidecar(tmp_path: Path) -> None:
         ({"prompt_templates": {"av": ""}}, "av", "prompt_templates.av is missing"),
         ({"extraction": {"injection_scale": -1}}, "av", "not a positive number"),
         ({"extraction": {"injection_scale": float("nan")}}, "av", "not a positive number"),
+        (
+            {"extraction": {"injection_scale": 9, "min_position": -1}},
+            "av",
+            "min_position is -1, which is no position",
+        ),
+        ({"extraction": {"injection_scale": 9, "min_position": "early"}}, "av", "'early', not an integer"),
         ({"tokens": {**TOKENS, "critic_suffix_ids": "abc"}}, "av", "not a list of token ids"),
     ],
 )

@@ -17,8 +17,10 @@ import pytest
 from commands import call, check_refused, contents, written
 from report_samples import VARIANCE, Said, Text, cos_of, make_run
 
+import nla_engine
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import RequestError, WriteError
+from nla_engine.models.sidecar import read_sidecar
 from nla_engine.report import ReportSummary, Section, write_report
 from nla_engine.report.data import Explained, page_data, token_class, token_pieces
 from nla_engine.report.facts import facts, figures, lead, short_name, warnings
@@ -26,6 +28,7 @@ from nla_engine.roundtrip.results import METADATA_KEY, read_metadata
 from nla_engine.roundtrip.summary import summarise
 from nla_engine.store import CaptureStore, Finish
 
+TRIO = Path(nla_engine.__file__).parent / "demo" / "trio"
 HOSTILE = (
     "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=1'>\u2028{{script}}&amp;"
 )
@@ -149,6 +152,7 @@ def test_a_run_of_nothing_but_zero_vectors(tmp_path: Path) -> None:
     assert data_of(tmp_path / "x.html")["variance"] is None
     assert [figure.value for figure in figures(explained)] == ["-", "-", "-", "0%"]
     assert [text.split(",")[0] for text in warnings(store, explained)] == [
+        "Few cases",
         "Early positions",
         "Nothing to explain",
     ]
@@ -163,7 +167,7 @@ def test_figures_are_those_of_the_round_trip(root: Path, tmp_path: Path) -> None
     assert shown["cos"].value == f"{run.cos:.3f}".replace("-", "\u2212")
     assert shown["cos"].control.startswith(f"{run.cos_shuffled:.3f} ".replace("-", "\u2212"))
     assert shown["retrieval"].value == f"{100 * run.retrieval_top1:.1f}%"
-    assert shown["closed"].value == f"{100 * run.status_ok:.0f}%"
+    assert shown["finished"].value == f"{100 * run.status_ok:.0f}%"
     assert f"{run.rows} activations of layer 2" in lead(store, explained)
     told = {name: value for pairs in facts(store, explained).values() for name, value in pairs}
     assert told["rows explained"] == f"{run.rows} of {store.rows}" and told["positions"] == "generated"
@@ -190,11 +194,48 @@ def test_warnings_in_plain_words(tmp_path: Path) -> None:
         "Var was given",
     ]
     assert (
-        "below 50" in said[2]
+        "before position 50. Whether this pair was trained on such rows is not known" in said[2]
         and "above 400 in layer 3" in said[3]
         and "64 tokens" in said[4]
         and "0.8" in said[6]
     )
+
+
+def test_the_warning_of_early_positions_is_about_this_pair(tmp_path: Path) -> None:
+    """Rows 3 to 7 are before position 8, rows 3 to 49 before 50."""
+    text = Text(["t"] * 60, {place: [Said("x")] for place in range(3, 60)})
+
+    def said(**metadata: Any) -> list[str]:
+        store, table = make_run(tmp_path / str(len(list(tmp_path.iterdir()))), [text], **metadata)
+        explained = Explained.read(store, table)
+        assert page_data(store, explained)["early"]["known"] == (explained.trained_from is not None)
+        return [each for each in warnings(store, explained) if each.startswith("Early positions")]
+
+    assert said(av_min_position=0, ar_min_position=0) == []
+    (warning,) = said(av_min_position=0, ar_min_position=8)
+    assert "5 of 57 rows" in warning and "this pair was not trained on positions before 8" in warning
+    (warning,) = said(av="kitft/nla-qwen2.5-7b-L20-av", ar="kitft/nla-qwen2.5-7b-L20-ar")
+    assert "47 of 57 rows" in warning and "this pair was not trained on positions before 50" in warning
+    for unknown in ({}, {"av_min_position": 0}, {"av": "kitft/nla-qwen2.5-7b-L20-av"}):
+        (warning,) = said(**unknown)
+        assert "47 of 57 rows" in warning and "is not known" in warning
+    assert said(av=None, ar_min_position=0) == [], "the texts come from elsewhere"
+
+
+def test_the_bundled_pair_is_not_warned_of_what_it_was_trained_on(tmp_path: Path) -> None:
+    for role in ("av", "ar"):
+        assert read_sidecar(TRIO / role, role).min_position == 0
+
+
+def test_an_fve_below_zero_is_told_in_plain_words(tmp_path: Path) -> None:
+    store, table = make_run(tmp_path, [Text(["t"] * 12, {i: [Said("x", cos_of(-0.01))] for i in range(12)})])
+    explained = Explained.read(store, table)
+    (fve,) = [figure for figure in figures(explained) if figure.label == "FVE"]
+    assert fve.value == "\u22120.01" and "came back" not in fve.says
+    assert fve.says == "below 0: the vectors rebuilt from the words are further off than their mean would be"
+    write_report(store, table, tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    assert "<dt>closed</dt>" not in page and "of 12 explanations were written to their end" in page
 
 
 def test_a_control_that_comes_close_is_said_first_and_a_clean_run_warns_of_nothing(tmp_path: Path) -> None:

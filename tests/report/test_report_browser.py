@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import Open
 from report_samples import Said, Text, cos_of, make_run
@@ -45,13 +46,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(page: Page) -> list[str]:
     """The tokens that the filter leaves (all, without one), laid out or not: `inner_text` is "" outside the window."""
-    which = "#sequences.filtered .t.hit" if page.locator("#sequences.filtered").count() else "#sequences .t"
-    return page.locator(which).all_text_contents()
+    which = "#hits .entry .mark" if page.locator("#views").is_visible() else "#sequences .t"
+    return [text.replace("\u2423", " ") for text in page.locator(which).all_text_contents()]
 
 
 def chosen_row(page: Page) -> str | None:
     """Asked of the page itself: `page.url` hears of a changed address some time after it changed."""
-    return page.evaluate("document.querySelector('.t.here')?.dataset.i ?? null")
+    return page.evaluate("document.querySelector('[data-i].here')?.dataset.i ?? null")
 
 
 def expect_address(page: Page, ending: str) -> None:
@@ -68,8 +69,8 @@ def test_a_click_shows_all_there_is_to_say(small: Path, open_page: Open) -> None
     expect(panel.locator(".explanation")).to_have_text("The tens digit of 42.")
     for text in (
         "row 1",
-        "then 2",
-        "generated · digits · early",
+        "read 4, next 2",
+        "generated · digits · among the first 50 tokens",
         "\u22120.400",
         "0.440",
         "rank among 7",
@@ -80,7 +81,7 @@ def test_a_click_shows_all_there_is_to_say(small: Path, open_page: Open) -> None
     expect(panel.locator("details.record")).to_contain_text("6")
     expect_address(page, "#row=1")
     page.locator(".t", has_text="2").first.click()
-    expect(panel.locator(".status")).to_contain_text("unclosed Cut off")
+    expect(panel.locator(".status")).to_contain_text("unclosed The AV reached its limit of tokens")
     page.locator(".t.unscored").click()
     expect(panel.locator(".status")).to_contain_text("zero_vector")
     panel.get_by_role("button", name="Close").click()
@@ -112,8 +113,8 @@ def test_keys(small: Path, open_page: Open) -> None:
     page.locator("#filter [name=q]").fill("")
     page.locator("article").nth(1).locator(".t").first.click()
     page.locator("#filter [name=q]").fill("second")
+    page.keyboard.press("Enter")
     expect(page.locator("#found")).to_have_text("2 of 7 explained rows, in 1 sequence")
-    page.locator("#sequences").focus()
     for key, row in {"ArrowDown": "5", "ArrowRight": "6"}.items():
         page.keyboard.press(key)
         assert chosen_row(page) == row, "from a row that the filter hides to one that it leaves"
@@ -159,7 +160,7 @@ def test_filter(small: Path, open_page: Open) -> None:
 
 def test_the_legend_filters_and_order_follows_fve(small: Path, open_page: Open) -> None:
     page = open_page(small)
-    step = page.get_by_role("button", name=re.compile("< 0"))
+    step = page.locator("#scale button", has_text="< 0")
     step.click()
     assert shown(page) == ["4"]
     expect(page.locator("#scale [aria-pressed=true]")).to_have_count(1)
@@ -179,38 +180,69 @@ def test_links(small: Path, open_page: Open) -> None:
     expect(page.locator(".t.here")).to_be_in_viewport()
     page.evaluate("location.hash = 'row=1&tab=text'")
     expect(page.locator(".explanation")).to_have_text("The tens digit of 42.")
-    page = open_page(small, "#row=999")
-    expect(page.locator("#panel")).to_contain_text("Row 999 is not among the explained rows.")
     page = open_page(small, "#row=0&q=tens")
     assert chosen_row(page) == "0" and len(shown(page)) == 7, (
         "a row that the filter hides is shown all the same"
     )
+    expect(page.locator("#notice")).to_have_text("The link\u2019s filter hides row 0: it was cleared.")
     page = open_page(small, "#tab=run")
     expect(page.locator("#area-run")).to_contain_text("sample/model")
-    page = open_page(small, "#tab=nonsense&row=nonsense")
-    expect(page.locator("#panel")).to_contain_text("Row nonsense is not among")
+    expect(page.locator("#notice")).to_be_hidden()
 
 
-def test_distributions_beside_their_controls(small: Path, open_page: Open) -> None:
+LOST = {
+    "row=999": "asks for row 999, but the store has only 8 rows, counted from 0",
+    "row=999&tab=distributions": "asks for row 999, but the store has only 8 rows, counted from 0",
+    "row=7": "asks for row 7, which is in the store but was not explained",
+    "row=nonsense": "asks for row \u201cnonsense\u201d, which is no row number",
+    "row=": "asks for row \u201c\u201d, which is no row number",
+    "row=1e0": "asks for row \u201c1e0\u201d, which is no row number",
+    "tab=study": "leads to \u201cstudy\u201d, which this page does not have",
+    "status=odd": "filters by status \u201codd\u201d, which this page does not have",
+    "field=c&value=1": "filters by field \u201cc\u201d, which this page does not have",
+}
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["1280", "400"])
+def test_a_link_to_what_is_not_there_says_so(size: tuple[int, int], tmp_path: Path, open_page: Open) -> None:
+    """Row 7 is in the store; the table does not explain it."""
+    said = {place: [Said(f"Text {place}.")] for place in range(8)}
+    store, table = make_run(tmp_path, [Text(["t"] * 8, said, record={"a": 1})])
+    rows = pq.read_table(table)
+    pq.write_table(rows.slice(0, 7).replace_schema_metadata(rows.schema.metadata), table)
+    write_report(store, table, tmp_path / "x.html")
+    page = open_page(tmp_path / "x.html", size=size)
+    for link, fault in LOST.items():
+        page.evaluate("(link) => { location.hash = link }", link)
+        expect(page.locator("#notice"), link).to_contain_text(fault)
+        expect(page.locator("#notice"), link).to_be_in_viewport()
+        assert chosen_row(page) is None and page.locator(".t").count() == 7, link
+    page.evaluate("location.hash = 'row=6'")
+    expect(page.locator("#notice")).to_be_hidden()
+    assert chosen_row(page) == "6"
+
+
+def test_distributions_beside_their_controls(small: Path, tmp_path: Path, open_page: Open) -> None:
     page = open_page(small)
     page.get_by_role("tab", name="Distributions").click()
-    expect(page.locator("#area-distributions figure svg")).to_have_count(5)
-    for figure in page.locator("#area-distributions figure").all():
-        assert figure.locator(".own").count() and figure.locator(".control").count()
+    expect(page.locator("#area-distributions figure")).to_have_count(5)
     expect(page.locator("#area-distributions")).to_contain_text("Mean FVE 0.47")
     page.locator("#filter [name=token]").fill("no such token")
     expect(page.locator("#area-distributions")).to_contain_text("No row fits")
     page.locator("#filter [name=token]").fill("4")
     expect(page.locator("#area-distributions")).to_contain_text("Of the 1 row that the filter leaves.")
+    tens = {20: [Said("The tens digit of 42.", cos_of(-0.4))], **{i: [Said("x")] for i in range(10)}}
+    write_report(*make_run(tmp_path, [Text(["t"] * 21, tens, norms={20: 300.0})]), tmp_path / "x.html")
+    page = open_page(tmp_path / "x.html", "#tab=distributions")
+    expect(page.locator("#area-distributions figure svg")).to_have_count(5)
+    for figure in page.locator("#area-distributions figure").all():
+        assert figure.locator(".own").count() and figure.locator(".control").count()
     plot = page.locator("figure", has_text="Norm against cos").locator("svg")
-    mark, frame = plot.locator(".own").bounding_box(), plot.bounding_box()
-    assert mark and frame
-    plot.click(
-        position={
-            "x": mark["x"] + mark["width"] / 2 - frame["x"],
-            "y": mark["y"] + mark["height"] / 2 - frame["y"],
-        }
-    )
+    path = plot.locator(".own").get_attribute("d") or ""
+    x, y = re.findall(r"M([\d.]+) ([\d.]+)h0", path)[-1]
+    frame = plot.bounding_box()
+    assert frame
+    plot.click(position={"x": float(x), "y": float(y)})
     expect(page.locator(".explanation")).to_have_text("The tens digit of 42.")
 
 

@@ -54,7 +54,7 @@ def data_of(page: Path) -> dict[str, Any]:
 def test_without_scores_the_page_says_so_and_has_no_number_of_them(root: Path, unscored: Path) -> None:
     store, explained, out = page(root, unscored)
     assert not explained.scored
-    assert [figure.label for figure in figures(explained)] == ["closed", "length"]
+    assert [figure.label for figure in figures(explained)] == ["finished", "length"]
     said = lead(store, explained)
     assert "12 activations of layer 2" in said and "2 times each" in said
     assert said.endswith("Nothing was scored: no AR has read the words.")
@@ -68,7 +68,9 @@ def test_without_scores_the_page_says_so_and_has_no_number_of_them(root: Path, u
     data = data_of(out)
     assert data["scored"] is False and data["variance"] is None and data["control_vectors"] == 0
     assert data["explanations"]["best"] == [] and set(data["explanations"]["cos"]) == {None}
-    assert any(text.endswith("and texts there say less about them.") for text in warnings(store, explained))
+    assert any(
+        text.endswith("were not, and their texts say less there.") for text in warnings(store, explained)
+    )
     assert not re.search(r"<dt>(FVE|cos|retrieval)</dt>", out.read_text())
 
 
@@ -92,7 +94,7 @@ def test_texts_from_elsewhere(root: Path, given: Path) -> None:
 def test_scored_after_it_was_explained(root: Path, unscored: Path, tmp_path: Path) -> None:
     assert call(*score(root, tmp_path / "s.parquet", unscored)).code == 0
     store, explained, _ = page(root, tmp_path / "s.parquet")
-    assert [figure.label for figure in figures(explained)] == ["FVE", "cos", "retrieval", "closed"]
+    assert [figure.label for figure in figures(explained)] == ["FVE", "cos", "retrieval", "finished"]
     told = dict(facts(store, explained)["Words"])
     assert (
         told["sampling"] == "temperature 0.9, top-k 50, top-p 0.95, seed 0"
@@ -115,8 +117,11 @@ def test_a_page_without_scores_in_a_browser(root: Path, unscored: Path, open_pag
     assert panel.locator(".explanation").count() == 2 and not panel.locator(".scores").count()
     assert "FVE" not in panel.inner_text() and "tokens" in panel.inner_text()
     shown.locator("#sequences .t").nth(1).hover()
-    assert "FVE" not in (shown.locator("#sequences .t").nth(1).get_attribute("title") or "")
+    assert shown.locator("#hover").is_visible() and "FVE" not in shown.locator("#hover").inner_text()
     assert "FVE" not in shown.locator("main").inner_text()
+    shown.locator("#filter [name=status]").select_option(index=1)
+    shown.locator("#hits .entry").first.click()
+    assert not shown.locator("#hits .end b").count() and panel.locator(".explanation").count() == 2
 
 
 def test_a_page_of_given_texts_in_a_browser(root: Path, given: Path, open_page: Open) -> None:

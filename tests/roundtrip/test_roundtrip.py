@@ -226,7 +226,7 @@ def test_selection(trio: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(StoreError, match="no row for --where"):
         run_roundtrip(options(trio, tmp_path / "x.parquet", where="position > 9999"))
-    limited = select_rows(store, options(trio, tmp_path / "x", limit=4))
+    limited = select_rows(store, options(trio, tmp_path / "x.parquet", limit=4))
     assert len(limited) == 4 and limited[0] == 0 and limited[-1] == store.rows - 1
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
 from nla_engine.studies.clauses import Clause
+from nla_engine.studies.figures import Figure, Panel, draw, own, shuffled
 from nla_engine.studies.findings import ALL, Contrast, Finding
 from nla_engine.studies.intervals import Estimate
 from nla_engine.studies.models import Models
@@ -16,7 +22,7 @@ from nla_engine.studies.multiplication.figures import figures_of
 from nla_engine.studies.multiplication.outcome import Outcome, Setup
 from nla_engine.studies.multiplication.present import csv_tables, shown_tables
 from nla_engine.studies.multiplication.reading import read_outcome
-from nla_engine.studies.writeup import section_html
+from nla_engine.studies.writeup import TOO_FEW, section_html
 
 
 def at(value: float, half: float = 0.02) -> Estimate:
@@ -220,7 +226,45 @@ def test_what_is_shown_is_escaped_and_complete() -> None:
         "clauses",
         "clause_kinds",
     ]
-    assert [figure.name for figure in figures_of(outcome())] == ["scores", "naming", "clauses", "trust"]
+    assert [figure.name for figure in figures_of(outcome())][:4] == ["scores", "naming", "clauses", "trust"]
+
+
+def test_a_figure_without_enough_cases_says_so(tmp_path: Path) -> None:
+    """Of a whole figure, and of one place in it. Letters are shapes in an SVG: what is written is caught before."""
+    poor = outcome(detection=[], agreement=[], by_number=[])
+    figures = {figure.name: figure for figure in figures_of(poor)}
+    drawn = {name: [path.name for path in draw(figure, tmp_path)] for name, figure in figures.items()}
+    assert {name for name, paths in drawn.items() if not paths} == {"clauses", "trust", "agreement"}
+    markup = section_html([], [], list(figures.values()), tmp_path)
+    assert markup.count(TOO_FEW) == 3 and markup.count("<img") == 2
+    assert [figure.name for figure in figures_of(outcome(setup=replace(poor.setup, samples=0)))][
+        -1
+    ] == "trust"
+    few, none = Estimate(0.5, math.nan, math.nan, 7, 3), Estimate(math.nan, math.nan, math.nan, 0, 0)
+    places = {"a": "place a", "b": "place b", "c": "place c"}
+    panel = Panel("x", "share", [own({"a": few, "b": none, "c": Estimate(0.5, 0.4, 0.6, 90, 40)})])
+    with mock.patch.object(Axes, "text") as said:
+        draw(Figure("one", "x", places, [panel]), tmp_path)
+    assert [call.args[1:3] for call in said.call_args_list] == [(0, "too few cases"), (1, "not defined")]
+
+
+def test_a_drawn_figure_follows_a_dark_page(tmp_path: Path) -> None:
+    points = {"a": Estimate(0.5, 0.4, 0.6, 90, 40)}
+    figure = Figure("one", "x", {"a": "place a"}, [Panel("x", "share", [own(points), shuffled(points)])])
+    _, path = draw(figure, tmp_path)
+    root = ElementTree.fromstring(path.read_text())
+    (style,) = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}style")]
+    used = {
+        f"{part}: {colour}"
+        for element in root.iter()
+        for part, colour in re.findall(r"(fill|stroke): (#[0-9a-f]{6})", element.get("style", ""))
+        if colour != "#b0b0b0"  # the grid's grey suits both
+    }
+    assert {"fill: #ffffff", "stroke: #000000", "stroke: #0072b2", "fill: #d55e00"} <= used
+    dark = style.split("(prefers-color-scheme:dark)")[1]
+    assert all(f'[style*="{each}"]' in dark for each in used)
+    markup = section_html([], [], [figure], tmp_path)
+    assert "plate" not in markup and "data:image/svg+xml;base64," in markup
 
 
 def test_readings_of_a_growing_difference_change_once() -> None:

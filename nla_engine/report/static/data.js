@@ -69,7 +69,9 @@ const visible = (text) => {
   return text.replace(/[\u0000-\u001f\u007f]/g, (c) =>
     c === "\n" ? "\u21b5\n" : c === "\t" ? "\u21e5\t" : String.fromCharCode(c === "\u007f" ? 0x2421 : 0x2400 + c.charCodeAt(0)));
 };
-const quoted = (text) => (text === "" ? "part of a character" : `\u201c${visible(text).replace(/\n/g, "")}\u201d`);
+// The same on one line, with spaces as symbols too: for a token that is quoted.
+const signs = (text) => visible(text).replace(/ /g, "\u2423").replace(/([\u21b5\u21e5])[\n\t]/g, "$1");
+const quoted = (text) => (text === "" ? "part of a character" : `\u201c${signs(text)}\u201d`);
 
 // An element with text in it. Children: elements or strings; strings become text nodes.
 const make = (tag, attributes = {}, ...children) => {

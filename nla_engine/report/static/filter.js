@@ -17,6 +17,18 @@ const matcher = (wanted) => {
   return (text) => text.toLowerCase().includes(low);
 };
 
+// Where a text fits: text -> [from, to] of the first match, or null. The same forms as `matcher`.
+const finder = (wanted) => {
+  if (wanted === "") return null;
+  const pattern = /^\/(.+)\/(i?)$/s.exec(wanted), exact = /^"(.*)"$/s.exec(wanted);
+  const plain = (exact ? exact[1] : wanted).replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
+  const expression = pattern ? new RegExp(pattern[1], pattern[2] + "u") : new RegExp(plain, exact ? "u" : "iu");
+  return (text) => {
+    const found = expression.exec(text);
+    return found && [found.index, found.index + found[0].length];
+  };
+};
+
 const sequenceText = (s) => {
   const parts = [];
   let row = S.first[s];
@@ -40,14 +52,16 @@ const remembered = (size, test) => {
   return (i) => (known[i] < 0 ? (known[i] = test(i) ? 1 : 0) : known[i]) === 1;
 };
 
-// -> { match: one byte per row, rows: how many match, order: sequences to show, active }. Throws on an invalid pattern.
+// -> { match: one byte per row, rows: how many match, list: these rows and order: their sequences, as they are shown,
+// counts: rows of each colour that fit all but the range, active, finders, field, status }. Throws on an invalid pattern.
 const select = (wanted) => {
   const tests = [];
   const text = matcher(wanted.q), token = matcher(wanted.token), value = matcher(wanted.value);
   const bound = (given, otherwise) => (given === "" || !Number.isFinite(+given) ? otherwise : +given);
   const lo = bound(wanted.lo, -Infinity), hi = bound(wanted.hi, Infinity);
   // A range excludes its upper edge, except 1, the largest FVE.
-  if (lo > -Infinity || hi < Infinity) tests.push((row) => rowFve[row] >= lo && (rowFve[row] < hi || (hi >= 1 && rowFve[row] <= hi)));
+  const ranged = lo > -Infinity || hi < Infinity;
+  const within = (row) => !ranged || (rowFve[row] >= lo && (rowFve[row] < hi || (hi >= 1 && rowFve[row] <= hi)));
   if (token) {
     const fits = remembered(texts.length, (i) => token(texts[i]));
     tests.push((row) => fits(R.token[row]));
@@ -62,10 +76,24 @@ const select = (wanted) => {
   if (wanted.status) tests.push((row) => explanationsOf(row).some((e) => E.status[e] === wanted.status));
   if (text) tests.push((row) => explanationsOf(row).some((e) => text(E.text[e])));
 
-  const match = new Uint8Array(ROWS);
-  let rows = 0;
-  for (let row = 0; row < ROWS; row++) if (tests.every((test) => test(row))) { match[row] = 1; rows += 1; }
-  return { match, rows, order: order(match, wanted.order), active: tests.length > 0 };
+  const match = new Uint8Array(ROWS), list = [], counts = new Array(STEPS.length).fill(0);
+  let unscored = 0;
+  for (let row = 0; row < ROWS; row++) {
+    if (!tests.every((test) => test(row))) continue;
+    const step = stepOf(rowFve[row]);
+    if (step < 0) unscored += 1; else counts[step] += 1;
+    if (within(row)) { match[row] = 1; list.push(row); }
+  }
+  return { match, rows: list.length, list: sorted(list, wanted.order, (row) => rowFve[row]), order: order(match, wanted.order), counts, unscored,
+    active: tests.length > 0 || ranged, finders: { text: finder(wanted.q), value: finder(wanted.value) }, field: wanted.field, status: wanted.status };
+};
+
+// By FVE, lowest or highest first; what has none comes last in both orders.
+const sorted = (items, by, fveOf) => {
+  if (!by) return items;
+  const sign = by === "low" ? 1 : -1;
+  const rank = (item) => (Number.isFinite(fveOf(item)) ? sign * fveOf(item) : Infinity);
+  return items.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) - rank(b)));
 };
 
 const order = (match, by) => {
@@ -77,11 +105,7 @@ const order = (match, by) => {
     shown.push(s);
     score[s] = mean(fve);
   }
-  if (!by) return shown;
-  const sign = by === "low" ? 1 : -1;
-  // Sequences without a score come last in both orders.
-  const rank = (s) => (Number.isFinite(score[s]) ? sign * score[s] : Infinity);
-  return shown.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) - rank(b)));
+  return sorted(shown, by, (s) => score[s]);
 };
 
 const fillFilter = (form) => {

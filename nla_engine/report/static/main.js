@@ -6,7 +6,7 @@ if (!SCORED) {
   for (const field of [form.lo.parentElement, form.order.parentElement]) field.hidden = true;
 }
 const tabs = [...document.querySelectorAll("[role=tab]")].map((tab) => tab.id.slice(4));
-const state = { tab: "text", row: -1, view: null, drawn: null };
+const state = { tab: "text", row: -1, element: null, view: null, drawn: null, inText: false };
 
 const wanted = () => Object.fromEntries(FIELDS.map((name) => [name, form.elements[name].value]));
 
@@ -21,13 +21,54 @@ const refilter = () => {
     return;
   }
   state.view = view;
-  showSequences(view);
+  notify("");
+  show();
   showScale(view, form, (lo, hi) => { form.lo.value = lo; form.hi.value = hi; refilter(); remember(); });
   const all = counted(ROWS, "explained row"), shown = counted(view.order.length, "sequence");
   $("found").textContent = view.active ? `${count(view.rows)} of ${all}, in ${shown}` : `${all} in ${shown}`;
   $("clear").hidden = !view.active && !form.order.value;
   state.drawn = null;
   if (state.tab === "distributions") drawCharts();
+};
+
+// Hits are a list, unless the reader wants them in their text.
+const listing = () => state.view.active && !state.inText;
+
+const show = () => {
+  const { view } = state, list = listing();
+  $("hits").hidden = !list || !view.rows;
+  $("sequences").hidden = list;
+  $("none").hidden = view.rows > 0;
+  $("views").hidden = !view.active;
+  $("as-list").setAttribute("aria-pressed", list);
+  $("as-text").setAttribute("aria-pressed", !list);
+  $("fold").hidden = list || !state.markup;
+  if (list) showHits(view); else showSequences(view);
+  point();
+};
+
+const elementOf = (row) => (listing() ? hitOf(row) : spanOf(row));
+
+// Mark the chosen row where it is shown now.
+const point = () => {
+  state.element?.classList.remove("here");
+  state.element?.removeAttribute("aria-current");
+  state.element = state.row >= 0 && state.view.match[state.row] ? elementOf(state.row) : null;
+  state.element?.classList.add("here");
+  state.element?.setAttribute("aria-current", "true");
+};
+
+const showAs = (inText) => {
+  state.inText = inText;
+  show();
+  if (state.element) reveal(state.element, "center");
+  remember();
+};
+
+// One line for what a link asks for and this page does not have. "" hides it.
+const notify = (text) => {
+  $("notice").hidden = !text;
+  $("notice").textContent = text;
 };
 
 const drawCharts = () => {
@@ -44,18 +85,17 @@ const openTab = (name) => {
     $(`tab-${tab}`).tabIndex = tab === state.tab ? 0 : -1;
     $(`area-${tab}`).hidden = tab !== state.tab;
   }
-  form.hidden = !["text", "distributions"].includes(state.tab);
+  document.querySelector(".views").hidden = state.tab !== "text";
+  $("bar").hidden = !["text", "distributions"].includes(state.tab);
   if (state.tab === "distributions") drawCharts();
 };
 
 // The index of a row among the explained ones; -1 if it is not among them.
 const choose = (row, scroll = true) => {
-  if (state.row >= 0) {
-    spans[state.row].classList.remove("here");
-    spans[state.row].removeAttribute("aria-current");
-  }
+  notify("");
   state.row = row;
   if (row < 0) {
+    point();
     showStart(choose);
   } else {
     if (!state.view.match[row]) {
@@ -63,24 +103,24 @@ const choose = (row, scroll = true) => {
       refilter();
     }
     if (state.tab !== "text") openTab("text");
-    spanOf(row).classList.add("here");
-    spans[row].setAttribute("aria-current", "true");
-    showRow(row, (by) => (by ? step(by) : choose(-1)));
-    if (scroll) reveal(spans[row]);
+    point();
+    showRow(row, (by) => (by ? step(by) : choose(-1)), listing() && (() => { showAs(true); choose(row, false); }));
+    if (scroll) reveal(state.element);
   }
   remember();
 };
 
 // Twice: blocks that are laid out during the first scroll move the token.
-const reveal = (span) => {
-  span.scrollIntoView({ block: "nearest", inline: "nearest" });
-  requestAnimationFrame(() => span.scrollIntoView({ block: "nearest", inline: "nearest" }));
+const reveal = (element, block = "nearest") => {
+  element.scrollIntoView({ block, inline: "nearest" });
+  requestAnimationFrame(() => element.scrollIntoView({ block, inline: "nearest" }));
 };
 
 // The shown rows in reading order.
 const reading = () => {
-  if (!state.view.reading) {
-    state.view.reading = state.view.order.flatMap((s) => {
+  if (state.view.readAs !== listing()) {
+    state.view.readAs = listing();
+    state.view.reading = listing() ? state.view.list : state.view.order.flatMap((s) => {
       const rows = [];
       for (let row = S.first[s]; row < S.first[s + 1]; row++) if (state.view.match[row]) rows.push(row);
       return rows;
@@ -116,30 +156,62 @@ const remember = () => {
   if (framed) return;
   const parts = new URLSearchParams();
   if (state.row >= 0) parts.set("row", R.row[state.row]);
+  if (state.inText && state.view.active) parts.set("show", "text");
+  if ($("fold").getAttribute("aria-pressed") === "true") parts.set("fold", "1");
   if (state.tab !== "text") parts.set("tab", state.tab);
   const values = wanted();
   for (const name of FIELDS) if (values[name] && (name !== "field" || values.value)) parts.set(name, values[name]);
   const hash = parts.toString();
-  history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  try {
+    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  } catch { /* inside a notebook's frame the address cannot be changed */ }
+};
+
+// What is wrong with a link's row, in words; "" if it can be shown.
+const rowFault = (asked) => {
+  if (!/^\d+$/.test(asked)) return `The link asks for row \u201c${asked}\u201d, which is no row number.`;
+  if (rowIndex.has(Number(asked))) return "";
+  if (Number(asked) >= D.rows_in_store) return `The link asks for row ${asked}, but the store has only ${counted(D.rows_in_store, "row")}, counted from 0.`;
+  return `The link asks for row ${asked}, which is in the store but was not explained.`;
 };
 
 const follow = () => {
-  const parts = new URLSearchParams(location.hash.slice(1));
+  const parts = new URLSearchParams(location.hash.slice(1)), faults = [];
   form.reset();
-  for (const name of FIELDS) if (parts.has(name)) form.elements[name].value = parts.get(name);
+  for (const name of FIELDS) {
+    if (!parts.has(name)) continue;
+    const control = form.elements[name];
+    control.value = parts.get(name);
+    if (control.value !== parts.get(name)) {
+      control.value = control.options?.[0].value ?? "";
+      faults.push(`The link filters by ${name} \u201c${parts.get(name)}\u201d, which this page does not have.`);
+    }
+  }
+  state.inText = parts.get("show") === "text";
+  fold(parts.get("fold") === "1");
   fillValues(form.field.value);
   refilter();
-  openTab(parts.get("tab") ?? "text");
-  const row = parts.has("row") ? rowIndex.get(Number(parts.get("row"))) : -1;
-  if (row === undefined) {
-    choose(-1);
-    showStart(choose, `Row ${parts.get("row")} is not among the explained rows.`);
-  } else {
-    choose(row);
-    if (row >= 0) spans[row].scrollIntoView({ block: "center" });
-  }
+  const tab = parts.get("tab") ?? "text";
+  if (!tabs.includes(tab)) faults.push(`The link leads to \u201c${tab}\u201d, which this page does not have.`);
+  openTab(tab);
+  const fault = parts.has("row") ? rowFault(parts.get("row")) : "";
+  if (fault) faults.push(fault);
+  const row = parts.has("row") && !fault ? rowIndex.get(Number(parts.get("row"))) : -1;
+  if (row >= 0 && !state.view.match[row]) faults.push(`The link\u2019s filter hides row ${R.row[row]}: it was cleared.`);
+  choose(row);
+  notify(faults.join(" "));
+  if (row >= 0) reveal(state.element, "center");
 };
 
+const fold = (folded) => {
+  $("fold").setAttribute("aria-pressed", folded);
+  $("sequences").classList.toggle("folded", folded);
+};
+
+// What stands below the search must not lie under it.
+new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${$("bar").offsetHeight}px`)).observe($("bar"));
+
+state.markup = hasMarkup();
 fillFilter(form);
 follow();
 
@@ -155,21 +227,32 @@ form.addEventListener("input", (event) => {
   typing = setTimeout(() => { refilter(); remember(); }, event.target.tagName === "SELECT" ? 0 : 150);
 });
 form.addEventListener("submit", (event) => event.preventDefault());
+// Enter goes from the form to what was found, where the arrow keys work.
+form.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.isComposing || event.target.tagName !== "INPUT") return;
+  event.preventDefault();
+  clearTimeout(typing);
+  refilter();
+  remember();
+  $(listing() ? "hits" : "sequences").focus({ preventScroll: true });
+});
 $("clear").addEventListener("click", () => { form.reset(); refilter(); remember(); });
 $("more").addEventListener("click", () => {
   const open = form.classList.toggle("expanded");
   $("more").setAttribute("aria-expanded", open);
 });
 
-$("sequences").addEventListener("click", (event) => {
-  const span = event.target.closest(".t");
-  if (span) choose(Number(span.dataset.i), false);
-});
-$("sequences").addEventListener("pointerover", (event) => {
-  const span = event.target.closest(".t");
-  if (!span || span.title) return;
-  const row = Number(span.dataset.i), next = nextText(row);
-  span.title = [SCORED && `FVE ${number(rowFve[row])}`, next !== null && `next ${quoted(next)}`].filter(Boolean).join(", ");
+for (const id of ["sequences", "hits"]) {
+  $(id).addEventListener("click", (event) => {
+    const element = event.target.closest("[data-i]");
+    if (element) choose(Number(element.dataset.i), false);
+  });
+}
+$("as-list").addEventListener("click", () => showAs(false));
+$("as-text").addEventListener("click", () => showAs(true));
+$("fold").addEventListener("click", () => {
+  fold($("fold").getAttribute("aria-pressed") !== "true");
+  remember();
 });
 
 document.addEventListener("keydown", (event) => {
@@ -188,14 +271,14 @@ document.addEventListener("keydown", (event) => {
     choose(-1);
     return;
   }
-  if (["INPUT", "SELECT", "TEXTAREA"].includes(target.tagName) || form.hidden) return;
+  if (["INPUT", "SELECT", "TEXTAREA"].includes(target.tagName) || $("bar").hidden) return;
   if (event.key === "/") {
     event.preventDefault();
     form.q.focus();
   }
   if (state.tab !== "text") return;
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], down = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (!by && !(down && state.row >= 0)) return;
+  if (!by && !(down && (state.row >= 0 || listing()))) return;
   event.preventDefault();
-  if (by) step(by); else stepSequence(down);
+  if (by || listing()) step(by || down); else stepSequence(down);
 });

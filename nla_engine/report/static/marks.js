@@ -20,6 +20,15 @@ const ticks = (lo, hi, parts, whole = false) => {
   return out;
 };
 
+// The same, and one more at each end where the values go beyond them: nothing is drawn past the last tick.
+const ticksAround = (lo, hi, parts) => {
+  const out = ticks(lo, hi, parts), step = out.length > 1 ? out[1] - out[0] : 1;
+  if (out[0] > lo + 1e-9) out.unshift(+(out[0] - step).toPrecision(12));
+  if (out.at(-1) < hi - 1e-9) out.push(+(out.at(-1) + step).toPrecision(12));
+  return out;
+};
+const between = (list) => [list[0], list.at(-1)];
+
 // 1, 2 and 5 times every power of ten within [lo, hi]; only the powers if there are many.
 const decades = (lo, hi) => {
   const parts = hi / lo > 1e4 ? [1] : [1, 2, 5], out = [];
@@ -42,7 +51,14 @@ const spread = (values) => {
   return { n: sorted.length, least, low, mid, high, most };
 };
 
-// The FVE axis: from a multiple of 0.25 below nearly all values (at least -3) up to 1.
+// The FVE axis of a figure: ticks from below the lowest value (at least -3) up to 1.
+const fveTicks = (lo, width) => {
+  const step = [0.25, 0.5, 1].find((each) => ((1 - Math.max(lo, -3)) / each + 1) * 44 <= width) ?? 1, out = [];
+  for (let tick = 1; tick > Math.max(lo, -3) - step + 1e-9; tick -= step) out.unshift(tick);
+  return out;
+};
+
+// The domain of FVE: from a multiple of 0.25 below nearly all values (at least -3) up to 1.
 const fveDomain = (...lists) => {
   let lo = 0;
   for (const values of lists) {
@@ -66,7 +82,7 @@ const histogram = (values, [lo, hi], parts) => {
   return bars;
 };
 
-const MARGIN = { top: 12, right: 12, bottom: 38, left: 46 };
+const MARGIN = { top: 28, right: 12, bottom: 38, left: 46 };
 
 // An empty plot with axes. x, y: { domain, label, ticks?, format?, log? }. Returns { drawing, x, y, width, height }.
 const frame = (label, width, height, x, y) => {
@@ -91,6 +107,7 @@ const frame = (label, width, height, x, y) => {
     if (x.rules !== false) drawing.append(svg("path", { class: "tick", d: `M${px(tick)} ${height - m.bottom}v5` }));
     write((x.format ?? axisNumber)(tick), { x: px(tick), y: height - m.bottom + 18, "text-anchor": "middle" });
   }
+  if (y.label) write(y.label, { x: y.margin?.left ? 0 : 4, y: 12, class: "axis" });
   write(x.label, { x: width - m.right, y: height - 4, "text-anchor": "end", class: "axis" });
   return { drawing, x: px, y: py, width, height, margin: m, bottom: height - m.bottom };
 };

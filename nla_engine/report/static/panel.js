@@ -2,7 +2,7 @@
 
 const STATUS = {
   ok: "",
-  unclosed: "Cut off: the AV reached its limit before it closed the text.",
+  unclosed: "The AV reached its limit of tokens before the text was finished.",
   given: "",
   untagged: "No opening tag: all that the AV wrote is shown.",
   zero_vector: "The vector is zero: there is nothing to explain.",
@@ -33,7 +33,7 @@ const sampleElement = (e, index, of) => make("section", { class: "sample" },
 const describe = (row) => {
   const flags = R.flags[row];
   const words = [(flags & GENERATED) ? "generated" : "prompt", D.classes[R.class[row]]];
-  if (flags & EARLY) words.push("early");
+  if (R.position[row] < D.early.below) words.push(D.early.known ? `before position ${D.early.below}, where this pair was not trained` : `among the first ${D.early.below} tokens`);
   if (flags & SINK) words.push("attention sink");
   if (flags & NONFINITE) words.push("NaN or Inf");
   return words.join(" \u00b7 ");
@@ -42,7 +42,7 @@ const describe = (row) => {
 const pairs = (entries) => make("dl", { class: "pairs" },
   entries.map(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
 
-const showRow = (row, move) => {
+const showRow = (row, move, inText) => {
   const s = sequenceOf[row], next = nextText(row), list = explanationsOf(row);
   const step = (by, label, sign) => {
     const button = make("button", { type: "button", "aria-label": label, title: label }, sign);
@@ -51,13 +51,16 @@ const showRow = (row, move) => {
   };
   const record = Object.entries(S.fields).map(([name, values]) => [name, values[s]]).filter(([, value]) => value !== null);
   const relative = R.norm[row] / NORM_MEDIAN;
+  const there = inText && make("button", { type: "button", class: "there" }, "Show in its text");
+  if (there) there.addEventListener("click", inText);
   $("panel").replaceChildren(
     make("div", { class: "steps" }, step(-1, "Previous token (left arrow)", "\u2190"), step(1, "Next token (right arrow)", "\u2192"),
       make("a", { href: `#row=${R.row[row]}`, title: "Link to this row" }, `row ${R.row[row]}`),
       step(0, "Close (Escape)", "\u00d7")),
-    make("h2", { class: "read" }, make("span", { class: `mark ${stepClass(rowFve[row])}` }, visible(tokenText(row)).replace(/\n/g, "")),
-      make("small", {}, next === null ? " the last token" : [" then ", make("span", { class: "mono" }, visible(next).replace(/\n/g, ""))])),
+    make("h2", { class: "read" }, make("small", {}, "read "), make("span", { class: `mark ${stepClass(rowFve[row])}` }, signs(tokenText(row))),
+      make("small", {}, next === null ? ", the last token" : [", next ", make("span", { class: "mono" }, signs(next))])),
     make("p", { class: "kind" }, describe(row)),
+    there || "",
     ...list.map((e, index) => sampleElement(e, index, list.length)),
     strip(row),
     pairs([
@@ -96,7 +99,7 @@ const strip = (row) => {
 };
 
 // Before a choice: the rows with the lowest, middle and highest FVE, and the keys.
-const showStart = (choose, notice) => {
+const showStart = (choose) => {
   const scored = [...rowFve.keys()].filter((row) => Number.isFinite(rowFve[row])).sort((a, b) => rowFve[a] - rowFve[b]);
   const cards = scored.length < 3 ? [] : [
     ["Lowest FVE", scored[0]], ["Median", scored[scored.length >> 1]], ["Highest", scored.at(-1)],
@@ -108,11 +111,10 @@ const showStart = (choose, notice) => {
     return button;
   });
   $("panel").replaceChildren(
-    notice ? make("p", { class: "status" }, notice) : "",
     make("h2", { class: "begin" }, "Choose a token"),
     make("p", { class: "hint" }, SCORED ? "A token\u2019s colour says how much of its activation could be rebuilt from the explanation alone. On an orange one even a fluent text is no evidence."
       : "Each marked token has an explanation. Nothing was scored: no AR has read the explanations, and even a fluent one is no evidence."),
     make("div", { class: "cards" }, cards),
     make("p", { class: "keys" }, make("kbd", {}, "\u2190"), make("kbd", {}, "\u2192"), " tokens ", make("kbd", {}, "\u2191"), make("kbd", {}, "\u2193"), " sequences ", make("kbd", {}, "/"), " search ", make("kbd", {}, "Esc"), " close"));
-  $("panel").classList.toggle("open", Boolean(notice));
+  $("panel").classList.remove("open");
 };

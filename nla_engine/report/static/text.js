@@ -12,22 +12,42 @@ let blocks = [];
 
 const tokenElement = (row) => {
   const span = document.createElement("span");
-  span.className = `t ${stepClass(rowFve[row])}`;
+  const text = tokenText(row), blank = /^ +$/.test(text);
+  span.className = `t ${stepClass(rowFve[row])}${text[0] === " " && !blank ? " sp" : ""}${D.classes[R.class[row]] === "special" ? " markup" : ""}`;
   span.dataset.i = row;
-  span.textContent = visible(tokenText(row));
+  span.textContent = blank ? signs(text) : visible(text);
   spans[row] = span;
   return span;
 };
+
+// Runs of a chat template's own tokens, with the role and the line ends that belong to them.
+const ROLES = "system|developer|user|assistant|model|tool|ipython";
+const SPECIAL = "<\\|[^<>|\\s]{1,40}\\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\\[/?INST\\]|<</?SYS>>";
+const MARKUP = new RegExp(`(?:(?:${SPECIAL})(?:(?:${ROLES})(?=\\n|<))?\\n*)+`, "g");
+const ROLE = new RegExp(`(?:${ROLES})(?=\\n|<)`, "g");
+
+// Text with the chat markup in elements of their own, which can be folded to the name of the role.
+const marked = (text) => {
+  const out = [];
+  let at = 0;
+  for (const { 0: run, index } of text.matchAll(MARKUP)) {
+    if (index > at) out.push(visible(text.slice(at, index)));
+    out.push(make("span", { class: "markup", "data-role": run.match(ROLE)?.at(-1) ?? "" }, make("span", { class: "raw" }, visible(run))));
+    at = index + run.length;
+  }
+  return at < text.length ? [...out, visible(text.slice(at))] : out;
+};
+const hasMarkup = () => R.class.some((c) => D.classes[c] === "special") || S.gaps.some((gaps) => gaps.some(([, text]) => text.search(MARKUP) >= 0));
 
 // Text without explained rows. A long one shows its ends, and its middle on a click.
 const gapElement = ([, text, tokens, generated]) => {
   const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, not explained` });
   if (text.length <= LONG_GAP) {
-    element.append(text);
+    element.append(...marked(text));
   } else {
     const middle = make("button", { type: "button", class: "unfold" }, `\u2026 ${count(text.length - 2 * GAP_END)} characters \u2026`);
-    middle.addEventListener("click", () => element.replaceChildren(text));
-    element.append(text.slice(0, GAP_END), middle, text.slice(-GAP_END));
+    middle.addEventListener("click", () => element.replaceChildren(...marked(text)));
+    element.append(...marked(text.slice(0, GAP_END)), middle, ...marked(text.slice(-GAP_END)));
   }
   element.dataset.generated = generated;
   return element;
@@ -115,13 +135,12 @@ const showSequences = (view) => {
   }
   $("sequences").replaceChildren(...blocks.map((block) => block.element));
   $("sequences").classList.toggle("filtered", view.active);
-  $("none").hidden = view.rows > 0;
   blocks.slice(0, AT_ONCE).forEach(build);
   for (const block of blocks) near.observe(block.element);
   buildInTime(view, AT_ONCE);
 };
 
-// The legend: how many shown rows have each colour. A click filters by it.
+// The legend: how many rows have each colour. A click leaves those alone; an empty colour cannot be chosen.
 const showScale = (view, form, choose) => {
   if (!SCORED) {
     $("scale").removeAttribute("aria-label");
@@ -129,26 +148,19 @@ const showScale = (view, form, choose) => {
       make("p", {}, make("span", { class: "mark told" }, "marked"), " tokens have an explanation; no AR has read it"));
     return;
   }
-  const counts = new Array(STEPS.length).fill(0);
-  let without = 0;
-  for (let row = 0; row < ROWS; row++) {
-    if (!view.match[row]) continue;
-    const step = stepOf(rowFve[row]);
-    if (step < 0) without += 1; else counts[step] += 1;
-  }
-  const most = Math.max(1, ...counts);
-  const buttons = counts.map((amount, step) => {
+  const buttons = view.counts.map((amount, step) => {
     const lo = step ? String(STEPS[step]) : "", hi = String(STEPS[step + 1] ?? "");
     const pressed = form.lo.value === lo && form.hi.value === hi;
-    const bar = make("span", { class: `bar s${step}` });
-    bar.style.height = `${amount ? 3 + (21 * amount) / most : 0}px`;
+    const range = step ? `${short(STEPS[step])}\u2013${short(STEPS[step + 1] ?? 1)}` : "< 0";
     const button = make("button",
-      { type: "button", "aria-pressed": String(pressed), "data-step": step, title: `FVE ${stepName(step)}: ${counted(amount, "row")}` },
-      make("span", { class: "well" }, bar), make("span", { class: `swatch s${step}` }, step ? String(STEPS[step]) : "< 0"));
+      { type: "button", class: `step ${amount ? `s${step}` : "empty"}`, "aria-pressed": String(pressed), "data-step": step, disabled: !amount && !pressed,
+        title: amount ? `FVE ${stepName(step)}: ${counted(amount, "row")}. Click to see ${pressed ? "all" : "only these"}` : `FVE ${stepName(step)}: no row` },
+      make("span", { class: "range" }, range), make("span", { class: "amount" }, count(amount)));
     button.addEventListener("click", () => choose(pressed ? "" : lo, pressed ? "" : hi));
     return button;
   });
-  const grey = make("p", { class: "grey" }, make("span", {}, "grey"), " not explained");
-  if (without) grey.append(`, or without a score (${count(without)}, dotted)`);
-  $("scale").replaceChildren(make("p", { class: "name" }, "FVE"), make("div", { class: "steps" }, buttons), grey);
+  $("scale").replaceChildren(make("p", { class: "name" }, "FVE"), make("div", { class: "steps" }, buttons),
+    view.unscored ? make("p", { class: "grey" }, make("span", { class: "dotted" }, "dotted"), ` no score (${count(view.unscored)})`) : "");
 };
+
+const short = (value) => String(value).replace(/^0\./, ".");

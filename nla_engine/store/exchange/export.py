@@ -42,6 +42,8 @@ SUFFIXES = {
     "npy": ".npy",
 }
 FORMATS = tuple(SUFFIXES)
+#: Endings that a directory of shards does not have: other programs would take it for a file.
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", *SUFFIXES.values())
 #: Names that `nla_engine.store.exchange.importing` looks for.
 INDEX_NAME = "index.json"
 SIDECAR_SUFFIX = ".nla_meta.yaml"
@@ -116,6 +118,8 @@ def export(
     if to == "datasets" and shard_rows is None:
         shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
     selection = _Selection(store, number, store.layer(number), rows)
+    if shard_rows is not None and path.suffix in FILE_SUFFIXES:
+        raise StoreError(f"{path}: ends in {path.suffix}, and shards lie in a directory: choose another name")
     if shard_rows is None and path.suffix != SUFFIXES[to]:
         raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers need this ending")
     write = _WRITERS[to]

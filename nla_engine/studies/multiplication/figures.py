@@ -23,15 +23,14 @@ from nla_engine.studies.shown import clauses_figure, points, scores_figure
 
 
 def figures_of(outcome: Outcome) -> list[Figure]:
-    """Every figure that the outcome has numbers for."""
+    """Every figure; one without panels where there were too few cases. Agreement only if samples were drawn."""
     figures = [
         scores_figure(outcome.findings, outcome.places, outcome.control_vectors),
         _naming(outcome),
         clauses_figure(outcome.by_number, outcome.places),
         _detection(outcome),
-        _agreement(outcome),
     ]
-    return [figure for figure in figures if figure is not None]
+    return [*figures, _agreement(outcome)] if outcome.setup.samples else figures
 
 
 def _naming(outcome: Outcome) -> Figure:
@@ -54,9 +53,10 @@ def _naming(outcome: Outcome) -> Figure:
     return Figure("naming", caption, outcome.places, panels)
 
 
-def _detection(outcome: Outcome) -> Figure | None:
+def _detection(outcome: Outcome) -> Figure:
+    caption = "Whether a high FVE means that the numbers in the text are true."
     if not outcome.detection:
-        return None
+        return Figure("trust", caption, {}, [])
     sound = {contrast.place: contrast.first for contrast, _ in outcome.detection}
     false = {contrast.place: contrast.second for contrast, _ in outcome.detection}
     told = {contrast.place: chance for contrast, chance in outcome.detection}
@@ -78,12 +78,13 @@ def _detection(outcome: Outcome) -> Figure | None:
         ),
     ]
     places = {ALL: ALL, **{place: title for place, title in outcome.places.items() if place in sound}}
-    return Figure("trust", "Whether a high FVE means that the numbers in the text are true.", places, panels)
+    return Figure("trust", caption, places, panels)
 
 
-def _agreement(outcome: Outcome) -> Figure | None:
+def _agreement(outcome: Outcome) -> Figure:
+    caption = "Whether samples of one explanation agree, and are then right."
     if not outcome.agreement:
-        return None
+        return Figure("agreement", caption, {}, [])
     of = {entry.place: entry for entry in outcome.agreement}
     panels = [
         Panel(
@@ -113,6 +114,4 @@ def _agreement(outcome: Outcome) -> Figure | None:
         ),
     ]
     places = {place: PLACES.get(place, place) for place in of}
-    return Figure(
-        "agreement", "Whether samples of one explanation agree, and are then right.", places, panels
-    )
+    return Figure("agreement", caption, places, panels)
