@@ -21,6 +21,7 @@ from nla_engine.options import (
     json_values,
     one_of,
     option,
+    paths,
     whole_numbers,
 )
 
@@ -32,6 +33,8 @@ PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
+#: What a prompt file can be.
+PROMPT_FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet", "whole")
 #: What becomes of a document with too many tokens.
 LONG = ("refuse", "cut", "windows")
 
@@ -58,8 +61,12 @@ class CaptureOptions(Options):
     """Stage 1. See each field's help."""
 
     model: str = option("Base model, or an adapter of one: a local directory or a Hub id.", argument=True)
-    prompts: Path = option(
-        "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with one prompt per line."
+    prompts: tuple[Path, ...] = option(
+        "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with a prompt per line; "
+        "a directory of such files; or - for standard input. Repeat for several.",
+        must=Must(bool, "one or several files"),
+        typed=list[str],
+        parse=paths,
     )
     layer: tuple[int, ...] = option(
         "Block whose output is captured, counted from 0. Several: join them with commas, or repeat the option.",
@@ -101,6 +108,12 @@ class CaptureOptions(Options):
         "Render prompts through the chat template, or read them raw. [default: --chat if there is a template]",
         None,
         flags="--chat/--raw",
+    )
+    prompt_format: str | None = option(
+        "What every prompt file is: jsonl, csv, tsv, txt, parquet, or whole (each file is one text). [default: as its "
+        "suffix says; jsonl on standard input]",
+        None,
+        must=one_of(PROMPT_FORMATS),
     )
     text_column: str | None = option(
         "Field of the records that holds the text; with a chat template, the user's message or a conversation. "
@@ -150,6 +163,9 @@ class CaptureOptions(Options):
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str | Path):
+            object.__setattr__(self, "prompts", (Path(self.prompts),))
+        check_local(*self.prompts)
         if self.corpus:
             if self.chat:
                 raise RequestError("--corpus reads text as it is: leave --chat out")
@@ -171,6 +187,9 @@ class CaptureOptions(Options):
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
 
 
 @dataclass(frozen=True)

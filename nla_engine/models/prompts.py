@@ -6,7 +6,7 @@ Texts are encoded in batches. A model's limits are passed in: no model has to be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,8 +18,9 @@ import numpy as np
 from nla_engine.errors import PromptError, first_line
 from nla_engine.models.chat import ChatText, RawText, Reading, Rendered, clock_at, lacks, reads_clock
 from nla_engine.models.documents import WINDOW, Longest, Splitter, tokens_around, window_sources
-from nla_engine.models.prompt_files import read_records, record_source
+from nla_engine.models.prompt_files import record_source
 from nla_engine.models.prompt_set import PromptSet
+from nla_engine.models.prompt_sources import PromptSources
 
 #: Most texts, and most characters, encoded in one call: enough for every core, small beside the result.
 BATCH = (1000, 1 << 20)
@@ -36,7 +37,7 @@ class Limits:
 
 
 def read_prompts(
-    path: Path,
+    given: Path | PromptSources,
     tokenizer: Any,
     *,
     chat: bool | None = None,
@@ -46,16 +47,17 @@ def read_prompts(
     longest: Longest = Longest(),
     skip_bad: bool = False,
     clock: datetime | None = None,
-    go_on: Callable[[], bool] = lambda: True,
 ) -> PromptSet:
-    """Read and encode a prompt file.
+    """Read and encode prompt files.
 
     chat: True: render through the chat template. False: read the text raw. None: render if there is a template.
     replies: whether a reply is to be generated (`ChatText`). reading: what holds of every record. longest: of raw text:
     documents that have too many tokens. skip_bad: count unusable records instead of raising.
-    clock: the time that a chat template is given; None for now. go_on: asked after each record; False stops early.
+    clock: the time that a chat template is given; None for now.
     Raises PromptError for a file that is missing, empty or unreadable, and for the first unusable record.
     """
+    sources = PromptSources.find([given]) if isinstance(given, Path) else given
+    path = sources.name
     if chat and not tokenizer.chat_template:
         raise PromptError(
             f"{path}: --chat was asked for, but the model's tokenizer has no chat template; use --raw"
@@ -82,11 +84,11 @@ def read_prompts(
         read.found.clock = clock or datetime.now()
     told = read.found.clock
     with clock_at(tokenizer, told) if told else nullcontext():
-        for place, record in read_records(path):
+        for place, record in sources.records():
             read.take(place, record)
-            if not go_on():
-                break
-        return read.end()
+        found = read.end()
+    found.notes = [*sources.notes, *found.notes]
+    return found
 
 
 class _Pass:
@@ -94,7 +96,7 @@ class _Pass:
 
     def __init__(
         self,
-        path: Path,
+        path: str,
         tokenizer: Any,
         limits: Limits,
         column: str | None,
@@ -255,7 +257,7 @@ class _Pass:
         return ascii(self._tokenizer.convert_ids_to_tokens(token))
 
     def _leave_out(self, place: str, error: PromptError) -> None:
-        message = f"{self._path}, {place}: {error}"
+        message = f"{place}: {error}"
         if not self._skip_bad:
             raise PromptError(f"{message} (--skip-bad leaves such records out)") from error
         self.found.skipped.append(message)

@@ -321,7 +321,7 @@ def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch)
 
     real = tap.encode_rows
     lm = language_model()
-    calibration = stage.calibrate(lm, read_prompts(options(tmp_path).prompts, lm.tokenizer), (1,), CODEC)
+    calibration = stage.calibrate(lm, read_prompts(options(tmp_path).prompts[0], lm.tokenizer), (1,), CODEC)
     monkeypatch.setattr(stage, "calibrate", lambda *_: calibration)
     monkeypatch.setattr(tap, "encode_rows", lose_one)
     with pytest.raises(EngineError, match="never written"):
