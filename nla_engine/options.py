@@ -91,6 +91,11 @@ def paths(name: str, given: list[str]) -> tuple[Path, ...]:
     return tuple(map(Path, given))
 
 
+def texts(name: str, given: list[str]) -> tuple[str, ...]:
+    """Texts, given one by one."""
+    return tuple(given)
+
+
 def named_values(name: str, given: list[str] | None) -> tuple[tuple[str, str], ...]:
     """NAME=VALUE, given one by one."""
     values: dict[str, str] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +22,7 @@ from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.prompt_sources import PromptSources
 from nla_engine.models.prompts import Limits, read_prompts
 from nla_engine.models.source import Source, find_source
+from nla_engine.models.tokens import excerpt
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -61,6 +64,13 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     return lm, prompts
 
 
+def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:
+    """What the model reads first, for people: the text of its tokens, special ones included."""
+    ids = prompts.token_ids(0)
+    text = b"".join(vocabulary[id_] for id_ in ids).decode(errors="replace")
+    return f"the first prompt, {len(ids):,} tokens:\n{textwrap.indent(excerpt(text), '    ', lambda _: True)}"
+
+
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
     """How prompts became text: "raw", or the sha256 of the chat template they were rendered with."""
     template = lm.tokenizer.chat_template
@@ -80,9 +90,9 @@ def _read(
         sources,
         tokenizer,
         chat=options.chat,
-        replies=options.max_new_tokens > 0,
+        replies=options.replies if options.max_new_tokens else 0,
         limits=limits,
-        reading=Reading(options.text_column, options.system, options.template_option or {}),
+        reading=Reading(options.text_column, options.system, options.template_option or {}, options.prefill),
         longest=Longest(options.max_tokens, options.long),
         skip_bad=options.skip_bad,
         clock=clock,

@@ -123,8 +123,8 @@ class Generator:
                 f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
                 f"do not fit a slot of {room}"
             )
-        if request.again and self.runner.tap.layers:
-            raise EngineError(f"request {request.id}: shares a prompt, so it has no rows for the tap")
+        if request.again and self.runner.tap.reads_prompts:
+            raise EngineError(f"request {request.id}: shares a prompt, and the tap keeps rows of prompts")
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""

@@ -29,7 +29,7 @@ class Request:
     least one token, `injection.VECTOR` where `vector` enters (any float dtype [d], best on the model's device).
     max_new_tokens: 0 = only read the prompt.
     again: token_ids and vector equal those of the request before, so the prompt need not be read again. Such a request
-    has no rows of its own for a tap.
+    has no rows of its prompt for a tap.
     """
 
     id: int

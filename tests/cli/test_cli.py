@@ -102,18 +102,6 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
         "--layer is -1,3: it must be one or several block numbers from 0 on",
     ),
     "a directory without prompts": (lambda r, t: {"prompts": t}, "holds no prompt file .*--prompt-format"),
-    "prompts on the Hub": (
-        lambda r, t: {"prompts": "some-lab/questions"},
-        "some-lab/questions: no such file. .*hf download some-lab/questions --repo-type dataset",
-    ),
-    "prompts at an address": (
-        lambda r, t: {"prompts": "hf://datasets/some-lab/questions"},
-        "hf://datasets/some-lab/questions: this has to be on a local disk",
-    ),
-    "a format that is unknown": (
-        lambda r, t: {"prompt_format": "xml"},
-        "--prompt-format is 'xml': it must be one of",
-    ),
     "without end": (
         lambda r, t: {"host-memory": "inf"},
         "--host-memory is inf: it must be above 0, and finite",

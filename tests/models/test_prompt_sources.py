@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import capture, check_refused, shell, written
+from commands import call, capture, check_refused, shell, written
 from tiny import byte_tokenizer
 
 from nla_engine.config import PROMPT_FORMATS, CaptureOptions
@@ -140,6 +140,25 @@ def test_from_the_command_line(root: Path, tmp_path: Path) -> None:
     bad = shell(*capture(root, tmp_path / "y.zarr", prompts="-"), input='{"prompt": "a"}\n{"n": 1}\n')
     check_refused(bad, 'standard input, line 2: no field "prompt" or "messages"')
     assert not (tmp_path / "y.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompts": "some-lab/questions"},
+            "some-lab/questions: no such file. .*hf download some-lab/questions --repo-type dataset",
+        ),
+        (
+            {"prompts": "hf://datasets/some-lab/questions"},
+            "hf://datasets/some-lab/questions: this has to be on a local disk",
+        ),
+        ({"prompt_format": "xml"}, "--prompt-format is 'xml': it must be one of"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(changes: dict, message: str, root: Path, tmp_path: Path) -> None:
+    check_refused(call(*capture(root, tmp_path / "x.zarr", **changes)), message)
+    assert not (tmp_path / "x.zarr").exists()
 
 
 def test_a_single_path_is_a_list_of_one(tmp_path: Path) -> None:
