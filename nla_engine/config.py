@@ -228,6 +228,11 @@ class RoundtripOptions(Options):
     variance: float | None = fields.store_variance()
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
+    norm_match: bool = fields.norm_match()
+    prompt: str | None = fields.prompt("the AV")
+    system: str | None = fields.system()
+    template_option: dict[str, Any] | None = fields.template_option()
+    prefill: str = fields.prefill()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()
     av_base: str | None = fields.base("the AV")
     ar_base: str | None = fields.base("the AR")
@@ -268,6 +273,11 @@ class ExplainOptions(Options):
     max_new_tokens: int = fields.explanation_tokens()
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
+    norm_match: bool = fields.norm_match()
+    prompt: str | None = fields.prompt("the AV")
+    system: str | None = fields.system()
+    template_option: dict[str, Any] | None = fields.template_option()
+    prefill: str = fields.prefill()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()
     av_base: str | None = fields.base("the AV")
     batch_size: int | None = fields.batch_size("Explanations generated at once.")
@@ -328,6 +338,10 @@ def _check_table(options: StageTwoOptions) -> None:
 
 
 def _check_words(options: WritingOptions) -> None:
+    if options.norm_match and options.injection is None:
+        raise RequestError("--norm-match goes with --injection, such as add@1: give it too, or leave it out")
+    if options.system is not None and options.prompt is None:
+        raise RequestError("--system goes with --prompt: the AV's own prompt has none")
     if options.follow and options.limit is not None:
         raise RequestError(
             "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
-from nla_engine.options import AT_LEAST_1, Must, named_values, one_of, option
+from nla_engine.options import AT_LEAST_1, UNICODE, Must, json_values, named_values, one_of, option
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
 KERNELS = ("auto", "fused", "reference")
-#: Ways for a vector to enter an AV that can be named.
-INJECTIONS = ("replace",)
+#: Ways for a vector to enter a model, as `models.injection` describes them, with the number of a block.
+INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
 
@@ -153,10 +154,52 @@ def injection_scale() -> Any:
 def injection() -> Any:
     """How vectors enter an AV."""
     return option(
-        "How vectors enter the AV where its sidecar does not say: replace (the marker's embedding).",
+        "How vectors enter the AV, in place of what its sidecar says: replace (the marker's embedding), replace@L or "
+        "add@L (at the output of block L).",
         None,
-        must=one_of(INJECTIONS),
+        must=Must(
+            lambda name: bool(INJECTION.fullmatch(name)),
+            "replace, replace@L or add@L, L the number of a block",
+        ),
     )
+
+
+def norm_match() -> Any:
+    """Whether vectors get the norm of what they meet."""
+    return option(
+        "With --injection: give each vector the norm of what it is added to or replaces, instead of a fixed one.",
+        False,
+        excludes="injection_scale",
+    )
+
+
+def prompt(whose: str) -> Any:
+    """The user's own prompt."""
+    return option(
+        f"Message to {whose}, in place of its own prompt, with <INJECT> where the vector enters.",
+        None,
+        must=UNICODE,
+    )
+
+
+def system() -> Any:
+    """The system message beside it."""
+    return option("System message before that prompt.", None, must=UNICODE)
+
+
+def template_option() -> Any:
+    """Variables of the chat template."""
+    return option(
+        "Variable of the chat template, as enable_thinking=false. Repeat for several.",
+        None,
+        typed=list[str] | None,
+        parse=json_values,
+    )
+
+
+def prefill() -> Any:
+    """The beginning of the text."""
+    return option("Begin the model's reply with this text.", "", must=UNICODE)
 
 
 def template_value() -> Any:

@@ -20,7 +20,6 @@ from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.injection import VECTOR
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
@@ -87,7 +86,7 @@ def test_greedy_tokens_equal_transformers(architecture: str, prefix: tuple[int, 
 def test_fast_and_reference_paths_agree_with_vectors_and_sampling(rng) -> None:
     lm = language_model()
     vectors = rng.standard_normal((40, lm.d_model)).astype(np.float32)
-    requests = [Request(i, (VECTOR, 20, 21), 15, torch.from_numpy(vectors[i])) for i in range(40)]
+    requests = [Request(i, (30, 20, 21), 15, torch.from_numpy(vectors[i : i + 1]), (0,)) for i in range(40)]
     for sampling in (Sampling(), Sampling(1.0, 3)):
         fast = run(lm, requests, slots=16, prefix=PREFIX, sampling=sampling)
         slow = run(lm, requests, slots=5, prefix=PREFIX, sampling=sampling, kernels="reference")

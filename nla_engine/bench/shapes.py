@@ -6,11 +6,15 @@ Speed does not depend on the weights' values, so nothing is downloaded.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
 
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel, load_model, wrap_model
@@ -134,6 +138,39 @@ def twin(lm: LanguageModel) -> LanguageModel:
     """The same weights in other modules, since two runners cannot use one module at the same time."""
     shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     return wrap_model(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name)
+
+
+def merged(lm: LanguageModel, directory: Path, rank: int) -> LanguageModel:
+    """The model with an adapter (rsLoRA, random) over every linear layer of its blocks, both saved in `directory` and
+    loaded from there, which merges them."""
+    base, adapter = directory / "base", directory / "adapter"
+    lm.model.config.save_pretrained(base)
+    save_model(lm.model, str(base / "model.safetensors"))
+    lm.tokenizer.save_pretrained(base)
+    tensors: dict[str, torch.Tensor] = {}
+    targets = set()
+    for name, module in lm.model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            targets.add(name.rsplit(".", 1)[-1])
+            out, width = module.weight.shape
+            a, b = torch.randn(rank, width) * 0.01, torch.randn(out, rank) * 0.01
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": a,
+                f"base_model.model.{name}.lora_B.weight": b,
+            }
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": True,
+        "target_modules": sorted(targets),
+        "base_model_name_or_path": str(base),
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model = load_model(str(adapter), device=lm.device, dtype=lm.dtype).model
+    return wrap_model(model, lm.tokenizer, name=lm.name)
 
 
 def character_tokenizer(vocabulary: int) -> Any:

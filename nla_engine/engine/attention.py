@@ -41,8 +41,9 @@ class Wanted:
 class Pass:
     """slot, position: int64 [T]; place: where in its slot each token's key goes; tiles: the queries, cut for attention.
 
-    reference: use plain torch on every device. wanted: None if every block computes every token. shapes: how each layer
-    attended; each must attend exactly once. branch: the stream of work started in `beside`, until `join`.
+    reference: use plain torch on every device. wanted: None if every block computes every token. entering: where
+    vectors enter, as `Injector.inject` takes it; None: nowhere. shapes: how each layer attended; each must attend
+    exactly once. branch: the stream of work started in `beside`, until `join`.
     """
 
     cache: SlotCache
@@ -51,6 +52,7 @@ class Pass:
     tiles: Tiles
     reference: bool
     wanted: Wanted | None = None
+    entering: torch.Tensor | None = None
     branch: torch.cuda.Stream | None = None
     place: torch.Tensor = field(init=False)
     shapes: dict[int, Shape] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -123,6 +124,16 @@ class Generator:
                 f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
                 f"do not fit a slot of {room}"
             )
+        vectors = 0 if request.vectors is None else len(request.vectors)
+        places = (-1, *request.places, len(request.token_ids))
+        if vectors != len(request.places) or any(a >= b for a, b in pairwise(places)):
+            raise EngineError(
+                f"request {request.id}: {vectors} vectors for the tokens {list(request.places)}"
+            )
+        if vectors > self.runner.injector.most:
+            raise EngineError(
+                f"request {request.id}: {vectors} vectors, a slot has room for {self.runner.injector.most}"
+            )
         if request.again and self.runner.tap.reads_prompts:
             raise EngineError(f"request {request.id}: shares a prompt, and the tap keeps rows of prompts")
 
@@ -152,9 +163,9 @@ class Generator:
         state.stop_state[at] = 0
         state.closing[at] = False
         state.active[at] = True
-        vectors = {a.slot: a.request.vector for a in entered if a.request.vector is not None}
+        vectors = {a.slot: a.request.vectors for a in entered if a.request.vectors is not None}
         if vectors:
-            self.runner.vectors.put(list(vectors), list(vectors.values()))
+            self.runner.injector.put(list(vectors), list(vectors.values()))
         self.runner.tap.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
 
     def _prefill(self, runs: list[Run]) -> None:
@@ -165,10 +176,14 @@ class Generator:
         growing: list[int] = []  # slots that generate
         last: list[int] = []  # and the index of their token in `wanted`
         twins: list[tuple[Admitted, Admitted]] = []
+        entering: list[tuple[int, int, int]] = []  # token, slot and number of each vector
         end = 0
         for run in runs:
             admitted, ids = run.admitted, run.admitted.request.token_ids
             parts.append((admitted.slot, prefix + run.start, ids[run.start : run.stop]))
+            for number, place in enumerate(run.admitted.request.places):
+                if run.start <= place < run.stop:
+                    entering.append((end + place - run.start, admitted.slot, number))
             end += run.stop - run.start
             if run.completes:
                 slots = [a.slot for a in (admitted, *admitted.twins) if a.request.max_new_tokens]
@@ -176,7 +191,7 @@ class Generator:
                 last += [len(wanted)] * len(slots)
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
-        hidden = self.runner.prefill(parts, wanted or [end - 1])
+        hidden = self.runner.prefill(parts, wanted or [end - 1], entering)
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)

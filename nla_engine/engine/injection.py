@@ -1,65 +1,62 @@
-"""How vectors enter sequences: each replaces the embedding of one token of its prompt.
+"""Vectors on their way into running sequences: kept per slot, written where the pass reads their tokens.
 
-embedding(token at the marker)  becomes  v * scale / ||v||        after the embedding module has run
+Vectors enter prompts only, so a decode step, and the CUDA graph that holds it, has nothing to do: what they change is
+in the keys and values by then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from nla_engine.engine.transfer import to_device
-
-#: Stands in token ids for the sequence's own vector.
-VECTOR = -1
+from nla_engine.models.injection import Injection
 
 
-@dataclass(frozen=True)
-class Injection:
-    """Where a vector enters a prompt, and with which norm.
+def at_scale(vectors: torch.Tensor, injection: Injection) -> torch.Tensor:
+    """float [n, d], finite and not zero -> float32 with the injection's norm (1 to match norms).
 
-    token_ids: the prompt; place: index of the token whose embedding the vector replaces
-    scale: L2 norm that every vector is scaled to; None: vectors enter as they are
+    Norms are summed in float64.
+    """
+    scale = 1.0 if injection.norm_match else injection.scale
+    if scale is None:
+        return vectors.float()
+    norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
+    return (vectors * (scale / norm)).float()
+
+
+class Injector:
+    """The vectors of the running sequences, float32 [slots + 1, most, d], and how they enter.
+
+    most: vectors per sequence
     """
 
-    token_ids: tuple[int, ...]
-    place: int
-    scale: float | None
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The tokens before the vector: the same for all sequences."""
-        return self.token_ids[: self.place]
-
-    @property
-    def tail(self) -> tuple[int, ...]:
-        """The vector's place and the tokens after it, as a request has them."""
-        return (VECTOR, *self.token_ids[self.place + 1 :])
-
-    def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
-        """float32 [n, d], finite and not zero -> the same vectors with norm `scale`. Norms are summed in float64."""
-        if self.scale is None:
-            return vectors
-        norm = vectors.double().square().sum(-1, keepdim=True).sqrt()
-        return (vectors * (self.scale / norm)).float()
-
-
-class InjectedVectors:
-    """The vectors of the running sequences, one per slot: [slots + 1, d] in the model's dtype."""
-
-    def __init__(self, slots: int, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._table = torch.zeros(slots + 1, d_model, device=device, dtype=dtype)
+    def __init__(
+        self, injection: Injection, slots: int, most: int, d_model: int, device: torch.device
+    ) -> None:
+        self.injection, self.most = injection, most
+        self._table = torch.zeros(slots + 1, most, d_model, device=device)
 
     def put(self, slots: Sequence[int], vectors: Sequence[torch.Tensor]) -> None:
-        """Give these slots their vectors, [d] each, of any float dtype."""
-        at = to_device(np.array(slots), self._table.device)
-        self._table[at] = torch.stack(list(vectors)).to(self._table.device, self._table.dtype)
+        """Give these slots their vectors, [n, d] each with n <= most, of any float dtype, at scale."""
+        at = np.array(
+            [(slot, k) for slot, given in zip(slots, vectors, strict=True) for k in range(len(given))]
+        )
+        slot, number = to_device(np.ascontiguousarray(at.T), self._table.device)
+        self._table[slot, number] = torch.cat(list(vectors)).to(self._table.device, torch.float32)
 
-    def embed(self, embedding: nn.Module, ids: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """ids, slot int64 [T], VECTOR among the ids -> embeddings [T, d]."""
-        embeds: torch.Tensor = embedding(ids.clamp(min=0))
-        return torch.where((ids == VECTOR)[:, None], self._table[slot], embeds)
+    def inject(self, hidden: torch.Tensor, entering: torch.Tensor) -> None:
+        """Change hidden [T, d] in place, rounded once.
+
+        entering: int64 [3, m]: token of the pass, slot, number of the vector in the slot
+        """
+        token, slot, number = entering
+        vectors = self._table[slot, number]
+        if self.injection.norm_match:
+            there = hidden[token].double()
+            vectors = vectors * there.square().sum(-1, keepdim=True).sqrt()
+        if self.injection.adds:
+            vectors = hidden[token].double() + vectors
+        hidden[token] = vectors.to(hidden.dtype)

@@ -26,16 +26,18 @@ class Request:
     """One sequence to run.
 
     id: unique and >= 0; selects the sequence's random numbers. token_ids: the prompt after the shared prefix, at
-    least one token, `injection.VECTOR` where `vector` enters (any float dtype [d], best on the model's device).
-    max_new_tokens: 0 = only read the prompt.
-    again: token_ids and vector equal those of the request before, so the prompt need not be read again. Such a request
+    least one token. max_new_tokens: 0 = only read the prompt.
+    vectors: what enters at the tokens `places` of these (ascending): [n, d] at scale, of any float dtype, best on the
+    model's device.
+    again: token_ids and vectors equal those of the request before, so the prompt need not be read again. Such a request
     has no rows of its prompt for a tap.
     """
 
     id: int
     token_ids: tuple[int, ...]
     max_new_tokens: int
-    vector: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
+    places: tuple[int, ...] = ()
     again: bool = False
 
 

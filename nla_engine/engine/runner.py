@@ -16,13 +16,14 @@ from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.families import can_fuse, can_fuse_norm
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
-from nla_engine.engine.injection import VECTOR, InjectedVectors
+from nla_engine.engine.injection import Injector
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
+from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Tiles
 from nla_engine.ops.backends import Kernels
@@ -37,7 +38,9 @@ _HOST_ROTATIONS = ("dynamic", "longrope")
 class Runner:
     """Runs `lm` with `slots` sequences of at most `length` tokens each, including the shared `prefix`.
 
-    tap: called inside every pass once the model has been checked. While a runner is open, the model's own forward must
+    tap: called inside every pass once the model has been checked.
+    injection: how vectors enter, at most `vectors` of them per sequence. The tap sees a block's output after that.
+    While a runner is open, the model's own forward must
     not be called. `close` restores it, with transformers' eager attention.
     """
 
@@ -50,6 +53,8 @@ class Runner:
         prefix: Sequence[int] = (),
         tap: Tap = NoTap(),
         kernels: Kernels = Kernels(),
+        injection: Injection = Injection(),
+        vectors: int = 1,
     ) -> None:
         if kernels.precision == "fp8" and not all(map(can_fuse, lm.blocks)):
             raise EngineError(
@@ -67,7 +72,7 @@ class Runner:
         self.precision = kernels.precision
         self.reference = kernels.plain(lm.device)
         self.cache = SlotCache(lm, slots, length, len(prefix))
-        self.vectors = InjectedVectors(slots, lm.d_model, lm.device, lm.dtype)
+        self.injector = Injector(injection, slots, vectors, lm.d_model, lm.device)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self.tap = tap
@@ -101,9 +106,11 @@ class Runner:
         if self._fused and can_fuse_norm(norm):
             norm.forward = FusedNorm(norm)
             self._norm = norm
-        layers = set(self.tap.layers)
+        layers, entry = set(self.tap.layers), self.injector.injection.block
         last = len(self.lm.blocks) - 1
-        self._narrows = self.lm.blocks[last] in self._fused and last not in layers
+        self._narrows = self.lm.blocks[last] in self._fused and last not in layers | {entry}
+        if entry is not None:  # before the tap, which sees what the next block reads
+            self._hooks.append(self.lm.blocks[entry].register_forward_hook(self._inject))
         for layer in layers:
             self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
         check.run()
@@ -156,13 +163,21 @@ class Runner:
 
         return hook
 
+    def _inject(self, _module: object, _inputs: object, output: object) -> None:
+        if self._pass is not None and self._pass.entering is not None:
+            self.injector.inject(block_output(output)[0], self._pass.entering)
+
     @torch.inference_mode()
     def prefill(
-        self, parts: Sequence[tuple[int, int, Sequence[int]]], wanted: Sequence[int] | None = None
+        self,
+        parts: Sequence[tuple[int, int, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+        entering: Sequence[tuple[int, int, int]] = (),
     ) -> torch.Tensor:
         """Read runs of tokens: (slot, start position, token ids). Returns their hidden states, run by run.
 
         wanted: the tokens whose states [n, d] are returned, 0 < n <= T; None: all T of them
+        entering: for each vector that enters in this pass its token, its slot, and which of the slot's it is
         """
         runs = np.array([(slot, start, len(ids)) for slot, start, ids in parts], np.int64)
         slot, start, length = runs.T
@@ -173,7 +188,8 @@ class Runner:
         packed = to_device(np.stack([ids, np.repeat(slot, length), positions]), self.device)
         tiles = attention.prefill_tiles(runs, self.group, packed[2])
         token = None if wanted is None else to_device(np.array(wanted, np.int64), self.device)
-        return self._forward(packed[0], packed[1], packed[2], tiles, VECTOR in ids, token)
+        vectors = to_device(np.array(entering, np.int64).T.copy(), self.device) if entering else None
+        return self._forward(packed[0], packed[1], packed[2], tiles, vectors, token)
 
     @torch.inference_mode()
     def decode(
@@ -192,18 +208,19 @@ class Runner:
         slot: torch.Tensor,
         position: torch.Tensor,
         tiles: Tiles,
-        with_vectors: bool = False,
+        entering: torch.Tensor | None = None,
         token: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """token: int64 [n], the tokens whose states are returned."""
+        """entering: as `Injector.inject` takes it; token: int64 [n], the tokens whose states are returned."""
         if not all(each.is_contiguous() for each in (ids, slot, position)):
             raise EngineError("ids, slot and position of a pass are contiguous: kernels read them by number")
-        work = Pass(self.cache, slot, position, tiles, self.reference)
+        work = Pass(self.cache, slot, position, tiles, self.reference, entering=entering)
         if token is not None and self._narrows:
             own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)
             work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
-        embedding = self.lm.embedding
-        embeds = self.vectors.embed(embedding, ids, slot) if with_vectors else embedding(ids)
+        embeds = self.lm.embedding(ids)
+        if entering is not None and self.injector.injection.block is None:
+            self.injector.inject(embeds, entering)
         self._pass = work
         try:
             with attention.running(work):

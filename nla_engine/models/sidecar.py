@@ -13,6 +13,7 @@ import yaml
 
 from nla_engine.errors import CheckpointError
 from nla_engine.fields import SCALES, is_scale
+from nla_engine.models.injection import Injection
 from nla_engine.models.template import split_template
 
 SIDECAR = "nla_meta.yaml"
@@ -39,7 +40,7 @@ _INJECTION_KEYS = {
         "injection_right_neighbor_id",
     },
 }
-_REPLACE = "pass --injection replace if they take the place of the marker's embedding"
+_SAY = "pass --injection replace if they take the place of the marker's embedding, or --injection add@L"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Sidecar:
     """What an NLA checkpoint says of itself, with what was given beside it.
 
     role: "av" or "ar"; d_model: width; layer: K, or None if not stated
-    injection_scale: L2 norm to which a vector is scaled before injection; None: inject it as it is
+    injection: how vectors enter (AV)
     template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
@@ -57,7 +58,7 @@ class Sidecar:
     role: str
     d_model: int
     layer: int | None
-    injection_scale: float | None
+    injection: Injection
     template: tuple[str, str]
     marker: str | None
     marker_id: int | None
@@ -74,11 +75,13 @@ class Sidecar:
 class Given:
     """What the user says of a checkpoint whose sidecar does not: it comes before what the sidecar says.
 
-    scale: a number as text, or one of SCALES; injection: "replace"; values: of the holes in a template
+    scale: a number as text, or one of SCALES; norm_match: in place of a scale
+    injection: as `Injection.named` reads it; values: of the holes in a template
     """
 
     scale: str | None = None
     injection: str | None = None
+    norm_match: bool = False
     values: tuple[tuple[str, str], ...] = ()
 
 
@@ -113,15 +116,13 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
     suffix = _get(data, "tokens.critic_suffix_ids") or _get(data, "tokens.ar_suffix_ids") or []
     if not isinstance(suffix, list) or not all(_is_int(id_) for id_ in suffix):
         raise CheckpointError(f"{path}: tokens.critic_suffix_ids is not a list of token ids")
-    if role == "av":
-        _check_injection(path, data, kind, given)
     values = dict(given.values) | ({} if layer is None else {"layer": str(layer)})
     sidecar = Sidecar(
         path=path,
         role=role,
         d_model=d_model,
         layer=layer,
-        injection_scale=_injection_scale(path, data, d_model, given) if role == "av" else None,
+        injection=_injection(path, data, d_model, kind, given) if role == "av" else Injection(),
         template=_template(path, data, role, values, None if marker is None else str(marker)),
         marker=None if marker is None else str(marker),
         marker_id=_integer(path, data, "tokens.injection_token_id"),
@@ -149,39 +150,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a mapping of keys to values")
     return data
-
-
-def verbalizer_prompt(sidecar: Sidecar, tokenizer: Any) -> tuple[list[int], int]:
-    """The AV's prompt as token ids, and the index of the marker in it. Checks the whole contract."""
-    assert sidecar.marker is not None
-    alone = tokenizer.encode(sidecar.marker, add_special_tokens=False)
-    if alone != [sidecar.marker_id]:
-        raise CheckpointError(
-            f"{sidecar.path}: the marker {sidecar.marker!r} must encode to the one id {sidecar.marker_id}, "
-            f"but this tokenizer gives {alone}; the tokenizer and the sidecar do not belong together"
-        )
-    message = sidecar.marker.join(sidecar.template)
-    text = message
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    places = [i for i, id_ in enumerate(ids) if id_ == sidecar.marker_id]
-    if len(places) != 1:
-        raise CheckpointError(
-            f"{sidecar.path}: the marker {sidecar.marker!r} must stand once in the prompt, "
-            f"it stands {len(places)} times"
-        )
-    place = places[0]
-    for name, offset, expected in (("left", -1, sidecar.left_id), ("right", 1, sidecar.right_id)):
-        at = place + offset
-        actual = ids[at] if 0 <= at < len(ids) else None
-        if expected is not None and actual != expected:
-            raise CheckpointError(
-                f"{sidecar.path}: the marker's {name} neighbour is token {actual}, the sidecar says {expected}"
-            )
-    return ids, place
 
 
 def reconstructor_prompts(
@@ -239,21 +207,29 @@ def _agreed(path: Path, data: dict[str, Any], *keys: str) -> int | None:
     return next(iter(found.values()), None)
 
 
-def _check_injection(path: Path, data: dict[str, Any], kind: object, given: Given) -> None:
+def _injection(path: Path, data: dict[str, Any], d_model: int, kind: object, given: Given) -> Injection:
+    """As `given` says, else in place of the marker's embedding. CheckpointError if that is not sure."""
+    name = given.injection
+    if name is None:
+        _check_replaces(path, data, kind)
+        name = "replace"
+    scale = None if given.norm_match else _injection_scale(path, data, d_model, given)
+    return Injection.named(name, scale, given.norm_match)
+
+
+def _check_replaces(path: Path, data: dict[str, Any], kind: object) -> None:
     """CheckpointError unless the vector is known to take the place of the marker's embedding."""
-    if given.injection == "replace":
-        return
     for section, known in _INJECTION_KEYS.items():
         there = _get(data, section) if section else data
         for key in there if isinstance(there, dict) else ():
             if "inject" in str(key).lower() and key not in known:
                 name = ".".join(filter(None, (section, str(key))))
                 raise CheckpointError(
-                    f"{path}: {name} is not known, and may change how vectors enter: {_REPLACE}"
+                    f"{path}: {name} is not known, and may change how vectors enter: {_SAY}"
                 )
     if kind == "nla_dataset":
         raise CheckpointError(
-            f"{path}: is a data set's sidecar (kind: nla_dataset), which does not say how vectors enter: {_REPLACE}"
+            f"{path}: is a data set's sidecar (kind: nla_dataset), which does not say how vectors enter: {_SAY}"
         )
 
 
@@ -265,7 +241,7 @@ def _injection_scale(path: Path, data: dict[str, Any], d_model: int, given: Give
     if value is None:
         raise CheckpointError(
             f"{path}: extraction.injection_scale is missing: pass --injection-scale with the norm that this AV was "
-            "trained on, or raw if its vectors enter as they are"
+            "trained on, raw if its vectors enter as they are, or --norm-match"
         )
     if value in ("raw", "none"):
         return None

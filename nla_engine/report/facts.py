@@ -219,7 +219,7 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
         ("AV (vector to words)", short_name(metadata["av"])),
         ar,
         source,
-        ("injection norm", _or(metadata["injection_scale"], "as it is")),
+        ("injection", _injection(metadata)),
         ("rows explained", rows),
         (
             "selected by",
@@ -264,6 +264,15 @@ def _variance(explained: Explained) -> str:
     if explained.metadata["run"]["variance"] is not None:
         return f"{explained.variance:.4f}, given"
     return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
+
+
+def _injection(metadata: dict[str, Any]) -> str:
+    """How vectors entered the AV. Tables of older versions name the norm alone: they replace the embedding."""
+    if metadata.get("norm_match"):
+        norm = "that of what is there"
+    else:
+        norm = _or(metadata["injection_scale"], "as it is")
+    return f"{metadata.get('injection') or 'replace'}, norm: {norm}"
 
 
 def _or(value: Any, otherwise: str) -> str:

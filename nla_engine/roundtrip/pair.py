@@ -16,6 +16,7 @@ from nla_engine.config import RoundtripOptions, ScoringOptions, StageTwoOptions,
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import CheckpointError, RequestError
+from nla_engine.models.av_prompt import Wording
 from nla_engine.models.checkpoint import CONFIG, VALUE_HEAD, read_json, weight_paths
 from nla_engine.models.load import pick_device, pick_dtype
 from nla_engine.models.sidecar import Given
@@ -85,13 +86,17 @@ def load_pair(
         announce(line)
     remote_code = options.trust_remote_code
     kernels = Kernels(options.kernels, options.precision)
-    said = Given(values=options.template_value)
+    said, wording = Given(values=options.template_value), Wording()
     if isinstance(options, WritingOptions):
-        said = replace(said, scale=options.injection_scale, injection=options.injection)
-    if said != Given() and (verbalizer or reconstructor):
-        raise RequestError(
-            "--injection, --injection-scale and --template-value are for models that are loaded here"
+        said = replace(
+            said,
+            scale=options.injection_scale,
+            injection=options.injection,
+            norm_match=options.norm_match,
         )
+        wording = Wording(options.prompt, options.system, options.template_option or {}, options.prefill)
+    if (said != Given() or wording != Wording()) and (verbalizer or reconstructor):
+        raise RequestError("injection, template values and prompt are for models that are loaded here")
     for model in (verbalizer, reconstructor):
         if model is not None and model.kernels != kernels:
             raise RequestError(f"a given model was loaded with {model.kernels}, the options say {kernels}")
@@ -129,7 +134,7 @@ def load_pair(
         "given": said,
     }
     if av is not None:
-        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, **how)
+        verbalizer = verbalizer or Verbalizer.load(av, source=av_source, wording=wording, **how)
     if ar is not None:
         reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, **how)
     for model in (verbalizer, reconstructor):

@@ -233,7 +233,7 @@ class _Run:
         av, ar, texts = self.pair.verbalizer, self.pair.reconstructor, self.texts
         models: dict[str, Any] = {}
         if av is not None:
-            models = {"av": av.lm.name, "av_revision": av.lm.revision, "injection_scale": av.injection.scale}
+            models = {"av": av.lm.name, "av_revision": av.lm.revision, **av.injection.to_dict()}
             models |= {f"av_{key}": value for key, value in av.lm.origin.items()}
         elif isinstance(texts, TextFile):
             models = texts.written_by()

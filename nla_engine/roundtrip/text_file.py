@@ -98,9 +98,10 @@ class TextFile:
         )
         if explained is None:
             return {}
-        return {name: made.get(name) for name in ("av", "av_revision", "injection_scale")} | {
-            "explained": explained
-        }
+        return {
+            name: made.get(name)
+            for name in ("av", "av_revision", "injection", "injection_scale", "norm_match")
+        } | {"explained": explained}
 
     def fingerprint(self) -> str:
         """Of the file's bytes."""

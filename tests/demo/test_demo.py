@@ -18,12 +18,12 @@ from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, RoundtripOptions
 from nla_engine.demo import evaluate
 from nla_engine.demo.run import LAYER, TRIO, run_demo
-from nla_engine.engine.injection import VECTOR
 from nla_engine.roundtrip import reconstruct as ar_module
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.summary import RoundtripSummary
 from nla_engine.roundtrip.verbalize import Verbalizer, parse_explanation
+from nla_engine.roundtrip.writer import Writer
 from nla_engine.store import CaptureStore
 
 PROBLEMS = 12
@@ -140,17 +140,18 @@ def marker_off(by: int) -> Callable[[Bench], int]:
     """The vector is one token beside the marker, which keeps its own embedding."""
 
     def disturb(bench: Bench) -> int:
-        injection = bench.verbalizer.injection
-        bench.verbalizer.injection = replace(injection, place=injection.place + by)
+        prompt = bench.verbalizer.prompt
+        bench.verbalizer.prompt = replace(prompt, places=(prompt.places[0] + by,))
         return LAYER
 
     return disturb
 
 
 def scale_off(bench: Bench) -> int:
-    injection = bench.verbalizer.injection
-    assert injection.scale is not None
-    bench.verbalizer.injection = replace(injection, scale=100 * injection.scale)
+    writer = bench.verbalizer.writer
+    assert writer.injection.scale is not None
+    wrong = replace(writer.injection, scale=100 * writer.injection.scale)
+    bench.verbalizer.writer = Writer(writer.lm, wrong, writer.kernels, writer.stop)
     return LAYER
 
 
@@ -174,9 +175,8 @@ FAULTS = {
 def test_the_vector_stands_where_the_sidecar_says(intact: tuple[Bench, float]) -> None:
     """Once, and between the neighbours that the sidecar names."""
     av = intact[0].verbalizer
-    prompt = (*av.injection.prefix, *av.injection.tail)
-    place = prompt.index(VECTOR)
-    assert prompt.count(VECTOR) == 1 and av.sidecar.marker_id not in prompt
+    prompt, [place] = av.prompt.token_ids, av.prompt.places
+    assert prompt.count(av.sidecar.marker_id) == 1 and prompt[place] == av.sidecar.marker_id
     assert (prompt[place - 1], prompt[place + 1]) == (av.sidecar.left_id, av.sidecar.right_id)
 
 

@@ -11,7 +11,6 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.injection import VECTOR
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS
@@ -99,8 +98,8 @@ def test_greedy_tokens_equal_transformers(
 def test_injected_vectors_equal_inputs_embeds(architecture: str, rng) -> None:
     lm = language_model(architecture)
     vectors = rng.standard_normal((9, lm.d_model)).astype(np.float32)
-    tail = (VECTOR, 20, 21, 22)
-    requests = [Request(i, tail, 12, torch.from_numpy(vectors[i])) for i in range(9)]
+    tail = (30, 20, 21, 22)
+    requests = [Request(i, tail, 12, torch.from_numpy(vectors[i : i + 1]), (0,)) for i in range(9)]
     completions = run(lm, requests, prefix=PREFIX, slots=4)
     lm.model.set_attn_implementation("eager")
     for i, vector in enumerate(vectors):

@@ -14,8 +14,9 @@ from tiny import ARCHITECTURES, MARKER, D, byte_tokenizer, save_ar, save_av, sav
 
 from nla_engine.errors import CheckpointError, NLAError, RequestError
 from nla_engine.models import load as models
+from nla_engine.models.av_prompt import verbalizer_prompt
 from nla_engine.models.load import load_model, pick_device, pick_dtype
-from nla_engine.models.sidecar import Given, read_sidecar, reconstructor_prompts, verbalizer_prompt
+from nla_engine.models.sidecar import Given, read_sidecar, reconstructor_prompts
 from nla_engine.ops.cards import Card
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
@@ -109,7 +110,7 @@ def test_layer_dialects(tmp_path: Path, entry: dict[str, Any], layer: int | None
     ],
 )
 def test_injection_scales(tmp_path: Path, scale: Any, expected: float | None) -> None:
-    assert read(tmp_path, {**AV, "extraction": {"injection_scale": scale}}, "av").injection_scale == expected
+    assert read(tmp_path, {**AV, "extraction": {"injection_scale": scale}}, "av").injection.scale == expected
 
 
 @pytest.mark.parametrize("extraction", [{}, {"injection_scale": None}, None])
@@ -119,12 +120,12 @@ def test_an_av_without_a_scale_is_refused_unless_it_is_given(tmp_path: Path, ext
     with pytest.raises(CheckpointError, match="injection_scale is missing: pass --injection-scale"):
         read(tmp_path, sidecar, "av")
     for scale, expected in (("150", 150.0), ("raw", None), ("sqrt_d_model", math.sqrt(D))):
-        assert read(tmp_path, sidecar, "av", scale=scale).injection_scale == expected
+        assert read(tmp_path, sidecar, "av", scale=scale).injection.scale == expected
     with pytest.raises(
         CheckpointError, match="--injection-scale is 'loud', not a positive number or one of raw"
     ):
         read(tmp_path, sidecar, "av", scale="loud")
-    assert read(tmp_path, AV, "av", scale="7").injection_scale == 7, "what is given comes first"
+    assert read(tmp_path, AV, "av", scale="7").injection.scale == 7, "what is given comes first"
 
 
 def test_what_is_given_is_part_of_the_fingerprint(tmp_path: Path) -> None:
@@ -220,8 +221,8 @@ def test_missing_sidecar(tmp_path: Path) -> None:
 
 def test_marker_checks(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids, place = verbalizer_prompt(read(tmp_path, AV, "av"), tokenizer)
-    assert ids[place] == 258 and ids.count(258) == 1
+    prompt = verbalizer_prompt(read(tmp_path, AV, "av"), tokenizer)
+    assert prompt.token_ids.count(258) == 1 and prompt.token_ids[prompt.places[0]] == 258
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"tokens": {"injection_char": MARKER, "injection_token_id": 77}}, "must encode to the one id 77"),
         ({"tokens": {"injection_char": "ab", "injection_token_id": 258}}, "must encode to the one id 258"),

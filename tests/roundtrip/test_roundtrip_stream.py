@@ -131,7 +131,7 @@ def test_a_prompt_is_read_once_for_its_samples(pair: Path, monkeypatch: pytest.M
                 batch_size=8,
             )
         )
-        assert read[-1] == 2 * len(verbalizer.injection.tail)
+        assert read[-1] == 2 * len(verbalizer.prompt.token_ids[verbalizer.prompt.places[0] :])
 
 
 def test_the_shared_part_of_reconstructor_prompts_changes_nothing(pair: Path) -> None:

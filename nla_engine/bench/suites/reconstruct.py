@@ -14,6 +14,7 @@ from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.shapes import twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts
+from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.sidecar import Sidecar
 from nla_engine.ops.backends import Kernels
@@ -70,7 +71,7 @@ def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> 
         role="ar",
         d_model=lm.d_model,
         layer=layer,
-        injection_scale=None,
+        injection=Injection(),
         template=_TEMPLATE,
         marker=None,
         marker_id=None,

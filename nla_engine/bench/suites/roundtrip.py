@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
+from nla_engine.bench.shapes import twin
 from nla_engine.bench.suites import reconstruct, verbalize
 from nla_engine.bench.timing import free_memory
 from nla_engine.bench.workload import encoded_sequences, write_store
@@ -79,7 +80,7 @@ def _explained(session: Session, precision: str = "full") -> Iterator[Prepared]:
         free_memory(session.device)  # of the run before
         summary = run_roundtrip(
             options,
-            verbalizer=verbalize.verbalizer_of(session.lm, session.layer, precision),
+            verbalizer=verbalize.verbalizer_of(twin(session.lm), session.layer, precision),
             reconstructor=reconstruct.reconstructor_of(session.lm, session.layer, precision),
         )
         expect("explanations", summary.explanations, sizes.vectors)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nla_engine.bench import baselines
 from nla_engine.bench.limits import generate_seconds
 from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
-from nla_engine.bench.shapes import MARKER, twin
+from nla_engine.bench.shapes import MARKER, merged, twin
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import texts, vectors
+from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.sidecar import Sidecar
 from nla_engine.ops.backends import Kernels
@@ -22,12 +24,15 @@ from nla_engine.roundtrip.verbalize import Verbalizer
 #: The prompt of the released Qwen2.5-7B pair: 111 tokens, the marker, 13 tokens.
 BEFORE, AFTER = 111, 13
 PROMPT = BEFORE + 1 + AFTER
-_INJECTION_SCALE = 150.0
+_REPLACED = Injection(scale=150.0)
 _BRIEF_TOKENS = 8
+#: How nanoNLA and EasyNLA inject, and the rank of their adapters.
+_ADDED = Injection(1, adds=True, norm_match=True)
+_RANK = 128
 
 
 def run(session: Session) -> None:
-    """One case, the same in fp8, its set-up time, and the baseline."""
+    """One case, the same in fp8, with other injections and weights, its set-up time, and the baseline."""
     sizes = session.sizes
     slots = min(sizes.av_slots, sizes.vectors)
     case = f"{sizes.vectors} vectors {BEFORE}+{PROMPT - BEFORE}+{sizes.av_new} B={slots}"
@@ -47,6 +52,12 @@ def run(session: Session) -> None:
             _explained(session, sizes.vectors, sizes.av_new, slots, "fp8"),
             against=line,
         )
+    others = {
+        "add@1, norm match": _explained(session, sizes.vectors, sizes.av_new, slots, how=_ADDED),
+        f"merged adapter of rank {_RANK}": _merged(session, sizes.vectors, sizes.av_new, slots),
+    }
+    for name, prepared in others.items():
+        session.measure("verbalize", f"{case} {name}", "vectors/s", prepared, against=line)
     session.measure("verbalize", "explain set-up", "s", _set_up(session, slots))
     if session.settings.baseline == "hf":
         batch = min(baselines.AV_BATCH, sizes.vectors)
@@ -75,14 +86,19 @@ def limit(session: Session) -> float:
     return count / generate_seconds(session.size, session.hardware, count, PROMPT, new, slots, shared=BEFORE)
 
 
-def verbalizer_of(lm: LanguageModel, layer: int, precision: str = "full") -> Verbalizer:
-    """A model's weights as an AV."""
+def verbalizer_of(
+    lm: LanguageModel,
+    layer: int,
+    precision: str = "full",
+    how: Injection = _REPLACED,
+) -> Verbalizer:
+    """A model as an AV."""
     sidecar = Sidecar(
         path=Path("bench-av"),
         role="av",
         d_model=lm.d_model,
         layer=layer,
-        injection_scale=_INJECTION_SCALE,
+        injection=how,
         template=(texts([BEFORE])[0], texts([AFTER])[0]),
         marker=MARKER,
         marker_id=lm.tokenizer.convert_tokens_to_ids(MARKER),
@@ -90,7 +106,7 @@ def verbalizer_of(lm: LanguageModel, layer: int, precision: str = "full") -> Ver
         right_id=None,
         suffix_ids=(),
     )
-    return Verbalizer(twin(lm), sidecar, kernels=Kernels(precision=precision))
+    return Verbalizer(lm, sidecar, kernels=Kernels(precision=precision))
 
 
 def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
@@ -110,10 +126,22 @@ def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slo
 
 @contextmanager
 def _explained(
-    session: Session, count: int, new: int, slots: int, precision: str = "full"
+    session: Session, count: int, new: int, slots: int, precision: str = "full", how: Injection = _REPLACED
 ) -> Iterator[Prepared]:
-    verbalizer = verbalizer_of(session.lm, session.layer, precision)
-    yield Prepared(
+    yield _prepared(
+        session, verbalizer_of(twin(session.lm), session.layer, precision, how), count, new, slots
+    )
+
+
+@contextmanager
+def _merged(session: Session, count: int, new: int, slots: int) -> Iterator[Prepared]:
+    with TemporaryDirectory(dir=session.directory) as directory:
+        lm = merged(session.lm, Path(directory), _RANK)
+    yield _prepared(session, verbalizer_of(lm, session.layer), count, new, slots)
+
+
+def _prepared(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> Prepared:
+    return Prepared(
         lambda: count / _explain(session, verbalizer, count, new, slots),
         lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
     )
@@ -122,5 +150,5 @@ def _explained(
 @contextmanager
 def _set_up(session: Session, slots: int) -> Iterator[Prepared]:
     """Seconds for one explanation of one token, with the same slots."""
-    verbalizer = verbalizer_of(session.lm, session.layer)
+    verbalizer = verbalizer_of(twin(session.lm), session.layer)
     yield Prepared(lambda: _explain(session, verbalizer, 1, 1, slots))

@@ -1,0 +1,155 @@
+"""A model that writes texts about vectors: each enters a prompt, and the model generates what follows."""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+import torch
+
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.injection import at_scale
+from nla_engine.engine.order import InOrder
+from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.slots import default_slots
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.errors import CheckpointError
+from nla_engine.models.injection import Injection, Prompt
+from nla_engine.models.load import LanguageModel
+from nla_engine.models.tokens import token_bytes
+from nla_engine.ops.backends import Kernels
+from nla_engine.ops.sampling import Sampling
+
+#: Finished texts that may wait for an earlier one, in bytes (a text is small).
+_WAITING_BYTES = 1 << 28
+#: Prompts whose vectors are scaled at once.
+_SCALED_AT_ONCE = 256
+#: Texts are short, so more lanes fit than in capture; a matrix product then costs less per lane.
+_MOST_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the vectors for its places in their order: float32 [n, d], finite and not zero.
+
+    id: unique; those of its texts follow from it and seed their random numbers
+    """
+
+    id: int
+    prompt: Prompt
+    vectors: np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the model generated: with special tokens, except the one that ended it."""
+
+    id: int
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Over all prompts of a run. shared: tokens that all begin with, read once, and none of them a vector's;
+    longest: tokens of the longest prompt; vectors: most of one prompt.
+    """
+
+    shared: tuple[int, ...]
+    longest: int
+    vectors: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> Limits:
+        """Those of these prompts, at least one."""
+        first, last = min(p.shared for p in prompts), max(p.shared for p in prompts)
+        alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        shared = first[: min(alike, len(last))]
+        longest = max(len(p.token_ids) for p in prompts)
+        return cls(shared, longest, max(len(p.places) for p in prompts))
+
+
+class Writer:
+    """Generates texts of `lm`. stop: texts that end one, as bytes; they stay in it."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        injection: Injection,
+        kernels: Kernels = Kernels(),
+        stop: Sequence[bytes] = (),
+    ) -> None:
+        last = len(lm.blocks) - 1
+        if injection.block is not None and injection.block > last:
+            raise CheckpointError(
+                f"--injection {injection.name}: {lm.name} has blocks 0 to {last}: name one of these"
+            )
+        self.lm, self.injection, self.kernels, self.stop = lm, injection, kernels, stop
+
+    @cached_property
+    def _automaton(self) -> StopAutomaton:
+        lm = self.lm
+        return StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, self.stop)
+
+    def write(
+        self,
+        asked: Iterable[Asked],
+        limits: Limits,
+        *,
+        samples: int = 1,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),
+        batch_size: int | None = None,
+    ) -> collections.abc.Generator[Text, None, None]:
+        """`samples` texts of each together, in the same order, with ids id * samples, id * samples + 1 and so on.
+
+        The prompt is read once for all of them. Vectors are scaled here, and read lazily, some ahead of free slots.
+        """
+        lm, kernels, shared = self.lm, self.kernels, limits.shared
+        length = limits.longest + max_new_tokens
+        slots = batch_size or default_slots(lm, length, len(shared), _MOST_SLOTS, kernels.precision)
+        order = InOrder(_WAITING_BYTES)
+
+        def requests() -> Iterator[Request | None]:
+            for each, vectors in self._at_scale(asked):
+                tail = each.prompt.token_ids[len(shared) :]
+                places = tuple(place - len(shared) for place in each.prompt.places)
+                for sample in range(samples):
+                    while order.is_full:
+                        yield None
+                    id_ = each.id * samples + sample
+                    yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, sample > 0))
+
+        with Runner(
+            lm,
+            slots=slots,
+            length=length,
+            prefix=shared,
+            kernels=kernels,
+            injection=self.injection,
+            vectors=limits.vectors,
+        ) as runner:
+            generator = Generator(
+                runner, max_new_tokens=max_new_tokens, stop=self._automaton, sampling=sampling
+            )
+            generator.prepare()
+            for group in generator.groups(requests()):
+                for ended in order.add(group):
+                    yield Text(ended.request.id, self._decoded(ended), len(ended.generated))
+
+    def _decoded(self, ended: Completion) -> str:
+        ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
+        return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    def _at_scale(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, torch.Tensor]]:
+        """Each with its scaled vectors on the model's device, in blocks."""
+        some = iter(asked)
+        while group := list(islice(some, _SCALED_AT_ONCE)):
+            block = torch.cat([torch.as_tensor(each.vectors) for each in group]).to(self.lm.device)
+            scaled = at_scale(block, self.injection)
+            yield from zip(group, scaled.split([len(each.vectors) for each in group]), strict=True)
