@@ -13,7 +13,6 @@ from nla_engine.errors import RequestError
 from nla_engine.options import (
     AT_LEAST_0,
     AT_LEAST_1,
-    AT_LEAST_2,
     UNICODE,
     Must,
     Options,
@@ -23,28 +22,20 @@ from nla_engine.options import (
     json_values,
     one_of,
     option,
+    paths,
+    texts,
     whole_numbers,
 )
 
-#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
-#: modules and torch attention, one synchronisation per step.
-KERNELS = ("auto", "fused", "reference")
 #: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
 PRECISIONS = ("full", "fp8")
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
+#: What a prompt file can be.
+PROMPT_FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet", "whole")
 #: What becomes of a document with too many tokens.
 LONG = ("refuse", "cut", "windows")
-
-
-def _kernels() -> Any:
-    return option(
-        "auto: fused blocks on a GPU, reference on a CPU. fused: fused blocks on a CPU too. reference: the library's "
-        "modules and torch attention.",
-        "auto",
-        must=one_of(KERNELS),
-    )
 
 
 def _precision(models: str) -> Any:
@@ -60,8 +51,12 @@ class CaptureOptions(Options):
     """Stage 1. See each field's help."""
 
     model: str = option("Base model, or an adapter of one: a local directory or a Hub id.", argument=True)
-    prompts: Path = option(
-        "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with one prompt per line."
+    prompts: tuple[Path, ...] = option(
+        "Prompt file: .jsonl, .parquet, .csv or .tsv with a prompt or messages field, or .txt with a prompt per line; "
+        "a directory of such files; or - for standard input. Repeat for several.",
+        must=Must(bool, "one or several files"),
+        typed=list[str],
+        parse=paths,
     )
     layer: tuple[int, ...] = option(
         "Block whose output is captured, counted from 0. Several: join them with commas, or repeat the option.",
@@ -77,6 +72,20 @@ class CaptureOptions(Options):
     )
     max_new_tokens: int = option(
         "Maximum number of tokens to generate per prompt; 0 only reads the prompt.", 128, must=AT_LEAST_0
+    )
+    replies: int = option(
+        "Replies to each prompt, each a sequence of its own. More than 1 needs a temperature.",
+        1,
+        must=AT_LEAST_1,
+    )
+    stop: tuple[str, ...] = option(
+        "Text that ends a reply as soon as the reply contains it. Repeat for several.",
+        (),
+        must=Must(
+            lambda texts: all(text and UNICODE.holds(text) for text in texts), "text in UTF-8, and not empty"
+        ),
+        typed=list[str],
+        parse=texts,
     )
     positions: str | None = option(
         "Rows to keep: generated, prompt, all, last (the prompt's last token), or several joined by commas. "
@@ -107,6 +116,12 @@ class CaptureOptions(Options):
         None,
         flags="--chat/--raw",
     )
+    prompt_format: str | None = option(
+        "What every prompt file is: jsonl, csv, tsv, txt, parquet, or whole (each file is one text). [default: as its "
+        "suffix says; jsonl on standard input]",
+        None,
+        must=one_of(PROMPT_FORMATS),
+    )
     text_column: str | None = option(
         "Field of the records that holds the text; with a chat template, the user's message or a conversation. "
         "[default: prompt, text or messages]",
@@ -115,6 +130,11 @@ class CaptureOptions(Options):
     )
     system: str | None = option(
         "System message of every conversation that has none of its own.", None, must=UNICODE
+    )
+    prefill: str | None = option(
+        "Beginning of every reply, which the model continues. A record's own prefill comes first.",
+        None,
+        must=Must(lambda text: bool(text.strip()) and UNICODE.holds(text), "text in UTF-8, and not blank"),
     )
     template_option: dict[str, Any] | None = option(
         "Variable of the chat template, as enable_thinking=false. Repeat for several. A record's own "
@@ -138,7 +158,7 @@ class CaptureOptions(Options):
     )
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
-    kernels: str = _kernels()
+    kernels: str = fields.kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
@@ -155,6 +175,9 @@ class CaptureOptions(Options):
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str | Path):
+            object.__setattr__(self, "prompts", (Path(self.prompts),))
+        check_local(*self.prompts)
         if self.corpus:
             if self.chat:
                 raise RequestError("--corpus reads text as it is: leave --chat out")
@@ -164,9 +187,20 @@ class CaptureOptions(Options):
             object.__setattr__(self, "max_new_tokens", 0)
         elif self.max_tokens is not None or self.long != "refuse":
             raise RequestError("--max-tokens and --long are for documents: give --corpus, or leave them out")
-        if self.chat is False and (self.system is not None or self.template_option):
+        if self.chat is False and (
+            self.system is not None or self.template_option or self.prefill is not None
+        ):
             raise RequestError(
-                "--system and --template-option are for a chat template, and text is read as it is here: leave them out"
+                "--system, --prefill and --template-option are for a chat template, and text is read as it is here: "
+                "leave them out"
+            )
+        if self.max_new_tokens == 0 and (self.replies > 1 or self.stop):
+            raise RequestError(
+                "--replies and --stop are for replies, and nothing is generated: leave them out"
+            )
+        if self.replies > 1 and self.temperature == 0:
+            raise RequestError(
+                "--replies above 1 would generate one greedy reply several times: give a --temperature"
             )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
@@ -178,6 +212,9 @@ class CaptureOptions(Options):
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
 
 
 @dataclass(frozen=True)
@@ -222,7 +259,7 @@ class RoundtripOptions(Options):
     precision: str = _precision("AV and AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
-    kernels: str = _kernels()
+    kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
     trust_remote_code: bool = fields.trust_remote_code()
@@ -266,7 +303,7 @@ class ExplainOptions(Options):
     precision: str = _precision("the AV")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
-    kernels: str = _kernels()
+    kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
     trust_remote_code: bool = fields.trust_remote_code()
@@ -297,7 +334,7 @@ class ScoreOptions(Options):
     precision: str = _precision("the AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
-    kernels: str = _kernels()
+    kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
     trust_remote_code: bool = fields.trust_remote_code()
@@ -344,72 +381,3 @@ def _check_sampling(options: CaptureOptions | WritingOptions) -> None:
             f"{' and '.join(map(flag, cuts))}: decoding is greedy without a --temperature: give one, or leave "
             f"{'it' if len(cuts) == 1 else 'them'} out"
         )
-
-
-@dataclass(frozen=True)
-class MultiplicationOptions(Options):
-    """`study multiplication`. See each field's help."""
-
-    out: Path = option("Directory for the stores, tables, figures and the page.")
-    model: str | None = option("Base model: a directory or a Hub id. [default: the bundled one]", None)
-    av: str | None = option("Verbalizer (AV) of its activations. [default: the bundled one]", None)
-    ar: str | None = option("Reconstructor (AR) of its activations. [default: the bundled one]", None)
-    layer: int | None = option(
-        "Layer that AV and AR were made for. [default: the bundled models' 5]", None, must=AT_LEAST_0
-    )
-    problems: int = option("Number of multiplications.", 200, must=AT_LEAST_2)
-    first: str = option("Values of the first operand.", "10-99")
-    second: str = option("Values of the second operand.", "10-99")
-    phrasings: str = option(
-        "Phrasings of the question, joined by commas.", "what,command,find,formula,much,story"
-    )
-    split: str | None = option(
-        "Operand pairs that the bundled AV and AR never saw (held_out), saw (trained), or any. "
-        "[default: held_out; any with other models]",
-        None,
-        must=one_of(("held_out", "trained", "any"), "held_out, trained or any"),
-    )
-    seed: int = fields.seed("Seed of the problems, the samples, the controls and the intervals.")
-    rows: str = option(
-        "Rows to explain: answer (the rows in and next to the answer) or generated (every generated row).",
-        "answer",
-        must=one_of(("answer", "generated"), "answer or generated"),
-    )
-    max_new_tokens: int = option("Longest reply, in tokens.", 128, must=AT_LEAST_1)
-    explanation_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
-    ablated_problems: int = option(
-        "Number of problems whose explanations are read again clause by clause.", 96, must=AT_LEAST_0
-    )
-    samples: int = option(
-        "Explanations per row, to measure how far samples agree; 0 skips this.",
-        4,
-        must=Must(lambda value: value == 0 or value >= 2, "2 or more, or 0"),
-    )
-    temperature: float = option(
-        "Temperature of those samples; every other explanation is greedy.",
-        0.7,
-        must=Must(lambda value: math.isfinite(value) and value > 0, "above 0"),
-    )
-    sampled_problems: int = option("Number of problems whose rows are sampled.", 48, must=AT_LEAST_2)
-    variance: float | None = fields.variance(
-        "Var of FVE, such as a published training value. [default: measured on the store's rows]"
-    )
-    batch_size: int | None = fields.batch_size("Sequences run at once, in both stages.")
-    dtype: str | None = fields.dtype()
-    device: str | None = fields.device()
-    kernels: str = _kernels()
-    resume: bool = fields.resume("study")
-    overwrite: bool = option("Replace a study that exists.", False)
-    trust_remote_code: bool = fields.trust_remote_code()
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("model", "av", "ar", "layer") if getattr(self, name) is not None]
-        if given and len(given) < 4:
-            raise RequestError(
-                "--model, --av, --ar and --layer belong together: give all four, or none for the bundled models"
-            )
-        super().__post_init__()
-        if given and self.split not in (None, "any"):
-            raise RequestError(
-                f"--split {self.split}: which pairs were held out is known only for the bundled models; leave it out"
-            )

@@ -93,6 +93,16 @@ def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
         ) from None
 
 
+def paths(name: str, given: list[str]) -> tuple[Path, ...]:
+    """Paths, given one by one."""
+    return tuple(map(Path, given))
+
+
+def texts(name: str, given: list[str]) -> tuple[str, ...]:
+    """Texts, given one by one."""
+    return tuple(given)
+
+
 def named_values(name: str, given: list[str] | None) -> tuple[tuple[str, str], ...]:
     """NAME=VALUE, given one by one."""
     values: dict[str, str] = {}
@@ -153,4 +163,10 @@ class Options:
                 raise RequestError(f"{flag(name)} and {flag(other)} exclude each other")
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return {k: _plain(v) for k, v in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

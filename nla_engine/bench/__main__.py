@@ -22,13 +22,14 @@ from nla_engine.bench.settings import SUITES, Settings
 from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.once import Application
 
 #: The exit code that typer returns for Ctrl-C; it prints nothing.
 _TYPER_INTERRUPTED = 130
 #: Columns of the table when stderr is not a terminal.
 _LOG_WIDTH = 180
 
-app = typer.Typer(
+app = Application(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import load_inputs
+from nla_engine.capture.load import first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
 from nla_engine.capture.run import CaptureJob, check_out
 from nla_engine.config import CaptureOptions
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.tokens import token_bytes
 from nla_engine.store import CaptureStore, Finish
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -72,6 +73,7 @@ def estimate_capture(
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
     choice = RowChoice.of(options, lm, prompts)
     plan = plan_capture(options, lm, prompts, choice, done)
+    announce(first_prompt(prompts, token_bytes(lm.tokenizer, lm.vocab_size)))
     announce(str(plan))
     sizes = prompts.sizes[done:]
     replies, special_share = float(options.max_new_tokens), 0.0

@@ -1,10 +1,10 @@
-"""What a capture starts from: the base model and its prompts, which are read while the weights load."""
+"""What a capture starts from: its prompts, which are read before the weights are loaded, and the base model."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable
+import textwrap
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,8 +19,10 @@ from nla_engine.models.load import (
     tokenizer_of,
 )
 from nla_engine.models.prompt_set import PromptSet
+from nla_engine.models.prompt_sources import PromptSources
 from nla_engine.models.prompts import Limits, read_prompts
 from nla_engine.models.source import Source, find_source
+from nla_engine.models.tokens import excerpt
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -30,38 +32,43 @@ CLOCK = "chat_template_clock"
 
 
 def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
-    """Load the model, unless it is given, check the layers, and read the prompts.
+    """Read the prompts, load the model, unless it is given, and check the layers.
 
-    Raises what `find_source`, `load_model`, `check_layer` and `read_prompts` raise, in this order.
+    Prompts are read before the weights: a tokenizer and a configuration are enough for that, and what is wrong with a
+    prompt is said at once. If the loaded model has other limits than its configuration said, they are read again.
+    Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order.
     """
-    clock, ahead = _first_clock(options), None
+    clock, sources = _first_clock(options), PromptSources.find(options.prompts, options.prompt_format)
+    limits, prompts = None, None
     if lm is None:  # cheap checks come before a possible download
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         source = find_source(
             options.model, options.revision, base=options.base, remote_code=options.trust_remote_code
         )
-        ahead = _Ahead.start(options, source, clock)
-    try:
-        lm = lm or load_model(
+        if told := _told(options, source):
+            tokenizer, limits = told
+            prompts = _read(options, sources, tokenizer, limits, clock)
+        lm = load_model(
             options.model,
             device=device,
             dtype=dtype,
             source=source,
             remote_code=options.trust_remote_code,
         )
-        for layer in options.layer:
-            lm.check_layer(layer)
-    except BaseException:
-        if ahead:
-            ahead.stop()
-        raise
-    limits = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
-    if ahead and ahead.limits == limits:
-        return lm, ahead.result()
-    if ahead:  # the model differs from what its configuration said
-        ahead.stop()
-    return lm, _read(options, lm.tokenizer, limits, clock)
+    for layer in options.layer:
+        lm.check_layer(layer)
+    loaded = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
+    if prompts is None or limits != loaded:
+        prompts = _read(options, sources, lm.tokenizer, loaded, clock)
+    return lm, prompts
+
+
+def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:
+    """What the model reads first, for people: the text of its tokens, special ones included."""
+    ids = prompts.token_ids(0)
+    text = b"".join(vocabulary[id_] for id_ in ids).decode(errors="replace")
+    return f"the first prompt, {len(ids):,} tokens:\n{textwrap.indent(excerpt(text), '    ', lambda _: True)}"
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
@@ -74,22 +81,21 @@ def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
 
 def _read(
     options: CaptureOptions,
+    sources: PromptSources,
     tokenizer: Any,
     limits: Limits,
     clock: datetime | None,
-    go_on: Callable[[], bool] = lambda: True,
 ) -> PromptSet:
     return read_prompts(
-        options.prompts,
+        sources,
         tokenizer,
         chat=options.chat,
-        replies=options.max_new_tokens > 0,
+        replies=options.replies if options.max_new_tokens else 0,
         limits=limits,
-        reading=Reading(options.text_column, options.system, options.template_option or {}),
+        reading=Reading(options.text_column, options.system, options.template_option or {}, options.prefill),
         longest=Longest(options.max_tokens, options.long),
         skip_bad=options.skip_bad,
         clock=clock,
-        go_on=go_on,
     )
 
 
@@ -101,50 +107,16 @@ def _first_clock(options: CaptureOptions) -> datetime | None:
     return datetime.fromisoformat(told) if told else None
 
 
-class _Ahead:
-    """Reads the prompts in a thread of its own, with the limits that the model's configuration states."""
+def _told(options: CaptureOptions, source: Source) -> tuple[Any, Limits] | None:
+    """The tokenizer, and the limits that the configuration states; None if one of them cannot be loaded: loading the
+    model then says why."""
+    from transformers import AutoConfig
 
-    def __init__(
-        self, options: CaptureOptions, tokenizer: Any, limits: Limits, clock: datetime | None
-    ) -> None:
-        self.limits = limits
-        self._found: PromptSet | BaseException | None = None
-        self._stopped = threading.Event()
-
-        def read() -> None:
-            try:
-                self._found = _read(options, tokenizer, limits, clock, lambda: not self._stopped.is_set())
-            except BaseException as error:  # raised by `result`
-                self._found = error
-
-        # A daemon, in case the program ends without `stop`.
-        self._thread = threading.Thread(target=read, name="prompts", daemon=True)
-        self._thread.start()
-
-    @classmethod
-    def start(cls, options: CaptureOptions, source: Source, clock: datetime | None) -> _Ahead | None:
-        """None if tokenizer or configuration cannot be loaded: loading the model then says why."""
-        from transformers import AutoConfig
-
-        try:
-            tokenizer = tokenizer_of(source, remote_code=options.trust_remote_code)
-            config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
-            text = config.get_text_config(decoder=True)
-            longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
-            limits = Limits(longest - options.max_new_tokens, int(text.vocab_size))
-        except Exception:  # the library raises many types
-            return None
-        return cls(options, tokenizer, limits, clock)
-
-    def stop(self) -> None:
-        """Drop the result: the thread ends after its current batch."""
-        self._stopped.set()
-        self._thread.join()
-
-    def result(self) -> PromptSet:
-        """What was read. Raises what `read_prompts` raised."""
-        self._thread.join()
-        if isinstance(self._found, BaseException):
-            raise self._found
-        assert self._found is not None
-        return self._found
+    try:
+        tokenizer = tokenizer_of(source, remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+        text = config.get_text_config(decoder=True)
+        longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
+        return tokenizer, Limits(longest - options.max_new_tokens, int(text.vocab_size))
+    except Exception:  # the library raises many types
+        return None

@@ -60,8 +60,8 @@ def plan_capture(
     rows = choice.most_rows(done, new)
     if not rows and not done:
         raise RequestError(
-            f"{options.prompts}: no row would be left of any prompt: lower --min-position, leave --skip-special "
-            "out, or choose other --positions"
+            "no row would be left of any prompt: lower --min-position, leave --skip-special out, or choose other "
+            "--positions"
         )
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
     return CapturePlan(

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from nla_engine.capture.appender import Appender
-from nla_engine.capture.calibrate import LayerCalibration, calibrate
+from nla_engine.capture.calibrate import CALIBRATION, LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import CLOCK, load_inputs, prompts_rendering
+from nla_engine.capture.load import CLOCK, first_prompt, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
@@ -45,11 +45,14 @@ from nla_engine.store.swap import exists
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 #: Options that a resumed run must have in common where they are not what is usual: older stores lack them.
-_ADDED = {
+_ADDED: dict[str, Any] = {
     "top_p": None,
     "top_k": None,
     "min_p": None,
     "system": None,
+    "prefill": None,
+    "replies": 1,
+    "stop": [],
     "template_option": None,
     "max_tokens": None,
     "long": "refuse",
@@ -135,6 +138,7 @@ class CaptureJob:
         self.keep = RowRange.parse(str(options.positions))
         self.choice = RowChoice.of(options, lm, prompts)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
+        self.stop = self._stop() if options.max_new_tokens else None
         self.described = lm.describe()
 
     def run(self) -> CaptureSummary:
@@ -150,6 +154,7 @@ class CaptureJob:
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
             done = writer.sequences if writer else 0
             plan = plan_capture(self.options, self.lm, self.prompts, self.choice, done)
+            self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             generator = None
             if plan.already_done < len(self.prompts):
@@ -159,6 +164,13 @@ class CaptureJob:
                 writer = opened.enter_context(self._create_store(codec, calibration))
             assert writer is not None
             return self._fill(writer, plan, generator)
+
+    def _stop(self) -> StopAutomaton:
+        texts = [text.encode() for text in self.options.stop]
+        try:
+            return StopAutomaton(self.vocabulary, self.lm.eos_ids, texts)
+        except ValueError as error:
+            raise RequestError(f"--stop: {error}: give shorter ones") from error
 
     def unchanging(self) -> dict[str, Any]:
         """Options and fingerprints that must be the same when a store is resumed."""
@@ -171,7 +183,8 @@ class CaptureJob:
 
     def _calibrate(self, codec: Codec) -> dict[int, LayerCalibration]:
         try:
-            return calibrate(self.lm, self.prompts, self.options.layer, codec, self.kernels)
+            distinct = self.prompts[: CALIBRATION[0] * self.options.replies : self.options.replies]
+            return calibrate(self.lm, distinct, self.options.layer, codec, self.kernels)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
@@ -247,7 +260,7 @@ class CaptureJob:
             generator = Generator(
                 runner,
                 max_new_tokens=new,
-                stop=StopAutomaton(self.vocabulary, lm.eos_ids) if new else None,
+                stop=self.stop,
                 sampling=sampling_of(options),
                 read_last="generated" in self.keep.names or "all" in self.keep.names,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[lm.device.type],
@@ -278,10 +291,11 @@ class CaptureJob:
         return self._summary(writer, rows_before, appender.tokens_generated, seconds)
 
     def _requests(self, first: int, prefix: int, order: InOrder) -> Iterator[Request]:
-        """Requests for prompts[first:]."""
+        """Requests for prompts[first:]. A further reply does not read its prompt again, unless rows of it are kept."""
         for id_ in range(first, len(self.prompts)):
             ids = tuple(self.prompts.token_ids(id_)[prefix:].tolist())
-            yield order.asked(Request(id_, ids, self.options.max_new_tokens))
+            again = id_ > first and id_ % self.options.replies > 0 and not self.keep.touches_prompts
+            yield order.asked(Request(id_, ids, self.options.max_new_tokens, again=again))
 
     def _summary(
         self, writer: StoreWriter, rows_before: int, generated: int, seconds: float

@@ -90,6 +90,11 @@ class RowTap:
         self._backend = "torch" if reference else None
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether rows of prompts are kept."""
+        return self.rows.touches_prompts
+
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
         """Allocate staging buffers, and room for rows kept exactly: at worst all those between two `settle`."""
         written = generated + (given if self.rows.covers_prompts else slots)

@@ -17,9 +17,10 @@ from nla_engine.cli.output import Json, progress_bar, say
 from nla_engine.cli.streams import watch_streams
 from nla_engine.errors import NLAError
 from nla_engine.models import hub
+from nla_engine.once import Application
 from nla_engine.options import Options, flag
 
-app = typer.Typer(
+app = Application(
     name="nla-engine",
     help="Capture a language model's activations, explain them in words, and measure how far the words can be trusted.",
     no_args_is_help=True,

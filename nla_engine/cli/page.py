@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nla_engine.cli.output import show
 from nla_engine.errors import StoreError
+from nla_engine.models.tokens import excerpt
 from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.format import FINISH_MEANINGS
 
@@ -43,20 +44,25 @@ _RUN = (
     "sidecar",
 )
 _CHOSEN = ("temperature", "seed", "max_new_tokens", "positions", "prompts", "kernels")
-#: Options that are printed where they were given.
+#: Options that are printed where they were given, and what they are where they were not, if that is no empty value.
 _GIVEN = (
     "top_p",
     "top_k",
     "min_p",
     "text_column",
+    "prompt_format",
     "system",
+    "prefill",
     "template_option",
+    "replies",
+    "stop",
     "max_tokens",
     "long",
     "per_document",
     "min_position",
     "skip_special",
 )
+_USUAL = {"long": "refuse", "replies": 1}
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
 
 
@@ -147,6 +153,7 @@ def facts(store: CaptureStore, counts: Counts | str) -> dict[str, Any]:
         "row_bytes": store.codec.row_bytes,
         "codec_error": store.attributes.get("codec_error"),
         "sink_norm": store.attributes.get("sink_norm"),
+        "first_prompt": _first_prompt(store),
         **store.provenance,
         "ended": store.commit.time if store.complete else None,
     }
@@ -176,7 +183,7 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
     }
     run = {name: made[name] for name in _RUN if name in made}
     run |= {name: chosen[name] for name in _CHOSEN if name in chosen}
-    run |= {name: chosen[name] for name in _GIVEN if chosen.get(name) not in (None, 0, False, "refuse")}
+    run |= {name: chosen[name] for name in _GIVEN if chosen.get(name) and chosen[name] != _USUAL.get(name)}
     run |= {"last commit" if not store.complete else "ended": commit.time, "writers so far": commit.epoch}
     storage = {
         "codec": codec.name,
@@ -192,6 +199,8 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
         {name: made[name] for name in _MODEL if name in made} | {"layer K": about["layer_convention"]},
     )
     _section(console, "run", run)
+    if text := _first_prompt(store):
+        _section(console, "first prompt", {"as the model read it": text})
     _section(console, "storage", storage)
     console.print(_layers(store))
     versions = made.get("versions")
@@ -202,6 +211,11 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
         _section(console, f"merged from, {number + 1}", kept | {"prompts": origin["options"].get("prompts")})
     known = {*_MODEL, *_RUN, *_ELSEWHERE}
     _section(console, "also noted", {name: value for name, value in made.items() if name not in known})
+
+
+def _first_prompt(store: CaptureStore) -> str | None:
+    """None of an empty store, and of an imported one without texts."""
+    return (excerpt(store.sequence(0).prompt_text()) or None) if store.sequences else None
 
 
 def _section(console: Console, title: str, entries: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.app import app
-from nla_engine.cli.output import Json, finish, print_json, progress_bar, results
+from nla_engine.cli.output import Json, finish, print_json, progress_bar, results, say
 from nla_engine.options import check_local
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def export(
 
     check_local(out)
     opened = CaptureStore.open(store)
-    rows = run_export(opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows)
+    rows = run_export(
+        opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows, announce=say
+    )
     facts = {"out": str(out), "to": to, "layer": opened.chosen_layer(layer), "rows": rows}
     finish("exported", facts, as_json)
 
@@ -152,7 +154,7 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a store from vectors of another tool. Each row of the file becomes a sequence of one row."""
+    """Make a store from vectors of another tool. Rows of one number in a column sequence become one sequence."""
     from nla_engine.store.exchange.importing import import_rows
 
     check_local(source, out)

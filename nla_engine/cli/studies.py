@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import textwrap
 
-import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import print_json, progress_bar, results, say, show, show_facts
-from nla_engine.config import MultiplicationOptions
+from nla_engine.once import Application
+from nla_engine.studies.multiplication.options import MultiplicationOptions
 
 #: Left out of the printed summary: people find them in the tables and the reading, programs in the JSON line.
 _LONG = ("measures", "agreement", "clauses", "reading")
 
-studies = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+studies = Application(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(studies, name="study", help="Ask a model a question, and answer it with numbers and controls.")
 
 

@@ -92,7 +92,7 @@ def _run(
     announce(f"1  capture: {problems} multiplications that verbalizer and reconstructor never saw")
     capture_options = CaptureOptions(
         model=str(TRIO / "base"),
-        prompts=prompts,
+        prompts=(prompts,),
         layer=(LAYER,),
         out=str(out / "run.zarr"),
         max_new_tokens=32,

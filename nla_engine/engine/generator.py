@@ -134,8 +134,8 @@ class Generator:
             raise EngineError(
                 f"request {request.id}: {vectors} vectors, a slot has room for {self.runner.injector.most}"
             )
-        if request.again and self.runner.tap.layers:
-            raise EngineError(f"request {request.id}: shares a prompt, so it has no rows for the tap")
+        if request.again and self.runner.tap.reads_prompts:
+            raise EngineError(f"request {request.id}: shares a prompt, and the tap keeps rows of prompts")
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""

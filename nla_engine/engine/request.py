@@ -30,7 +30,7 @@ class Request:
     vectors: what enters at the tokens `places` of these (ascending): [n, d] at scale, of any float dtype, best on the
     model's device.
     again: token_ids and vectors equal those of the request before, so the prompt need not be read again. Such a request
-    has no rows of its own for a tap.
+    has no rows of its prompt for a tap.
     """
 
     id: int

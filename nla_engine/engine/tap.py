@@ -29,6 +29,10 @@ class Tap(Protocol):
     def layers(self) -> tuple[int, ...]:
         """The blocks whose output is tapped."""
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it keeps rows of prompts. If so, every prompt has to be read, even one that was read before."""
+
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
         """Allocate the device memory, before any pass. Between two calls of `settle` the passes read at most
         `generated` tokens that the model chose and `given` tokens of prompts."""
@@ -57,6 +61,7 @@ class NoTap:
     """Keeps nothing."""
 
     layers: tuple[int, ...] = ()
+    reads_prompts = False
 
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
         """Nothing to do."""

@@ -19,7 +19,7 @@ from nla_engine.errors import EngineError, PromptError, first_line
 #: Roles of the model's own messages.
 ASSISTANT = ("assistant", "model")
 #: Fields for the chat template; raw text does not use them.
-TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs", "prefill")
 _SYSTEM = ("system", "developer")
 _PROBE = ("qzfirstq", "qzsecondq")
 #: Most fields of a record that an error lists.
@@ -32,12 +32,13 @@ class Reading:
 
     column: the field that holds the text; None: the usual ones
     system: the system message of a conversation that has none; variables: of the chat template, unless a record has
-    them itself
+    them itself; prefill: the beginning of the reply, likewise
     """
 
     column: str | None = None
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ChatText:
     """Records as a tokenizer's chat template renders them: "messages", or "prompt" as a user's message.
 
     replies: whether a reply is to be generated. If so, a conversation that ends with the assistant's words is
-    continued; else it is read as it stands.
+    continued; else it is read as it stands. A prefill is always a beginning.
     """
 
     def __init__(self, tokenizer: Any, *, replies: bool, reading: Reading = Reading()) -> None:
@@ -105,25 +106,54 @@ class ChatText:
                 messages.insert(0, {"role": "system", "content": self._reading.system})
                 if not any(self._reads_of("system")):
                     notes += ("get the message of --system, which the chat template does not show",)
+        prefill, more = self._prefill(record, messages)
+        notes += more
+        if prefill is not None:
+            messages.append({"role": ASSISTANT[0], "content": prefill})
         messages = [self._readable(message) for message in messages]
         last = messages[-1]
         if last["role"] not in ASSISTANT:
             return Rendered(self._apply(messages, add_generation_prompt=True, **given), notes)
-        if not self._replies:
+        if prefill is None and not self._replies:
             notes += ("end with the assistant's words: they are read as they stand",)
             return Rendered(self._apply(messages, add_generation_prompt=False, **given), notes)
-        ending = _ending(last)
-        if not ending:
+        text, trimmed = self._continued(messages, given)
+        if trimmed:
+            notes += ("lose the white space at their end, which the chat template trims",)
+        if prefill is None:
+            notes += ("end with the assistant's words: they are continued",)
+        return Rendered(text, notes)
+
+    def _continued(self, messages: list[dict[str, Any]], given: dict[str, Any]) -> tuple[str, bool]:
+        """The text up to the end of the last message, and whether white space at that end was lost."""
+        ending = _ending(messages[-1])
+        if not ending.strip():
             raise PromptError(
                 "the last message is the assistant's and has no text to go on with: leave it out"
             )
         text = self._apply(messages, continue_final_message=True, **given)
-        if not text.rstrip().endswith(ending):
+        if not text.rstrip().endswith(ending.strip()):
             raise PromptError(
                 "the chat template changes the assistant's last words, so they cannot be continued: let the "
                 "conversation end with the user"
             )
-        return Rendered(text, (*notes, "end with the assistant's words: they are continued"))
+        return text, not text.endswith(ending.lstrip())
+
+    def _prefill(
+        self, record: dict[str, Any], messages: list[dict[str, Any]]
+    ) -> tuple[str | None, tuple[str, ...]]:
+        """The beginning of the reply that the record or --prefill gives, and notes."""
+        own = record.get("prefill") if self._reading.column != "prefill" else None
+        begun = messages[-1]["role"] in ASSISTANT
+        if own is not None:
+            if not isinstance(own, str) or not own.strip():
+                raise PromptError('"prefill" is not a text that a reply can begin with')
+            if begun:
+                raise PromptError('has "prefill", and ends with the assistant\'s words: leave one out')
+            return own, ('have "prefill": their reply begins with it',)
+        if self._reading.prefill is None or not begun:
+            return self._reading.prefill, ()
+        return None, ("end with the assistant's words: they keep them, and do not get those of --prefill",)
 
     def _conversation(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """The messages of a record, without that of --system."""
@@ -312,7 +342,7 @@ def _check_part(part: Any, place: str) -> None:
 
 
 def _ending(message: dict[str, Any]) -> str:
-    """The text that a message ends with, stripped of white space, which templates may trim."""
+    """The text that a message ends with."""
     content = message.get("content", "")
     text = content if isinstance(content, str) else content[-1]["text"] if content else ""
-    return str(text).strip()
+    return str(text)

@@ -1,6 +1,7 @@
 """Prompt files -> records, one at a time, each with its place in the file.
 
-JSON lines, tables (CSV, TSV, Parquet) and plain text, plain or gzipped. What a record must hold is not checked here.
+JSON lines, tables (CSV, TSV, Parquet), texts by line and whole, plain or gzipped. What a record must hold is not
+checked here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,38 +27,61 @@ STRUCTURED = ("messages", "tools", "chat_template_kwargs")
 DEEPEST = 100
 #: Rows of a Parquet file read at once, and the most characters in a CSV cell.
 _PARQUET_ROWS, _LARGEST_CELL = 1024, 1 << 30
+_GZIP = b"\x1f\x8b"
 
 #: A record's place, and the record or the PromptError that reading it gave.
 Placed = tuple[str, Any]
 
 
-def read_records(path: Path) -> Iterator[Placed]:
+@dataclass(frozen=True)
+class PromptFile:
+    """One file to read. name: for errors, and in the record of a whole text; form: a key of FORMS.
+
+    content: where it is, or what it holds
+    """
+
+    name: str
+    form: str
+    content: Path | bytes
+
+    @classmethod
+    def at(cls, path: Path, form: str | None = None) -> PromptFile:
+        """form: None for the one that the suffix names. PromptError if there is no such file, or no such form."""
+        if not path.is_file():
+            what = "a directory" if path.is_dir() else "no such file"
+            raise PromptError(f"{path}: {what}: give .jsonl, .parquet, .csv, .tsv or .txt")
+        if (form := form or form_of(path)) is None:
+            raise PromptError(
+                f"{path}: prompts are read from .jsonl, .ndjson, .json (one object per line), .csv, .tsv and .txt "
+                "(one prompt per line), each also as .gz, and from .parquet: rename or convert it"
+            )
+        return cls(str(path), form, path)
+
+
+def form_of(path: Path) -> str | None:
+    """What the suffix of a file says it is, a key of FORMS; None if it says nothing that can be read."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return None if suffix == ".parquet" and name.endswith(".gz") else _SUFFIXES.get(suffix)
+
+
+def read_records(given: Path | PromptFile) -> Iterator[Placed]:
     """Every record of a file: a dict of JSON values, any other JSON value, or the PromptError that reading it gave.
 
     Raises PromptError for a file that is missing, of another kind, or unreadable as a whole, and EngineError when the
     disk fails.
     """
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no such file"
-        raise PromptError(f"{path}: {what}: give .jsonl, .parquet, .csv, .tsv or .txt")
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    read = _READERS.get(suffix)
-    if read is None or (read is _parquet and name.endswith(".gz")):
-        raise PromptError(
-            f"{path}: prompts are read from .jsonl, .ndjson, .json (one object per line), .csv, .tsv and .txt "
-            "(one prompt per line), each also as .gz, and from .parquet: rename or convert it"
-        )
+    file = PromptFile.at(given) if isinstance(given, Path) else given
     try:
-        yield from read(path)
+        yield from FORMS[file.form](file)
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: cannot be read as UTF-8 ({error}): convert it") from error
+        raise PromptError(f"{file.name}: cannot be read as UTF-8 ({error}): convert it") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise PromptError(f"{path}: is a damaged gzip file ({error}): make it again") from error
+        raise PromptError(f"{file.name}: is a damaged gzip file ({error}): make it again") from error
     except PermissionError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
+        raise PromptError(f"{file.name}: cannot be read ({error.strerror})") from error
     except OSError as error:
-        raise EngineError(f"{path}: reading failed ({first_line(error)})") from error
+        raise EngineError(f"{file.name}: reading failed ({first_line(error)})") from error
 
 
 def record_source(record: Any) -> bytes:
@@ -74,15 +99,19 @@ def record_source(record: Any) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        yield file  # type: ignore[misc]
+def _opened(file: PromptFile) -> Iterator[IO[bytes]]:
+    """Its bytes, unpacked: of a file by its name, of what came through a pipe by the first bytes."""
+    at = file.content
+    packed = at.startswith(_GZIP) if isinstance(at, bytes) else at.name.lower().endswith(".gz")
+    plain: IO[bytes] = BytesIO(at) if isinstance(at, bytes) else at.open("rb")
+    with plain, gzip.open(plain, "rb") if packed else plain as opened:
+        yield opened  # type: ignore[misc]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | PromptError]]:
+def _lines(file: PromptFile) -> Iterator[tuple[str, str | PromptError]]:
     """The lines that are not blank, without line endings or a byte order mark."""
-    with _opened(path) as file:
-        for number, raw in enumerate(file, 1):
+    with _opened(file) as opened:
+        for number, raw in enumerate(opened, 1):
             place = f"line {number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -94,13 +123,19 @@ def _lines(path: Path) -> Iterator[tuple[str, str | PromptError]]:
                 yield place, line
 
 
-def _text(path: Path) -> Iterator[Placed]:
-    for place, line in _lines(path):
+def _text(file: PromptFile) -> Iterator[Placed]:
+    for place, line in _lines(file):
         yield place, line if isinstance(line, PromptError) else {"prompt": line}
 
 
-def _json_lines(path: Path) -> Iterator[Placed]:
-    for place, line in _lines(path):
+def _whole(file: PromptFile) -> Iterator[Placed]:
+    """The file as one text, and its name."""
+    with _opened(file) as opened:
+        yield "its text", {"prompt": opened.read().decode("utf-8-sig"), "file": file.name}
+
+
+def _json_lines(file: PromptFile) -> Iterator[Placed]:
+    for place, line in _lines(file):
         yield place, line if isinstance(line, PromptError) else _parse(line)
 
 
@@ -130,24 +165,24 @@ def _integer(digits: str) -> int | _TooLong:
         return _TooLong(len(digits.removeprefix("-")))
 
 
-def _csv(path: Path) -> Iterator[Placed]:
-    yield from _separated(path, ",")
+def _csv(file: PromptFile) -> Iterator[Placed]:
+    yield from _separated(file, ",")
 
 
-def _tsv(path: Path) -> Iterator[Placed]:
-    yield from _separated(path, "\t")
+def _tsv(file: PromptFile) -> Iterator[Placed]:
+    yield from _separated(file, "\t")
 
 
-def _separated(path: Path, separator: str) -> Iterator[Placed]:
+def _separated(file: PromptFile, separator: str) -> Iterator[Placed]:
     """Rows of a table with a heading. Cells are text; an empty cell is a missing field."""
     before = csv.field_size_limit(_LARGEST_CELL)
     try:
-        with _opened(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        with _opened(file) as opened, TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
             rows = csv.reader(text, delimiter=separator, strict=True)
             heading = next(rows, [])
             if len(set(heading)) < len(heading):
                 twice = next(name for name in heading if heading.count(name) > 1)
-                raise PromptError(f"{path}: two columns are called {twice!r}: rename one")
+                raise PromptError(f"{file.name}: two columns are called {twice!r}: rename one")
             end = rows.line_num
             for row in rows:
                 place, end = f"line {end + 1}", rows.line_num
@@ -159,27 +194,29 @@ def _separated(path: Path, separator: str) -> Iterator[Placed]:
                 else:
                     yield place, _structured({k: v for k, v in zip(heading, row, strict=True) if v})
     except csv.Error as error:
-        raise PromptError(f"{path}, line {rows.line_num}: not a table ({error}): mend its quotes") from error
+        raise PromptError(
+            f"{file.name}, line {rows.line_num}: not a table ({error}): mend its quotes"
+        ) from error
     finally:
         csv.field_size_limit(before)
 
 
-def _parquet(path: Path) -> Iterator[Placed]:
+def _parquet(file: PromptFile) -> Iterator[Placed]:
     """Rows of a Parquet file. Null is a missing field, in structs as well. Dates and times become ISO 8601."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_ROWS):
+        with pq.ParquetFile(BytesIO(at) if isinstance(at := file.content, bytes) else at) as table:
+            for batch in table.iter_batches(_PARQUET_ROWS):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"row {number}", _structured(_plain(record))
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         if getattr(error, "errno", None):
             raise  # the disk failed, not the file's format
-        message = f"{path}: cannot be read as Parquet (after row {number}: {first_line(error)})"
+        message = f"{file.name}: cannot be read as Parquet (after row {number}: {first_line(error)})"
         raise PromptError(message) from error
 
 
@@ -238,12 +275,15 @@ def _half_pair(text: Any, field: str) -> str | None:
     return None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_lines,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".txt": _text,
-    ".parquet": _parquet,
+#: What a file can be, and the reader of its records.
+FORMS: dict[str, Callable[[PromptFile], Iterator[Placed]]] = {
+    "jsonl": _json_lines,
+    "csv": _csv,
+    "tsv": _tsv,
+    "txt": _text,
+    "parquet": _parquet,
+    "whole": _whole,
 }
+_SUFFIXES = {f".{form}": form for form in FORMS if form != "whole"} | dict.fromkeys(
+    (".ndjson", ".json"), "jsonl"
+)

@@ -5,8 +5,9 @@ Texts are encoded in batches. A model's limits are passed in: no model has to be
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,11 +19,14 @@ import numpy as np
 from nla_engine.errors import PromptError, first_line
 from nla_engine.models.chat import ChatText, RawText, Reading, Rendered, clock_at, lacks, reads_clock
 from nla_engine.models.documents import WINDOW, Longest, Splitter, tokens_around, window_sources
-from nla_engine.models.prompt_files import read_records, record_source
+from nla_engine.models.prompt_files import record_source
 from nla_engine.models.prompt_set import PromptSet
+from nla_engine.models.prompt_sources import PromptSources
 
 #: Most texts, and most characters, encoded in one call: enough for every core, small beside the result.
 BATCH = (1000, 1 << 20)
+#: Field of a record that says which reply of which prompt its sequence is.
+REPLY = "nla_reply"
 #: Names of fields that are remembered for an error, about.
 MOST_FIELDS = 100
 
@@ -36,26 +40,28 @@ class Limits:
 
 
 def read_prompts(
-    path: Path,
+    given: Path | PromptSources,
     tokenizer: Any,
     *,
     chat: bool | None = None,
-    replies: bool = True,
+    replies: int = 1,
     limits: Limits = Limits(),
     reading: Reading = Reading(),
     longest: Longest = Longest(),
     skip_bad: bool = False,
     clock: datetime | None = None,
-    go_on: Callable[[], bool] = lambda: True,
 ) -> PromptSet:
-    """Read and encode a prompt file.
+    """Read and encode prompt files.
 
     chat: True: render through the chat template. False: read the text raw. None: render if there is a template.
-    replies: whether a reply is to be generated (`ChatText`). reading: what holds of every record. longest: of raw text:
+    replies: to be generated for each prompt: it is repeated so often, each time as a document of its own, with REPLY in
+    its record. 0: prompts are only read (`ChatText`). reading: what holds of every record. longest: of raw text:
     documents that have too many tokens. skip_bad: count unusable records instead of raising.
-    clock: the time that a chat template is given; None for now. go_on: asked after each record; False stops early.
+    clock: the time that a chat template is given; None for now.
     Raises PromptError for a file that is missing, empty or unreadable, and for the first unusable record.
     """
+    sources = PromptSources.find([given]) if isinstance(given, Path) else given
+    path = sources.name
     if chat and not tokenizer.chat_template:
         raise PromptError(
             f"{path}: --chat was asked for, but the model's tokenizer has no chat template; use --raw"
@@ -63,10 +69,10 @@ def read_prompts(
     if limits.tokens is not None and limits.tokens < 1:
         raise PromptError(f"{path}: no room for a prompt beside so many new tokens: lower --max-new-tokens")
     chat = bool(tokenizer.chat_template) if chat is None else chat
-    if not chat and (reading.system is not None or reading.variables):
+    if not chat and (reading.system is not None or reading.variables or reading.prefill is not None):
         raise PromptError(
-            f"{path}: --system and --template-option need a chat template, and the model's tokenizer has none: leave "
-            "them out"
+            f"{path}: --system, --prefill and --template-option need a chat template, and the model's tokenizer has "
+            "none: leave them out"
         )
     if longest.tokens is not None and limits.tokens is not None and longest.tokens > limits.tokens:
         raise PromptError(
@@ -75,18 +81,25 @@ def read_prompts(
     most = limits.tokens if longest.tokens is None else longest.tokens
     read = _Pass(path, tokenizer, replace(limits, tokens=most), reading.column, skip_bad, replies)
     if chat:
-        read.text = ChatText(tokenizer, replies=replies, reading=reading)
+        read.text = ChatText(tokenizer, replies=replies > 0, reading=reading)
     else:
         read.read_raw(longest.long)
     if chat and reads_clock(tokenizer):
         read.found.clock = clock or datetime.now()
     told = read.found.clock
     with clock_at(tokenizer, told) if told else nullcontext():
-        for place, record in read_records(path):
+        for place, record in sources.records():
             read.take(place, record)
-            if not go_on():
-                break
-        return read.end()
+        found = read.end()
+    found.notes = [*sources.notes, *found.notes]
+    return found
+
+
+def reply_sources(source: bytes, prompt: int, replies: int) -> Iterator[bytes]:
+    """The record of each reply of a prompt: its own, and in REPLY which one it is."""
+    record = json.loads(source)
+    for number in range(replies):
+        yield json.dumps({**record, REPLY: {"prompt": prompt, "reply": number}}, ensure_ascii=False).encode()
 
 
 class _Pass:
@@ -94,12 +107,12 @@ class _Pass:
 
     def __init__(
         self,
-        path: Path,
+        path: str,
         tokenizer: Any,
         limits: Limits,
         column: str | None,
         skip_bad: bool,
-        replies: bool,
+        replies: int,
     ) -> None:
         self._path, self._tokenizer, self._limits, self._skip_bad = path, tokenizer, limits, skip_bad
         self._column = column
@@ -139,10 +152,12 @@ class _Pass:
                 self._fields.update(record)
             source = record_source(record)
             rendered = self.text.render(record)
-            if self._splits and WINDOW in record:
-                raise PromptError(
-                    f'has a field "{WINDOW}", which is to say where a window comes from: rename it'
-                )
+            for name, told, used in (
+                (WINDOW, "where a window comes from", self._splits),
+                (REPLY, "which reply this is", self._replies > 1),
+            ):
+                if used and name in record:
+                    raise PromptError(f'has a field "{name}", which is to say {told}: rename it')
         except PromptError as error:
             self._encode()  # errors come in the order of the file
             self._leave_out(place, error)
@@ -168,7 +183,8 @@ class _Pass:
                 )
             )
         found.notes = [
-            f"{count:,} of {found.documents:,} prompts {what}" for what, count in self._notes.items()
+            f"{count:,} of {found.documents // max(self._replies, 1):,} prompts {what}"
+            for what, count in self._notes.items()
         ]
         return found
 
@@ -199,7 +215,11 @@ class _Pass:
         return self._splitter is not None and self._splitter.long == "windows"
 
     def _add(self, ids: np.ndarray, source: bytes, field: str) -> None:
-        """A document, as one prompt or as its windows."""
+        """A document, as one prompt, as its windows, or once for each reply."""
+        if self._replies > 1:
+            for about in reply_sources(source, self.found.documents // self._replies, self._replies):
+                self.found.add(ids, about)
+            return
         if self._splitter is None:
             self.found.add(ids, source)
             return
@@ -255,7 +275,7 @@ class _Pass:
         return ascii(self._tokenizer.convert_ids_to_tokens(token))
 
     def _leave_out(self, place: str, error: PromptError) -> None:
-        message = f"{self._path}, {place}: {error}"
+        message = f"{place}: {error}"
         if not self._skip_bad:
             raise PromptError(f"{message} (--skip-bad leaves such records out)") from error
         self.found.skipped.append(message)

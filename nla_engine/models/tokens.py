@@ -20,6 +20,9 @@ _BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 #: About how many tokens are compared with what the tokenizer decodes them to.
 _TRIED = 2000
 
+#: Characters of the beginning, and of the end, that an excerpt shows.
+_SHOWN = 500
+
 _Read = Callable[[bytes], bytes]
 
 
@@ -46,6 +49,13 @@ def special_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     special = np.zeros(vocab_size, bool)
     special[[id_ for id_ in ids if id_ < vocab_size]] = True
     return special
+
+
+def excerpt(text: str) -> str:
+    """A text for people, safe in a terminal: its beginning and end if it is long, control characters as escapes."""
+    if len(text) > 2 * _SHOWN:
+        text = f"{text[:_SHOWN]} ... {len(text) - 2 * _SHOWN:,} characters ... {text[-_SHOWN:]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:

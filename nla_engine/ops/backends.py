@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from nla_engine import extension
-from nla_engine.config import KERNELS, PRECISIONS
+from nla_engine.config import PRECISIONS
 from nla_engine.errors import RequestError, first_line
+from nla_engine.fields import KERNELS
 from nla_engine.ops.cards import HOPPER, Card, card_of, runs
 
 #: The oldest cards that Triton supports.
@@ -27,7 +28,7 @@ _ENCODED_BY_TORCH = "rows are encoded by plain torch, slower"
 class Kernels:
     """What computes, chosen once and passed to every part of a run.
 
-    name: one of `config.KERNELS`. precision: of the products of fused blocks, one of `config.PRECISIONS`; full is the
+    name: one of `fields.KERNELS`. precision: of the products of fused blocks, one of `config.PRECISIONS`; full is the
     dtype of the weights, fp8 keeps quantised weights beside them. Raises RequestError for other values.
     """
 

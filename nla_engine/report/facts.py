@@ -212,7 +212,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("weights, tokenizer", f"{captured.get('weights', '-')}, {captured.get('tokenizer', '-')}"),
             ("layer", f"{explained.metadata['layer']}: the output of that block, counted from 0"),
             ("width", f"{store.d_model:,}"),
-            ("prompts", short_name(asked.get("prompts"))),
+            ("prompts", ", ".join(map(short_name, str(asked.get("prompts")).split(", ")))),
             ("positions", asked.get("positions")),
             ("sampling", captured.get("sampling")),
             ("store", f"{store.rows:,} rows, {store.sequences:,} sequences"),

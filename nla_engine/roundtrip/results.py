@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 
 from nla_engine.errors import NLAError, RequestError, WriteError, already_there
 from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.exchange.record_columns import RecordColumns
 from nla_engine.store.lease import Lease
+from nla_engine.store.reader import StoreReader
 from nla_engine.store.shards import (
     fsync_directory,
     make_directory,
@@ -191,10 +193,12 @@ class ResultTable:
         self,
         metadata: dict[str, Any],
         last: Callable[[np.ndarray], dict[str, list[float | None]]] | None = None,
+        store: StoreReader | None = None,
     ) -> None:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
         last: computes the columns of the end from mse_nrm, float64 [n] with NaN for null. None: there are none.
+        store: the rows are of; the fields of its prompt records become columns, unless the table has them by now.
         WriteError if another process has taken the table.
         """
         if self.finished:
@@ -202,12 +206,21 @@ class ResultTable:
         lease, files = self._own(), _part_files(self._parts)
         lease.check()
         described = json.dumps({**metadata, "options": self._options}).encode()
-        schema = self._schema.with_metadata({METADATA_KEY: described})
+        fields, of_records = list(self._schema), None
+        if store is not None:
+            numbers = [pq.read_table(path, columns=["sequence"])["sequence"].to_numpy() for path in files]
+            of_records = RecordColumns(store, np.concatenate([np.zeros(0, np.int64), *numbers]))
+            fields += [field for field in of_records.fields if field.name not in self._schema.names]
+        schema = pa.schema(fields, metadata={METADATA_KEY: described})
         with replacing(self.out) as temporary:
             with pq.ParquetWriter(temporary, schema) as writer:
                 for path in files:
                     part = pq.read_table(path, schema=_but_last(self._schema))
                     columns = dict(zip(part.column_names, part.columns, strict=True))
+                    if of_records is not None:
+                        made = of_records.arrays(part["sequence"].to_numpy())
+                        names = [field.name for field in of_records.fields]
+                        columns = dict(zip(names, made, strict=True)) | columns
                     if last is not None:
                         columns |= last(part["mse_nrm"].to_numpy())
                     writer.write_table(pa.table(columns, schema=schema))

@@ -179,7 +179,7 @@ class _Run:
                 if there < len(part):
                     pipeline.run(part[there:], first + there)
             if self.controls is None or not isinstance(options, ScoringOptions):
-                table.finish(self._metadata())
+                table.finish(self._metadata(), store=self.store)
                 return
             variance, measured = _variance(options, self.store, layer, self.pair.device)
         metadata = self._metadata() | {
@@ -188,7 +188,7 @@ class _Run:
             "control_rows": len(self.controls.rows),
             "control_vectors": len(self.controls.distinct),
         }
-        table.finish(metadata, lambda mse: _explained_variance(mse, variance))
+        table.finish(metadata, lambda mse: _explained_variance(mse, variance), self.store)
 
     def _schema(self) -> pa.Schema:
         schema = WITHOUT_SCORES if self.controls is None else SCHEMA

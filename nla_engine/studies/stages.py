@@ -55,7 +55,7 @@ class Stages:
         write_file_atomically(self.out / PROBLEMS, lines.encode())
         options = CaptureOptions(
             model=self.models.base,
-            prompts=self.out / PROBLEMS,
+            prompts=(self.out / PROBLEMS,),
             layer=(self.models.layer,),
             out=str(self.out / STORE),
             max_new_tokens=max_new_tokens,

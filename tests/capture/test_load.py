@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import written
 from tiny import DATED, save_model, tiny_model, write_prompts, write_records
 
 from nla_engine.capture import load
@@ -47,42 +47,35 @@ def reads(monkeypatch) -> list[reading.Limits]:
     return seen
 
 
-def test_prompts_are_read_while_the_weights_load(tmp_path: Path, monkeypatch, reads) -> None:
-    """Loading waits until another thread has encoded a prompt."""
-    encoded = threading.Event()
-    add, load_model = reading.PromptSet.add, load.load_model
-
-    def note(self: Any, *args: Any) -> None:
-        assert threading.current_thread() is not threading.main_thread()
-        add(self, *args)
-        encoded.set()
-
-    def wait(*args: Any, **how: Any) -> LanguageModel:
-        assert encoded.wait(30)
-        return load_model(*args, **how)
-
-    monkeypatch.setattr(reading.PromptSet, "add", note)
-    monkeypatch.setattr(load, "load_model", wait)
-    lm, prompts = load.load_inputs(options(tmp_path))
+def test_prompts_are_checked_before_the_weights_are_loaded(tmp_path: Path, monkeypatch, reads) -> None:
+    """A wrong record, and weights that cannot be read: the record is told, and nothing was loaded."""
+    given = options(tmp_path)
+    lm, prompts = load.load_inputs(given)
     assert len(prompts) == 12 and reads == [reading.Limits(512 - 4, lm.vocab_size)]
+    asked: list[str] = []
+    monkeypatch.setattr(load, "load_model", lambda name, **_: asked.append(name))
+    wrong = written(tmp_path / "wrong.jsonl", '{"prompt": "a"}\nnonsense\n')
+    with pytest.raises(PromptError, match="line 2: not JSON"):
+        load.load_inputs(options(tmp_path, prompts=wrong))
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(PromptError, match="the prompt has"):
+        load.load_inputs(options(tmp_path, max_new_tokens=500))
+    assert asked == []
+    with pytest.raises(PromptError, match="no such file"):
+        load.load_inputs(options(tmp_path, prompts=tmp_path / "none.jsonl", model=str(tmp_path / "none")))
 
 
 def test_the_loaded_model_decides_what_it_can_read(tmp_path: Path, monkeypatch, reads) -> None:
-    """Its configuration promises more positions, then fewer, than the model allows."""
+    """Its configuration promises more positions than the model allows."""
     prompts = write_records(tmp_path, [{"prompt": "a" * 300}])
     monkeypatch.setattr(LanguageModel, "max_length", property(lambda _: 200))
     with pytest.raises(PromptError, match="the limit is 196"):
         load.load_inputs(options(tmp_path, prompts=prompts))
     assert [limits.tokens for limits in reads] == [508, 196]
-    monkeypatch.setattr(LanguageModel, "max_length", property(lambda _: 2000))
-    prompts = write_records(tmp_path, [{"prompt": "a" * 900}])
-    assert len(load.load_inputs(options(tmp_path, prompts=prompts))[1]) == 1
 
 
-def test_the_model_is_judged_before_its_prompts(tmp_path: Path) -> None:
-    """If both are wrong, the model's error is raised, and no thread is left."""
-    (tmp_path / "p.jsonl").write_text("nonsense\n")
-    given = options(tmp_path, prompts=tmp_path / "p.jsonl", layer=(9,))
+def test_then_the_model_is_judged(tmp_path: Path) -> None:
+    given = options(tmp_path, layer=(9,))
     with pytest.raises(RequestError, match="layer 9 does not exist"):
         load.load_inputs(given)
     (tmp_path / "base" / "model.safetensors").write_bytes(b"")
@@ -90,7 +83,6 @@ def test_the_model_is_judged_before_its_prompts(tmp_path: Path) -> None:
         load.load_inputs(given)
     with pytest.raises(CheckpointError, match="no such directory"):
         load.load_inputs(options(tmp_path, model=str(tmp_path / "none")))
-    assert not [thread for thread in threading.enumerate() if thread.name == "prompts"]
 
 
 def test_a_fault_of_the_prompts_is_told(tmp_path: Path) -> None:

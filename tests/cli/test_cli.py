@@ -83,7 +83,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
         "base: .*not overwritten",
     ),
     "resumed with other options": (
-        lambda r, t: {"out": r / "run.zarr", "resume": True, "max-new-tokens": 5, "temperature": 1.0},
+        lambda r, t: {"out": r / "run.zarr", "resume": True, "max_new_tokens": 5, "temperature": 1.0},
         "run.zarr: cannot be resumed with other options: max_new_tokens was 4, is now 5; temperature",
     ),
     "resumed with other prompts": (
@@ -94,19 +94,19 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     "no such dtype": (lambda r, t: {"dtype": "float16"}, "'float16' is not supported: use bfloat16 or"),
     "no such codec": (lambda r, t: {"codec": "fp8"}, "--codec is 'fp8': it must be one of"),
     "no such policy": (lambda r, t: {"positions": "some"}, "--positions is 'some': it must be of"),
-    "nothing to keep": (lambda r, t: {"max-new-tokens": 0}, "--positions generated keeps nothing"),
+    "nothing to keep": (lambda r, t: {"max_new_tokens": 0}, "--positions generated keeps nothing"),
     "below zero": (lambda r, t: {"temperature": -1}, "--temperature is -1.0: it must be 0 or more"),
     "seed": (lambda r, t: {"seed": 1 << 70}, r"--seed is \d+: it must be 0 to 2\^63 - 1"),
     "no layer": (
         lambda r, t: {"layer": "3,-1"},
         "--layer is -1,3: it must be one or several block numbers from 0 on",
     ),
-    "prompts in a directory": (lambda r, t: {"prompts": t}, "a directory: give .jsonl"),
+    "a directory without prompts": (lambda r, t: {"prompts": t}, "holds no prompt file .*--prompt-format"),
     "without end": (
         lambda r, t: {"host-memory": "inf"},
         "--host-memory is inf: it must be above 0, and finite",
     ),
-    "prompt too long": (lambda r, t: {"max-new-tokens": 500}, "line 1: the prompt has .* the limit is 12"),
+    "prompt too long": (lambda r, t: {"max_new_tokens": 500}, "line 1: the prompt has .* the limit is 12"),
     "unknown option": (lambda r, t: {"layers": 2}, "No such option: --layers"),
     "missing option": (lambda r, t: {"layer": None}, "Missing option '--layer'"),
     "no template": (lambda r, t: {"chat": True, "corpus": True}, "--corpus reads text as it is"),
@@ -362,8 +362,11 @@ def test_other_commands_refuse(fault: str, root: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("kept")
 def test_a_gpu_that_is_not_there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in (capture(root, tmp_path / "x"), roundtrip(root, tmp_path / "x.parquet")):
-        check_refused(call(*command, "--device", "cuda"), "torch finds no CUDA GPU: pass --device cpu")
+    for command in (
+        capture(root, tmp_path / "x", device="cuda"),
+        roundtrip(root, tmp_path / "x.parquet", device="cuda"),
+    ):
+        check_refused(call(*command), "torch finds no CUDA GPU: pass --device cpu")
 
 
 @pytest.mark.usefixtures("kept")

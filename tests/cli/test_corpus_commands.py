@@ -54,11 +54,11 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     "no row left": (lambda r, t: CORPUS | {"min_position": 500}, "no row would be left of any prompt"),
     "a system message for raw text": (
         lambda r, t: {"raw": True, "system": "S"},
-        "--system and --template-option are for a chat template",
+        "--system, --prefill and --template-option are for a chat template",
     ),
     "a variable for a corpus": (
         lambda r, t: CORPUS | {"template_option": "x=1"},
-        "--system and --template-option are for a chat template",
+        "--system, --prefill and --template-option are for a chat template",
     ),
     "a variable without a value": (
         lambda r, t: {"template_option": "thinking"},

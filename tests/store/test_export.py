@@ -68,12 +68,15 @@ def test_safetensors(store: CaptureStore, tmp_path: Path, where: str | None) -> 
             "activation",
             "next_token_id",
             "position",
+            "record.id",
             "row",
             "sequence",
             "token_id",
         ]
         np.testing.assert_array_equal(file.get_tensor("activation"), store.layer(9)[rows])
         assert file.get_tensor("row").tolist() == rows.tolist()
+        ids = [store.sequence(n).source["id"] for n in store.column("sequence")[rows]]
+        assert file.get_tensor("record.id").tolist() == ids
         for name in ("sequence", "position", "token_id", "next_token_id"):
             assert file.get_tensor(name).dtype == store.column(name).dtype
             assert file.get_tensor(name).tolist() == store.column(name)[rows].tolist()

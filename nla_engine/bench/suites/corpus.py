@@ -85,7 +85,7 @@ def _captured(session: Session, lengths: list[int]) -> Iterator[Prepared]:
     def once() -> float:
         options = CaptureOptions(
             model=session.lm.name,
-            prompts=prompts,
+            prompts=(prompts,),
             layer=(session.layer,),
             out=str(out),
             corpus=True,

@@ -141,7 +141,7 @@ def _capture(
     out = session.directory / "generate.zarr"
     options = CaptureOptions(
         model=session.lm.name,
-        prompts=prompts,
+        prompts=(prompts,),
         layer=layers,
         out=str(out),
         max_new_tokens=new,

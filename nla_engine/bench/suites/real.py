@@ -70,7 +70,7 @@ def _captured(
     """`run_capture` to disk, which leaves the last store there. Generated tokens per second."""
     options = CaptureOptions(
         model=lm.name,
-        prompts=chat_file(session.directory / "chats.jsonl", count),
+        prompts=(chat_file(session.directory / "chats.jsonl", count),),
         layer=layers,
         out=str(session.directory / STORE),
         max_new_tokens=new,

@@ -7,8 +7,17 @@ from typing import Any
 
 from nla_engine.errors import StoreError
 
+#: The largest id of a token.
+LARGEST_TOKEN = (1 << 24) - 1
 #: Column -> its least and greatest value.
-_NUMBERS = {"n_raw_tokens": (1, 1 << 24), "position": (0, (1 << 24) - 1), "activation_layer": (0, 1 << 24)}
+_NUMBERS = {
+    "n_raw_tokens": (1, 1 << 24),
+    "position": (0, (1 << 24) - 1),
+    "activation_layer": (0, 1 << 24),
+    "sequence": (0, (1 << 62) - 1),
+    "token_id": (0, LARGEST_TOKEN),
+    "next_token_id": (-1, LARGEST_TOKEN),
+}
 
 
 def checked(record: dict[str, Any], file: Path, row: int) -> dict[str, Any]:

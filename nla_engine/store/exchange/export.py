@@ -1,9 +1,9 @@
 """Rows of a store as files that other tools read: Parquet, safetensors or npy; one file, or shards with an index.
 
-    parquet      every row column and the vector
+    parquet      every row column, the fields of the prompt records as record.KEY, and the vector
     nla          the Parquet of NLA training data, with its YAML sidecar beside it
     datasets     shards of Parquet as Hugging Face `datasets` finds them: OUT/data/train-00000-of-00004.parquet
-    safetensors  the vectors and the numeric columns
+    safetensors  the vectors, the numeric columns, and the fields of the prompt records that are numbers
     npy          the vectors alone
 
 Files are written in batches, so memory stays bounded, to a temporary name that is renamed last.
@@ -25,7 +25,8 @@ import numpy as np
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.documents import WINDOW
 from nla_engine.store.directory import check_outside_stores
-from nla_engine.store.format import IMPORTED, RowFlag
+from nla_engine.store.exchange.record_columns import RecordColumns
+from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag
 from nla_engine.store.lease import Lease
 from nla_engine.store.sequences import StoredSequence
 from nla_engine.store.shards import make_directory, replacing, writing
@@ -58,12 +59,13 @@ INTEGER_COLUMNS = ("sequence", "position", "token_id", "next_token_id")
 
 @dataclass(frozen=True)
 class _Selection:
-    """Rows (int64, ascending) of one layer."""
+    """Rows (int64, ascending) of one layer. records: the fields of their prompt records; None for npy and nla."""
 
     store: CaptureStore
     layer_number: int
     layer: LayerReader
     rows: np.ndarray
+    records: RecordColumns | None
 
     def batches(self) -> Iterator[np.ndarray]:
         """The row numbers, in batches of BATCH_BYTES of vectors."""
@@ -88,6 +90,7 @@ def export(
     where: str | None = None,
     overwrite: bool = False,
     shard_rows: int | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Write vectors (float32) and, except for npy, their row columns; returns the number of rows.
 
@@ -117,9 +120,14 @@ def export(
         )
     if to == "datasets" and shard_rows is None:
         shard_rows = max(DATASETS_SHARD_BYTES // (4 * store.d_model), 1)
-    selection = _Selection(store, number, store.layer(number), rows)
     if shard_rows is not None and path.suffix in FILE_SUFFIXES:
         raise StoreError(f"{path}: ends in {path.suffix}, and shards lie in a directory: choose another name")
+    records = None if to in ("npy", "nla") else RecordColumns(store, store.column("sequence")[rows])
+    selection = _Selection(store, number, store.layer(number), rows, records)
+    if records is not None and to == "safetensors":
+        left = [field.name for field in records.fields if field not in _numeric(records)]
+        if left:
+            announce(f"left out, as {to} holds complete columns of numbers alone: {', '.join(left)}")
     if shard_rows is None and path.suffix != SUFFIXES[to]:
         raise StoreError(f"{path}: a file of format {to} ends in {SUFFIXES[to]}: readers need this ending")
     write = _WRITERS[to]
@@ -167,6 +175,8 @@ def _write_parquet(selection: _Selection, path: Path) -> None:
     fields = [("row", pa.int64()), ("sequence", pa.int64()), ("position", pa.int32())]
     fields += [("token_id", pa.int32()), ("next_token_id", pa.int32())]
     fields += [("token", pa.string()), ("next_token", pa.string()), *flags, ("norm", pa.float32())]
+    assert selection.records is not None
+    fields += selection.records.fields
     fields += [(VECTOR_COLUMN, pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, metadata=selection.metadata())
     with pq.ParquetWriter(path, schema) as writer:
@@ -207,10 +217,12 @@ def _write_nla(selection: _Selection, path: Path) -> None:
 
 
 def _text_read(store: CaptureStore, sequence: StoredSequence, tokens: int) -> str | None:
-    """What the model had read: the text of the tokens. An imported store has no tokens: there, the record's text."""
+    """What the model had read: the text of the tokens. Of an imported store the record's text, or null."""
     if IMPORTED in store.options and "detokenized_text_truncated" in sequence.source:
         told = sequence.source["detokenized_text_truncated"]
         return None if told is None else str(told)
+    if (sequence.tokens[:tokens] == NO_TOKEN).any():
+        return None
     return sequence.vocabulary.join(sequence.tokens[:tokens])
 
 
@@ -294,20 +306,48 @@ def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -
     truths = {str(flag.name).lower(): flags & flag != 0 for flag in RowFlag}
     flat = pa.array(vectors.reshape(-1))
     vector_column = {"activation_vector": pa.FixedSizeListArray.from_arrays(flat, store.d_model)}
-    arrays = columns | texts | truths | vector_column
-    return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
+    assert selection.records is not None
+    about = zip(selection.records.fields, selection.records.arrays(columns["sequence"]), strict=True)
+    arrays = columns | texts | truths | vector_column | {field.name: values for field, values in about}
+    made = (arrays[field.name] for field in schema)
+    return pa.table(
+        [v if isinstance(v, pa.Array) else pa.array(v, f.type) for v, f in zip(made, schema, strict=True)],
+        schema=schema,
+    )
+
+
+def _numeric(records: RecordColumns) -> list[pa.Field]:
+    """The columns that a tensor can hold: fractions, NaN where a record has none, and what else each record has."""
+    return [
+        field
+        for field in records.fields
+        if str(field.type) == "double" or (str(field.type) in ("int64", "bool") and records.is_whole(field))
+    ]
+
+
+def _record_tensors(selection: _Selection) -> dict[str, np.ndarray]:
+    """int64, float64 or bool [n] by name."""
+    assert selection.records is not None
+    numeric = _numeric(selection.records)
+    made = selection.records.arrays(selection.store.column("sequence")[selection.rows])
+    return {
+        field.name: values.to_numpy(zero_copy_only=False)
+        for field, values in zip(selection.records.fields, made, strict=True)
+        if field in numeric
+    }
 
 
 def _write_safetensors(selection: _Selection, path: Path) -> None:
     """Header length (8 bytes), JSON header, raw tensors. The library's own writer needs everything in memory."""
     rows, store = selection.rows, selection.store
     tensors = {"row": rows} | {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
+    tensors |= _record_tensors(selection)
     header: dict[str, object] = {"__metadata__": selection.metadata()}
     shape = [len(rows), store.d_model]
     end = 4 * len(rows) * store.d_model
     header["activation"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
     for name, values in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
-        dtype = {4: "I32", 8: "I64"}[values.itemsize]
+        dtype = {"int32": "I32", "int64": "I64", "float64": "F64", "bool": "BOOL"}[values.dtype.name]
         header[name] = {"dtype": dtype, "shape": [len(rows)], "data_offsets": [end, end + values.nbytes]}
         end += values.nbytes
     text = json.dumps(header).encode()

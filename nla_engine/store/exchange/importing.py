@@ -1,7 +1,7 @@
 """Vectors of other tools become a store: Parquet with an `activation_vector`, safetensors shards, npy.
 
-Each row of the file becomes a sequence of one row, in the file's order. Its other columns become the sequence's record,
-so `--where "record.doc_id == 'x'"` finds it. Its tokens are not known: every token id is 0, with an empty text.
+What the file says of sequences, positions and tokens stands in the store's own columns; its other columns become the
+records of the sequences, so `--where "record.doc_id == 'x'"` finds them.
 What `nla_engine.store.exchange.export` writes can be read here.
 """
 
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,11 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
 from nla_engine.store.exchange.columns import checked
 from nla_engine.store.exchange.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
+from nla_engine.store.exchange.record_columns import JSON_TEXT
+from nla_engine.store.exchange.rows_of_files import Batch, FileRows, whole_sequences
+from nla_engine.store.exchange.token_texts import token_texts
 from nla_engine.store.exchange.vectors import BATCH_ROWS, read_vectors, unreadable
-from nla_engine.store.format import IMPORTED, NO_TOKEN, Finish, RowFlag, row_flags
+from nla_engine.store.format import IMPORTED, RowFlag
 from nla_engine.store.records import LayerRows
 from nla_engine.store.writer import StoreWriter
 
@@ -34,17 +37,6 @@ if TYPE_CHECKING:
 _LARGEST = (2 - 2.0**-7) * 2.0**127
 #: Types of which JSON can hold every value.
 _PLAIN = {str, int, bool, type(None)}
-_encode = json.JSONEncoder(ensure_ascii=False).encode
-#: The id of every imported token; its text is empty.
-UNKNOWN_TOKEN = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of a file: vectors float32 [n, d], and the other columns of each row."""
-
-    vectors: np.ndarray
-    records: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -79,12 +71,22 @@ def import_rows(
     ordinary = ordinary_rows(norm)
     sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[ordinary]))) if ordinary.any() else np.inf
     error = relative_errors(chosen, first.vectors[ordinary & (norm <= sink_norm)])
+    told = FileRows(first.records[0], number, source)
+    read = _alike(chain([first], _read_ahead(batches)), chosen.d_model, told.numbered, source)
+
+    def blocks() -> Iterator[tuple[dict[str, np.ndarray], LayerRows]]:
+        for batch in whole_sequences(read) if told.numbered else read:
+            rows = LayerRows.encode(chosen, batch.vectors, sink_norm)
+            yield told.columns(batch, rows.norm, sink_norm), rows
+
+    made = blocks()
+    begun = list(islice(made, 2))  # what is wrong with a small file is told before anything is written
     writer = StoreWriter.create(
         out,
         layers=[number],
         codec=chosen,
         sink_norm={number: sink_norm},
-        vocabulary=[b""],
+        vocabulary=token_texts(files),
         provenance={**describe_run(), "imported_from": str(source), "sidecar": sidecar},
         options={IMPORTED: str(source), "layer": [number], "codec": codec},
         overwrite=overwrite,
@@ -93,57 +95,11 @@ def import_rows(
     with writer:
         if len(error):
             writer.record_codec_error(number, describe_errors(error))
-        for batch in chain([first], _read_ahead(batches)):
-            if batch.vectors.shape[1] != chosen.d_model:
-                raise StoreError(
-                    f"{source}: rows are {chosen.d_model} wide, and later ones "
-                    f"{batch.vectors.shape[1]}: import files of one width"
-                )
-            rows = LayerRows.encode(chosen, batch.vectors, sink_norm)
-            columns = _columns(batch, number, rows.norm, sink_norm, source)
+        for columns, rows in chain(begun, made):
             writer.append_block(columns, {number: rows})
             nonfinite += int(np.count_nonzero(columns["flags"] & RowFlag.NONFINITE))
     described = describe_errors(error) if len(error) else {}
     return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
-
-
-def _columns(
-    batch: Batch, layer: int, norm: np.ndarray, sink_norm: float, source: Path
-) -> dict[str, np.ndarray]:
-    """One sequence per row, for `StoreWriter.append_block`: its tokens are unknown, the row belongs to the last one.
-
-    norm: float32 [n], of the rows
-    """
-    for record in batch.records:
-        if record.get("activation_layer", layer) != layer:
-            raise StoreError(
-                f"{source}: holds rows of layers {layer} and {record['activation_layer']}: split it by layer first"
-            )
-    n = len(batch.records)
-    size = np.fromiter((_tokens_read(record, source) for record in batch.records), np.int64, n)
-    texts = [_encode(record).encode() for record in batch.records]
-    position = (size - 1).astype(np.int32)
-    return {
-        "row_size": np.ones(n, np.int64),
-        "token_size": size,
-        "source_size": np.fromiter(map(len, texts), np.int64, n),
-        "prompt_size": size.astype(np.int32),
-        "finish": np.full(n, Finish.GIVEN, np.uint8),
-        "token_id": np.full(n, UNKNOWN_TOKEN, np.int32),
-        "next_token_id": np.full(n, NO_TOKEN, np.int32),
-        "position": position,
-        "flags": row_flags(position, size, size, norm > sink_norm, ~np.isfinite(norm)),
-        "tokens": np.full(size.sum(), UNKNOWN_TOKEN, np.int32),
-        "source": np.frombuffer(b"".join(texts), np.uint8),
-    }
-
-
-def _tokens_read(record: dict[str, Any], source: Path) -> int:
-    """From n_raw_tokens or the position; 1 if the record has neither."""
-    size = record.get("n_raw_tokens", record.get("position", 0) + 1)
-    if not isinstance(size, int) or not 1 <= size <= 1 << 24:
-        raise StoreError(f"{source}: n_raw_tokens {size!r} is not a number of tokens from 1 on")
-    return size
 
 
 def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any]) -> int:
@@ -184,6 +140,20 @@ def _sidecar(source: Path) -> dict[str, Any]:
 
 
 # ---- files ----
+
+
+def _alike(batches: Iterator[Batch], width: int, numbered: bool, source: Path) -> Iterator[Batch]:
+    """The same batches. StoreError for one of another width, or one that numbers its sequences where others do not."""
+    for batch in batches:
+        if batch.vectors.shape[1] != width:
+            raise StoreError(
+                f"{source}: rows are {width} wide, and later ones {batch.vectors.shape[1]}: import files of one width"
+            )
+        if batch.records and ("sequence" in batch.records[0]) != numbered:
+            raise StoreError(
+                f"{source}: some of its files have a column 'sequence', others do not: import them apart"
+            )
+        yield batch
 
 
 def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -228,12 +198,28 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
     for batch in read_vectors(file, VECTOR_COLUMN, others=True):
         told = batch.metadata
         more = _told(told.get(b"layer", b"").decode() if b"nla_engine" in told else "")
-        records = enumerate(_rows(batch.others, file), read)
+        rows = _rows(batch.others, file)
+        for name in _json_columns(batch.others):
+            for row in rows:
+                row[name] = row[name] if row[name] is None else _parsed(row[name], file, name)
+        records = enumerate(rows, read)
         read += len(batch.vectors)
         yield Batch(
             _float32(batch.vectors, file),
             [checked(_plain(more | record), file, row) for row, record in records],
         )
+
+
+def _json_columns(batch: pa.RecordBatch) -> list[str]:
+    """The columns whose text is JSON, as `record_columns` writes it."""
+    return [field.name for field in batch.schema if JSON_TEXT.items() <= (field.metadata or {}).items()]
+
+
+def _parsed(text: str, file: Path, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise StoreError(f"{file}: column '{name}' says it is JSON, and is not: drop the column") from None
 
 
 def _rows(batch: pa.RecordBatch, file: Path) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.config import MultiplicationOptions
 from nla_engine.errors import EngineError
 from nla_engine.store import CaptureStore
 from nla_engine.studies.directory import EXPLAINED, REREAD, SAMPLES, STORE, StudyDirectory
 from nla_engine.studies.findings import ALL
 from nla_engine.studies.models import Models
 from nla_engine.studies.multiplication.answers import Reply, clusters_of, places_of, read_replies
+from nla_engine.studies.multiplication.options import MultiplicationOptions
 from nla_engine.studies.multiplication.outcome import Outcome, Setup, measure
 from nla_engine.studies.multiplication.present import MARKDOWN, writeup_of
 from nla_engine.studies.multiplication.problems import (
