@@ -52,6 +52,17 @@ class Pair:
         assert self.reconstructor is not None
         return self.reconstructor
 
+    def describe(self) -> dict[str, Any]:
+        """What a result records of the models."""
+        models: dict[str, Any] = {}
+        if (av := self.verbalizer) is not None:
+            models = {"av": av.lm.name, "av_revision": av.lm.revision, "injection_scale": av.injection.scale}
+            models |= {f"av_{key}": value for key, value in av.lm.origin.items()}
+        if (ar := self.reconstructor) is not None:
+            models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
+            models |= {f"ar_{key}": value for key, value in ar.lm.origin.items()}
+        return models
+
     def verbalize_next(self) -> None:
         """Bring the AV to the device."""
         if self.in_turns:

@@ -229,16 +229,9 @@ class _Run:
         return same
 
     def _metadata(self) -> dict[str, Any]:
-        av, ar, texts = self.pair.verbalizer, self.pair.reconstructor, self.texts
-        models: dict[str, Any] = {}
-        if av is not None:
-            models = {"av": av.lm.name, "av_revision": av.lm.revision, "injection_scale": av.injection.scale}
-            models |= {f"av_{key}": value for key, value in av.lm.origin.items()}
-        elif isinstance(texts, TextFile):
-            models = texts.written_by()
-        if ar is not None:
-            models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
-            models |= {f"ar_{key}": value for key, value in ar.lm.origin.items()}
+        models = self.pair.describe()
+        if isinstance(self.texts, TextFile):
+            models = self.texts.written_by() | models
         return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}
 
 
