@@ -192,14 +192,7 @@ def _variance(given: Any, seed: int, device: torch.device) -> float | None:
 
 def _about(asked: WritingOptions, pair: Pair) -> dict[str, Any]:
     """Models and options, by the names that the table of a round trip has."""
-    about = {
-        "av": pair.av.lm.name,
-        "av_revision": pair.av.lm.revision,
-        "injection_scale": pair.av.injection.scale,
-    }
-    if pair.reconstructor is not None:
-        about |= {"ar": pair.ar.lm.name, "ar_revision": pair.ar.lm.revision}
-    return {**describe_run(), "run": asked.to_dict() | {"where": GIVEN, "limit": None}, **about}
+    return {**describe_run(), "run": asked.to_dict() | {"where": GIVEN, "limit": None}, **pair.describe()}
 
 
 def _silent(*_: Any) -> None:

@@ -53,6 +53,17 @@ class Pair:
         assert self.reconstructor is not None
         return self.reconstructor
 
+    def describe(self) -> dict[str, Any]:
+        """What a result records of the models."""
+        models: dict[str, Any] = {}
+        if (av := self.verbalizer) is not None:
+            models = {"av": av.lm.name, "av_revision": av.lm.revision, **av.injection.to_dict()}
+            models |= _about("av", av)
+        if (ar := self.reconstructor) is not None:
+            models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
+            models |= _about("ar", ar)
+        return models
+
     def verbalize_next(self) -> None:
         """Bring the AV to the device."""
         if self.in_turns:
@@ -69,6 +80,14 @@ class Pair:
         """Undo what the engine changed in the models."""
         if self.reconstructor is not None:
             self.reconstructor.close()
+
+
+def _about(role: str, model: Verbalizer | Reconstructor) -> dict[str, Any]:
+    """Its base and adapter, its maps, and from which position on it was trained, where that is known."""
+    told = {**model.lm.origin, **model.maps.checksums()}
+    if model.sidecar.min_position is not None:
+        told["min_position"] = model.sidecar.min_position
+    return {f"{role}_{key}": value for key, value in told.items()}
 
 
 def load_pair(

@@ -22,7 +22,6 @@ from nla_engine.config import (
     WritingOptions,
 )
 from nla_engine.errors import RequestError
-from nla_engine.models.sidecar import Sidecar
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
@@ -233,24 +232,10 @@ class _Run:
         return same
 
     def _metadata(self) -> dict[str, Any]:
-        av, ar, texts = self.pair.verbalizer, self.pair.reconstructor, self.texts
-        models: dict[str, Any] = {}
-        if av is not None:
-            models = {"av": av.lm.name, "av_revision": av.lm.revision, **av.injection.to_dict()}
-            models |= {f"av_{key}": value for key, value in {**av.lm.origin, **av.maps.checksums()}.items()}
-            models |= _trained("av", av.sidecar)
-        elif isinstance(texts, TextFile):
-            models = texts.written_by()
-        if ar is not None:
-            models |= {"ar": ar.lm.name, "ar_revision": ar.lm.revision}
-            models |= _trained("ar", ar.sidecar)
-            models |= {f"ar_{key}": value for key, value in {**ar.lm.origin, **ar.maps.checksums()}.items()}
+        models = self.pair.describe()
+        if isinstance(self.texts, TextFile):
+            models = self.texts.written_by() | models
         return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}
-
-
-def _trained(role: str, sidecar: Sidecar) -> dict[str, int]:
-    """For the metadata: the first position that a model was trained on, where its sidecar says so."""
-    return {} if sidecar.min_position is None else {f"{role}_min_position": sidecar.min_position}
 
 
 def _choose(
