@@ -6,12 +6,17 @@ import math
 import re
 from typing import Any
 
-from nla_engine.options import AT_LEAST_1, UNICODE, Must, json_values, named_values, option
+from nla_engine.options import AT_LEAST_1, UNICODE, Must, json_values, named_values, one_of, option
 
 #: Ways for a vector to enter a model, as `models.injection` describes them, with the number of a block.
 INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
+#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
+#: modules and torch attention, one synchronisation per step.
+KERNELS = ("auto", "fused", "reference")
+#: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
+PRECISIONS = ("full", "fp8")
 
 
 def temperature() -> Any:
@@ -46,6 +51,25 @@ def dtype() -> Any:
 def device() -> Any:
     """Where the models run."""
     return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
+
+
+def kernels() -> Any:
+    """Which implementation computes."""
+    return option(
+        "auto: fused blocks on a GPU, reference on a CPU. fused: fused blocks on a CPU too. reference: the library's "
+        "modules and torch attention.",
+        "auto",
+        must=one_of(KERNELS),
+    )
+
+
+def precision(models: str) -> Any:
+    """Of their matrix products."""
+    return option(
+        f"Matrix products of {models}: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
+        "full",
+        must=one_of(PRECISIONS),
+    )
 
 
 def resume(what: str) -> Any:

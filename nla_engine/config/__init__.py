@@ -1,0 +1,23 @@
+"""The options of each command: one frozen dataclass per command. The command line is made from them."""
+
+from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.roundtrip import (
+    ExplainOptions,
+    RoundtripOptions,
+    ScoreOptions,
+    ScoringOptions,
+    StageTwoOptions,
+    WritingOptions,
+)
+from nla_engine.config.study import MultiplicationOptions
+
+__all__ = [
+    "CaptureOptions",
+    "ExplainOptions",
+    "MultiplicationOptions",
+    "RoundtripOptions",
+    "ScoreOptions",
+    "ScoringOptions",
+    "StageTwoOptions",
+    "WritingOptions",
+]
