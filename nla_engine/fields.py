@@ -12,6 +12,10 @@ from nla_engine.options import AT_LEAST_1, UNICODE, Must, json_values, named_val
 INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
+#: In a prompt of the user's: stands for a vector, or for all vectors of a prompt if it stands there once.
+INJECT = "<INJECT>"
+#: In a prompt of the user's: stands for the question.
+QUESTION = "<QUESTION>"
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
 KERNELS = ("auto", "fused", "reference")
@@ -153,20 +157,24 @@ def base(what: str) -> Any:
     )
 
 
-def injection_scale() -> Any:
+def injection_scale(
+    help: str = "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
+) -> Any:
     """The norm of injected vectors."""
     return option(
-        "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
+        help,
         None,
         must=Must(is_scale, f"a positive number or one of {', '.join(SCALES)}"),
     )
 
 
-def injection() -> Any:
-    """How vectors enter an AV."""
+def injection(
+    help: str = "How vectors enter the AV, in place of what its sidecar says: replace (the marker's embedding), "
+    "replace@L or add@L (at the output of block L).",
+) -> Any:
+    """How vectors enter a model."""
     return option(
-        "How vectors enter the AV, in place of what its sidecar says: replace (the marker's embedding), replace@L or "
-        "add@L (at the output of block L).",
+        help,
         None,
         must=Must(
             lambda name: bool(INJECTION.fullmatch(name)),

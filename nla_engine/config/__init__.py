@@ -1,5 +1,6 @@
 """The options of each command: one frozen dataclass per command. The command line is made from them."""
 
+from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
 from nla_engine.config.roundtrip import (
     ExplainOptions,
@@ -12,6 +13,7 @@ from nla_engine.config.roundtrip import (
 from nla_engine.config.study import MultiplicationOptions
 
 __all__ = [
+    "AskOptions",
     "CaptureOptions",
     "ExplainOptions",
     "MultiplicationOptions",
