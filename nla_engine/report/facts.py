@@ -37,12 +37,12 @@ def figures(explained: Explained) -> list[Figure]:
 def _text_figures(explained: Explained) -> list[Figure]:
     if explained.written_by is None:
         return []
-    columns, total = explained.columns, f"{explained.explanations:,} explanations"
+    columns, total = explained.columns, _count(explained.explanations, explained.noun)
     out = [
         Figure(
             "closed",
             _percent(_how_many(columns["status"] == "ok"), explained.explanations),
-            f"of {total} were finished, with their closing tag",
+            f"of {total} were finished" + ("" if explained.asked else ", with their closing tag"),
         )
     ]
     if not explained.scored:
@@ -81,6 +81,8 @@ def lead(store: CaptureStore, explained: Explained) -> str:
     metadata, samples = explained.metadata, int(np.diff(explained.start).max())
     sequences = len(np.unique(store.column("sequence")[explained.rows]))
     times = "" if samples == 1 else f", {samples} times each"
+    if explained.asked:
+        return _asked_lead(store, explained)
     if explained.written_by is None:
         words = f"Their texts come from {short_name(metadata['run']['texts'])}"
     else:
@@ -96,6 +98,19 @@ def lead(store: CaptureStore, explained: Explained) -> str:
     )
 
 
+def _asked_lead(store: CaptureStore, explained: Explained) -> str:
+    columns, metadata = explained.columns, explained.metadata
+    rows = np.unique(np.concatenate(columns["rows"]))
+    sequences = len(np.unique(store.column("sequence")[rows]))
+    questions = len(set(columns["question"].tolist()))
+    return (
+        f"{_count(len(rows), 'activation')} of layer {metadata['layer']} of "
+        f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
+        f"The oracle {short_name(metadata['oracle'])} read them and answered {_count(questions, 'question')}. "
+        "Nothing was scored: no answer was checked."
+    )
+
+
 def warnings(store: CaptureStore, explained: Explained) -> list[str]:
     """What to keep in mind while reading, as `name, how many: what it means`; the most serious first."""
     out = []
@@ -104,9 +119,8 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
             "Unfinished capture: it was still running when this page was made, and the store may hold only a part."
         )
     if not explained.scored:
-        out.append(
-            "Nothing was scored: no AR has read these texts. A fluent text can be wrong; nothing here says which is."
-        )
+        unread = "no answer was checked" if explained.asked else "no AR has read these texts"
+        out.append(f"Nothing was scored: {unread}. A fluent text can be wrong; nothing here says which is.")
     fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
     if math.isfinite(fve) and math.isfinite(control) and fve < control + CLEAR_OF_CONTROL:
         out.append(
@@ -133,12 +147,13 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     flags = store.column("flags")[explained.rows]
     rows, layer = len(explained.rows), int(explained.metadata["layer"])
     placed = IMPORTED not in store.options or store.column("position").any()  # else positions are not known
-    if placed and (count := _how_many(flags & RowFlag.EARLY)):
+    pairs = not explained.asked  # what follows is known of released pairs, not of oracles
+    if pairs and placed and (count := _how_many(flags & RowFlag.EARLY)):
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: released AV and AR pairs were not trained on positions "
             f"below {EARLY_POSITIONS}, and {'scores' if explained.scored else 'texts'} there say less about them."
         )
-    if count := _how_many(flags & RowFlag.SINK):
+    if pairs and (count := _how_many(flags & RowFlag.SINK)):
         limit = store.sink_norm[layer]
         out.append(
             f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
@@ -157,7 +172,7 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
     if count := status["unclosed"]:
         limit = (explained.written_by or {})["max_new_tokens"]
         out.append(
-            f"Cut off, {_part(count, total, 'explanation')}: not finished within the limit of {limit:,} tokens."
+            f"Cut off, {_part(count, total, explained.noun)}: not finished within the limit of {limit:,} tokens."
         )
     if count := status["untagged"]:
         out.append(
@@ -165,8 +180,9 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
             "is shown."
         )
     if count := status["zero_vector"] + status["nonfinite_vector"]:
+        do = "ask" if explained.asked else "explain"
         out.append(
-            f"Nothing to explain, {_part(count, total, 'explanation')}: a vector that is zero or not finite has no "
+            f"Nothing to {do}, {_part(count, total, explained.noun)}: a vector that is zero or not finite has no "
             "direction, so there is no text and no score."
         )
     return out
@@ -196,7 +212,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("captured", captured.get("started")),
         ],
         "Words": _words(store, explained),
-        "Scores": _scores(explained) if explained.scored else [("scores", "none: no AR has read the words")],
+        "Scores": _scores(explained),
         "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]
         + [("python", explained.metadata["python"])],
     }
@@ -208,6 +224,8 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
 
 def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
     metadata, run = explained.metadata, explained.written_by
+    if explained.asked:
+        return _asked_words(store, explained)
     rows = f"{len(explained.rows):,} of {store.rows:,}"
     reader = metadata.get("ar")
     ar = ("AR (words to vector)", reader and short_name(reader))
@@ -226,16 +244,47 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
             _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
         ),
         ("explanations per row", str(run["samples"])),
-        (
-            "sampling",
-            f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy",
-        ),
+        ("sampling", _sampling(run)),
         ("longest explanation", f"{run['max_new_tokens']:,} tokens"),
         ("explained", run.get("started", metadata["started"])),
     ]
 
 
+def _asked_words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
+    metadata, run = explained.metadata, explained.metadata["run"]
+    rows = len(np.unique(np.concatenate(explained.columns["rows"])))
+    file = run["questions"]
+    if file is None:
+        chosen = _or(run["where"], "all rows") + (
+            f", at most {run['limit']:,} prompts" if run["limit"] else ""
+        )
+    else:
+        chosen = short_name(file)
+    return [
+        ("oracle", _named(metadata["oracle"], metadata["oracle_revision"])),
+        ("its base", metadata.get("oracle_base") and short_name(metadata["oracle_base"])),
+        ("message", metadata["message"]),
+        ("placeholder", repr(metadata["placeholder"])),
+        ("injection", _injection(metadata)),
+        ("rows asked about", f"{rows:,} of {store.rows:,}"),
+        ("selected by", chosen),
+        ("rows per prompt", None if file else f"{run['rows_per_prompt']:,}, at most"),
+        ("answers per prompt", str(run["samples"])),
+        ("sampling", _sampling(run)),
+        ("longest answer", f"{run['max_new_tokens']:,} tokens"),
+        ("asked", metadata["started"]),
+    ]
+
+
+def _sampling(run: Mapping[str, Any]) -> str:
+    return f"temperature {run['temperature']:g}, seed {run['seed']}" if run["temperature"] else "greedy"
+
+
 def _scores(explained: Explained) -> list[tuple[str, Any]]:
+    if not explained.scored:
+        return [
+            ("scores", f"none: {'no answer was checked' if explained.asked else 'no AR has read the words'}")
+        ]
     return [
         ("FVE", "1 - 2 (1 - cos) / Var"),
         ("Var", _variance(explained)),

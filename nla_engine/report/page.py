@@ -131,6 +131,7 @@ def _assemble(
         "base-uri 'none'; form-action 'none'",
         "style": _joined(STYLES),
         "lead": escape(lead(store, table)),
+        "words": "Answer or question" if table.asked else "Explanation",
         "figures": "".join(
             f"<div><dt>{escape(f.label)}</dt><dd><b>{escape(f.value)}</b> <span>{escape(f.says)}</span>"
             + (f" <small>{escape(f.control)}</small>" if f.control else "")

@@ -34,7 +34,13 @@ SIZES = [6, 1, 7]
 QUESTIONS = ("What is it?", "Is it ? a number ?? Yes or no.")
 TOKENIZER = oracle_tokenizer()
 ADD = {"injection": "add@1", "norm_match": True}
-WRITE = {"injection": "replace@0", "injection_scale": "raw", "raw": True, "prompt": LATENTQA, "placeholder": "? "}
+WRITE = {
+    "injection": "replace@0",
+    "injection_scale": "raw",
+    "raw": True,
+    "prompt": LATENTQA,
+    "placeholder": "? ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,11 @@ def test_a_question_per_run_to_an_activation_oracle(made: Any, store: CaptureSto
     assert sum(summary.status.values()) == 12
     metadata = read_metadata(out)
     assert metadata["oracle"] == str(root / "oracle") and metadata["oracle_base"] == str(root / "base")
-    assert (metadata["injection"], metadata["norm_match"], metadata["injection_scale"]) == ("add@1", True, None)
+    assert (metadata["injection"], metadata["norm_match"], metadata["injection_scale"]) == (
+        "add@1",
+        True,
+        None,
+    )
     assert metadata["message"] == "Layer: 2\n<INJECT> \n<QUESTION>" and metadata["placeholder"] == " ?"
 
 
@@ -175,7 +185,9 @@ def test_prefill_system_message_and_a_prompt_of_ones_own(
         "<|im_start|>assistant\n"
     )
     nla_engine.run_ask(options(root, store, tmp_path / "b.parquet", **{**own, "prompt": whole}, raw=True))
-    first, second = (pq.read_table(tmp_path / name)["answer"].to_pylist() for name in ("a.parquet", "b.parquet"))
+    first, second = (
+        pq.read_table(tmp_path / name)["answer"].to_pylist() for name in ("a.parquet", "b.parquet")
+    )
     assert first == second and all(text.startswith("It is") for text in first) and len(set(first)) > 1
 
 
@@ -223,14 +235,25 @@ def test_limit_spreads_over_prompts_and_where_chooses_rows(
     few = {"max_new_tokens": 2, "rows_per_prompt": 2, "question": ("Who?",)}
     nla_engine.run_ask(options(root, store, tmp_path / "a.parquet", **few, limit=3))
     assert pq.read_table(tmp_path / "a.parquet")["rows"].to_pylist() == [[0, 1], [7, 8], [13]]
-    nla_engine.run_ask(options(root, store, tmp_path / "b.parquet", **few, where="row >= 1 and row <= 5 or row > 8"))
+    nla_engine.run_ask(
+        options(root, store, tmp_path / "b.parquet", **few, where="row >= 1 and row <= 5 or row > 8")
+    )
     rows = pq.read_table(tmp_path / "b.parquet")["rows"].to_pylist()
     assert rows == [[1, 2], [3, 4], [5], [9, 10], [11, 12], [13]]
 
 
 def test_the_command(made: Any, store: CaptureStore, tmp_path: Path) -> None:
     root, _ = made
-    words = ["ask", store.path, "--oracle", root / "oracle", "--oracle-base", root / "base", "--device", "cpu"]
+    words = [
+        "ask",
+        store.path,
+        "--oracle",
+        root / "oracle",
+        "--oracle-base",
+        root / "base",
+        "--device",
+        "cpu",
+    ]
     words += ["--injection", "add@1", "--norm-match", "--max-new-tokens", 4, "--json", "--out"]
     ran = call(*words, tmp_path / "a.parquet", "--question", QUESTIONS[0], "--question", QUESTIONS[1])
     assert ran.code == 0, ran.err

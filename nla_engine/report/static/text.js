@@ -19,9 +19,11 @@ const tokenElement = (row) => {
   return span;
 };
 
+const UNTOLD = ASKED ? "not the first of a prompt" : "not explained";
+
 // Text without explained rows. A long one shows its ends, and its middle on a click.
 const gapElement = ([, text, tokens, generated]) => {
-  const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, not explained` });
+  const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, ${UNTOLD}` });
   if (text.length <= LONG_GAP) {
     element.append(text);
   } else {
@@ -126,7 +128,7 @@ const showScale = (view, form, choose) => {
   if (!SCORED) {
     $("scale").removeAttribute("aria-label");
     $("scale").replaceChildren(make("p", { class: "name" }, "Not scored"),
-      make("p", {}, make("span", { class: "mark told" }, "marked"), " tokens have an explanation; no AR has read it"));
+      make("p", {}, make("span", { class: "mark told" }, "marked"), ASKED ? " tokens are the first of a prompt to the oracle" : " tokens have an explanation; no AR has read it"));
     return;
   }
   const counts = new Array(STEPS.length).fill(0);
@@ -148,7 +150,7 @@ const showScale = (view, form, choose) => {
     button.addEventListener("click", () => choose(pressed ? "" : lo, pressed ? "" : hi));
     return button;
   });
-  const grey = make("p", { class: "grey" }, make("span", {}, "grey"), " not explained");
+  const grey = make("p", { class: "grey" }, make("span", {}, "grey"), ` ${UNTOLD}`);
   if (without) grey.append(`, or without a score (${count(without)}, dotted)`);
   $("scale").replaceChildren(make("p", { class: "name" }, "FVE"), make("div", { class: "steps" }, buttons), grey);
 };
