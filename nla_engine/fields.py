@@ -111,9 +111,9 @@ def layer(model: str) -> Any:
     return option(f"Layer of the store to read. [default: the one the {model} was trained on]", None)
 
 
-def where() -> Any:
+def where(do: str = "explain") -> Any:
     """Of stage 2: the rows to read."""
-    return option("Rows to explain, as an expression: \"generated and token matches '[0-9]'\".", None)
+    return option(f"Rows to {do}, as an expression: \"generated and token matches '[0-9]'\".", None)
 
 
 def limit() -> Any:

@@ -95,7 +95,10 @@ def placeholder_prompt(
 def _places(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], room: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """The one token of each span, up to the first span that has none: it covers the span and keeps to its room."""
+    """The one token of each span, up to the first span that has none.
+
+    It covers the span, keeps to its room, and is the first token there (some leave out the space that they begin with).
+    """
     places: list[int] = []
     token = 0
     for (start, end), (least, most) in zip(spans, room, strict=True):
@@ -104,8 +107,9 @@ def _places(
         if token == len(offsets):
             break
         first, last = offsets[token]
+        before = offsets[token - 1][1] if token else 0
         following = offsets[token + 1][0] if token + 1 < len(offsets) else last
-        if not (least <= first <= start and end <= last <= most and end <= following):
+        if not (before <= least <= first <= start and end <= last <= most and end <= following):
             break
         places.append(token)
     return places
