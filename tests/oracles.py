@@ -36,11 +36,30 @@ def oracle_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 def save_oracle(root: Path, architecture: str = "qwen2") -> Any:
-    """base (a model) and oracle (a PEFT directory over it, with nothing else); the merged model."""
+    """base (a model) and oracle (a PEFT directory over it, with nothing else); the merged model.
+
+    As the trainer of activation oracles leaves it: every linear layer of the blocks, rank 64.
+    """
     tiny_model(architecture, seed=7).save_pretrained(root / "base")
     oracle_tokenizer().save_pretrained(root / "base")
-    return merged(root / "base", save_adapter(root / "oracle", root / "base"))
+    return _adapter(root / "oracle", root / "base", PROJECTIONS, 64, 128)
+
+
+def save_decoder(root: Path) -> Any:
+    """decoder, beside a base that is there, as LatentQA's trainer leaves it: rank 16, the head too; merged."""
+    return _adapter(root / "decoder", root / "base", [*PROJECTIONS, "lm_head"], 16, 32)
+
+
+def _adapter(directory: Path, base: Path, targets: list[str], rank: int, alpha: int) -> Any:
+    pattern = rf"(.*\.)?({'|'.join(targets)})"
+    tensors = save_adapter(
+        directory, base, pattern, lambda name: rank, r=rank, lora_alpha=alpha, target_modules=targets
+    )
+    return merged(base, tensors, lambda name: alpha / rank)
 
 
 @contextmanager

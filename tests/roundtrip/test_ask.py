@@ -17,6 +17,7 @@ from oracles import (
     answer,
     latentqa,
     oracle_tokenizer,
+    save_decoder,
     save_oracle,
 )
 from store_samples import random_store
@@ -70,8 +71,14 @@ def options(root: Path, store: CaptureStore, out: Path, **changes: Any) -> AskOp
     return AskOptions(**{**base, **(ADD if "injection" not in changes else {}), **changes})  # type: ignore[arg-type]
 
 
-def test_a_question_per_run_to_an_activation_oracle(made: Any, store: CaptureStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
+def test_a_question_per_run_to_an_activation_oracle(
+    made: Any, store: CaptureStore, tmp_path: Path, architecture: str
+) -> None:
     root, model = made
+    if architecture != "qwen2":
+        root = tmp_path
+        model = save_oracle(root, architecture)
     out = tmp_path / "a.parquet"
     summary = nla_engine.run_ask(options(root, store, out, rows_per_prompt=3))
     groups = [[0, 1, 2], [3, 4, 5], [6], [7, 8, 9], [10, 11, 12], [13]]
@@ -130,11 +137,11 @@ def test_a_question_per_row_or_rows(made: Any, store: CaptureStore, tmp_path: Pa
 
 
 def test_a_span_to_a_latentqa_decoder(made: Any, store: CaptureStore, tmp_path: Path) -> None:
-    root, model = made
+    root, _ = made
+    model = save_decoder(root)
     out = tmp_path / "a.parquet"
-    nla_engine.run_ask(
-        options(root, store, out, **WRITE, rows_per_prompt=100, where="position != 1", question=QUESTIONS[:1])
-    )
+    how = {"rows_per_prompt": 100, "where": "position != 1", "question": QUESTIONS[:1]}
+    nla_engine.run_ask(options(root, store, out, oracle=str(root / "decoder"), **WRITE, **how))
     table = pq.read_table(out).to_pylist()
     position = store.column("position")
     sequence = store.column("sequence")
