@@ -13,17 +13,19 @@ import numpy as np
 
 from nla_engine.config import AskOptions
 from nla_engine.errors import RequestError
+from nla_engine.models.load import tokenizer_of
 from nla_engine.ops.sampling import Sampling
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.background import Background
-from nla_engine.roundtrip.oracle import Oracle
+from nla_engine.roundtrip.oracle import Prompts, find_oracle, load_writer
+from nla_engine.roundtrip.pair import announce_unfused, compute_with
 from nla_engine.roundtrip.pipeline import CHUNK, COMMIT_SECONDS
 from nla_engine.roundtrip.questions import Questions
 from nla_engine.roundtrip.results import ANSWERS, ResultTable, check_table
 from nla_engine.roundtrip.run import Announce, Progress
 from nla_engine.roundtrip.summary import AskSummary, summarise_answers
 from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
-from nla_engine.roundtrip.writer import Asked, Limits
+from nla_engine.roundtrip.writer import Asked, Limits, Writer
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
 
 
@@ -52,22 +54,26 @@ def run_ask(
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     layer = _layer(store, options)
     questions = Questions.of(store, options)
-    oracle = Oracle.load(options, layer, announce)
-    if oracle.lm.d_model != store.d_model:
+    device, dtype, kernels = compute_with(options, announce)
+    source = find_oracle(options)
+    prompts = Prompts(options, layer, tokenizer_of(source, remote_code=options.trust_remote_code))
+    limits, fingerprint = prompts.survey(questions.kinds())  # before the weights are read, which takes longer
+    writer = load_writer(options, source, device, dtype, kernels)
+    announce_unfused(writer.lm, kernels, device, announce)
+    if writer.lm.d_model != store.d_model:
         raise RequestError(
-            f"--oracle {options.oracle} reads vectors of width {oracle.lm.d_model}, {options.store} holds "
+            f"--oracle {options.oracle} reads vectors of width {writer.lm.d_model}, {options.store} holds "
             f"{store.d_model}: give an oracle of the captured model"
         )
-    limits, prompts = oracle.survey(questions.kinds())
-    if options.max_new_tokens > (room := oracle.lm.max_length - limits.longest):
+    if options.max_new_tokens > (room := writer.lm.max_length - limits.longest):
         raise RequestError(
             f"--max-new-tokens is {options.max_new_tokens}: {options.oracle} has room for {max(room, 0)} after the "
             f"longest prompt, which has {limits.longest} tokens: lower it, or --rows-per-prompt"
         )
-    run = _Run(options, store, layer, oracle, questions, limits)
+    run = _Run(options, store, layer, questions, prompts, limits, writer)
     table = ResultTable.open(
         options.out,
-        options=run.identity(prompts),
+        options=run.identity(fingerprint),
         resume=options.resume,
         overwrite=options.overwrite,
         schema=ANSWERS,
@@ -86,16 +92,18 @@ class _Run:
     options: AskOptions
     store: CaptureStore
     layer: int
-    oracle: Oracle
     questions: Questions
+    prompts: Prompts
     limits: Limits
+    writer: Writer
 
     def fill(self, table: ResultTable, announce: Announce, progress: Progress) -> None:
         """Ask what the table does not hold yet, and finish it."""
         samples, questions = self.options.samples, self.questions
         total, first = len(questions), table.done // samples
+        rows = len(np.unique(questions.rows))
         announce(
-            f"{total:,} prompts about {len(questions.rows):,} rows of layer {self.layer}, "
+            f"{total:,} prompts about {rows:,} rows of layer {self.layer}, "
             + ("an answer each" if samples == 1 else f"{samples} answers each")
             + (f" ({table.done:,} already there)" if first else "")
         )
@@ -109,8 +117,8 @@ class _Run:
                 background.submit(lambda chunk=chunk: write(self._columns(chunk)))  # type: ignore[misc]
         table.finish(self._metadata())
 
-    def identity(self, prompts: str) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it continues. prompts: their fingerprint."""
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it continues. fingerprint: of the prompts."""
         given = self.options.to_dict()
         names = (
             "where",
@@ -127,10 +135,10 @@ class _Run:
             "layer": self.layer,
             "base": self.store.provenance.get("weights"),
             "store": self.store.attributes["store_id"],
-            **self.oracle.injection.to_dict(),
+            **self.writer.injection.to_dict(),
             "questions": self.questions.fingerprint(),
-            "prompts": prompts,
-            "oracle": self.oracle.lm.fingerprint(),
+            "prompts": fingerprint,
+            "oracle": self.writer.lm.fingerprint(),
         }
 
     def _chunks(self, first: int) -> Generator[list[Answer], None, None]:
@@ -154,7 +162,7 @@ class _Run:
         reader = self.store.layer(self.layer)
         without = self._without_direction(reader)[questions.group[first:]]
         sound = first + np.flatnonzero(without == None)  # noqa: E711
-        written = self.oracle.writer.write(
+        written = self.writer.write(
             self._asked(reader, sound),
             self.limits,
             samples=samples,
@@ -169,7 +177,7 @@ class _Run:
                         yield Answer(prompt, sample, "", status, 0)
                         continue
                     text = next(written)
-                    words = (self.oracle.prefill + text.text).strip()
+                    words = (options.prefill + text.text).strip()
                     yield Answer(prompt, sample, words, "unclosed" if text.cut else "ok", text.n_tokens)
 
     def _without_direction(self, reader: LayerReader) -> np.ndarray:
@@ -183,16 +191,16 @@ class _Run:
 
     def _asked(self, reader: LayerReader, prompts: np.ndarray) -> Iterator[Asked]:
         """These prompts with their vectors on the device, which are read one block ahead."""
-        questions, oracle = self.questions, self.oracle
+        questions = self.questions
         blocks = _blocks(questions, prompts)
         rows = (np.concatenate([questions.rows_of(p) for p in _of_groups(questions, b)]) for b in blocks)
-        with closing(read_ahead(reader, rows, oracle.device)) as read:
+        with closing(read_ahead(reader, rows, self.writer.lm.device)) as read:
             for block, vectors in zip(blocks, read, strict=True):
                 groups, place = np.unique(questions.group[block], return_inverse=True)
                 ends = np.cumsum(np.diff(questions.start)[groups])
                 parts = vectors.split(np.diff(ends, prepend=0).tolist())
                 for prompt, group in zip(block.tolist(), place.tolist(), strict=True):
-                    asked = oracle.prompt(questions.question_of(prompt), len(parts[group]))
+                    asked = self.prompts.of(questions.question_of(prompt), len(parts[group]))
                     yield Asked(prompt, asked, parts[group])
 
     def _columns(self, answers: list[Answer]) -> dict[str, Any]:
@@ -218,16 +226,16 @@ class _Run:
         }
 
     def _metadata(self) -> dict[str, Any]:
-        lm = self.oracle.lm
+        lm = self.writer.lm
         return {
             **describe_run(),
             "run": self.options.to_dict(),
             "oracle": lm.name,
             "oracle_revision": lm.revision,
             **{f"oracle_{key}": value for key, value in lm.origin.items()},
-            **self.oracle.injection.to_dict(),
-            "message": self.oracle.message,
-            "placeholder": self.oracle.placeholder,
+            **self.writer.injection.to_dict(),
+            "message": self.prompts.message,
+            "placeholder": self.options.placeholder,
             "layer": self.layer,
         }
 

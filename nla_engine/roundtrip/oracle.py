@@ -1,4 +1,4 @@
-"""A model that answers questions about vectors: an activation oracle or a LatentQA decoder.
+"""A model that answers questions about vectors: an activation oracle or a LatentQA decoder, and how it is asked.
 
 Its directory says neither how vectors enter nor how a question is put. The user says both; the prompt of activation
 oracles is the default (Karvonen et al. 2025, `nl_probes/utils/dataset_utils.py` in their repository).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -17,90 +18,44 @@ from nla_engine.errors import PromptError, RequestError
 from nla_engine.fields import INJECT, QUESTION
 from nla_engine.models.av_prompt import Wording, placeholder_prompt, renderer
 from nla_engine.models.injection import Injection, Prompt, norm_named
-from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.load import load_model
 from nla_engine.models.sidecar import SIDECAR
-from nla_engine.models.source import find_source
+from nla_engine.models.source import Source, find_source
 from nla_engine.ops.backends import Kernels
-from nla_engine.roundtrip.pair import announce_unfused, compute_with
 from nla_engine.roundtrip.writer import Limits, Writer
 
 #: Prompts that are kept; those of many different questions are made again when they are asked.
 _KEPT_PROMPTS = 4096
 
 
-class Oracle:
-    """A loaded oracle, and the prompts that it is asked with."""
+class Prompts:
+    """The prompts of a run, by question and number of vectors. message: with INJECT and QUESTION."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        injection: Injection,
-        message: str,
-        placeholder: str,
-        *,
-        wording: Wording = Wording(),
-        raw: bool = False,
-        kernels: Kernels = Kernels(),
-    ) -> None:
-        """message: with INJECT and QUESTION; wording: all but the text; raw: without a chat template.
-
-        CheckpointError or PromptError says what does not fit the model.
-        """
-        self.lm, self.injection, self.message, self.placeholder = lm, injection, message, placeholder
-        self.prefill = wording.prefill
-        self.writer = Writer(lm, injection, kernels)
-        tokenizer = lm.tokenizer
-        if not raw and not tokenizer.chat_template:
+    def __init__(self, options: AskOptions, layer: int, tokenizer: Any) -> None:
+        """For vectors of this layer. PromptError says what does not fit the tokenizer."""
+        if not options.raw and not tokenizer.chat_template:
             raise PromptError(
-                f"{lm.name}: has no chat template: give --raw, and a --prompt with all that it reads"
+                f"{options.oracle}: has no chat template: give --raw, and a --prompt with all that it reads"
             )
         if not tokenizer.is_fast:
             raise PromptError(
-                f"{lm.name}: its tokenizer does not say where its tokens stand in a text: add a tokenizer.json"
+                f"{options.oracle}: its tokenizer does not say where its tokens stand in a text: add a tokenizer.json"
             )
-        render = (lambda text: text + wording.prefill) if raw else renderer(tokenizer, wording)
-        self._prompt = lru_cache(_KEPT_PROMPTS)(
+        message = f"Layer: {layer}\n{INJECT} \n{QUESTION}" if options.prompt is None else options.prompt
+        render: Callable[[str], str] = lambda text: text + options.prefill  # noqa: E731
+        if not options.raw:
+            wording = Wording(None, options.system, options.template_option or {}, options.prefill)
+            render = renderer(tokenizer, wording)
+        self.message = message
+        self._made = lru_cache(_KEPT_PROMPTS)(
             lambda question, vectors: placeholder_prompt(
-                message.replace(QUESTION, question), placeholder, vectors, tokenizer, render
+                message.replace(QUESTION, question), options.placeholder, vectors, tokenizer, render
             )
         )
 
-    @classmethod
-    def load(cls, options: AskOptions, layer: int, announce: Callable[[str], None]) -> Oracle:
-        """The oracle that the options name, for vectors of this layer. RequestError says what is wrong with it."""
-        device, dtype, kernels = compute_with(options, announce)
-        remote_code = options.trust_remote_code
-        source = find_source(
-            options.oracle, base=options.oracle_base, flag="--oracle-base", remote_code=remote_code
-        )
-        if (source.directory / SIDECAR).is_file():
-            raise RequestError(
-                f"--oracle {options.oracle}: has a {SIDECAR}, so it is an AV or AR: use explain --prompt to ask an AV"
-            )
-        lm = load_model(options.oracle, device=device, dtype=dtype, source=source, remote_code=remote_code)
-        announce_unfused(lm, kernels, device, announce)
-        assert options.injection is not None
-        scale = None
-        if options.injection_scale is not None:
-            scale = norm_named(options.injection_scale, lm.d_model)
-        return cls(
-            lm,
-            Injection.named(options.injection, scale, options.norm_match),
-            f"Layer: {layer}\n{INJECT} \n{QUESTION}" if options.prompt is None else options.prompt,
-            options.placeholder,
-            wording=Wording(None, options.system, options.template_option or {}, options.prefill),
-            raw=options.raw,
-            kernels=kernels,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.lm.device
-
-    def prompt(self, question: str, vectors: int) -> Prompt:
+    def of(self, question: str, vectors: int) -> Prompt:
         """The prompt with this question and so many vectors. PromptError if it cannot be made."""
-        return self._prompt(question, vectors)
+        return self._made(question, vectors)
 
     def survey(self, kinds: Iterable[tuple[str, int]]) -> tuple[Limits, str]:
         """The limits of the prompts of these questions and numbers of vectors, and a fingerprint of them all."""
@@ -108,8 +63,35 @@ class Oracle:
 
         def prompts() -> Iterator[Prompt]:
             for question, vectors in kinds:
-                prompt = self.prompt(question, vectors)
+                prompt = self.of(question, vectors)
                 digest.update(repr(prompt).encode())
                 yield prompt
 
         return Limits.of(prompts()), digest.hexdigest()[:16]
+
+
+def find_oracle(options: AskOptions) -> Source:
+    """The directories of the oracle that the options name. RequestError if it is an AV or AR."""
+    source = find_source(
+        options.oracle,
+        base=options.oracle_base,
+        flag="--oracle-base",
+        remote_code=options.trust_remote_code,
+    )
+    if (source.directory / SIDECAR).is_file():
+        raise RequestError(
+            f"--oracle {options.oracle}: has a {SIDECAR}, so it is an AV or AR: use explain --prompt to ask an AV"
+        )
+    return source
+
+
+def load_writer(
+    options: AskOptions, source: Source, device: torch.device, dtype: torch.dtype, kernels: Kernels
+) -> Writer:
+    """The oracle with the injection that the options give. RequestError says what does not fit it."""
+    lm = load_model(
+        options.oracle, device=device, dtype=dtype, source=source, remote_code=options.trust_remote_code
+    )
+    assert options.injection is not None, "checked by the options"
+    scale = None if options.injection_scale is None else norm_named(options.injection_scale, lm.d_model)
+    return Writer(lm, Injection.named(options.injection, scale, options.norm_match), kernels)

@@ -126,7 +126,7 @@ def test_a_question_per_row_or_rows(made: Any, store: CaptureStore, tmp_path: Pa
             [("question", pa.string()), ("row", pa.int32()), ("rows", pa.list_(pa.int16()))]
         )), path)  # fmt: skip
     out = tmp_path / "a.parquet"
-    nla_engine.run_ask(options(root, store, out, questions=path))
+    nla_engine.run_ask(options(root, store, out, questions=path, kernels="fused"))
     table = pq.read_table(out).to_pylist()
     in_order = sorted(asked, key=lambda each: each[1][0])
     assert [(row["question"], row["rows"]) for row in table] == in_order
