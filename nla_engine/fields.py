@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-from nla_engine.options import AT_LEAST_1, UNICODE, Must, json_values, named_values, one_of, option
+from nla_engine.errors import RequestError
+from nla_engine.options import AT_LEAST_1, UNICODE, Must, flag, json_values, named_values, one_of, option
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
@@ -15,6 +16,15 @@ KERNELS = ("auto", "fused", "reference")
 INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
+#: In a prompt of the user's: stands for a vector, or for all vectors of a prompt if it stands there once.
+INJECT = "<INJECT>"
+#: In a prompt of the user's: stands for the question.
+QUESTION = "<QUESTION>"
+#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
+#: modules and torch attention, one synchronisation per step.
+KERNELS = ("auto", "fused", "reference")
+#: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
+PRECISIONS = ("full", "fp8")
 
 
 def temperature() -> Any:
@@ -84,6 +94,15 @@ def kernels() -> Any:
     )
 
 
+def precision(models: str) -> Any:
+    """Of their matrix products."""
+    return option(
+        f"Matrix products of {models}: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
+        "full",
+        must=one_of(PRECISIONS),
+    )
+
+
 def resume(what: str) -> Any:
     """Go on with an interrupted run."""
     return option(f"Resume an interrupted {what}.", False, excludes="overwrite")
@@ -119,9 +138,9 @@ def layer(model: str) -> Any:
     return option(f"Layer of the store to read. [default: the one the {model} was trained on]", None)
 
 
-def where() -> Any:
+def where(do: str = "explain") -> Any:
     """Of stage 2: the rows to read."""
-    return option("Rows to explain, as an expression: \"generated and token matches '[0-9]'\".", None)
+    return option(f"Rows to {do}, as an expression: \"generated and token matches '[0-9]'\".", None)
 
 
 def limit() -> Any:
@@ -165,20 +184,24 @@ def base(what: str) -> Any:
     )
 
 
-def injection_scale() -> Any:
+def injection_scale(
+    help: str = "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
+) -> Any:
     """The norm of injected vectors."""
     return option(
-        "Norm of the injected vectors, in place of the sidecar's: a number, raw (as they are) or sqrt_d_model.",
+        help,
         None,
         must=Must(is_scale, f"a positive number or one of {', '.join(SCALES)}"),
     )
 
 
-def injection() -> Any:
-    """How vectors enter an AV."""
+def injection(
+    help: str = "How vectors enter the AV, in place of what its sidecar says: replace (the marker's embedding), "
+    "replace@L or add@L (at the output of block L).",
+) -> Any:
+    """How vectors enter a model."""
     return option(
-        "How vectors enter the AV, in place of what its sidecar says: replace (the marker's embedding), replace@L or "
-        "add@L (at the output of block L).",
+        help,
         None,
         must=Must(
             lambda name: bool(INJECTION.fullmatch(name)),
@@ -259,3 +282,13 @@ def is_scale(value: str) -> bool:
         return value in SCALES or 0 < float(value) < math.inf
     except ValueError:
         return False
+
+
+def check_cuts(options: Any) -> None:
+    """RequestError if options cut the softmax that nothing is sampled from. Of any command that samples."""
+    cuts = [name for name in ("top_p", "top_k", "min_p") if getattr(options, name) is not None]
+    if cuts and options.temperature == 0:
+        raise RequestError(
+            f"{' and '.join(map(flag, cuts))}: decoding is greedy without a --temperature: give one, or leave "
+            f"{'it' if len(cuts) == 1 else 'them'} out"
+        )

@@ -16,7 +16,10 @@ from nla_engine.cli.stores import StorePath
 def report(
     store: StorePath,
     explained: Annotated[
-        Path, typer.Option("--explained", help="The table that roundtrip made of the store.")
+        Path,
+        typer.Option(
+            "--explained", help="The table that roundtrip, explain, score or ask made of the store."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
     title: Annotated[str | None, typer.Option("--title", help="Heading. [default: store and layer]")] = None,

@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import Json, finish, progress_bar, results, say
-from nla_engine.config import CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import AskOptions, CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
 
 
 @command(CaptureOptions)
@@ -57,6 +57,16 @@ def score_command(options: ScoreOptions, as_json: bool) -> None:
     with progress_bar("texts") as progress:
         summary = run_score(options, announce=say, progress=progress)
     finish("scored", summary.to_dict(), as_json)
+
+
+@command(AskOptions)
+def ask_command(options: AskOptions, as_json: bool) -> None:
+    """Ask an activation oracle or a LatentQA decoder questions about stored activations."""
+    from nla_engine.roundtrip.ask import run_ask
+
+    with progress_bar("answers") as progress:
+        summary = run_ask(options, announce=say, progress=progress)
+    finish("asked", summary.to_dict(), as_json)
 
 
 @app.command()

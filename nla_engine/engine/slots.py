@@ -27,14 +27,22 @@ def slot_size(length: int, prefix: int) -> int:
 
 
 def default_slots(
-    lm: LanguageModel, length: int, prefix: int = 0, most: int = 512, precision: str = "full"
+    lm: LanguageModel,
+    length: int,
+    prefix: int = 0,
+    most: int = 512,
+    precision: str = "full",
+    held: int = 0,
 ) -> int:
     """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, and as many as
-    fit the memory that is free on the model's device once a runner of that precision has made its weights."""
+    fit the memory that is free on the model's device once a runner of that precision has made its weights.
+
+    held: bytes that a slot needs besides keys and values
+    """
     if lm.device.type == "cpu":
         return min(most, _MOST_SLOTS_CPU)
     heads, head_size = kv_shape(lm.config)
-    slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize
+    slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize + held
     free = free_bytes(lm.device)
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each

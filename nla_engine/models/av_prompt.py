@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nla_engine.errors import CheckpointError, PromptError
+from nla_engine.fields import INJECT
 from nla_engine.models.chat import ChatText, Reading
 from nla_engine.models.injection import Prompt
 from nla_engine.models.sidecar import Sidecar
-
-#: Stands in a prompt of the user's for a vector, or for all vectors of a prompt if it stands there once.
-INJECT = "<INJECT>"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,10 @@ def verbalizer_prompt(
             f"but this tokenizer gives {alone}; the tokenizer and the sidecar do not belong together"
         )
     parts = sidecar.template if wording.text is None else wording.text.split(INJECT)
-    text = rendered(sidecar.marker.join(_spread(parts, vectors)), tokenizer, wording)
+    _check_places(parts, vectors)
+    if len(parts) == 2:
+        parts = [parts[0], *[""] * (vectors - 1), parts[1]]
+    text = renderer(tokenizer, wording)(sidecar.marker.join(parts))
     ids = tokenizer.encode(text, add_special_tokens=False)
     places = tuple(i for i, id_ in enumerate(ids) if id_ == sidecar.marker_id)
     if len(places) != vectors:
@@ -59,57 +60,88 @@ def verbalizer_prompt(
 
 
 def placeholder_prompt(
-    text: str, placeholder: str, vectors: int, tokenizer: Any, wording: Wording = Wording()
+    text: str, placeholder: str, vectors: int, tokenizer: Any, render: Callable[[str], str]
 ) -> Prompt:
-    """The prompt of a model without a sidecar: `placeholder` stands for each vector, one token each. PromptError.
+    """The prompt of a model without a sidecar: each vector enters at the token of a placeholder. PromptError.
 
     text: with INJECT once per vector, or once for all of them
+    placeholder: repeated for each vector, spaces after the last one left out; it must be one token of its own
+    render: gives the whole text that the model reads
     """
-    whole = rendered(INJECT.join(_spread(text.split(INJECT), vectors)), tokenizer, wording).split(INJECT)
-    if len(whole) != vectors + 1:
+    parts = text.split(INJECT)
+    _check_places(parts, vectors)
+    whole = render(text).split(INJECT)
+    if len(whole) != len(parts):
         raise PromptError("the chat template changes the places of the vectors: give another prompt")
-    spans, end = [], 0
-    for part in whole[:-1]:
-        start = end + len(part)
-        end = start + len(placeholder)
-        spans.append((start, end))
-    coded = tokenizer(placeholder.join(whole), add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = coded["input_ids"], coded["offset_mapping"]
-    places: list[int] = []
-    for start, end in spans:  # a token may leave out the space that it begins with
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        if len(inside) != 1 or offsets[inside[0]][0] < start or offsets[inside[0]][1] != end:
-            raise PromptError(
-                f"the placeholder {placeholder!r} is not one token of its own where vector {len(places) + 1} enters: "
-                "give another one, or another prompt"
-            )
-        places.append(inside[0])
-    if len({ids[place] for place in places}) != 1:
+    run = (placeholder * (vectors if len(parts) == 2 else 1)).rstrip()
+    core, before = placeholder.strip(), len(placeholder) - len(placeholder.lstrip())
+    made = whole[0]
+    spans: list[tuple[int, int]] = []  # of the placeholders without spaces
+    room: list[tuple[int, int]] = []  # and what their tokens may reach into
+    for after in whole[1:]:
+        starts = range(len(made) + before, len(made) + len(run), len(placeholder))
+        edges = [len(made), *(start + len(core) for start in starts)]
+        spans += [(start, start + len(core)) for start in starts]
+        room += zip(edges, [*starts[1:], len(made) + len(run)], strict=False)
+        made += run + after
+    coded = tokenizer(made, add_special_tokens=False, return_offsets_mapping=True)
+    places = _places(coded["offset_mapping"], spans, room)
+    if len(places) < len(spans):
         raise PromptError(
-            f"the placeholder {placeholder!r} is not the same token everywhere: give another one"
+            f"the placeholder {placeholder!r} is not one token of its own where vector {len(places) + 1} enters: "
+            "give another one, or another prompt"
         )
-    return Prompt(tuple(ids), tuple(places))
+    return Prompt(tuple(coded["input_ids"]), tuple(places))
 
 
-def rendered(message: str, tokenizer: Any, wording: Wording) -> str:
-    """The text that the model reads: a user's message in the chat template, or as it stands if there is none."""
+def _places(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], room: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The one token of each span, up to the first span that has none.
+
+    It covers the span, keeps to its room, and is the first token there (some leave out the space that they begin with).
+    """
+    places: list[int] = []
+    token = 0
+    for (start, end), (least, most) in zip(spans, room, strict=True):
+        while token < len(offsets) and offsets[token][1] <= start:
+            token += 1
+        if token == len(offsets):
+            break
+        first, last = offsets[token]
+        before = offsets[token - 1][1] if token else 0
+        following = offsets[token + 1][0] if token + 1 < len(offsets) else last
+        if not (before <= least <= first <= start and end <= last <= most and end <= following):
+            break
+        places.append(token)
+    return places
+
+
+def renderer(tokenizer: Any, wording: Wording) -> Callable[[str], str]:
+    """Gives the text that the model reads for a user's message: in the chat template, or as it stands without one.
+
+    PromptError, here or for a message, says what the template does not take.
+    """
     if not tokenizer.chat_template:
         if wording.system is not None or wording.variables:
             raise PromptError("a system message and template options need a chat template, and there is none")
-        return message + wording.prefill
+        return lambda message: message + wording.prefill
     chat = ChatText(tokenizer, replies=True, reading=Reading(None, wording.system, wording.variables))
-    made = chat.render({"prompt": message})
-    if made.notes:
-        raise PromptError(f"the prompts {made.notes[0]}: leave it out")
-    return made.text + wording.prefill
+
+    def rendered(message: str) -> str:
+        made = chat.render({"prompt": message})
+        if made.notes:
+            raise PromptError(f"the prompts {made.notes[0]}: leave it out")
+        return made.text + wording.prefill
+
+    return rendered
 
 
-def _spread(parts: Sequence[str], vectors: int) -> list[str]:
-    """The texts around so many places. parts: around each, or around the one that is for all."""
+def _check_places(parts: Sequence[str], vectors: int) -> None:
+    """PromptError unless the texts lie around so many places, or around one that is for all."""
     if len(parts) not in (2, vectors + 1):
         held = "does not hold" if len(parts) == 1 else f"holds {len(parts) - 1} times"
         raise PromptError(f"the prompt {held} {INJECT}, which says where a vector enters; vectors: {vectors}")
-    return [parts[0], *[""] * (vectors - 1), parts[1]] if len(parts) == 2 else list(parts)
 
 
 def _check_neighbours(sidecar: Sidecar, ids: list[int], places: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ norm match      in all of these, v is ||h|| * v / ||v||       Karvonen et al. 20
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,13 @@ class Injection:
         """As `named` reads it."""
         word = "add" if self.adds else "replace"
         return word if self.block is None else f"{word}@{self.block}"
+
+
+def norm_named(scale: str, d_model: int) -> float | None:
+    """The norm that a scale stands for, None for as vectors are. scale: as `fields.is_scale` allows it."""
+    if scale in ("raw", "none"):
+        return None
+    return math.sqrt(d_model) if scale == "sqrt_d_model" else float(scale)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from nla_engine.errors import CheckpointError
 from nla_engine.fields import SCALES, is_scale
-from nla_engine.models.injection import Injection
+from nla_engine.models.injection import Injection, norm_named
 from nla_engine.models.template import split_template
 
 SIDECAR = "nla_meta.yaml"
@@ -294,15 +293,11 @@ def _injection_scale(path: Path, data: dict[str, Any], d_model: int, given: Give
             f"{path}: extraction.injection_scale is missing: pass --injection-scale with the norm that this AV was "
             "trained on, raw if its vectors enter as they are, or --norm-match"
         )
-    if value in ("raw", "none"):
-        return None
-    if value == "sqrt_d_model":
-        return math.sqrt(d_model)
     if isinstance(value, bool) or not is_scale(str(value)):
         raise CheckpointError(
             f"{path}: {name} is {value!r}, not a positive number or one of {', '.join(SCALES)}"
         )
-    return float(value)
+    return norm_named(str(value), d_model)
 
 
 def _template(

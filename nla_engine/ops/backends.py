@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from nla_engine import extension
-from nla_engine.config import PRECISIONS
 from nla_engine.errors import RequestError, first_line
-from nla_engine.fields import KERNELS
+from nla_engine.fields import KERNELS, PRECISIONS
 from nla_engine.ops.cards import HOPPER, Card, card_of, runs
 
 #: The oldest cards that Triton supports.

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nla_engine.config import CaptureOptions, WritingOptions
+from nla_engine.config import AskOptions, CaptureOptions, WritingOptions
 from nla_engine.ops import gumbel
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.gumbel import draw_key, draw_scores, first_of_best, sortable
@@ -72,7 +72,7 @@ class Sampling:
         return f"softmax at the temperature, {self.truncation}, no penalty"
 
 
-def sampling_of(options: CaptureOptions | WritingOptions) -> Sampling:
+def sampling_of(options: AskOptions | CaptureOptions | WritingOptions) -> Sampling:
     """What a run was asked for."""
     truncation = Truncation(options.top_p, options.top_k, options.min_p)
     return Sampling(options.temperature, options.seed, truncation)

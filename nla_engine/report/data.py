@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.roundtrip.results import PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
+from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
@@ -30,6 +30,8 @@ FIELD_CHARACTERS, FIELDS = 200, 40
 LARGEST_EXACT = (1 << 53) - 1
 #: Beginning of the names of the pairs whose training left the first EARLY_POSITIONS positions out.
 RELEASED = "kitft/nla-"
+#: Most rows of a prompt that are listed by number.
+LISTED_ROWS = 12
 #: Fields of a prompt record that the text of the sequence already shows.
 SHOWN_AS_TEXT = ("prompt", "messages", "text")
 
@@ -38,10 +40,11 @@ _SPECIAL = re.compile(r"<\|.*\|>|</?[A-Za-z_]+>|\[[A-Z]+\]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Explained:
-    """The table of a round trip, or of a half of it: R explained rows, E explanations, those of a row side by side.
+    """The table of a round trip, of a half of it, or of ask: R explained rows, E explanations, those of a row together.
 
     rows: int64 [R], ascending; start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
-    columns: the table's columns as arrays [E]; scores and n_tokens are float64, NaN where there is none
+    columns: the table's columns as arrays [E]; scores and n_tokens are float64, NaN where there is none. An answer of
+    an oracle is an explanation of the first row in its prompt; it also has question, rows and sample.
     """
 
     metadata: dict[str, Any]
@@ -57,15 +60,20 @@ class Explained:
             mend = (
                 "its command with --resume finishes it"
                 if begun
-                else "give the table that roundtrip, explain or score wrote"
+                else "give the table that roundtrip, explain, score or ask wrote"
             )
             raise RequestError(f"{path}: no such file: {mend}")
         metadata = read_metadata(path)
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
+        asked = "oracle" in metadata
         names = ["row", "best", "explanation", "status", "n_tokens", "cos", "cos_shuffled", "retrieval_rank"]
         try:
-            table = pq.read_table(path, schema=SCHEMA, columns=names)
+            if asked:
+                table = _as_explanations(pq.read_table(path, schema=ANSWERS))
+                names += ["question", "rows", "sample"]
+            else:
+                table = pq.read_table(path, schema=SCHEMA, columns=names)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise RequestError(f"{path}: is damaged ({error}): make it again") from error
         columns = {name: table.column(name).to_numpy() for name in names}
@@ -83,13 +91,23 @@ class Explained:
         return len(self.columns["row"])
 
     @property
+    def asked(self) -> bool:
+        """Whether the texts are answers to questions."""
+        return "oracle" in self.metadata
+
+    @property
+    def noun(self) -> str:
+        """What a text is called."""
+        return "answer" if self.asked else "explanation"
+
+    @property
     def scored(self) -> bool:
         """Whether an AR read the texts."""
         return "variance" in self.metadata
 
     @property
     def written_by(self) -> dict[str, Any] | None:
-        """The options of the run whose AV wrote the texts; None if they come from elsewhere."""
+        """The options of the run whose AV or oracle wrote the texts; None if they come from elsewhere."""
         run: dict[str, Any] = self.metadata["run"]
         return self.metadata.get("explained") or (run if "max_new_tokens" in run else None)
 
@@ -159,6 +177,8 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
     layer = int(explained.metadata["layer"])
     return {
         "scored": explained.scored,
+        "asked": explained.asked,
+        "samples": explained.metadata["run"].get("samples"),
         "variance": explained.variance if math.isfinite(explained.variance) else None,
         "control_vectors": explained.ranked_among,
         "rows_in_store": store.rows,
@@ -193,7 +213,35 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
             "cos": _numbers(columns["cos"], 5),
             "cos_shuffled": _numbers(columns["cos_shuffled"], 5),
             "rank": _numbers(columns["retrieval_rank"], 12),
+            **(_asked(store, columns) if explained.asked else {}),
         },
+    }
+
+
+def _as_explanations(answers: pa.Table) -> pa.Table:
+    """The table of ask with the columns of one without scores."""
+    table = answers.rename_columns(["explanation" if n == "answer" else n for n in answers.column_names])
+    for name in ("best", "cos", "cos_shuffled", "retrieval_rank"):
+        table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
+
+
+def _asked(store: CaptureStore, columns: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Of each answer: its question, its sample, and in words the rows of its prompt if there are several."""
+    position, sequence = store.column("position"), store.column("sequence")
+    about = []
+    for rows in columns["rows"]:
+        if len(rows) == 1:
+            about.append("")
+        elif np.all(np.diff(rows) > 0) and sequence[rows[0]] == sequence[rows[-1]]:
+            about.append(f"{len(rows)} rows, positions {position[rows[0]]} to {position[rows[-1]]}")
+        else:
+            more = f" and {len(rows) - LISTED_ROWS} more" if len(rows) > LISTED_ROWS else ""
+            about.append(f"rows {', '.join(map(str, rows[:LISTED_ROWS]))}{more}")
+    return {
+        "question": columns["question"].tolist(),
+        "sample": columns["sample"].tolist(),
+        "about": about,
     }
 
 

@@ -40,7 +40,7 @@ def figures(explained: Explained) -> list[Figure]:
 def _text_figures(explained: Explained) -> list[Figure]:
     if explained.written_by is None:
         return []
-    columns, total = explained.columns, f"{explained.explanations:,} explanations"
+    columns, total = explained.columns, _count(explained.explanations, explained.noun)
     out = [
         Figure(
             "finished",
@@ -93,6 +93,8 @@ def lead(store: CaptureStore, explained: Explained) -> str:
     metadata, samples = explained.metadata, int(np.diff(explained.start).max())
     sequences = len(np.unique(store.column("sequence")[explained.rows]))
     times = "" if samples == 1 else f", {samples} times each"
+    if explained.asked:
+        return _asked_lead(store, explained)
     if explained.written_by is None:
         words = f"Their texts come from {short_name(metadata['run']['texts'])}"
     else:
@@ -108,6 +110,19 @@ def lead(store: CaptureStore, explained: Explained) -> str:
     )
 
 
+def _asked_lead(store: CaptureStore, explained: Explained) -> str:
+    columns, metadata = explained.columns, explained.metadata
+    rows = np.unique(np.concatenate(columns["rows"]))
+    sequences = len(np.unique(store.column("sequence")[rows]))
+    questions = len(set(columns["question"].tolist()))
+    return (
+        f"{_count(len(rows), 'activation')} of layer {metadata['layer']} of "
+        f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
+        f"The oracle {short_name(metadata['oracle'])} read them and answered {_count(questions, 'question')}. "
+        "Nothing was scored: no answer was checked."
+    )
+
+
 def warnings(store: CaptureStore, explained: Explained) -> list[str]:
     """What to keep in mind while reading, as `name, how many: what it means`; the most serious first."""
     out = []
@@ -116,12 +131,11 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
             "Unfinished capture: it was still running when this page was made, and the store may hold only a part."
         )
     if not explained.scored:
-        out.append(
-            "Nothing was scored: no AR has read these texts. A fluent text can be wrong; nothing here says which is."
-        )
+        unread = "no answer was checked" if explained.asked else "no AR has read these texts"
+        out.append(f"Nothing was scored: {unread}. A fluent text can be wrong; nothing here says which is.")
     if explained.explanations < FEWEST:
         out.append(
-            f"Few cases, only {_count(explained.explanations, 'explanation')}: a mean over so few says little of "
+            f"Few cases, only {_count(explained.explanations, explained.noun)}: a mean over so few says little of "
             "others."
         )
     fve, control = _mean(explained.fve), _mean(explained.fve_shuffled)
@@ -152,7 +166,8 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     position = store.column("position")[explained.rows]
     known = explained.trained_from
     below = explained.early_before
-    if positions_known(store) and (count := _how_many(position < below)):
+    pairs = not explained.asked  # what follows is known of released pairs, not of oracles
+    if pairs and positions_known(store) and (count := _how_many(position < below)):
         kind = "scores" if explained.scored else "texts"
         out.append(
             f"Early positions, {_part(count, rows, 'row')}: "
@@ -163,7 +178,7 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
                 else f"this pair was not trained on positions before {below}, and its {kind} say less there."
             )
         )
-    if count := _how_many(flags & RowFlag.SINK):
+    if pairs and (count := _how_many(flags & RowFlag.SINK)):
         limit = store.sink_norm[layer]
         out.append(
             f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
@@ -182,7 +197,7 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
     if count := status["unclosed"]:
         limit = (explained.written_by or {})["max_new_tokens"]
         out.append(
-            f"Cut off, {_part(count, total, 'explanation')}: not finished within the limit of {limit:,} tokens."
+            f"Cut off, {_part(count, total, explained.noun)}: not finished within the limit of {limit:,} tokens."
         )
     if count := status["untagged"]:
         out.append(
@@ -190,8 +205,9 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
             "is shown."
         )
     if count := status["zero_vector"] + status["nonfinite_vector"]:
+        do = "ask" if explained.asked else "explain"
         out.append(
-            f"Nothing to explain, {_part(count, total, 'explanation')}: a vector that is zero or not finite has no "
+            f"Nothing to {do}, {_part(count, total, explained.noun)}: a vector that is zero or not finite has no "
             "direction, so there is no text and no score."
         )
     return out
@@ -221,7 +237,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("captured", captured.get("started")),
         ],
         "Words": _words(store, explained),
-        "Scores": _scores(explained) if explained.scored else [("scores", "none: no AR has read the words")],
+        "Scores": _scores(explained),
         "Software": [(name, str(number)) for name, number in explained.metadata["versions"].items()]
         + [("python", explained.metadata["python"])],
     }
@@ -233,6 +249,8 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
 
 def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
     metadata, run, known = explained.metadata, explained.written_by, explained.trained_from
+    if explained.asked:
+        return _asked_words(store, explained)
     rows = f"{len(explained.rows):,} of {store.rows:,}"
     reader = metadata.get("ar")
     ar = ("AR (words to vector)", reader and short_name(reader))
@@ -258,6 +276,32 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
     ]
 
 
+def _asked_words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
+    metadata, run = explained.metadata, explained.metadata["run"]
+    rows = len(np.unique(np.concatenate(explained.columns["rows"])))
+    file = run["questions"]
+    if file is None:
+        chosen = _or(run["where"], "all rows") + (
+            f", at most {run['limit']:,} prompts" if run["limit"] else ""
+        )
+    else:
+        chosen = short_name(file)
+    return [
+        ("oracle", _named(metadata["oracle"], metadata["oracle_revision"])),
+        ("its base", metadata.get("oracle_base") and short_name(metadata["oracle_base"])),
+        ("message", metadata["message"]),
+        ("placeholder", repr(metadata["placeholder"])),
+        ("injection", _injection(metadata)),
+        ("rows asked about", f"{rows:,} of {store.rows:,}"),
+        ("selected by", chosen),
+        ("rows per prompt", None if file else f"{run['rows_per_prompt']:,}, at most"),
+        ("answers per prompt", str(run["samples"])),
+        ("sampling", _sampling(run)),
+        ("longest answer", f"{run['max_new_tokens']:,} tokens"),
+        ("asked", metadata["started"]),
+    ]
+
+
 def _sampling(run: Mapping[str, Any]) -> str:
     if not run["temperature"]:
         return "greedy"
@@ -266,6 +310,10 @@ def _sampling(run: Mapping[str, Any]) -> str:
 
 
 def _scores(explained: Explained) -> list[tuple[str, Any]]:
+    if not explained.scored:
+        return [
+            ("scores", f"none: {'no answer was checked' if explained.asked else 'no AR has read the words'}")
+        ]
     return [
         ("FVE", "1 - 2 (1 - cos) / Var"),
         ("Var", _variance(explained)),

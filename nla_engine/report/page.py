@@ -162,6 +162,7 @@ def _assemble(
         "style": _joined(STYLES),
         "brief": _brief(shown, caveats),
         "lead": escape(lead(store, table)),
+        "search": "Search answers and questions" if table.asked else "Search the explanations",
         "figures": "".join(
             f"<div><dt>{escape(f.label)}</dt><dd><b>{escape(f.value)}</b> <span>{escape(f.says)}</span>"
             + (f" <small>{escape(f.control)}</small>" if f.control else "")

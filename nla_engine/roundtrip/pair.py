@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from nla_engine.config import RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
+from nla_engine.config import AskOptions, RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.av_prompt import Wording
 from nla_engine.models.checkpoint import CONFIG, VALUE_HEAD, read_json, weight_paths
-from nla_engine.models.load import pick_device, pick_dtype
+from nla_engine.models.load import LanguageModel, pick_device, pick_dtype
 from nla_engine.models.sidecar import Given
 from nla_engine.models.source import find_source
 from nla_engine.ops.backends import Kernels, shortfall
@@ -90,6 +90,27 @@ def _about(role: str, model: Verbalizer | Reconstructor) -> dict[str, Any]:
     return {f"{role}_{key}": value for key, value in told.items()}
 
 
+def compute_with(
+    options: StageTwoOptions | AskOptions, announce: Callable[[str], None]
+) -> tuple[torch.device, torch.dtype, Kernels]:
+    """What models are run on and with. Announces what is missing. RequestError if it cannot be had."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    if options.precision == "fp8":
+        check_fp8(device)
+    for line in shortfall(device):
+        announce(line)
+    return device, dtype, Kernels(options.kernels, options.precision)
+
+
+def announce_unfused(
+    lm: LanguageModel, kernels: Kernels, device: torch.device, announce: Callable[[str], None]
+) -> None:
+    """Say why the blocks of a model are not fused, if they could be asked to."""
+    if not kernels.plain(device) and (reason := why_unfused(lm.blocks)):
+        announce(f"{lm.name}: {reason}")
+
+
 def load_pair(
     options: StageTwoOptions,
     announce: Callable[[str], None],
@@ -97,14 +118,8 @@ def load_pair(
     reconstructor: Reconstructor | None = None,
 ) -> Pair:
     """The models that the options name, or the given ones, on the device unless they take turns."""
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    if options.precision == "fp8":
-        check_fp8(device)
-    for line in shortfall(device):
-        announce(line)
+    device, dtype, kernels = compute_with(options, announce)
     remote_code = options.trust_remote_code
-    kernels = Kernels(options.kernels, options.precision)
     said, wording = Given(values=options.template_value, whitening=options.whitening), Wording()
     of_av = of_ar = said
     if isinstance(options, WritingOptions):
@@ -166,8 +181,8 @@ def load_pair(
         said = replace(of_ar, layer=layer)
         reconstructor = reconstructor or Reconstructor.load(ar, source=ar_source, given=said, **how)
     for model in (verbalizer, reconstructor):
-        if model is not None and not kernels.plain(device) and (reason := why_unfused(model.lm.blocks)):
-            announce(f"{model.lm.name}: {reason}")
+        if model is not None:
+            announce_unfused(model.lm, kernels, device, announce)
     return Pair(verbalizer, reconstructor, device, turns)
 
 

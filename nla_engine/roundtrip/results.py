@@ -1,4 +1,4 @@
-"""The table that a round trip (or a study) writes: one Parquet file, made from parts that are committed one by one.
+"""The table of a round trip, of ask or of a study: one Parquet file, made from parts that are committed one by one.
 
 During a run, `<out>.parts/` holds run.json (the run's options), numbered Parquet parts, and the writer's lease. Each
 part is written to a temporary name and renamed. The last step joins the parts.
@@ -62,6 +62,19 @@ SCHEMA = pa.schema(
 #: Columns of SCHEMA that need an AR. The table of an AV alone is without them.
 SCORES = ("best", "cos", "mse_nrm", "fve_nrm", "fve_meannorm", "cos_shuffled", "retrieval_rank")
 WITHOUT_SCORES = pa.schema([field for field in SCHEMA if field.name not in SCORES])
+#: The table of answers to questions. rows: all that are in the prompt; row and what follows: of the first one.
+ANSWERS = pa.schema(
+    [
+        SCHEMA.field("row"),
+        pa.field("rows", pa.list_(pa.int64())),
+        *(SCHEMA.field(name) for name in SCHEMA.names[1 : SCHEMA.names.index("sample")]),
+        pa.field("question", pa.string()),
+        SCHEMA.field("sample"),
+        pa.field("answer", pa.string()),
+        SCHEMA.field("status"),
+        SCHEMA.field("n_tokens"),
+    ]
+)
 #: Columns that are computed at the end, from mse_nrm and a number of the whole run.
 _LAST = ("fve_nrm", "fve_meannorm")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_engine.config import WritingOptions
+from nla_engine.config import AskOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, WriterWatch
 
@@ -22,11 +22,16 @@ def select_rows(store: CaptureStore, options: WritingOptions) -> np.ndarray:
     if not len(rows):
         raise nothing_selected(options)
     if options.limit is not None and options.limit < len(rows):
-        rows = rows[np.linspace(0, len(rows) - 1, options.limit).round().astype(np.int64)]
+        rows = rows[spread(len(rows), options.limit)]
     return rows
 
 
-def nothing_selected(options: WritingOptions) -> StoreError:
+def spread(count: int, kept: int) -> np.ndarray:
+    """int64 [kept]: evenly spread numbers below `count`, ascending."""
+    return np.linspace(0, count - 1, kept).round().astype(np.int64)
+
+
+def nothing_selected(options: WritingOptions | AskOptions) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"

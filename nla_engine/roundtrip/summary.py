@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.config import ExplainOptions, ScoringOptions
+from nla_engine.config import AskOptions, ExplainOptions, ScoringOptions
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
 from nla_engine.roundtrip.texts import GIVEN
@@ -68,6 +68,53 @@ class ExplainSummary:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class AskSummary:
+    """The answers of an oracle in numbers; the keys are those of `--json`. rows: those that are in a prompt."""
+
+    out: str
+    layer: int
+    rows: int
+    questions: int
+    prompts: int
+    answers: int
+    status: dict[str, int]
+    status_ok: float
+    n_tokens: float
+    seconds: float
+    answers_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise_answers(options: AskOptions, seconds: float, new_answers: int) -> AskSummary:
+    """The summary of a finished table of answers, from its file. seconds, new_answers: of this run."""
+    rows: set[int] = set()
+    questions: set[str] = set()
+    status: Counter[str] = Counter()
+    tokens = 0
+    for part in batches(options.out, ["rows", "question", "status", "n_tokens"]):
+        rows.update(np.concatenate(part["rows"]).tolist())
+        questions.update(part["question"].tolist())
+        status.update(part["status"].tolist())
+        tokens += int(part["n_tokens"].sum())
+    answers = status.total()
+    return AskSummary(
+        out=str(options.out),
+        layer=int(read_metadata(options.out)["layer"]),
+        rows=len(rows),
+        questions=len(questions),
+        prompts=answers // options.samples,
+        answers=answers,
+        status=dict(status),
+        status_ok=round(status["ok"] / answers, 6),
+        n_tokens=round(tokens / answers, 6),
+        seconds=round(seconds, 3),
+        answers_per_second=round(new_answers / seconds, 2) if seconds else 0.0,
+    )
 
 
 def summarise_texts(options: ExplainOptions, seconds: float = 0.0, new_rows: float = 0.0) -> ExplainSummary:

@@ -244,6 +244,11 @@ def _metadata_of(path: Path, table: pa.Table, store: CaptureStore) -> dict[str, 
         ) from error
     if made_of is None:
         return None
+    if "oracle" in metadata:
+        raise RequestError(
+            f"{path}: is the table of ask, whose answers to questions are no explanations: to score them all the same, "
+            "write row and text into a file of their own"
+        )
     if made_of != store.attributes["store_id"]:
         raise RequestError(
             f"{path}: explains another store than {store.path} (store {made_of}, not {store.attributes['store_id']}): "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -117,15 +118,24 @@ class Written:
         self, reader: Vectors, rows: np.ndarray, places: np.ndarray, first: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
-        device = self.device
         blocks = [places[start : start + READ_AHEAD] for start in range(0, len(places), READ_AHEAD)]
-        with ThreadPoolExecutor(1, "read-ahead", enter_device, (device,)) as pool:
-            ahead = [pool.submit(reader.torch, rows[block], device) for block in blocks[:1]]
-            for number, block in enumerate(blocks):
-                vectors = ahead.pop().result()
-                if number + 1 < len(blocks):
-                    ahead.append(pool.submit(reader.torch, rows[blocks[number + 1]], device))
+        with closing(read_ahead(reader, (rows[block] for block in blocks), self.device)) as read:
+            for block, vectors in zip(blocks, read, strict=True):
                 yield from zip((block + first).tolist(), vectors, strict=True)
+
+
+def read_ahead(
+    reader: Vectors, blocks: Iterable[np.ndarray], device: torch.device
+) -> Generator[torch.Tensor, None, None]:
+    """The vectors of each block of rows, float32 [n, d] on the device; the next block is read meanwhile."""
+    with ThreadPoolExecutor(1, "read-ahead", enter_device, (device,)) as pool:
+        ahead: deque[Future[torch.Tensor]] = deque()
+        for rows in blocks:
+            ahead.append(pool.submit(reader.torch, rows, device))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def without_direction(norm: np.ndarray) -> list[str | None]:

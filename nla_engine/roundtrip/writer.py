@@ -6,7 +6,6 @@ import collections.abc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from nla_engine.ops.sampling import Sampling
 
 #: Finished texts that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
-#: Prompts whose vectors are scaled at once.
+#: Vectors scaled at once, more only if one prompt has more.
 _SCALED_AT_ONCE = 256
 #: Texts are short, so more lanes fit than in capture; a matrix product then costs less per lane.
 _MOST_SLOTS = 1024
@@ -48,11 +47,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Text:
-    """What the model generated: with special tokens, except the one that ended it."""
+    """What the model generated: with special tokens, except the one that ended it.
+
+    cut: the length limit ended it
+    """
 
     id: int
     text: str
     n_tokens: int
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,19 @@ class Limits:
     vectors: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt]) -> Limits:
+    def of(cls, prompts: Iterable[Prompt]) -> Limits:
         """Those of these prompts, at least one."""
-        first, last = min(p.shared for p in prompts), max(p.shared for p in prompts)
+        first: tuple[int, ...] | None = None
+        last: tuple[int, ...] = ()
+        longest = vectors = 0
+        for prompt in prompts:
+            first = prompt.shared if first is None else min(first, prompt.shared)
+            last = max(last, prompt.shared)
+            longest = max(longest, len(prompt.token_ids))
+            vectors = max(vectors, len(prompt.places))
+        assert first is not None, "no prompts"
         alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        shared = first[: min(alike, len(last))]
-        longest = max(len(p.token_ids) for p in prompts)
-        return cls(shared, longest, max(len(p.places) for p in prompts))
+        return cls(first[:alike], longest, vectors)
 
 
 class Writer:
@@ -124,7 +133,8 @@ class Writer:
         """
         lm, kernels, shared = self.lm, self.kernels, limits.shared
         length = limits.longest + max_new_tokens
-        slots = batch_size or default_slots(lm, length, len(shared), _MOST_SLOTS, kernels.precision)
+        held = limits.vectors * lm.d_model * 4  # bytes: a slot keeps its vectors in float32
+        slots = batch_size or default_slots(lm, length, len(shared), _MOST_SLOTS, kernels.precision, held)
         order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:
@@ -152,7 +162,8 @@ class Writer:
             generator.prepare()
             for group in generator.groups(requests()):
                 for ended in order.add(group):
-                    yield Text(ended.request.id, self._decoded(ended), len(ended.generated))
+                    cut = ended.finish is Finish.LENGTH
+                    yield Text(ended.request.id, self._decoded(ended), len(ended.generated), cut)
 
     def _decoded(self, ended: Completion) -> str:
         ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
@@ -160,11 +171,25 @@ class Writer:
 
     def _at_scale(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, torch.Tensor]]:
         """Each with what enters at its places, mapped and scaled, on the model's device, in blocks."""
-        some, maps, d_model = iter(asked), self.maps.to(self.lm.device), self.lm.d_model
+        maps, d_model = self.maps.to(self.lm.device), self.lm.d_model
         prefix = () if maps.prefix is None else (maps.prefix,)
         each_gives = maps.count(d_model)
-        while group := list(islice(some, _SCALED_AT_ONCE)):
+        for group in _groups(asked):
             block = torch.cat([torch.as_tensor(each.vectors) for each in group]).to(self.lm.device)
             scaled = at_scale(maps.before(block, d_model).flatten(0, 1), self.injection)
             parts = scaled.split([len(each.vectors) * each_gives for each in group])
             yield from ((each, torch.cat((*prefix, part))) for each, part in zip(group, parts, strict=True))
+
+
+def _groups(asked: Iterable[Asked]) -> Iterator[list[Asked]]:
+    """Some at a time: as many as have _SCALED_AT_ONCE vectors together, at least one."""
+    group: list[Asked] = []
+    size = 0
+    for each in asked:
+        if group and size + len(each.vectors) > _SCALED_AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(each)
+        size += len(each.vectors)
+    if group:
+        yield group

@@ -16,6 +16,7 @@ $("data").remove();
 const { texts, sequences: S, rows: R, explanations: E } = D;
 const ROWS = R.row.length;
 const SCORED = D.scored;  // else no AR has read the texts: there is no FVE, no colour and no distribution
+const ASKED = D.asked;  // the texts are an oracle's answers to questions
 const SEQUENCES = S.number.length;
 for (const name of ["cos", "cos_shuffled", "rank"]) E[name] = numbers(E[name]);
 R.norm = numbers(R.norm);

@@ -74,7 +74,7 @@ const select = (wanted) => {
     tests.push((row) => fits(sequenceOf[row]));
   }
   if (wanted.status) tests.push((row) => explanationsOf(row).some((e) => E.status[e] === wanted.status));
-  if (text) tests.push((row) => explanationsOf(row).some((e) => text(E.text[e])));
+  if (text) tests.push((row) => explanationsOf(row).some((e) => text(E.text[e]) || (ASKED && text(E.question[e]))));
 
   const match = new Uint8Array(ROWS), list = [], counts = new Array(STEPS.length).fill(0);
   let unscored = 0;

@@ -24,7 +24,7 @@ const refilter = () => {
   notify("");
   show();
   showScale(view, form, (lo, hi) => { form.lo.value = lo; form.hi.value = hi; refilter(); remember(); });
-  const all = counted(ROWS, "explained row"), shown = counted(view.order.length, "sequence");
+  const all = counted(ROWS, ASKED ? "row" : "explained row"), shown = counted(view.order.length, "sequence");
   $("found").textContent = view.active ? `${count(view.rows)} of ${all}, in ${shown}` : `${all} in ${shown}`;
   $("clear").hidden = !view.active && !form.order.value;
   state.drawn = null;

@@ -2,11 +2,11 @@
 
 const STATUS = {
   ok: "",
-  unclosed: "The AV reached its limit of tokens before the text was finished.",
+  unclosed: ASKED ? "The oracle reached its limit of tokens before it ended its answer." : "The AV reached its limit of tokens before the text was finished.",
   given: "",
   untagged: "No opening tag: all that the AV wrote is shown.",
-  zero_vector: "The vector is zero: there is nothing to explain.",
-  nonfinite_vector: "The vector holds NaN or Inf: there is nothing to explain.",
+  zero_vector: ASKED ? "A vector is zero: nothing was asked." : "The vector is zero: there is nothing to explain.",
+  nonfinite_vector: ASKED ? "A vector holds NaN or Inf: nothing was asked." : "The vector holds NaN or Inf: there is nothing to explain.",
 };
 
 const medianOf = (values) => quantile(Float64Array.from(values.filter(Number.isFinite)).sort(), 0.5);
@@ -23,6 +23,12 @@ const scoreTable = (e) => make("table", { class: "scores" },
   make("thead", {}, make("tr", {}, make("td"), make("th", { scope: "col" }, "own row"), make("th", { scope: "col" }, "another row"))),
   make("tbody", {}, scores(e).map(([name, own, other]) =>
     make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "own" }, own), make("td", {}, other)))));
+
+const questionElement = (e) => make("section", { class: "sample" },
+  make("h3", {}, E.question[e]),
+  make("p", { class: "kind" }, [E.about[e], D.samples > 1 && `sample ${E.sample[e] + 1} of ${D.samples}`].filter(Boolean).join(" \u00b7 ")),
+  E.text[e] ? make("p", { class: "explanation" }, E.text[e]) : "",
+  STATUS[E.status[e]] !== "" && make("p", { class: "status" }, make("b", {}, E.status[e]), " ", STATUS[E.status[e]] ?? ""));
 
 const sampleElement = (e, index, of) => make("section", { class: "sample" },
   of > 1 && make("h3", {}, `Sample ${index + 1} of ${of}`, BEST.has(e) ? make("em", {}, " best cos") : ""),
@@ -61,12 +67,12 @@ const showRow = (row, move, inText) => {
       make("small", {}, next === null ? ", the last token" : [", next ", make("span", { class: "mono" }, signs(next))])),
     make("p", { class: "kind" }, describe(row)),
     there || "",
-    ...list.map((e, index) => sampleElement(e, index, list.length)),
+    ...list.map((e, index) => (ASKED ? questionElement(e) : sampleElement(e, index, list.length))),
     strip(row),
     pairs([
       ["norm", Number.isFinite(R.norm[row]) ? `${R.norm[row]}, ${number(relative, 2)} of the median` : "not finite"],
       ["position", `${count(R.position[row])} in sequence ${count(S.number[s])}`],
-      list.every((e) => E.tokens[e] !== null) && ["AV wrote", list.map((e) => counted(E.tokens[e], "token")).join(", ")],
+      list.every((e) => E.tokens[e] !== null) && [ASKED ? "oracle wrote" : "AV wrote", list.map((e) => counted(E.tokens[e], "token")).join(", ")],
     ].filter(Boolean)),
     record.length ? make("details", { class: "record", open: true }, make("summary", {}, "Prompt record"), pairs(record)) : "");
   $("panel").classList.add("open");
@@ -113,6 +119,7 @@ const showStart = (choose) => {
   $("panel").replaceChildren(
     make("h2", { class: "begin" }, "Choose a token"),
     make("p", { class: "hint" }, SCORED ? "A token\u2019s colour says how much of its activation could be rebuilt from the explanation alone. On an orange one even a fluent text is no evidence."
+      : ASKED ? "Each marked token is the first of a prompt, and has the oracle\u2019s answers. Nothing was scored, and even a fluent answer is no evidence."
       : "Each marked token has an explanation. Nothing was scored: no AR has read the explanations, and even a fluent one is no evidence."),
     make("div", { class: "cards" }, cards),
     make("p", { class: "keys" }, make("kbd", {}, "\u2190"), make("kbd", {}, "\u2192"), " tokens ", make("kbd", {}, "\u2191"), make("kbd", {}, "\u2193"), " sequences ", make("kbd", {}, "/"), " search ", make("kbd", {}, "Esc"), " close"));

@@ -38,10 +38,11 @@ const marked = (text) => {
   return at < text.length ? [...out, visible(text.slice(at))] : out;
 };
 const hasMarkup = () => R.class.some((c) => D.classes[c] === "special") || S.gaps.some((gaps) => gaps.some(([, text]) => text.search(MARKUP) >= 0));
+const UNTOLD = ASKED ? "not the first of a prompt" : "not explained";
 
 // Text without explained rows. A long one shows its ends, and its middle on a click.
 const gapElement = ([, text, tokens, generated]) => {
-  const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, not explained` });
+  const element = make("span", { class: "gap", title: `${counted(tokens, "token")}, ${UNTOLD}` });
   if (text.length <= LONG_GAP) {
     element.append(...marked(text));
   } else {
@@ -145,7 +146,7 @@ const showScale = (view, form, choose) => {
   if (!SCORED) {
     $("scale").removeAttribute("aria-label");
     $("scale").replaceChildren(make("p", { class: "name" }, "Not scored"),
-      make("p", {}, make("span", { class: "mark told" }, "marked"), " tokens have an explanation; no AR has read it"));
+      make("p", {}, make("span", { class: "mark told" }, "marked"), ASKED ? " tokens are the first of a prompt to the oracle" : " tokens have an explanation; no AR has read it"));
     return;
   }
   const buttons = view.counts.map((amount, step) => {

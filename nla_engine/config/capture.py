@@ -1,4 +1,4 @@
-"""The options of each stage: one frozen dataclass per stage. The command line is made from them."""
+"""The options of stage 1, capture."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 from nla_engine import fields
 from nla_engine.codec.rows import CODEC_NAMES
 from nla_engine.errors import RequestError
+from nla_engine.fields import check_cuts
 from nla_engine.options import (
     AT_LEAST_0,
     AT_LEAST_1,
     UNICODE,
     Must,
     Options,
-    check_ending,
     check_local,
-    flag,
     json_values,
     one_of,
     option,
@@ -27,23 +26,11 @@ from nla_engine.options import (
     whole_numbers,
 )
 
-#: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
-PRECISIONS = ("full", "fp8")
-#: Where AV and AR live: together on the GPU, or one at a time.
-RESIDENCIES = ("auto", "both", "turns")
 POSITIONS = ("generated", "prompt", "all", "last")
 #: What a prompt file can be.
 PROMPT_FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet", "whole")
 #: What becomes of a document with too many tokens.
 LONG = ("refuse", "cut", "windows")
-
-
-def _precision(models: str) -> Any:
-    return option(
-        f"Matrix products of {models}: full (in --dtype), or fp8 (faster, nearly the same scores: docs/roundtrip.md).",
-        "full",
-        must=one_of(PRECISIONS),
-    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +194,7 @@ class CaptureOptions(Options):
         layers = (self.layer,) if isinstance(self.layer, int) else self.layer
         object.__setattr__(self, "layer", tuple(sorted(set(layers))))
         super().__post_init__()
-        _check_sampling(self)
+        check_cuts(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
@@ -215,169 +202,3 @@ class CaptureOptions(Options):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
-
-
-@dataclass(frozen=True)
-class RoundtripOptions(Options):
-    """Stage 2. See each field's help."""
-
-    store: str = fields.store()
-    av: str = fields.av()
-    ar: str = fields.ar()
-    out: Path = fields.table()
-    layer: int | None = fields.layer("AV")
-    where: str | None = fields.where()
-    limit: int | None = fields.limit()
-    samples: int = fields.samples("Explanations per row; the best by cos is marked.")
-    temperature: float = fields.temperature()
-    top_p: float | None = fields.top_p()
-    top_k: int | None = fields.top_k()
-    min_p: float | None = fields.min_p()
-    seed: int = fields.seed("Seed of the sampling and of the controls.")
-    max_new_tokens: int = fields.explanation_tokens()
-    variance: float | None = fields.store_variance()
-    injection_scale: str | None = fields.injection_scale()
-    injection: str | None = fields.injection()
-    norm_match: bool = fields.norm_match()
-    prompt: str | None = fields.prompt("the AV")
-    system: str | None = fields.system()
-    template_option: dict[str, Any] | None = fields.template_option()
-    prefill: str = fields.prefill()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    av_map: Path | None = fields.vector_map("AV", "before")
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
-    av_base: str | None = fields.base("the AV")
-    ar_base: str | None = fields.base("the AR")
-    batch_size: int | None = fields.batch_size("Explanations generated at once.")
-    follow: bool = fields.follow()
-    residency: str = option(
-        "AV and AR on the GPU: both (at once), turns (one at a time), or auto (both if they fit).",
-        "auto",
-        must=one_of(RESIDENCIES),
-    )
-    precision: str = _precision("AV and AR")
-    dtype: str | None = fields.dtype()
-    device: str | None = fields.device()
-    kernels: str = fields.kernels()
-    resume: bool = fields.resume("round trip")
-    overwrite: bool = fields.replace()
-    trust_remote_code: bool = fields.trust_remote_code()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_table(self)
-        _check_words(self)
-
-
-@dataclass(frozen=True)
-class ExplainOptions(Options):
-    """The first half of stage 2: an AV alone. See each field's help."""
-
-    store: str = fields.store()
-    av: str = fields.av()
-    out: Path = fields.table()
-    layer: int | None = fields.layer("AV")
-    where: str | None = fields.where()
-    limit: int | None = fields.limit()
-    samples: int = fields.samples("Explanations per row.")
-    temperature: float = fields.temperature()
-    top_p: float | None = fields.top_p()
-    top_k: int | None = fields.top_k()
-    min_p: float | None = fields.min_p()
-    seed: int = fields.seed("Seed of the sampling.")
-    max_new_tokens: int = fields.explanation_tokens()
-    injection_scale: str | None = fields.injection_scale()
-    injection: str | None = fields.injection()
-    norm_match: bool = fields.norm_match()
-    prompt: str | None = fields.prompt("the AV")
-    system: str | None = fields.system()
-    template_option: dict[str, Any] | None = fields.template_option()
-    prefill: str = fields.prefill()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    av_map: Path | None = fields.vector_map("AV", "before")
-    whitening: Path | None = fields.whitening()
-    av_base: str | None = fields.base("the AV")
-    batch_size: int | None = fields.batch_size("Explanations generated at once.")
-    follow: bool = fields.follow()
-    precision: str = _precision("the AV")
-    dtype: str | None = fields.dtype()
-    device: str | None = fields.device()
-    kernels: str = fields.kernels()
-    resume: bool = fields.resume("run")
-    overwrite: bool = fields.replace()
-    trust_remote_code: bool = fields.trust_remote_code()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_table(self)
-        _check_words(self)
-
-
-@dataclass(frozen=True)
-class ScoreOptions(Options):
-    """The second half of stage 2: an AR alone, on given texts. See each field's help."""
-
-    store: str = fields.store()
-    ar: str = fields.ar()
-    texts: Path = option(
-        "The texts: .parquet or .jsonl with fields row and text, or the table of explain or roundtrip."
-    )
-    out: Path = fields.table()
-    layer: int | None = fields.layer("AR")
-    seed: int = fields.seed("Seed of the controls.")
-    variance: float | None = fields.store_variance()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
-    ar_base: str | None = fields.base("the AR")
-    precision: str = _precision("the AR")
-    dtype: str | None = fields.dtype()
-    device: str | None = fields.device()
-    kernels: str = fields.kernels()
-    resume: bool = fields.resume("run")
-    overwrite: bool = fields.replace()
-    trust_remote_code: bool = fields.trust_remote_code()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_table(self)
-        check_local(self.texts)
-
-
-#: Options of the commands of stage 2: of those that write texts, of those that score them, of all.
-WritingOptions = ExplainOptions | RoundtripOptions
-ScoringOptions = ScoreOptions | RoundtripOptions
-StageTwoOptions = ExplainOptions | ScoreOptions | RoundtripOptions
-
-
-def _check_table(options: StageTwoOptions) -> None:
-    check_local(options.out)
-    check_ending(options.out, "the table is Parquet", ".parquet")
-    if options.precision == "fp8" and options.kernels == "reference":
-        raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
-
-
-def _check_words(options: WritingOptions) -> None:
-    if options.norm_match and options.injection is None:
-        raise RequestError("--norm-match goes with --injection, such as add@1: give it too, or leave it out")
-    if options.system is not None and options.prompt is None:
-        raise RequestError("--system goes with --prompt: the AV's own prompt has none")
-    if options.follow and options.limit is not None:
-        raise RequestError(
-            "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
-        )
-    if options.samples > 1 and options.temperature == 0:
-        raise RequestError(
-            "--samples above 1 would write one greedy text several times: give a --temperature"
-        )
-    _check_sampling(options)
-
-
-def _check_sampling(options: CaptureOptions | WritingOptions) -> None:
-    cuts = [name for name in ("top_p", "top_k", "min_p") if getattr(options, name) is not None]
-    if cuts and options.temperature == 0:
-        raise RequestError(
-            f"{' and '.join(map(flag, cuts))}: decoding is greedy without a --temperature: give one, or leave "
-            f"{'it' if len(cuts) == 1 else 'them'} out"
-        )

@@ -1,0 +1,23 @@
+"""The options of each command: one frozen dataclass per command. The command line is made from them."""
+
+from nla_engine.config.ask import AskOptions
+from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.roundtrip import (
+    ExplainOptions,
+    RoundtripOptions,
+    ScoreOptions,
+    ScoringOptions,
+    StageTwoOptions,
+    WritingOptions,
+)
+
+__all__ = [
+    "AskOptions",
+    "CaptureOptions",
+    "ExplainOptions",
+    "RoundtripOptions",
+    "ScoreOptions",
+    "ScoringOptions",
+    "StageTwoOptions",
+    "WritingOptions",
+]
