@@ -50,8 +50,7 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
             source=source,
             remote_code=options.trust_remote_code,
         )
-        for layer in options.layer:
-            lm.check_layer(layer)
+        chosen_layers(options, lm)
     except BaseException:
         if ahead:
             ahead.stop()
@@ -62,6 +61,15 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     if ahead:  # the model differs from what its configuration said
         ahead.stop()
     return lm, _read(options, lm.tokenizer, limits, clock)
+
+
+def chosen_layers(options: CaptureOptions, lm: LanguageModel) -> tuple[int, ...]:
+    """The blocks that --layer names, ascending. RequestError if the model lacks one."""
+    if isinstance(options.layer, str):
+        return tuple(range(len(lm.blocks)))
+    for layer in options.layer:
+        lm.check_layer(layer)
+    return options.layer
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:

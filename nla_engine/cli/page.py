@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.output import show
+from nla_engine.config import CaptureOptions
 from nla_engine.store import CaptureStore
 
 #: Keys of the provenance in the order in which they are printed; keys in no list come last.
@@ -45,6 +46,10 @@ _GIVEN = (
     "per_document",
     "min_position",
     "skip_special",
+    "tokens",
+    "every",
+    "skip_first",
+    "skip_sinks",
 )
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
 
@@ -90,7 +95,11 @@ def show_page(store: CaptureStore, console: Console) -> None:
     }
     run = {name: made[name] for name in _RUN if name in made}
     run |= {name: chosen[name] for name in _CHOSEN if name in chosen}
-    run |= {name: chosen[name] for name in _GIVEN if chosen.get(name) not in (None, 0, False, "refuse")}
+    run |= {
+        name: chosen[name]
+        for name in _GIVEN
+        if name in chosen and chosen[name] != getattr(CaptureOptions, name)
+    }
     run |= {"last commit" if not store.complete else "ended": commit.time, "writers so far": commit.epoch}
     storage = {
         "codec": codec.name,

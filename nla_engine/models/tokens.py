@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from nla_engine.errors import CheckpointError
+from nla_engine.options import regular_expression
 
 _BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 #: About how many tokens are compared with what the tokenizer decodes them to.
@@ -46,6 +47,15 @@ def special_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     special = np.zeros(vocab_size, bool)
     special[[id_ for id_ in ids if id_ < vocab_size]] = True
     return special
+
+
+def matching_tokens(texts: Sequence[bytes], pattern: str) -> np.ndarray:
+    """bool [vocab_size]: whether a regular expression is found anywhere in a token's text, as --where has it.
+
+    texts: of each token, as `token_bytes` gives them; a part of a character is U+FFFD
+    """
+    search = regular_expression(pattern).search
+    return np.array([search(text.decode(errors="replace")) is not None for text in texts], bool)
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:
