@@ -164,7 +164,7 @@ def _tokens(options: CaptureOptions, lm: LanguageModel, vocabulary: Sequence[byt
     if options.skip_special:
         ordinary = ~special_tokens(lm.tokenizer, lm.vocab_size)
         allowed = ordinary if allowed is None else allowed & ordinary
-        if not allowed.any():
+        if options.tokens is not None and not allowed.any():
             raise RequestError(
                 f"--tokens {options.tokens!r} matches special tokens alone: leave --skip-special out"
             )

@@ -101,8 +101,12 @@ CHOICES = [
 def test_chosen_rows_are_those_of_a_whole_run(
     positions: str, codec: str, lm: LanguageModel, prompts: Path, tmp_path: Path
 ) -> None:
-    given = {"positions": positions, "codec": codec}
-    run_capture(options(prompts, tmp_path / "all.zarr", **given), lm=lm)
+    given: dict[str, object] = {"positions": positions, "codec": codec}
+    if positions == "generated":
+        given |= {"chat": True, "system": "Say."}
+    said: list[str] = []
+    run_capture(options(prompts, tmp_path / "all.zarr", **given), lm=lm, announce=said.append)
+    assert ("prompt tokens shared" in said[-1]) == (positions == "generated")
     whole = CaptureStore.open(tmp_path / "all.zarr")
     partly = 0
     for number, choice in enumerate(CHOICES):
