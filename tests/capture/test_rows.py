@@ -88,9 +88,9 @@ def same_rows(some: CaptureStore, whole: CaptureStore, rows: np.ndarray) -> None
 
 CHOICES = [
     {"tokens": "[0-9]"},
-    {"every": 5},
-    {"skip_sinks": True, "skip_first": True},
-    {"tokens": "[a-z0-9]", "every": 3, "min_position": 3, "skip_special": True, "skip_sinks": True},
+    {"every": 5, "skip_first": True},
+    {"skip_sinks": True},
+    {"tokens": "[a-z0-9]", "every": 3, "min_position": 4, "skip_special": True, "skip_sinks": True},
 ]
 
 
