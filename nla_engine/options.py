@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import RequestError
+
+#: Every block of the model, whatever their number.
+ALL = "all"
+#: No model has as many blocks: a longer range is a slip.
+MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,47 @@ def check_ending(path: Path, what: str, *endings: str) -> None:
         raise RequestError(f"{path}: {ending}, and {what}: give a name that ends in {' or '.join(endings)}")
 
 
-def whole_numbers(name: str, given: list[str]) -> tuple[int, ...]:
-    """Numbers, given one by one or joined by commas."""
+def block_numbers(name: str, given: Any) -> tuple[int, ...] | str:
+    """Numbers and ranges, such as "5-20", ascending, each once; ALL if that is among them.
+
+    given: a number, a text in which commas join several, or any number of either
+    """
+    entries = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    words = [word.strip() for entry in entries for word in str(entry).split(",")]
+    numbers: set[int] = set()
+    for word in words or [""]:
+        if word == ALL:
+            continue
+        fault = f"{flag(name)} is {','.join(words)!r}: "
+        if not (found := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", word)):
+            raise RequestError(
+                fault + "it must be block numbers from 0 on, ranges such as 5-20, or all, joined by commas"
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise RequestError(fault + f"{word} ends before it begins")
+        if last - first >= MOST_BLOCKS:
+            raise RequestError(fault + f"no model has as many blocks as {word}")
+        numbers.update(range(first, last + 1))
+    return ALL if ALL in words else tuple(sorted(numbers))
+
+
+def regular_expression(pattern: str) -> re.Pattern[str]:
+    """The pattern compiled. ValueError, with the reason, if it is no regular expression of Python's."""
     try:
-        return tuple(int(number) for words in given for number in words.split(","))
-    except ValueError:
-        raise RequestError(
-            f"{flag(name)} is {','.join(given)!r}: it must be numbers, joined by commas"
-        ) from None
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def check_pattern(name: str, pattern: str | None) -> None:
+    """RequestError if it is empty or no regular expression."""
+    try:
+        reason = "" if pattern is None or regular_expression(pattern).pattern else ": this is empty"
+    except ValueError as error:
+        reason = f": {error}"
+    if reason:
+        raise RequestError(f"{flag(name)} is {pattern!r}: it must be a regular expression{reason}")
 
 
 def paths(name: str, given: list[str]) -> tuple[Path, ...]:

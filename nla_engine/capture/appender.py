@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.tap import RowRange
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.models.prompt_set import Prompt
@@ -19,19 +17,10 @@ _TOGETHER = 64
 
 
 class Appender:
-    """Appends the sequences of a run to a store, in the given order, and counts them.
+    """Appends the sequences of a run to a store, in the given order, and counts them. prompts: by request id."""
 
-    prompts: by request id; keep: the rows of a sequence that the tap kept; choice: which of them to store, None for all
-    """
-
-    def __init__(
-        self,
-        writer: StoreWriter,
-        prompts: Sequence[Prompt],
-        keep: RowRange,
-        choice: RowChoice | None = None,
-    ) -> None:
-        self._writer, self._prompts, self._keep, self._choice = writer, prompts, keep, choice
+    def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt]) -> None:
+        self._writer, self._prompts = writer, prompts
         self.sequences = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
@@ -56,39 +45,22 @@ class Appender:
         try:
             for completion in ended:
                 prompt = self._prompts[completion.request.id]
-                sequences.append(
-                    sequence_rows(prompt, completion, self._keep, self._writer.sink_norm, self._choice)
-                )
+                sequences.append(sequence_rows(prompt, completion, self._writer.sink_norm))
         finally:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
 
 
-def sequence_rows(
-    prompt: Prompt,
-    completion: Completion,
-    keep: RowRange,
-    sink_norm: Mapping[int, float],
-    choice: RowChoice | None = None,
-) -> SequenceRows:
-    """The store's record of a finished sequence. EngineError if a layer lacks rows.
-
-    choice: which of the rows that were kept to store; None: all
-    """
+def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[int, float]) -> SequenceRows:
+    """The store's record of a finished sequence. EngineError if a layer lacks rows."""
     given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
     with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
     tokens, prompt_size = with_end[:-1], len(given)
-    first, end = keep.first(prompt_size), keep.end(prompt_size, len(tokens))
-    position = np.arange(first, end, dtype=np.int32)
-    layers = completion.rows
+    position, layers = completion.positions.astype(np.int32), completion.rows
     for layer, rows in layers.items():
         if len(rows.norm) != len(position):
             raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
-    if choice is not None and not choice.takes_all:
-        chosen = choice.positions(completion.request.id, tokens)
-        position = chosen.astype(np.int32)
-        layers = {layer: rows.take(chosen - first) for layer, rows in layers.items()}
     sink = np.zeros(len(position), bool)
     nonfinite = np.zeros(len(position), bool)
     for layer, rows in layers.items():

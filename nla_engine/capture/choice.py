@@ -1,8 +1,7 @@
-"""Which of the rows that the tap keeps are stored: those of each document that a draw, a first position and the kind
-of token leave.
+"""Which of the rows in the tap's range are stored: those of each document that tokens, positions and a draw leave.
 
-Chosen on the host when a sequence has ended. A choice depends on the document and the options alone, never on batches,
-order or an interruption.
+Chosen on the host once a sequence has ended, before any row leaves the device. A choice depends on the document and the
+options alone, never on batches, order or an interruption. Does not know the rows themselves: the tap leaves out sinks.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import numpy as np
 
 from nla_engine.capture.tap import RowRange
 from nla_engine.config import CaptureOptions
+from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
-from nla_engine.models.tokens import special_tokens
+from nla_engine.models.tokens import matching_tokens, special_tokens
 
 #: Sets these random numbers apart from others of the same seed.
 _DRAW = 0x6472_6177 << 64
@@ -24,7 +24,8 @@ _DRAW = 0x6472_6177 << 64
 class RowChoice:
     """Chooses rows of the sequences of a run.
 
-    keep: the rows that the tap keeps; special: bool [V], tokens whose rows are left out; None: no token
+    keep: the range of the tap; every: of its positions, those that this number divides
+    tokens: bool [V], tokens whose rows may be stored; None: all
     """
 
     def __init__(
@@ -34,37 +35,46 @@ class RowChoice:
         *,
         per_document: int | None = None,
         min_position: int = 0,
-        special: np.ndarray | None = None,
+        every: int = 1,
+        tokens: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
-        self.keep, self.special = keep, special
+        self.keep, self.every, self.tokens = keep, every, tokens
         self._prompts, self._per_document, self._min_position = prompts, per_document, min_position
         self._seed = seed
         self._held: tuple[int, list[np.ndarray]] = (-1, [])
 
     @classmethod
-    def of(cls, options: CaptureOptions, lm: LanguageModel, prompts: PromptSet) -> RowChoice:
-        """The choice that the options ask for."""
+    def of(
+        cls, options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, vocabulary: Sequence[bytes]
+    ) -> RowChoice:
+        """The choice that the options ask for. RequestError if no token is left.
+
+        vocabulary: the bytes of every token
+        """
         return cls(
             prompts,
             RowRange.parse(str(options.positions)),
             per_document=options.per_document,
-            min_position=options.min_position,
-            special=special_tokens(lm.tokenizer, lm.vocab_size) if options.skip_special else None,
+            min_position=max(options.min_position, int(options.skip_first)),
+            every=options.every,
+            tokens=_tokens(options, lm, vocabulary),
             seed=options.seed,
         )
 
     @property
     def takes_all(self) -> bool:
         """Whether every row that the tap keeps is stored."""
-        return self._per_document is None and not self._min_position and self.special is None
+        whole = self._per_document is None and not self._min_position and self.every == 1
+        return whole and self.tokens is None
 
-    def positions(self, number: int, tokens: np.ndarray) -> np.ndarray:
+    def positions(self, number: int, generated: np.ndarray) -> np.ndarray:
         """The positions to store, int64 [n], ascending.
 
-        number: of the prompt; tokens: int [t], all of its sequence
+        number: of the prompt; generated: int [t], what follows it in its sequence
         """
-        size, document = len(self._prompts.token_ids(number)), self._prompts.document(number)
+        given, document = self._prompts.token_ids(number), self._prompts.document(number)
+        tokens, size = np.concatenate([given, generated]), len(given)
         if self._per_document is None:
             return self._eligible(tokens, size)
         windows = self._prompts.of_document(document)
@@ -78,9 +88,14 @@ class RowChoice:
 
     def _eligible(self, tokens: np.ndarray, prompt_size: int) -> np.ndarray:
         """Positions that may be stored, int64 [n], ascending."""
-        first = max(self.keep.first(prompt_size), self._min_position)
+        first = self.keep.first(prompt_size)
         position = np.arange(first, self.keep.end(prompt_size, len(tokens)))
-        return position if self.special is None else position[~self.special[tokens[position]]]
+        return position[self.allows(position, tokens[position])]
+
+    def allows(self, position: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """bool [n]: which of these positions, int [n], may be stored; tokens: int [n], those read there."""
+        allowed = (position >= self._min_position) & (position % self.every == 0)
+        return allowed if self.tokens is None else allowed & self.tokens[tokens]
 
     def _drawn(
         self, document: int, texts: Sequence[np.ndarray], eligible: Sequence[np.ndarray]
@@ -100,13 +115,13 @@ class RowChoice:
         border = np.searchsorted(place, [start, end])
         return [place[a:b] - begin for a, b, begin in zip(*border, start, strict=True)]
 
-    def most_rows(self, first: int, new: int, special_share: float = 0.0) -> int:
-        """Rows of the prompts from number `first` on, each continued by `new` tokens.
+    def most_rows(self, first: int, new: int, share: float = 1.0) -> int:
+        """Rows of the prompts from number `first` on, each continued by `new` tokens, sinks among them.
 
-        special_share: part of the new tokens that are special. If 0, an upper bound; exact if nothing is generated
+        share: part of the new tokens that `tokens` allows. If 1, an upper bound; exact if nothing is generated
         """
         given, generated = self._counts(first, new)
-        rows = given + generated * (1 - special_share if self.special is not None else 1.0)
+        rows = given + generated * share
         if self._per_document is not None and len(rows):
             owner = self._prompts.owners()[first:]
             rows = np.minimum(np.bincount(owner - owner[0], rows), self._per_document)
@@ -120,15 +135,37 @@ class RowChoice:
         begin = np.maximum(begin, self._min_position)
         end = np.array([self.keep.end(int(size), int(size) + new) for size in known], np.int64)[which]
         stop = np.minimum(end, sizes)
-        given = np.maximum(stop - begin, 0)
-        generated = np.maximum(end - np.maximum(begin, sizes), 0)
-        if self.special is not None:
+        given = self._multiples(begin, stop)
+        generated = self._multiples(np.maximum(begin, sizes), end)
+        if self.tokens is not None:
             done = 0
             for ids, size in self._prompts.blocks(first):
                 here = slice(done, done + len(size))
                 owner = np.repeat(np.arange(len(size)), size)
                 position = np.arange(len(ids)) - (np.cumsum(size) - size)[owner]
                 inside = (position >= begin[here][owner]) & (position < stop[here][owner])
-                given[here] -= np.bincount(owner[inside & self.special[ids]], minlength=len(size))
+                inside &= self.allows(position, ids)
+                given[here] = np.bincount(owner[inside], minlength=len(size))
                 done += len(size)
         return given, generated
+
+    def _multiples(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """How many positions of [begin, end) `every` divides, int64 [n]."""
+        return np.maximum(-(-end // self.every) + (-begin // self.every), 0)
+
+
+def _tokens(options: CaptureOptions, lm: LanguageModel, vocabulary: Sequence[bytes]) -> np.ndarray | None:
+    """bool [V]: the tokens that --tokens and --skip-special leave; None if neither is given."""
+    allowed = None
+    if options.tokens is not None:
+        allowed = matching_tokens(vocabulary, options.tokens)
+        if not allowed.any():
+            raise RequestError(f"--tokens {options.tokens!r} matches no token of {lm.name}")
+    if options.skip_special:
+        ordinary = ~special_tokens(lm.tokenizer, lm.vocab_size)
+        allowed = ordinary if allowed is None else allowed & ordinary
+        if options.tokens is not None and not allowed.any():
+            raise RequestError(
+                f"--tokens {options.tokens!r} matches special tokens alone: leave --skip-special out"
+            )
+    return allowed

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import first_prompt, load_inputs
+from nla_engine.capture.load import chosen_layers, first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
 from nla_engine.capture.run import CaptureJob, check_out
 from nla_engine.config import CaptureOptions
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.tokens import token_bytes
-from nla_engine.store import CaptureStore, Finish
+from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
@@ -33,7 +33,7 @@ SAMPLE = (64, 32)
 class CaptureEstimate:
     """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: assumes that replies end early as often, and as early, as in the sample
+    rows_expected: assumes that replies end early as often, and as early, as in the sample, with as many sinks
     seconds_expected: sample_seconds scaled to all tokens, prompts and expected replies; without set-up
     load_seconds: to load the model and read its prompts
     """
@@ -71,12 +71,12 @@ def estimate_capture(
     for message in prompts.messages():
         announce(message)
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
-    choice = RowChoice.of(options, lm, prompts)
+    choice = RowChoice.of(options, lm, prompts, token_bytes(lm.tokenizer, lm.vocab_size))
     plan = plan_capture(options, lm, prompts, choice, done)
     announce(first_prompt(prompts, token_bytes(lm.tokenizer, lm.vocab_size)))
     announce(str(plan))
     sizes = prompts.sizes[done:]
-    replies, special_share = float(options.max_new_tokens), 0.0
+    replies, allowed, sinks = float(options.max_new_tokens), 1.0, 0.0
     count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
     read = generated = 0
     seconds = 0.0
@@ -93,12 +93,18 @@ def estimate_capture(
                 per_document=None,
                 min_position=0,
                 skip_special=False,
+                tokens=None,
+                every=1,
+                skip_first=False,
+                skip_sinks=False,
             )
             sample = prompts.part(done, done + count)
             summary = CaptureJob(short, lm, sample, lambda text: None, lambda done, total: None).run()
             made = CaptureStore.open(short.out)
             replies = _reply_tokens(made, options.max_new_tokens)
-            special_share = _special_share(made, choice.special)
+            allowed = _allowed_share(made, choice.tokens)
+            if options.skip_sinks:
+                sinks = _sink_share(made, choice)
         read = int(sizes[:count].sum())
         generated, seconds = summary.tokens_generated, summary.seconds
     measured = read + generated
@@ -107,9 +113,9 @@ def estimate_capture(
         already_done=done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=choice.most_rows(done, round(replies), special_share),
+        rows_expected=round(choice.most_rows(done, round(replies), allowed) * (1 - sinks)),
         codec=options.codec,
-        layers=list(options.layer),
+        layers=list(chosen_layers(options, lm)),
         skipped=len(prompts.skipped),
         seconds_expected=round(seconds * (int(sizes.sum()) + replies * len(sizes)) / measured, 3)
         if measured
@@ -130,10 +136,17 @@ def _reply_tokens(sample: CaptureStore, most: int) -> float:
     return sum(sizes) / len(sizes)
 
 
-def _special_share(sample: CaptureStore, special: np.ndarray | None) -> float:
-    """Which part of the generated tokens is special. special: bool [V]."""
-    if special is None:
-        return 0.0
+def _allowed_share(sample: CaptureStore, tokens: np.ndarray | None) -> float:
+    """Which part of the generated tokens `tokens` allows, bool [V]; None: all."""
+    if tokens is None:
+        return 1.0
     replies = [sequence.tokens[sequence.prompt_size :] for sequence in sample.iter_sequences()]
     generated = np.concatenate(replies)
-    return float(special[generated].mean()) if len(generated) else 0.0
+    return float(tokens[generated].mean()) if len(generated) else 1.0
+
+
+def _sink_share(sample: CaptureStore, choice: RowChoice) -> float:
+    """Which part of the rows that the choice allows are finite sinks."""
+    flags = sample.column("flags")[choice.allows(sample.column("position"), sample.column("token_id"))]
+    sinks = flags & (RowFlag.SINK | RowFlag.NONFINITE) == RowFlag.SINK
+    return float(sinks.mean()) if len(sinks) else 0.0

@@ -56,8 +56,7 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
             source=source,
             remote_code=options.trust_remote_code,
         )
-    for layer in options.layer:
-        lm.check_layer(layer)
+    chosen_layers(options, lm)
     loaded = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
     if prompts is None or limits != loaded:
         prompts = _read(options, sources, lm.tokenizer, loaded, clock)
@@ -69,6 +68,15 @@ def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:
     ids = prompts.token_ids(0)
     text = b"".join(vocabulary[id_] for id_ in ids).decode(errors="replace")
     return f"the first prompt, {len(ids):,} tokens:\n{textwrap.indent(excerpt(text), '    ', lambda _: True)}"
+
+
+def chosen_layers(options: CaptureOptions, lm: LanguageModel) -> tuple[int, ...]:
+    """The blocks that --layer names, ascending. RequestError if the model lacks one."""
+    if isinstance(options.layer, str):
+        return tuple(range(len(lm.blocks)))
+    for layer in options.layer:
+        lm.check_layer(layer)
+    return options.layer
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nla_engine.capture.choice import RowChoice
+from nla_engine.capture.load import chosen_layers
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.slots import default_slots
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
+from nla_engine.options import flag
 
 #: Fewer shared prompt tokens are not worth a prefix.
 SHORTEST_PREFIX = 8
@@ -59,11 +61,8 @@ def plan_capture(
         slots = min(slots, READING_SLOTS)
     rows = choice.most_rows(done, new)
     if not rows and not done:
-        raise RequestError(
-            "no row would be left of any prompt: lower --min-position, leave --skip-special out, or choose other "
-            "--positions"
-        )
-    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(options.layer)
+        raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
+    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_layers(options, lm))
     return CapturePlan(
         sequences=len(prompts),
         already_done=done,
@@ -74,3 +73,13 @@ def plan_capture(
         length=longest,
         prefix=prefix,
     )
+
+
+def _narrowing(options: CaptureOptions) -> str:
+    """The options that leave rows out, as the command line has them."""
+    given = [
+        name
+        for name in ("min_position", "skip_special", "tokens", "every", "skip_first")
+        if getattr(options, name) != getattr(CaptureOptions, name)
+    ]
+    return " or ".join(map(flag, ["positions", *given]))

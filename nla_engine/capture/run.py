@@ -18,7 +18,7 @@ import torch
 from nla_engine.capture.appender import Appender
 from nla_engine.capture.calibrate import CALIBRATION, LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import CLOCK, first_prompt, load_inputs, prompts_rendering
+from nla_engine.capture.load import CLOCK, chosen_layers, first_prompt, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
@@ -59,6 +59,10 @@ _ADDED: dict[str, Any] = {
     "per_document": None,
     "min_position": 0,
     "skip_special": False,
+    "tokens": None,
+    "every": 1,
+    "skip_first": False,
+    "skip_sinks": False,
 }
 
 #: progress(sequences done, sequences in all)
@@ -136,9 +140,10 @@ class CaptureJob:
         self.announce, self.progress = announce, progress
         self.kernels = Kernels(options.kernels)
         self.keep = RowRange.parse(str(options.positions))
-        self.choice = RowChoice.of(options, lm, prompts)
+        self.layers = chosen_layers(options, lm)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.stop = self._stop() if options.max_new_tokens else None
+        self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
         self.described = lm.describe()
 
     def run(self) -> CaptureSummary:
@@ -177,14 +182,14 @@ class CaptureJob:
         given = self.options.to_dict()
         same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
         same |= {key: given[key] for key, usual in _ADDED.items() if given[key] != usual}
-        same["layer"] = list(self.options.layer)
+        same["layer"] = list(self.layers)
         same["prompts"] = self.prompts.fingerprint()
         return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
 
     def _calibrate(self, codec: Codec) -> dict[int, LayerCalibration]:
         try:
             distinct = self.prompts[: CALIBRATION[0] * self.options.replies : self.options.replies]
-            return calibrate(self.lm, distinct, self.options.layer, codec, self.kernels)
+            return calibrate(self.lm, distinct, self.layers, codec, self.kernels)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
@@ -194,7 +199,7 @@ class CaptureJob:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
             self.options.out,
-            layers=list(self.options.layer),
+            layers=list(self.layers),
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
@@ -216,7 +221,7 @@ class CaptureJob:
             "chat_template": prompts_rendering(options, self.lm),
             **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
             "sampling": str(sampling_of(options)),
-            "options": options.to_dict(),
+            "options": options.to_dict() | {"layer": list(self.layers)},
             "skipped_prompts": len(prompts.skipped),
         }
 
@@ -240,16 +245,18 @@ class CaptureJob:
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
         tap = RowTap(
-            options.layer,
+            self.layers,
             codec,
             self.keep,
             rows_per_slot=max(self.keep.count(plan.length - new, plan.length), 1),
             sink_norm=sink_norm,
             device=lm.device,
+            choose=None if self.choice.takes_all else self.choice.positions,
+            skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
         )
         runner = Runner(
-            lm if new else lm.truncated(max(options.layer)),
+            lm if new else lm.truncated(max(self.layers)),
             slots=plan.slots,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
@@ -274,7 +281,7 @@ class CaptureJob:
     def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
         """Generate and write the remaining sequences. generator: None if none remain. Set-up is not timed."""
         done, rows_before = writer.sequences, writer.rows
-        appender = Appender(writer, self.prompts, self.keep, self.choice)
+        appender = Appender(writer, self.prompts)
         started = time.perf_counter()
         if generator is not None:
             order = InOrder(int(self.options.host_memory * 2**30))
@@ -304,7 +311,7 @@ class CaptureJob:
         flags = store.column("flags")
         return CaptureSummary(
             store=str(self.options.out),
-            layers=list(self.options.layer),
+            layers=list(self.layers),
             codec=self.options.codec,
             codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
             sequences=writer.sequences,

@@ -1,12 +1,12 @@
 """The tap: rows of the residual stream, encoded on the device the moment a block has computed them.
 
 A row's place in the staging buffers is computed from (slot, position), like a key's place in the slot cache, so a row
-cannot land elsewhere; `collect` refuses a sequence with an unwritten row.
+cannot land elsewhere; `collect` refuses a sequence with an unwritten row. Rows that are not chosen stay on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,9 @@ from nla_engine.store import LayerRows
 _PINNED_BYTES = 1 << 28
 #: The norm of an unwritten row.
 _UNWRITTEN = -1.0
+
+#: Takes a request's id and what it generated, int32 [n]; returns the positions to collect, int64 [k], ascending.
+Choose = Callable[[int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class RowRange:
 
 
 class RowTap:
-    """Encodes the kept rows of `layers` into staging buffers of `rows_per_slot` rows per slot and layer.
+    """Encodes the rows of `layers` in the range `rows` into staging buffers of `rows_per_slot` rows per slot and layer.
 
-    sink_norm: by layer; rows with a larger norm are kept exactly as well
+    sink_norm: by layer; rows with a larger norm are sinks, and kept exactly as well
+    choose: which rows of the range to collect once a sequence has ended; None: all
+    skip_sinks: of these, leave out the sinks of any layer, but not rows that are not finite
     reference: use plain torch only
     Implements `engine.tap.Tap`, which the generator calls.
     """
@@ -80,10 +85,13 @@ class RowTap:
         rows_per_slot: int,
         sink_norm: Mapping[int, float],
         device: torch.device,
+        choose: Choose | None = None,
+        skip_sinks: bool = False,
         reference: bool = False,
     ) -> None:
         self.layers = tuple(layers)
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
+        self.choose, self.skip_sinks = choose, skip_sinks
         self.rows_per_slot = rows_per_slot
         self._device = device
         self._row_places = row_places_reference if reference else row_places
@@ -182,33 +190,69 @@ class RowTap:
                 self._exact[layer][int(slot)] = (index, rows)
 
     def _count(self, slot: int, size: int) -> int:
-        """Rows kept of the sequence in a slot, once it has `size` tokens."""
+        """Rows in the range of the sequence in a slot, once it has `size` tokens."""
         return self.rows.count(int(self._prompt_size[slot]), size)
 
-    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, LayerRows]]:
-        """The rows of ended sequences, by layer. EngineError if one was never written."""
-        slots = [kept.slot for kept in ended]
-        counts = [self._count(kept.slot, kept.size) for kept in ended]
-        places = [np.arange(n) + s * self.rows_per_slot for s, n in zip(slots, counts, strict=True)]
-        at = to_device(np.concatenate(places), self._first.device)
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        collected: list[dict[int, LayerRows]] = [{} for _ in slots]
-        for layer, stage in self.stages.items():
-            codes, scales, norm = (to_host(a[at]) for a in (stage.codes, stage.scales, stage.norm))
-            codes = codes.view(self.codec.code_dtype)
+    def collect(
+        self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
+    ) -> list[tuple[np.ndarray, dict[int, LayerRows]]]:
+        """Of each ended sequence the positions chosen, and their rows by layer. EngineError if one was never written.
+
+        Only these rows leave the device. Sinks are known by the norms, which come first.
+        """
+        slots = np.array([kept.slot for kept in ended])
+        chosen = [self._chosen(kept, *reply) for kept, reply in zip(ended, replies, strict=True)]
+        first = np.array([self.rows.first(int(self._prompt_size[slot])) for slot in slots])
+        owner = np.repeat(np.arange(len(ended)), [len(positions) for positions in chosen])
+        position = np.concatenate(chosen)
+        at = self._on_device(slots, position - first[owner], owner)
+        norms = {layer: to_host(stage.norm[at]) for layer, stage in self.stages.items()}
+        for layer, norm in norms.items():
             if missing := int((norm == _UNWRITTEN).sum()):
                 raise EngineError(f"layer {layer}: {missing} rows of sequences that ended were never written")
+        if self.skip_sinks:
+            stays = ~self._sinks(norms)
+            owner, position = owner[stays], position[stays]
+            norms = {layer: norm[stays] for layer, norm in norms.items()}
+            at = self._on_device(slots, position - first[owner], owner)
+        borders = np.searchsorted(owner, [np.arange(len(ended)), np.arange(1, len(ended) + 1)])
+        parts = [slice(int(start), int(end)) for start, end in borders.T]
+        collected: list[tuple[np.ndarray, dict[int, LayerRows]]] = [(position[part], {}) for part in parts]
+        for layer, stage in self.stages.items():
+            norm = norms[layer]
+            codes, scales = to_host(stage.codes[at]), to_host(stage.scales[at])
+            codes = codes.view(self.codec.code_dtype)
             exact = np.zeros(0, np.int64)
             if self.codec.name != "bf16":
                 exact = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
-            borders = np.searchsorted(exact, [starts, ends])
-            for i, slot in enumerate(slots):
-                mine = slice(starts[i], ends[i])
-                index = exact[slice(*borders[:, i])] - starts[i]
-                bits = self._exact_bits(layer, slot, index)
-                collected[i][layer] = LayerRows(codes[mine], scales[mine], norm[mine], index, bits)
+            for i, part in enumerate(parts):
+                mine = exact[slice(*np.searchsorted(exact, [part.start, part.stop]))]
+                bits = self._exact_bits(layer, int(slots[i]), position[mine] - first[i])
+                collected[i][1][layer] = LayerRows(
+                    codes[part], scales[part], norm[part], mine - part.start, bits
+                )
         return collected
+
+    def _chosen(self, kept: KeptRows, id_: int, generated: np.ndarray) -> np.ndarray:
+        """The positions to collect of an ended sequence, int64 [k]. EngineError if one lies outside the range."""
+        prompt_size = int(self._prompt_size[kept.slot])
+        first, end = self.rows.first(prompt_size), self.rows.end(prompt_size, kept.size)
+        if self.choose is None:
+            return np.arange(first, end)
+        positions = self.choose(id_, generated)
+        if len(positions) and not first <= positions[0] <= positions[-1] < end:
+            raise EngineError(f"request {id_}: a row was chosen outside of positions {first} to {end - 1}")
+        return positions
+
+    def _on_device(self, slots: np.ndarray, index: np.ndarray, owner: np.ndarray) -> torch.Tensor:
+        """Places in the staging buffers, int64 [n], on the device. index: of each row in its slot."""
+        return to_device(slots[owner] * self.rows_per_slot + index, self._first.device)
+
+    def _sinks(self, norms: Mapping[int, np.ndarray]) -> np.ndarray:
+        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [n], by layer."""
+        sinks = np.logical_or.reduce([norm > self.sink_norm[layer] for layer, norm in norms.items()])
+        finite: np.ndarray = np.logical_and.reduce([np.isfinite(norm) for norm in norms.values()])
+        return sinks & finite
 
     def _exact_bits(self, layer: int, slot: int, wanted: np.ndarray) -> np.ndarray:
         """bfloat16 bits, uint16 [m, d], of the rows `wanted` [m] of a slot. EngineError if one was not fetched."""

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.output import show
+from nla_engine.config import CaptureOptions
 from nla_engine.errors import StoreError
 from nla_engine.models.tokens import excerpt
 from nla_engine.store import CaptureStore, Finish, RowFlag
@@ -44,7 +45,7 @@ _RUN = (
     "sidecar",
 )
 _CHOSEN = ("temperature", "seed", "max_new_tokens", "positions", "prompts", "kernels")
-#: Options that are printed where they were given, and what they are where they were not, if that is no empty value.
+#: Options that are printed where they were given.
 _GIVEN = (
     "top_p",
     "top_k",
@@ -61,8 +62,11 @@ _GIVEN = (
     "per_document",
     "min_position",
     "skip_special",
+    "tokens",
+    "every",
+    "skip_first",
+    "skip_sinks",
 )
-_USUAL = {"long": "refuse", "replies": 1}
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
 
 
@@ -183,7 +187,11 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
     }
     run = {name: made[name] for name in _RUN if name in made}
     run |= {name: chosen[name] for name in _CHOSEN if name in chosen}
-    run |= {name: chosen[name] for name in _GIVEN if chosen.get(name) and chosen[name] != _USUAL.get(name)}
+    run |= {
+        name: chosen[name]
+        for name in _GIVEN
+        if chosen.get(name) and chosen[name] != getattr(CaptureOptions, name)
+    }
     run |= {"last commit" if not store.complete else "ended": commit.time, "writers so far": commit.epoch}
     storage = {
         "codec": codec.name,

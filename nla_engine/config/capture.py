@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine import fields
-from nla_engine.codec.rows import CODEC_NAMES
+from nla_engine.codec.rows import CODEC_NAMES, SINK_FACTOR
 from nla_engine.errors import RequestError
 from nla_engine.fields import check_cuts
 from nla_engine.options import (
@@ -17,13 +17,14 @@ from nla_engine.options import (
     UNICODE,
     Must,
     Options,
+    block_numbers,
     check_local,
+    check_pattern,
     json_values,
     one_of,
     option,
     paths,
     texts,
-    whole_numbers,
 )
 
 POSITIONS = ("generated", "prompt", "all", "last")
@@ -45,13 +46,10 @@ class CaptureOptions(Options):
         typed=list[str],
         parse=paths,
     )
-    layer: tuple[int, ...] = option(
-        "Block whose output is captured, counted from 0. Several: join them with commas, or repeat the option.",
-        must=Must(
-            lambda layers: len(layers) > 0 and min(layers) >= 0, "one or several block numbers from 0 on"
-        ),
+    layer: tuple[int, ...] | str = option(
+        "Block whose output is captured, counted from 0; a range, such as 5-20; or all. Several: join them with "
+        "commas, or repeat the option.",
         typed=list[str],
-        parse=whole_numbers,
     )
     out: str = option(
         "The Zarr store to write: a directory, or s3://bucket/run.zarr.",
@@ -91,6 +89,19 @@ class CaptureOptions(Options):
     )
     min_position: int = option("Keep no rows of positions below this one.", 0, must=AT_LEAST_0)
     skip_special: bool = option("Keep no rows of special tokens.", False)
+    tokens: str | None = option(
+        "Keep only rows of tokens in whose text this regular expression is found, as token matches '...' of --where.",
+        None,
+        must=UNICODE,
+    )
+    every: int = option(
+        "Keep only rows of positions that this number divides: every N-th.", 1, must=AT_LEAST_1
+    )
+    skip_first: bool = option("Keep no row of the first token of a sequence.", False)
+    skip_sinks: bool = option(
+        f"Keep no rows of attention sinks: norm above {SINK_FACTOR:g} times the median in any of the layers.",
+        False,
+    )
     codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
     batch_size: int | None = fields.batch_size("Sequences run at once.")
     temperature: float = fields.temperature()
@@ -191,9 +202,9 @@ class CaptureOptions(Options):
             )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
-        layers = (self.layer,) if isinstance(self.layer, int) else self.layer
-        object.__setattr__(self, "layer", tuple(sorted(set(layers))))
+        object.__setattr__(self, "layer", block_numbers("layer", self.layer))
         super().__post_init__()
+        check_pattern("tokens", self.tokens)
         check_cuts(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(

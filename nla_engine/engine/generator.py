@@ -274,13 +274,17 @@ class Generator:
         at = to_device(np.array([a.slot for a in ended]), self.runner.device)
         generated = state.generated[at].cpu().numpy().astype(np.int32)
         codes = self.stop.finish_codes(state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
-        rows = self.runner.tap.collect([a.kept for a in ended])
+        replies = [generated[i, : a.count] for i, a in enumerate(ended)]
+        kept = self.runner.tap.collect(
+            [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
+        )
         return [
             Completion(
                 request=a.request,
-                generated=generated[i, : a.count],
+                generated=replies[i],
                 finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
-                rows=rows[i],
+                positions=kept[i][0],
+                rows=kept[i][1],
             )
             for i, a in enumerate(ended)
         ]

@@ -43,7 +43,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (none without a tap).
+    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (none without a tap);
+    positions: int64 [k], ascending: where in the sequence these rows are, in every layer.
 
     Sequences that end together share the memory of their arrays.
     """
@@ -52,13 +53,15 @@ class Completion:
     generated: np.ndarray
     finish: Finish
     rows: dict[int, Any] = field(default_factory=dict)
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return self.generated.nbytes + sum(rows.nbytes for rows in self.rows.values())
+        rows = sum(rows.nbytes for rows in self.rows.values())
+        return self.generated.nbytes + self.positions.nbytes + rows
 
     def copy(self) -> Completion:
         """A copy with memory of its own."""
         rows = {layer: kept.copy() for layer, kept in self.rows.items()}
-        return replace(self, generated=self.generated.copy(), rows=rows)
+        return replace(self, generated=self.generated.copy(), positions=self.positions.copy(), rows=rows)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows of an ended sequence, still on the device. size: tokens of the sequence; nbytes: size on the host."""
+    """Rows of an ended sequence, still on the device. size: tokens of the sequence; nbytes: most bytes on the host."""
 
     slot: int
     size: int
@@ -53,8 +54,13 @@ class Tap(Protocol):
         """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with
         `size` tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
 
-    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
-        """The rows of these sequences, by layer. Their slots may be opened again."""
+    def collect(
+        self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
+    ) -> list[tuple[np.ndarray, dict[int, Any]]]:
+        """Of each of these sequences the positions that have rows, int64 [k], ascending, and these rows by layer.
+
+        replies: of each, the id of its request and what it generated, int32 [n]. Their slots may be opened again.
+        """
 
 
 class NoTap:
@@ -82,6 +88,8 @@ class NoTap:
         """Each sequence has 0 bytes of rows."""
         return [KeptRows(slot, size, 0) for slot, size in zip(slots, sizes, strict=True)]
 
-    def collect(self, ended: Sequence[KeptRows]) -> list[dict[int, Any]]:
+    def collect(
+        self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
+    ) -> list[tuple[np.ndarray, dict[int, Any]]]:
         """Each sequence has rows of no layer."""
-        return [{} for _ in ended]
+        return [(np.zeros(0, np.int64), {}) for _ in ended]

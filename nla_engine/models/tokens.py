@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from nla_engine.errors import CheckpointError
+from nla_engine.options import regular_expression
 
 _BYTE_FALLBACK = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 #: About how many tokens are compared with what the tokenizer decodes them to.
@@ -56,6 +57,15 @@ def excerpt(text: str) -> str:
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} ... {len(text) - 2 * _SHOWN:,} characters ... {text[-_SHOWN:]}"
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def matching_tokens(texts: Sequence[bytes], pattern: str) -> np.ndarray:
+    """bool [vocab_size]: whether a regular expression is found anywhere in a token's text, as --where has it.
+
+    texts: of each token, as `token_bytes` gives them; a part of a character is U+FFFD
+    """
+    search = regular_expression(pattern).search
+    return np.array([search(text.decode(errors="replace")) is not None for text in texts], bool)
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[bytes | None]:

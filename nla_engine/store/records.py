@@ -41,17 +41,6 @@ class LayerRows:
             encoded.codes, encoded.scales, encoded.norm, index.astype(np.int64), bf16_bits(rows[index])
         )
 
-    def take(self, index: np.ndarray) -> LayerRows:
-        """Some of these rows. index: int [k], ascending, each once."""
-        kept = np.isin(self.exact_index, index)
-        return LayerRows(
-            self.codes[index],
-            self.scales[index],
-            self.norm[index],
-            np.searchsorted(index, self.exact_index[kept]).astype(np.int64),
-            self.exact[kept],
-        )
-
     @property
     def nbytes(self) -> int:
         """Of all arrays."""

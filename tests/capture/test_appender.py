@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from nla_engine.capture.appender import Appender
-from nla_engine.capture.tap import RowRange
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.models.prompt_set import Prompt
@@ -49,6 +48,7 @@ def completions(*ids: int) -> list[Completion]:
             request=Request(id_, (0,) * 5, TOKENS - 5),
             generated=np.zeros(TOKENS - 5, np.int32),
             finish=Finish.LENGTH,
+            positions=np.arange(TOKENS),
             rows={LAYER: LayerRows.encode(CODEC, rows, math.inf)},
         )
         for id_ in ids
@@ -58,7 +58,7 @@ def completions(*ids: int) -> list[Completion]:
 def test_groups_far_apart_are_each_committed_when_they_come(
     open_writer: StoreWriter, clock: list[float]
 ) -> None:
-    appender = Appender(open_writer, [Prompt((0,) * 5, b"{}")] * 9, RowRange.parse("all"))
+    appender = Appender(open_writer, [Prompt((0,) * 5, b"{}")] * 9)
     for number in range(3):
         clock[0] += 300.0
         appender.add(completions(3 * number, 3 * number + 1, 3 * number + 2))
@@ -69,7 +69,7 @@ def test_groups_that_follow_each_other_are_committed_with_the_next(
     open_writer: StoreWriter, clock: list[float]
 ) -> None:
     """So that no group waits for the disk while others end."""
-    appender = Appender(open_writer, [Prompt((0,) * 5, b"{}")] * 9, RowRange.parse("all"))
+    appender = Appender(open_writer, [Prompt((0,) * 5, b"{}")] * 9)
     appender.add(completions(0, 1, 2))
     assert open_writer.sequences == 0
     clock[0] += 1.0

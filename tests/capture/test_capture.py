@@ -361,7 +361,8 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
     tap.look(decoded=False)
     ended = tap.settle([2, 0, 1], [4, 4, 3])
-    collected = [rows[1] for rows in tap.collect(ended)]
+    nothing = [(id_, np.zeros(0, np.int32)) for id_ in range(3)]
+    collected = [rows[1] for _, rows in tap.collect(ended, nothing)]
     assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
     assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
     for rows, start in zip(collected, (7, 0, 4), strict=True):
@@ -369,7 +370,7 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
         assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
     del tap._exact[1][2]
     with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect(ended)
+        tap.collect(ended, nothing)
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

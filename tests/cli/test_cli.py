@@ -35,7 +35,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     "layer below 0": (lambda r, t: {"layer": -1}, "--layer is .*must be"),
     "layer no number": (
         lambda r, t: {"layer": "1,two"},
-        "--layer is '1,two': it must be numbers, joined by commas",
+        "--layer is '1,two': it must be block numbers from 0 on, ranges such as 5-20, or all, joined",
     ),
     "no prompt file": (lambda r, t: {"prompts": t / "none.jsonl"}, "none.jsonl: no such file"),
     "empty prompt file": (
@@ -99,7 +99,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     "seed": (lambda r, t: {"seed": 1 << 70}, r"--seed is \d+: it must be 0 to 2\^63 - 1"),
     "no layer": (
         lambda r, t: {"layer": "3,-1"},
-        "--layer is -1,3: it must be one or several block numbers from 0 on",
+        "--layer is '3,-1': it must be block numbers from 0 on",
     ),
     "a directory without prompts": (lambda r, t: {"prompts": t}, "holds no prompt file .*--prompt-format"),
     "without end": (

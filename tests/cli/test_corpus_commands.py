@@ -52,6 +52,22 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     "no rows of a document": (lambda r, t: {"per_document": 0}, "--per-document is 0: it must be 1 or more"),
     "a position below 0": (lambda r, t: {"min_position": -1}, "--min-position is -1: it must be 0 or more"),
     "no row left": (lambda r, t: CORPUS | {"min_position": 500}, "no row would be left of any prompt"),
+    "no pattern": (
+        lambda r, t: {"tokens": "[0-9"},
+        r"--tokens is '\[0-9': it must be a regular expression: unt",
+    ),
+    "a pattern of no token": (lambda r, t: {"tokens": "xyz"}, "--tokens 'xyz' matches no token of .*base"),
+    "no prompt with such a row": (
+        lambda r, t: {"tokens": "Q", "positions": "prompt", "raw": True, "skip_first": True},
+        "no row would be left of any prompt: change --positions or --tokens or --skip-first",
+    ),
+    "every none": (lambda r, t: {"every": 0}, "--every is 0: it must be 1 or more"),
+    "blocks beyond the last": (lambda r, t: {"layer": "2-9"}, "layer 4 does not exist: .*base has 4 blocks"),
+    "blocks backwards": (lambda r, t: {"layer": "3-1"}, "--layer is '3-1': 3-1 ends before it begins"),
+    "blocks of another kind": (
+        lambda r, t: {"layer": "all,last"},
+        "--layer is 'all,last': it must be block numbers from 0 on, ranges such as 5-20, or all",
+    ),
     "a system message for raw text": (
         lambda r, t: {"raw": True, "system": "S"},
         "--system, --prefill and --template-option are for a chat template",
@@ -114,6 +130,28 @@ def test_a_corpus_by_command(root: Path, tmp_path: Path) -> None:
         changed = {**choice, name: other, "resume": True}
         check = call(*capture(root, tmp_path / "x.zarr", **changed))
         assert check.code == 2 and f"{name} was" in check.err, check.err
+
+
+def test_rows_and_layers_by_command(root: Path, tmp_path: Path) -> None:
+    """`info` says which were chosen; the audit holds; a resumed run must choose the same."""
+    chosen: dict[str, object] = {
+        "layer": "all", "positions": "all", "tokens": "[a-z0-9]", "every": 2, "skip_first": True, "skip_sinks": True
+    }  # fmt: skip
+    ran = call(*capture(root, tmp_path / "x.zarr", **chosen), "--json")
+    assert ran.code == 0, ran.err
+    store = CaptureStore.open(tmp_path / "x.zarr")
+    assert ran.json["rows"] == store.rows == len(store.where("token matches '[a-z0-9]' and not sink")) > 0
+    assert ran.json["layers"] == [0, 1, 2, 3] and (store.column("position") % 2 == 0).all()
+    page = " ".join(call("info", tmp_path / "x.zarr").out.split())
+    for shown in ("layers 0, 1, 2, 3", "tokens [a-z0-9]", "every 2", "skip_first yes", "skip_sinks yes"):
+        assert shown in page, page
+    assert "min_position" not in page and "skip_special" not in page
+    assert call("verify", tmp_path / "x.zarr", "--model", root / "base", "--device", "cpu").code == 0
+    same = chosen | {"layer": "3,0-2", "resume": True}
+    assert call(*capture(root, tmp_path / "x.zarr", **same)).code == 0
+    for name, other in (("tokens", "[a-z]"), ("every", 3), ("skip_sinks", None), ("layer", "0-2")):
+        ran = call(*capture(root, tmp_path / "x.zarr", **same | {name: other}))
+        assert ran.code == 2 and f"{name} was" in ran.err, ran.err
 
 
 def test_what_every_chat_is_given(root: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from commands import call, capture, check_refused, shell, written
 from tiny import byte_tokenizer
 
-from nla_engine.config import PROMPT_FORMATS, CaptureOptions
+from nla_engine.config import CaptureOptions
+from nla_engine.config.capture import PROMPT_FORMATS
 from nla_engine.errors import PromptError
 from nla_engine.models.prompt_files import FORMS
 from nla_engine.models.prompt_sources import PromptSources

@@ -167,6 +167,7 @@ ERRORS = {
     "position matches '1'": (1, "'matches' needs a text"),
     "token matches 1": (15, "needs a quoted pattern"),
     "token matches '('": (15, "not a regular expression"),
+    "token matches 'a{99999999999}'": (15, "not a regular expression: the repetition number is too large"),
     "token in [1]": (11, "text is compared with number"),
     "position in ['a']": (14, "number is compared with text"),
     "1 in [1]": (1, "needs a field before it"),

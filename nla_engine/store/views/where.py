@@ -18,6 +18,7 @@ import lark
 import numpy as np
 
 from nla_engine.errors import FieldError, RecordFieldError, WhereError, WhereRecordError
+from nla_engine.options import regular_expression
 from nla_engine.store.reader import StoreReader
 from nla_engine.store.views.fields import MISSING, Labels, field_names, row_field
 
@@ -161,8 +162,8 @@ class _Selection:
         if not isinstance(pattern, str):
             raise self._error("'matches' needs a quoted pattern", pattern_node)
         try:
-            search = re.compile(pattern).search
-        except re.error as error:
+            search = regular_expression(pattern).search
+        except ValueError as error:
             raise self._error(f"the pattern is not a regular expression: {error}", pattern_node) from None
         if labels.kind == "record":
             return self._per_record(node, labels, str, lambda found: search(found) is not None)
