@@ -168,7 +168,7 @@ class CaptureJob:
 
     def _calibrate(self, codec: Codec) -> dict[int, LayerCalibration]:
         try:
-            return calibrate(self.lm, self.prompts, self.options.layer, codec, self.kernels)
+            return calibrate(self.lm, self.prompts, self.options.layer, codec, self.options.max_new_tokens)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
