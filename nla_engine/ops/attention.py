@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
+from nla_engine.ops.triton_module import tl, triton
 
 
 @dataclass(frozen=True)

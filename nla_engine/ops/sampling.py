@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.triton_module import tl, triton
 
 _MASK = 0xFFFFFFFF
 #: Logits per program.
