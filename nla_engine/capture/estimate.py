@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,25 @@ import numpy as np
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import load_inputs
 from nla_engine.capture.plan import plan_capture
-from nla_engine.capture.run import CaptureJob, check_out
+from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.models.load import LanguageModel
-from nla_engine.store import CaptureStore, Finish
+from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
-#: Most sequences, and most new tokens of each, in the run that measures the speed.
-SAMPLE = (64, 32)
+#: Most sequences, most new tokens of each, and most seconds of generating, in the run that measures the speed.
+SAMPLE, MOST_SECONDS = (64, 32), 8.0
 
 
 @dataclass(frozen=True)
 class CaptureEstimate:
     """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: assumes that replies end early as often, and as early, as in the sample
-    seconds_expected: sample_seconds scaled to all tokens, prompts and expected replies; without set-up
-    load_seconds: to load the model and read its prompts
+    rows_expected: assumes that replies end as often per token as in the sample
+    seconds_expected: of generating and writing: sample_seconds by the part of the whole work that was done in them
+    load_seconds: to load the model and read its prompts; prepare_seconds: to calibrate and to check the model
     """
 
     sequences: int
@@ -47,6 +49,7 @@ class CaptureEstimate:
     skipped: int
     seconds_expected: float
     load_seconds: float
+    prepare_seconds: float
     sample_sequences: int
     sample_tokens: int
     sample_seconds: float
@@ -73,18 +76,19 @@ def estimate_capture(
     choice = RowChoice.of(options, lm, prompts)
     plan = plan_capture(options, lm, prompts, choice, done)
     announce(str(plan))
-    sizes = prompts.sizes[done:]
-    replies, special_share = float(options.max_new_tokens), 0.0
-    count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
-    read = generated = 0
-    seconds = 0.0
+    sizes, new = prompts.sizes[done:], options.max_new_tokens
+    forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
+    count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
+    tally, special_share, prepare, seconds = Tally(), 0.0, 0.0, 0.0
     if count:
-        announce(f"measuring {count} sequences of at most {new} new tokens")
+        announce(
+            f"measuring {count} sequences of at most {short} new tokens, for at most {MOST_SECONDS:.0f} seconds"
+        )
         with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
-            short = replace(
+            sample = replace(
                 options,
                 out=str(Path(directory) / "sample.zarr"),
-                max_new_tokens=new,
+                max_new_tokens=short,
                 dry_run=False,
                 resume=False,
                 overwrite=False,
@@ -92,14 +96,15 @@ def estimate_capture(
                 min_position=0,
                 skip_special=False,
             )
-            sample = prompts.part(done, done + count)
-            summary = CaptureJob(short, lm, sample, lambda text: None, lambda done, total: None).run()
-            made = CaptureStore.open(short.out)
-            replies = _reply_tokens(made, options.max_new_tokens)
-            special_share = _special_share(made, choice.special)
-        read = int(sizes[:count].sum())
-        generated, seconds = summary.tokens_generated, summary.seconds
-    measured = read + generated
+            job = CaptureJob(sample, lm, prompts.part(done, done + count), most_seconds=MOST_SECONDS)
+            with suppress(Enough):
+                job.run()
+            tally, by_phase = job.tally, job.phases.seconds()
+            seconds = by_phase[GENERATING if short else READING]
+            prepare = sum(by_phase.values()) - seconds
+            special_share = _special_share(CaptureStore.open(sample.out), choice.special)
+    part = forecast.part(tally)
+    replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
     return CaptureEstimate(
         sequences=len(sizes),
         already_done=done,
@@ -109,23 +114,13 @@ def estimate_capture(
         codec=options.codec,
         layers=list(options.layer),
         skipped=len(prompts.skipped),
-        seconds_expected=round(seconds * (int(sizes.sum()) + replies * len(sizes)) / measured, 3)
-        if measured
-        else 0.0,
+        seconds_expected=round(seconds / part, 3) if part else 0.0,
         load_seconds=round(load_seconds, 1),
+        prepare_seconds=round(prepare, 1),
         sample_sequences=count,
-        sample_tokens=measured,
-        sample_seconds=seconds,
+        sample_tokens=tally.read + tally.tokens,
+        sample_seconds=round(seconds, 3),
     )
-
-
-def _reply_tokens(sample: CaptureStore, most: int) -> float:
-    """Mean tokens per reply, where replies cut off by the sample's own limit count as `most`."""
-    sizes = [
-        most if sequence.finish == Finish.LENGTH else len(sequence.tokens) - sequence.prompt_size
-        for sequence in sample.iter_sequences()
-    ]
-    return sum(sizes) / len(sizes)
 
 
 def _special_share(sample: CaptureStore, special: np.ndarray | None) -> float:
@@ -133,5 +128,5 @@ def _special_share(sample: CaptureStore, special: np.ndarray | None) -> float:
     if special is None:
         return 0.0
     replies = [sequence.tokens[sequence.prompt_size :] for sequence in sample.iter_sequences()]
-    generated = np.concatenate(replies)
+    generated = np.concatenate([np.zeros(0, np.int32), *replies])
     return float(special[generated].mean()) if len(generated) else 0.0

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import Json, finish, progress_bar, results, say
+from nla_engine.cli.output import Json, finish, results, say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.config import CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
 
 

@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import print_json, progress_bar, results, say, show, show_facts
+from nla_engine.cli.output import print_json, results, say, show, show_facts
+from nla_engine.cli.progress import progress_bar
 from nla_engine.config import MultiplicationOptions
 
 #: Left out of the printed summary: people find them in the tables and the reading, programs in the JSON line.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nla_engine.config import WritingOptions
+from nla_engine.engine.generator import Watch
 from nla_engine.engine.streams import enter_device
 from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
@@ -25,7 +26,9 @@ GIVEN = "given"
 
 
 class Texts(Protocol):
-    """The texts of all selected rows, in the order of the rows; those of a row together."""
+    """The texts of all selected rows, in the order of the rows; those of a row together. unit: what they are called."""
+
+    unit: str
 
     def of_rows(
         self, reader: LayerReader, rows: np.ndarray, first: int
@@ -56,8 +59,11 @@ class Texts(Protocol):
 class Written:
     """Texts that an AV writes, `samples` of each row."""
 
+    unit = "explanations"
+
     def __init__(self, options: WritingOptions, verbalizer: Verbalizer, device: torch.device) -> None:
         self.options, self.verbalizer, self.device = options, verbalizer, device
+        self.watch: Watch = lambda tally: None  # told how far the AV is
 
     def of_rows(
         self, reader: LayerReader, rows: np.ndarray, first: int
@@ -71,6 +77,7 @@ class Written:
             max_new_tokens=options.max_new_tokens,
             sampling=Sampling(options.temperature, options.seed),
             batch_size=options.batch_size,
+            watch=self.watch,
         )
         with closing(written):
             for place, status in enumerate(without):

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from nla_engine.engine.generator import Generator
+from nla_engine.engine.generator import Generator, Watch
 from nla_engine.engine.injection import Injection
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
@@ -121,12 +121,13 @@ class Verbalizer:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
+        watch: Watch = lambda tally: None,
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
         Their ids are id * samples, id * samples + 1 and so on, and seed their random numbers. The prompt is read once
         for all of them. Vectors must be finite and not zero. They are scaled here, and read lazily, some ahead of
-        free slots.
+        free slots. watch: as of `Generator.groups`
         """
         lm, injection, kernels = self.lm, self.injection, self.kernels
         prefix, tail = injection.prefix, injection.tail
@@ -145,7 +146,7 @@ class Verbalizer:
         with Runner(lm, slots=slots, length=length, prefix=prefix, kernels=kernels) as runner:
             generator = Generator(runner, max_new_tokens=max_new_tokens, stop=self._stop, sampling=sampling)
             generator.prepare()
-            for group in generator.groups(requests()):
+            for group in generator.groups(requests(), watch=watch):
                 for ended in order.add(group):
                     text, status = parse_explanation(self._written(ended))
                     yield Explanation(ended.request.id, text, status, len(ended.generated))

@@ -337,7 +337,12 @@ def test_summary_is_of_the_file(trio: Path, tmp_path: Path) -> None:
     table = pq.read_table(given.out)
     assert summary.cos == pytest.approx(np.mean(table["cos"].to_pylist()), abs=1e-6)
     assert summary.retrieval_top1 == pytest.approx(np.mean(np.array(table["retrieval_rank"]) == 1), abs=1e-6)
-    assert summarise(given).to_dict() == {**summary.to_dict(), "seconds": 0.0, "rows_per_second": 0.0}
+    assert summarise(given).to_dict() == {
+        **summary.to_dict(),
+        "seconds": 0.0,
+        "seconds_by_phase": {},
+        "rows_per_second": 0.0,
+    }
 
 
 def test_loading_is_quiet_and_complete(trio: Path, capfd: pytest.CaptureFixture[str]) -> None:
