@@ -13,10 +13,13 @@ class Progress:
     def phase(self, name: str, unit: str = "") -> None:
         """A new phase begins. unit: what its `done` and `total` count."""
 
-    def __call__(self, done: int, total: int, *, tokens: int = 0, part: float | None = None) -> None:
+    def __call__(
+        self, done: int, total: int, *, tokens: int = 0, part: float | None = None, least: bool = False
+    ) -> None:
         """done: of `total`, including what an earlier run did; tokens: generated or read in this phase so far.
 
-        part: of this run's work in the phase, 0 to 1; None: as done is of total
+        part: of this run's work in the phase, 0 to 1; None: as done is of total. least: the part may be larger, as no
+        reply has ended yet
         """
 
 
@@ -60,9 +63,11 @@ class Phases(Progress):
         self._name = name
         self._to.phase(name, unit)
 
-    def __call__(self, done: int, total: int, *, tokens: int = 0, part: float | None = None) -> None:
+    def __call__(
+        self, done: int, total: int, *, tokens: int = 0, part: float | None = None, least: bool = False
+    ) -> None:
         """Passed on."""
-        self._to(done, total, tokens=tokens, part=part)
+        self._to(done, total, tokens=tokens, part=part, least=least)
 
     def _close(self) -> None:
         now = time.perf_counter()

@@ -250,7 +250,7 @@ class CaptureJob:
                     raise EngineError(message) from error
             torch.cuda.empty_cache()
             plan = replace(plan, slots=plan.slots // 2)
-            self.announce(f"out of GPU memory while setting up: trying {plan.slots} slots")
+            self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
@@ -332,6 +332,7 @@ class CaptureJob:
                     len(self.prompts),
                     tokens=at.tokens if new else at.read,
                     part=forecast.part(at),
+                    least=bool(new) and not at.ended,
                 )
 
         return watch

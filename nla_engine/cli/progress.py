@@ -45,15 +45,18 @@ class Shown(Progress):
             self._first: int | None = None
             self._done = self._total = self._tokens = 0
             self._part: float | None = None
+            self._least = False
             if self._bar is not None:
                 for task in self._bar.task_ids:
                     self._bar.remove_task(task)
                 self._bar.add_task(self._name, total=None, about=escape(name or unit))
 
-    def __call__(self, done: int, total: int, *, tokens: int = 0, part: float | None = None) -> None:
+    def __call__(
+        self, done: int, total: int, *, tokens: int = 0, part: float | None = None, least: bool = False
+    ) -> None:
         """See `Progress`. Without `part`, what was done before the first call counts as an earlier run's."""
         with self._lock:
-            self._done, self._total, self._tokens = done, total, tokens
+            self._done, self._total, self._tokens, self._least = done, total, tokens, least
             if self._first is None:
                 self._first = done if part is None and done < total else 0
             whole = total - self._first
@@ -81,7 +84,8 @@ class Shown(Progress):
             parts.append(f"{new / passed:,.1f}/s")
         parts.append(f"{clock(passed)} so far")
         if self._part and passed >= _KNOWN_SECONDS and self._part >= _KNOWN_PART:
-            parts.append(f"about {clock(passed * (1 - self._part) / self._part)} left")
+            left = clock(passed * (1 - self._part) / self._part)
+            parts.append(f"{'at most' if self._least else 'about'} {left} left")
         told = ", ".join(parts)
         return f"{self._name}: {told}" if with_phase and self._name else told
 

@@ -51,5 +51,9 @@ class Watcher:
         whole = self._before + at
         part = self._forecast.part(whole) if self._known else 0.0
         self._progress(
-            self._written + whole.ended, self._written + self._left, tokens=whole.tokens, part=part
+            self._written + whole.ended,
+            self._written + self._left,
+            tokens=whole.tokens,
+            part=part,
+            least=not whole.ended,
         )

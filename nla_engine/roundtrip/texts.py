@@ -107,7 +107,7 @@ class Written:
     def each(self, rows: int) -> str:
         """See `Texts`."""
         samples = self.options.samples
-        return "an explanation each" if samples == 1 else f"{samples} explanations each"
+        return "one explanation per row" if samples == 1 else f"{samples} explanations per row"
 
     def _vectors(
         self, reader: LayerReader, rows: np.ndarray, places: np.ndarray, first: int

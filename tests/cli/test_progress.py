@@ -48,6 +48,8 @@ def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now += 60
     bar(5, 9, tokens=6000, part=0.25)
     assert bar.line() == "generating: 5 of 9 sequences, 6,000 tokens (100/s), 1:00 so far, about 3:00 left"
+    bar(0, 9, tokens=6000, part=0.25, least=True)
+    assert bar.line().endswith("at most 3:00 left")
     bar.phase("scoring", "texts")
     bar(500, 1000)  # from an earlier run: they took no time now
     now += 50

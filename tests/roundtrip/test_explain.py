@@ -158,7 +158,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.parquet"
     ran = call(*explain(root, out, json=True))
     assert ran.code == 0 and ran.json["rows"] == ran.json["explanations"] == len(pq.read_table(out))
-    assert "cos" not in ran.json and "rows of layer 2, an explanation each" in ran.err
+    assert "cos" not in ran.json and "rows of layer 2, one explanation per row" in ran.err
     check_refused(call(*explain(root, out)), "e.parquet: exists; pass --resume .*--overwrite")
     check_refused(call(*explain(root, tmp_path / "x", av=root / "ar")), "is an AR checkpoint")
     check_refused(call(*explain(root, tmp_path / "x", av=None)), "Missing option '--av'")
