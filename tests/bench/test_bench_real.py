@@ -89,6 +89,6 @@ def test_hooked_runs_both_ways_and_compares(
     ours, theirs = result["lines"]
     assert ours["case"] == "3 short chats, up to 5 new tokens, layer 1, loading left out"
     assert theirs["case"] == "HF generate with a hook B=3 up to 5" == ours["baseline"]
-    assert ours["ratio"] == pytest.approx(ours["p50"] / theirs["p50"]) and not result["failed"]
+    assert ours["ratio"] == pytest.approx(ours["p50"] / theirs["p50"], rel=1e-3) and not result["failed"]
     assert main(["hooked", "--device", "cpu"]) == 2
     assert "suite hooked needs --model" in capsys.readouterr().err
