@@ -357,8 +357,8 @@ def test_special_tokens_belong_to_an_explanation_but_for_the_one_that_ends_it(
     ended: dict[int, list[int]] = {}
     groups = Generator.groups
 
-    def noted(self: Generator, requests: object) -> Iterator[list[Completion]]:
-        for group in groups(self, requests):
+    def noted(self: Generator, requests: object, **how: object) -> Iterator[list[Completion]]:
+        for group in groups(self, requests, **how):
             ended.update({each.request.id: each.generated.tolist() for each in group})
             yield group
 
