@@ -167,7 +167,9 @@ def store_variance() -> Any:
 
 def follow() -> Any:
     """Whether the store is still being written."""
-    return option("Follow a store that is still being written, until its writer has finished.", False)
+    return option(
+        "Follow a store that is still being written, or not there yet, until its writer has finished.", False
+    )
 
 
 def replace() -> Any:

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A room is a directory of the package, or one of the modules at its root. A module imports from its own room and from
 #: rooms on earlier lines, never from others on its own line or a later one.
 ORDER = (
-    {"errors", "provenance", "extension", "once"},
+    {"errors", "provenance", "extension", "once", "progress"},
     {"codec", "options"},
     {"fields"},
     {"config"},

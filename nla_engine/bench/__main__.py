@@ -18,7 +18,7 @@ from rich.console import Console
 from nla_engine.bench.plot import plot_batches
 from nla_engine.bench.report import append_csv, check_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
-from nla_engine.bench.settings import SUITES, Settings
+from nla_engine.bench.settings import OF_A_MODEL, SUITES, Settings
 from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models.load import pick_device, pick_dtype
@@ -111,7 +111,7 @@ def bench(
     if csv is not None:
         check_csv(csv)
     settings = Settings(
-        suites=tuple(name for name in SUITES if name != "real" or model is not None)
+        suites=tuple(name for name in SUITES if name not in OF_A_MODEL or model is not None)
         if "all" in suites
         else tuple(dict.fromkeys(suites)),
         device=where,

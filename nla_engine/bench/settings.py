@@ -22,7 +22,10 @@ SUITES = (
     "codec",
     "prompts",
     "real",
+    "hooked",
 )
+#: Suites that need the weights and the tokenizer of a real model.
+OF_A_MODEL = ("real", "hooked")
 BASELINES = ("hf", "none")
 
 
@@ -129,8 +132,9 @@ class Settings:
         unknown = [name for name in self.suites if name not in SUITES]
         if unknown:
             raise RequestError(f"suite {unknown[0]} is unknown: choose from {', '.join(SUITES)}, or all")
-        if "real" in self.suites and self.model is None:
-            raise RequestError("suite real needs --model: give a checkpoint with a chat template")
+        needy = [name for name in OF_A_MODEL if name in self.suites and self.model is None]
+        if needy:
+            raise RequestError(f"suite {needy[0]} needs --model: give a checkpoint with a chat template")
         if self.baseline not in BASELINES:
             raise RequestError(f"--baseline {self.baseline} is unknown: choose {' or '.join(BASELINES)}")
         for flag in ("requests", "prompt_tokens", "new_tokens", "repeats", "time_limit"):

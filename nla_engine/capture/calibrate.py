@@ -1,25 +1,29 @@
-"""What capture measures before it writes: the norm above which a row is a sink, and the codec's error on other rows."""
+"""What capture measures before it writes: the norm above which a row is a sink, and the codec's error on other rows.
+
+Rows are those of transformers' own forward, stopped after the deepest layer: the engine need not be set up for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import SINK_FACTOR, Codec, bf16_values, describe_errors, relative_errors
-from nla_engine.engine.generator import Generator
-from nla_engine.engine.request import Request
-from nla_engine.engine.runner import Runner
 from nla_engine.errors import EngineError
+from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
-from nla_engine.models.prompt_set import Prompt
-from nla_engine.ops.backends import Kernels
+from nla_engine.models.prompt_set import PromptSet
 
 #: Most prompts, and most tokens of each, on which the median norm and the codec's error are measured.
 CALIBRATION = (64, 512)
+#: Fewer tokens if these are more than this part of the tokens of the job, but not fewer than so many.
+PART, LEAST = 1 / 20, 256
+#: New tokens of a prompt that count for that: a reply may end long before its limit.
+_NEW = 64
 
 
 @dataclass(frozen=True)
@@ -30,36 +34,24 @@ class LayerCalibration:
     error: dict[str, float | int]
 
 
-@torch.inference_mode()
 def calibrate(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptSet,
     layers: Sequence[int],
     codec: Codec,
-    kernels: Kernels = Kernels(),
+    max_new_tokens: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    every: int = 1,
 ) -> dict[int, LayerCalibration]:
-    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it."""
-    count, size = CALIBRATION
-    sample = [Request(i, tuple(p.token_ids[:size].tolist()), 0) for i, p in enumerate(prompts[:count])]
-    longest = max(len(r.token_ids) for r in sample)
-    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    slots = min(len(sample), 8)
-    tap = RowTap(
-        layers,
-        Codec.named("bf16", lm.d_model),
-        RowRange.parse("all"),
-        rows_per_slot=longest,
-        sink_norm=dict.fromkeys(layers, float("inf")),
-        device=lm.device,
-        reference=kernels.reference,
-    )
-    with Runner(lm, slots=slots, length=longest, tap=tap, kernels=kernels) as runner:
-        for completion in Generator(runner, max_new_tokens=0).run(sample):
-            for layer, kept in completion.rows.items():
-                rows[layer].append(bf16_values(kept.codes))
+    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it.
+
+    max_new_tokens: of each prompt in the job; progress(tokens read, tokens to read); every: how often each prompt comes
+    in turn. No Runner may be open.
+    """
+    sample = list(_sample(prompts, max_new_tokens, every))
+    rows = _read(lm, sample, layers, progress)
     out = {}
-    for layer, parts in rows.items():
-        x = np.concatenate(parts)
+    for layer, x in rows.items():
         norm = np.linalg.norm(x.astype(np.float64), axis=1)
         finite = np.isfinite(norm) & (norm > 0)
         if not finite.any():
@@ -70,3 +62,47 @@ def calibrate(
         ordinary = finite & (norm <= sink_norm)
         out[layer] = LayerCalibration(sink_norm, describe_errors(relative_errors(codec, x[ordinary])))
     return out
+
+
+def _sample(prompts: PromptSet, max_new_tokens: int, every: int) -> Iterator[np.ndarray]:
+    """The token ids that are read, int32 [t] of each prompt."""
+    count, size = CALIBRATION
+    job = int(prompts.sizes.sum()) + len(prompts) * min(max_new_tokens, _NEW)
+    left = max(int(job * PART), LEAST)
+    for number in range(0, min(count * every, len(prompts)), every):
+        ids = prompts.token_ids(number)[: min(size, left)]
+        left -= len(ids)
+        if not len(ids):
+            return
+        yield ids
+
+
+@torch.inference_mode()
+def _read(
+    lm: LanguageModel,
+    sample: Sequence[np.ndarray],
+    layers: Sequence[int],
+    progress: Callable[[int, int], None],
+) -> dict[int, np.ndarray]:
+    """The rows of every token at each layer, as bfloat16 holds them: float32 [n, d]."""
+    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    cut = lm.truncated(max(layers))
+    lm.model.set_attn_implementation("eager")
+    done, total = 0, sum(map(len, sample))
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            bits = block_output(output)[0].to(torch.bfloat16).view(torch.uint16)
+            rows[layer].append(bf16_values(bits.cpu().numpy()))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(lm.blocks[layer].register_forward_hook(keep(layer)).remove)
+        for ids in sample:
+            given = torch.from_numpy(ids.astype(np.int64))[None].to(lm.device)
+            cut.decoder(input_ids=given, use_cache=False)
+            done += len(ids)
+            progress(done, total)
+    return {layer: np.concatenate(parts) for layer, parts in rows.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,26 @@ import numpy as np
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_layers, first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
-from nla_engine.capture.run import CaptureJob, check_out
+from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.tokens import token_bytes
-from nla_engine.store import CaptureStore, Finish, RowFlag
+from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
-#: Most sequences, and most new tokens of each, in the run that measures the speed.
-SAMPLE = (64, 32)
+#: Most sequences, most new tokens of each, and most seconds of generating, in the run that measures the speed.
+SAMPLE, MOST_SECONDS = (64, 32), 8.0
 
 
 @dataclass(frozen=True)
 class CaptureEstimate:
     """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: assumes that replies end early as often, and as early, as in the sample, with as many sinks
-    seconds_expected: sample_seconds scaled to all tokens, prompts and expected replies; without set-up
-    load_seconds: to load the model and read its prompts
+    rows_expected: assumes that replies end as often per token as in the sample, with as many sinks
+    seconds_expected: of generating and writing: sample_seconds by the part of the whole work that was done in them
+    load_seconds: to load the model and read its prompts; prepare_seconds: to calibrate and to check the model
     """
 
     sequences: int
@@ -48,6 +50,7 @@ class CaptureEstimate:
     skipped: int
     seconds_expected: float
     load_seconds: float
+    prepare_seconds: float
     sample_sequences: int
     sample_tokens: int
     sample_seconds: float
@@ -75,18 +78,19 @@ def estimate_capture(
     plan = plan_capture(options, lm, prompts, choice, done)
     announce(first_prompt(prompts, token_bytes(lm.tokenizer, lm.vocab_size)))
     announce(str(plan))
-    sizes = prompts.sizes[done:]
-    replies, allowed, sinks = float(options.max_new_tokens), 1.0, 0.0
-    count, new = min(len(sizes), SAMPLE[0]), min(options.max_new_tokens, SAMPLE[1])
-    read = generated = 0
-    seconds = 0.0
+    sizes, new = prompts.sizes[done:], options.max_new_tokens
+    forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
+    count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
+    tally, allowed, sinks, prepare, seconds = Tally(), 1.0, 0.0, 0.0, 0.0
     if count:
-        announce(f"measuring {count} sequences of at most {new} new tokens")
+        announce(
+            f"measuring {count} sequences of at most {short} new tokens, for at most {MOST_SECONDS:.0f} seconds"
+        )
         with tempfile.TemporaryDirectory(prefix="nla-dry-run-") as directory:
-            short = replace(
+            sample = replace(
                 options,
                 out=str(Path(directory) / "sample.zarr"),
-                max_new_tokens=new,
+                max_new_tokens=short,
                 dry_run=False,
                 resume=False,
                 overwrite=False,
@@ -98,16 +102,18 @@ def estimate_capture(
                 skip_first=False,
                 skip_sinks=False,
             )
-            sample = prompts.part(done, done + count)
-            summary = CaptureJob(short, lm, sample, lambda text: None, lambda done, total: None).run()
-            made = CaptureStore.open(short.out)
-            replies = _reply_tokens(made, options.max_new_tokens)
+            job = CaptureJob(sample, lm, prompts.part(done, done + count), most_seconds=MOST_SECONDS)
+            with suppress(Enough):
+                job.run()
+            tally, by_phase = job.tally, job.phases.seconds()
+            seconds = by_phase[GENERATING if short else READING]
+            prepare = sum(by_phase.values()) - seconds
+            made = CaptureStore.open(sample.out)
             allowed = _allowed_share(made, choice.tokens)
             if options.skip_sinks:
                 sinks = _sink_share(made, choice)
-        read = int(sizes[:count].sum())
-        generated, seconds = summary.tokens_generated, summary.seconds
-    measured = read + generated
+    part = forecast.part(tally)
+    replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
     return CaptureEstimate(
         sequences=len(sizes),
         already_done=done,
@@ -117,23 +123,13 @@ def estimate_capture(
         codec=options.codec,
         layers=list(chosen_layers(options, lm)),
         skipped=len(prompts.skipped),
-        seconds_expected=round(seconds * (int(sizes.sum()) + replies * len(sizes)) / measured, 3)
-        if measured
-        else 0.0,
+        seconds_expected=round(seconds / part, 3) if part else 0.0,
         load_seconds=round(load_seconds, 1),
+        prepare_seconds=round(prepare, 1),
         sample_sequences=count,
-        sample_tokens=measured,
-        sample_seconds=seconds,
+        sample_tokens=tally.read + tally.tokens,
+        sample_seconds=round(seconds, 3),
     )
-
-
-def _reply_tokens(sample: CaptureStore, most: int) -> float:
-    """Mean tokens per reply, where replies cut off by the sample's own limit count as `most`."""
-    sizes = [
-        most if sequence.finish == Finish.LENGTH else len(sequence.tokens) - sequence.prompt_size
-        for sequence in sample.iter_sequences()
-    ]
-    return sum(sizes) / len(sizes)
 
 
 def _allowed_share(sample: CaptureStore, tokens: np.ndarray | None) -> float:
@@ -141,7 +137,7 @@ def _allowed_share(sample: CaptureStore, tokens: np.ndarray | None) -> float:
     if tokens is None:
         return 1.0
     replies = [sequence.tokens[sequence.prompt_size :] for sequence in sample.iter_sequences()]
-    generated = np.concatenate(replies)
+    generated = np.concatenate([np.zeros(0, np.int32), *replies])
     return float(tokens[generated].mean()) if len(generated) else 1.0
 
 

@@ -37,9 +37,14 @@ class CapturePlan:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
         shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
         return (
-            f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {self.bytes / 2**30:.3g} GiB "
-            f"as {self.codec}; {self.slots} slots of {self.length} tokens{shared}"
+            f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {_size(self.bytes)} as {self.codec}; "
+            f"{self.slots} at once, of at most {self.length:,} tokens{shared}"
         )
+
+
+def _size(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
 
 
 def plan_capture(

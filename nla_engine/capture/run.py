@@ -5,6 +5,7 @@ Sequences are written in the order of the prompts, so an interrupted store resum
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from nla_engine.capture.appender import Appender
-from nla_engine.capture.calibrate import CALIBRATION, LayerCalibration, calibrate
+from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import CLOCK, chosen_layers, first_prompt, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
@@ -24,7 +25,8 @@ from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.families import why_unfused
-from nla_engine.engine.generator import Generator
+from nla_engine.engine.forecast import Forecast, Tally
+from nla_engine.engine.generator import Generator, Watch
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
@@ -36,6 +38,7 @@ from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.sampling import sampling_of
+from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.directory import check_place
@@ -65,15 +68,24 @@ _ADDED: dict[str, Any] = {
     "skip_sinks": False,
 }
 
-#: progress(sequences done, sequences in all)
-Progress = Callable[[int, int], None]
+#: Phases of a run. Generating, or reading, includes writing to the store.
+LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
+    "loading",
+    "calibrating",
+    "preparing",
+    "generating",
+    "reading",
+)
+#: Seconds between two estimates of how far a run is.
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class CaptureSummary:
     """What a store holds after a run; its keys are those of `--json`.
 
-    tokens_generated, seconds and the rates count this run alone.
+    tokens_generated, seconds and the rates count this run alone. seconds: all that this run took, from loading to the
+    last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or reading.
     """
 
     store: str
@@ -87,6 +99,7 @@ class CaptureSummary:
     nonfinite_rows: int
     tokens_generated: int
     seconds: float
+    seconds_by_phase: dict[str, float]
     rows_per_second: float
     tokens_per_second: float
 
@@ -98,10 +111,13 @@ def run_capture(
     options: CaptureOptions,
     *,
     announce: Callable[[str], None] = lambda text: None,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] | Progress = Progress(),
     lm: LanguageModel | None = None,
 ) -> CaptureSummary:
-    """Run stage 1. `lm`: the model, if it is loaded already. Raises the errors of `nla_engine.errors`."""
+    """Run stage 1. Raises the errors of `nla_engine.errors`.
+
+    progress: called with (sequences done, sequences in all), or told the phases too; lm: the model, if it is loaded
+    """
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: call `nla_engine.capture.estimate.estimate_capture`")
     check_out(options)
@@ -109,10 +125,12 @@ def run_capture(
         announce(
             f"{options.model} is an AV or AR (it has {SIDECAR}); such a pair explains the rows of its base model"
         )
+    phases = Phases(progress)
+    phases.phase(LOADING)
     lm, prompts = load_inputs(options, lm)
     for message in prompts.messages():
         announce(message)
-    return CaptureJob(options, lm, prompts, announce, progress).run()
+    return CaptureJob(options, lm, prompts, announce, phases).run()
 
 
 def check_out(options: CaptureOptions) -> None:
@@ -125,19 +143,28 @@ def check_out(options: CaptureOptions) -> None:
         check_place(out, options.overwrite)
 
 
+class Enough(Exception):
+    """Ends a run that was made to be measured only."""
+
+
 class CaptureJob:
-    """One run of stage 1, once the model and its prompts are loaded and `check_out` has passed."""
+    """One run of stage 1, once the model and its prompts are loaded and `check_out` has passed.
+
+    most_seconds: of the last phase; then Enough is raised. tally: what that phase did
+    """
 
     def __init__(
         self,
         options: CaptureOptions,
         lm: LanguageModel,
         prompts: PromptSet,
-        announce: Callable[[str], None],
-        progress: Progress,
+        announce: Callable[[str], None] = lambda text: None,
+        progress: Progress = Progress(),
+        most_seconds: float = math.inf,
     ) -> None:
+        self.most_seconds, self.tally = most_seconds, Tally()
         self.options, self.lm, self.prompts = options, lm, prompts
-        self.announce, self.progress = announce, progress
+        self.announce, self.phases = announce, Phases.of(progress)
         self.kernels = Kernels(options.kernels)
         self.keep = RowRange.parse(str(options.positions))
         self.layers = chosen_layers(options, lm)
@@ -155,9 +182,11 @@ class CaptureJob:
                 codec, sink_norm = writer.codec, writer.sink_norm
             else:
                 codec = Codec.named(self.options.codec, self.lm.d_model)
+                self.phases.phase(CALIBRATING, "tokens")
                 calibration = self._calibrate(codec)
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
             done = writer.sequences if writer else 0
+            self.phases.phase(PREPARING)
             plan = plan_capture(self.options, self.lm, self.prompts, self.choice, done)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
@@ -188,8 +217,10 @@ class CaptureJob:
 
     def _calibrate(self, codec: Codec) -> dict[int, LayerCalibration]:
         try:
-            distinct = self.prompts[: CALIBRATION[0] * self.options.replies : self.options.replies]
-            return calibrate(self.lm, distinct, self.layers, codec, self.kernels)
+            options = self.options
+            return calibrate(
+                self.lm, self.prompts, self.layers, codec, options.max_new_tokens, every=options.replies
+            )
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
@@ -240,7 +271,7 @@ class CaptureJob:
                     raise EngineError(message) from error
             torch.cuda.empty_cache()
             plan = replace(plan, slots=plan.slots // 2)
-            self.announce(f"out of GPU memory while setting up: trying {plan.slots} slots")
+            self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
@@ -279,23 +310,55 @@ class CaptureJob:
         return generator
 
     def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
-        """Generate and write the remaining sequences. generator: None if none remain. Set-up is not timed."""
-        done, rows_before = writer.sequences, writer.rows
+        """Generate and write the remaining sequences. generator: None if none remain."""
+        done, rows_before, all_ = writer.sequences, writer.rows, len(self.prompts)
         appender = Appender(writer, self.prompts)
-        started = time.perf_counter()
+        name = GENERATING if self.options.max_new_tokens else READING
+        self.phases.phase(name, "sequences")
         if generator is not None:
+            self.phases(done, all_, part=0.0)
             order = InOrder(int(self.options.host_memory * 2**30))
-            for group in generator.groups(self._requests(done, plan.prefix, order), order.portion):
+            watch = self._watch(plan, done, appender)
+            for group in generator.groups(self._requests(done, plan.prefix, order), order.portion, watch):
                 appender.add(order.add(group))
                 del group  # frees its memory before the next is fetched
-                self.progress(done + appender.sequences, len(self.prompts))
-        if done + appender.sequences != len(self.prompts):
-            raise EngineError(
-                f"{len(self.prompts) - done} sequences were asked for, {appender.sequences} ended"
-            )
+        if done + appender.sequences != all_:
+            raise EngineError(f"{all_ - done} sequences were asked for, {appender.sequences} ended")
         writer.close(complete=True)
-        seconds = time.perf_counter() - started
-        return self._summary(writer, rows_before, appender.tokens_generated, seconds)
+        if generator is not None:
+            self.phases(all_, all_, tokens=self._work(appender.tokens_generated, done), part=1.0)
+        return self._summary(writer, rows_before, appender.tokens_generated, self.phases.seconds()[name])
+
+    def _work(self, generated: int, done: int) -> int:
+        """The tokens that a run counts: generated ones, or read ones where nothing is generated."""
+        return generated if self.options.max_new_tokens else int(self.prompts.sizes[done:].sum())
+
+    def _watch(self, plan: CapturePlan, done: int, appender: Appender) -> Watch:
+        """Tells how far the run is, from time to time. done: sequences of an earlier run."""
+        sizes, new = self.prompts.sizes[done:], self.options.max_new_tokens
+        forecast = Forecast(
+            len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, self.lm.device.type
+        )
+        last, began = 0.0, time.monotonic()
+
+        def watch(tally: Callable[[], Tally]) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if self.most_seconds < math.inf:
+                self.tally = tally()
+                if now - began > self.most_seconds:
+                    raise Enough
+            if now - last >= _LOOK_SECONDS:
+                last, at = now, tally()
+                self.phases(
+                    done + at.ended,
+                    len(self.prompts),
+                    tokens=at.tokens if new else at.read,
+                    part=forecast.part(at),
+                    least=bool(new) and not at.ended,
+                )
+
+        return watch
 
     def _requests(self, first: int, prefix: int, order: InOrder) -> Iterator[Request]:
         """Requests for prompts[first:]. A further reply does not read its prompt again, unless rows of it are kept."""
@@ -305,10 +368,11 @@ class CaptureJob:
             yield order.asked(Request(id_, ids, self.options.max_new_tokens, again=again))
 
     def _summary(
-        self, writer: StoreWriter, rows_before: int, generated: int, seconds: float
+        self, writer: StoreWriter, rows_before: int, generated: int, filling: float
     ) -> CaptureSummary:
+        """filling: seconds of the last phase."""
         store = CaptureStore.open(self.options.out)
-        flags = store.column("flags")
+        flags, by_phase = store.column("flags"), self.phases.seconds()
         return CaptureSummary(
             store=str(self.options.out),
             layers=list(self.layers),
@@ -320,7 +384,8 @@ class CaptureJob:
             sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
             nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
             tokens_generated=generated,
-            seconds=round(seconds, 3),
-            rows_per_second=round((writer.rows - rows_before) / seconds, 1),
-            tokens_per_second=round(generated / seconds, 1),
+            seconds=round(sum(by_phase.values()), 3),
+            seconds_by_phase=by_phase,
+            rows_per_second=round((writer.rows - rows_before) / filling, 1),
+            tokens_per_second=round(generated / filling, 1),
         )

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nla_engine.cli.output import Json, progress_bar, say
+from nla_engine.cli.output import Json, say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.cli.streams import watch_streams
 from nla_engine.errors import NLAError
 from nla_engine.models import hub

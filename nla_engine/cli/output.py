@@ -1,34 +1,21 @@
-"""What commands print: announcements and progress on stderr; results on stdout, as a table or one JSON line."""
+"""What commands print: announcements on stderr; results on stdout, as a table or one JSON line."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-#: Announcements and progress.
+#: Announcements and progress (`cli.progress`).
 console = Console(stderr=True)
 #: Width of a result that does not go to a terminal, in columns.
 _FILE_WIDTH = 200
-
-#: Progress bars inside one another: only the last one is shown.
-_bars: list[Progress] = []
 
 Json = Annotated[
     bool,
@@ -41,45 +28,6 @@ def say(text: str) -> None:
     console.print(escape(text), highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with count, rate and time left; yields progress(done, total)."""
-    bar = Progress(
-        TextColumn(unit),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with _alone(bar):
-        task = bar.add_task(unit, total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
-
-        yield update
-
-
-@contextmanager
-def _alone(bar: Progress) -> Iterator[None]:
-    """Show this bar; hide the one that was shown before until this one is done."""
-    if _bars:
-        _bars[-1].stop()
-    _bars.append(bar)
-    try:
-        with bar:
-            yield
-    finally:
-        _bars.pop()
-        if _bars:
-            _bars[-1].start()
-
-
 def results(as_json: bool) -> Console:
     """Where a result for people goes: stdout, or stderr when stdout carries a JSON line."""
     out = Console(stderr=as_json)
@@ -88,9 +36,9 @@ def results(as_json: bool) -> Console:
     return out
 
 
-def finish(title: str, facts: dict[str, Any], as_json: bool) -> None:
-    """The summary: a table for people, and one JSON line on stdout if asked."""
-    show_facts(title, facts, as_json)
+def finish(title: str, facts: dict[str, Any], as_json: bool, *, told: dict[str, Any] | None = None) -> None:
+    """The summary: a table for people, and one JSON line on stdout if asked. told: what people are shown instead."""
+    show_facts(title, facts if told is None else told, as_json)
     if as_json:
         print_json(facts)
 

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import Json, finish, progress_bar, results, say
+from nla_engine.cli.output import Json, finish, results, say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.config import AskOptions, CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
 
 
@@ -36,7 +37,10 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
 
     with progress_bar("explanations") as progress:
         summary = run_roundtrip(options, announce=say, progress=progress)
-    finish("round trip", summary.to_dict(), as_json)
+    facts = summary.to_dict()
+    one_each = summary.rows == summary.explanations
+    told = {key: value for key, value in facts.items() if not (one_each and "_best" in key)}
+    finish("round trip", facts, as_json, told=told)
 
 
 @command(ExplainOptions)
@@ -83,7 +87,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run everything on the bundled models: capture, explain, reconstruct, score, write the page. A CPU is enough."""
-    from nla_engine.demo.run import run_demo
+    from nla_engine.demo.run import run_demo, told
 
     summary, samples = run_demo(
         out,
@@ -96,9 +100,9 @@ def demo(
     )
     shown = results(as_json)
     for sample in samples:
-        text = textwrap.indent(sample.explanation, "  ")
+        text = textwrap.indent(f"{sample.truth}\n{sample.explanation}", "  ")
         shown.print(
             f"\n[bold]{escape(sample.heading)}[/bold]\n{escape(text)}", soft_wrap=True, highlight=False
         )
     shown.print()
-    finish("demo", summary, as_json)
+    finish("demo", summary, as_json, told=told(summary))

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from nla_engine.cli.app import app
-from nla_engine.cli.output import Json, finish, print_json, progress_bar, results, say
+from nla_engine.cli.output import Json, finish, print_json, results, say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.options import check_local
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import textwrap
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import print_json, progress_bar, results, say, show, show_facts
+from nla_engine.cli.output import print_json, results, say, show, show_facts
+from nla_engine.cli.progress import progress_bar
 from nla_engine.once import Application
 from nla_engine.studies.multiplication.options import MultiplicationOptions
 

@@ -48,10 +48,40 @@ def demo_models() -> DemoModels:
 
 @dataclass(frozen=True)
 class Sample:
-    """One explanation to show. heading: the token, its place and its scores."""
+    """One explanation to show. heading: the token, its place and its scores; truth: the problem of its sequence."""
 
     heading: str
+    truth: str
     explanation: str
+
+
+#: What the printed summary says of each figure.
+MEANINGS = {
+    "rows": "vectors captured, each put into words and rebuilt from them",
+    "cos": "between vector and rebuilt vector, on average; 1 is perfect",
+    "fve_nrm": "part of the vectors' variance that the words carried; 1 is perfect",
+    "cos_shuffled": "the same as cos against a vector of another problem: what chance gives",
+    "retrieval_top1": "how often no other vector is nearer to the rebuilt one",
+    "base_accuracy": "of the base model's answers are right",
+    "operand_accuracy": "of the explanations name both numbers of the problem",
+    "token_accuracy": "of the explanations name the token that was read",
+    "seconds": "for capture and round trip together",
+    "store": "",
+    "explained": "",
+    "report": "open this one",
+}
+
+
+def told(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary for people: a figure and what it means."""
+    facts = {}
+    for key, meaning in MEANINGS.items():
+        value = summary[key]
+        figure = (
+            f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+        )
+        facts[key] = f"{figure}   {meaning}".rstrip()
+    return facts
 
 
 def run_demo(
@@ -124,12 +154,13 @@ def _run(
         "capture_rows_per_second": captured.rows_per_second,
         **{key: value for key, value in scored.to_dict().items() if key not in ("out", "layer")},
         "sequences": captured.sequences,
+        "seconds": round(captured.seconds + scored.seconds, 1),
         **check_facts(out / "run.zarr", out / "explained.parquet"),
         "store": captured.store,
         "explained": scored.out,
         "report": page.out,
     }
-    return summary, choose_samples(out / "explained.parquet")
+    return summary, choose_samples(out / "run.zarr", out / "explained.parquet")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -161,8 +192,9 @@ def check_facts(store_path: Path, explained: Path) -> dict[str, float]:
     }
 
 
-def choose_samples(explained: Path) -> list[Sample]:
+def choose_samples(store_path: Path, explained: Path) -> list[Sample]:
     """The best, the middle and the worst explanation by cos: not only the flattering one."""
+    store = CaptureStore.open(store_path)
     rows = pq.read_table(explained).to_pylist()
     ordered = sorted((row for row in rows if row["cos"] is not None), key=lambda row: -row["cos"])
     chosen = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
@@ -170,7 +202,13 @@ def choose_samples(explained: Path) -> list[Sample]:
         Sample(
             f"{name}: sequence {row['sequence']}, position {row['position']}, read {row['token']!r}, next "
             f"{row['next_token']!r}   cos {row['cos']:.3f}  fve {row['fve_nrm']:.3f}  rank {row['retrieval_rank']}",
+            f"(The problem was {_problem(store.sequence(row['sequence']).source)}.)",
             row["explanation"],
         )
         for name, row in chosen.items()
     ]
+
+
+def _problem(record: Any) -> str:
+    """The multiplication of a sequence."""
+    return f"{record['a']} × {record['b']} = {record['product']}"

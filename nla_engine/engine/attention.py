@@ -21,7 +21,8 @@ from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.streams import branch_stream
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
-from nla_engine.ops.attention import Shape, Tiles, attend, attend_one_each, attend_reference, tile_rows
+from nla_engine.ops.attention import Shape, Tiles, attend, attend_torch, tile_rows
+from nla_engine.ops.attention_cpu import attend_cpu
 
 NAME = "nla_engine"
 
@@ -100,10 +101,8 @@ class Pass:
         return self._attend(query[wanted.token], wanted.tiles, layer, shape), x[wanted.token]
 
     def _attend(self, query: torch.Tensor, tiles: Tiles, layer: int, shape: Shape) -> torch.Tensor:
-        if self.reference:
-            run = attend_one_each if len(tiles.token) == len(query) else attend_reference
-            return run(query, self.cache.layer(layer), tiles, shape)
-        return attend(query, self.cache.layer(layer), tiles, shape)
+        run = attend_cpu if query.device.type == "cpu" else attend_torch if self.reference else attend
+        return run(query, self.cache.layer(layer), tiles, shape)
 
 
 def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest: int) -> Tiles:

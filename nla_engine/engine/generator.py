@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, lane_bucket
 from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
@@ -29,6 +30,7 @@ _T = TypeVar("_T")
 Generate = collections.abc.Generator[_T, None, None]
 #: Takes the bytes of each ended sequence by request id, returns the ids to fetch now.
 Portion = Callable[[Mapping[int, int]], Sequence[int]]
+Watch = Callable[[Callable[[], Tally]], None]
 
 
 class Generator:
@@ -77,7 +79,10 @@ class Generator:
 
     @torch.inference_mode()
     def groups(
-        self, requests: Iterable[Request | None], portion: Portion = list
+        self,
+        requests: Iterable[Request | None],
+        portion: Portion = list,
+        watch: Watch = lambda tally: None,
     ) -> Generate[list[Completion]]:
         """Yield a Completion for each request, in the order they end. Those that end together are in one list.
 
@@ -85,6 +90,7 @@ class Generator:
         None with nothing running is an error of the caller.
         portion: chooses which ended sequences to fetch, all by default. The others stay on the device, in their slots,
             and are offered again once the caller has taken the chosen ones. With nothing running it must choose one.
+        watch: called after every turn with a function that says what has been done so far
         """
         queue = Scheduler(
             requests,
@@ -114,6 +120,7 @@ class Generator:
                 ready = []
             ended = queue.ended(self._active.read() if step.slots else None)
             queue.finish(self._settle(ended))
+            watch(queue.tally)
             ready = self._fetch(queue, portion)
 
     def _check(self, request: Request) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from nla_engine.engine.forecast import Tally
 from nla_engine.engine.request import Request
 from nla_engine.engine.tap import KeptRows
 
@@ -109,6 +110,7 @@ class Scheduler:
         self._running: dict[int, Admitted] = {}  # by slot
         self._read_only: list[Admitted] = []  # these end with the pass that completes their prompt
         self.finished: dict[int, Ended] = {}  # by request id
+        self._tally = Tally()
 
     def schedule(self) -> Step | None:
         """The next turn; None if no request is being read or running, and none can enter."""
@@ -134,7 +136,16 @@ class Scheduler:
 
     def finish(self, ended: Iterable[Ended]) -> None:
         """Keep these in their slots until they are released."""
-        self.finished |= {each.request.id: each for each in ended}
+        for each in ended:
+            self.finished[each.request.id] = each
+            self._tally.end(each.count, each.request.max_new_tokens)
+
+    def tally(self) -> Tally:
+        """What has been done so far. A sequence whose end has not been seen yet counts as running."""
+        self._tally.running = [
+            min(admitted.steps + 1, admitted.request.max_new_tokens) for admitted in self._running.values()
+        ]
+        return self._tally
 
     def release(self, ids: Iterable[int]) -> list[Ended]:
         """Remove these finished requests and free their slots."""
@@ -171,6 +182,7 @@ class Scheduler:
             start, size = admitted.read, len(admitted.request.token_ids)
             admitted.read = min(size, start + room)
             room -= admitted.read - start
+            self._tally.read += admitted.read - start
             runs.append(Run(admitted, start, admitted.read))
             if admitted.read == size:
                 self._reading.popleft()
@@ -196,6 +208,8 @@ class Scheduler:
         after_look = int(steps > 1 and steps not in left)
         for admitted in self._running.values():
             admitted.steps += steps
+        self._tally.steps += steps
+        self._tally.lanes += steps * len(self._running)
         return steps, after_look
 
 

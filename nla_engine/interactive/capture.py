@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.run import run_capture
-from nla_engine.cli.output import progress_bar, say
+from nla_engine.cli.output import say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import PromptError
 from nla_engine.interactive.given import options_from

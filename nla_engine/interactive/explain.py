@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.cli.output import progress_bar, say
+from nla_engine.cli.output import say
+from nla_engine.cli.progress import progress_bar
 from nla_engine.config import ExplainOptions, RoundtripOptions, ScoreOptions, WritingOptions
 from nla_engine.errors import RequestError
 from nla_engine.interactive.capture import GIVEN

@@ -22,6 +22,7 @@ from nla_engine.models.adapters.merge import merge
 from nla_engine.models.adapters.tensors import AdapterFile
 from nla_engine.models.cut import cut_config
 from nla_engine.models.decoder import CutDecoder
+from nla_engine.models.fingerprint import fingerprint_of
 from nla_engine.models.hub.fetch import say
 from nla_engine.models.logits import LibraryLogits
 from nla_engine.models.source import Source, find_source
@@ -123,19 +124,8 @@ class LanguageModel:
         return self._library_logits(hidden)
 
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and two integer checksums of its bits (position-weighted)."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            bits = weight.detach().contiguous().reshape(-1)
-            bits = bits.view({2: torch.int16, 4: torch.int32}.get(bits.element_size(), torch.uint8))
-            first = second = 0
-            for part in bits.split(1 << 26):
-                wide = part.to(torch.int64)
-                index = torch.arange(len(wide), device=wide.device) % 65521 + 1
-                first += int(wide.sum())
-                second = (second * 31 + int((wide * index).sum())) % (1 << 63)
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first} {second}\n".encode())
-        return digest.hexdigest()[:16]
+        """Of every weight's name, shape, dtype and bits."""
+        return fingerprint_of(self.model.state_dict())
 
     def describe(self) -> dict[str, Any]:
         """What a store or a result records of the model."""

@@ -12,14 +12,14 @@ al., arXiv:2402.05099).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
+from nla_engine.ops.triton_module import tl, triton
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Tiles:
 
     own: int64 [T], the position of every packed token; none is in the shared prefix
     rows: most query rows (tokens times G) of a tile; longest: an upper bound on positions + 1
+    once: what a CPU computes for the first layer of a pass and uses in all
     """
 
     token: torch.Tensor
@@ -51,6 +52,7 @@ class Tiles:
     own: torch.Tensor
     rows: int
     longest: int
+    once: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class Shape:
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton where it runs, else torch."""
-    if has_triton(query.device):
-        return attend_triton(query, kv, tiles, shape)
+    return (attend_triton if has_triton(query.device) else attend_torch)(query, kv, tiles, shape)
+
+
+def attend_torch(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """The reference for these tiles."""
     return (attend_one_each if len(tiles.token) == len(query) else attend_reference)(query, kv, tiles, shape)
 
 
@@ -85,7 +90,7 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
 
 
 def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """The reference for a decode step (one query per tile) as one batched computation, for CPUs."""
+    """The reference for a decode step (one query per tile) as one batched computation."""
     size = tiles.longest - kv.prefix_size
     lanes = len(query)
     keys, values = kv.keys[tiles.slot, :size], kv.values[tiles.slot, :size]

@@ -10,13 +10,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine import extension
 from nla_engine.errors import RequestError, first_line
 from nla_engine.fields import KERNELS, PRECISIONS
 from nla_engine.ops.cards import HOPPER, Card, card_of, runs
+from nla_engine.ops.triton_module import MISSING, tl, triton
 
 #: The oldest cards that Triton supports.
 _TRITON = (8, 0)
@@ -105,6 +104,8 @@ def triton_fault(device: torch.device) -> str:
         return f"{card}: the Triton kernels are tested on NVIDIA cards only: {slower}"
     if card.capability < _TRITON:
         return f"{card}: Triton needs compute capability {_TRITON[0]}.{_TRITON[1]}: {slower}"
+    if MISSING:
+        return f"{card}: {MISSING}: {slower}; install a torch for CUDA (pip install torch), which brings it"
     try:
         _try_triton(device)
     except torch.cuda.OutOfMemoryError:

@@ -14,14 +14,13 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.errors import RequestError, first_line
 from nla_engine.ops.backends import triton_fault
 from nla_engine.ops.cards import card_of
 from nla_engine.ops.gate import gate_reference, gated
 from nla_engine.ops.norm import rms_norm_reference
+from nla_engine.ops.triton_module import tl, triton
 
 _LARGEST = 448.0
 #: The least value used for a row's largest entry: scales, and products of two scales, stay normal float32.

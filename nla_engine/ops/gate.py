@@ -8,10 +8,9 @@ Shazeer, arXiv:2002.05202.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.triton_module import tl, triton
 
 #: transformers' names of the activations that the kernel knows.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-import triton
-import triton.language as tl
+
+from nla_engine.ops.triton_module import tl, triton
 
 _MASK = 0xFFFFFFFF
 LARGEST = torch.finfo(torch.float32).max

@@ -9,10 +9,9 @@ around 0, else 0. Zhang & Sennrich, arXiv:1910.07467.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.triton_module import tl, triton
 
 
 def rms_norm(

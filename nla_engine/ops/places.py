@@ -6,10 +6,9 @@ place = slot * rows_per_slot + position - first[slot]     if first[slot] <= posi
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.triton_module import tl, triton
 
 _BLOCK = 256
 

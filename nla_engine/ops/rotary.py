@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.norm import rms_norm_reference
+from nla_engine.ops.triton_module import tl, triton
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.config import AskOptions, CaptureOptions, WritingOptions
 from nla_engine.ops import gumbel
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.gumbel import draw_key, draw_scores, first_of_best, sortable
+from nla_engine.ops.triton_module import tl, triton
 from nla_engine.ops.truncation import Truncation, kept, redraw
 
 #: Logits per program.

@@ -6,9 +6,9 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from nla_engine.ops.cards import HOPPER, SHARED_KIB, Card, card_of
+from nla_engine.ops.triton_module import triton
 
 #: Query rows of a program that reads the shared prefix; half as many for wide heads.
 PREFIX_ROWS = 64

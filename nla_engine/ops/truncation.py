@@ -26,10 +26,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 
 from nla_engine.ops.gumbel import LARGEST, draw_key, draw_scores, first_of_best, sortable
+from nla_engine.ops.triton_module import tl, triton
 
 #: Logits per step of a program.
 _BLOCK = 4096

@@ -15,6 +15,7 @@ from nla_engine.config import AskOptions
 from nla_engine.errors import RequestError
 from nla_engine.models.load import tokenizer_of
 from nla_engine.ops.sampling import sampling_of
+from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.oracle import Prompts, find_oracle, load_writer
@@ -22,8 +23,8 @@ from nla_engine.roundtrip.pair import announce_unfused, compute_with
 from nla_engine.roundtrip.pipeline import CHUNK, COMMIT_SECONDS
 from nla_engine.roundtrip.questions import Questions
 from nla_engine.roundtrip.results import ANSWERS, ResultTable, check_table
-from nla_engine.roundtrip.run import Announce, Progress
-from nla_engine.roundtrip.summary import AskSummary, summarise_answers
+from nla_engine.roundtrip.run import Announce, Heard
+from nla_engine.roundtrip.summary import ASKING, LOADING, PREPARING, AskSummary, summarise_answers
 from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
 from nla_engine.roundtrip.writer import Asked, Limits, Writer
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
@@ -47,9 +48,11 @@ def run_ask(
     options: AskOptions,
     *,
     announce: Announce = lambda text: None,
-    progress: Progress = lambda done, total: None,
+    progress: Heard = Progress(),
 ) -> AskSummary:
     """Ask, and write the table. Raises the errors of `nla_engine.errors`."""
+    phases = Phases(progress)
+    phases.phase(LOADING)
     store = CaptureStore.open(options.store)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     layer = _layer(store, options)
@@ -70,6 +73,7 @@ def run_ask(
             f"--max-new-tokens is {options.max_new_tokens}: {options.oracle} has room for {max(room, 0)} after the "
             f"longest prompt, which has {limits.longest} tokens: lower it, or --rows-per-prompt"
         )
+    phases.phase(PREPARING)
     run = _Run(options, store, layer, questions, prompts, limits, writer)
     table = ResultTable.open(
         options.out,
@@ -78,11 +82,11 @@ def run_ask(
         overwrite=options.overwrite,
         schema=ANSWERS,
     )
-    started, before = time.perf_counter(), table.done
+    before = table.done
     with table:
         if not table.finished:
-            run.fill(table, announce, progress)
-    return summarise_answers(options, time.perf_counter() - started, table.done - before)
+            run.fill(table, announce, phases)
+    return summarise_answers(options, phases.seconds(), table.done - before)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class _Run:
     limits: Limits
     writer: Writer
 
-    def fill(self, table: ResultTable, announce: Announce, progress: Progress) -> None:
+    def fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Ask what the table does not hold yet, and finish it."""
         samples, questions = self.options.samples, self.questions
         total, first = len(questions), table.done // samples
@@ -110,8 +114,9 @@ class _Run:
 
         def write(columns: dict[str, Any]) -> None:
             table.append(columns)
-            progress(table.done, total * samples)
+            phases(table.done, total * samples)
 
+        phases.phase(ASKING, "answers")
         with Background() as background, closing(self._chunks(first)) as chunks:
             for chunk in chunks:
                 background.submit(lambda chunk=chunk: write(self._columns(chunk)))  # type: ignore[misc]

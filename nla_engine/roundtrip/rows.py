@@ -11,6 +11,7 @@ import numpy as np
 from nla_engine.config import AskOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, WriterWatch
+from nla_engine.store.objects import place
 
 #: Seconds between two looks at a store that is being written.
 POLL_SECONDS = 1.0
@@ -41,17 +42,35 @@ def nothing_selected(options: WritingOptions | AskOptions) -> StoreError:
     return StoreError(f"{options.store}: {what}")
 
 
+def open_store(options: WritingOptions, announce: Callable[[str], None] = lambda text: None) -> CaptureStore:
+    """The store of the options. With `follow` it need not be there yet: its writer first loads a model.
+
+    RequestError if it is to be followed and is not on a local disk.
+    """
+    if not options.follow:
+        return CaptureStore.open(options.store)
+    where = place(options.store)
+    if not isinstance(where, Path):
+        raise RequestError(
+            f"{where}: --follow needs a store on a local disk: wait for the writer, then leave --follow out"
+        )
+    waiting = False
+    while not where.exists():
+        if not waiting:
+            announce(f"waiting for {where}: start its capture; Ctrl-C ends the waiting")
+        waiting = True
+        time.sleep(POLL_SECONDS)
+    return CaptureStore.open(options.store)
+
+
 def follow_rows(
     store: CaptureStore, where: str | None, announce: Callable[[str], None] = lambda text: None
 ) -> Iterator[np.ndarray]:
     """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
-    EngineError if the writer has gone without finishing; RequestError if the store is not on a local disk.
+    EngineError if the writer has gone without finishing. The store is on a local disk.
     """
-    if not isinstance(store.path, Path):
-        raise RequestError(
-            f"{store.path}: --follow needs a store on a local disk: wait for the writer, then leave --follow out"
-        )
+    assert isinstance(store.path, Path)
     seen, waiting, gone, watch = 0, False, False, WriterWatch(store.path)
     while True:
         store.refresh()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,15 +21,27 @@ from nla_engine.config import (
     WritingOptions,
 )
 from nla_engine.errors import RequestError
+from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import score
+from nla_engine.roundtrip.far import Watcher
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import SCHEMA, WITHOUT_SCORES, ResultTable, check_table, nullable
-from nla_engine.roundtrip.rows import follow_rows, nothing_selected, select_rows
+from nla_engine.roundtrip.rows import follow_rows, nothing_selected, open_store, select_rows
 from nla_engine.roundtrip.score import Controls
-from nla_engine.roundtrip.summary import ExplainSummary, RoundtripSummary, summarise, summarise_texts
+from nla_engine.roundtrip.summary import (
+    EXPLAINING,
+    FINISHING,
+    LOADING,
+    PREPARING,
+    SCORING,
+    ExplainSummary,
+    RoundtripSummary,
+    summarise,
+    summarise_texts,
+)
 from nla_engine.roundtrip.text_file import TextFile, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
 from nla_engine.roundtrip.variance import layer_variance
@@ -41,16 +52,17 @@ from nla_engine.store.views.draw import draw_rows
 #: Rows in the sample of the controls, at most.
 CONTROL_ROWS = 1024
 
-#: announce(line for the user); progress(explanations done, explanations in all, as far as is known)
+#: announce(line for the user)
 Announce = Callable[[str], None]
-Progress = Callable[[int, int], None]
+#: progress(texts done, texts in all, as far as is known), or one that is told the phases too
+Heard = Callable[[int, int], None] | Progress
 
 
 def run_roundtrip(
     options: RoundtripOptions,
     *,
     announce: Announce = lambda text: None,
-    progress: Progress = lambda done, total: None,
+    progress: Heard = Progress(),
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
     rows: np.ndarray | None = None,
@@ -59,43 +71,51 @@ def run_roundtrip(
 
     rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
     """
-    store = CaptureStore.open(options.store)
-    chosen = _choose(store, options, rows, CONTROL_ROWS, announce)
+    phases = Phases(progress)
+    phases.phase(LOADING)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    store = open_store(options, announce)
+    chosen = _choose(store, options, rows, CONTROL_ROWS, announce)
     pair = load_pair(options, announce, verbalizer, reconstructor)
+    phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     written = _written(options, pair)
     controls = _controls(store, layer, chosen, options, pair.device)
     run = _Run(options, store, layer, pair, chosen, written, controls)
-    return summarise(options, *run.finish(announce, progress))
+    return summarise(options, *run.finish(announce, phases))
 
 
 def run_explain(
     options: ExplainOptions,
     *,
     announce: Announce = lambda text: None,
-    progress: Progress = lambda done, total: None,
+    progress: Heard = Progress(),
     verbalizer: Verbalizer | None = None,
     rows: np.ndarray | None = None,
 ) -> ExplainSummary:
     """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
-    store = CaptureStore.open(options.store)
-    chosen = _choose(store, options, rows, 1, announce)
+    phases = Phases(progress)
+    phases.phase(LOADING)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    store = open_store(options, announce)
+    chosen = _choose(store, options, rows, 1, announce)
     pair = load_pair(options, announce, verbalizer)
+    phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     run = _Run(options, store, layer, pair, chosen, _written(options, pair), None)
-    return summarise_texts(options, *run.finish(announce, progress))
+    return summarise_texts(options, *run.finish(announce, phases))
 
 
 def run_score(
     options: ScoreOptions,
     *,
     announce: Announce = lambda text: None,
-    progress: Progress = lambda done, total: None,
+    progress: Heard = Progress(),
     reconstructor: Reconstructor | None = None,
 ) -> RoundtripSummary:
     """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
+    phases = Phases(progress)
+    phases.phase(LOADING)
     store = CaptureStore.open(options.store)
     if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
         raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
@@ -104,6 +124,7 @@ def run_score(
     rows = texts.selected
     chosen = _Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
     pair = load_pair(options, announce, reconstructor=reconstructor)
+    phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     if texts.metadata is not None and texts.metadata["layer"] != layer:
         raise RequestError(
@@ -113,7 +134,7 @@ def run_score(
     check_lengths(texts, pair.ar)
     controls = _controls(store, layer, chosen, options, pair.device)
     run = _Run(options, store, layer, pair, chosen, texts, controls)
-    return summarise(options, *run.finish(announce, progress))
+    return summarise(options, *run.finish(announce, phases))
 
 
 @dataclass(frozen=True)
@@ -140,8 +161,8 @@ class _Run:
     texts: Texts
     controls: Controls | None
 
-    def finish(self, announce: Announce, progress: Progress) -> tuple[float, float]:
-        """Write the table, or what is missing of it. Returns the seconds, and the rows that are new."""
+    def finish(self, announce: Announce, phases: Phases) -> tuple[dict[str, float], float]:
+        """Write the table, or what is missing of it. Returns the seconds by phase, and the rows that are new."""
         options, texts = self.options, self.texts
         table = ResultTable.open(
             options.out,
@@ -150,20 +171,22 @@ class _Run:
             overwrite=options.overwrite,
             schema=self._schema(),
         )
-        started, before = time.perf_counter(), table.done
+        before = table.done
         with table:
             if not table.finished:
-                self._fill(table, announce, progress)
-        seconds = time.perf_counter() - started
-        return seconds, texts.rows_of(table.done) - texts.rows_of(before)
+                self._fill(table, announce, phases)
+        return phases.seconds(), texts.rows_of(table.done) - texts.rows_of(before)
 
-    def _fill(self, table: ResultTable, announce: Announce, progress: Progress) -> None:
+    def _fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Explain and score the rows that the table does not hold yet, and finish it."""
         options, texts, layer, known = self.options, self.texts, self.layer, 0
 
+        phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
+
         def write(columns: dict[str, Any]) -> None:
             table.append(columns)
-            progress(table.done, texts.up_to_row(known))
+            if not isinstance(texts, Written):  # else the watcher tells, as soon as a text is written
+                phases(table.done, texts.up_to_row(known))
 
         longest = options.max_new_tokens if isinstance(options, WritingOptions) else None
         with closing(self.pair):
@@ -175,8 +198,21 @@ class _Run:
                     f"{known:,} rows of layer {layer}, {texts.each(known)}"
                     + (f" ({table.done:,} already there)" if there else "")
                 )
+                if isinstance(texts, Written) and isinstance(options, WritingOptions):
+                    whole, written = texts.up_to_row(known), texts.up_to_row(first + there)
+                    phases(written, whole, part=0.0)
+                    texts.watch = Watcher(
+                        phases,
+                        options,
+                        texts.verbalizer,
+                        written=written,
+                        left=whole - written,
+                        known=self.chosen.rows is not None,
+                    )
                 if there < len(part):
                     pipeline.run(part[there:], first + there)
+            phases(table.done, texts.up_to_row(known), part=1.0)
+            phases.phase(FINISHING)
             if self.controls is None or not isinstance(options, ScoringOptions):
                 table.finish(self._metadata(), store=self.store)
                 return

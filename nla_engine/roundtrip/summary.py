@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ from nla_engine.roundtrip import score
 from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
 from nla_engine.roundtrip.texts import GIVEN
 
+#: Phases of a run. Explaining includes scoring, which runs beside it; finishing measures Var and ends the table.
+LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
+    "loading",
+    "preparing",
+    "explaining",
+    "scoring",
+    "asking",
+    "finishing",
+)
+_NO_SECONDS: Mapping[str, float] = {}
+
 
 @dataclass(frozen=True)
 class RoundtripSummary:
     """The result in numbers; the keys are those of `--json`. Scores are means over every scored explanation.
 
-    With several samples per row, the `_best` keys take the best sample of each row by cos.
+    With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
+    took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
     """
 
     out: str
@@ -45,6 +58,7 @@ class RoundtripSummary:
     n_tokens: float | None
     early_rows: int
     seconds: float
+    seconds_by_phase: dict[str, float]
     rows_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +78,7 @@ class ExplainSummary:
     n_tokens: float | None
     early_rows: int
     seconds: float
+    seconds_by_phase: dict[str, float]
     rows_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,14 +99,18 @@ class AskSummary:
     status_ok: float
     n_tokens: float
     seconds: float
+    seconds_by_phase: dict[str, float]
     answers_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def summarise_answers(options: AskOptions, seconds: float, new_answers: int) -> AskSummary:
-    """The summary of a finished table of answers, from its file. seconds, new_answers: of this run."""
+def summarise_answers(options: AskOptions, seconds: Mapping[str, float], new_answers: int) -> AskSummary:
+    """The summary of a finished table of answers, from its file.
+
+    seconds: of each phase of this run; new_answers: answers that it added
+    """
     rows: set[int] = set()
     questions: set[str] = set()
     status: Counter[str] = Counter()
@@ -112,18 +131,26 @@ def summarise_answers(options: AskOptions, seconds: float, new_answers: int) -> 
         status=dict(status),
         status_ok=round(status["ok"] / answers, 6),
         n_tokens=round(tokens / answers, 6),
-        seconds=round(seconds, 3),
-        answers_per_second=round(new_answers / seconds, 2) if seconds else 0.0,
+        seconds=round(sum(seconds.values()), 3),
+        seconds_by_phase=dict(seconds),
+        answers_per_second=round(new_answers / asking, 2) if (asking := seconds.get(ASKING, 0.0)) else 0.0,
     )
 
 
-def summarise_texts(options: ExplainOptions, seconds: float = 0.0, new_rows: float = 0.0) -> ExplainSummary:
-    """The summary of a finished result without scores, from its file. seconds, new_rows: time and rows of this run."""
+def summarise_texts(
+    options: ExplainOptions, seconds: Mapping[str, float] = _NO_SECONDS, new_rows: float = 0.0
+) -> ExplainSummary:
+    """The summary of a finished result without scores, from its file.
+
+    seconds: of each phase of this run; new_rows: rows that it added
+    """
     return ExplainSummary(**_counts(options.out, _columns(options.out, []), seconds, new_rows))
 
 
-def summarise(options: ScoringOptions, seconds: float = 0.0, new_rows: float = 0.0) -> RoundtripSummary:
-    """The summary of a finished result, from its file. seconds, new_rows: time and rows of this run."""
+def summarise(
+    options: ScoringOptions, seconds: Mapping[str, float] = _NO_SECONDS, new_rows: float = 0.0
+) -> RoundtripSummary:
+    """The summary of a finished result, from its file. seconds: of each phase of this run; new_rows: its rows."""
     metadata = read_metadata(options.out)
     data = _columns(options.out, ["cos", "cos_shuffled", "retrieval_rank", "best"])
     cos, variance = data["cos"].astype(np.float64), float(metadata["variance"])
@@ -157,9 +184,12 @@ def _columns(out: Path, scores: list[str]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
-def _counts(out: Path, data: dict[str, np.ndarray], seconds: float, new_rows: float) -> dict[str, Any]:
+def _counts(
+    out: Path, data: dict[str, np.ndarray], seconds: Mapping[str, float], new_rows: float
+) -> dict[str, Any]:
     """What is known without an AR. status_ok: None for texts that no AV of a run wrote."""
     status = Counter(map(str, data["status"]))
+    working = sum(seconds.get(phase, 0.0) for phase in (EXPLAINING, SCORING, FINISHING))
     rows, first = np.unique(data["row"], return_index=True)
     return {
         "out": str(out),
@@ -170,8 +200,9 @@ def _counts(out: Path, data: dict[str, np.ndarray], seconds: float, new_rows: fl
         "status_ok": None if status[GIVEN] else round(status["ok"] / status.total(), 6),
         "n_tokens": _mean(data["n_tokens"]),
         "early_rows": int(data["early"][first].sum()),
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(new_rows / seconds, 2) if seconds else 0.0,
+        "seconds": round(sum(seconds.values()), 3),
+        "seconds_by_phase": dict(seconds),
+        "rows_per_second": round(new_rows / working, 2) if working else 0.0,
     }
 
 

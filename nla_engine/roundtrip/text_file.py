@@ -40,6 +40,8 @@ class TextFile:
     more: the schema of the further fields
     """
 
+    unit = "texts"
+
     def __init__(self, path: Path, table: pa.Table, metadata: dict[str, Any] | None) -> None:
         """table: row, sample, explanation, status, n_tokens, and further fields; sorted by row and sample."""
         self.path, self._table, self.metadata = path, table, metadata

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nla_engine.config import WritingOptions
+from nla_engine.engine.generator import Watch
 from nla_engine.engine.streams import enter_device
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
@@ -37,7 +38,9 @@ class Vectors(Protocol):
 
 
 class Texts(Protocol):
-    """The texts of all selected rows, in the order of the rows; those of a row together."""
+    """The texts of all selected rows, in the order of the rows; those of a row together. unit: what they are called."""
+
+    unit: str
 
     def of_rows(
         self, reader: Vectors, rows: np.ndarray, first: int
@@ -68,8 +71,11 @@ class Texts(Protocol):
 class Written:
     """Texts that an AV writes, `samples` of each row."""
 
+    unit = "explanations"
+
     def __init__(self, options: WritingOptions, verbalizer: Verbalizer, device: torch.device) -> None:
         self.options, self.verbalizer, self.device = options, verbalizer, device
+        self.watch: Watch = lambda tally: None  # told how far the AV is
 
     def of_rows(
         self, reader: Vectors, rows: np.ndarray, first: int
@@ -83,6 +89,7 @@ class Written:
             max_new_tokens=options.max_new_tokens,
             sampling=sampling_of(options),
             batch_size=options.batch_size,
+            watch=self.watch,
         )
         with closing(written):
             for place, status in enumerate(without):
@@ -112,7 +119,7 @@ class Written:
     def each(self, rows: int) -> str:
         """See `Texts`."""
         samples = self.options.samples
-        return "an explanation each" if samples == 1 else f"{samples} explanations each"
+        return "one explanation per row" if samples == 1 else f"{samples} explanations per row"
 
     def _vectors(
         self, reader: Vectors, rows: np.ndarray, places: np.ndarray, first: int

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nla_engine.engine.generator import Watch
 from nla_engine.models.av_prompt import Wording, verbalizer_prompt
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.map_files import Maps, find_maps
@@ -106,10 +107,11 @@ class Verbalizer:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
+        watch: Watch = lambda tally: None,
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
 
-        Vectors must be finite and not zero. For ids, scaling and reading ahead see `Writer.write`.
+        Vectors must be finite and not zero. For ids, scaling, reading ahead and `watch` see `Writer.write`.
         """
         prompt = self.prompt
         for text in self.writer.write(
@@ -119,6 +121,7 @@ class Verbalizer:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             batch_size=batch_size,
+            watch=watch,
         ):
             words, status = parse_explanation(self.prefill + text.text)
             yield Explanation(text.id, words, status, text.n_tokens)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nla_engine.engine.generator import Generator
+from nla_engine.engine.generator import Generator, Watch
 from nla_engine.engine.injection import at_scale
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
@@ -126,6 +126,7 @@ class Writer:
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
+        watch: Watch = lambda tally: None,
     ) -> collections.abc.Generator[Text, None, None]:
         """`samples` texts of each together, in the same order, with ids id * samples, id * samples + 1 and so on.
 
@@ -160,7 +161,7 @@ class Writer:
                 runner, max_new_tokens=max_new_tokens, stop=self._automaton, sampling=sampling
             )
             generator.prepare()
-            for group in generator.groups(requests()):
+            for group in generator.groups(requests(), watch=watch):
                 for ended in order.add(group):
                     cut = ended.finish is Finish.LENGTH
                     yield Text(ended.request.id, self._decoded(ended), len(ended.generated), cut)

@@ -78,3 +78,17 @@ def test_a_store_that_fails_its_audit_is_named(
 def test_a_model_is_needed(capsys: pytest.CaptureFixture) -> None:
     assert main(["real", "--device", "cpu", "--shape", "tiny"]) == 2
     assert "suite real needs --model" in capsys.readouterr().err
+
+
+def test_hooked_runs_both_ways_and_compares(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = f"hooked --device cpu --repeats 2 --requests 3 --new-tokens 5 --model {model} --layer 1".split()
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, theirs = result["lines"]
+    assert ours["case"] == "3 short chats, up to 5 new tokens, layer 1, loading left out"
+    assert theirs["case"] == "HF generate with a hook B=3 up to 5" == ours["baseline"]
+    assert ours["ratio"] == pytest.approx(ours["p50"] / theirs["p50"], rel=1e-3) and not result["failed"]
+    assert main(["hooked", "--device", "cpu"]) == 2
+    assert "suite hooked needs --model" in capsys.readouterr().err

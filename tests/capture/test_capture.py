@@ -105,10 +105,11 @@ def test_rows_are_the_block_outputs_of_transformers(architecture: str, tmp_path:
     store = check_store(lm, tmp_path / "run.zarr", "all", (0, 2, 3), limit=2**-8)
     for (
         sequence
-    ) in store.iter_sequences():  # bit for bit: bfloat16 of the float32 row, up to one unit of rounding
-        want = bf16_bits(block_outputs(lm, sequence.tokens)[2]).astype(np.int32)
-        got = bf16_bits(store.layer(2)[sequence.rows]).astype(np.int32)
-        assert np.abs(got - want).max() <= 1 and (got == want).mean() > 0.99
+    ) in store.iter_sequences():  # bfloat16 of the float32 row, up to one unit and to sums in another order
+        true = block_outputs(lm, sequence.tokens)[2]
+        want, got = bf16_values(bf16_bits(true)), store.layer(2)[sequence.rows]
+        noise = 1e-5 * np.abs(true).max()
+        assert (np.abs(got - want) <= 2**-7 * np.abs(true) + noise).all() and (got == want).mean() > 0.99
 
 
 @pytest.mark.parametrize("positions", ["generated", "prompt", "all", "last", "last,generated"])
@@ -206,7 +207,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: 
         progress=lambda done, _: said.append(f"did {done}"),
     )
     did = [int(line.removeprefix("did ")) for line in said if line.startswith("did ")]
-    assert committed < did[0] and did == sorted(set(did)) and did[-1] == 12
+    assert committed == did[0] and did == sorted(set(did)) and did[-1] == 12
     whole, resumed = CaptureStore.open(tmp_path / "whole.zarr"), CaptureStore.open(tmp_path / "run.zarr")
     assert resumed.complete and all(check.ok for check in verify(tmp_path / "run.zarr"))
     for column in ("token_id", "next_token_id", "position", "sequence", "flags"):
@@ -333,7 +334,7 @@ CODEC = stage.Codec.named("bf16", 64)
 
 
 def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatch) -> None:
-    """In the calibration and in the run, both its place and its codes come from the reference."""
+    """Both its place and its codes come from the reference."""
 
     def fails(*_: object) -> None:
         raise AssertionError("a kernel was chosen")
@@ -343,7 +344,7 @@ def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatc
         monkeypatch.setattr(other, fails)
         run_capture(options(tmp_path, kernels="reference", overwrite=True), lm=lm)
         with pytest.raises(AssertionError, match="a kernel was chosen"):
-            run_capture(options(tmp_path, out=tmp_path / "other.zarr"), lm=lm)
+            run_capture(options(tmp_path, out=tmp_path / "other.zarr", overwrite=True), lm=lm)
         monkeypatch.undo()
 
 

@@ -212,10 +212,10 @@ def test_self_check_refuses_an_attention_the_engine_gets_wrong(monkeypatch) -> N
     from nla_engine.engine import attention
 
     lm = language_model()
-    right = attention.attend_reference
+    right = attention.attend_cpu
     monkeypatch.setattr(
         attention,
-        "attend_reference",
+        "attend_cpu",
         lambda q, kv, tiles, shape: right(q, kv, tiles, replace(shape, scale=1.5)),
     )
     with pytest.raises(EngineError, match="differs from transformers"):

@@ -136,7 +136,7 @@ def test_what_is_no_vector(pair: tuple[Verbalizer, Reconstructor], vectors: Any,
         ({"injection_scale": "loud"}, "injection-scale"),
         ({"kernels": "reference"}, "a given model was loaded with"),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, (dict, type)) else str(value),
 )
 def test_what_the_options_refuse(
     pair: tuple[Verbalizer, Reconstructor], changes: dict[str, Any], message: str

@@ -15,7 +15,7 @@ from huggingface_hub import constants, file_download
 from rich.console import Console
 from stand_in_hub import BALLAST, SMALL, Hub, forget, offline
 
-from nla_engine.cli import output
+from nla_engine.cli import progress
 from nla_engine.errors import CheckpointError, HubError
 from nla_engine.models.hub import commit_of, find_directory
 from nla_engine.models.hub.files import choose
@@ -242,11 +242,11 @@ def test_a_read_only_cache_serves(hub: Hub, tmp_path: Path) -> None:
 def test_a_bar_may_stand_in_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is fetched while the bar of the stage waits."""
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(output, "console", terminal)
-    with output.progress_bar("sequences") as outer:
+    monkeypatch.setattr(progress, "console", terminal)
+    with progress.progress_bar("sequences") as outer:
         outer(1, 9)
-        with output.progress_bar("MiB") as inner:
+        with progress.progress_bar("MiB") as inner:
             inner(3, 7)
         outer(2, 9)
     shown = terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.index("1/9") < shown.index("3/7") < shown.index("2/9")
+    assert shown.index("1 of 9") < shown.index("3 of 7") < shown.index("2 of 9")

@@ -55,7 +55,7 @@ def test_the_texts_are_those_of_a_round_trip(
     assert mine.replace_schema_metadata().equals(theirs.drop_columns(list(SCORES)).replace_schema_metadata())
     told, told_whole = summary.to_dict(), whole.to_dict()
     assert not set(told) - set(told_whole) and not {"cos", "fve_nrm", "variance", "cos_best"} & set(told)
-    for name in set(told) - {"out", "seconds", "rows_per_second"}:
+    for name in set(told) - {"out", "seconds", "seconds_by_phase", "rows_per_second"}:
         assert told[name] == told_whole[name], name
     metadata = read_metadata(tmp_path / "e.parquet")
     assert not {"ar", "variance", "control_rows"} & set(metadata) and metadata["av"].endswith("av")
@@ -159,7 +159,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.parquet"
     ran = call(*explain(root, out, json=True))
     assert ran.code == 0 and ran.json["rows"] == ran.json["explanations"] == len(pq.read_table(out))
-    assert "cos" not in ran.json and "rows of layer 2, an explanation each" in ran.err
+    assert "cos" not in ran.json and "rows of layer 2, one explanation per row" in ran.err
     check_refused(call(*explain(root, out)), "e.parquet: exists; pass --resume .*--overwrite")
     check_refused(call(*explain(root, tmp_path / "x.parquet", av=root / "ar")), "is an AR checkpoint")
     check_refused(call(*explain(root, tmp_path / "x", av=None)), "Missing option '--av'")

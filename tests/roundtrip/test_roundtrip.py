@@ -305,7 +305,12 @@ def test_summary_is_of_the_file(trio: Path, tmp_path: Path) -> None:
     table = pq.read_table(given.out)
     assert summary.cos == pytest.approx(np.mean(table["cos"].to_pylist()), abs=1e-6)
     assert summary.retrieval_top1 == pytest.approx(np.mean(np.array(table["retrieval_rank"]) == 1), abs=1e-6)
-    assert summarise(given).to_dict() == {**summary.to_dict(), "seconds": 0.0, "rows_per_second": 0.0}
+    assert summarise(given).to_dict() == {
+        **summary.to_dict(),
+        "seconds": 0.0,
+        "seconds_by_phase": {},
+        "rows_per_second": 0.0,
+    }
 
 
 def test_loading_is_quiet_and_complete(trio: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -320,8 +325,8 @@ def test_special_tokens_belong_to_an_explanation_but_for_the_one_that_ends_it(
     ended: dict[int, list[int]] = {}
     groups = Generator.groups
 
-    def noted(self: Generator, requests: object) -> Iterator[list[Completion]]:
-        for group in groups(self, requests):
+    def noted(self: Generator, requests: object, **how: object) -> Iterator[list[Completion]]:
+        for group in groups(self, requests, **how):
             ended.update({each.request.id: each.generated.tolist() for each in group})
             yield group
 

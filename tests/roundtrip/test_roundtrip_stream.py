@@ -177,12 +177,14 @@ def test_in_turns_equals_together(pair: Path, tmp_path: Path, monkeypatch: pytes
 def test_following_a_writer_gives_every_row_once(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The store is made only once the run waits for it."""
     monkeypatch.setattr(rows, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(run, "CONTROL_ROWS", 6)
-    writer, read = open_writer(tmp_path / "s.zarr"), threading.Event()
+    asked, read = threading.Event(), threading.Event()
 
     def write() -> None:
-        with writer:
+        asked.wait(60)
+        with open_writer(tmp_path / "s.zarr") as writer:
             for number in range(8):
                 writer.append(sequence(number))
                 writer.commit()
@@ -192,6 +194,8 @@ def test_following_a_writer_gives_every_row_once(
 
     def announce(line: str) -> None:
         said.append(line)
+        if line.startswith("waiting for") and "start its capture" in line:
+            asked.set()
         if "rows of layer" in line:
             read.set()
 

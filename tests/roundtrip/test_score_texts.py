@@ -66,7 +66,7 @@ def test_explain_then_score_is_a_round_trip(
     )
     tables = [pq.read_table(tmp_path / f"{name}.parquet") for name in "sr"]
     assert tables[0].replace_schema_metadata().equals(tables[1].replace_schema_metadata())
-    apart = {"out": "", "seconds": 0, "rows_per_second": 0}
+    apart = {"out": "", "seconds": 0, "seconds_by_phase": {}, "rows_per_second": 0}
     assert mine.to_dict() | apart == theirs.to_dict() | apart
     made, whole = (read_metadata(tmp_path / f"{name}.parquet") for name in "sr")
     for name in set(whole) - {"run", "options", "started", "command"}:
@@ -262,7 +262,7 @@ def test_the_commands(root: Path, tmp_path: Path) -> None:
     ran = call(*score(root, tmp_path / "s.parquet", tmp_path / "e.parquet", json=True))
     whole = call(*roundtrip(root, tmp_path / "r.parquet", json=True))
     assert ran.code == whole.code == 0 and "20 rows of layer 2, 20 texts" in ran.err
-    apart = {"out": "", "seconds": 0, "rows_per_second": 0}
+    apart = {"out": "", "seconds": 0, "seconds_by_phase": {}, "rows_per_second": 0}
     assert ran.json | apart == whole.json | apart
     again = call(*score(root, tmp_path / "s.parquet", tmp_path / "e.parquet", resume=True, json=True))
     assert again.json | apart == whole.json | apart, "a finished result is told again"

@@ -11,7 +11,7 @@ from nla_engine.bench.limits import prefill_seconds
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import document_lengths, open_generator, prompt_file, requests, run_all
-from nla_engine.capture.run import run_capture
+from nla_engine.capture.run import READING, run_capture
 from nla_engine.config import CaptureOptions
 
 #: Slots of the run without a disk: more than one prefill pass can fill.
@@ -97,7 +97,7 @@ def _captured(session: Session, lengths: list[int]) -> Iterator[Prepared]:
         finally:
             shutil.rmtree(out, ignore_errors=True)
         expect("rows stored", summary.rows, sum(lengths))
-        return summary.rows / summary.seconds
+        return summary.rows / summary.seconds_by_phase[READING]
 
     prompts = prompt_file(session.directory / "corpus.txt", lengths)
     yield Prepared(once)

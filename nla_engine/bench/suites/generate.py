@@ -14,7 +14,7 @@ from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
-from nla_engine.capture.run import MAX_PREFILL_TOKENS, run_capture
+from nla_engine.capture.run import GENERATING, MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
 
 #: Steps before the timed ones, so that every prompt has been read.
@@ -155,7 +155,7 @@ def _capture(
         shutil.rmtree(out, ignore_errors=True)
     expect("tokens generated", summary.tokens_generated, tokens)
     expect("rows stored", summary.rows, tokens)
-    return summary.seconds
+    return summary.seconds_by_phase[GENERATING]
 
 
 # ---- steady decode ----

@@ -1,0 +1,139 @@
+"""Attention of packed queries on a CPU: torch's fused kernel, over views of the cache wherever a view will do.
+
+The formula, and the slow reference, are in `ops.attention`. Two cases go to that reference: a soft cap, which the fused
+kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times another sequence's NaN is
+NaN; the reference leaves such values out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from nla_engine.ops.attention import KeyValues, Shape, Tiles, attend_torch
+
+#: Queries that share a mask, where a mask is needed: each of them is held against the keys of the last one.
+_CHUNK = 256
+#: Slots between the first and the last lane are computed as well if there are at most this many per lane.
+_IDLE = 2
+
+
+def attend_cpu(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """query [T, H, h], in float32 or bfloat16 -> [T, H, h]."""
+    if shape.softcap:
+        return attend_torch(query, kv, tiles, shape)
+    out = (_decode if len(tiles.token) == len(query) else _prefill)(query, kv, tiles, shape)
+    return out if bool(out.sum().isfinite()) else attend_torch(query, kv, tiles, shape)
+
+
+def _decode(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """One query per slot. Idle slots between those of the lanes are computed too, and dropped."""
+    lanes, heads, size = query.shape
+    held, groups = tiles.longest - kv.prefix_size, kv.keys.shape[2]
+    first, span = _span(tiles)
+    if span:
+        keys, values = kv.keys[first : first + span, :held], kv.values[first : first + span, :held]
+    else:
+        keys, values = kv.keys[:, :held][tiles.slot], kv.values[:, :held][tiles.slot]
+    if kv.prefix_size:
+        many = len(keys), -1, -1, -1
+        keys = torch.cat([kv.prefix_keys.expand(many), keys], 1)
+        values = torch.cat([kv.prefix_values.expand(many), values], 1)
+    at = tiles.slot - first if span and span != lanes else None
+    if at is not None:
+        query = query.new_zeros((span, heads, size)).index_copy_(0, at, query)
+    out = scaled_dot_product_attention(
+        query.reshape(-1, groups, heads // groups, size),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=_decode_mask(tiles, shape.window, query.dtype, first, span),
+        scale=shape.scale,
+    ).reshape(-1, heads, size)
+    return out if at is None else out[at]
+
+
+def _span(tiles: Tiles) -> tuple[int, int]:
+    """The first slot of the lanes, and how many slots from there to take as one view; (0, 0): lanes are gathered."""
+    if "span" not in tiles.once:
+        slot = tiles.slot.tolist()
+        first, span = min(slot), max(slot) - min(slot) + 1
+        in_order = len(set(slot)) == len(slot) and (span != len(slot) or slot == sorted(slot))
+        tiles.once["span"] = (first, span) if in_order and span <= _IDLE * len(slot) else (0, 0)
+    found: tuple[int, int] = tiles.once["span"]
+    return found
+
+
+def _decode_mask(tiles: Tiles, window: int, dtype: torch.dtype, first: int, span: int) -> torch.Tensor:
+    """What each lane sees, [lanes or span, 1, 1, longest]: 0 or -inf. An idle slot sees everything."""
+    key = ("mask", window)
+    if key not in tiles.once:
+        at = torch.arange(tiles.longest)
+        hidden = at > tiles.position[:, None]
+        if window:
+            hidden |= at <= tiles.position[:, None] - window
+        if span and span != len(tiles.slot):
+            hidden = hidden.new_zeros((span, len(at))).index_copy_(0, tiles.slot - first, hidden)
+        tiles.once[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[
+            :, None, None
+        ]
+    mask: torch.Tensor = tiles.once[key]
+    return mask
+
+
+def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
+    """One run of queries of a slot after the other. Query heads of a key's group are read as a batch of their own."""
+    heads, size = query.shape[1:]
+    groups, window = kv.keys.shape[2], shape.window
+    grouped = query.reshape(-1, groups, heads // groups, size)
+    out = torch.empty_like(grouped)
+    for token, count, slot, position in _runs(tiles):
+        causal = position == 0 and not 0 < window < count
+        for start in range(0, count, count if causal else _CHUNK):
+            rows = slice(token + start, token + (count if causal else min(start + _CHUNK, count)))
+            first, end = position + start, position + rows.stop - token
+            low = max(first - window + 1, 0) if window else 0
+            keys, values = (
+                _places(held[slot], prefix, low, end)
+                .transpose(0, 1)[:, None]
+                .expand(-1, heads // groups, -1, -1)
+                for held, prefix in ((kv.keys, kv.prefix_keys), (kv.values, kv.prefix_values))
+            )
+            seen = None
+            if not causal:
+                at, own = torch.arange(low, end), torch.arange(first, end)[:, None]
+                seen = (at <= own) & (at > own - window) if window else at <= own
+            attended = scaled_dot_product_attention(
+                grouped[rows].permute(1, 2, 0, 3),
+                keys,
+                values,
+                attn_mask=seen,
+                is_causal=causal,
+                scale=shape.scale,
+            )
+            out[rows] = attended.permute(2, 0, 1, 3)
+    return out.reshape(query.shape)
+
+
+def _runs(tiles: Tiles) -> list[tuple[int, int, int, int]]:
+    """The tiles (token, count, slot, position), where those that continue one another are one."""
+    if "runs" not in tiles.once:
+        runs: list[tuple[int, int, int, int]] = []
+        columns = (tiles.token, tiles.count, tiles.slot, tiles.position)
+        for token, count, slot, position in zip(*(column.tolist() for column in columns), strict=True):
+            if runs:
+                before, size, same, start = runs[-1]
+                if (before + size, same, start + size) == (token, slot, position):
+                    runs[-1] = (before, size + count, slot, start)
+                    continue
+            runs.append((token, count, slot, position))
+        tiles.once["runs"] = runs
+    found: list[tuple[int, int, int, int]] = tiles.once["runs"]
+    return found
+
+
+def _places(held: torch.Tensor, prefix: torch.Tensor, low: int, end: int) -> torch.Tensor:
+    """Keys or values at positions [low, end): held [size, KV, h] after prefix [P, KV, h]. A view without prefix."""
+    own = held[max(low - len(prefix), 0) : end - len(prefix)] if end > len(prefix) else held[:0]
+    return own if low >= len(prefix) else torch.cat([prefix[low:end], own])

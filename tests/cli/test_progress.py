@@ -1,0 +1,102 @@
+"""What a command shows of its progress, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from nla_engine.cli import output
+from nla_engine.cli import progress as shown
+from nla_engine.progress import Phases, Progress, heard
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """stderr that is no terminal, with a line twenty times a second."""
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(shown, "console", console)
+    monkeypatch.setattr(output, "console", console)
+    assert shown.LINE_SECONDS == 10
+    monkeypatch.setattr(shown, "LINE_SECONDS", 0.05)
+    return console.file  # type: ignore[return-value]
+
+
+def test_without_a_terminal_lines_come_by_themselves(lines: io.StringIO) -> None:
+    """Also while nothing is counted, as when a large model is loaded."""
+    with shown.progress_bar("sequences") as bar:
+        bar.phase("loading")
+        time.sleep(0.2)
+        bar.phase("generating", "sequences")
+        bar(2, 8, tokens=1234, part=0.3)
+        time.sleep(0.2)
+    told = lines.getvalue().splitlines()
+    time.sleep(0.15)
+    assert told == lines.getvalue().splitlines()  # none comes afterwards
+    assert told[0] == "loading: 0:00 so far"
+    assert told[-1] == "generating: 2 of 8 sequences, 1,234 tokens, 0:00 so far"
+
+
+def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(shown.time, "monotonic", lambda: now)
+    bar = shown.Shown("texts")
+    bar.phase("generating", "sequences")
+    now += 60
+    bar(5, 9, tokens=6000, part=0.25)
+    assert bar.line() == "generating: 5 of 9 sequences, 6,000 tokens (100/s), 1:00 so far, about 3:00 left"
+    bar(0, 9, tokens=6000, part=0.25, least=True)
+    assert bar.line().endswith("at most 3:00 left")
+    bar.phase("scoring", "texts")
+    bar(500, 1000)  # from an earlier run: they took no time now
+    now += 50
+    bar(600, 1000)
+    assert bar.line() == "scoring: 600 of 1,000 texts, 2.0/s, 0:50 so far, about 3:20 left"
+
+
+def test_a_bar_names_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    monkeypatch.setattr(shown, "console", console)
+    with shown.progress_bar("sequences") as bar:
+        bar.phase("calibrating", "tokens")
+        bar(3, 9)
+        bar.phase("generating", "sequences")
+        bar(1, 4, tokens=50, part=0.2)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "calibrating" in text and "generating" in text and "1 of 4 sequences, 50 tokens" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(6.6, "0:07"), (750, "12:30"), (11_100, "3:05:00")])
+def test_clock(seconds: float, text: str) -> None:
+    assert shown.clock(seconds) == text
+
+
+def test_a_plain_function_hears_of_what_it_counts() -> None:
+    calls: list[tuple[int, int]] = []
+    phases = Phases(lambda done, total: calls.append((done, total)))
+    phases.phase("calibrating", "tokens")
+    phases(100, 200)
+    phases.phase("generating", "sequences")
+    phases(0, 3, tokens=5, part=0.1)
+    phases(0, 3, tokens=9, part=0.2)
+    phases(3, 3)
+    assert calls == [(0, 3), (3, 3)]
+    told = Progress()
+    assert heard(told) is told and Phases.of(phases) is phases
+
+
+def test_phases_add_up_to_what_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
+    phases = Phases(Progress())
+    phases.phase("a")
+    time.sleep(0.03)
+    phases.phase("b")
+    time.sleep(0.01)
+    phases.phase("a")
+    time.sleep(0.01)
+    seconds = phases.seconds()
+    assert set(seconds) == {"a", "b"} and seconds["a"] >= 0.04
+    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, abs=0.01)
