@@ -20,6 +20,11 @@ class _Absent:
         return kernel or (lambda function: function)
 
     @staticmethod
+    def constexpr(value: Any) -> Any:
+        """The value."""
+        return value
+
+    @staticmethod
     def cdiv(a: int, b: int) -> int:
         """a / b, rounded up."""
         return -(-a // b)
