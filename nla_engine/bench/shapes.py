@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_file
 from torch import nn
 
 from nla_engine.errors import RequestError
@@ -145,7 +145,8 @@ def merged(lm: LanguageModel, directory: Path, rank: int) -> LanguageModel:
     loaded from there, which merges them."""
     base, adapter = directory / "base", directory / "adapter"
     lm.model.config.save_pretrained(base)
-    save_model(lm.model, str(base / "model.safetensors"))
+    own = {name: weight.detach().cpu().clone() for name, weight in lm.model.named_parameters()}
+    save_file(own, base / "model.safetensors")
     lm.tokenizer.save_pretrained(base)
     tensors: dict[str, torch.Tensor] = {}
     targets = set()

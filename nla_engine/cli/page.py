@@ -18,6 +18,7 @@ from nla_engine.errors import StoreError
 from nla_engine.models.tokens import excerpt
 from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.format import FINISH_MEANINGS
+from nla_engine.store.objects import ObjectPath
 
 #: How many sequences are read for the fields of their prompt records: the files of millions would take minutes.
 RECORDS_READ = 10_000
@@ -137,6 +138,8 @@ def _fields(source: Any, prefix: str = "") -> Iterator[str]:
 
 def counted(store: CaptureStore) -> Counts | str:
     """The counts, or why there are none: `info` also describes a damaged store."""
+    if isinstance(store.path, ObjectPath):
+        return "on an object store, where that would fetch every shard"
     try:
         return Counts.of(store)
     except (StoreError, ValueError) as error:
@@ -222,8 +225,10 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
 
 
 def _first_prompt(store: CaptureStore) -> str | None:
-    """None of an empty store, and of an imported one without texts."""
-    return (excerpt(store.sequence(0).prompt_text()) or None) if store.sequences else None
+    """None of an empty store, of an imported one without texts, and of one that would have to be fetched."""
+    if not store.sequences or isinstance(store.path, ObjectPath):
+        return None
+    return excerpt(store.sequence(0).prompt_text()) or None
 
 
 def _section(console: Console, title: str, entries: Mapping[str, Any]) -> None:

@@ -50,6 +50,7 @@ class CaptureOptions(Options):
         "Block whose output is captured, counted from 0; a range, such as 5-20; or all. Several: join them with "
         "commas, or repeat the option.",
         typed=list[str],
+        parse=block_numbers,
     )
     out: str = option(
         "The Zarr store to write: a directory, or s3://bucket/run.zarr.",

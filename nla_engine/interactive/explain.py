@@ -34,7 +34,7 @@ Name = str | os.PathLike[str]
 #: Options of stage 2 that name a store's rows or a table: there is neither here.
 _ELSEWHERE = ("store", "out", "layer", "where", "limit", "follow", "resume", "overwrite", "texts", "av", "ar")
 #: What stands in their place. Neither is opened.
-_NOTHING: dict[str, Any] = {"store": "vectors", "out": Path("vectors")}
+_NOTHING: dict[str, Any] = {"store": "vectors", "out": Path("vectors.parquet")}
 _TEXTS_AT_ONCE = 512
 
 

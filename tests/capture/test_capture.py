@@ -199,14 +199,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(committed: int, tmp_path: 
     monkeypatch.undo()
     cut = CaptureStore.open(tmp_path / "run.zarr")
     assert (cut.sequences, cut.complete) == (committed, False)  # exactly those before the one that failed
-    said: list[str] = []
+    did: list[int] = []
     run_capture(
         options(tmp_path, resume=True, batch_size=2, **sampled),
         lm=lm,
-        announce=said.append,
-        progress=lambda done, _: said.append(f"did {done}"),
+        progress=lambda done, _: did.append(done),
     )
-    did = [int(line.removeprefix("did ")) for line in said if line.startswith("did ")]
     assert committed == did[0] and did == sorted(set(did)) and did[-1] == 12
     whole, resumed = CaptureStore.open(tmp_path / "whole.zarr"), CaptureStore.open(tmp_path / "run.zarr")
     assert resumed.complete and all(check.ok for check in verify(tmp_path / "run.zarr"))
@@ -323,7 +321,7 @@ def test_a_row_that_was_never_written_stops_the_run(tmp_path: Path, monkeypatch)
     real = tap.encode_rows
     lm = language_model()
     calibration = stage.calibrate(lm, read_prompts(options(tmp_path).prompts[0], lm.tokenizer), (1,), CODEC)
-    monkeypatch.setattr(stage, "calibrate", lambda *_: calibration)
+    monkeypatch.setattr(stage, "calibrate", lambda *_, **more: calibration)
     monkeypatch.setattr(tap, "encode_rows", lose_one)
     with pytest.raises(EngineError, match="never written"):
         run_capture(options(tmp_path, layer=(1,)), lm=lm)

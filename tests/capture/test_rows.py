@@ -169,8 +169,8 @@ def test_only_chosen_rows_leave_the_device(
         moved.extend([len(tensor)] if tensor.shape[1:] == (lm.d_model,) else [])
         return to_host(tensor)
 
-    def calibrated(*given: object) -> object:
-        out = calibrate.calibrate(*given)  # type: ignore[arg-type]
+    def calibrated(*given: object, **more: object) -> object:
+        out = calibrate.calibrate(*given, **more)  # type: ignore[arg-type]
         moved.clear()
         return out
 

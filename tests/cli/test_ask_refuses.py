@@ -70,7 +70,7 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"placeholder": "né"}, "the placeholder 'né' is not one token"),
     (
         {"prompt": "<INJECT><INJECT><QUESTION>", "rows_per_prompt": 2},
-        "the prompt holds <INJECT> 2 times, for 1 vectors",
+        "the prompt holds 2 times <INJECT>, .* vectors: 1",
     ),
     ({"prompt": "a ?<INJECT> <QUESTION>", "placeholder": "?"}, None),
     ({"template_option": "enable_thinking=false"}, "enable_thinking, which the chat template does not read: leave"),
@@ -175,12 +175,12 @@ def test_models_and_stores(oracle: Path, tmp_path: Path, root: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     check_refused(
-        ask(oracle, tmp_path / "y", oracle=adapter),
+        ask(oracle, tmp_path / "y.parquet", oracle=adapter),
         "does not name the base of this adapter: pass --oracle-base",
     )
     wide = save_model(tmp_path / "other", layers=2)
     check_refused(
-        ask(oracle, tmp_path / "y", oracle=oracle / "oracle", oracle_base=wide), "other|blocks|layers"
+        ask(oracle, tmp_path / "y.parquet", oracle=oracle / "oracle", oracle_base=wide), "other|blocks|layers"
     )
 
 

@@ -111,5 +111,5 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_refused(command, fault: str, root: Path, tmp_path: Path) -> None:
     changes, words = FAULTS[fault]
-    check_refused(call(*command(root, tmp_path / "x", **changes)), words)
+    check_refused(call(*command(root, tmp_path / "x.parquet", **changes)), words)
     assert not list(tmp_path.iterdir())

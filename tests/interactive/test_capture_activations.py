@@ -135,7 +135,7 @@ def test_resume_and_overwrite_are_those_of_the_command(root: Path, tmp_path: Pat
         ({"prompts": [{"prompt": "a", "x": object()}]}, PromptError, "number 1: .*'x' is of type object"),
         ({"prompts": Path("gone.jsonl")}, PromptError, "gone.jsonl: no such file"),
         ({"layer": 99}, NLAError, "99"),
-        ({"layer": "x"}, RequestError, "--layer is 'x': it must be numbers"),
+        ({"layer": "x"}, RequestError, "--layer is 'x': it must be block numbers"),
         ({"layer": []}, RequestError, "--layer"),
         ({"layer": 1.5}, RequestError, "--layer is '1.5'"),
         ({"layer": True}, RequestError, "--layer is 'True'"),

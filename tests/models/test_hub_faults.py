@@ -215,13 +215,16 @@ def test_ctrl_c_ends_every_download(hub: Hub, monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
-def test_a_refusal_is_one_line_and_leaves_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_one_line_and_leaves_nothing(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.txt").write_text("a\n")
     hub.add("owner/base", SMALL).gated = True
     command = [
         "capture",
         "owner/base",
         "--prompts",
-        "x.txt",
+        tmp_path / "x.txt",
         "--layer",
         1,
         "--out",

@@ -56,9 +56,8 @@ def test_questions_and_answers(asked: Path, tmp_path: Path) -> None:
     store = CaptureStore.open(asked / "run.zarr")
     explained = Explained.read(store, asked / "run.parquet")
     assert explained.asked and not explained.scored and explained.noun == "answer"
-    assert [figure.label for figure in figures(explained)] == ["closed", "length"]
-    assert "of 16 answers were finished" in figures(explained)[0].says
-    assert figures(explained)[0].says.endswith("finished")
+    assert [figure.label for figure in figures(explained)] == ["finished", "length"]
+    assert "of 16 answers were written to their end" in figures(explained)[0].says
     said = lead(store, explained)
     assert said.startswith("9 activations of layer 2 of sample, from 2 sequences. The oracle ")
     assert "answered 2 questions. Nothing was scored" in said and str(asked) not in said
@@ -79,7 +78,7 @@ def test_questions_and_answers(asked: Path, tmp_path: Path) -> None:
     assert answers["about"][:8] == ["3 rows, positions 0 to 2"] * 4 + ["2 rows, positions 3 to 4"] * 4
     assert answers["about"][8:] == ["3 rows, positions 0 to 2"] * 4 + [""] * 4
     assert answers["status"][12:] == ["zero_vector"] * 4 and set(answers["cos"]) == {None}
-    assert "<span>Answer or question</span>" in (tmp_path / "r.html").read_text()
+    assert "<span>Search answers and questions</span>" in (tmp_path / "r.html").read_text()
 
 
 def test_questions_of_a_file(asked: Path, tmp_path: Path) -> None:
@@ -119,4 +118,5 @@ def test_the_page_in_a_browser(asked: Path, tmp_path: Path, open_page: Open) -> 
     shown.locator("[name=q]").fill("Who?")
     shown.locator("#found").filter(has_text="1 of").wait_for()
     words = shown.locator("main").inner_text()
-    assert "first of a prompt" in words and "FVE" not in words and "explan" not in words
+    assert "first of a prompt" in shown.locator("#scale").inner_text()
+    assert "FVE" not in words and "explan" not in words
