@@ -50,24 +50,29 @@ def simulate(
     ],
 )
 def test_the_time_left_is_right_within_a_factor_of_two(rng, device, kind: str, count, slots, limit) -> None:
-    """Once a tenth of the time has passed and a few replies have ended; of jobs that are one wave of sequences too."""
-    lengths = {
-        "long": np.full(count, limit),
-        "geometric": rng.geometric(1 / 80, count),
-        "normal": rng.normal(150, 40, count).round(),
-    }[kind]
-    told = simulate(np.clip(lengths, 1, limit).astype(int), 50, limit, slots, device)
-    whole = told[-1][0]
-    assert told[-1][1] == pytest.approx(1)
-    few = 0 if kind == "long" else 0.05 * count
-    early = [(now, part) for now, part, ended in told if 0.1 * whole <= now <= 0.85 * whole and ended >= few]
-    wrong = [(now, part) for now, part in early if not 0.5 <= now * (1 - part) / part / (whole - now) <= 2]
-    if count > slots:  # the lengths of a single wave are known only when it ends
-        assert not wrong, (len(wrong), len(early), wrong[:3])
-    else:
-        assert len(wrong) <= len(early) / 3
-    parts = [part for _, part, _ in told]
-    assert all(0 < part <= 1 for part in parts)
+    """Once a tenth of the time has passed and a twentieth of the replies have ended, at nearly every look.
+
+    Where all sequences run in one wave, their lengths are known only when it ends, so more looks may miss it.
+    """
+    jobs, most = (1, 0.05) if count > slots else (20, 0.15)
+    shares = []
+    for _ in range(jobs):
+        lengths = {
+            "long": np.full(count, limit),
+            "geometric": rng.geometric(1 / 80, count),
+            "normal": rng.normal(150, 40, count).round(),
+        }[kind]
+        told = simulate(np.clip(lengths, 1, limit).astype(int), 50, limit, slots, device)
+        whole = told[-1][0]
+        assert told[-1][1] == pytest.approx(1) and all(0 < part <= 1 for _, part, _ in told)
+        few = 0 if kind == "long" else 0.05 * count
+        looks = [
+            (now, part) for now, part, ended in told if 0.1 * whole <= now <= 0.85 * whole and ended >= few
+        ]
+        shares.append(
+            np.mean([not 0.5 <= now * (1 - part) / part / (whole - now) <= 2 for now, part in looks])
+        )
+    assert np.mean(shares) <= most
 
 
 def test_only_reading(rng) -> None:
