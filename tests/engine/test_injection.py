@@ -107,7 +107,6 @@ def test_texts_equal_those_of_transformers_with_a_hook(
     ) as runner:
         generator = Generator(runner, max_new_tokens=12, stop=stop, max_prefill_tokens=chunk)
         done = {each.request.id: each.generated.tolist() for each in generator.run(requests)}
-    changed = 0
     for request, vectors in made:
         ids = torch.tensor([[*PREFIX, *request.token_ids]], device=device)
         places = tuple(place + len(PREFIX) for place in request.places)
@@ -118,12 +117,9 @@ def test_texts_equal_those_of_transformers_with_a_hook(
             "eos_token_id": EOS,
             "pad_token_id": 0,
         }
-        plain = lm.model.generate(ids, **how_to)
         with hooked(lm, how, vectors, places):
             out = lm.model.generate(ids, **how_to)
         assert done[request.id] == out[0, ids.shape[1] :].tolist()
-        changed += out.tolist() != plain.tolist()
-    assert changed or "3" in name, "the vectors change nothing, so the test shows nothing"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -145,8 +141,11 @@ def test_hidden_states_equal_those_of_transformers_with_a_hook(
         with hooked(lm, how, vectors, request.places), torch.no_grad():
             ids = torch.tensor([request.token_ids], device=device)
             expected = lm.decoder(input_ids=ids).last_hidden_state[0].double()
-        error = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert error.max() < limit
+        assert ((got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < limit
+        if dtype == torch.float32:  # what a hook changes is far more
+            with torch.no_grad():
+                plain = lm.decoder(input_ids=ids).last_hidden_state[0].double()
+            assert ((plain - expected).norm(dim=-1) / expected.norm(dim=-1)).max() > 100 * limit
 
 
 @pytest.mark.parametrize(

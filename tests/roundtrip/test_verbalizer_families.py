@@ -157,9 +157,10 @@ def test_a_family_s_texts_and_scores(
     assert tuple(metadata[key] for key in ("injection", "injection_scale", "norm_match")) == how
 
 
-def test_the_base_alone_writes_other_texts(adapted: Path) -> None:
+def test_the_base_alone_writes_other_texts(
+    trained: tuple[Path, Any, Any, torch.Tensor], adapted: Path
+) -> None:
     """So that the texts above show the adapter."""
-    model = whole_model(adapted / "base")
-    vectors = CaptureStore.open(adapted / "run.zarr").layer(LAYER)[:]
-    ours = [told_text(whole_model(adapted / "merged av"), Family(), v) for v in vectors[:3]]
-    assert ours != [told_text(model, Family(), v) for v in vectors[:3]]
+    root, av, _, _ = trained
+    vectors, base = CaptureStore.open(adapted / "run.zarr").layer(LAYER)[:3], whole_model(root / "base")
+    assert [told_text(av, Family(), v) for v in vectors] != [told_text(base, Family(), v) for v in vectors]
