@@ -7,7 +7,18 @@ import re
 from typing import Any
 
 from nla_engine.errors import RequestError
-from nla_engine.options import AT_LEAST_1, UNICODE, Must, flag, json_values, named_values, one_of, option
+from nla_engine.options import (
+    AT_LEAST_1,
+    UNICODE,
+    Must,
+    check_ending,
+    check_local,
+    flag,
+    json_values,
+    named_values,
+    one_of,
+    option,
+)
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
@@ -284,6 +295,22 @@ def is_scale(value: str) -> bool:
         return value in SCALES or 0 < float(value) < math.inf
     except ValueError:
         return False
+
+
+def check_table(options: Any) -> None:
+    """RequestError unless the table of any command of stage 2 can be written, in the precision that is asked for."""
+    check_local(options.out)
+    check_ending(options.out, "the table is Parquet", ".parquet")
+    if options.precision == "fp8" and options.kernels == "reference":
+        raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
+
+
+def check_samples(options: Any) -> None:
+    """RequestError if several texts of one row would be the same."""
+    if options.samples > 1 and options.temperature == 0:
+        raise RequestError(
+            "--samples above 1 would write one greedy text several times: give a --temperature"
+        )
 
 
 def check_cuts(options: Any) -> None:

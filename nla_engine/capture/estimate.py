@@ -74,9 +74,10 @@ def estimate_capture(
     for message in prompts.messages():
         announce(message)
     done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
-    choice = RowChoice.of(options, lm, prompts, token_bytes(lm.tokenizer, lm.vocab_size))
+    vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
+    choice = RowChoice.of(options, lm, prompts, vocabulary)
     plan = plan_capture(options, lm, prompts, choice, done)
-    announce(first_prompt(prompts, token_bytes(lm.tokenizer, lm.vocab_size)))
+    announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
     sizes, new = prompts.sizes[done:], options.max_new_tokens
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)

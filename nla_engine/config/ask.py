@@ -8,8 +8,8 @@ from typing import Any
 
 from nla_engine import fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import INJECT, QUESTION, check_cuts
-from nla_engine.options import AT_LEAST_1, UNICODE, Must, Options, check_ending, check_local, option
+from nla_engine.fields import INJECT, QUESTION, check_cuts, check_samples, check_table
+from nla_engine.options import AT_LEAST_1, UNICODE, Must, Options, check_local, option
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,13 @@ class AskOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_local(self.out, *filter(None, [self.questions]))
-        check_ending(self.out, "the table is Parquet", ".parquet")
+        check_local(*filter(None, [self.questions]))
+        check_table(self)
+        check_samples(self)
         check_cuts(self)
         self._check_questions()
         self._check_injection()
         self._check_prompt()
-        if self.precision == "fp8" and self.kernels == "reference":
-            raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
-        if self.samples > 1 and self.temperature == 0:
-            raise RequestError(
-                "--samples above 1 would write one greedy text several times: give a --temperature"
-            )
 
     def _check_questions(self) -> None:
         if not self.question and self.questions is None:

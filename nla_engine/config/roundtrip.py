@@ -8,8 +8,8 @@ from typing import Any
 
 from nla_engine import fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import check_cuts
-from nla_engine.options import Options, check_ending, check_local, one_of, option
+from nla_engine.fields import check_cuts, check_samples, check_table
+from nla_engine.options import Options, check_local, one_of, option
 
 #: Where AV and AR live: together on the GPU, or one at a time.
 RESIDENCIES = ("auto", "both", "turns")
@@ -64,7 +64,7 @@ class RoundtripOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_table(self)
+        check_table(self)
         _check_words(self)
 
 
@@ -108,7 +108,7 @@ class ExplainOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_table(self)
+        check_table(self)
         _check_words(self)
 
 
@@ -139,7 +139,7 @@ class ScoreOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_table(self)
+        check_table(self)
         check_local(self.texts)
 
 
@@ -147,13 +147,6 @@ class ScoreOptions(Options):
 WritingOptions = ExplainOptions | RoundtripOptions
 ScoringOptions = ScoreOptions | RoundtripOptions
 StageTwoOptions = ExplainOptions | ScoreOptions | RoundtripOptions
-
-
-def _check_table(options: StageTwoOptions) -> None:
-    check_local(options.out)
-    check_ending(options.out, "the table is Parquet", ".parquet")
-    if options.precision == "fp8" and options.kernels == "reference":
-        raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
 
 
 def _check_words(options: WritingOptions) -> None:
@@ -165,8 +158,5 @@ def _check_words(options: WritingOptions) -> None:
         raise RequestError(
             "--limit spreads over all rows, and --follow does not know them yet: leave one of the two out"
         )
-    if options.samples > 1 and options.temperature == 0:
-        raise RequestError(
-            "--samples above 1 would write one greedy text several times: give a --temperature"
-        )
+    check_samples(options)
     check_cuts(options)

@@ -40,8 +40,8 @@ class Runner:
 
     tap: called inside every pass once the model has been checked.
     injection: how vectors enter, at most `vectors` of them per sequence. The tap sees a block's output after that.
-    While a runner is open, the model's own forward must
-    not be called. `close` restores it, with transformers' eager attention.
+    While a runner is open, the model's own forward must not be called. `close` restores it, with transformers' eager
+    attention.
     """
 
     def __init__(
