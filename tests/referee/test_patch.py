@@ -238,18 +238,18 @@ def test_the_command_reads_the_ar_that_the_table_names(root: Path, tmp_path: Pat
 def test_planted_texts_on_the_bundled_models(tmp_path: Path) -> None:
     """The verbalizer's own texts recover most of the loss; texts of other rows, and one text for all, do not."""
     trio = demo_models()
-    records = [prompt_record(problem) for problem in held_out_problems(6, 1)]
+    records = [prompt_record(problem) for problem in held_out_problems(4, 1)]
     prompts = json_lines(tmp_path / "problems.jsonl", records)
     store = tmp_path / "run.zarr"
     captured = call(
         *("capture", trio.base, "--prompts", prompts, "--layer", trio.layer, "--out", store),
-        *("--max-new-tokens", 24, "--device", "cpu"),
+        *("--max-new-tokens", 16, "--device", "cpu"),
     )
     assert captured.code == 0, captured.err
     explained = tmp_path / "explained.parquet"
     made = call(
-        *("roundtrip", store, "--av", trio.av, "--ar", trio.ar, "--out", explained, "--limit", 24),
-        *("--device", "cpu", "--max-new-tokens", 100),
+        *("roundtrip", store, "--av", trio.av, "--ar", trio.ar, "--out", explained, "--limit", 16),
+        *("--device", "cpu", "--max-new-tokens", 80),
     )
     assert made.code == 0, made.err
     table = pq.read_table(explained).to_pylist()
