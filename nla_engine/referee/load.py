@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 
-#: Options of a run that say how its AR was loaded, apart from its name.
-_OF_AR = ("ar_map", "whitening", "ar_base", "template_value")
+#: Options of a run that say how its AR was loaded, apart from its name; and each as an option, from its form in JSON.
+_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
+    "ar_map": Path,
+    "whitening": Path,
+    "ar_base": str,
+    "template_value": lambda pairs: tuple((name, value) for name, value in pairs),
+}
 
 
 def check_captured(store: CaptureStore) -> None:
@@ -46,19 +52,15 @@ def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
 
 def reading_options(options: PatchOptions, texts: TextFile) -> ScoreOptions:
     """The options with which `score` would read the texts. RequestError if no AR is named."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in _OF_AR}
+    given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
     ar = options.ar
     if ar is None:
         made = texts.metadata or {}
         if (ar := made.get("ar")) is None:
             raise RequestError(f"{texts.path}: does not name an AR, since none has scored it: give --ar")
-        run = made["run"]
-        for name in _OF_AR:
-            told = run.get(name)
-            given[name] = given[name] or (
-                tuple(map(tuple, told)) if name == "template_value" and told else told
-            )
-        given["template_value"] = given["template_value"] or ()
+        for name, told in made["run"].items():
+            if name in _AS_GIVEN and told and not given[name]:
+                given[name] = _AS_GIVEN[name](told)
     same = ("store", "out", "layer", "seed", "precision", "dtype", "device", "kernels", "trust_remote_code")
     return ScoreOptions(
         ar=ar, texts=options.explained, **{name: getattr(options, name) for name in same}, **given

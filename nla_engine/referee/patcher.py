@@ -15,7 +15,7 @@ import torch
 
 from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
@@ -125,11 +125,18 @@ class Patcher:
             read = self.read([ids])
             self._check_windows(read, longest)
             if len(positions):
-                self._compare(read, ids, positions, norms)
+                self._compare(read, positions, norms)
+        except (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # the code of any architecture
+            raise EngineError(
+                f"{self.lm.name}: {type(self.lm.model).__name__} cannot be patched ({type(error).__name__}): "
+                "this architecture is not supported"
+            ) from error
         finally:
             self.lm.model.set_attn_implementation(NAME)
 
-    def _compare(self, read: Reading, ids: np.ndarray, positions: np.ndarray, norms: np.ndarray) -> None:
+    def _compare(self, read: Reading, positions: np.ndarray, norms: np.ndarray) -> None:
         drawn = torch.randn(len(positions), self.lm.d_model, generator=torch.Generator().manual_seed(0))
         vectors = drawn / drawn.norm(dim=1, keepdim=True) * torch.from_numpy(norms)[:, None]
         vectors = vectors.to(self.lm.device, self.lm.dtype)

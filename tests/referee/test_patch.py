@@ -99,8 +99,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 def test_the_table_is_that_of_plain_transformers(
     norm: str, root: Path, store: Path, plain: Plain, tmp_path: Path, rng: np.random.Generator, monkeypatch
 ) -> None:
-    monkeypatch.setattr(run, "_TEXTS", {"cpu": int(rng.integers(1, 9))})
-    monkeypatch.setattr(run, "_TOKENS", {"cpu": int(rng.integers(1, 30))})
+    few = rng.integers(1, (9, 30)).tolist()
+    texts_at_once, tokens_at_once = {"row": (1000, 1000), "raw": (1, 1), "number": few}[norm]
+    monkeypatch.setattr(run, "_TEXTS", {"cpu": texts_at_once})
+    monkeypatch.setattr(run, "_TOKENS", {"cpu": tokens_at_once})
     norm = f"{rng.uniform(1, 30):.4f}" if norm == "number" else norm
     horizon = int(rng.integers(1, 4))
     texts = random_texts(tmp_path / "t.jsonl", rng)

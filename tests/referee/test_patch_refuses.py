@@ -87,6 +87,13 @@ FAULTS: dict[str, Fault] = {
         lambda r, t: {"ar": None, "explained": ar_elsewhere(r, t, ar=str(t / "gone"))},
         "moved.parquet: names the AR .*gone, which cannot be read: .*no such directory.*: give it with --ar",
     ),
+    "a map of the AR that has moved": (
+        lambda r, t: {
+            "ar": None,
+            "explained": ar_elsewhere(r, t, run={"ar_map": str(t / "lost.safetensors")}),
+        },
+        "names the AR .*ar, which cannot be read: .*lost.safetensors",
+    ),
     "another revision of the AR": (
         lambda r, t: {"ar": None, "explained": ar_elsewhere(r, t, ar_revision="0123abc")},
         "moved.parquet: its AR .*ar was read in revision 0123abc, and is now None: name the one to use with --ar",

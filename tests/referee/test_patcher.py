@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, MLA, MOE, byte_tokenizer, language_model, tiny_model
 
-from nla_engine.engine.selfcheck import masks_of_the_library
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.referee import patcher as module
@@ -57,13 +56,14 @@ def test_patched_tokens_are_those_of_transformers(
     monkeypatch.setattr(module, "_TOKENS", {"cpu": int(rng.integers(3, 40))})  # passes of every size
     monkeypatch.setattr(module, "_SCORES", {"cpu": int(rng.integers(1, 20_000))})
     lm = model(name)
-    later = int(rng.integers(0, 4))
     given = [rng.integers(3, 250, size).astype(np.int32) for size in (1, 13, 30, 7)]
     sequence = np.sort(rng.choice([0, 1, 2, 2, 2], 24))  # the last one has none
     position = np.array([int(rng.integers(0, len(given[s]))) for s in sequence])
     vectors = torch.randn(len(sequence), lm.d_model, generator=torch.Generator().manual_seed(seed)) * 4
     vectors[rng.integers(0, len(vectors))] = 0.0
-    for layer in {0, len(lm.blocks) - 1, int(rng.integers(0, len(lm.blocks)))}:
+    behind_all = 11  # more than a window of 8
+    tried = ((0, behind_all), (len(lm.blocks) - 1, 2), (int(rng.integers(0, len(lm.blocks))), 0))
+    for layer, later in tried:
         with Patcher(lm, layer) as patcher:
             patcher.check(given[2], np.arange(30), np.full(30, 5.0, np.float32), 30)
             states = patcher.run(patcher.read(given), sequence, position, vectors, later)
@@ -130,7 +130,14 @@ def test_another_attention_than_that_of_transformers_is_refused(
     monkeypatch.setattr(module.Lanes, "attend", wrong)
     with Patcher(lm, 0) as patcher, pytest.raises(EngineError, match="patched states differ from those of"):
         patcher.check(ids, positions, norms, 30)
-    assert masks_of_the_library(lm, 5)
+
+    def fails(self: object, *args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(module.Lanes, "attend", fails)
+    message = r"LlamaForCausalLM cannot be patched \(RuntimeError\): this architecture is not supported"
+    with Patcher(lm, 0) as patcher, pytest.raises(EngineError, match=message):
+        patcher.check(ids, positions, norms, 30)
 
 
 @pytest.mark.gpu
