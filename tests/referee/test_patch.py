@@ -278,3 +278,21 @@ def test_planted_texts_on_the_bundled_models(tmp_path: Path) -> None:
     assert recovered["of other rows"] < 0.3 and recovered["one for all"] < 0.3
     for control in ("mean", "shuffled", "zero"):
         assert np.mean([row["kl"] < row[f"kl_{control}"] for row in own]) > 0.75
+
+
+@pytest.mark.gpu
+def test_the_command_on_a_gpu(root: Path, tmp_path: Path) -> None:
+    """In float32 the columns of a CPU; in bfloat16 nearly the same means."""
+    assert call(*patch(root, tmp_path / "cpu.parquet", horizon=2)).code == 0
+    want = pq.read_table(tmp_path / "cpu.parquet")
+    for dtype, near in (("float32", {"rel": 1e-2, "abs": 1e-3}), ("bfloat16", {"rel": 0.3, "abs": 0.3})):
+        out = tmp_path / f"{dtype}.parquet"
+        ran = call(*patch(root, out, horizon=2, device="cuda", dtype=dtype, json=True))
+        assert ran.code == 0, ran.err
+        made = pq.read_table(out)
+        assert made.schema.names == want.schema.names and made["row"] == want["row"]
+        for name in ("kl_mean", "kl_zero", "kl_stored", "later_kl_mean"):
+            mean = np.nanmean(want[name].to_numpy())
+            assert ran.json[name] == pytest.approx(mean, **near)
+            if dtype == "float32":
+                np.testing.assert_allclose(made[name].to_numpy(), want[name].to_numpy(), 1e-2, 1e-3)
