@@ -83,6 +83,13 @@ def score(root: Path, out: Path, texts: Path, store: Path | None = None, **chang
     return ["score", store or root / "run.zarr", *flags({**options, **changes})]
 
 
+def patch(root: Path, out: Path, explained: Path | None = None, **changes: object) -> list[object]:
+    """A patch command into `out`, of the store and the round trip that `root` holds if no other is given."""
+    given = {"model": root / "base", "explained": explained or root / "explained.parquet", "out": out}
+    store = changes.pop("store", root / "run.zarr")
+    return ["patch", store, *flags({**given, "device": "cpu", **changes})]
+
+
 def flags(options: dict[str, object]) -> list[object]:
     out: list[object] = []
     for name, value in options.items():

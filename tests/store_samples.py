@@ -101,10 +101,12 @@ def fill_old_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -
     return vectors
 
 
-def random_store(path: Path, vectors: np.ndarray, layer: int, sizes: list[int] | None = None) -> Path:
+def random_store(
+    path: Path, vectors: np.ndarray, layer: int, sizes: list[int] | None = None, **changes: Any
+) -> Path:
     """A store of just these vectors, float32 [n, d], in sequences of these sizes (None: all in one)."""
     codec = Codec.named("bf16", vectors.shape[1])
-    with create_store(path, codec, (layer,), sink_norm={layer: float("inf")}) as writer:
+    with create_store(path, codec, (layer,), sink_norm={layer: float("inf")}, **changes) as writer:
         for x in np.split(vectors, np.cumsum(sizes or [len(vectors)])[:-1]):
             ids = (np.arange(len(x)) % len(VOCABULARY)).astype(np.int32)
             position = np.arange(len(x), dtype=np.int32)

@@ -87,6 +87,11 @@ def generate_seconds(
     return prefill_seconds(size, hardware, requests * (prompt - shared)) + steps * step
 
 
+def patch_seconds(size: ModelSize, hardware: Hardware, patched: float, blocks: int) -> float:
+    """`patched` tokens through the last `blocks` blocks and the head: 2 * parameters * tokens / flops."""
+    return 2 * (blocks * size.block_parameters + size.head_parameters) * patched / hardware.flops
+
+
 def measure_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
     """Medians of copies of 2 GiB and of matrix products 8192^3 on random numbers (far smaller ones on a CPU)."""
     large = device.type == "cuda"

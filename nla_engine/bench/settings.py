@@ -16,6 +16,7 @@ SUITES = (
     "corpus",
     "verbalize",
     "reconstruct",
+    "patch",
     "roundtrip",
     "store",
     "scaling",

@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, ask, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, patch, demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from rich.markup import escape
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import Json, finish, results, say
 from nla_engine.cli.progress import progress_bar
-from nla_engine.config import AskOptions, CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import (
+    AskOptions,
+    CaptureOptions,
+    ExplainOptions,
+    PatchOptions,
+    RoundtripOptions,
+    ScoreOptions,
+)
 
 
 @command(CaptureOptions)
@@ -71,6 +78,16 @@ def ask_command(options: AskOptions, as_json: bool) -> None:
     with progress_bar("answers") as progress:
         summary = run_ask(options, announce=say, progress=progress)
     finish("asked", summary.to_dict(), as_json)
+
+
+@command(PatchOptions)
+def patch_command(options: PatchOptions, as_json: bool) -> None:
+    """Put reconstructed vectors in the place of a model's own, and measure how its next token changes."""
+    from nla_engine.referee.run import run_patch
+
+    with progress_bar("texts") as progress:
+        summary = run_patch(options, announce=say, progress=progress)
+    finish("patched", summary.to_dict(), as_json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.patch import PatchOptions
 from nla_engine.config.roundtrip import (
     ExplainOptions,
     RoundtripOptions,
@@ -15,6 +16,7 @@ __all__ = [
     "AskOptions",
     "CaptureOptions",
     "ExplainOptions",
+    "PatchOptions",
     "RoundtripOptions",
     "ScoreOptions",
     "ScoringOptions",

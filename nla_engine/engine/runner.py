@@ -66,7 +66,7 @@ class Runner:
             raise EngineError(
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
             )
-        _check_rotation(lm, length)
+        check_rotation(lm, length)
         self.lm = lm
         self.device = lm.device
         self.precision = kernels.precision
@@ -241,7 +241,7 @@ def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
     return [given, *(each for each in given.values() if isinstance(each, dict))]
 
 
-def _check_rotation(lm: LanguageModel, length: int) -> None:
+def check_rotation(lm: LanguageModel, length: int) -> None:
     """EngineError if the rotations of a sequence would depend on how long the others of a pass are.
 
     A lane that has ended may stand one position past its last token, so a sequence must end before the limit.

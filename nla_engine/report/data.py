@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
+from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, PATCH, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.store import CaptureStore, StoredSequence
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
@@ -66,6 +66,10 @@ class Explained:
         metadata = read_metadata(path)
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
+        if metadata.get("made_by") == PATCH:
+            raise RequestError(
+                f"{path}: is the table of patch, which the page does not show: give the table that it was made of"
+            )
         asked = "oracle" in metadata
         names = ["row", "best", "explanation", "status", "n_tokens", "cos", "cos_shuffled", "retrieval_rank"]
         try:

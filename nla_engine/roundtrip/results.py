@@ -32,6 +32,8 @@ from nla_engine.store.shards import (
 from nla_engine.store.swap import remove_directory
 
 METADATA_KEY = b"nla_engine"
+#: In the metadata of a table, under made_by: it holds what patch measured, and no scores.
+PATCH = "patch"
 #: Ending of the directory that holds an unfinished table.
 PARTS_SUFFIX = ".parts"
 #: In that directory: the run's options. Without this file the parts are leftovers.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_engine.config import AskOptions, WritingOptions
+from nla_engine.config import AskOptions, PatchOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, WriterWatch
 from nla_engine.store.objects import place
@@ -32,7 +32,7 @@ def spread(count: int, kept: int) -> np.ndarray:
     return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
-def nothing_selected(options: WritingOptions | AskOptions) -> StoreError:
+def nothing_selected(options: WritingOptions | AskOptions | PatchOptions) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"

@@ -42,7 +42,7 @@ from nla_engine.roundtrip.summary import (
     summarise,
     summarise_texts,
 )
-from nla_engine.roundtrip.text_file import TextFile, check_lengths
+from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Verbalizer
@@ -126,11 +126,7 @@ def run_score(
     pair = load_pair(options, announce, reconstructor=reconstructor)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    if texts.metadata is not None and texts.metadata["layer"] != layer:
-        raise RequestError(
-            f"{options.texts}: explains layer {texts.metadata['layer']}, --ar {options.ar} gives layer {layer}: "
-            "give an AR of that layer"
-        )
+    check_layer(texts, layer, options.ar)
     check_lengths(texts, pair.ar)
     controls = _controls(store, layer, chosen, options, pair.device)
     run = _Run(options, store, layer, pair, chosen, texts, controls)

@@ -67,6 +67,12 @@ class DirectionVariance:
         self._sum = total if self._sum is None else self._sum + total
 
     @property
+    def mean(self) -> torch.Tensor:
+        """mu, float64 [d]: the mean of the unit rows. There must have been one."""
+        assert self._sum is not None
+        return self._sum / self.rows
+
+    @property
     def value(self) -> float:
         """NaN without rows. 0 if all rows point the same way: FVE is then undefined."""
         if not self.rows or self._sum is None:
@@ -110,14 +116,17 @@ class Controls:
 
     def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if any."""
-        partner = np.array(
-            [self._partner(int(a), int(s)) for a, s in zip(rows, sequences, strict=True)], np.int64
-        )
+        partner = self.partners(rows, sequences)
         if not len(self.rows):
             return np.full(len(rows), np.nan)
         out = cosine(self.directions[torch.from_numpy(partner).to(r.device)], r)
         out[partner < 0] = np.nan
         return out
+
+    def partners(self, rows: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        """int64 [n]: place in the sample of another row for each, of another sequence if any; -1 if there is none."""
+        pairs = zip(rows, sequences, strict=True)
+        return np.array([self._partner(int(a), int(s)) for a, s in pairs], np.int64)
 
     def _partner(self, row: int, sequence: int) -> int:
         """Place in the sample of the row's partner, or -1 if the sample holds no other row."""

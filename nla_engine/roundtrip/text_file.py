@@ -79,6 +79,11 @@ class TextFile:
         _check_writable(path, made.select(further).schema)
         return cls(path, made, metadata)
 
+    def only(self, rows: np.ndarray) -> TextFile:
+        """The texts of these rows alone, int64 [n]; each of them has one."""
+        kept = np.isin(self._table["row"].to_numpy(), rows)
+        return TextFile(self.path, self._table.filter(pa.array(kept)), self.metadata)
+
     def all(self) -> list[str]:
         """Every text, in order."""
         return list(self._table["explanation"].to_pylist())
@@ -143,6 +148,15 @@ class TextFile:
         """See `Texts`."""
         count = self.up_to_row(rows)
         return f"{count:,} text{'' if count == 1 else 's'}"
+
+
+def check_layer(texts: TextFile, layer: int, ar: str) -> None:
+    """RequestError for texts of another layer than the one that the AR gives. ar: its name."""
+    if texts.metadata is not None and texts.metadata["layer"] != layer:
+        raise RequestError(
+            f"{texts.path}: explains layer {texts.metadata['layer']}, --ar {ar} gives layer {layer}: "
+            "give an AR of that layer"
+        )
 
 
 def check_lengths(texts: TextFile, reconstructor: Reconstructor) -> None:

@@ -17,6 +17,7 @@ from nla_engine.bench.limits import (
     ModelSize,
     decode_step_seconds,
     generate_seconds,
+    patch_seconds,
     prefill_seconds,
 )
 from nla_engine.bench.report import COLUMNS, Line, Machine, append_csv, read_csv, to_json
@@ -72,6 +73,9 @@ def test_limits_of_the_other_work(size_7b: ModelSize) -> None:
     assert av == pytest.approx(400, rel=1.5e-2)
     assert ar == pytest.approx(571, rel=2e-3)
     assert 1 / (1 / av + 1 / ar) == pytest.approx(229, rel=2.5e-2)
+    patched = 1 / patch_seconds(size_7b, H200, 1, blocks=7)
+    assert patched == pytest.approx(782e12 / (2 * (7 * 233.05e6 + 152_064 * 3584)), rel=1e-4)
+    assert patched > 150_000
 
 
 # ---- work of known size ----
@@ -242,13 +246,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_other_suites(capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
-        "corpus verbalize reconstruct roundtrip store prompts --shape tiny --requests 5 --new-tokens 3 --repeats 1 "
-        "--baseline hf"
+        "corpus verbalize reconstruct patch roundtrip store prompts --shape tiny --requests 5 --new-tokens 3 "
+        "--repeats 1 --baseline hf"
     )
     result = result_of(capsys)
     assert result["failed"] == [] and code == 0
     compared = {line["suite"] for line in result["lines"] if line["ratio"]}
-    assert compared == {"corpus", "verbalize", "reconstruct", "roundtrip", "store", "prompts"}
+    assert compared == {"corpus", "verbalize", "reconstruct", "patch", "roundtrip", "store", "prompts"}
     lines = {line["case"]: line["p50"] for line in result["lines"]}
     av, ar, both = (
         lines[f"5 {case}"]

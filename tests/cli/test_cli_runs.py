@@ -24,7 +24,7 @@ from tiny import write_prompts
 from nla_engine.capture import appender
 from nla_engine.capture import run as capture_stage
 from nla_engine.capture.run import CaptureSummary
-from nla_engine.config import CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import CaptureOptions, ExplainOptions, PatchOptions, RoundtripOptions, ScoreOptions
 from nla_engine.roundtrip import results
 from nla_engine.roundtrip.summary import RoundtripSummary
 from nla_engine.store import CaptureStore, shards, writer
@@ -93,6 +93,7 @@ COMMANDS = {
     "roundtrip": RoundtripOptions,
     "explain": ExplainOptions,
     "score": ScoreOptions,
+    "patch": PatchOptions,
 }
 
 
@@ -101,7 +102,7 @@ def test_help_lists_every_option(command: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("COLUMNS", "200")
     text = call(command, "--help").out
     for field in dataclasses.fields(COMMANDS[command]):
-        name = field.name.upper() if field.name in ("model", "store") else "--" + field.name.replace("_", "-")
+        name = field.name.upper() if field.metadata["argument"] else "--" + field.name.replace("_", "-")
         assert re.search(rf"(?<![\w-]){name}(?![\w-])", text), name
         assert " ".join(field.metadata["help"].split()[:4]) in " ".join(text.split()), field.name
     assert "--json" in text

@@ -1,0 +1,108 @@
+"""What patch starts from: the texts, the AR that reads them, and the captured model, each checked against the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine.config import PatchOptions, ScoreOptions
+from nla_engine.errors import RequestError, StoreError
+from nla_engine.models.load import DTYPES, LanguageModel, load_model
+from nla_engine.models.source import find_source
+from nla_engine.roundtrip.rows import nothing_selected, spread
+from nla_engine.roundtrip.text_file import TextFile
+from nla_engine.store import CaptureStore
+from nla_engine.store.format import IMPORTED
+
+#: Options of a run that say how its AR was loaded, apart from its name; and each as an option, from its form in JSON.
+_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
+    "ar_map": Path,
+    "whitening": Path,
+    "ar_base": str,
+    "template_value": lambda pairs: tuple((name, value) for name, value in pairs),
+}
+
+
+def check_captured(store: CaptureStore) -> None:
+    """StoreError unless the store says what was read and with which weights."""
+    if IMPORTED in store.options:
+        raise StoreError(
+            f"{store.path}: was imported: its tokens are not known, so no model can read them again"
+        )
+    if store.provenance.get("weights") is None or store.provenance.get("dtype") not in DTYPES:
+        raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
+
+
+def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
+    """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
+    texts = TextFile.read(options.explained, store)
+    rows = texts.selected
+    if options.where is not None:
+        rows = np.intersect1d(rows, store.where(options.where))
+    if not len(rows):
+        raise nothing_selected(options)
+    if options.limit is not None and options.limit < len(rows):
+        rows = rows[spread(len(rows), options.limit)]
+    return texts.only(rows)
+
+
+def reading_options(options: PatchOptions, texts: TextFile) -> ScoreOptions:
+    """The options with which `score` would read the texts. RequestError if no AR is named."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
+    ar = options.ar
+    if ar is None:
+        made = texts.metadata or {}
+        if (ar := made.get("ar")) is None:
+            raise RequestError(f"{texts.path}: does not name an AR, since none has scored it: give --ar")
+        for name, told in made["run"].items():
+            if name in _AS_GIVEN and told and not given[name]:
+                given[name] = _AS_GIVEN[name](told)
+    same = ("store", "out", "layer", "seed", "precision", "dtype", "device", "kernels", "trust_remote_code")
+    return ScoreOptions(
+        ar=ar, texts=options.explained, **{name: getattr(options, name) for name in same}, **given
+    )
+
+
+def check_revision(options: PatchOptions, texts: TextFile, revision: str | None) -> None:
+    """RequestError if the AR that the table names was fetched in another revision than the one that made the table."""
+    made = texts.metadata or {}
+    if options.ar is None and revision != made.get("ar_revision"):
+        raise RequestError(
+            f"{texts.path}: its AR {made.get('ar')} was read in revision {made.get('ar_revision')}, and is now "
+            f"{revision}: name the one to use with --ar"
+        )
+
+
+def load_captured(
+    options: PatchOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, str]:
+    """The captured model on the device in this dtype, and the fingerprint of its weights in that of the capture.
+
+    RequestError if the weights are others.
+    """
+    made = store.provenance
+    name, same = options.model, options.model == made.get("model")
+    source = find_source(
+        name,
+        made.get("revision") if same and not Path(name).is_dir() else None,  # what was captured, not today's
+        base=options.base or (made.get("base") if same else None),
+        base_revision=made.get("base_revision"),
+        remote_code=options.trust_remote_code,
+    )
+    how: dict[str, Any] = {"device": device, "source": source, "remote_code": options.trust_remote_code}
+    captured = DTYPES[made["dtype"]]
+    lm = load_model(name, dtype=captured, **how)
+    weights = lm.fingerprint()
+    if weights != made["weights"]:
+        raise RequestError(
+            f"--model {name}: its weights ({weights}) are not those that {store.path} was captured with "
+            f"({made['weights']}, {made.get('model')}): give the captured model"
+        )
+    if dtype != captured:
+        del lm
+        lm = load_model(name, dtype=dtype, **how)
+    return lm, weights
