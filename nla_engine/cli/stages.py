@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, ask, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from rich.markup import escape
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import Json, finish, results, say
 from nla_engine.cli.progress import progress_bar
-from nla_engine.config import AskOptions, CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import (
+    AskOptions,
+    CaptureOptions,
+    ExplainOptions,
+    LensOptions,
+    RoundtripOptions,
+    ScoreOptions,
+)
 
 
 @command(CaptureOptions)
@@ -71,6 +78,16 @@ def ask_command(options: AskOptions, as_json: bool) -> None:
     with progress_bar("answers") as progress:
         summary = run_ask(options, announce=say, progress=progress)
     finish("asked", summary.to_dict(), as_json)
+
+
+@command(LensOptions)
+def lens_command(options: LensOptions, as_json: bool) -> None:
+    """The logit lens: read stored activations with the captured model's own final norm and head, as next tokens."""
+    from nla_engine.roundtrip.lens import run_lens
+
+    with progress_bar("rows") as progress:
+        summary = run_lens(options, announce=say, progress=progress)
+    finish("lens", summary.to_dict(), as_json)
 
 
 @app.command()

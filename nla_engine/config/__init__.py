@@ -2,6 +2,7 @@
 
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.lens import LensOptions
 from nla_engine.config.roundtrip import (
     ExplainOptions,
     RoundtripOptions,
@@ -15,6 +16,7 @@ __all__ = [
     "AskOptions",
     "CaptureOptions",
     "ExplainOptions",
+    "LensOptions",
     "RoundtripOptions",
     "ScoreOptions",
     "ScoringOptions",
