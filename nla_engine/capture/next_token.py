@@ -113,14 +113,14 @@ class NextTokenTap:
     ) -> None:
         """The chosen tokens are those that will be read next. Launches only: no synchronisation."""
         position, growing = before
-        self._keep(logits, lanes, position, torch.where(growing, state.token[lanes], -1))
+        self._keep(logits, lanes, position, state.token[lanes].masked_fill(~growing, -1))
 
     def _keep(
         self, logits: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, following: torch.Tensor
     ) -> None:
         """logits [n, V]; slot, position, following: int64 [n]."""
         place = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
-        place = torch.where(place < 0, self._spare, place)
+        place = place.masked_fill(place < 0, self._spare)
         found = likelihood(logits, following, self.top)
         self._logprob[place] = found.chosen
         if self.top:

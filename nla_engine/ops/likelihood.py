@@ -27,7 +27,7 @@ def likelihood(logits: torch.Tensor, token: torch.Tensor, k: int) -> Likelihood:
     wide = logits.float()
     total = wide.logsumexp(-1, keepdim=True)
     chosen = wide.gather(-1, token.clamp(min=0)[:, None]) - total
-    best = wide.topk(k, -1)
+    best = wide.topk(k, -1) if k else wide[:, :0].sort(-1)
     return Likelihood(chosen[:, 0].masked_fill(token < 0, torch.nan), best.indices, best.values - total)
 
 

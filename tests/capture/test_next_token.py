@@ -18,7 +18,7 @@ from nla_engine.capture.tap import RowRange
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.following import PromptRows
 from nla_engine.errors import EngineError, RequestError, StoreError
-from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.store import CaptureStore, Finish
 
 K = 3
@@ -152,6 +152,26 @@ def test_bfloat16_within_its_rounding(prompts: Path, tmp_path: Path) -> None:
         expected = np.take_along_axis(own, sequence.tokens[1:, None].astype(np.int64), 1)[:, 0]
         apart += np.abs(store.column("next_logprob")[sequence.rows][:-1] - expected).tolist()
     assert np.median(apart) < 0.5, "the logits of this model spread over some tens"
+
+
+@pytest.mark.real
+def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """Chats of SmolLM2-135M-Instruct, float32: prompts behind a shared system message, replies that end by themselves."""
+    questions = ("What is the capital of France? Answer in one word.", "Name a colour.", "Say hello.")
+    prompts = write_records(tmp_path, [{"prompt": question} for question in questions])
+    out = tmp_path / "s.zarr"
+    given = {
+        "prompts": prompts,
+        "layer": 20,
+        "out": out,
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 2,
+    }
+    given |= {"positions": "last,generated", "next_token": K, "max_new_tokens": 12}
+    ran = call("capture", smollm2, *flags(given))
+    assert ran.code == 0 and "prompt tokens shared" in ran.err
+    check(load_model(smollm2, device="cpu", dtype="float32"), CaptureStore.open(out), close=2e-3)
 
 
 def test_any_reader_sees_plain_arrays(prompts: Path, tmp_path: Path) -> None:
