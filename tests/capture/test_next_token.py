@@ -156,7 +156,7 @@ def test_bfloat16_within_its_rounding(prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
-    """Chats of SmolLM2-135M-Instruct, float32: prompts behind a shared system message, replies that end by themselves."""
+    """Chats of SmolLM2-135M-Instruct, float32: prompts behind a shared system message, replies that end early."""
     questions = ("What is the capital of France? Answer in one word.", "Name a colour.", "Say hello.")
     prompts = write_records(tmp_path, [{"prompt": question} for question in questions])
     out = tmp_path / "s.zarr"
