@@ -11,6 +11,7 @@ from statistics import NormalDist
 import numpy as np
 
 from nla_engine.bench.session import expect
+from nla_engine.capture.next_token import NextTokenTap
 from nla_engine.capture.run import MAX_PREFILL_TOKENS
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
@@ -79,10 +80,12 @@ def open_generator(
     positions: str = "generated",
     prompt: int = 0,
     max_prefill: int | None = None,
+    next_token: int | None = None,
 ) -> Iterator[Generator]:
     """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
     prompt: tokens of the shortest prompt, from which the number of rows to keep is computed.
+    next_token: as `--next-token` of capture
     """
     budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
     keep = RowRange.parse(positions)
@@ -96,6 +99,10 @@ def open_generator(
             sink_norm=dict.fromkeys(layers, math.inf),
             device=lm.device,
         )
+    following = None
+    if next_token is not None:
+        room = keep.count(prompt, length)
+        following = NextTokenTap(next_token, keep, rows_per_slot=room, device=lm.device)
     runner = Runner(lm, slots=slots, length=length, tap=tap)
     try:
         generator = Generator(
@@ -104,6 +111,7 @@ def open_generator(
             stop=StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
             read_last=bool(layers and new_tokens),
             max_prefill_tokens=budget,
+            following=following,
         )
         generator.prepare()
         yield generator

@@ -76,4 +76,5 @@ def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[int
         prompt_size=prompt_size,
         finish=completion.finish,
         source=prompt.source,
+        next_tokens=completion.next_tokens,
     )

@@ -14,6 +14,7 @@ import torch
 from nla_engine.errors import StoreError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.likelihood import likelihood
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import Check
 from nla_engine.store.format import IMPORTED
@@ -27,6 +28,14 @@ TIMES_NOISE = 4.0
 REDRAWN = 2
 #: Largest relative L2 error allowed per row, by codec; measured errors lie well below.
 CODEC_LIMIT = {"int8": 0.03, "int4": 0.25, "bf16": 0.005}
+
+#: Error allowed of a log-probability, on top of the same multiple of what rounding does to those of its row. Logits of
+#: bfloat16 from 32 on are multiples of 0.25.
+LOGPROB_ROUNDING = {"float32": 0.01, "bfloat16": 0.5}
+#: Most bytes of logits, as float32, that lie in memory at once.
+_LOGIT_BYTES = 64 << 20
+#: Key of what the decoder gives at last, beside the outputs of its blocks by number.
+FINAL = -2
 
 #: progress(sequences done, sequences in all)
 Progress = Callable[[int, int], None]
@@ -67,9 +76,12 @@ def audit(
     chosen = draw_rows(np.arange(store.sequences), sample, seed)
     errors: dict[int, dict[int, list[np.ndarray]]] = {layer: {-1: [], 0: [], 1: []} for layer in store.layers}
     noise: dict[int, list[np.ndarray]] = {layer: [] for layer in store.layers}
+    told: dict[str, list[np.ndarray]] = {"error": [], "noise": []}
     for done, number in enumerate(chosen, 1):
-        _compare(store, lm, int(number), errors, noise)
+        _compare(store, lm, int(number), errors, noise, told)
         progress(done, len(chosen))
+    if store.next_token is not None:
+        checks.append(_next_tokens_check(store, told, len(chosen)))
     limit = CODEC_LIMIT[store.codec.name] + ROUNDING.get(str(store.provenance.get("dtype")), 0.08)
     for layer, by_offset in errors.items():
         own = np.concatenate(by_offset[0]) if by_offset[0] else np.zeros(0)
@@ -99,6 +111,18 @@ def audit(
     return checks
 
 
+def _next_tokens_check(store: CaptureStore, told: dict[str, list[np.ndarray]], sequences: int) -> Check:
+    """told: errors and noise of the log-probabilities of sequences, each float64 [n]."""
+    error, noise = (np.concatenate([np.zeros(0), *told[name]]) for name in ("error", "noise"))
+    limit = LOGPROB_ROUNDING.get(str(store.provenance.get("dtype")), max(LOGPROB_ROUNDING.values()))
+    detail = (
+        f"{len(error):,} of {sequences} sequences, error {_spread(error)}, limit {limit:.3g} and {TIMES_NOISE:g} times "
+        "what rounding does"
+    )
+    fits = bool((error <= limit + TIMES_NOISE * noise).all())
+    return Check("next tokens have the model's log-probabilities", fits, detail)
+
+
 def _spread(errors: np.ndarray, unit: float = 1.0) -> str:
     if not len(errors):
         return "-"
@@ -112,9 +136,10 @@ def _compare(
     number: int,
     errors: dict[int, dict[int, list[np.ndarray]]],
     noise: dict[int, list[np.ndarray]],
+    told: dict[str, list[np.ndarray]],
 ) -> None:
     """For one sequence, append the relative L2 errors of its finite rows against block layer + offset, for each offset,
-    and how far rounding alone moves transformers' own rows."""
+    and how far rounding alone moves transformers' own rows. told: the same of log-probabilities, if they are stored."""
     sequence = store.sequence(number)
     if sequence.rows.stop == sequence.rows.start:
         return
@@ -132,6 +157,41 @@ def _compare(
         true = _rows(outputs[layer], position)[finite]
         moved = [_rows(other[layer], position)[finite] for other in redrawn]
         noise[layer].append(np.max([_apart(rows, true) for rows in moved], 0))
+    if store.next_token is not None:
+        stored = _stored_logprobs(store, sequence.rows)
+        found = [_logprobs(store, lm, each[FINAL], position, sequence.rows) for each in (outputs, *redrawn)]
+        known = np.isfinite(stored)
+        told["error"].append(np.abs(found[0] - stored)[known])
+        moved_by = np.max([np.where(known, np.abs(each - found[0]), 0) for each in found[1:]], 0)
+        of_row = moved_by.max(1, keepdims=True)  # a single value may round to the same by chance
+        told["noise"].append(np.broadcast_to(of_row, known.shape)[known])
+
+
+def _stored_logprobs(store: CaptureStore, rows: slice) -> np.ndarray:
+    """float64 [n, 1 + 2 K]: of the token that follows, NaN for none, and twice of the likeliest."""
+    chosen = store.column("next_logprob")[rows, None]
+    top = store.column("top_logprob")[rows] if store.next_token else chosen[:, :0]
+    return np.concatenate([chosen, top, top], 1).astype(np.float64)
+
+
+@torch.inference_mode()
+def _logprobs(
+    store: CaptureStore, lm: LanguageModel, states: torch.Tensor, position: torch.Tensor, rows: slice
+) -> np.ndarray:
+    """The same by the model, for its final states [1, T, d]: of the stored ids, then of its own likeliest.
+
+    A likeliest token that the store lacks shows by the second alone.
+    """
+    top = store.next_token or 0
+    ids = [store.column("next_token_id")[rows, None], *([store.column("top_id")[rows]] if top else [])]
+    wanted = torch.from_numpy(np.concatenate(ids, 1).astype(np.int64)).to(states.device)
+    size = max(_LOGIT_BYTES // (4 * lm.vocab_size), 1)
+    found = []
+    for at, its in zip(position.split(size), wanted.split(size), strict=True):
+        logits = lm.logits(states[0][at])
+        own = torch.stack([likelihood(logits, column, 0).chosen for column in its.T], 1)
+        found.append(torch.cat([own, likelihood(logits, its[:, 0], top).top], 1))
+    return torch.cat(found).double().cpu().numpy()
 
 
 def _rows(output: torch.Tensor, position: torch.Tensor) -> np.ndarray:
@@ -146,7 +206,10 @@ def _apart(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def _read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torch.Tensor]:
-    """The output [1, T, d] of every block. seed: if not 0, embeddings change by about half a unit in the last place."""
+    """The output [1, T, d] of every block, and the decoder's own.
+
+    seed: if not 0, embeddings change by about half a unit in the last place
+    """
     outputs: dict[int, torch.Tensor] = {}
 
     def moved(_module: object, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
@@ -161,7 +224,7 @@ def _read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torc
     if seed:
         hooks.append(lm.embedding.register_forward_hook(moved))
     try:
-        lm.decoder(input_ids=ids, use_cache=False)
+        outputs[FINAL] = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()

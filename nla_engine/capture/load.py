@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from nla_engine.config import CaptureOptions
+from nla_engine.errors import RequestError
 from nla_engine.models.chat import Reading
 from nla_engine.models.documents import Longest
 from nla_engine.models.load import (
@@ -36,7 +37,8 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
 
     Prompts are read before the weights: a tokenizer and a configuration are enough for that, and what is wrong with a
     prompt is said at once. If the loaded model has other limits than its configuration said, they are read again.
-    Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order.
+    Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order,
+    and RequestError if the model cannot say what --next-token asks for.
     """
     clock, sources = _first_clock(options), PromptSources.find(options.prompts, options.prompt_format)
     limits, prompts = None, None
@@ -57,6 +59,7 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
             remote_code=options.trust_remote_code,
         )
     chosen_layers(options, lm)
+    _check_next_token(options, lm)
     loaded = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
     if prompts is None or limits != loaded:
         prompts = _read(options, sources, lm.tokenizer, loaded, clock)
@@ -85,6 +88,18 @@ def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:
     if options.chat is False or not template:
         return "raw"
     return hashlib.sha256(str(template).encode()).hexdigest()[:16]
+
+
+def _check_next_token(options: CaptureOptions, lm: LanguageModel) -> None:
+    """RequestError if the model has no head, or fewer tokens than are asked for beside each row."""
+    if options.next_token is None:
+        return
+    if lm.head is None:
+        raise RequestError(f"--next-token: {lm.name} has no head: leave it out")
+    if options.next_token > lm.vocab_size:
+        raise RequestError(
+            f"--next-token is {options.next_token}: {lm.name} has {lm.vocab_size:,} tokens: lower it"
+        )
 
 
 def _read(

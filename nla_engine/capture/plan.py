@@ -32,13 +32,15 @@ class CapturePlan:
     slots: int
     length: int
     prefix: int
+    whole: bool
 
     def __str__(self) -> str:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
         shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
+        whole = "; the whole model runs, for the next tokens" if self.whole else ""
         return (
             f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {_size(self.bytes)} as {self.codec}; "
-            f"{self.slots} at once, of at most {self.length:,} tokens{shared}"
+            f"{self.slots} at once, of at most {self.length:,} tokens{shared}{whole}"
         )
 
 
@@ -61,13 +63,16 @@ def plan_capture(
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
     longest = int(todo.max(initial=1)) + new
-    slots = options.batch_size or default_slots(lm, longest, prefix)
+    asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
+    held = asked * keep.count(longest - new, longest)
+    slots = options.batch_size or default_slots(lm, longest, prefix, held=held)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
     rows = choice.most_rows(done, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_layers(options, lm))
+    row_bytes += asked
     return CapturePlan(
         sequences=len(prompts),
         already_done=done,
@@ -77,6 +82,7 @@ def plan_capture(
         slots=max(min(slots, len(todo)), 1),
         length=longest,
         prefix=prefix,
+        whole=not new and options.next_token is not None,
     )
 
 

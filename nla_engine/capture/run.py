@@ -20,6 +20,7 @@ from nla_engine.capture.appender import Appender
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import CLOCK, chosen_layers, first_prompt, load_inputs, prompts_rendering
+from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
@@ -66,6 +67,7 @@ _ADDED: dict[str, Any] = {
     "every": 1,
     "skip_first": False,
     "skip_sinks": False,
+    "next_token": None,
 }
 
 #: Phases of a run. Generating, or reading, includes writing to the store.
@@ -236,6 +238,7 @@ class CaptureJob:
             vocabulary=self.vocabulary,
             provenance=self.described | self._provenance(),
             options=self.unchanging(),
+            next_token=self.options.next_token,
             overwrite=self.options.overwrite,
         )
         for layer, entry in calibration.items():
@@ -275,11 +278,13 @@ class CaptureJob:
 
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
+        rows_per_slot = max(self.keep.count(plan.length - new, plan.length), 1)
+        following = following_of(options, self.keep, rows_per_slot, lm.device, self.kernels.reference)
         tap = RowTap(
             self.layers,
             codec,
             self.keep,
-            rows_per_slot=max(self.keep.count(plan.length - new, plan.length), 1),
+            rows_per_slot=rows_per_slot,
             sink_norm=sink_norm,
             device=lm.device,
             choose=None if self.choice.takes_all else self.choice.positions,
@@ -287,7 +292,7 @@ class CaptureJob:
             reference=self.kernels.reference,
         )
         runner = Runner(
-            lm if new else lm.truncated(max(self.layers)),
+            lm if new or following else lm.truncated(max(self.layers)),
             slots=plan.slots,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
@@ -302,6 +307,7 @@ class CaptureJob:
                 sampling=sampling_of(options),
                 read_last="generated" in self.keep.names or "all" in self.keep.names,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[lm.device.type],
+                following=following,
             )
             generator.prepare()
         except BaseException:

@@ -33,7 +33,7 @@ app = Application(
 
 _DEBUG = "--debug"
 #: Commands that can resume from what an earlier run committed.
-_RESUMABLE = ("capture", "roundtrip", "explain", "score", "ask", "patch", "study")
+_RESUMABLE = ("capture", "roundtrip", "explain", "score", "ask", "lens", "patch", "study")
 #: The exit code that typer gives for Ctrl-C, without a message.
 TYPER_INTERRUPTED = 130
 

@@ -156,6 +156,7 @@ def facts(store: CaptureStore, counts: Counts | str) -> dict[str, Any]:
         **(counts.to_dict() if isinstance(counts, Counts) else {"cannot_be_counted": counts}),
         "layers": list(store.layers),
         "d_model": store.d_model,
+        **({} if store.next_token is None else {"next_token": store.next_token}),
         "codec": store.codec.name,
         "row_bytes": store.codec.row_bytes,
         "codec_error": store.attributes.get("codec_error"),
@@ -182,6 +183,7 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
         "sequences": store.sequences,
         **(counts.shown() if isinstance(counts, Counts) else {"cannot be counted": counts}),
         "tokens": commit.tokens,
+        **({} if store.next_token is None else {"next tokens": _next_tokens(store.next_token)}),
         "vectors": ("layer " if len(store.layers) == 1 else "layers ") + ", ".join(map(str, store.layers)),
         "d_model": store.d_model,
         "size": _size(store.nbytes),
@@ -222,6 +224,11 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
         _section(console, f"merged from, {number + 1}", kept | {"prompts": origin["options"].get("prompts")})
     known = {*_MODEL, *_RUN, *_ELSEWHERE}
     _section(console, "also noted", {name: value for name, value in made.items() if name not in known})
+
+
+def _next_tokens(top: int) -> str:
+    likeliest = f", and the {top:,} likeliest tokens" if top else ""
+    return f"log-probability of the token behind each row{likeliest}"
 
 
 def _first_prompt(store: CaptureStore) -> str | None:

@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, ask, patch, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, patch, demo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nla_engine.config import (
     AskOptions,
     CaptureOptions,
     ExplainOptions,
+    LensOptions,
     PatchOptions,
     RoundtripOptions,
     ScoreOptions,
@@ -88,6 +89,16 @@ def patch_command(options: PatchOptions, as_json: bool) -> None:
     with progress_bar("texts") as progress:
         summary = run_patch(options, announce=say, progress=progress)
     finish("patched", summary.to_dict(), as_json)
+
+
+@command(LensOptions)
+def lens_command(options: LensOptions, as_json: bool) -> None:
+    """The logit lens: read stored activations with the captured model's own final norm and head, as next tokens."""
+    from nla_engine.roundtrip.lens import run_lens
+
+    with progress_bar("rows") as progress:
+        summary = run_lens(options, announce=say, progress=progress)
+    finish("lens", summary.to_dict(), as_json)
 
 
 @app.command()

@@ -88,26 +88,12 @@ def verify(
 
 def _audit(store: str, model: str, sample: int, device: str | None) -> list[Check]:
     from nla_engine.capture.audit import audit
-    from nla_engine.models.load import load_model, pick_device, pick_dtype
-    from nla_engine.models.source import find_source
+    from nla_engine.models.captured import load_captured
+    from nla_engine.models.load import pick_device
     from nla_engine.store import CaptureStore
 
-    opened, chosen = CaptureStore.open(store), pick_device(device)
-    made = opened.provenance
-    same = model == made.get("model")
-    captured = same and not Path(model).is_dir()
-    source = find_source(
-        model,
-        made.get("revision") if captured else None,  # the commit that was captured, not today's
-        base=made.get("base") if same else None,
-        base_revision=made.get("base_revision"),
-    )
-    lm = load_model(
-        model,
-        device=chosen,
-        dtype=pick_dtype(made.get("dtype"), chosen),
-        source=source,
-    )
+    opened = CaptureStore.open(store)
+    lm = load_captured(model, opened.provenance, pick_device(device))
     with progress_bar("sequences") as progress:
         return audit(opened, lm, sample=sample, progress=progress)
 

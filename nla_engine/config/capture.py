@@ -32,6 +32,8 @@ POSITIONS = ("generated", "prompt", "all", "last")
 PROMPT_FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet", "whole")
 #: What becomes of a document with too many tokens.
 LONG = ("refuse", "cut", "windows")
+#: Of a row: more would outweigh its vector.
+MOST_NEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class CaptureOptions(Options):
     skip_sinks: bool = option(
         f"Keep no rows of attention sinks: norm above {SINK_FACTOR:g} times the median in any of the layers.",
         False,
+    )
+    next_token: int | None = option(
+        "Beside each row, store the log-probability of the token that follows, and this many of the likeliest tokens "
+        "with theirs. 0: the log-probability alone.",
+        None,
+        must=Must(lambda count: 0 <= count <= MOST_NEXT_TOKENS, f"0 to {MOST_NEXT_TOKENS}"),
     )
     codec: str = option("How rows are stored: int8, int4 or bf16.", "int8", must=one_of(CODEC_NAMES))
     batch_size: int | None = fields.batch_size("Sequences run at once.")

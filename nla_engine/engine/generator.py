@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, lane_bucket
 from nla_engine.engine.logits import check_logits
@@ -38,6 +40,7 @@ class Generator:
 
     read_last: also read the last generated token (one more pass that samples nothing), as capture needs.
     max_prefill_tokens: most prompt tokens per pass. Longer prompts are read in several passes, between decode steps.
+    following: keeps what the model says of the token behind each row.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Generator:
         sampling: Sampling = Sampling(),
         read_last: bool = False,
         max_prefill_tokens: int = 2048,
+        following: Following | None = None,
     ) -> None:
         self.runner = runner
         self.max_new_tokens = max_new_tokens
@@ -56,7 +60,8 @@ class Generator:
         self.max_prefill_tokens = max_prefill_tokens
         if max_new_tokens and (runner.lm.head is None or stop is None):
             raise EngineError("generation needs a model with a head and a stop automaton")
-        if max_new_tokens:
+        self.following = following or NotAsked()
+        if max_new_tokens or self.following.asked:
             check_logits(runner.lm)
         self.stop = stop.to(runner.device) if stop is not None else None
         self.choosing: Choosing | None = None
@@ -67,6 +72,7 @@ class Generator:
         self.state.position.fill_(runner.cache.prefix_size)
         # A look may miss what the step queued after it writes; the next look sees that.
         runner.tap.allocate(slots, generated=slots * (STEPS_BETWEEN_POLLS + 1), given=max_prefill_tokens)
+        self.following.allocate(slots)
         self._active = Glance(self.state.active)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
@@ -173,7 +179,9 @@ class Generator:
         vectors = {a.slot: a.request.vectors for a in entered if a.request.vectors is not None}
         if vectors:
             self.runner.injector.put(list(vectors), list(vectors.values()))
-        self.runner.tap.open(slots, sizes, [size + limit for size, limit in zip(sizes, limits, strict=True)])
+        totals = [size + limit for size, limit in zip(sizes, limits, strict=True)]
+        self.runner.tap.open(slots, sizes, totals)
+        self.following.open(slots, sizes, totals)
 
     def _prefill(self, runs: list[Run]) -> None:
         """One packed pass. Chooses the first token of each request whose prompt it completes."""
@@ -198,7 +206,13 @@ class Generator:
                 last += [len(wanted)] * len(slots)
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
-        hidden = self.runner.prefill(parts, wanted or [end - 1], entering)
+        told = self.following.of_prompts(runs, prefix)
+        if told.token:
+            states = self.runner.prefill(parts, None, entering)
+            self.following.read(self.runner.lm, states[to_device(np.array(told.token), states.device)], told)
+            hidden = states[to_device(np.array(wanted, np.int64), states.device)]
+        else:
+            hidden = self.runner.prefill(parts, wanted or [end - 1], entering)
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
@@ -257,7 +271,10 @@ class Generator:
     def _advance(self, lanes: torch.Tensor, hidden: torch.Tensor) -> None:
         """Choose and record the next tokens, given the hidden states [B, d] of those just read. No synchronisation."""
         assert self.choosing is not None
-        advance(self.runner.lm.logits(hidden), lanes, self.state, self.choosing, self.runner.reference)
+        logits = self.runner.lm.logits(hidden)
+        before = self.following.before(lanes, self.state)
+        advance(logits, lanes, self.state, self.choosing, self.runner.reference)
+        self.following.after(logits, lanes, self.state, before)
 
     def _settle(self, ended: list[Admitted]) -> list[Ended]:
         """Count the tokens of these sequences and settle their rows. Waits for the device if there are any."""
@@ -267,6 +284,7 @@ class Generator:
         prefix = self.runner.cache.prefix_size
         sizes = [prefix + len(a.request.token_ids) + n for a, n in zip(ended, counts, strict=True)]
         kept = self.runner.tap.settle(slots, sizes)
+        kept = [replace(k, nbytes=k.nbytes + k.size * self.following.row_bytes) for k in kept]
         return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
 
     def _fetch(self, queue: Scheduler, portion: Portion) -> list[Completion]:
@@ -285,6 +303,7 @@ class Generator:
         kept = self.runner.tap.collect(
             [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
         )
+        told = self.following.collect([a.slot for a in ended], [positions for positions, _ in kept])
         return [
             Completion(
                 request=a.request,
@@ -292,6 +311,7 @@ class Generator:
                 finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
                 positions=kept[i][0],
                 rows=kept[i][1],
+                next_tokens=told[i],
             )
             for i, a in enumerate(ended)
         ]

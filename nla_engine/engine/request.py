@@ -42,9 +42,32 @@ class Request:
 
 
 @dataclass(frozen=True)
+class NextTokens:
+    """What the model said of the token behind each of n rows, by its own distribution: temperature 1, nothing cut.
+
+    next_logprob: float32 [n], natural log-probability of the token that follows, NaN where none does
+    top_id: int32 [n, K], the likeliest tokens, likeliest first; top_logprob: float32 [n, K]
+    """
+
+    next_logprob: np.ndarray
+    top_id: np.ndarray
+    top_logprob: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in vars(self).values())
+
+    def copy(self) -> NextTokens:
+        """A copy with memory of its own."""
+        return NextTokens(**{name: array.copy() for name, array in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class Completion:
     """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (none without a tap);
-    positions: int64 [k], ascending: where in the sequence these rows are, in every layer.
+    positions: int64 [k], ascending: where in the sequence these rows are, in every layer; next_tokens: of these rows,
+    if they were asked for.
 
     Sequences that end together share the memory of their arrays.
     """
@@ -54,14 +77,23 @@ class Completion:
     finish: Finish
     rows: dict[int, Any] = field(default_factory=dict)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    next_tokens: NextTokens | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
         rows = sum(rows.nbytes for rows in self.rows.values())
-        return self.generated.nbytes + self.positions.nbytes + rows
+        told = 0 if self.next_tokens is None else self.next_tokens.nbytes
+        return self.generated.nbytes + self.positions.nbytes + rows + told
 
     def copy(self) -> Completion:
         """A copy with memory of its own."""
         rows = {layer: kept.copy() for layer, kept in self.rows.items()}
-        return replace(self, generated=self.generated.copy(), positions=self.positions.copy(), rows=rows)
+        told = None if self.next_tokens is None else self.next_tokens.copy()
+        return replace(
+            self,
+            generated=self.generated.copy(),
+            positions=self.positions.copy(),
+            rows=rows,
+            next_tokens=told,
+        )

@@ -64,6 +64,10 @@ class Explained:
             )
             raise RequestError(f"{path}: no such file: {mend}")
         metadata = read_metadata(path)
+        if not {"explanation", "answer"} & set(pq.read_schema(path).names):
+            raise RequestError(
+                f"{path}: has no explanations: give the table that roundtrip, explain, score or ask wrote"
+            )
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
         if metadata.get("made_by") == PATCH:

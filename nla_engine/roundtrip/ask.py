@@ -23,11 +23,12 @@ from nla_engine.roundtrip.pair import announce_unfused, compute_with
 from nla_engine.roundtrip.pipeline import CHUNK, COMMIT_SECONDS
 from nla_engine.roundtrip.questions import Questions
 from nla_engine.roundtrip.results import ANSWERS, ResultTable, check_table
+from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.summary import ASKING, LOADING, PREPARING, AskSummary, summarise_answers
 from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
 from nla_engine.roundtrip.writer import Asked, Limits, Writer
-from nla_engine.store import CaptureStore, LayerReader, RowFlag
+from nla_engine.store import CaptureStore, LayerReader
 
 
 @dataclass(frozen=True)
@@ -215,17 +216,8 @@ class _Run:
         store, questions = self.store, self.questions
         about = [questions.rows_of(answer.prompt) for answer in answers]
         rows = np.array([of[0] for of in about])
-        flags = store.column("flags")[rows]
-        return {
-            "row": rows,
+        return row_columns(store, store.layer(self.layer), rows) | {
             "rows": [of.tolist() for of in about],
-            "sequence": store.column("sequence")[rows],
-            "position": store.column("position")[rows],
-            "token": store.token_text(store.column("token_id")[rows]),
-            "next_token": store.token_text(store.column("next_token_id")[rows]),
-            "generated": (flags & RowFlag.GENERATED) != 0,
-            "early": (flags & RowFlag.EARLY) != 0,
-            "norm": store.layer(self.layer).norm_at(rows),
             "question": [questions.question_of(answer.prompt) for answer in answers],
             "sample": [answer.sample for answer in answers],
             "answer": [answer.text for answer in answers],

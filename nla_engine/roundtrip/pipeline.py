@@ -19,10 +19,11 @@ from nla_engine.roundtrip import score
 from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.pair import Pair
 from nla_engine.roundtrip.results import nullable
+from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.texts import NONFINITE, ZERO, Texts
 from nla_engine.roundtrip.verbalize import Explanation
-from nla_engine.store import CaptureStore, LayerReader, RowFlag
+from nla_engine.store import CaptureStore, LayerReader
 
 #: Explanations scored and committed together; fewer if this many seconds have passed.
 CHUNK = 512
@@ -106,18 +107,7 @@ class Pipeline:
 
     def _columns(self, chunk: Explained) -> dict[str, Any]:
         """The columns of a chunk, except those that need Var."""
-        store, rows = self.store, chunk.rows
-        flags = store.column("flags")[rows]
-        described = {
-            "row": rows,
-            "sequence": store.column("sequence")[rows],
-            "position": store.column("position")[rows],
-            "token": store.token_text(store.column("token_id")[rows]),
-            "next_token": store.token_text(store.column("next_token_id")[rows]),
-            "generated": (flags & RowFlag.GENERATED) != 0,
-            "early": (flags & RowFlag.EARLY) != 0,
-            "norm": self._reader.norm_at(rows),
-        }
+        described = row_columns(self.store, self._reader, chunk.rows)
         scores = {} if self.controls is None else self._score(chunk)
         return described | self.texts.columns(chunk.written) | scores
 

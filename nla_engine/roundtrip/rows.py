@@ -5,19 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nla_engine.config import AskOptions, PatchOptions, WritingOptions
+from nla_engine.config import AskOptions, LensOptions, PatchOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
-from nla_engine.store import CaptureStore, WriterWatch
+from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
 from nla_engine.store.objects import place
 
 #: Seconds between two looks at a store that is being written.
 POLL_SECONDS = 1.0
 
 
-def select_rows(store: CaptureStore, options: WritingOptions) -> np.ndarray:
+def row_columns(store: CaptureStore, layer: LayerReader, rows: np.ndarray) -> dict[str, Any]:
+    """What every table says of rows, int64 [n], and of the tokens that they belong to. layer: of their norm."""
+    flags = store.column("flags")[rows]
+    return {
+        "row": rows,
+        "sequence": store.column("sequence")[rows],
+        "position": store.column("position")[rows],
+        "token": store.token_text(store.column("token_id")[rows]),
+        "next_token": store.token_text(store.column("next_token_id")[rows]),
+        "generated": (flags & RowFlag.GENERATED) != 0,
+        "early": (flags & RowFlag.EARLY) != 0,
+        "norm": layer.norm_at(rows),
+    }
+
+
+def select_rows(store: CaptureStore, options: WritingOptions | LensOptions) -> np.ndarray:
     """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none."""
     rows = _matching(store, options.where, 0)
     if not len(rows):
@@ -32,7 +48,7 @@ def spread(count: int, kept: int) -> np.ndarray:
     return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
-def nothing_selected(options: WritingOptions | AskOptions | PatchOptions) -> StoreError:
+def nothing_selected(options: WritingOptions | AskOptions | LensOptions | PatchOptions) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"

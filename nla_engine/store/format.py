@@ -176,10 +176,19 @@ def default_narrow_shard_rows(codec: Codec, shard_rows: int) -> int:
     return _shard_rows(row_bytes, NARROW_SHARD_FACTOR * shard_rows, MAX_NARROW_SHARD_BYTES, shard_rows)
 
 
+def next_token_arrays(top: int | None) -> tuple[str, ...]:
+    """Names of the arrays of the group `rows` that hold next tokens, `top` of the likeliest; None: there are none."""
+    return () if top is None else ("next_logprob", "top_id", "top_logprob")[: 3 if top else 1]
+
+
 def array_specs(
-    layers: Sequence[int], codec: Codec, shard_rows: int, narrow_shard_rows: int
+    layers: Sequence[int],
+    codec: Codec,
+    shard_rows: int,
+    narrow_shard_rows: int,
+    next_token: int | None = None,
 ) -> dict[str, ArraySpec]:
-    """Every array of a store, by path, in the order in which they are written."""
+    """Every array of a store, by path, in the order in which they are written. next_token: see `Manifest`"""
     for name, rows in (("shard_rows", shard_rows), ("narrow_shard_rows", narrow_shard_rows)):
         if rows < 1 or rows & (rows - 1):
             raise StoreError(f"{name} {rows} is not a power of two")
@@ -201,6 +210,14 @@ def array_specs(
     flat("rows", "token_id next_token_id position", "<i4", "row", "rows", narrow_shard_rows, shard_rows)
     flat("rows", "sequence", "<i8", "row", "rows", narrow_shard_rows, shard_rows)
     flat("rows", "flags", "u1", "row", "rows", narrow_shard_rows, shard_rows)
+    if next_token is not None:
+        flat("rows", "next_logprob", "<f4", "row", "rows", narrow_shard_rows, shard_rows)
+    if next_token:
+        shard = _shard_rows(
+            4 * next_token, narrow_shard_rows, MAX_NARROW_SHARD_BYTES, min(CHUNK_ROWS, shard_rows)
+        )
+        wide("rows/top_id", np.dtype("<i4"), "rank", next_token, shard)
+        wide("rows/top_logprob", np.dtype("<f4"), "rank", next_token, shard)
     d = codec.d_model
     exact_shard = _shard_rows(2 * d, 256, EXACT_SHARD_BYTES, EXACT_CHUNK_ROWS)
     for layer in layers:

@@ -71,6 +71,8 @@ class Manifest:
     shard_rows: rows per shard of codes; narrow_shard_rows: of every other array with one entry per row
     sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
     codec_error: measured reconstruction error of each layer, or None
+    next_token: how many of the likeliest next tokens each row has, beside the log-probability of the one that follows;
+    None: neither
     dropped: the sequences that a repair dropped because rows were damaged, with the fault
     """
 
@@ -87,6 +89,7 @@ class Manifest:
     commit: Commit
     codec_error: Mapping[int, Any] = field(default_factory=dict)
     dropped: Mapping[int, str] = field(default_factory=dict)
+    next_token: int | None = None
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
@@ -97,12 +100,14 @@ class Manifest:
             raise StoreError(
                 f"sink_norm is given for layers {list(self.sink_norm)}, the store has {list(self.layers)}"
             )
+        if self.next_token is not None and self.next_token < 0:
+            raise StoreError(f"next_token {self.next_token}: give 0 or more")
         if any(math.isnan(norm) for norm in self.sink_norm.values()):
             raise StoreError("sink_norm is NaN: give a number, or infinity to keep no sink rows")
 
     def specs(self) -> dict[str, ArraySpec]:
         """Every array of the store, by path."""
-        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows)
+        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows, self.next_token)
 
     def lengths(self) -> dict[str, int]:
         """Committed length of an array, by the unit of its spec."""
@@ -146,6 +151,7 @@ class Manifest:
                 code.name: {"code": code.value, "meaning": text} for code, text in FINISH_MEANINGS.items()
             },
             "vocabulary": {"size": self.vocabulary_size, "bytes": self.vocabulary_bytes},
+            **({} if self.next_token is None else {"next_token": {"top": self.next_token}}),
             "provenance": self.provenance,
             "options": self.options,
             "dropped": {str(number): fault for number, fault in self.dropped.items()},
@@ -172,6 +178,7 @@ class Manifest:
             commit=Commit.from_dict(data["commit"]),
             codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
             dropped={int(k): str(v) for k, v in data["dropped"].items()},
+            next_token=int(data["next_token"]["top"]) if "next_token" in data else None,
         )
         manifest.specs(), manifest.lengths()  # raise if something they need is missing or unfit
         return manifest

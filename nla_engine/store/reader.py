@@ -96,6 +96,14 @@ class StoreReader:
         return self._manifest.codec_error
 
     @property
+    def next_token(self) -> int | None:
+        """How many of the likeliest next tokens each row has, beside the log-probability of the one that follows.
+
+        None: neither.
+        """
+        return self._manifest.next_token
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """All that attributes["nla_engine"] holds."""
         return self._manifest.attributes()

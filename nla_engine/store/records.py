@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from nla_engine.codec.rows import Codec, EncodedRows, bf16_bits, bf16_values, exact_rows, ordinary_rows
+from nla_engine.engine.request import NextTokens
 from nla_engine.errors import StoreError
-from nla_engine.store.format import NO_TOKEN, Finish
+from nla_engine.store.format import NO_TOKEN, Finish, next_token_arrays
 
 _UINT8, _UINT16, _INT32, _INT64, _FLOAT16, _FLOAT32 = map(
     np.dtype, (np.uint8, np.uint16, np.int32, np.int64, np.float16, np.float32)
 )
+
+#: The logarithm of a probability may be this far above 0: it is a difference of two rounded numbers.
+LARGEST_LOGPROB = 1e-3
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class SequenceRows:
 
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n] of RowFlag bits
     tokens: int32 [t], prompt and generated; source: the user's prompt record, UTF-8 JSON
+    next_tokens: of the n rows, in a store that keeps them
     """
 
     token_id: np.ndarray
@@ -79,6 +84,7 @@ class SequenceRows:
     prompt_size: int
     finish: Finish
     source: bytes
+    next_tokens: NextTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class SequenceBatch:
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
     norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
+    next_tokens: the arrays of `NextTokens` by name, if the store keeps them
     The wide arrays are not copied: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
 
@@ -107,18 +114,26 @@ class SequenceBatch:
     norm: Mapping[int, np.ndarray]
     exact_row: Mapping[int, np.ndarray]
     rows: Sequence[Mapping[int, LayerRows]]
+    next_tokens: Mapping[str, np.ndarray]
 
     @classmethod
     def of(
-        cls, sequences: Sequence[SequenceRows], layers: Sequence[int], codec: Codec, first: int = 0
+        cls,
+        sequences: Sequence[SequenceRows],
+        layers: Sequence[int],
+        codec: Codec,
+        first: int = 0,
+        next_token: int | None = None,
     ) -> SequenceBatch:
-        """One or more sequences, counted from `first` in errors.
+        """One or more sequences, counted from `first` in errors. next_token: as the store's manifest has it
 
         Raises StoreError unless shapes, types and values agree with layers, codec and each other.
         """
         for number, sequence in enumerate(sequences, first):
             try:
                 _check_arrays(sequence, layers, codec)
+                told = {} if sequence.next_tokens is None else vars(sequence.next_tokens)
+                _check_next_tokens(told, next_token, len(sequence.position))
             except StoreError as error:
                 raise StoreError(f"sequence {number}: {error}") from None
 
@@ -150,6 +165,10 @@ class SequenceBatch:
                 for layer in layers
             },
             rows=[sequence.layers for sequence in sequences],
+            next_tokens={
+                name: np.concatenate([getattr(sequence.next_tokens, name) for sequence in sequences])
+                for name in next_token_arrays(next_token)
+            },
         )
         batch._check_values(first, codec)
         return batch
@@ -162,10 +181,12 @@ class SequenceBatch:
         layers: Sequence[int],
         codec: Codec,
         first: int = 0,
+        next_token: int | None = None,
     ) -> SequenceBatch:
         """Sequences that lie end to end already.
 
-        columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`
+        columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`, and
+        those of `next_tokens`
         Raises StoreError as `of` does.
         """
         sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
@@ -183,6 +204,9 @@ class SequenceBatch:
         _check_array("prompt_size", columns["prompt_size"], _INT32, (k,))
         _check_array("finish", columns["finish"], _UINT8, (k,))
         _check_layers(rows, layers, n, codec)
+        told = {name: columns[name] for name in next_token_arrays(next_token)}
+        _check_next_tokens(told, next_token, n)
+        columns = {name: values for name, values in columns.items() if name not in told}
         texts, ends = columns["source"].tobytes(), np.cumsum(sizes["source_size"]).tolist()
         prompts = zip(columns["prompt_size"].tolist(), sizes["token_size"].tolist(), strict=True)
         finishes, start = set(map(int, Finish)), 0
@@ -202,6 +226,7 @@ class SequenceBatch:
             norm={layer: rows[layer].norm for layer in layers},
             exact_row={layer: rows[layer].exact_index for layer in layers},
             rows=[rows],
+            next_tokens=told,
         )
         batch._check_values(first, codec)
         return batch
@@ -228,6 +253,9 @@ class SequenceBatch:
         following = np.where(position == size - 1, NO_TOKEN, tokens[place + 1])
         fault = "next_token_id does not hold tokens[position + 1] (-1 after the last)"
         refuse(self.next_token_id != following, owner, fault)
+        if self.next_tokens:
+            fault = "next_logprob is no log-probability, or is one where no token follows"
+            refuse(wrong_logprobs(self.next_tokens["next_logprob"], self.next_token_id), owner, fault)
         begin = np.cumsum(self.row_size) - self.row_size
         for layer, norm in self.norm.items():
             index = self.exact_row[layer]
@@ -242,6 +270,28 @@ class SequenceBatch:
             lost[index] = False
             row = np.argmax(lost) - begin[owner[np.argmax(lost)]] if lost.any() else 0
             refuse(lost, owner, f"layer {layer} row {row} has a norm that needs an exact copy")
+
+
+def wrong_logprobs(logprob: np.ndarray, next_token_id: np.ndarray) -> np.ndarray:
+    """bool [n]: where a log-probability, float32 [n], is above 0 by more than rounding, or belongs to no token.
+
+    NaN is one that the model gave, if it computed with NaN.
+    """
+    return (logprob > LARGEST_LOGPROB) | ((next_token_id == NO_TOKEN) & ~np.isnan(logprob))
+
+
+def _check_next_tokens(told: Mapping[str, np.ndarray], next_token: int | None, n: int) -> None:
+    """Shapes and types, if the store keeps next tokens, of `next_token` likeliest; that there are none, if not."""
+    if next_token is None:
+        if told:
+            raise StoreError("next tokens were given, and the store keeps none")
+        return
+    if not told:
+        raise StoreError("the store keeps next tokens, and none were given")
+    shapes = {"next_logprob": (_FLOAT32, (n,)), "top_id": (_INT32, (n, next_token))}
+    shapes["top_logprob"] = (_FLOAT32, (n, next_token))
+    for name, array in told.items():
+        _check_array(name, array, *shapes[name])
 
 
 def _check_arrays(sequence: SequenceRows, layers: Sequence[int], codec: Codec) -> None:

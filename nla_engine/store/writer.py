@@ -91,6 +91,7 @@ class StoreWriter:
         vocabulary: Sequence[bytes],
         provenance: Mapping[str, Any],
         options: Mapping[str, Any],
+        next_token: int | None = None,
         overwrite: bool = False,
         shard_rows: int | None = None,
         commit_seconds: float = COMMIT_SECONDS,
@@ -100,6 +101,7 @@ class StoreWriter:
         sink_norm: norm above which rows are kept exactly, for each layer (infinity: never)
         vocabulary: the bytes of every token's text, by token id
         options: JSON; what `resume` compares
+        next_token: how many of the likeliest next tokens every sequence brings for each row; None: no `next_tokens`
         shard_rows: rows per shard of codes, a power of two; None for the default
         Raises StoreError if the path is taken or an argument is unfit, WriteError if it cannot be written.
         """
@@ -116,6 +118,7 @@ class StoreWriter:
             vocabulary_bytes=sum(map(len, vocabulary)),
             provenance=strict_json(provenance, "provenance"),
             options=strict_json(options, "options"),
+            next_token=next_token,
             commit=Commit(
                 0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=now()
             ),
@@ -197,11 +200,16 @@ class StoreWriter:
         Raises StoreError if a sequence does not fit (the writer stays usable), WriteError.
         """
         if sequences:
-            self._append(SequenceBatch.of(sequences, self.layers, self.codec, self._appended), wait)
+            batch = SequenceBatch.of(
+                sequences, self.layers, self.codec, self._appended, self._manifest.next_token
+            )
+            self._append(batch, wait)
 
     def append_block(self, columns: Mapping[str, np.ndarray], rows: Mapping[int, LayerRows]) -> None:
         """`append_many` of sequences that lie end to end already, as `SequenceBatch.of_block` takes them."""
-        self._append(SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended), True)
+        next_token = self._manifest.next_token
+        batch = SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended, next_token)
+        self._append(batch, True)
 
     def _append(self, batch: SequenceBatch, wait: bool) -> None:
         self._check_lock(sometimes=True)
@@ -251,6 +259,7 @@ class StoreWriter:
             f"rows/{name}": getattr(batch, name)
             for name in ("token_id", "next_token_id", "position", "flags")
         }
+        columns |= {f"rows/{name}": values for name, values in batch.next_tokens.items()}
         columns["rows/sequence"] = batch.owner + self._appended
         for name in ("prompt_size", "finish", "tokens", "source"):
             columns[f"sequences/{name}"] = getattr(batch, name)

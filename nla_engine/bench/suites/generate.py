@@ -20,6 +20,8 @@ from nla_engine.config import CaptureOptions
 #: Steps before the timed ones, so that every prompt has been read.
 _LEAD = 32
 _BRIEF_TOKENS = 8
+#: Tokens listed beside each row, where that is measured.
+_LIKELIEST = 10
 #: With fewer sequences, steps cannot be timed between the ends of two of them.
 _FEW = 4
 
@@ -166,12 +168,19 @@ def _steady_batch(session: Session, batch: int) -> None:
     limit = batch / decode_step_seconds(session.size, hardware, batch, sizes.context)
     every = tuple(range(len(session.lm.blocks)))
     untapped = None
-    for what, layers in (("no tap", ()), (f"layer {session.layer}", (session.layer,)), ("all layers", every)):
+    one = (session.layer,)
+    for what, layers, next_token in (
+        ("no tap", (), None),
+        (f"layer {session.layer}", one, None),
+        (f"layer {session.layer}, log-probability of the next token", one, 0),
+        (f"layer {session.layer}, next token and {_LIKELIEST} likeliest", one, _LIKELIEST),
+        ("all layers", every, None),
+    ):
         line = session.measure(
             "generate",
             f"steady B={batch} context {sizes.context} {what}",
             "tok/s",
-            _steady(session, batch, layers),
+            _steady(session, batch, layers, next_token),
             limit=limit,
             warmups=0,
             detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms/step",
@@ -184,7 +193,9 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 
 @contextmanager
-def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
+def _steady(
+    session: Session, batch: int, layers: tuple[int, ...], next_token: int | None = None
+) -> Iterator[Prepared]:
     """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.
 
     The last two requests enter in one prefill pass, and one generates `steps` tokens more than the other. All other
@@ -220,6 +231,7 @@ def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[P
         layers=layers,
         prompt=prompt,
         max_prefill=together * prompt,
+        next_token=next_token,
     ) as generator:
         run_all(generator, warm)
         yield Prepared(once, lambda: run_all(generator, warm))

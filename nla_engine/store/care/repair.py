@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from nla_engine.engine.request import NextTokens
 from nla_engine.errors import StoreError
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.care.damage import Damage
 from nla_engine.store.care.verify import Check, Verification
 from nla_engine.store.directory import staged
 from nla_engine.store.empty import write_empty, write_metadata
-from nla_engine.store.format import Finish, layer_group
+from nla_engine.store.format import Finish, layer_group, next_token_arrays
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import place
@@ -141,7 +142,8 @@ def _groups(
     first = 0
     while first < len(sizes):
         if first in dropped:
-            yield [_sequence(first, values, _no_rows(manifest), first in silent)]
+            nothing = _next_tokens(manifest, {})
+            yield [_sequence(first, values, _no_rows(manifest), first in silent, nothing)]
             first += 1
             continue
         last, rows = first + 1, int(sizes[first])
@@ -153,17 +155,29 @@ def _groups(
             layer: _layer_rows(layer, manifest, readers, values, start, start + rows)
             for layer in manifest.layers
         }
+        told = {
+            name: readers[path].read(start, start + rows)
+            if (path := f"rows/{name}") in readers
+            else values[path][start : start + rows]
+            for name in next_token_arrays(manifest.next_token)
+        }
         group = []
         for number in range(first, last):
             begin = int(values["sequences/row_start"][number]) - start
             held = {k: _slice(rows, begin, begin + int(sizes[number])) for k, rows in layers.items()}
-            group.append(_sequence(number, values, held, False))
+            part = slice(begin, begin + int(sizes[number]))
+            mine = {name: array[part] for name, array in told.items()}
+            group.append(_sequence(number, values, held, False, _next_tokens(manifest, mine)))
         yield group
         first = last
 
 
 def _sequence(
-    number: int, values: Mapping[str, np.ndarray], layers: Mapping[int, LayerRows], silent: bool
+    number: int,
+    values: Mapping[str, np.ndarray],
+    layers: Mapping[int, LayerRows],
+    silent: bool,
+    next_tokens: NextTokens | None,
 ) -> SequenceRows:
     """One sequence with these rows. silent: its text and record are lost, so it has none."""
 
@@ -183,7 +197,21 @@ def _sequence(
         prompt_size=0 if silent else int(values["sequences/prompt_size"][number]),
         finish=Finish.GIVEN if silent else Finish(int(values["sequences/finish"][number])),
         source=b"{}" if silent else values["sequences/source"][part("source")].tobytes(),
+        next_tokens=next_tokens,
     )
+
+
+def _next_tokens(manifest: Manifest, held: Mapping[str, np.ndarray]) -> NextTokens | None:
+    """The arrays of a sequence's rows; of no rows where `held` has none; None if the store keeps none."""
+    if (top := manifest.next_token) is None:
+        return None
+    n = len(held.get("next_logprob", ()))
+    nothing = {
+        "next_logprob": np.zeros(n, np.float32),
+        "top_id": np.zeros((n, top), np.int32),
+        "top_logprob": np.zeros((n, top), np.float32),
+    }
+    return NextTokens(**{**nothing, **held})
 
 
 def _layer_rows(

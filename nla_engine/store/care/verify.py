@@ -28,6 +28,7 @@ from nla_engine.store.format import (
 )
 from nla_engine.store.manifest import GROUP_METADATA, METADATA_NAME, Manifest
 from nla_engine.store.objects import LOCK_NAME, ObjectPath, Place, place
+from nla_engine.store.records import wrong_logprobs
 from nla_engine.store.shards import TEMPORARY_SUFFIX
 
 Progress = Callable[[int, int], None]
@@ -249,6 +250,9 @@ class Verification:
         following = np.where(last, NO_TOKEN, tokens[place + 1])
         wrong = values["rows/next_token_id"] != following
         yield _relation("next_token_id is the token after it", wrong, "row")
+        if "rows/next_logprob" in values:
+            wrong = wrong_logprobs(values["rows/next_logprob"], values["rows/next_token_id"])
+            yield _relation("next_logprob is a log-probability where a token follows", wrong, "row")
         prompt = values["sequences/prompt_size"][owner]
         expected = (position >= prompt) * RowFlag.GENERATED + (position == prompt - 1) * RowFlag.PROMPT_END
         expected += last * RowFlag.SEQUENCE_END + (position < EARLY_POSITIONS) * RowFlag.EARLY

@@ -1,6 +1,7 @@
 """Rows of a store as files that other tools read: Parquet, safetensors or npy; one file, or shards with an index.
 
-    parquet      every row column, the fields of the prompt records as record.KEY, and the vector
+    parquet      every row column, the next tokens if they were stored, the fields of the prompt records as record.KEY,
+                 and the vector
     nla          the Parquet of NLA training data, with its YAML sidecar beside it
     datasets     shards of Parquet as Hugging Face `datasets` finds them: OUT/data/train-00000-of-00004.parquet
     safetensors  the vectors, the numeric columns, and the fields of the prompt records that are numbers
@@ -25,8 +26,9 @@ import numpy as np
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.documents import WINDOW
 from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.exchange.next_tokens import next_token_fields, next_token_values
 from nla_engine.store.exchange.record_columns import RecordColumns
-from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag
+from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag, next_token_arrays
 from nla_engine.store.lease import Lease
 from nla_engine.store.sequences import StoredSequence
 from nla_engine.store.shards import make_directory, replacing, writing
@@ -54,6 +56,8 @@ NLA_SCHEMA_VERSION = 1
 BATCH_BYTES = 32 << 20
 #: Default bytes of vectors per file of the datasets format: what the Hub advises for a shard.
 DATASETS_SHARD_BYTES = 500 << 20
+#: Types of tensors, as safetensors calls them.
+_SAFE_TYPES = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64", "bool": "BOOL"}
 INTEGER_COLUMNS = ("sequence", "position", "token_id", "next_token_id")
 
 
@@ -177,6 +181,7 @@ def _write_parquet(selection: _Selection, path: Path) -> None:
     fields += [("token", pa.string()), ("next_token", pa.string()), *flags, ("norm", pa.float32())]
     assert selection.records is not None
     fields += selection.records.fields
+    fields += next_token_fields(selection.store)
     fields += [(VECTOR_COLUMN, pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, metadata=selection.metadata())
     with pq.ParquetWriter(path, schema) as writer:
@@ -309,6 +314,7 @@ def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -
     assert selection.records is not None
     about = zip(selection.records.fields, selection.records.arrays(columns["sequence"]), strict=True)
     arrays = columns | texts | truths | vector_column | {field.name: values for field, values in about}
+    arrays |= next_token_values(store, rows)
     made = (arrays[field.name] for field in schema)
     return pa.table(
         [v if isinstance(v, pa.Array) else pa.array(v, f.type) for v, f in zip(made, schema, strict=True)],
@@ -341,14 +347,19 @@ def _write_safetensors(selection: _Selection, path: Path) -> None:
     """Header length (8 bytes), JSON header, raw tensors. The library's own writer needs everything in memory."""
     rows, store = selection.rows, selection.store
     tensors = {"row": rows} | {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
+    tensors |= {name: store.column(name)[rows] for name in next_token_arrays(store.next_token)}
     tensors |= _record_tensors(selection)
     header: dict[str, object] = {"__metadata__": selection.metadata()}
     shape = [len(rows), store.d_model]
     end = 4 * len(rows) * store.d_model
     header["activation"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
     for name, values in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
-        dtype = {"int32": "I32", "int64": "I64", "float64": "F64", "bool": "BOOL"}[values.dtype.name]
-        header[name] = {"dtype": dtype, "shape": [len(rows)], "data_offsets": [end, end + values.nbytes]}
+        dtype = _SAFE_TYPES[values.dtype.name]
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(values.shape),
+            "data_offsets": [end, end + values.nbytes],
+        }
         end += values.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

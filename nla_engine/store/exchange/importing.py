@@ -89,6 +89,7 @@ def import_rows(
         vocabulary=token_texts(files),
         provenance={**describe_run(), "imported_from": str(source), "sidecar": sidecar},
         options={IMPORTED: str(source), "layer": [number], "codec": codec},
+        next_token=told.next_token,
         overwrite=overwrite,
     )
     nonfinite = 0

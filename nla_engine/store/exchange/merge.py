@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import DamageError, StoreError
-from nla_engine.store.format import IMPORTED
+from nla_engine.store.format import IMPORTED, next_token_arrays
 from nla_engine.store.manifest import differences
 from nla_engine.store.records import LayerRows
 from nla_engine.store.sequences import TABLE_COLUMNS
@@ -67,6 +67,7 @@ def merge(
             "merged": [store.attributes["store_id"] for store in stores],
             **({IMPORTED: True} if any(IMPORTED in store.options for store in stores) else {}),
         },
+        next_token=first.next_token,
         overwrite=overwrite,
         shard_rows=first.attributes["shard_rows"],
     )
@@ -97,6 +98,7 @@ def _parameters(store: CaptureStore) -> dict[str, Any]:
         "layers": list(store.layers),
         "codec": store.codec.to_dict(),
         "shard_rows": store.attributes["shard_rows"],
+        "next_token": store.next_token,
         "vocabulary": {"size": len(vocabulary), "text": vocabulary.fingerprint()},
     }
 
@@ -141,7 +143,8 @@ def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[i
             }
             columns = {name: here[name] for name in ("row_size", "token_size", "source_size")}
             columns |= {name: here[name] for name in ("prompt_size", "finish")}
-            columns |= {name: rows[name].read(*spans["row"]) for name in ROW_COLUMNS}
+            names = (*ROW_COLUMNS, *next_token_arrays(store.next_token))
+            columns |= {name: rows[name].read(*spans["row"]) for name in names}
             columns["tokens"] = table["tokens"].read(*spans["token"])
             columns["source"] = table["source"].read(*spans["source"])
             yield columns, {number: layer.encoded(*spans["row"]) for number, layer in layers.items()}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import StoreError
+from nla_engine.store.exchange.next_tokens import next_token_columns, next_tokens_told
 from nla_engine.store.exchange.record_columns import PREFIX
 from nla_engine.store.format import NO_TOKEN, Finish, RowFlag, row_flags
 
@@ -79,11 +80,21 @@ class FileRows:
         self.numbered = "sequence" in first
         self._ids = "token_id" in first or "next_token_id" in first
         self._own = _OWN | {text for text in ("token", "next_token") if f"{text}_id" in first}
+        self.next_token: int | None = None
+        if self.numbered and {"next_logprob", "next_token_id"} <= first.keys():
+            self.next_token = next_tokens_told(first)
+            self._own |= {
+                "next_logprob",
+                *(("top_id", "top_token", "top_logprob") if self.next_token else ()),
+            }
         self._layer, self._source = layer, source
         self._row = self._next = 0
 
     def columns(self, batch: Batch, norm: np.ndarray, sink_norm: float) -> dict[str, np.ndarray]:
         """norm: float32 [n], of the rows. StoreError if the columns contradict each other."""
+        told = {}
+        if self.next_token is not None:
+            told = next_token_columns(batch.records, self.next_token, self._source, self._row)
         made: list[_Sequence] = []
         for number, group in self._groups(batch.records):
             if number > self._next:
@@ -113,6 +124,7 @@ class FileRows:
             "flags": row_flags(position, prompt[owner], size[owner], norm > sink_norm, ~np.isfinite(norm)),
             "tokens": tokens,
             "source": np.frombuffer(b"".join(each.record for each in made), np.uint8),
+            **told,
         }
 
     def _groups(self, records: list[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.errors import FieldError
+from nla_engine.store.format import next_token_arrays
 from nla_engine.store.layer import StoredLayer
 from nla_engine.store.reader import StoreReader
 from nla_engine.store.shown import facts_html, plural
@@ -145,8 +146,11 @@ class CaptureStore(StoreReader):
         """A field of every row, [rows], by any name that `where` knows; cached, read-only. Raises FieldError.
 
         Texts are objects. `record.KEY` is bool, int64 or float64 if every record has such a value (NaN where a number
-        is missing), else objects (None where it is missing).
+        is missing), else objects (None where it is missing). `top_id` and `top_logprob`, which `where` does not know,
+        are [rows, K].
         """
+        if name in next_token_arrays(self.next_token)[1:]:
+            return super().column(name)
         if name not in self._columns:
             try:
                 found = row_field(self, name)

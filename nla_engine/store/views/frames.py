@@ -24,7 +24,7 @@ def pandas_frame(store: StoreReader, columns: Sequence[str] | None, rows: Any) -
     """See `CaptureStore.to_pandas`."""
     pd = library("pandas")
     chosen = _numbers(store, rows)
-    data = {name: store.column(name)[chosen] for name in _names(store, columns)}
+    data = {name: _cells(store.column(name)[chosen]) for name in _names(store, columns)}
     return pd.DataFrame(data, index=pd.Index(chosen, name="row"))
 
 
@@ -81,11 +81,17 @@ def _numbers(store: StoreReader, rows: Any) -> np.ndarray:
     return np.arange(store.rows)[chosen] if isinstance(chosen, slice) else chosen
 
 
+def _cells(values: np.ndarray) -> Any:
+    """A value per row: of an array [n, K], the part [K] of each."""
+    return list(values) if values.ndim > 1 else values
+
+
 def _type(pl: Any, store: StoreReader, name: str) -> Any:
     """The type of a column in polars. Values of a record field that are of several types become text."""
     arrays = store.arrays("rows")
     if name in arrays:
-        return pl.Series(np.empty(0, arrays[name].spec.dtype)).dtype
+        kind = pl.Series(np.empty(0, arrays[name].spec.dtype)).dtype
+        return pl.Array(kind, arrays[name].spec.trailing[0]) if arrays[name].spec.trailing else kind
     if name in TEXT_FIELDS:
         return pl.String
     if not name.startswith(RECORD):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.errors import RequestError
+from nla_engine.store.format import next_token_arrays
 from nla_engine.store.views.capture_store import CaptureStore, LayerReader
 
 if TYPE_CHECKING:
@@ -46,8 +47,12 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
 
     activation = xarray.Variable(("row", "channel"), indexing.LazilyIndexedArray(Lazy()))
     coordinates = {"row": np.arange(store.rows)} | {name: ("row", store.column(name)) for name in COLUMNS}
+    told = {
+        name: (("row", "rank")[: 1 + (name != "next_logprob")], store.column(name))
+        for name in next_token_arrays(store.next_token)
+    }
     return xarray.Dataset(
-        {"activation": activation, "norm": ("row", reader.norm())},
+        {"activation": activation, "norm": ("row", reader.norm()), **told},
         coords=coordinates,
         attrs={"layer": number, "store_id": store.attributes["store_id"], "codec": store.codec.name},
     )
