@@ -1,4 +1,4 @@
-"""The model of a capture again: as its store names it, in the dtype and at the commit that were captured."""
+"""The model of a capture again: as its store names it, at the commit that was captured, and by default in its dtype."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ def load_captured(
     device: torch.device,
     *,
     base: str | None = None,
+    dtype: torch.dtype | None = None,
     remote_code: bool = False,
 ) -> LanguageModel:
     """Load a model for rows of a store. made: the store's provenance, of this model or of another.
 
-    base: of an adapter; None: as captured, or the one that it names. Raises what `find_source` and `load_model` raise.
+    base: of an adapter; None: as captured, or the one that it names. dtype: None: as captured.
+    Raises what `find_source` and `load_model` raise.
     """
     same = name == made.get("model")
     captured = same and not Path(name).is_dir()
@@ -36,7 +38,7 @@ def load_captured(
     return load_model(
         name,
         device=device,
-        dtype=pick_dtype(made.get("dtype"), device),
+        dtype=dtype or pick_dtype(made.get("dtype"), device),
         source=source,
         remote_code=remote_code,
     )

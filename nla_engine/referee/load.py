@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from nla_engine.config import PatchOptions, ScoreOptions
 from nla_engine.errors import RequestError, StoreError
-from nla_engine.models.load import DTYPES, LanguageModel, load_model
-from nla_engine.models.source import find_source
+from nla_engine.models.captured import load_captured
+from nla_engine.models.load import DTYPES, LanguageModel
 from nla_engine.roundtrip.rows import nothing_selected, spread
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
@@ -77,32 +78,25 @@ def check_revision(options: PatchOptions, texts: TextFile, revision: str | None)
         )
 
 
-def load_captured(
+def load_checked(
     options: PatchOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, str]:
     """The captured model on the device in this dtype, and the fingerprint of its weights in that of the capture.
 
     RequestError if the weights are others.
     """
-    made = store.provenance
-    name, same = options.model, options.model == made.get("model")
-    source = find_source(
-        name,
-        made.get("revision") if same and not Path(name).is_dir() else None,  # what was captured, not today's
-        base=options.base or (made.get("base") if same else None),
-        base_revision=made.get("base_revision"),
-        remote_code=options.trust_remote_code,
+    made, name = store.provenance, options.model
+    load = partial(
+        load_captured, name, made, device, base=options.base, remote_code=options.trust_remote_code
     )
-    how: dict[str, Any] = {"device": device, "source": source, "remote_code": options.trust_remote_code}
-    captured = DTYPES[made["dtype"]]
-    lm = load_model(name, dtype=captured, **how)
+    lm = load()
     weights = lm.fingerprint()
     if weights != made["weights"]:
         raise RequestError(
             f"--model {name}: its weights ({weights}) are not those that {store.path} was captured with "
             f"({made['weights']}, {made.get('model')}): give the captured model"
         )
-    if dtype != captured:
+    if dtype != DTYPES[made["dtype"]]:
         del lm
-        lm = load_model(name, dtype=dtype, **how)
+        lm = load(dtype=dtype)
     return lm, weights

@@ -20,7 +20,7 @@ from nla_engine.provenance import describe_run
 from nla_engine.referee.load import (
     check_captured,
     check_revision,
-    load_captured,
+    load_checked,
     reading_options,
     selected_texts,
 )
@@ -83,7 +83,7 @@ def run_patch(
     layer = choose_layer(store, reading, pair)
     check_layer(texts, layer, reading.ar)
     check_lengths(texts, pair.ar)
-    lm, weights = load_captured(options, store, pair.device, pair.ar.lm.dtype)
+    lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
     phases.phase(PREPARING)
     with Patcher(lm, layer) as patcher, closing(pair):
         run = _Run(
