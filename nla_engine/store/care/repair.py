@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import StoreError
+from nla_engine.sites import Site
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.care.damage import Damage
 from nla_engine.store.care.verify import Check, Verification
@@ -163,7 +164,7 @@ def _groups(
 
 
 def _sequence(
-    number: int, values: Mapping[str, np.ndarray], layers: Mapping[int, LayerRows], silent: bool
+    number: int, values: Mapping[str, np.ndarray], layers: Mapping[Site, LayerRows], silent: bool
 ) -> SequenceRows:
     """One sequence with these rows. silent: its text and record are lost, so it has none."""
 
@@ -187,7 +188,7 @@ def _sequence(
 
 
 def _layer_rows(
-    layer: int,
+    layer: Site,
     manifest: Manifest,
     readers: Mapping[str, ArrayReader],
     values: Mapping[str, np.ndarray],
@@ -219,7 +220,7 @@ def _slice(rows: LayerRows, start: int, stop: int) -> LayerRows:
     )
 
 
-def _no_rows(manifest: Manifest) -> dict[int, LayerRows]:
+def _no_rows(manifest: Manifest) -> dict[Site, LayerRows]:
     codec = manifest.codec
     empty = np.zeros((0, codec.d_model), np.float32)
     return {layer: LayerRows.encode(codec, empty, manifest.sink_norm[layer]) for layer in manifest.layers}
