@@ -16,6 +16,7 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
 from nla_engine.capture.run import GENERATING, MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.sites import PARTS, RESID_POST, Site, crossed
 
 #: Steps before the timed ones, so that every prompt has been read.
 _LEAD = 32
@@ -166,7 +167,17 @@ def _steady_batch(session: Session, batch: int) -> None:
     limit = batch / decode_step_seconds(session.size, hardware, batch, sizes.context)
     every = tuple(range(len(session.lm.blocks)))
     untapped = None
-    for what, layers in (("no tap", ()), (f"layer {session.layer}", (session.layer,)), ("all layers", every)):
+    taps: list[tuple[str, tuple[Site | int, ...]]] = [
+        ("no tap", ()),
+        (f"layer {session.layer}", (session.layer,)),
+        ("all layers", every),
+    ]
+    if batch == min(
+        each for each in sizes.batches if each >= _FEW
+    ):  # where a launch is the largest part of a step
+        inside = crossed((session.layer,), PARTS.keys() - {RESID_POST})
+        taps += [(site.label, (site,)) for site in inside]
+    for what, layers in taps:
         line = session.measure(
             "generate",
             f"steady B={batch} context {sizes.context} {what}",
@@ -184,7 +195,7 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 
 @contextmanager
-def _steady(session: Session, batch: int, layers: tuple[int, ...]) -> Iterator[Prepared]:
+def _steady(session: Session, batch: int, layers: tuple[Site | int, ...]) -> Iterator[Prepared]:
     """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.
 
     The last two requests enter in one prefill pass, and one generates `steps` tokens more than the other. All other
