@@ -127,10 +127,10 @@ def run_score(
     pair = load_pair(options, announce, reconstructor=reconstructor)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    if texts.metadata is not None and texts.metadata["layer"] != layer.key:
+    if texts.metadata is not None and (explained := Site.parse(texts.metadata["layer"])) != layer:
+        mend = "an AR of that layer" if explained.layer != layer.layer else f"--site {explained.part}"
         raise RequestError(
-            f"{options.texts}: explains layer {texts.metadata['layer']}, --ar {options.ar} is to read layer {layer}: "
-            "give an AR of that layer, and its --site"
+            f"{options.texts}: explains layer {explained}, --ar {options.ar} gives layer {layer}: give {mend}"
         )
     check_lengths(texts, pair.ar)
     controls = _controls(store, layer, chosen, options, pair.device)

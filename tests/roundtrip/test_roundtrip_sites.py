@@ -63,7 +63,11 @@ def test_texts_of_one_site_are_not_scored_as_those_of_another(root: Path, tmp_pa
     texts = tmp_path / "texts.parquet"
     assert call(*explain(root, texts, site="attn_out")).code == 0
     done = call(*score(root, tmp_path / "x.parquet", texts))
-    assert done.code == 2 and "explains layer 2_attn_out, --ar" in done.err
+    assert (
+        done.code == 2
+        and "explains layer 2_attn_out, --ar" in done.err
+        and "give --site attn_out" in done.err
+    )
     assert call(*score(root, tmp_path / "x.parquet", texts, site="attn_out")).code == 0
 
 
