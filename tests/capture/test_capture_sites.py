@@ -319,3 +319,24 @@ def test_the_codec_holds_a_site_as_it_holds_a_layer(root: Path, tmp_path: Path) 
         own, want = store.layer(site)[:], exact.layer(site)[:]
         error = np.linalg.norm(own - want, axis=1) / np.linalg.norm(want, axis=1)
         assert error.max() < 0.03
+
+
+@pytest.mark.parametrize("sites", ["embeddings", "attn_out,mlp_out"])
+def test_text_is_read_up_to_the_site(root: Path, tmp_path: Path, sites: str) -> None:
+    """With --corpus, the pass ends after the deepest block that has one."""
+    (tmp_path / "p.txt").write_text("The harbour froze.\nNo ship could leave.\nSpring came late.\n")
+    out = tmp_path / "run.zarr"
+    given = {
+        "prompts": tmp_path / "p.txt",
+        "layer": 2,
+        "sites": sites,
+        "corpus": True,
+        "max_new_tokens": None,
+    }
+    assert call(*capture(root, out, **given, codec="bf16")).code == 0
+    store, lm = CaptureStore.open(out), model(root)
+    for sequence in store.iter_sequences():
+        states = hooked(lm, sequence.tokens)
+        for site in store.sites:
+            own, want = store.layer(site)[sequence.rows], states[site]
+            assert np.abs(own - want).max() <= 0.01 * np.abs(want).max(), site
