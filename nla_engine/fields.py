@@ -19,6 +19,7 @@ from nla_engine.options import (
     one_of,
     option,
 )
+from nla_engine.sites import PARTS, RESID_POST
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
 #: modules and torch attention, one synchronisation per step.
@@ -147,6 +148,16 @@ def table() -> Any:
 def layer(model: str) -> Any:
     """Of stage 2: the layer to read."""
     return option(f"Layer of the store to read. [default: the one the {model} was trained on]", None)
+
+
+def site(default: str | None = RESID_POST) -> Any:
+    """What is read of the layer. Stage 2 reads anything but the output of a block only if that is asked for."""
+    said = "" if default else " [default: resid_post, else the store's only one]"
+    return option(
+        f"Site of the layer to read: {', '.join(PARTS)}.{said}",
+        default,
+        must=one_of(tuple(PARTS)),
+    )
 
 
 def where(do: str = "explain") -> Any:

@@ -21,6 +21,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.models.load import LanguageModel
+from nla_engine.sites import Site
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
@@ -76,7 +77,7 @@ def open_generator(
     slots: int,
     length: int,
     new_tokens: int,
-    layers: Sequence[int] = (),
+    layers: Sequence[Site | int] = (),
     positions: str = "generated",
     prompt: int = 0,
     max_prefill: int | None = None,
@@ -96,7 +97,7 @@ def open_generator(
             Codec.named("int8", lm.d_model),
             keep,
             rows_per_slot=keep.count(prompt, length),
-            sink_norm=dict.fromkeys(layers, math.inf),
+            sink_norm={Site.at(site): math.inf for site in layers},
             device=lm.device,
         )
     following = None
@@ -148,7 +149,7 @@ def encoded_sequences(codec: Codec, layer: int, rows: int) -> list[SequenceRows]
             next_token_id=np.append(tokens[1:], np.int32(-1)),
             position=position,
             flags=row_flags(position, 1, n),
-            layers={layer: LayerRows.encode(codec, pool[start : start + n], math.inf)},
+            layers={Site(layer): LayerRows.encode(codec, pool[start : start + n], math.inf)},
             tokens=tokens,
             prompt_size=1,
             finish=Finish.LENGTH,
@@ -165,7 +166,7 @@ def write_store(path: Path, codec: Codec, layer: int, sequences: Sequence[Sequen
         path,
         layers=[layer],
         codec=codec,
-        sink_norm={layer: math.inf},
+        sink_norm={Site(layer): math.inf},
         vocabulary=[b"a"],
         provenance={},
         options={},

@@ -9,6 +9,7 @@ import numpy as np
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.models.prompt_set import Prompt
+from nla_engine.sites import Site
 from nla_engine.store import SequenceRows, StoreWriter, row_flags
 from nla_engine.store.format import NO_TOKEN
 
@@ -52,7 +53,7 @@ class Appender:
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
 
 
-def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[int, float]) -> SequenceRows:
+def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[Site, float]) -> SequenceRows:
     """The store's record of a finished sequence. EngineError if a layer lacks rows."""
     given, generated = np.asarray(prompt.token_ids, np.int32), completion.generated
     with_end = np.concatenate([given, generated, np.asarray([NO_TOKEN], np.int32)])
@@ -60,7 +61,7 @@ def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[int
     position, layers = completion.positions.astype(np.int32), completion.rows
     for layer, rows in layers.items():
         if len(rows.norm) != len(position):
-            raise EngineError(f"layer {layer}: {len(rows.norm)} rows for {len(position)} positions")
+            raise EngineError(f"{layer.label}: {len(rows.norm)} rows for {len(position)} positions")
     sink = np.zeros(len(position), bool)
     nonfinite = np.zeros(len(position), bool)
     for layer, rows in layers.items():

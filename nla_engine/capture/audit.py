@@ -6,15 +6,16 @@ but in `nla_engine.store.care.verify`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from nla_engine.errors import StoreError
-from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import Place, find_places
 from nla_engine.ops.likelihood import likelihood
+from nla_engine.sites import EMBEDDINGS, RESID_POST, Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import Check
 from nla_engine.store.format import IMPORTED
@@ -49,7 +50,8 @@ def audit(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> list[Check]:
-    """Check weights and tokenizer, and each layer's rows against the outputs of its block and of the blocks beside it.
+    """Check weights and tokenizer, and each site's rows against what transformers computes there and in the blocks
+    beside it.
 
     sample: most sequences to read again. Raises StoreError if the store was imported or has another width than the
     model, RequestError if the model lacks one of its layers.
@@ -62,8 +64,8 @@ def audit(
         raise StoreError(
             f"{lm.name} has width {lm.d_model}, {store.path} holds rows of width {store.d_model}"
         )
-    for layer in store.layers:
-        lm.check_layer(layer)
+    for site in store.sites:
+        lm.check_layer(site.layer)
     described = lm.describe()
     checks = [
         Check(
@@ -74,18 +76,19 @@ def audit(
         for key in ("weights", "tokenizer")
     ]
     chosen = draw_rows(np.arange(store.sequences), sample, seed)
-    errors: dict[int, dict[int, list[np.ndarray]]] = {layer: {-1: [], 0: [], 1: []} for layer in store.layers}
-    noise: dict[int, list[np.ndarray]] = {layer: [] for layer in store.layers}
+    errors: dict[Site, dict[int, list[np.ndarray]]] = {site: {-1: [], 0: [], 1: []} for site in store.sites}
+    noise: dict[Site, list[np.ndarray]] = {site: [] for site in store.sites}
     told: dict[str, list[np.ndarray]] = {"error": [], "noise": []}
+    places = _places(store, lm)
     for done, number in enumerate(chosen, 1):
-        _compare(store, lm, int(number), errors, noise, told)
+        _compare(store, lm, places, int(number), errors, noise, told)
         progress(done, len(chosen))
     if store.next_token is not None:
         checks.append(_next_tokens_check(store, told, len(chosen)))
     limit = CODEC_LIMIT[store.codec.name] + ROUNDING.get(str(store.provenance.get("dtype")), 0.08)
-    for layer, by_offset in errors.items():
+    for site, by_offset in errors.items():
         own = np.concatenate(by_offset[0]) if by_offset[0] else np.zeros(0)
-        allowed = limit + TIMES_NOISE * (np.concatenate(noise[layer]) if noise[layer] else own)
+        allowed = limit + TIMES_NOISE * (np.concatenate(noise[site]) if noise[site] else own)
         detail = (
             f"{len(own):,} rows of {len(chosen)} sequences, relative error {_spread(own)}, limit {limit:.3g} and "
             f"{TIMES_NOISE:g} times what rounding does to a row ({_spread(allowed - limit, TIMES_NOISE)})"
@@ -94,15 +97,13 @@ def audit(
             worst = int((own / allowed).argmax())
             detail += f"; one row errs by {own[worst]:.2g}, where {allowed[worst]:.2g} is allowed"
         checks.append(
-            Check(
-                f"layer {layer}: rows are the output of block {layer}", bool((own <= allowed).all()), detail
-            )
+            Check(f"{site.label}: rows are {_named(site, site.layer)}", bool((own <= allowed).all()), detail)
         )
         for offset in (-1, 1):
             if by_offset[offset]:
                 other = np.concatenate(by_offset[offset])
                 fits = bool(np.median(own) < np.median(other)) if len(own) else True
-                name = f"layer {layer}: rows fit block {layer} better than block {layer + offset}"
+                name = f"{site.label}: rows fit block {site.layer} better than block {site.layer + offset}"
                 checks.append(
                     Check(
                         name, fits, f"median error {np.median(other):.3g} there" if len(other) else "no rows"
@@ -123,6 +124,25 @@ def _next_tokens_check(store: CaptureStore, told: dict[str, list[np.ndarray]], s
     return Check("next tokens have the model's log-probabilities", fits, detail)
 
 
+def _named(site: Site, layer: int) -> str:
+    if site.part == EMBEDDINGS:
+        return "the input of block 0"
+    return f"the {'output' if site.part == RESID_POST else site.part} of block {layer}"
+
+
+def _beside(site: Site, offset: int) -> Site:
+    """The same part of another block."""
+    return Site(site.layer + offset, site.part)
+
+
+def _places(store: CaptureStore, lm: LanguageModel) -> dict[Site, Place]:
+    """Of each site, and of the same part of the blocks beside it. Embeddings have none beside them."""
+    blocks = range(len(lm.blocks))
+    inside = [site for site in store.sites if site.part != EMBEDDINGS]
+    near = {_beside(site, offset) for site in inside for offset in (-1, 1)}
+    return find_places(lm, {*store.sites, *(site for site in near if site.layer in blocks)})
+
+
 def _spread(errors: np.ndarray, unit: float = 1.0) -> str:
     if not len(errors):
         return "-"
@@ -133,9 +153,10 @@ def _spread(errors: np.ndarray, unit: float = 1.0) -> str:
 def _compare(
     store: CaptureStore,
     lm: LanguageModel,
+    places: Mapping[Site, Place],
     number: int,
-    errors: dict[int, dict[int, list[np.ndarray]]],
-    noise: dict[int, list[np.ndarray]],
+    errors: dict[Site, dict[int, list[np.ndarray]]],
+    noise: dict[Site, list[np.ndarray]],
     told: dict[str, list[np.ndarray]],
 ) -> None:
     """For one sequence, append the relative L2 errors of its finite rows against block layer + offset, for each offset,
@@ -146,23 +167,24 @@ def _compare(
     lm.model.set_attn_implementation("eager")
     ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None].to(lm.device)
     position = torch.from_numpy(store.column("position")[sequence.rows].astype(np.int64)).to(lm.device)
-    outputs = _read(lm, ids)
-    redrawn = [_read(lm, ids, seed) for seed in range(1, REDRAWN + 1)]
-    for layer, by_offset in errors.items():
-        stored = store.layer(layer)[sequence.rows].astype(np.float64)
+    outputs, final = _read(lm, places, ids)
+    redrawn = [_read(lm, places, ids, seed) for seed in range(1, REDRAWN + 1)]
+    for site, by_offset in errors.items():
+        stored = store.layer(site)[sequence.rows].astype(np.float64)
         finite = np.isfinite(stored).all(1)
         for offset, found in by_offset.items():
-            if layer + offset in outputs:
-                found.append(_apart(stored[finite], _rows(outputs[layer + offset], position)[finite]))
-        true = _rows(outputs[layer], position)[finite]
-        moved = [_rows(other[layer], position)[finite] for other in redrawn]
-        noise[layer].append(np.max([_apart(rows, true) for rows in moved], 0))
+            if (other := _beside(site, offset)) in outputs:
+                found.append(_apart(stored[finite], _rows(outputs[other], position)[finite]))
+        true = _rows(outputs[site], position)[finite]
+        moved = [_rows(other[site], position)[finite] for other, _ in redrawn]
+        noise[site].append(np.max([_apart(rows, true) for rows in moved], 0))
     if store.next_token is not None:
         stored = _stored_logprobs(store, sequence.rows)
-        found = [_logprobs(store, lm, each[FINAL], position, sequence.rows) for each in (outputs, *redrawn)]
+        finals = (final, *(other for _, other in redrawn))
+        told_by = [_logprobs(store, lm, each, position, sequence.rows) for each in finals]
         known = np.isfinite(stored)
-        told["error"].append(np.abs(found[0] - stored)[known])
-        moved_by = np.max([np.where(known, np.abs(each - found[0]), 0) for each in found[1:]], 0)
+        told["error"].append(np.abs(told_by[0] - stored)[known])
+        moved_by = np.max([np.where(known, np.abs(each - told_by[0]), 0) for each in told_by[1:]], 0)
         of_row = moved_by.max(1, keepdims=True)  # a single value may round to the same by chance
         told["noise"].append(np.broadcast_to(of_row, known.shape)[known])
 
@@ -195,8 +217,8 @@ def _logprobs(
 
 
 def _rows(output: torch.Tensor, position: torch.Tensor) -> np.ndarray:
-    """The rows of a block's output [1, T, d] at these positions [n], float64 [n, d]."""
-    return output[0][position].double().cpu().numpy()
+    """The rows of states [1, T, d] at these positions [n], float64 [n, d]."""
+    return output.reshape(-1, output.shape[-1])[position].double().cpu().numpy()
 
 
 def _apart(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -205,27 +227,29 @@ def _apart(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
     return np.linalg.norm(rows - true, axis=1) / np.where(size > 0, size, 1)
 
 
-def _read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torch.Tensor]:
-    """The output [1, T, d] of every block, and the decoder's own.
+def _read(
+    lm: LanguageModel, places: Mapping[Site, Place], ids: torch.Tensor, seed: int = 0
+) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
+    """The states [1, T, d] at every place, and the decoder's own.
 
     seed: if not 0, embeddings change by about half a unit in the last place
     """
-    outputs: dict[int, torch.Tensor] = {}
+    states: dict[Site, torch.Tensor] = {}
 
     def moved(_module: object, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
         random = torch.Generator(embedded.device).manual_seed(seed)
         drawn = torch.randn(embedded.shape, generator=random, device=embedded.device)
         return (embedded.float() * (1 + torch.finfo(embedded.dtype).eps / 2 * drawn)).to(embedded.dtype)
 
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out, k=k: outputs.update({k: block_output(out)}))
-        for k, block in enumerate(lm.blocks)
-    ]
+    def keep(site: Site) -> Callable[[torch.Tensor], None]:
+        return lambda hidden: states.update({site: hidden.clone()})  # some blocks change what they read
+
+    hooks = [place.watch(keep(site)) for site, place in places.items()]
     if seed:
         hooks.append(lm.embedding.register_forward_hook(moved))
     try:
-        outputs[FINAL] = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        final: torch.Tensor = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs
+    return states, final

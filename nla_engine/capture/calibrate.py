@@ -14,9 +14,10 @@ import torch
 
 from nla_engine.codec.rows import SINK_FACTOR, Codec, bf16_values, describe_errors, relative_errors
 from nla_engine.errors import EngineError
-from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import find_places
 from nla_engine.models.prompt_set import PromptSet
+from nla_engine.sites import Site
 
 #: Most prompts, and most tokens of each, on which the median norm and the codec's error are measured.
 CALIBRATION = (64, 512)
@@ -28,7 +29,7 @@ _NEW = 64
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """Of one layer. sink_norm: rows with a larger norm are sinks. error: the codec's, by `describe_errors`."""
+    """Of one site. sink_norm: rows with a larger norm are sinks. error: the codec's, by `describe_errors`."""
 
     sink_norm: float
     error: dict[str, float | int]
@@ -37,26 +38,26 @@ class LayerCalibration:
 def calibrate(
     lm: LanguageModel,
     prompts: PromptSet,
-    layers: Sequence[int],
+    layers: Sequence[Site | int],
     codec: Codec,
     max_new_tokens: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     every: int = 1,
-) -> dict[int, LayerCalibration]:
-    """Measure each layer on the first prompts. Deterministic: a resumed run need not repeat it.
+) -> dict[Site, LayerCalibration]:
+    """Measure each site on the first prompts. Deterministic: a resumed run need not repeat it.
 
     max_new_tokens: of each prompt in the job; progress(tokens read, tokens to read); every: how often each prompt comes
     in turn. No Runner may be open.
     """
     sample = list(_sample(prompts, max_new_tokens, every))
-    rows = _read(lm, sample, layers, progress)
+    rows = _read(lm, sample, tuple(map(Site.at, layers)), progress)
     out = {}
     for layer, x in rows.items():
         norm = np.linalg.norm(x.astype(np.float64), axis=1)
         finite = np.isfinite(norm) & (norm > 0)
         if not finite.any():
             raise EngineError(
-                f"layer {layer}: every row of the first {len(sample)} prompts is zero or not finite"
+                f"{layer.label}: every row of the first {len(sample)} prompts is zero or not finite"
             )
         sink_norm = float(np.float32(SINK_FACTOR * np.median(norm[finite])))
         ordinary = finite & (norm <= sink_norm)
@@ -81,25 +82,26 @@ def _sample(prompts: PromptSet, max_new_tokens: int, every: int) -> Iterator[np.
 def _read(
     lm: LanguageModel,
     sample: Sequence[np.ndarray],
-    layers: Sequence[int],
+    layers: Sequence[Site],
     progress: Callable[[int, int], None],
-) -> dict[int, np.ndarray]:
-    """The rows of every token at each layer, as bfloat16 holds them: float32 [n, d]."""
-    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    cut = lm.truncated(max(layers))
+) -> dict[Site, np.ndarray]:
+    """The rows of every token at each site, as bfloat16 holds them: float32 [n, d]."""
+    rows: dict[Site, list[np.ndarray]] = {layer: [] for layer in layers}
+    places = find_places(lm, layers)
+    cut = lm.truncated(max(site.layer for site in layers))
     lm.model.set_attn_implementation("eager")
     done, total = 0, sum(map(len, sample))
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: object, _inputs: object, output: object) -> None:
-            bits = block_output(output)[0].to(torch.bfloat16).view(torch.uint16)
+    def keep(layer: Site) -> Callable[[torch.Tensor], None]:
+        def take(hidden: torch.Tensor) -> None:
+            bits = hidden.reshape(-1, hidden.shape[-1]).to(torch.bfloat16).view(torch.uint16)
             rows[layer].append(bf16_values(bits.cpu().numpy()))
 
-        return hook
+        return take
 
     with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(lm.blocks[layer].register_forward_hook(keep(layer)).remove)
+        for layer, place in places.items():
+            hooks.callback(place.watch(keep(layer)).remove)
         for ids in sample:
             given = torch.from_numpy(ids.astype(np.int64))[None].to(lm.device)
             cut.decoder(input_ids=given, use_cache=False)

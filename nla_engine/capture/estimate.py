@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import chosen_layers, first_prompt, load_inputs
+from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
 from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
@@ -46,7 +46,7 @@ class CaptureEstimate:
     bytes: int
     rows_expected: int
     codec: str
-    layers: list[int]
+    layers: list[int | str]
     skipped: int
     seconds_expected: float
     load_seconds: float
@@ -122,7 +122,7 @@ def estimate_capture(
         bytes=plan.bytes,
         rows_expected=round(choice.most_rows(done, round(replies), allowed) * (1 - sinks)),
         codec=options.codec,
-        layers=list(chosen_layers(options, lm)),
+        layers=[site.key for site in chosen_sites(options, lm)],
         skipped=len(prompts.skipped),
         seconds_expected=round(seconds / part, 3) if part else 0.0,
         load_seconds=round(load_seconds, 1),

@@ -24,6 +24,7 @@ from nla_engine.models.prompt_sources import PromptSources
 from nla_engine.models.prompts import Limits, read_prompts
 from nla_engine.models.source import Source, find_source
 from nla_engine.models.tokens import excerpt
+from nla_engine.sites import Site, crossed
 from nla_engine.store import CaptureStore
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -80,6 +81,11 @@ def chosen_layers(options: CaptureOptions, lm: LanguageModel) -> tuple[int, ...]
     for layer in options.layer:
         lm.check_layer(layer)
     return options.layer
+
+
+def chosen_sites(options: CaptureOptions, lm: LanguageModel) -> tuple[Site, ...]:
+    """What --layer and --sites name together."""
+    return crossed(chosen_layers(options, lm), options.sites)
 
 
 def prompts_rendering(options: CaptureOptions, lm: LanguageModel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import chosen_layers
+from nla_engine.capture.load import chosen_sites
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.slots import default_slots
@@ -71,7 +71,7 @@ def plan_capture(
     rows = choice.most_rows(done, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
-    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_layers(options, lm))
+    row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_sites(options, lm))
     row_bytes += asked
     return CapturePlan(
         sequences=len(prompts),

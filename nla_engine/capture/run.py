@@ -19,7 +19,14 @@ import torch
 from nla_engine.capture.appender import Appender
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import CLOCK, chosen_layers, first_prompt, load_inputs, prompts_rendering
+from nla_engine.capture.load import (
+    CLOCK,
+    chosen_layers,
+    chosen_sites,
+    first_prompt,
+    load_inputs,
+    prompts_rendering,
+)
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
@@ -41,6 +48,7 @@ from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
+from nla_engine.sites import RESID_POST, Site
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
@@ -68,6 +76,7 @@ _ADDED: dict[str, Any] = {
     "skip_first": False,
     "skip_sinks": False,
     "next_token": None,
+    "sites": [RESID_POST],
 }
 
 #: Phases of a run. Generating, or reading, includes writing to the store.
@@ -91,7 +100,7 @@ class CaptureSummary:
     """
 
     store: str
-    layers: list[int]
+    layers: list[int | str]
     codec: str
     codec_error: dict[str, float]
     sequences: int
@@ -169,7 +178,7 @@ class CaptureJob:
         self.announce, self.phases = announce, Phases.of(progress)
         self.kernels = Kernels(options.kernels)
         self.keep = RowRange.parse(str(options.positions))
-        self.layers = chosen_layers(options, lm)
+        self.layers, self.sites = chosen_layers(options, lm), chosen_sites(options, lm)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.stop = self._stop() if options.max_new_tokens else None
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
@@ -217,22 +226,22 @@ class CaptureJob:
         same["prompts"] = self.prompts.fingerprint()
         return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
 
-    def _calibrate(self, codec: Codec) -> dict[int, LayerCalibration]:
+    def _calibrate(self, codec: Codec) -> dict[Site, LayerCalibration]:
         try:
             options = self.options
             return calibrate(
-                self.lm, self.prompts, self.layers, codec, options.max_new_tokens, every=options.replies
+                self.lm, self.prompts, self.sites, codec, options.max_new_tokens, every=options.replies
             )
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
             ) from error
 
-    def _create_store(self, codec: Codec, calibration: Mapping[int, LayerCalibration]) -> StoreWriter:
+    def _create_store(self, codec: Codec, calibration: Mapping[Site, LayerCalibration]) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
             self.options.out,
-            layers=list(self.layers),
+            layers=self.sites,
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
@@ -259,7 +268,7 @@ class CaptureJob:
             "skipped_prompts": len(prompts.skipped),
         }
 
-    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
+    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
         """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
         for line in shortfall(self.lm.device):
             self.announce(line)
@@ -276,12 +285,12 @@ class CaptureJob:
             plan = replace(plan, slots=plan.slots // 2)
             self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
-    def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
+    def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
         rows_per_slot = max(self.keep.count(plan.length - new, plan.length), 1)
         following = following_of(options, self.keep, rows_per_slot, lm.device, self.kernels.reference)
         tap = RowTap(
-            self.layers,
+            self.sites,
             codec,
             self.keep,
             rows_per_slot=rows_per_slot,
@@ -292,7 +301,7 @@ class CaptureJob:
             reference=self.kernels.reference,
         )
         runner = Runner(
-            lm if new or following else lm.truncated(max(self.layers)),
+            lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
             slots=plan.slots,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
@@ -381,7 +390,7 @@ class CaptureJob:
         flags, by_phase = store.column("flags"), self.phases.seconds()
         return CaptureSummary(
             store=str(self.options.out),
-            layers=list(self.layers),
+            layers=[site.key for site in self.sites],
             codec=self.options.codec,
             codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
             sequences=writer.sequences,

@@ -18,6 +18,7 @@ from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import RowStage, encode_rows
 from nla_engine.ops.places import row_places, row_places_reference
+from nla_engine.sites import Site
 from nla_engine.store import LayerRows
 
 #: Most bytes of pinned host memory to allocate before the run.
@@ -67,9 +68,10 @@ class RowRange:
 
 
 class RowTap:
-    """Encodes the rows of `layers` in the range `rows` into staging buffers of `rows_per_slot` rows per slot and layer.
+    """Encodes the rows of `layers` in the range `rows` into staging buffers of `rows_per_slot` rows per slot and site.
 
-    sink_norm: by layer; rows with a larger norm are sinks, and kept exactly as well
+    layers: sites, each as a layer's number where it is a block's output
+    sink_norm: by site; rows with a larger norm are sinks, and kept exactly as well
     choose: which rows of the range to collect once a sequence has ended; None: all
     skip_sinks: of these, leave out the sinks of any layer, but not rows that are not finite
     reference: use plain torch only
@@ -78,18 +80,18 @@ class RowTap:
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[Site | int],
         codec: Codec,
         rows: RowRange,
         *,
         rows_per_slot: int,
-        sink_norm: Mapping[int, float],
+        sink_norm: Mapping[Site, float],
         device: torch.device,
         choose: Choose | None = None,
         skip_sinks: bool = False,
         reference: bool = False,
     ) -> None:
-        self.layers = tuple(layers)
+        self.layers = tuple(map(Site.at, layers))
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.choose, self.skip_sinks = choose, skip_sinks
         self.rows_per_slot = rows_per_slot
@@ -117,11 +119,11 @@ class RowTap:
         self._first = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._end = torch.zeros_like(self._first)
         self._prompt_size = np.zeros(slots + 1, np.int64)
-        self._exact: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {
+        self._exact: dict[Site, dict[int, tuple[np.ndarray, np.ndarray]]] = {
             layer: {} for layer in self.layers
         }
 
-    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+    def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Encode the rows of hidden [T, d] whose (slot, position) is kept. Launches only: no synchronisation."""
         if self._places is None or self._places[0] is not position:  # once per pass, not per layer
             places = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
@@ -179,7 +181,7 @@ class RowTap:
         self._counts.zero_()
         for (layer, stage), count in zip(self.stages.items(), counts, strict=True):
             if count > len(stage.exact):
-                raise EngineError(f"layer {layer}: {count} rows to keep exactly, room for {len(stage.exact)}")
+                raise EngineError(f"{layer.label}: {count} rows to keep exactly, room for {len(stage.exact)}")
             dest = stage.exact_dest[:count].cpu().numpy()
             bits = stage.exact[:count].cpu().numpy().view(np.uint16)
             for slot in np.unique(dest // self.rows_per_slot):
@@ -195,8 +197,8 @@ class RowTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[int, LayerRows]]]:
-        """Of each ended sequence the positions chosen, and their rows by layer. EngineError if one was never written.
+    ) -> list[tuple[np.ndarray, dict[Site, LayerRows]]]:
+        """Of each ended sequence the positions chosen, and their rows by site. EngineError if one was never written.
 
         Only these rows leave the device. Sinks are known by the norms, which come first.
         """
@@ -209,7 +211,7 @@ class RowTap:
         norms = {layer: to_host(stage.norm[at]) for layer, stage in self.stages.items()}
         for layer, norm in norms.items():
             if missing := int((norm == _UNWRITTEN).sum()):
-                raise EngineError(f"layer {layer}: {missing} rows of sequences that ended were never written")
+                raise EngineError(f"{layer.label}: {missing} rows of sequences that ended were never written")
         if self.skip_sinks:
             stays = ~self._sinks(norms)
             owner, position = owner[stays], position[stays]
@@ -217,7 +219,7 @@ class RowTap:
             at = self._on_device(slots, position - first[owner], owner)
         borders = np.searchsorted(owner, [np.arange(len(ended)), np.arange(1, len(ended) + 1)])
         parts = [slice(int(start), int(end)) for start, end in borders.T]
-        collected: list[tuple[np.ndarray, dict[int, LayerRows]]] = [(position[part], {}) for part in parts]
+        collected: list[tuple[np.ndarray, dict[Site, LayerRows]]] = [(position[part], {}) for part in parts]
         for layer, stage in self.stages.items():
             norm = norms[layer]
             codes, scales = to_host(stage.codes[at]), to_host(stage.scales[at])
@@ -248,13 +250,13 @@ class RowTap:
         """Places in the staging buffers, int64 [n], on the device. index: of each row in its slot."""
         return to_device(slots[owner] * self.rows_per_slot + index, self._first.device)
 
-    def _sinks(self, norms: Mapping[int, np.ndarray]) -> np.ndarray:
-        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [n], by layer."""
+    def _sinks(self, norms: Mapping[Site, np.ndarray]) -> np.ndarray:
+        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [n], by site."""
         sinks = np.logical_or.reduce([norm > self.sink_norm[layer] for layer, norm in norms.items()])
         finite: np.ndarray = np.logical_and.reduce([np.isfinite(norm) for norm in norms.values()])
         return sinks & finite
 
-    def _exact_bits(self, layer: int, slot: int, wanted: np.ndarray) -> np.ndarray:
+    def _exact_bits(self, layer: Site, slot: int, wanted: np.ndarray) -> np.ndarray:
         """bfloat16 bits, uint16 [m, d], of the rows `wanted` [m] of a slot. EngineError if one was not fetched."""
         none = np.zeros((0, self.codec.d_model), np.uint16)
         if not len(wanted):
@@ -262,5 +264,5 @@ class RowTap:
         index, rows = self._exact[layer].get(slot, (np.zeros(0, np.int64), none))
         order = {int(row): place for place, row in enumerate(index)}
         if any(int(row) not in order for row in wanted):
-            raise EngineError(f"layer {layer}: a row that must be kept exactly is missing")
+            raise EngineError(f"{layer.label}: a row that must be kept exactly is missing")
         return rows[[order[int(row)] for row in wanted]]

@@ -16,6 +16,7 @@ from nla_engine.cli.output import show
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import StoreError
 from nla_engine.models.tokens import excerpt
+from nla_engine.sites import listed
 from nla_engine.store import CaptureStore, Finish, RowFlag
 from nla_engine.store.format import FINISH_MEANINGS
 from nla_engine.store.objects import ObjectPath
@@ -154,7 +155,7 @@ def facts(store: CaptureStore, counts: Counts | str) -> dict[str, Any]:
         "rows": store.rows,
         "sequences": store.sequences,
         **(counts.to_dict() if isinstance(counts, Counts) else {"cannot_be_counted": counts}),
-        "layers": list(store.layers),
+        "layers": [site.key for site in store.sites],
         "d_model": store.d_model,
         **({} if store.next_token is None else {"next_token": store.next_token}),
         "codec": store.codec.name,
@@ -184,7 +185,7 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
         **(counts.shown() if isinstance(counts, Counts) else {"cannot be counted": counts}),
         "tokens": commit.tokens,
         **({} if store.next_token is None else {"next tokens": _next_tokens(store.next_token)}),
-        "vectors": ("layer " if len(store.layers) == 1 else "layers ") + ", ".join(map(str, store.layers)),
+        "vectors": listed(store.sites),
         "d_model": store.d_model,
         "size": _size(store.nbytes),
         "format version": about["format_version"],
@@ -209,7 +210,9 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
     _section(
         console,
         "model",
-        {name: made[name] for name in _MODEL if name in made} | {"layer K": about["layer_convention"]},
+        {name: made[name] for name in _MODEL if name in made}
+        | {"layer K": about["layer_convention"]}
+        | about.get("site_conventions", {}),
     )
     _section(console, "run", run)
     if text := _first_prompt(store):
@@ -255,7 +258,7 @@ def _layers(store: CaptureStore) -> Table:
     table.add_column("layer")
     for name in ("error mean", "p99", "worst", "on rows", "sink norm", "rows kept exactly"):
         table.add_column(name, justify="right")
-    for layer in store.layers:
+    for layer in store.sites:
         error = store.codec_error.get(layer) or {}
         measured = [show(error.get(name)) for name in ("mean", "p99", "worst", "rows")]
         kept = [show(store.sink_norm[layer]), show(store.commit.exact[layer])]

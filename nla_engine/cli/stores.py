@@ -14,11 +14,17 @@ from nla_engine.cli.app import app
 from nla_engine.cli.output import Json, finish, print_json, results, say
 from nla_engine.cli.progress import progress_bar
 from nla_engine.options import check_local
+from nla_engine.sites import PARTS
 
 if TYPE_CHECKING:
     from nla_engine.store.care.verify import Check
 
 StorePath = Annotated[str, typer.Argument(help="A store that capture wrote, or s3://...", metavar="STORE")]
+
+SiteName = Annotated[
+    str | None,
+    typer.Option("--site", help=f"Site of the layer: {', '.join(PARTS)}. [default: resid_post, if there]"),
+]
 
 
 @app.command()
@@ -106,6 +112,7 @@ def export(
     layer: Annotated[
         int | None, typer.Option("--layer", help="Layer. [default: the store's only one]")
     ] = None,
+    site: SiteName = None,
     where: Annotated[str | None, typer.Option("--where", help="Rows to export, as an expression.")] = None,
     shard_rows: Annotated[
         int | None, typer.Option("--shard-rows", help="Rows per file; OUT is then a directory.", min=1)
@@ -122,9 +129,17 @@ def export(
     check_local(out)
     opened = CaptureStore.open(store)
     rows = run_export(
-        opened, to, out, layer=layer, where=where, overwrite=overwrite, shard_rows=shard_rows, announce=say
+        opened,
+        to,
+        out,
+        layer=layer,
+        site=site,
+        where=where,
+        overwrite=overwrite,
+        shard_rows=shard_rows,
+        announce=say,
     )
-    facts = {"out": str(out), "to": to, "layer": opened.chosen_layer(layer), "rows": rows}
+    facts = {"out": str(out), "to": to, "layer": opened.chosen_layer(layer, site).key, "rows": rows}
     finish("exported", facts, as_json)
 
 
@@ -137,6 +152,7 @@ def import_(
     layer: Annotated[
         int | None, typer.Option("--layer", help="Layer of the vectors. [default: what the file says]")
     ] = None,
+    site: SiteName = None,
     codec: Annotated[str, typer.Option("--codec", help="How rows are stored: int8, int4 or bf16.")] = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
     as_json: Json = False,
@@ -145,7 +161,7 @@ def import_(
     from nla_engine.store.exchange.importing import import_rows
 
     check_local(source, out)
-    made = import_rows(source, out, layer=layer, codec=codec, overwrite=overwrite)
+    made = import_rows(source, out, layer=layer, site=site, codec=codec, overwrite=overwrite)
     finish("imported", {"store": str(out), **dataclasses.asdict(made)}, as_json)
 
 
@@ -167,7 +183,7 @@ def merge(
         "complete": merged.complete,
         "rows": merged.rows,
         "sequences": merged.sequences,
-        "layers": list(merged.layers),
+        "layers": [site.key for site in merged.sites],
     }
     finish("merged", facts, as_json)
 

@@ -43,6 +43,7 @@ class AskOptions(Options):
         "Norm of the injected vectors: a number, raw (as they are: LatentQA) or sqrt_d_model."
     )
     layer: int | None = option("Layer of the store to read. [default: the store's only one]", None)
+    site: str = fields.site()
     where: str | None = fields.where("ask about")
     rows_per_prompt: int = option(
         "Rows in one prompt: so many consecutive selected rows of a sequence. Its last prompt may have fewer.",

@@ -26,6 +26,7 @@ from nla_engine.options import (
     paths,
     texts,
 )
+from nla_engine.sites import RESID_POST, part_names
 
 POSITIONS = ("generated", "prompt", "all", "last")
 #: What a prompt file can be.
@@ -57,6 +58,14 @@ class CaptureOptions(Options):
     out: str = option(
         "The Zarr store to write: a directory, or s3://bucket/run.zarr.",
         must=Must(bool, "the name of a store"),
+    )
+    sites: tuple[str, ...] = option(
+        "What is captured of each of these blocks: resid_post (the block's output), resid_mid (the residual stream "
+        "between attention and MLP), attn_out and mlp_out (what these add to it); and embeddings (the input of block "
+        "0). Several: join them with commas, or repeat the option.",
+        (RESID_POST,),
+        typed=list[str],
+        parse=part_names,
     )
     max_new_tokens: int = option(
         "Maximum number of tokens to generate per prompt; 0 only reads the prompt.", 128, must=AT_LEAST_0
@@ -212,6 +221,7 @@ class CaptureOptions(Options):
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
         object.__setattr__(self, "layer", block_numbers("layer", self.layer))
+        object.__setattr__(self, "sites", part_names("sites", self.sites))
         super().__post_init__()
         check_pattern("tokens", self.tokens)
         check_cuts(self)

@@ -44,7 +44,8 @@ class Pass:
 
     reference: use plain torch on every device. wanted: None if every block computes every token. entering: where
     vectors enter, as `Injector.inject` takes it; None: nowhere. shapes: how each layer attended; each must attend
-    exactly once. branch: the stream of work started in `beside`, until `join`.
+    exactly once. branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
+    not be freed before: the memory would be used again.
     """
 
     cache: SlotCache
@@ -55,6 +56,7 @@ class Pass:
     wanted: Wanted | None = None
     entering: torch.Tensor | None = None
     branch: torch.cuda.Stream | None = None
+    held: list[torch.Tensor] = field(default_factory=list)
     place: torch.Tensor = field(init=False)
     shapes: dict[int, Shape] = field(default_factory=dict)
 
@@ -70,12 +72,13 @@ class Pass:
         self.shapes[layer] = shape
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Work launched inside reads the residual stream as it is now. While a graph is captured, it runs in parallel
-        with what follows, so call `join` before the residual stream changes. Otherwise it runs before what follows."""
+    def beside(self, read: torch.Tensor) -> Iterator[None]:
+        """Work launched inside reads this tensor as it is now. While a graph is captured, it runs in parallel with
+        what follows, so call `join` before the tensor changes. Otherwise it runs before what follows."""
         if not (self.slot.is_cuda and torch.cuda.is_current_stream_capturing()):
             yield
             return
+        self.held.append(read)
         self.branch = branch_stream(self.slot.device)
         self.branch.wait_stream(torch.cuda.current_stream(self.slot.device))
         with torch.cuda.stream(self.branch):
@@ -86,6 +89,7 @@ class Pass:
         if self.branch is not None:
             torch.cuda.current_stream(self.slot.device).wait_stream(self.branch)
             self.branch = None
+            self.held.clear()
 
     def attend(self, query: torch.Tensor, layer: int, shape: Shape) -> torch.Tensor:
         """query [T, H, h] -> [T, H, h], over the cached keys and values of this layer."""

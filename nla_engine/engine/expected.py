@@ -7,7 +7,8 @@ in text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from nla_engine.engine.families import can_fuse_norm
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import Place
+from nla_engine.sites import EMBEDDINGS, RESID_POST, Site
 
 #: What the lanes read, cut to LENGTH tokens. The first two begin alike, so they can share a prefix.
 TEXTS = (
@@ -43,7 +46,8 @@ class Sample:
     ids: int64 [L, T]. embedded: input of the first block, [L, T, d], the model's dtype. inputs: what each part reads:
     its input in the model, rescaled in some lanes. wide: its output for that input in float32, [L, T, d]. size: what
     errors are relative to, [L, T]: the L2 norm of the input or of what the part adds to it, whichever is larger. noise:
-    transformers' own error in the model's dtype, relative to `size`, [L, T]; 0 for a float32 model.
+    transformers' own error in the model's dtype, relative to `size`, [L, T]; 0 for a float32 model. sites: those inside
+    blocks, which follow the parts in wide, size and noise.
     """
 
     ids: torch.Tensor
@@ -52,6 +56,20 @@ class Sample:
     wide: list[torch.Tensor] = field(default_factory=list)
     size: list[torch.Tensor] = field(default_factory=list)
     noise: list[torch.Tensor] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+
+    def judge_by(
+        self, read: torch.Tensor, own: torch.Tensor, wide: torch.Tensor, change: torch.Tensor
+    ) -> None:
+        """Add what is expected for input `read`: `own` in the model's dtype, `wide` and `change` in float32."""
+        size = torch.maximum(change.norm(dim=-1), read.float().norm(dim=-1))
+        self.wide.append(wide)
+        self.size.append(size)
+        self.noise.append((own - wide).norm(dim=-1) / size)
+
+    def number(self, site: Site) -> int:
+        """Where a site stands in wide, size and noise."""
+        return len(self.inputs) + self.sites.index(site)
 
 
 def parts_of(lm: LanguageModel) -> list[nn.Module]:
@@ -61,22 +79,38 @@ def parts_of(lm: LanguageModel) -> list[nn.Module]:
 
 
 @torch.inference_mode()
-def take_sample(lm: LanguageModel) -> Sample:
-    """Run transformers' own modules, before the engine takes them over. Needs room for one block in float32."""
+def take_sample(lm: LanguageModel, places: Mapping[Site, Place]) -> Sample:
+    """Run transformers' own modules, before the engine takes them over. Needs room for one block in float32.
+
+    places: of the sites that will be tapped
+    """
     lm.model.set_attn_implementation("eager")
     ids = _sample_ids(lm)
     calls = _library_calls(lm, ids)
     sample = Sample(ids, calls[0][0])
-    for part, (hidden, args, kwargs) in zip(parts_of(lm), calls, strict=True):
-        read = _rescaled(hidden)
-        own = block_output(part(read, *args, **kwargs))
-        wide = own if own.dtype == torch.float32 else block_output(_in_float32(part, (read, *args), kwargs))
-        size = torch.maximum((wide - read.float()).norm(dim=-1), read.float().norm(dim=-1))
-        sample.inputs.append(read)
-        sample.wide.append(wide)
-        sample.size.append(size)
-        sample.noise.append((own - wide).norm(dim=-1) / size)
+    inside = {site: place for site, place in places.items() if site.part not in (RESID_POST, EMBEDDINGS)}
+    shown: dict[Site, list[torch.Tensor]] = {site: [] for site in inside}
+    with ExitStack() as hooks:
+        for site, place in inside.items():
+            hooks.callback(place.watch(_keeper(shown[site], ids)).remove)
+        for part, (hidden, args, kwargs) in zip(parts_of(lm), calls, strict=True):
+            read = _rescaled(hidden)
+            own = block_output(part(read, *args, **kwargs))
+            wide = (
+                own if own.dtype == torch.float32 else block_output(_in_float32(part, (read, *args), kwargs))
+            )
+            sample.inputs.append(read)
+            sample.judge_by(read, own, wide, wide - read.float())
+    for site, states in shown.items():  # in the model's dtype, then in float32
+        sample.sites.append(site)
+        wide = states[-1].float()
+        sample.judge_by(sample.inputs[site.layer], states[0], wide, wide)
     return sample
+
+
+def _keeper(states: list[torch.Tensor], ids: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Appends copies, [L, T, d] for ids [L, T]."""
+    return lambda hidden: states.append(hidden.reshape(*ids.shape, -1).clone())
 
 
 def _sample_ids(lm: LanguageModel) -> torch.Tensor:

@@ -6,7 +6,7 @@ share memory with it. The runner compares the result with transformers before it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from nla_engine.ops.gated_linear import Tile, gated_linear, tried_tiles
 from nla_engine.ops.linear import add_linear_, linear, tune
 from nla_engine.ops.norm import rms_norm
 from nla_engine.ops.rotary import rotate_and_store
+from nla_engine.sites import ATTN_OUT, MLP_OUT, RESID_MID
 
 
 class FusedNorm:
@@ -37,6 +38,8 @@ class FusedBlock:
     """Called like the block it replaces, inside a pass of the runner: hidden states [1, T, d] -> [1, T, d].
 
     The last block returns only the pass's wanted tokens, if it names any. NotFused for a block of no known family.
+    taps: by part, what is called with the tensor [T, d] of a site inside the block. It may read the tensor in parallel
+    (`Pass.beside`): it is not changed before `Pass.join`.
     """
 
     def __init__(self, block: Any) -> None:
@@ -49,6 +52,7 @@ class FusedBlock:
         self.eps, self.offset, self.head_norm = facts.eps, facts.offset, facts.head_norm
         self.before_attention, self.after_attention = facts.before_attention, facts.after_attention
         self.before_mlp, self.after_mlp = facts.before_mlp, facts.after_mlp
+        self.taps: dict[str, Callable[[torch.Tensor], None]] = {}
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -61,10 +65,11 @@ class FusedBlock:
         x = hidden_states[0]
         row = linear(rms_norm(x, self.before_attention, self.eps, self.offset), self.qkv, self.qkv_bias)
         inner, x = self._attend(row, x, position_embeddings)
-        x = self._add(x, inner, self.out, self.after_attention)
+        x = self._add(x, inner, self.out, self.after_attention, ATTN_OUT)
+        self._show(RESID_MID, x)
         read = rms_norm(x, self.before_mlp, self.eps, self.offset)
         inner = gated_linear(read, self.both, self.activation, self.tiles)
-        return self._add(x, inner, self.down, self.after_mlp)[None]
+        return self._add(x, inner, self.down, self.after_mlp, MLP_OUT)[None]
 
     def _attend(
         self, row: torch.Tensor, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -82,12 +87,33 @@ class FusedBlock:
         return attended.flatten(1), x
 
     def _add(
-        self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
+        self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, part: str
     ) -> torch.Tensor:
-        """x + inner @ weight^T. With a norm, the product is normed before the sum."""
+        """x + inner @ weight^T. With a norm, the product is normed before the sum. part: the site of what is added."""
+        self._wait_for_taps()
+        if part in self.taps:
+            return self._add_shown(x, linear(inner, weight), norm, part)
         if norm is None:
             return add_linear_(x, inner, weight)  # in place, to save a copy of x
         return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+
+    def _add_shown(
+        self, x: torch.Tensor, product: torch.Tensor, norm: torch.Tensor | None, part: str
+    ) -> torch.Tensor:
+        """x + the product, normed or not, in two steps: what is added is there by itself, as it is in transformers."""
+        added = product if norm is None else rms_norm(product, norm, self.eps, self.offset)
+        self._show(part, added)
+        return x + added
+
+    def _show(self, part: str, states: torch.Tensor) -> None:
+        """Give the states [T, d] of a site to its tap, if it has one."""
+        if tap := self.taps.get(part):
+            tap(states)
+
+    def _wait_for_taps(self) -> None:
+        """Before x changes in place or the block ends: a tap of this block may still read in parallel."""
+        if self.taps:
+            current_pass().join()
 
 
 class Fp8Block(FusedBlock):
@@ -107,16 +133,26 @@ class Fp8Block(FusedBlock):
         row = scaled_linear(read, self.qkv8, self.qkv_bias, dtype)
         attended, x = self._attend(row, x, position_embeddings)
         inner = scaled_linear(quantise(attended), self.out8, None, dtype)
-        if self.after_attention is None:
+        if self.after_attention is None and ATTN_OUT not in self.taps:
             read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset, add=inner)
         else:
-            x = rms_norm(inner, self.after_attention, self.eps, self.offset, residual=x)
+            x = self._add_product(x, inner, self.after_attention, ATTN_OUT)
             read = rms_norm_quantised(x, self.before_mlp, self.eps, self.offset)
+        self._show(RESID_MID, x)
         both = scaled_linear(read, self.both8, None, dtype)
         inner = scaled_linear(gate_quantised(both, self.activation), self.down8, None, dtype)
-        if self.after_mlp is None:
-            return x.add_(inner)[None]
-        return rms_norm(inner, self.after_mlp, self.eps, self.offset, residual=x)[None]
+        return self._add_product(x, inner, self.after_mlp, MLP_OUT)[None]
+
+    def _add_product(
+        self, x: torch.Tensor, product: torch.Tensor, norm: torch.Tensor | None, part: str
+    ) -> torch.Tensor:
+        """`_add` of a product that is computed already."""
+        self._wait_for_taps()
+        if part in self.taps:
+            return self._add_shown(x, product, norm, part)
+        if norm is None:
+            return x.add_(product)
+        return rms_norm(product, norm, self.eps, self.offset, residual=x)
 
 
 def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
@@ -124,6 +160,9 @@ def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
     add = blocks[0].after_attention is None
     tune(rows, [block.qkv for block in blocks], [block.qkv_bias for block in blocks])
     tune(rows, [block.out for block in blocks], add=add)
+    for part, name in ((ATTN_OUT, "out"), (MLP_OUT, "down")):
+        if tapped := [getattr(block, name) for block in blocks if part in block.taps]:
+            tune(rows, tapped)
     if not blocks[0].tiles:
         tune(rows, [block.both for block in blocks])
     tune(rows, [block.down for block in blocks], add=add)

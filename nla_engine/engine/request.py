@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nla_engine.sites import Site
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,8 +67,8 @@ class NextTokens:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by layer (none without a tap);
-    positions: int64 [k], ascending: where in the sequence these rows are, in every layer; next_tokens: of these rows,
+    """One finished sequence. generated: int32 [n]; rows: what the tap kept of it, by site (none without a tap);
+    positions: int64 [k], ascending: where in the sequence these rows are, at every site; next_tokens: of these rows,
     if they were asked for.
 
     Sequences that end together share the memory of their arrays.
@@ -75,7 +77,7 @@ class Completion:
     request: Request
     generated: np.ndarray
     finish: Finish
-    rows: dict[int, Any] = field(default_factory=dict)
+    rows: dict[Site, Any] = field(default_factory=dict)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     next_tokens: NextTokens | None = None
 

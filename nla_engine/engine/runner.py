@@ -25,9 +25,11 @@ from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import Place, find_places
 from nla_engine.ops.attention import Tiles
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
+from nla_engine.sites import EMBEDDINGS, MLP_OUT, RESID_POST, Site
 
 #: Errors in a model's first passes that say nothing about its architecture.
 _NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -77,6 +79,9 @@ class Runner:
         self._pass: Pass | None = None
         self.tap = tap
         self._tapped = False  # until the model has been checked
+        self.seen_site: Callable[[Site, torch.Tensor], None] | None = (
+            None  # called instead, while it is checked
+        )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -95,7 +100,11 @@ class Runner:
 
     def _take_over(self, length: int, prefix: Sequence[int]) -> None:
         """Install the engine's attention, fused blocks and hooks in the model, and check that they compute the same."""
-        check = SelfCheck(self, length)  # before anything is installed: it runs transformers' own attention
+        sites = tuple(map(Site.at, self.tap.layers))
+        places = find_places(self.lm, sites)
+        check = SelfCheck(
+            self, length, places
+        )  # before anything is installed: it runs transformers' own attention
         self.lm.model.set_attn_implementation(attention.NAME)
         check.note_shapes()
         for block in self.lm.blocks:
@@ -106,17 +115,20 @@ class Runner:
         if self._fused and can_fuse_norm(norm):
             norm.forward = FusedNorm(norm)
             self._norm = norm
-        layers, entry = set(self.tap.layers), self.injector.injection.block
-        last = len(self.lm.blocks) - 1
-        self._narrows = self.lm.blocks[last] in self._fused and last not in layers | {entry}
+        entry, last = self.injector.injection.block, len(self.lm.blocks) - 1
+        self._narrows = self.lm.blocks[last] in self._fused and last not in {
+            entry,
+            *(site.layer for site in sites),
+        }
         if entry is not None:  # before the tap, which sees what the next block reads
             self._hooks.append(self.lm.blocks[entry].register_forward_hook(self._inject))
-        for layer in layers:
-            self._hooks.append(self.lm.blocks[layer].register_forward_hook(self._on_block(layer)))
+        for site, place in places.items():
+            self._watch(site, place)
         check.run()
         if self.precision == "fp8":  # the same arithmetic, just checked, except for rounding
             for block in self._fused:
-                block.forward = Fp8Block(block)
+                taps, block.forward = block.forward.taps, Fp8Block(block)
+                block.forward.taps = taps
             check.run(fp8=True)
         if prefix:
             self.prefill([(0, 0, prefix)])
@@ -151,17 +163,30 @@ class Runner:
         if self.graphable and self._fused and self.precision != "fp8":
             tune_products([block.forward for block in self._fused], rows)
 
-    def _on_block(self, layer: int) -> Callable[..., None]:
-        # Only a fused block joins the work that runs beside the block before it.
-        joined = layer + 1 < len(self.lm.blocks) and self.lm.blocks[layer + 1] in self._fused
+    def _watch(self, site: Site, place: Place) -> None:
+        """Call the tap whenever the site has been computed: by the fused block itself, or by transformers' module."""
+        block = self.lm.blocks[site.layer]
+        inside = site.part not in (RESID_POST, EMBEDDINGS)
+        # Only a fused block joins the work that runs beside it: its own, or that of the block before it.
+        joins = site.layer + (site.part in (RESID_POST, MLP_OUT))
+        joined = joins < len(self.lm.blocks) and self.lm.blocks[joins] in self._fused
+        if inside and block not in self._fused:
+            joined = False
 
-        def hook(_module: object, _inputs: object, output: object) -> None:
-            if self._tapped and self._pass is not None:
-                hidden = block_output(output)
-                with self._pass.beside() if joined else nullcontext():
-                    self.tap(layer, hidden[0], self._pass.slot, self._pass.position)
+        def take(states: torch.Tensor) -> None:
+            if self._pass is None:
+                return
+            if self.seen_site is not None:
+                self.seen_site(site, states)
+            elif self._tapped:
+                with self._pass.beside(states) if joined else nullcontext():
+                    self.tap(site, states, self._pass.slot, self._pass.position)
 
-        return hook
+        if inside and block in self._fused:
+            fused: Any = block.forward
+            fused.taps[site.part] = take
+        else:
+            self._hooks.append(place.watch(lambda hidden: take(hidden.reshape(-1, hidden.shape[-1]))))
 
     def _inject(self, _module: object, _inputs: object, output: object) -> None:
         if self._pass is not None and self._pass.entering is not None:

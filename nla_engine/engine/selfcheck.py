@@ -8,7 +8,7 @@ be much further from the block in float32 than transformers is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,10 +21,13 @@ from nla_engine.engine.expected import PREFIX, Sample, parts_of, split_call, tak
 from nla_engine.engine.families import softcap_of
 from nla_engine.engine.graph import DecodeGraph
 from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.windows import largest_window, masks_of_the_library
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import Place
 from nla_engine.ops.attention import Shape
+from nla_engine.sites import MLP_OUT, Site
 
 #: The engine's error (relative L2, see `Sample.size`) may be this many times transformers' own ...
 RATIO = 2.0
@@ -47,6 +50,7 @@ class Engine(Protocol):
     lm: LanguageModel
     cache: SlotCache
     reference: bool
+    seen_site: Callable[[Site, torch.Tensor], None] | None
 
     @property
     def graphable(self) -> bool: ...
@@ -61,17 +65,22 @@ class Engine(Protocol):
 
 
 class SelfCheck:
-    """Created before the engine takes over the model, and run after that. length: of the run's longest sequence."""
+    """Created before the engine takes over the model, and run after that. length: of the run's longest sequence.
 
-    def __init__(self, engine: Engine, length: int) -> None:
+    places: where transformers' own modules show the sites that will be tapped
+    """
+
+    def __init__(self, engine: Engine, length: int, places: Mapping[Site, Place]) -> None:
         self.engine, self.lm, self.length = engine, engine.lm, length
-        self.sample = take_sample(self.lm)
+        self.sample = take_sample(self.lm, places)
         self._shapes: list[Shape] = []
         self._routed = {
             number
             for number, block in enumerate(self.lm.blocks)
             if any("expert" in name or "router" in name for name, _ in block.named_modules())
         }
+        sites = [site for site in self.sample.sites if site.part == MLP_OUT and site.layer in self._routed]
+        self._routed.update(map(self.sample.number, sites))
 
     @torch.inference_mode()
     def note_shapes(self) -> None:
@@ -84,7 +93,7 @@ class SelfCheck:
                     f"{self.lm.name}: block {block} asks the engine for a soft cap of {shape.softcap}, and its "
                     f"configuration names {cap}: this architecture is not supported"
                 )
-        length = min(self.length, _largest_window(self.lm, self._shapes) + 3)
+        length = min(self.length, largest_window(self.lm, self._shapes) + 3)
         if not 3 < length <= LONGEST_MASK:
             return
         at = torch.arange(length, device=self.lm.device)
@@ -111,13 +120,16 @@ class SelfCheck:
             self._check_embedding(name, seen, fp8)
             finding = judge(self.sample, seen, floor, self._routed)
             if not finding.error <= finding.limit:
-                part = f"block {finding.part}"
-                if finding.part == len(self.lm.blocks):
-                    part = "the last norm"
                 raise EngineError(
-                    f"{self.lm.name}: {part} of the engine differs from transformers' own by {finding.error:.2g} "
-                    f"{name} (limit {finding.limit:.2g}; rounding alone makes {finding.noise:.2g}): {self._mend(fp8)}"
+                    f"{self.lm.name}: {self._name(finding.part)} of the engine differs from transformers' own "
+                    f"by {finding.error:.2g} {name} (limit {finding.limit:.2g}; rounding alone makes "
+                    f"{finding.noise:.2g}): {self._mend(fp8)}"
                 )
+
+    def _name(self, part: int) -> str:
+        if part >= len(self.sample.inputs):
+            return self.sample.sites[part - len(self.sample.inputs)].label
+        return "the last norm" if part == len(self.lm.blocks) else f"block {part}"
 
     def _mend(self, fp8: bool) -> str:
         if fp8:
@@ -141,6 +153,24 @@ class SelfCheck:
             )
 
     @contextmanager
+    def _watched(self) -> Iterator[Watch]:
+        """Inside, the blocks read the sample, and what they and the sites give is kept."""
+
+        def seen_site(site: Site, states: torch.Tensor) -> None:
+            if (
+                site in self.sample.sites
+            ):  # a block's output and input are seen as such; other states may change later
+                states, place = states.clone(), _places(watch.work, len(states))
+                watch.seen.append(Seen(self.sample.number(site), states, states, *place))
+
+        with given_inputs(self.lm, self.sample) as watch:
+            self.engine.seen_site = seen_site
+            try:
+                yield watch
+            finally:
+                self.engine.seen_site = None
+
+    @contextmanager
     def _cache(self, slots: int, prefix: int = 0) -> Iterator[SlotCache]:
         """Replace the run's cache by one for the sample."""
         kept, cache = self.engine.cache, SlotCache(self.lm, slots, self.sample.ids.shape[1], prefix)
@@ -153,7 +183,7 @@ class SelfCheck:
 
     def _attended(self) -> list[Shape]:
         """How every block attends now."""
-        with self._cache(1), given_inputs(self.lm, self.sample) as watch:
+        with self._cache(1), self._watched() as watch:
             self.engine.prefill([(0, 0, self.sample.ids[0, :1].tolist())])
         return [watch.work.shapes[block] for block in range(len(self.lm.blocks))]
 
@@ -165,7 +195,7 @@ class SelfCheck:
         ragged = range(lanes) if length > 3 * DECODED else [0] * lanes
         ends = [length - decoded - lane % 3 for lane in ragged]
         starts = [end // 2 for end in ends]
-        with self._cache(lanes) as cache, given_inputs(self.lm, self.sample) as watch:
+        with self._cache(lanes) as cache, self._watched() as watch:
             if all(starts):
                 self.engine.prefill([(lane, 0, ids[lane][: starts[lane]]) for lane in reversed(range(lanes))])
                 yield "in a prompt", watch.take()
@@ -181,7 +211,7 @@ class SelfCheck:
                     decode(torch.arange(lanes, device=self.lm.device))
                     yield "in a decode step", watch.take()
         if length > PREFIX + 1 and ids[0][:PREFIX] == ids[1][:PREFIX]:
-            with self._cache(2, PREFIX) as cache, given_inputs(self.lm, self.sample) as watch:
+            with self._cache(2, PREFIX) as cache, self._watched() as watch:
                 self.engine.prefill([(0, 0, ids[0][:PREFIX])])
                 cache.keep_as_prefix(0, PREFIX)
                 watch.take()
@@ -234,14 +264,14 @@ class Seen:
 
 
 class Watch:
-    """What has been seen since the last `take`, and the last pass."""
+    """What has been seen since the last `take`, by part and then by site, and the last pass."""
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
         self.work: Any = None
 
     def take(self) -> list[Seen]:
-        seen, self.seen = self.seen, []
+        seen, self.seen = sorted(self.seen, key=lambda each: each.part), []
         return seen
 
 
@@ -350,40 +380,3 @@ def _medians(sample: Sample, seen: Seen, floor: float) -> torch.Tensor:
     out = torch.zeros((3, len(noise)), device=noise.device)
     out[0, 0], out[1, 0], out[2, 0] = error[middle], allowed[middle], finite.sum()
     return out
-
-
-def _largest_window(lm: LanguageModel, shapes: list[Shape]) -> int:
-    """The largest window that the blocks ask for or the configuration names; 0: none."""
-    named = [
-        value
-        for name, value in vars(lm.config).items()
-        if ("window" in name or "chunk" in name) and isinstance(value, int) and not isinstance(value, bool)
-    ]
-    return max([shape.window for shape in shapes] + [value for value in named if value > 0])
-
-
-def masks_of_the_library(lm: LanguageModel, length: int) -> list[torch.Tensor | None]:
-    """What the last of `length` tokens attends to by transformers' mask for each block: bool [length], or None where
-    it makes no mask. The blocks themselves do not run."""
-    seen: list[torch.Tensor | None] = []
-
-    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden, _, kwargs = split_call(args, kwargs)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            mask = mask[0, 0, -1, :length]
-            mask = mask if mask.dtype == torch.bool else mask == 0
-        seen.append(mask)
-        return hidden
-
-    implementation = lm.config._attn_implementation
-    lm.model.set_attn_implementation("eager")
-    for block in lm.blocks:
-        block.forward = skip
-    try:
-        lm.decoder(input_ids=torch.zeros((1, length), dtype=torch.int64, device=lm.device), use_cache=False)
-    finally:
-        for block in lm.blocks:
-            del block.forward
-        lm.model.set_attn_implementation(implementation)
-    return seen

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nla_engine.sites import Site
+
 
 @dataclass(frozen=True)
 class KeptRows:
@@ -24,11 +26,11 @@ class KeptRows:
 
 
 class Tap(Protocol):
-    """Keeps rows of the residual stream of some layers."""
+    """Keeps rows of some sites."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks whose output is tapped."""
+    def layers(self) -> tuple[Site, ...]:
+        """The sites that are tapped."""
 
     @property
     def reads_prompts(self) -> bool:
@@ -44,8 +46,11 @@ class Tap(Protocol):
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Start new sequences in these slots, each of at most `total` tokens, `prompt_size` of them given."""
 
-    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
-        """Called inside every pass after block `layer`. hidden [T, d]; slot, position int64 [T]. No synchronisation."""
+    def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+        """Called inside every pass, once this site is computed. No synchronisation.
+
+        hidden [T, d]; slot, position int64 [T]
+        """
 
     def look(self, *, decoded: bool) -> None:
         """Queue a look at what `settle` must fetch. decoded: after decode steps, else prompts. No synchronisation."""
@@ -56,8 +61,8 @@ class Tap(Protocol):
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[int, Any]]]:
-        """Of each of these sequences the positions that have rows, int64 [k], ascending, and these rows by layer.
+    ) -> list[tuple[np.ndarray, dict[Site, Any]]]:
+        """Of each of these sequences the positions that have rows, int64 [k], ascending, and these rows by site.
 
         replies: of each, the id of its request and what it generated, int32 [n]. Their slots may be opened again.
         """
@@ -66,7 +71,7 @@ class Tap(Protocol):
 class NoTap:
     """Keeps nothing."""
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[Site, ...] = ()
     reads_prompts = False
 
     def allocate(self, slots: int, *, generated: int, given: int) -> None:
@@ -78,7 +83,7 @@ class NoTap:
     def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Nothing to do."""
 
-    def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+    def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Nothing to do."""
 
     def look(self, *, decoded: bool) -> None:
@@ -90,6 +95,6 @@ class NoTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[int, Any]]]:
-        """Each sequence has rows of no layer."""
+    ) -> list[tuple[np.ndarray, dict[Site, Any]]]:
+        """Each sequence has rows of no site."""
         return [(np.zeros(0, np.int64), {}) for _ in ended]

@@ -32,7 +32,20 @@ from nla_engine.store import LayerReader
 
 Name = str | os.PathLike[str]
 #: Options of stage 2 that name a store's rows or a table: there is neither here.
-_ELSEWHERE = ("store", "out", "layer", "where", "limit", "follow", "resume", "overwrite", "texts", "av", "ar")
+_ELSEWHERE = (
+    "store",
+    "out",
+    "layer",
+    "site",
+    "where",
+    "limit",
+    "follow",
+    "resume",
+    "overwrite",
+    "texts",
+    "av",
+    "ar",
+)
 #: What stands in their place. Neither is opened.
 _NOTHING: dict[str, Any] = {"store": "vectors", "out": Path("vectors.parquet")}
 _TEXTS_AT_ONCE = 512

@@ -107,7 +107,7 @@ def _table(store: CaptureStore, layer: LayerReader, explained: Explanations, row
     }
     metadata = {
         **explained.about,
-        "layer": layer.number,
+        "layer": layer.site.key,
         "options": {"store": store.attributes["store_id"]},
     }
     if explained.reconstructions is None:
@@ -154,7 +154,7 @@ def _check_rows(store: CaptureStore, layer: LayerReader, vectors: np.ndarray, ro
     if other.any():
         place = int(np.argmax(other))
         raise RequestError(
-            f"vector {place} is not that of row {rows[place]} of layer {layer.number} of {store.path}: give its own row"
+            f"vector {place} is not that of row {rows[place]} of {layer.site.label} of {store.path}: give its own row"
         )
 
 
@@ -178,12 +178,12 @@ def _found_rows(store: CaptureStore, layer: LayerReader, vectors: np.ndarray) ->
         rows = held[key]
         if not rows:
             raise RequestError(
-                f"vector {places[0]} is no row of layer {layer.number} of {store.path}: the page shows stored rows; "
+                f"vector {places[0]} is no row of {layer.site.label} of {store.path}: the page shows stored rows; "
                 "give rows= if it was read in another type, and print explanations of other vectors"
             )
         if len(rows) != len(places):
             raise RequestError(
-                f"vector {places[0]} stands in {len(rows)} rows of layer {layer.number} of {store.path}, and was "
+                f"vector {places[0]} stands in {len(rows)} rows of {layer.site.label} of {store.path}, and was "
                 f"explained {len(places)} times: say which rows they are with rows="
             )
         found[places] = rows

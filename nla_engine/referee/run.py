@@ -80,11 +80,12 @@ def run_patch(
     reading = reading_options(options, texts)
     pair = _read_by(options, reading, announce)
     check_revision(options, texts, pair.ar.lm.revision)
-    layer = choose_layer(store, reading, pair)
-    check_layer(texts, layer, reading.ar)
+    site = choose_layer(store, reading, pair)
+    check_layer(texts, site, reading.ar)
     check_lengths(texts, pair.ar)
     lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
     phases.phase(PREPARING)
+    layer = site.layer  # its output: `reading` names no other site
     with Patcher(lm, layer) as patcher, closing(pair):
         run = _Run(
             options, store, layer, texts, pair, lm, patcher, pa.schema([*schema, *texts.more]), weights

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from nla_engine.errors import RequestError
 from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, PATCH, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, StoredSequence
 from nla_engine.store.format import EARLY_POSITIONS, IMPORTED
 
@@ -51,6 +52,11 @@ class Explained:
     rows: np.ndarray
     start: np.ndarray
     columns: dict[str, np.ndarray]
+
+    @property
+    def site(self) -> Site:
+        """What was read of the store."""
+        return Site.parse(self.metadata["layer"])
 
     @classmethod
     def read(cls, store: CaptureStore, path: Path) -> Explained:
@@ -182,7 +188,6 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
         gaps.append(_gaps(texts, places, sequences.prompt_size))
         records.append(dict(_fields(sequences.source)))
         finish.append(int(sequences.finish))
-    layer = int(explained.metadata["layer"])
     return {
         "scored": explained.scored,
         "asked": explained.asked,
@@ -210,7 +215,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
             "next": following,
             "class": classes,
             "flags": store.column("flags")[explained.rows].tolist(),
-            "norm": _numbers(store.layer(layer).norm()[explained.rows], 5),
+            "norm": _numbers(store.layer(explained.site).norm()[explained.rows], 5),
             "first": explained.start.tolist(),
         },
         "explanations": {

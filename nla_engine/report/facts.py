@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.report.data import RELEASED, Explained, positions_known
+from nla_engine.sites import PARTS, RESID_POST, Site
 from nla_engine.store import CaptureStore, RowFlag
 
 #: The mean FVE should be at least this much above that of the shuffled control.
@@ -104,7 +105,7 @@ def lead(store: CaptureStore, explained: Explained) -> str:
     else:
         words += ". Nothing was scored: no AR has read the words."
     return (
-        f"{_count(len(explained.rows), 'activation')} of layer {metadata['layer']} of "
+        f"{_count(len(explained.rows), 'activation')} of {explained.site.label} of "
         f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
         + words
     )
@@ -116,7 +117,7 @@ def _asked_lead(store: CaptureStore, explained: Explained) -> str:
     sequences = len(np.unique(store.column("sequence")[rows]))
     questions = len(set(columns["question"].tolist()))
     return (
-        f"{_count(len(rows), 'activation')} of layer {metadata['layer']} of "
+        f"{_count(len(rows), 'activation')} of {explained.site.label} of "
         f"{short_name(store.provenance.get('model', 'an unnamed model'))}, from {_count(sequences, 'sequence')}. "
         f"The oracle {short_name(metadata['oracle'])} read them and answered {_count(questions, 'question')}. "
         "Nothing was scored: no answer was checked."
@@ -162,7 +163,7 @@ def warnings(store: CaptureStore, explained: Explained) -> list[str]:
 def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
     out = []
     flags = store.column("flags")[explained.rows]
-    rows, layer = len(explained.rows), int(explained.metadata["layer"])
+    rows, site = len(explained.rows), explained.site
     position = store.column("position")[explained.rows]
     known = explained.trained_from
     below = explained.early_before
@@ -179,10 +180,11 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
             )
         )
     if pairs and (count := _how_many(flags & RowFlag.SINK)):
-        limit = store.sink_norm[layer]
+        limit = store.sink_norm[site]
         out.append(
-            f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in layer "
-            f"{layer}, or that of another layer). They can outweigh all others in a mean: take means without them, too."
+            f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in "
+            f"{site.label}, or that of another layer). They can outweigh all others in a mean: take means without "
+            "them, too."
         )
     if count := _how_many(flags & RowFlag.NONFINITE):
         out.append(
@@ -213,11 +215,17 @@ def _status_warnings(explained: Explained, total: int) -> list[str]:
     return out
 
 
+def _where(site: Site) -> str:
+    if site.part == RESID_POST:
+        return f"{site}: the output of that block, counted from 0"
+    return f"{site}: {PARTS[site.part]}"
+
+
 def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str, str]]]:
     """Heading -> (name, value) pairs: where the activations, the words and the scores come from."""
     captured = store.provenance
     asked: Mapping[str, Any] = captured.get("options", {})
-    error = store.codec_error.get(int(explained.metadata["layer"]))
+    error = store.codec_error.get(explained.site)
     codec = store.codec.name
     if error:
         codec += f"; mean relative error {error['mean']:.2g}, worst {error['worst']:.2g}, on {error['rows']:,} rows"
@@ -226,7 +234,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
             ("model", _named(captured.get("model"), captured.get("revision"))),
             ("architecture", captured.get("architecture")),
             ("weights, tokenizer", f"{captured.get('weights', '-')}, {captured.get('tokenizer', '-')}"),
-            ("layer", f"{explained.metadata['layer']}: the output of that block, counted from 0"),
+            ("layer", _where(explained.site)),
             ("width", f"{store.d_model:,}"),
             ("prompts", ", ".join(map(short_name, str(asked.get("prompts")).split(", ")))),
             ("positions", asked.get("positions")),

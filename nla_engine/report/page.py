@@ -140,7 +140,7 @@ def render(
             )
         taken.append(section.id)
     data, caveats = page_data(store, table), warnings(store, table)
-    title = title or f"{store.path.name}: layer {table.metadata['layer']} in words"
+    title = title or f"{store.path.name}: {table.site.label} in words"
     html = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
     return RenderedPage(html, data, caveats)
 

@@ -28,6 +28,7 @@ from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.summary import ASKING, LOADING, PREPARING, AskSummary, summarise_answers
 from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
 from nla_engine.roundtrip.writer import Asked, Limits, Writer
+from nla_engine.sites import Site, listed
 from nla_engine.store import CaptureStore, LayerReader
 
 
@@ -60,7 +61,7 @@ def run_ask(
     questions = Questions.of(store, options)
     device, dtype, kernels = compute_with(options, announce)
     source = find_oracle(options)
-    prompts = Prompts(options, layer, tokenizer_of(source, remote_code=options.trust_remote_code))
+    prompts = Prompts(options, layer.layer, tokenizer_of(source, remote_code=options.trust_remote_code))
     limits, fingerprint = prompts.survey(questions.kinds())  # before the weights are read, which takes longer
     writer = load_writer(options, source, device, dtype, kernels)
     announce_unfused(writer.lm, kernels, device, announce)
@@ -96,7 +97,7 @@ class _Run:
 
     options: AskOptions
     store: CaptureStore
-    layer: int
+    layer: Site
     questions: Questions
     prompts: Prompts
     limits: Limits
@@ -108,7 +109,7 @@ class _Run:
         total, first = len(questions), table.done // samples
         rows = len(np.unique(questions.rows))
         announce(
-            f"{total:,} prompts about {rows:,} rows of layer {self.layer}, "
+            f"{total:,} prompts about {rows:,} rows of {self.layer.label}, "
             + ("an answer each" if samples == 1 else f"{samples} answers each")
             + (f" ({table.done:,} already there)" if first else "")
         )
@@ -141,7 +142,7 @@ class _Run:
             "precision",
         )
         return {name: given[name] for name in names} | {
-            "layer": self.layer,
+            "layer": self.layer.key,
             "base": self.store.provenance.get("weights"),
             "store": self.store.attributes["store_id"],
             **self.writer.injection.to_dict(),
@@ -236,18 +237,21 @@ class _Run:
             **self.writer.injection.to_dict(),
             "message": self.prompts.message,
             "placeholder": self.options.placeholder,
-            "layer": self.layer,
+            "layer": self.layer.key,
         }
 
 
-def _layer(store: CaptureStore, options: AskOptions) -> int:
-    held = ", ".join(map(str, store.layers))
-    if options.layer is None and len(store.layers) > 1:
-        raise RequestError(f"{options.store} holds layers {held}: give --layer")
-    layer = store.chosen_layer(options.layer)
-    if layer not in store.layers:
-        raise RequestError(f"--layer {layer}: {options.store} holds layer {held}")
-    return layer
+def _layer(store: CaptureStore, options: AskOptions) -> Site:
+    held = [site for site in store.sites if site.part == options.site]
+    if options.layer is None and len(held) > 1:
+        raise RequestError(f"{options.store} holds {listed(held)}: give --layer")
+    if options.layer is None and len(held) == 1:
+        return held[0]
+    site = Site.at(options.layer or 0, options.site)
+    if site not in held:
+        asked = f"--site {options.site}" if options.layer is None else f"--layer {site}"
+        raise RequestError(f"{asked}: {options.store} holds layer {', '.join(map(str, store.sites))}")
+    return site
 
 
 def _blocks(questions: Questions, prompts: np.ndarray) -> list[np.ndarray]:

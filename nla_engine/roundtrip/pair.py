@@ -25,6 +25,7 @@ from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.verbalize import Verbalizer
+from nla_engine.sites import RESID_POST, Site
 from nla_engine.store import CaptureStore
 
 #: GPU memory that AV and AR need beside their weights: slots, activations, graphs.
@@ -201,8 +202,8 @@ def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     return stored * dtype.itemsize // (4 if wide else 2)
 
 
-def choose_layer(store: CaptureStore, options: StageTwoOptions, pair: Pair) -> int:
-    """The layer to read, checked against the widths and layers of the store and the models."""
+def choose_layer(store: CaptureStore, options: StageTwoOptions, pair: Pair) -> Site:
+    """The layer to read, or its site that the options name, checked against the store and the models."""
     av = (f"--av {options.av}", pair.av.sidecar) if isinstance(options, WritingOptions) else None
     ar = (f"--ar {options.ar}", pair.ar.sidecar) if isinstance(options, ScoringOptions) else None
     both = "AV and AR" if av and ar else "AV" if av else "AR"
@@ -226,11 +227,14 @@ def choose_layer(store: CaptureStore, options: StageTwoOptions, pair: Pair) -> i
         raise RequestError(f"{av and av[0]} does not say which layer it reads: give --layer")
     if trained is not None and layer != trained:
         raise RequestError(f"--layer {layer}: this {were} made for layer {trained}; leave --layer out")
-    if layer not in store.layers:
-        held = ", ".join(map(str, store.layers))
-        if trained is None:
-            raise RequestError(f"--layer {layer}: {options.store} holds layer {held}")
+    site = Site.at(layer, options.site)
+    if site not in store.sites:
+        held = ", ".join(map(str, store.sites))
+        if trained is None or site.part != RESID_POST:
+            raise RequestError(f"--layer {site}: {options.store} holds layer {held}")
+        others = [each.part for each in store.sites if each.layer == layer]
+        mend = f" (or pass --site {others[0]} to read another site all the same)" if others else ""
         raise RequestError(
-            f"{options.store} holds layer {held}, the {were} made for layer {layer}: capture that one"
+            f"{options.store} holds layer {held}, the {were} made for layer {layer}: capture that one{mend}"
         )
-    return layer
+    return site

@@ -23,6 +23,7 @@ from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.texts import NONFINITE, ZERO, Texts
 from nla_engine.roundtrip.verbalize import Explanation
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, LayerReader
 
 #: Explanations scored and committed together; fewer if this many seconds have passed.
@@ -50,7 +51,7 @@ class Pipeline:
     def __init__(
         self,
         store: CaptureStore,
-        layer: int,
+        layer: Site,
         pair: Pair,
         texts: Texts,
         controls: Controls | None,

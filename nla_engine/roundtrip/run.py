@@ -46,6 +46,7 @@ from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Verbalizer
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
 
@@ -151,7 +152,7 @@ class _Run:
 
     options: StageTwoOptions
     store: CaptureStore
-    layer: int
+    layer: Site
     pair: Pair
     chosen: _Chosen
     texts: Texts
@@ -191,7 +192,7 @@ class _Run:
                 first, known = known, known + len(part)
                 there = max(texts.rows_of(table.done) - first, 0)
                 announce(
-                    f"{known:,} rows of layer {layer}, {texts.each(known)}"
+                    f"{known:,} rows of {layer.label}, {texts.each(known)}"
                     + (f" ({table.done:,} already there)" if there else "")
                 )
                 if isinstance(texts, Written) and isinstance(options, WritingOptions):
@@ -244,7 +245,7 @@ class _Run:
         )
         same: dict[str, Any] = {name: given[name] for name in names if name in given}
         same |= {
-            "layer": self.layer,
+            "layer": self.layer.key,
             "base": store.provenance.get("weights"),
             "store": store.attributes["store_id"],
         }
@@ -267,7 +268,7 @@ class _Run:
         models = self.pair.describe()
         if isinstance(self.texts, TextFile):
             models = self.texts.written_by() | models
-        return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer}
+        return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer.key}
 
 
 def _choose(
@@ -313,14 +314,14 @@ def _written(options: WritingOptions, pair: Pair) -> Written:
 
 
 def _controls(
-    store: CaptureStore, layer: int, chosen: _Chosen, options: ScoringOptions, device: torch.device
+    store: CaptureStore, layer: Site, chosen: _Chosen, options: ScoringOptions, device: torch.device
 ) -> Controls:
     vectors = store.layer(layer).torch(chosen.sample, device)
     return Controls.of(chosen.sample, store.column("sequence")[chosen.sample], vectors, options.seed)
 
 
 def _variance(
-    options: ScoringOptions, store: CaptureStore, layer: int, device: torch.device
+    options: ScoringOptions, store: CaptureStore, layer: Site, device: torch.device
 ) -> tuple[float, int]:
     """Var, and the number of rows it was measured on: 0 if it was given."""
     if options.variance is not None:

@@ -36,7 +36,7 @@ class RoundtripSummary:
     """
 
     out: str
-    layer: int
+    layer: int | str
     rows: int
     explanations: int
     cos: float | None
@@ -70,7 +70,7 @@ class ExplainSummary:
     """The result of an AV alone in numbers; the keys are those of `--json`."""
 
     out: str
-    layer: int
+    layer: int | str
     rows: int
     explanations: int
     status: dict[str, int]
@@ -90,7 +90,7 @@ class AskSummary:
     """The answers of an oracle in numbers; the keys are those of `--json`. rows: those that are in a prompt."""
 
     out: str
-    layer: int
+    layer: int | str
     rows: int
     questions: int
     prompts: int
@@ -123,7 +123,7 @@ def summarise_answers(options: AskOptions, seconds: Mapping[str, float], new_ans
     answers = status.total()
     return AskSummary(
         out=str(options.out),
-        layer=int(read_metadata(options.out)["layer"]),
+        layer=read_metadata(options.out)["layer"],
         rows=len(rows),
         questions=len(questions),
         prompts=answers // options.samples,
@@ -193,7 +193,7 @@ def _counts(
     rows, first = np.unique(data["row"], return_index=True)
     return {
         "out": str(out),
-        "layer": int(read_metadata(out)["layer"]),
+        "layer": read_metadata(out)["layer"],
         "rows": len(rows),
         "explanations": status.total(),
         "status": dict(status),

@@ -24,6 +24,7 @@ from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA
 from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
 from nla_engine.roundtrip.verbalize import Explanation
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -150,12 +151,12 @@ class TextFile:
         return f"{count:,} text{'' if count == 1 else 's'}"
 
 
-def check_layer(texts: TextFile, layer: int, ar: str) -> None:
-    """RequestError for texts of another layer than the one that the AR gives. ar: its name."""
-    if texts.metadata is not None and texts.metadata["layer"] != layer:
+def check_layer(texts: TextFile, layer: Site, ar: str) -> None:
+    """RequestError for texts of another site than the one that the AR gives. ar: its name."""
+    if texts.metadata is not None and (explained := Site.parse(texts.metadata["layer"])) != layer:
+        mend = "an AR of that layer" if explained.layer != layer.layer else f"--site {explained.part}"
         raise RequestError(
-            f"{texts.path}: explains layer {texts.metadata['layer']}, --ar {ar} gives layer {layer}: "
-            "give an AR of that layer"
+            f"{texts.path}: explains layer {explained}, --ar {ar} gives layer {layer}: give {mend}"
         )
 
 

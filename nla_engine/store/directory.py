@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nla_engine.errors import DamageError, StoreError
+from nla_engine.sites import EMBEDDINGS
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
 from nla_engine.store.objects import LOCK_NAME, ObjectLock, ObjectPath, Place
@@ -147,7 +148,7 @@ def _foreign_names(path: Path) -> list[str]:
 
 def _foreign(names: Iterable[str]) -> list[str]:
     """The names in a root that no store has."""
-    known = {*GROUP_NAMES, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX, LOCK_NAME}
+    known = {*GROUP_NAMES, EMBEDDINGS, METADATA_NAME, METADATA_NAME + TEMPORARY_SUFFIX, LOCK_NAME}
     return sorted(name for name in names if name not in known and not name.startswith("layer_"))
 
 

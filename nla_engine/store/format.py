@@ -1,4 +1,4 @@
-"""Store format, version 1: which arrays there are, their types, and how each is cut into shards.
+"""Store format, versions 1 and 2: which arrays there are, their types, and how each is cut into shards.
 
 The words and numbers here are the contract of docs/store_format.md.
 """
@@ -16,8 +16,10 @@ import numpy as np
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.request import Finish
 from nla_engine.errors import StoreError
+from nla_engine.sites import EMBEDDINGS, PARTS, RESID_POST, Site
 
-FORMAT_VERSION = 1
+#: The newest version: 2 adds sites inside blocks, and a store without them is of version 1.
+FORMAT_VERSION = 2
 ATTRIBUTE = "nla_engine"
 #: The option that marks a store as an imported one: its tokens are not known.
 IMPORTED = "imported"
@@ -38,7 +40,7 @@ EXACT_SHARD_BYTES = 2 << 20
 CHECKSUM_BYTES = 4
 
 LAYER_CONVENTION = (
-    "layer K is the residual stream after decoder block K (both residual adds done, before any final norm): "
+    f"layer K is {PARTS[RESID_POST]}: "
     "transformers hidden_states[K+1] for every block but the last. A row belongs to the token that was read."
 )
 
@@ -182,7 +184,7 @@ def next_token_arrays(top: int | None) -> tuple[str, ...]:
 
 
 def array_specs(
-    layers: Sequence[int],
+    layers: Sequence[Site | int],
     codec: Codec,
     shard_rows: int,
     narrow_shard_rows: int,
@@ -251,14 +253,19 @@ def array_specs(
     return {spec.path: spec for spec in specs}
 
 
-def layer_group(layer: int) -> str:
-    """Name of the group that holds a layer."""
-    return f"layer_{layer}"
+def layer_group(site: Site | int) -> str:
+    """Name of the group that holds a site: layer_20, layer_20_attn_out, embeddings."""
+    return EMBEDDINGS if str(site) == EMBEDDINGS else f"layer_{site}"
 
 
-def exact_unit(layer: int) -> str:
-    """The unit of length of a layer's exact arrays."""
-    return f"exact_{layer}"
+def group_site(group: str) -> Site:
+    """The site of a group. ValueError if the group is none of a site's."""
+    return Site.parse(group.removeprefix("layer_"))
+
+
+def exact_unit(site: Site | int) -> str:
+    """The unit of length of a site's exact arrays."""
+    return f"exact_{site}"
 
 
 def _shard_rows(row_bytes: int, most_rows: int, most_bytes: int, least_rows: int) -> int:

@@ -17,6 +17,7 @@ import google_crc32c
 
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import DamageError, RequestError, StoreError
+from nla_engine.sites import PARTS, RESID_POST, Site
 from nla_engine.store.format import (
     ATTRIBUTE,
     FINISH_MEANINGS,
@@ -39,25 +40,25 @@ GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 class Commit:
     """How much of a store may be read.
 
-    exact: exact rows of each layer; epoch: writers so far; time: ISO 8601, UTC
+    exact: exact rows of each site; epoch: writers so far; time: ISO 8601, UTC
     """
 
     rows: int
     sequences: int
     tokens: int
     source_bytes: int
-    exact: Mapping[int, int]
+    exact: Mapping[Site, int]
     epoch: int
     complete: bool
     time: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "exact": {str(layer): count for layer, count in self.exact.items()}}
+        return {**vars(self), "exact": {str(site): count for site, count in self.exact.items()}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Commit:
         counts = {name: int(data[name]) for name in ("rows", "sequences", "tokens", "source_bytes", "epoch")}
-        exact = {int(layer): int(count) for layer, count in data["exact"].items()}
+        exact = {Site.parse(site): int(count) for site, count in data["exact"].items()}
         if min(*counts.values(), *exact.values()) < 0:
             raise ValueError("a count is negative")
         return cls(**counts, exact=exact, complete=bool(data["complete"]), time=str(data["time"]))
@@ -69,41 +70,48 @@ class Manifest:
 
     store_id: random; differs for a store that replaces another under the same name
     shard_rows: rows per shard of codes; narrow_shard_rows: of every other array with one entry per row
-    sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
-    codec_error: measured reconstruction error of each layer, or None
+    layers: the sites that it holds rows of, each a layer's number alone where it is a block's output
+    sink_norm: norm above which a row is kept exactly, for each site; infinity for never
+    codec_error: measured reconstruction error of each site, or None
     next_token: how many of the likeliest next tokens each row has, beside the log-probability of the one that follows;
     None: neither
     dropped: the sequences that a repair dropped because rows were damaged, with the fault
     """
 
     store_id: str
-    layers: tuple[int, ...]
+    layers: tuple[Site, ...]
     codec: Codec
     shard_rows: int
     narrow_shard_rows: int
-    sink_norm: Mapping[int, float]
+    sink_norm: Mapping[Site, float]
     vocabulary_size: int
     vocabulary_bytes: int
     provenance: Mapping[str, Any]
     options: Mapping[str, Any]
     commit: Commit
-    codec_error: Mapping[int, Any] = field(default_factory=dict)
+    codec_error: Mapping[Site, Any] = field(default_factory=dict)
     dropped: Mapping[int, str] = field(default_factory=dict)
     next_token: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
+        if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers).layer < 0:
             raise StoreError(
-                f"layers {list(self.layers)}: give one or more different layer numbers from 0 on"
+                f"layers {[site.key for site in self.layers]}: give one or more different layer numbers from 0 on"
             )
         if set(self.sink_norm) != set(self.layers):
             raise StoreError(
-                f"sink_norm is given for layers {list(self.sink_norm)}, the store has {list(self.layers)}"
+                f"sink_norm is given for layers {', '.join(map(str, self.sink_norm))}, "
+                f"the store has {', '.join(map(str, self.layers))}"
             )
         if self.next_token is not None and self.next_token < 0:
             raise StoreError(f"next_token {self.next_token}: give 0 or more")
         if any(math.isnan(norm) for norm in self.sink_norm.values()):
             raise StoreError("sink_norm is NaN: give a number, or infinity to keep no sink rows")
+
+    @property
+    def version(self) -> int:
+        """The format version that a reader must know: stores of blocks' outputs alone are as they always were."""
+        return 1 if all(site.part == RESID_POST for site in self.layers) else FORMAT_VERSION
 
     def specs(self) -> dict[str, ArraySpec]:
         """Every array of the store, by path."""
@@ -134,13 +142,14 @@ class Manifest:
     def attributes(self) -> dict[str, Any]:
         """attributes["nla_engine"]; strict JSON."""
         attributes = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "store_id": self.store_id,
             "d_model": self.codec.d_model,
-            "layers": list(self.layers),
+            "layers": [site.key for site in self.layers],
             "layer_convention": LAYER_CONVENTION,
+            **self._conventions(),
             "codec": self.codec.to_dict(),
-            "codec_error": {str(layer): self.codec_error.get(layer) for layer in self.layers},
+            "codec_error": {str(site): self.codec_error.get(site) for site in self.layers},
             "shard_rows": self.shard_rows,
             "narrow_shard_rows": self.narrow_shard_rows,
             "sink_norm": {str(k): float(v) if math.isfinite(v) else None for k, v in self.sink_norm.items()},
@@ -159,24 +168,35 @@ class Manifest:
         }
         return {**attributes, "checksum": attributes_checksum(attributes)}
 
+    def _conventions(self) -> dict[str, Any]:
+        """What its sites inside blocks hold, in words."""
+        parts = {site.part for site in self.layers} - {RESID_POST}
+        return (
+            {"site_conventions": {part: text for part, text in PARTS.items() if part in parts}}
+            if parts
+            else {}
+        )
+
     @classmethod
     def from_attributes(cls, data: dict[str, Any]) -> Manifest:
         if data["checksum"] != attributes_checksum(data):
             raise ValueError("the attributes fail their checksum")
         manifest = cls(
             store_id=str(data["store_id"]),
-            layers=tuple(int(layer) for layer in data["layers"]),
+            layers=tuple(Site.parse(site) for site in data["layers"]),
             codec=Codec.from_dict(data["codec"]),
             shard_rows=int(data["shard_rows"]),
             # Stores written before this key existed lack it.
             narrow_shard_rows=int(data.get("narrow_shard_rows", data["shard_rows"])),
-            sink_norm={int(k): math.inf if v is None else float(v) for k, v in data["sink_norm"].items()},
+            sink_norm={
+                Site.parse(k): math.inf if v is None else float(v) for k, v in data["sink_norm"].items()
+            },
             vocabulary_size=int(data["vocabulary"]["size"]),
             vocabulary_bytes=int(data["vocabulary"]["bytes"]),
             provenance=data["provenance"],
             options=data["options"],
             commit=Commit.from_dict(data["commit"]),
-            codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
+            codec_error={Site.parse(k): v for k, v in data["codec_error"].items() if v is not None},
             dropped={int(k): str(v) for k, v in data["dropped"].items()},
             next_token=int(data["next_token"]["top"]) if "next_token" in data else None,
         )

@@ -16,6 +16,7 @@ import numpy as np
 
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError
+from nla_engine.sites import PARTS, RESID_POST, Site, listed
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.format import ArraySpec, layer_group
 from nla_engine.store.layer import StoredLayer
@@ -75,8 +76,14 @@ class StoreReader:
         return self.commit.complete
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def sites(self) -> tuple[Site, ...]:
+        """All that rows were captured of: outputs of blocks, and sites inside them."""
         return self._manifest.layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks whose output was captured."""
+        return tuple(site.layer for site in self.sites if site.part == RESID_POST)
 
     @property
     def codec(self) -> Codec:
@@ -87,12 +94,13 @@ class StoreReader:
         return self.codec.d_model
 
     @property
-    def sink_norm(self) -> Mapping[int, float]:
+    def sink_norm(self) -> Mapping[Site, float]:
+        """The norm above which a row is kept exactly, by site; that of a block's output by its number too."""
         return self._manifest.sink_norm
 
     @property
-    def codec_error(self) -> Mapping[int, Any]:
-        """Measured error of the codec, by layer; only of layers where it was measured."""
+    def codec_error(self) -> Mapping[Site, Any]:
+        """Measured error of the codec, by site as `sink_norm`; only of those where it was measured."""
         return self._manifest.codec_error
 
     @property
@@ -116,21 +124,39 @@ class StoreReader:
     def options(self) -> Mapping[str, Any]:
         return self._manifest.options
 
-    def chosen_layer(self, layer: int | None) -> int:
-        """`layer`, or for None the store's only layer. Raises StoreError if there are several."""
-        if layer is None and len(self.layers) > 1:
-            raise StoreError(
-                f"{self.path}: holds layers {', '.join(map(str, self.layers))}: name one of them"
-            )
-        return self.layers[0] if layer is None else layer
+    def chosen_layer(self, layer: int | Site | None, part: str | None = None) -> Site:
+        """The site of this layer, or for None of the only one that there is. StoreError if there are several.
 
-    def layer(self, number: int) -> StoredLayer:
-        """The vectors of one layer. StoreError if it was not captured."""
-        if not isinstance(number, Integral) or number not in self.layers:
-            given = number if isinstance(number, Integral) else repr(number)
-            held = ", ".join(map(str, self.layers))
-            raise StoreError(f"layer {given} is not in {self.path}: it has {held}")
-        return StoredLayer(self.codec, self.arrays(layer_group(number)))
+        part: None for the block's output; of a store that holds none of any block, for the only part that it holds
+        """
+        if part is not None and part not in PARTS:
+            raise StoreError(f"{part!r} is no site: choose one of {', '.join(PARTS)}")
+        if isinstance(layer, Site) or (layer is not None and (part or self.layers)):
+            return Site.at(layer, part or RESID_POST)
+        wanted = part or (RESID_POST if self.layers else None)
+        found = [site for site in self.sites if wanted in (None, site.part)]
+        found = [site for site in found if layer in (None, site.layer)]
+        if len(found) != 1:
+            held = listed(found or self.sites)
+            raise StoreError(f"{self.path}: holds {held}: name one of them")
+        return found[0]
+
+    def layer(self, number: int | Site, site: str | None = None) -> StoredLayer:
+        """The vectors of one layer: the output of its block, or another site of it. StoreError if not captured."""
+        chosen = self._site(number, site)
+        if chosen not in self.sites:
+            raise StoreError(
+                f"{chosen.label} is not in {self.path}: it has {', '.join(map(str, self.sites))}"
+            )
+        return StoredLayer(self.codec, self.arrays(layer_group(chosen)))
+
+    def _site(self, number: Any, part: str | None) -> Site:
+        if part is not None and part not in PARTS:
+            raise StoreError(f"{part!r} is no site: choose one of {', '.join(PARTS)}")
+        if not isinstance(number, Integral | Site):
+            held = ", ".join(map(str, self.sites))
+            raise StoreError(f"layer {number!r} is not in {self.path}: it has {held}")
+        return number if isinstance(number, Site) else Site.at(int(number), part or RESID_POST)
 
     def column(self, name: str) -> np.ndarray:
         """An array [rows] of the group `rows` (token_id, position, ...); cached, read-only."""

@@ -11,6 +11,7 @@ import numpy as np
 from nla_engine.codec.rows import Codec, EncodedRows, bf16_bits, bf16_values, exact_rows, ordinary_rows
 from nla_engine.engine.request import NextTokens
 from nla_engine.errors import StoreError
+from nla_engine.sites import Site
 from nla_engine.store.format import NO_TOKEN, Finish, next_token_arrays
 
 _UINT8, _UINT16, _INT32, _INT64, _FLOAT16, _FLOAT32 = map(
@@ -79,7 +80,7 @@ class SequenceRows:
     next_token_id: np.ndarray
     position: np.ndarray
     flags: np.ndarray
-    layers: Mapping[int, LayerRows]
+    layers: Mapping[Site, LayerRows]
     tokens: np.ndarray
     prompt_size: int
     finish: Finish
@@ -94,7 +95,7 @@ class SequenceBatch:
     row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
-    norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
+    norm: float32 [n] for each site; exact_row: int64 [m] for each site, which of the n rows are also kept exactly
     next_tokens: the arrays of `NextTokens` by name, if the store keeps them
     The wide arrays are not copied: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
@@ -111,16 +112,16 @@ class SequenceBatch:
     flags: np.ndarray
     tokens: np.ndarray
     source: np.ndarray
-    norm: Mapping[int, np.ndarray]
-    exact_row: Mapping[int, np.ndarray]
-    rows: Sequence[Mapping[int, LayerRows]]
+    norm: Mapping[Site, np.ndarray]
+    exact_row: Mapping[Site, np.ndarray]
+    rows: Sequence[Mapping[Site, LayerRows]]
     next_tokens: Mapping[str, np.ndarray]
 
     @classmethod
     def of(
         cls,
         sequences: Sequence[SequenceRows],
-        layers: Sequence[int],
+        layers: Sequence[Site | int],
         codec: Codec,
         first: int = 0,
         next_token: int | None = None,
@@ -129,9 +130,10 @@ class SequenceBatch:
 
         Raises StoreError unless shapes, types and values agree with layers, codec and each other.
         """
+        sites = tuple(map(Site.at, layers))
         for number, sequence in enumerate(sequences, first):
             try:
-                _check_arrays(sequence, layers, codec)
+                _check_arrays(sequence, sites, codec)
                 told = {} if sequence.next_tokens is None else vars(sequence.next_tokens)
                 _check_next_tokens(told, next_token, len(sequence.position))
             except StoreError as error:
@@ -158,11 +160,11 @@ class SequenceBatch:
             flags=joined("flags"),
             tokens=joined("tokens"),
             source=np.frombuffer(b"".join(s.source for s in sequences), np.uint8),
-            norm={layer: np.concatenate([s.layers[layer].norm for s in sequences]) for layer in layers},
+            norm={site: np.concatenate([s.layers[site].norm for s in sequences]) for site in sites},
             exact_row={
-                layer: np.concatenate([s.layers[layer].exact_index for s in sequences])
-                + np.repeat(row_start, [len(s.layers[layer].exact_index) for s in sequences])
-                for layer in layers
+                site: np.concatenate([s.layers[site].exact_index for s in sequences])
+                + np.repeat(row_start, [len(s.layers[site].exact_index) for s in sequences])
+                for site in sites
             },
             rows=[sequence.layers for sequence in sequences],
             next_tokens={
@@ -177,8 +179,8 @@ class SequenceBatch:
     def of_block(
         cls,
         columns: Mapping[str, np.ndarray],
-        rows: Mapping[int, LayerRows],
-        layers: Sequence[int],
+        rows: Mapping[Site, LayerRows],
+        layers: Sequence[Site | int],
         codec: Codec,
         first: int = 0,
         next_token: int | None = None,
@@ -189,6 +191,7 @@ class SequenceBatch:
         those of `next_tokens`
         Raises StoreError as `of` does.
         """
+        sites = tuple(map(Site.at, layers))
         sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
         k = len(columns["finish"])
         for name, size in sizes.items():
@@ -203,7 +206,7 @@ class SequenceBatch:
         _check_array("source", columns["source"], _UINT8, (b,))
         _check_array("prompt_size", columns["prompt_size"], _INT32, (k,))
         _check_array("finish", columns["finish"], _UINT8, (k,))
-        _check_layers(rows, layers, n, codec)
+        _check_layers(rows, sites, n, codec)
         told = {name: columns[name] for name in next_token_arrays(next_token)}
         _check_next_tokens(told, next_token, n)
         columns = {name: values for name, values in columns.items() if name not in told}
@@ -223,8 +226,8 @@ class SequenceBatch:
         batch = cls(
             **columns,
             owner=np.repeat(np.arange(k), sizes["row_size"]),
-            norm={layer: rows[layer].norm for layer in layers},
-            exact_row={layer: rows[layer].exact_index for layer in layers},
+            norm={site: rows[site].norm for site in sites},
+            exact_row={site: rows[site].exact_index for site in sites},
             rows=[rows],
             next_tokens=told,
         )
@@ -263,13 +266,13 @@ class SequenceBatch:
             holder, end = np.repeat(np.arange(len(pieces)), pieces[:, 1]), np.cumsum(pieces[:, 0])
             wrong = (index < (end - pieces[:, 0])[holder]) | (index >= end[holder])
             wrong |= (np.diff(index, prepend=-1) <= 0) & (np.diff(holder, prepend=-1) == 0)
-            refuse(wrong, holder, f"layer {layer} exact_index is not ascending within its rows")
+            refuse(wrong, holder, f"{layer.label} exact_index is not ascending within its rows")
             if codec.name == "bf16":
                 continue
             lost = ~ordinary_rows(norm) & (norm != 0)
             lost[index] = False
             row = np.argmax(lost) - begin[owner[np.argmax(lost)]] if lost.any() else 0
-            refuse(lost, owner, f"layer {layer} row {row} has a norm that needs an exact copy")
+            refuse(lost, owner, f"{layer.label} row {row} has a norm that needs an exact copy")
 
 
 def wrong_logprobs(logprob: np.ndarray, next_token_id: np.ndarray) -> np.ndarray:
@@ -294,7 +297,7 @@ def _check_next_tokens(told: Mapping[str, np.ndarray], next_token: int | None, n
         _check_array(name, array, *shapes[name])
 
 
-def _check_arrays(sequence: SequenceRows, layers: Sequence[int], codec: Codec) -> None:
+def _check_arrays(sequence: SequenceRows, layers: Sequence[Site], codec: Codec) -> None:
     """Shapes, types and the prompt record of one sequence."""
     n, t = len(sequence.position), len(sequence.tokens)
     _check_array("tokens", sequence.tokens, _INT32, (t,))
@@ -315,11 +318,13 @@ def _check_sequence(prompt_size: int, tokens: int, source: bytes) -> None:
         raise StoreError(f"source is not UTF-8 JSON: {error}") from None
 
 
-def _check_layers(held: Mapping[int, LayerRows], layers: Sequence[int], n: int, codec: Codec) -> None:
+def _check_layers(held: Mapping[Site, LayerRows], layers: Sequence[Site], n: int, codec: Codec) -> None:
     """Shapes and types of n rows in every layer."""
     if held.keys() != set(layers):
-        raise StoreError(f"layers {sorted(held)} were given, the store holds {sorted(layers)}")
-    for layer, rows in held.items():
+        given, wanted = ([site.key for site in sorted(map(Site.at, each))] for each in (held, layers))
+        raise StoreError(f"layers {given} were given, the store holds {wanted}")
+    for layer in layers:
+        rows = held[layer]
         m = len(rows.exact_index)
         _check_array("codes", rows.codes, codec.code_dtype, (n, codec.code_width), layer)
         _check_array("scales", rows.scales, _FLOAT16, (n, codec.scale_width), layer)
@@ -329,10 +334,10 @@ def _check_layers(held: Mapping[int, LayerRows], layers: Sequence[int], n: int, 
 
 
 def _check_array(
-    name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], layer: int | None = None
+    name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], layer: Site | None = None
 ) -> None:
     if array.dtype != dtype or array.shape != shape:
-        where = "" if layer is None else f"layer {layer} "
+        where = "" if layer is None else f"{layer.label} "
         raise StoreError(
             f"{where}{name} is {array.dtype} {list(array.shape)}, it must be {dtype} {list(shape)}"
         )

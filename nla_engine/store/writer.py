@@ -22,6 +22,7 @@ import numpy as np
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.provenance import now
+from nla_engine.sites import Site, listed
 from nla_engine.store.arrays import ArrayLog
 from nla_engine.store.directory import emptied, staged
 from nla_engine.store.empty import write_empty
@@ -85,9 +86,9 @@ class StoreWriter:
         cls,
         path: str | os.PathLike[str],
         *,
-        layers: Sequence[int],
+        layers: Sequence[Site | int],
         codec: Codec,
-        sink_norm: Mapping[int, float],
+        sink_norm: Mapping[Site, float],
         vocabulary: Sequence[bytes],
         provenance: Mapping[str, Any],
         options: Mapping[str, Any],
@@ -98,7 +99,8 @@ class StoreWriter:
     ) -> StoreWriter:
         """A new, empty store, on disk when this returns.
 
-        sink_norm: norm above which rows are kept exactly, for each layer (infinity: never)
+        layers: sites, each as a layer's number where it is a block's output
+        sink_norm: norm above which rows are kept exactly, for each of them (infinity: never)
         vocabulary: the bytes of every token's text, by token id
         options: JSON; what `resume` compares
         next_token: how many of the likeliest next tokens every sequence brings for each row; None: no `next_tokens`
@@ -106,22 +108,21 @@ class StoreWriter:
         Raises StoreError if the path is taken or an argument is unfit, WriteError if it cannot be written.
         """
         target = _target(path)
+        sites = tuple(map(Site.at, layers))
         shard_rows = shard_rows or default_shard_rows(codec)
         manifest = Manifest(
             store_id=uuid.uuid4().hex,
-            layers=tuple(int(layer) for layer in layers),
+            layers=sites,
             codec=codec,
             shard_rows=shard_rows,
             narrow_shard_rows=default_narrow_shard_rows(codec, shard_rows),
-            sink_norm={int(layer): float(norm) for layer, norm in sink_norm.items()},
+            sink_norm={Site.at(site): float(norm) for site, norm in sink_norm.items()},
             vocabulary_size=len(vocabulary),
             vocabulary_bytes=sum(map(len, vocabulary)),
             provenance=strict_json(provenance, "provenance"),
             options=strict_json(options, "options"),
             next_token=next_token,
-            commit=Commit(
-                0, 0, 0, 0, {int(layer): 0 for layer in layers}, epoch=1, complete=False, time=now()
-            ),
+            commit=Commit(0, 0, 0, 0, dict.fromkeys(sites, 0), epoch=1, complete=False, time=now()),
         )
         if isinstance(target, ObjectPath):
             with writing(target), emptied(target, overwrite) as held:
@@ -171,11 +172,11 @@ class StoreWriter:
         return self._manifest.codec
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[Site, ...]:
         return self._manifest.layers
 
     @property
-    def sink_norm(self) -> Mapping[int, float]:
+    def sink_norm(self) -> Mapping[Site, float]:
         return self._manifest.sink_norm
 
     @property
@@ -205,7 +206,7 @@ class StoreWriter:
             )
             self._append(batch, wait)
 
-    def append_block(self, columns: Mapping[str, np.ndarray], rows: Mapping[int, LayerRows]) -> None:
+    def append_block(self, columns: Mapping[str, np.ndarray], rows: Mapping[Site, LayerRows]) -> None:
         """`append_many` of sequences that lie end to end already, as `SequenceBatch.of_block` takes them."""
         next_token = self._manifest.next_token
         batch = SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended, next_token)
@@ -288,11 +289,12 @@ class StoreWriter:
             self._write_commit(complete=False)
         self._committed_at = time.monotonic()
 
-    def record_codec_error(self, layer: int, error: Mapping[str, Any]) -> None:
-        """Note the codec's measured error on a layer (JSON) for the next commit."""
-        if layer not in self.layers:
-            raise StoreError(f"layer {layer} is not in the store: it has {list(self.layers)}")
-        self._codec_error[layer] = strict_json(error, "codec_error")
+    def record_codec_error(self, layer: Site | int, error: Mapping[str, Any]) -> None:
+        """Note the codec's measured error at a site (JSON) for the next commit."""
+        site = Site.at(layer)
+        if site not in self.layers:
+            raise StoreError(f"{site.label} is not in the store: it has {listed(self.layers)}")
+        self._codec_error[site] = strict_json(error, "codec_error")
 
     def close(self, complete: bool = True) -> None:
         """Commit, mark the store complete (or not), and let another writer in. A second call does nothing."""

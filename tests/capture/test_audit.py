@@ -20,6 +20,8 @@ from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.places import find_places
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import Check
 from nla_engine.store.exchange.importing import import_rows
@@ -84,10 +86,10 @@ def test_rows_of_the_layer_below_are_noticed(tmp_path: Path, monkeypatch) -> Non
         """A tap that stands one block too low."""
 
         def __init__(self, tap: Any) -> None:
-            self._tap, self.layers = tap, tuple(layer - 1 for layer in tap.layers)
+            self._tap, self.layers = tap, tuple(Site(site.layer - 1) for site in tap.layers)
 
-        def __call__(self, layer: int, *rest: Any) -> None:
-            self._tap(layer + 1, *rest)
+        def __call__(self, layer: Site, *rest: Any) -> None:
+            self._tap(Site(layer.layer + 1), *rest)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._tap, name)
@@ -123,8 +125,8 @@ def test_a_row_may_err_as_rounding_moves_it_and_no_further(tmp_path: Path, monke
     right = audit_module._read
 
     def moving(moved: int):
-        def read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torch.Tensor]:
-            outputs = right(lm, ids, seed)
+        def read(*given: Any) -> dict[Site, torch.Tensor]:
+            outputs, seed = right(*given), given[3] if len(given) > 3 else 0
             outputs[1][0, position] *= 1.2
             if seed == 2:
                 outputs[1][0, moved] *= 1.1
@@ -141,11 +143,12 @@ def test_rounding_is_redrawn_and_no_more(tmp_path: Path) -> None:
     lm = language_model()
     lm.model.to(torch.bfloat16).set_attn_implementation("eager")
     ids = torch.arange(20, 60)[None]
+    places = find_places(lm, map(Site, range(len(lm.blocks))))
     with torch.inference_mode():
         plain, again, other = (
-            audit_module._read(lm, ids),
-            audit_module._read(lm, ids),
-            audit_module._read(lm, ids, 1),
+            audit_module._read(lm, places, ids),
+            audit_module._read(lm, places, ids),
+            audit_module._read(lm, places, ids, 1),
         )
     for block, output in plain.items():
         assert torch.equal(output, again[block])

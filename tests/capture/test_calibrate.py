@@ -25,7 +25,7 @@ def test_equals_plain_transformers(rng) -> None:
     found = calibrate(lm, prompts, (0, 1), codec := Codec.named("int8", lm.d_model))
     for layer, entry in found.items():
         states = []
-        hook = lm.blocks[layer].register_forward_hook(
+        hook = lm.blocks[layer.layer].register_forward_hook(
             lambda _m, _i, out, states=states: states.append((out[0] if isinstance(out, tuple) else out)[0])
         )
         for prompt in prompts:

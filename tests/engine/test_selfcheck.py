@@ -238,8 +238,8 @@ def test_what_the_embedding_hands_over_is_compared(monkeypatch: pytest.MonkeyPat
     lm = language_model("llama", torch.float32)
     take = selfcheck.take_sample
 
-    def changed(lm: LanguageModel) -> Any:
-        sample = take(lm)
+    def changed(*given: Any) -> Any:
+        sample = take(*given)
         return replace(sample, embedded=sample.embedded * 1.01)
 
     monkeypatch.setattr(selfcheck, "take_sample", changed)
@@ -299,7 +299,7 @@ def test_models_of_few_positions_are_checked_as_far_as_they_go(
 def test_the_sample_is_of_the_models_own_blocks() -> None:
     """Its first two lanes are read unchanged; the noise is that of bfloat16 alone."""
     lm = language_model("qwen2", torch.bfloat16)
-    sample = take_sample(lm)
+    sample = take_sample(lm, {})
     wide = language_model("qwen2", torch.bfloat16)
     wide.model.float().set_attn_implementation("eager")
     for number in range(len(lm.blocks)):

@@ -16,6 +16,7 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
 from nla_engine.capture.run import GENERATING, MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.sites import PARTS, RESID_POST, Site, crossed
 
 #: Steps before the timed ones, so that every prompt has been read.
 _LEAD = 32
@@ -168,14 +169,19 @@ def _steady_batch(session: Session, batch: int) -> None:
     limit = batch / decode_step_seconds(session.size, hardware, batch, sizes.context)
     every = tuple(range(len(session.lm.blocks)))
     untapped = None
-    one = (session.layer,)
-    for what, layers, next_token in (
+    one: tuple[Site | int, ...] = (session.layer,)
+    taps: list[tuple[str, tuple[Site | int, ...], int | None]] = [
         ("no tap", (), None),
         (f"layer {session.layer}", one, None),
         (f"layer {session.layer}, log-probability of the next token", one, 0),
         (f"layer {session.layer}, next token and {_LIKELIEST} likeliest", one, _LIKELIEST),
         ("all layers", every, None),
-    ):
+    ]
+    # Sites inside a block where a launch is the largest part of a step.
+    if batch == min(each for each in sizes.batches if each >= _FEW):
+        inside = crossed((session.layer,), PARTS.keys() - {RESID_POST})
+        taps += [(site.label, (site,), None) for site in inside]
+    for what, layers, next_token in taps:
         line = session.measure(
             "generate",
             f"steady B={batch} context {sizes.context} {what}",
@@ -194,7 +200,7 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 @contextmanager
 def _steady(
-    session: Session, batch: int, layers: tuple[int, ...], next_token: int | None = None
+    session: Session, batch: int, layers: tuple[Site | int, ...], next_token: int | None = None
 ) -> Iterator[Prepared]:
     """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.
 

@@ -26,6 +26,7 @@ from nla_engine.codec.rows import Codec
 from nla_engine.engine.graph import lane_bucket
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.exchange.importing import import_rows
 from nla_engine.store.exchange.merge import merge
@@ -200,7 +201,7 @@ def _requests(session: Session, rows: int) -> Iterator[Prepared]:
         root,
         layers=[0],
         codec=codec,
-        sink_norm={0: math.inf},
+        sink_norm={Site(0): math.inf},
         vocabulary=[b"a"],
         provenance={},
         options={},

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nla_engine.codec.rows import exact_rows
+from nla_engine.sites import Site
 from nla_engine.store.format import NO_TOKEN, layer_group, row_flags
 from nla_engine.store.manifest import Manifest
 
@@ -91,7 +92,7 @@ class Damage:
             count = self._manifest.commit.sequences
             return np.arange(count), np.ones(count, np.int64)
         if unit.startswith("exact_"):
-            path = f"layer_{unit.removeprefix('exact_')}/exact_row"
+            path = f"{layer_group(Site.parse(unit.removeprefix('exact_')))}/exact_row"
             rows = self._owners("rows")
             if rows is None or path in self.lost:
                 return None

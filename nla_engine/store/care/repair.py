@@ -17,6 +17,7 @@ import numpy as np
 
 from nla_engine.engine.request import NextTokens
 from nla_engine.errors import StoreError
+from nla_engine.sites import Site
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.care.damage import Damage
 from nla_engine.store.care.verify import Check, Verification
@@ -175,7 +176,7 @@ def _groups(
 def _sequence(
     number: int,
     values: Mapping[str, np.ndarray],
-    layers: Mapping[int, LayerRows],
+    layers: Mapping[Site, LayerRows],
     silent: bool,
     next_tokens: NextTokens | None,
 ) -> SequenceRows:
@@ -215,7 +216,7 @@ def _next_tokens(manifest: Manifest, held: Mapping[str, np.ndarray]) -> NextToke
 
 
 def _layer_rows(
-    layer: int,
+    layer: Site,
     manifest: Manifest,
     readers: Mapping[str, ArrayReader],
     values: Mapping[str, np.ndarray],
@@ -247,7 +248,7 @@ def _slice(rows: LayerRows, start: int, stop: int) -> LayerRows:
     )
 
 
-def _no_rows(manifest: Manifest) -> dict[int, LayerRows]:
+def _no_rows(manifest: Manifest) -> dict[Site, LayerRows]:
     codec = manifest.codec
     empty = np.zeros((0, codec.d_model), np.float32)
     return {layer: LayerRows.encode(codec, empty, manifest.sink_norm[layer]) for layer in manifest.layers}

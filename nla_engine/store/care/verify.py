@@ -224,7 +224,7 @@ class Verification:
             norm = values.get(f"{layer_group(layer)}/norm")
             if path in values and norm is not None and self._manifest.codec.name != "bf16":
                 wrong = ~ordinary_rows(norm) & (norm != 0) & ~np.isin(np.arange(commit.rows), values[path])
-                yield _relation(f"layer {layer} keeps exactly what its codec cannot hold", wrong, "row")
+                yield _relation(f"{layer.label} keeps exactly what its codec cannot hold", wrong, "row")
         needed = {f"rows/{name}" for name in ("token_id", "next_token_id", "position", "sequence", "flags")}
         needed |= {"sequences/tokens", "sequences/prompt_size"}
         if laid_out and needed <= set(values):

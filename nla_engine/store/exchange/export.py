@@ -25,6 +25,7 @@ import numpy as np
 
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.documents import WINDOW
+from nla_engine.sites import RESID_POST, Site
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.exchange.next_tokens import next_token_fields, next_token_values
 from nla_engine.store.exchange.record_columns import RecordColumns
@@ -66,7 +67,7 @@ class _Selection:
     """Rows (int64, ascending) of one layer. records: the fields of their prompt records; None for npy and nla."""
 
     store: CaptureStore
-    layer_number: int
+    site: Site
     layer: LayerReader
     rows: np.ndarray
     records: RecordColumns | None
@@ -82,7 +83,7 @@ class _Selection:
         attributes = self.store.attributes
         return {
             "nla_engine": json.dumps({key: value for key, value in attributes.items() if key != "options"}),
-            "layer": str(self.layer_number),
+            "layer": str(self.site),
         }
 
 
@@ -91,6 +92,7 @@ def export(
     to: str,
     out: str | os.PathLike[str],
     layer: int | None = None,
+    site: str | None = None,
     where: str | None = None,
     overwrite: bool = False,
     shard_rows: int | None = None,
@@ -98,7 +100,8 @@ def export(
 ) -> int:
     """Write vectors (float32) and, except for npy, their row columns; returns the number of rows.
 
-    to: one of FORMATS; layer: None for the store's only one; where: None for every row
+    to: one of FORMATS; layer: None for the store's only one; site: None for the block's output
+    where: None for every row
     shard_rows: rows per file; `out` is then a directory. None: one file (datasets: files of about 500 MB)
     Raises RequestError (unknown format, bad shard_rows), StoreError (nothing selected; `out` exists or lies in a store;
     several layers and none named), WriteError.
@@ -116,7 +119,11 @@ def export(
         mend = "a directory, which is never replaced: remove it, or choose another name"
         raise StoreError(f"{path} exists: " + (mend if path.is_dir() else "pass --overwrite"))
     check_outside_stores(path)
-    number = store.chosen_layer(layer)
+    chosen = store.chosen_layer(layer, site)
+    if to == "nla" and chosen.part != RESID_POST:
+        raise RequestError(
+            f"format nla has no word for {chosen.part}, it holds outputs of blocks: choose another one"
+        )
     rows = np.arange(store.rows) if where is None else store.where(where)
     if len(rows) == 0:
         raise StoreError(
@@ -127,7 +134,7 @@ def export(
     if shard_rows is not None and path.suffix in FILE_SUFFIXES:
         raise StoreError(f"{path}: ends in {path.suffix}, and shards lie in a directory: choose another name")
     records = None if to in ("npy", "nla") else RecordColumns(store, store.column("sequence")[rows])
-    selection = _Selection(store, number, store.layer(number), rows, records)
+    selection = _Selection(store, chosen, store.layer(chosen), rows, records)
     if records is not None and to == "safetensors":
         left = [field.name for field in records.fields if field not in _numeric(records)]
         if left:
@@ -215,7 +222,7 @@ def _write_nla(selection: _Selection, path: Path) -> None:
                 pa.array(read, pa.int64()),
                 pa.array(texts, pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(selection.layer[rows].reshape(-1)), store.d_model),
-                pa.array([selection.layer_number] * len(rows), pa.int64()),
+                pa.array([selection.site.layer] * len(rows), pa.int64()),
                 pa.array([_document(store, sequence) for sequence in documents], pa.string()),
             ]
             writer.write_table(pa.table(columns, schema=schema))
@@ -258,7 +265,7 @@ def _nla_sidecar(selection: _Selection) -> str:
     """What the reader of NLA training data needs. Under `extraction` it accepts these keys and no others."""
     import yaml
 
-    store, number = selection.store, selection.layer_number
+    store, number = selection.store, selection.site.layer
     owners, sizes = np.unique(store.column("sequence")[selection.rows], return_counts=True)
     documents: Counter[str] = Counter()
     for owner, size in zip(owners.tolist(), sizes.tolist(), strict=True):

@@ -20,10 +20,11 @@ import numpy as np
 from nla_engine.codec.rows import SINK_FACTOR, Codec, describe_errors, ordinary_rows, relative_errors
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.provenance import describe_run
+from nla_engine.sites import EMBEDDINGS, PARTS, RESID_POST, Site
 from nla_engine.store.exchange.columns import checked
 from nla_engine.store.exchange.export import INDEX_NAME, SIDECAR_SUFFIX, VECTOR_COLUMN
 from nla_engine.store.exchange.record_columns import JSON_TEXT
-from nla_engine.store.exchange.rows_of_files import Batch, FileRows, whole_sequences
+from nla_engine.store.exchange.rows_of_files import SITE, Batch, FileRows, whole_sequences
 from nla_engine.store.exchange.token_texts import token_texts
 from nla_engine.store.exchange.vectors import BATCH_ROWS, read_vectors, unreadable
 from nla_engine.store.format import IMPORTED, RowFlag
@@ -41,22 +42,28 @@ _PLAIN = {str, int, bool, type(None)}
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_rows` did."""
+    """What `import_rows` did. layer: a number, or the text of a site that is no block's output."""
 
     rows: int
     d_model: int
-    layer: int
+    layer: int | str
     codec: str
     codec_error: dict[str, float | int]
     nonfinite_rows: int
 
 
 def import_rows(
-    source: Path, out: Path, *, layer: int | None = None, codec: str = "bf16", overwrite: bool = False
+    source: Path,
+    out: Path,
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    codec: str = "bf16",
+    overwrite: bool = False,
 ) -> Imported:
     """Write the vectors of a file, or of a directory of shards, as a new store.
 
-    layer: the number of their layer; None for the one that the file or its sidecar names
+    layer, site: what they are of; None for what the file or its sidecar names, else for the block's output
     Raises StoreError (nothing to read, damaged, `out` exists), RequestError (no layer, unknown codec), WriteError.
     """
     files = source_files(source)
@@ -65,7 +72,7 @@ def import_rows(
     first = next((batch for batch in batches if len(batch.records)), None)
     if first is None:
         raise StoreError(f"{source}: holds no rows")
-    number = _layer(source, layer, first, sidecar)
+    number = _site(source, layer, site, first, sidecar)
     chosen = Codec.named(codec, first.vectors.shape[1])
     norm = np.linalg.norm(first.vectors.astype(np.float64), axis=1)
     ordinary = ordinary_rows(norm)
@@ -88,7 +95,7 @@ def import_rows(
         sink_norm={number: sink_norm},
         vocabulary=token_texts(files),
         provenance={**describe_run(), "imported_from": str(source), "sidecar": sidecar},
-        options={IMPORTED: str(source), "layer": [number], "codec": codec},
+        options={IMPORTED: str(source), "layer": [number.key], "codec": codec},
         next_token=told.next_token,
         overwrite=overwrite,
     )
@@ -100,10 +107,24 @@ def import_rows(
             writer.append_block(columns, {number: rows})
             nonfinite += int(np.count_nonzero(columns["flags"] & RowFlag.NONFINITE))
     described = describe_errors(error) if len(error) else {}
-    return Imported(writer.rows, chosen.d_model, number, codec, described, nonfinite)
+    return Imported(writer.rows, chosen.d_model, number.key, codec, described, nonfinite)
 
 
-def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any]) -> int:
+def _site(source: Path, given: int | None, part: str | None, first: Batch, sidecar: dict[str, Any]) -> Site:
+    """What the vectors are of. A file that names a layer and no site holds the output of its block."""
+    if part is not None and part not in PARTS:
+        raise RequestError(f"--site is {part!r}: it must be one of {', '.join(PARTS)}")
+    layer = _layer(source, EMBEDDINGS in (part, first.records[0].get(SITE)), given, first, sidecar)
+    named = first.records[0].get("activation_layer") is not None
+    told = first.records[0].get(SITE, RESID_POST if named else None)
+    if told is not None and told not in PARTS:
+        raise StoreError(f"{source}: {SITE} is {told!r}: it must be one of {', '.join(PARTS)}")
+    if part is not None and told not in (None, part):
+        raise RequestError(f"{source}: its vectors are {told}, not {part}: leave --site out")
+    return Site.at(layer, part or told or RESID_POST)
+
+
+def _layer(source: Path, embeddings: bool, given: int | None, first: Batch, sidecar: dict[str, Any]) -> int:
     extraction = sidecar.get("extraction")
     told = first.records[0].get("activation_layer")
     if told is None and isinstance(extraction, dict):
@@ -114,7 +135,7 @@ def _layer(source: Path, given: int | None, first: Batch, sidecar: dict[str, Any
             f"{source}: its sidecar says d_model {width}, its vectors have {first.vectors.shape[1]}: "
             "they do not belong together"
         )
-    number = given if told is None else told
+    number = (0 if embeddings and given is None else given) if told is None else told
     if number is None:
         raise RequestError(f"{source}: does not say which layer its vectors are of: give --layer")
     if given is not None and given != number:
@@ -289,9 +310,13 @@ def _float32(values: np.ndarray, file: Path) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _told(layer: str) -> dict[str, int]:
-    """The layer that the file's metadata names, as a field for each record; {} if it names none."""
-    return {"activation_layer": int(layer)} if layer.isdigit() else {}
+def _told(text: str) -> dict[str, Any]:
+    """The site that the file's metadata names, as fields for each record; {} if it names none."""
+    try:
+        site = Site.parse(text)
+    except ValueError:
+        return {}
+    return {"activation_layer": site.layer} | ({} if site.part == RESID_POST else {SITE: site.part})
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import DamageError, StoreError
+from nla_engine.sites import Site
 from nla_engine.store.format import IMPORTED, next_token_arrays
 from nla_engine.store.manifest import differences
 from nla_engine.store.records import LayerRows
@@ -57,9 +58,9 @@ def merge(
             )
     writer = StoreWriter.create(
         out,
-        layers=first.layers,
+        layers=first.sites,
         codec=first.codec,
-        sink_norm={layer: max(store.sink_norm[layer] for store in stores) for layer in first.layers},
+        sink_norm={layer: max(store.sink_norm[layer] for store in stores) for layer in first.sites},
         vocabulary=[first.vocabulary.raw(token) for token in range(len(first.vocabulary))],
         provenance={**first.provenance, "merged_from": [_origin(store) for store in stores]},
         options={
@@ -73,7 +74,7 @@ def merge(
     )
     done, total = 0, sum(store.sequences for store in stores)
     with writer:
-        for layer in first.layers:
+        for layer in first.sites:
             if error := _joined_error([store.codec_error.get(layer) for store in stores]):
                 writer.record_codec_error(layer, error)
         for store in stores:
@@ -95,7 +96,7 @@ def _parameters(store: CaptureStore) -> dict[str, Any]:
     vocabulary = store.vocabulary
     return {
         **_common_options(store),
-        "layers": list(store.layers),
+        "layers": [site.key for site in store.sites],
         "codec": store.codec.to_dict(),
         "shard_rows": store.attributes["shard_rows"],
         "next_token": store.next_token,
@@ -125,10 +126,10 @@ def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
     return {"mean": float(np.average([e["mean"] for e in errors], weights=rows)), **worst, "rows": sum(rows)}
 
 
-def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[int, LayerRows]]]:
+def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[Site, LayerRows]]]:
     """Every sequence as stored, in blocks of whole sequences, for `StoreWriter.append_block`."""
     table, rows = store.arrays("sequences"), store.arrays("rows")
-    layers = {layer: store.layer(layer) for layer in store.layers}
+    layers = {layer: store.layer(layer) for layer in store.sites}
     for first in range(0, store.sequences, BLOCK_SEQUENCES):
         last = min(first + BLOCK_SEQUENCES, store.sequences)
         known = {name: table[name].read(first, last) for name in TABLE_COLUMNS}

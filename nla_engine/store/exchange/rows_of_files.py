@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import StoreError
+from nla_engine.sites import Site
 from nla_engine.store.exchange.next_tokens import next_token_columns, next_tokens_told
 from nla_engine.store.exchange.record_columns import PREFIX
 from nla_engine.store.format import NO_TOKEN, Finish, RowFlag, row_flags
@@ -25,6 +26,8 @@ UNKNOWN_TOKEN = 0
 _OWN = {"row", "norm", "sequence", "position", "token_id", "next_token_id"} | {
     str(flag.name).lower() for flag in RowFlag
 }
+#: Column that names the part of a block, beside its number in activation_layer.
+SITE = "activation_site"
 #: Most sequences without rows between two that have some.
 _LARGEST_GAP = 1 << 20
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -75,8 +78,8 @@ class _Sequence:
 class FileRows:
     """The sequences of a file, batch by batch, for `StoreWriter.append_block`."""
 
-    def __init__(self, first: dict[str, Any], layer: int, source: Path) -> None:
-        """first: the first row, whose columns say what the file tells. layer: that every row must be of."""
+    def __init__(self, first: dict[str, Any], site: Site, source: Path) -> None:
+        """first: the first row, whose columns say what the file tells. site: that every row must be of."""
         self.numbered = "sequence" in first
         self._ids = "token_id" in first or "next_token_id" in first
         self._own = _OWN | {text for text in ("token", "next_token") if f"{text}_id" in first}
@@ -87,7 +90,7 @@ class FileRows:
                 "next_logprob",
                 *(("top_id", "top_token", "top_logprob") if self.next_token else ()),
             }
-        self._layer, self._source = layer, source
+        self._site, self._source = site, source
         self._row = self._next = 0
 
     def columns(self, batch: Batch, norm: np.ndarray, sink_norm: float) -> dict[str, np.ndarray]:
@@ -148,10 +151,12 @@ class FileRows:
 
     def _sequence(self, group: list[dict[str, Any]]) -> _Sequence:
         for record in group:
-            if record.get("activation_layer", self._layer) != self._layer:
-                raise self._fault(
-                    f"holds rows of layers {self._layer} and {record['activation_layer']}: split it by layer first"
-                )
+            own = self._site.layer, self._site.part
+            other = record.get("activation_layer", own[0]), record.get(SITE, own[1])
+            if other[0] != own[0]:
+                raise self._fault(f"holds rows of layers {own[0]} and {other[0]}: split it by layer first")
+            if other[1] != own[1]:
+                raise self._fault(f"holds rows of {own[1]} and {other[1]}: split it by site first")
         position = [self._position(record) for record in group]
         if any(a >= b for a, b in pairwise(position)):
             raise self._fault(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.errors import FieldError
-from nla_engine.store.format import next_token_arrays
+from nla_engine.sites import Site, listed
+from nla_engine.store.format import group_site, next_token_arrays
 from nla_engine.store.layer import StoredLayer
 from nla_engine.store.reader import StoreReader
 from nla_engine.store.shown import facts_html, plural
@@ -60,12 +61,19 @@ class LayerReader(StoredLayer):
         return np.asarray(self[:], dtype)
 
     @property
+    def site(self) -> Site:
+        """What its rows are of."""
+        return group_site(self.arrays["norm"].spec.path.split("/")[0])
+
+    @property
     def number(self) -> int:
         """K of layer K."""
-        return int(self.arrays["norm"].spec.path.split("/")[0].removeprefix("layer_"))
+        return self.site.layer
 
     def __repr__(self) -> str:
-        return f"<layer {self.number}: float32 [{len(self):,}, {self.codec.d_model:,}], kept as {self.codec.name}>"
+        return (
+            f"<{self.site.label}: float32 [{len(self):,}, {self.codec.d_model:,}], kept as {self.codec.name}>"
+        )
 
     def _repr_html_(self) -> str:
         facts = {
@@ -74,7 +82,7 @@ class LayerReader(StoredLayer):
             "kept as": self.codec.name,
             "as float32": f"{4 * len(self) * self.codec.d_model / 2**20:,.3g} MiB",
         }
-        return facts_html(f"layer {self.number}", facts)
+        return facts_html(self.site.label, facts)
 
     def torch(self, rows: Rows, device: Device | str = "cpu", dtype: DType | None = None) -> Tensor:
         """layer[rows] as a tensor, decoded on `device`: float32 (None), bfloat16 or float16. Whole rows alone."""
@@ -115,16 +123,16 @@ class CaptureStore(StoreReader):
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", not complete"
-        layers = ("layer " if len(self.layers) == 1 else "layers ") + ", ".join(map(str, self.layers))
         return (
-            f"<CaptureStore {self.path}: {plural(self.rows, 'row')} of {plural(self.sequences, 'sequence')}, {layers}, "
+            f"<CaptureStore {self.path}: {plural(self.rows, 'row')} of {plural(self.sequences, 'sequence')}, "
+            f"{listed(self.sites)}, "
             f"d_model {self.d_model:,}, {self.codec.name}{state}>"
         )
 
     def _repr_html_(self) -> str:
         facts = {
             "model": self.provenance.get("model", "-"),
-            "layers": ", ".join(map(str, self.layers)),
+            "layers": ", ".join(map(str, self.sites)),
             "rows": f"{self.rows:,}",
             "sequences": f"{self.sequences:,}",
             "d_model": f"{self.d_model:,}",
@@ -133,9 +141,12 @@ class CaptureStore(StoreReader):
         }
         return facts_html(f"CaptureStore {self.path}", facts)
 
-    def layer(self, number: int) -> LayerReader:
-        """The vectors of one layer. StoreError if it was not captured."""
-        return LayerReader(self.codec, super().layer(number).arrays)
+    def layer(self, number: int | Site, site: str | None = None) -> LayerReader:
+        """The vectors of one layer: the output of block `number`, or its `site`. StoreError if it was not captured.
+
+        site: resid_post (None), resid_mid, attn_out, mlp_out; or embeddings, which any number finds
+        """
+        return LayerReader(self.codec, super().layer(number, site).arrays)
 
     @property
     def fields(self) -> list[str]:

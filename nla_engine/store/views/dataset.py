@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from nla_engine.errors import RequestError, StoreError
+from nla_engine.sites import Site
 from nla_engine.store.manifest import differences
 from nla_engine.store.views.capture_store import CaptureStore
 from nla_engine.store.views.tensors import checked_dtype
@@ -34,7 +35,7 @@ class RowDataset(Dataset[Row]):
     def __init__(
         self,
         store: CaptureStore,
-        layer: int | None = None,
+        layer: int | Site | None = None,
         *,
         where: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -70,7 +71,7 @@ class ShuffledRows(IterableDataset[Row]):
     def __init__(
         self,
         store: CaptureStore,
-        layer: int | None = None,
+        layer: int | Site | None = None,
         *,
         batch_size: int,
         where: str | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import FieldError, RecordFieldError
+from nla_engine.sites import Site
 from nla_engine.store.format import RowFlag
 from nla_engine.store.reader import StoreReader
 
@@ -41,7 +42,7 @@ class Labels:
 
 def field_names(store: StoreReader) -> list[str]:
     """Every name but those of the prompt records, in the order of documentation and errors."""
-    norms = [f"norm_{layer}" for layer in store.layers]
+    norms = [f"norm_{site}" for site in store.sites]
     return [*TEXT_FIELDS, *_numbers(store), "row", "norm", *norms, "prompt", *TRUTH_FIELDS]
 
 
@@ -75,9 +76,9 @@ def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Lab
     if name in TRUTH_FIELDS:
         return column("flags") & RowFlag[name.upper()] != 0
     if name == "norm":
-        return store.layer(store.layers[0]).norm(first)
-    if name in {f"norm_{layer}" for layer in store.layers}:
-        return store.layer(int(name.removeprefix("norm_"))).norm(first)
+        return store.layer(store.layers[0] if store.layers else store.sites[0]).norm(first)
+    if name in {f"norm_{site}" for site in store.sites}:
+        return store.layer(Site.parse(name.removeprefix("norm_"))).norm(first)
     if name.startswith(RECORD):
         return _record_field(store, name.removeprefix(RECORD), column("sequence"), first)
     raise FieldError(f"there is no field '{name}'")

@@ -68,7 +68,7 @@ def library(name: str) -> Any:
 
 def _names(store: StoreReader, columns: Sequence[str] | None) -> list[str]:
     if columns is None:
-        norms = ["norm"] if len(store.layers) == 1 else [f"norm_{layer}" for layer in store.layers]
+        norms = ["norm"] if len(store.sites) == 1 else [f"norm_{site}" for site in store.sites]
         return [*_USUAL, *norms, *record_names(store)]
     return [columns] if isinstance(columns, str) else list(columns)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.errors import RequestError
+from nla_engine.sites import Site
 from nla_engine.store.format import next_token_arrays
 from nla_engine.store.views.capture_store import CaptureStore, LayerReader
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 COLUMNS = ("token_id", "next_token_id", "position", "sequence", "flags")
 
 
-def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Dataset:
+def open_dataset(store: CaptureStore, layer: int | Site | None = None) -> xarray.Dataset:
     """`activation` float32 (row, channel), lazy: reading a part decodes that part; `norm` (row); the row columns.
 
     The columns are coordinates along `row`; the store's attributes become those of the dataset.
@@ -28,8 +29,8 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
     except ImportError as error:
         raise RequestError("a labelled view needs xarray: pip install xarray") from error
 
-    number = store.chosen_layer(layer)
-    reader = store.layer(number)
+    site = store.chosen_layer(layer)
+    reader = store.layer(site)
 
     class Lazy(xarray.backends.BackendArray):
         """The rows of the layer, as xarray indexes them."""
@@ -54,7 +55,7 @@ def open_dataset(store: CaptureStore, layer: int | None = None) -> xarray.Datase
     return xarray.Dataset(
         {"activation": activation, "norm": ("row", reader.norm()), **told},
         coords=coordinates,
-        attrs={"layer": number, "store_id": store.attributes["store_id"], "codec": store.codec.name},
+        attrs={"layer": site.key, "store_id": store.attributes["store_id"], "codec": store.codec.name},
     )
 
 
