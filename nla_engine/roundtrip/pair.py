@@ -129,6 +129,8 @@ def load_pair(
             injection=options.injection,
             norm_match=options.norm_match,
             map=options.av_map,
+            slots=1 if options.slots is None else options.slots.count("L"),
+            prompt=options.prompt is not None,
         )
         wording = Wording(options.prompt, options.system, options.template_option or {}, options.prefill)
     if isinstance(options, ScoringOptions):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from nla_engine.config import (
     ExplainOptions,
@@ -23,14 +22,21 @@ from nla_engine.config import (
 from nla_engine.errors import RequestError
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
-from nla_engine.roundtrip import score
 from nla_engine.roundtrip.far import Watcher
+from nla_engine.roundtrip.layers import controls_of, explained_variance, measured_of
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import SCHEMA, WITHOUT_SCORES, ResultTable, check_table, nullable
+from nla_engine.roundtrip.results import (
+    SCHEMA,
+    WITHOUT_SCORES,
+    ResultTable,
+    check_table,
+    with_layers,
+)
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, open_store, select_rows
 from nla_engine.roundtrip.score import Controls
+from nla_engine.roundtrip.slots import Slots
 from nla_engine.roundtrip.summary import (
     EXPLAINING,
     FINISHING,
@@ -44,7 +50,6 @@ from nla_engine.roundtrip.summary import (
 )
 from nla_engine.roundtrip.text_file import TextFile, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
-from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
@@ -80,7 +85,7 @@ def run_roundtrip(
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     written = _written(options, pair)
-    controls = _controls(store, layer, chosen, options, pair.device)
+    controls = controls_of(store, layer, chosen.sample, options, pair, announce)
     run = _Run(options, store, layer, pair, chosen, written, controls)
     return summarise(options, *run.finish(announce, phases))
 
@@ -102,7 +107,7 @@ def run_explain(
     pair = load_pair(options, announce, verbalizer)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    run = _Run(options, store, layer, pair, chosen, _written(options, pair), None)
+    run = _Run(options, store, layer, pair, chosen, _written(options, pair), {})
     return summarise_texts(options, *run.finish(announce, phases))
 
 
@@ -132,7 +137,7 @@ def run_score(
             "give an AR of that layer"
         )
     check_lengths(texts, pair.ar)
-    controls = _controls(store, layer, chosen, options, pair.device)
+    controls = controls_of(store, layer, chosen.sample, options, pair, announce)
     run = _Run(options, store, layer, pair, chosen, texts, controls)
     return summarise(options, *run.finish(announce, phases))
 
@@ -151,7 +156,7 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of stage 2, ready to start. controls: None if nothing is scored."""
+    """One run of stage 2, ready to start. controls: by layer, the run's own first; empty if nothing is scored."""
 
     options: StageTwoOptions
     store: CaptureStore
@@ -159,7 +164,7 @@ class _Run:
     pair: Pair
     chosen: _Chosen
     texts: Texts
-    controls: Controls | None
+    controls: Mapping[int, Controls]
 
     def finish(self, announce: Announce, phases: Phases) -> tuple[dict[str, float], float]:
         """Write the table, or what is missing of it. Returns the seconds by phase, and the rows that are new."""
@@ -190,7 +195,8 @@ class _Run:
 
         longest = options.max_new_tokens if isinstance(options, WritingOptions) else None
         with closing(self.pair):
-            pipeline = Pipeline(self.store, layer, self.pair, texts, self.controls, write, longest)
+            slots = _slots(options)
+            pipeline = Pipeline(self.store, layer, self.pair, texts, self.controls, write, longest, slots)
             for part in self.chosen.segments:
                 first, known = known, known + len(part)
                 there = max(texts.rows_of(table.done) - first, 0)
@@ -213,20 +219,22 @@ class _Run:
                     pipeline.run(part[there:], first + there)
             phases(table.done, texts.up_to_row(known), part=1.0)
             phases.phase(FINISHING)
-            if self.controls is None or not isinstance(options, ScoringOptions):
+            if not self.controls or not isinstance(options, ScoringOptions):
                 table.finish(self._metadata(), store=self.store)
                 return
-            variance, measured = _variance(options, self.store, layer, self.pair.device)
-        metadata = self._metadata() | {
-            "variance": variance,
-            "variance_rows": measured,
-            "control_rows": len(self.controls.rows),
-            "control_vectors": len(self.controls.distinct),
-        }
-        table.finish(metadata, lambda mse: _explained_variance(mse, variance), self.store)
+            measured = {
+                number: measured_of(options, self.store, number, controls, self.pair.device)
+                for number, controls in self.controls.items()
+            }
+        variances = {number: float(about["variance"]) for number, about in measured.items()}
+        metadata = self._metadata() | measured.pop(layer)
+        if measured:
+            metadata["further_layers"] = {str(number): about for number, about in measured.items()}
+        table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
 
     def _schema(self) -> pa.Schema:
-        schema = WITHOUT_SCORES if self.controls is None else SCHEMA
+        further = [number for number in self.controls if number != self.layer]
+        schema = with_layers(SCHEMA, further) if self.controls else WITHOUT_SCORES
         return pa.schema([*schema, *self.texts.more]) if isinstance(self.texts, TextFile) else schema
 
     def _identity(self) -> dict[str, Any]:
@@ -245,6 +253,7 @@ class _Run:
             "precision",
             "variance",
             "follow",
+            "slots",
         )
         same: dict[str, Any] = {name: given[name] for name in names if name in given}
         same |= {
@@ -255,7 +264,7 @@ class _Run:
         if chosen.rows is not None:
             same["rows"] = len(chosen.rows)
             same["selection"] = hashlib.sha256(chosen.rows.tobytes()).hexdigest()[:16]
-        if self.controls is not None:
+        if self.controls:
             same["controls"] = hashlib.sha256(chosen.sample.tobytes()).hexdigest()[:16]
         if pair.verbalizer is not None:
             same["av"] = pair.verbalizer.fingerprint()
@@ -263,7 +272,7 @@ class _Run:
             same["ar"] = pair.reconstructor.fingerprint()
         if isinstance(self.texts, TextFile):
             same["texts"] = self.texts.fingerprint()
-        elif self.controls is None:
+        elif not self.controls:
             same["scores"] = False  # the table of a round trip has all the rest in common with this one
         return same
 
@@ -278,9 +287,23 @@ def _choose(
     store: CaptureStore, options: WritingOptions, rows: np.ndarray | None, wanted: int, announce: Announce
 ) -> _Chosen:
     """The given rows, or those that the options select. wanted: most rows in the sample of the controls."""
+    slots, left_out = _slots(options), 0
+
+    def keep(found: np.ndarray) -> np.ndarray:
+        nonlocal left_out
+        if slots is None:
+            return found
+        kept = slots.complete(store, found)
+        left_out += len(found) - len(kept)
+        return kept
+
+    if slots is not None:
+        slots.check(store)
     if rows is None and not options.follow:
-        rows = select_rows(store, options)
-    segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
+        rows = select_rows(store, options, keep)
+    segments = follow_rows(store, options.where, announce, keep) if rows is None else iter([rows])
+    if left_out:
+        announce(f"{left_out:,} rows are left out: the store lacks a vector that --slots names for them")
     segments, sample = _control_sample(segments, options, wanted)
     if not len(sample):
         raise nothing_selected(options)
@@ -316,26 +339,7 @@ def _written(options: WritingOptions, pair: Pair) -> Written:
     return Written(options, pair.av, pair.device)
 
 
-def _controls(
-    store: CaptureStore, layer: int, chosen: _Chosen, options: ScoringOptions, device: torch.device
-) -> Controls:
-    vectors = store.layer(layer).torch(chosen.sample, device)
-    return Controls.of(chosen.sample, store.column("sequence")[chosen.sample], vectors, options.seed)
-
-
-def _variance(
-    options: ScoringOptions, store: CaptureStore, layer: int, device: torch.device
-) -> tuple[float, int]:
-    """Var, and the number of rows it was measured on: 0 if it was given."""
-    if options.variance is not None:
-        return options.variance, 0
-    variance = layer_variance(store.layer(layer), options.seed, device)
-    return variance.value, variance.rows
-
-
-def _explained_variance(mse: np.ndarray, variance: float) -> dict[str, list[float | None]]:
-    """The columns that need Var, for float64 [n] with NaN where there is no score."""
-    return {
-        "fve_nrm": nullable(score.fve_nrm(mse, variance)),
-        "fve_meannorm": nullable(score.fve_meannorm(mse, variance)),
-    }
+def _slots(options: StageTwoOptions) -> Slots | None:
+    """The vectors that enter one prompt, None if a row's own does."""
+    given = options.slots if isinstance(options, WritingOptions) else None
+    return None if given is None else Slots.parse(given)

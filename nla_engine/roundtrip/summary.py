@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from nla_engine.config import AskOptions, ExplainOptions, ScoringOptions
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
+from nla_engine.roundtrip.results import batches, of_layer, ranked_among, read_metadata
 from nla_engine.roundtrip.texts import GIVEN
 
 #: Phases of a run. Explaining includes scoring, which runs beside it; finishing measures Var and ends the table.
@@ -31,6 +31,7 @@ _NO_SECONDS: Mapping[str, float] = {}
 class RoundtripSummary:
     """The result in numbers; the keys are those of `--json`. Scores are means over every scored explanation.
 
+    further_layers: of the others that the AR gives from the same text: their means.
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
     """
@@ -60,9 +61,10 @@ class RoundtripSummary:
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
+    further_layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "further_layers" or value}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,28 @@ def summarise(
         retrieval_median=float(np.median(scored)) if len(scored) else None,
         retrieval_sample=int(metadata["control_rows"]),
         retrieval_vectors=ranked_among(metadata),
+        further_layers={
+            layer: _of_layer(options.out, int(layer), float(about["variance"]))
+            for layer, about in metadata.get("further_layers", {}).items()
+        },
     )
+
+
+def _of_layer(out: Path, layer: int, variance: float) -> dict[str, float | None]:
+    """The means of a further layer."""
+    names = ("cos", "fve_nrm", "cos_shuffled", "retrieval_rank")
+    columns = [of_layer(name, layer) for name in names]
+    parts = list(batches(out, columns))
+    cos, fve, shuffled, rank = (
+        np.concatenate([part[name].astype(np.float64) for part in parts]) for name in columns
+    )
+    return {
+        "cos": _mean(cos),
+        "fve_nrm": _mean(fve),
+        "cos_shuffled": _mean(shuffled),
+        "retrieval_top1": _mean(rank[np.isfinite(rank)] == 1),
+        "variance": round(variance, 6),
+    }
 
 
 def _columns(out: Path, scores: list[str]) -> dict[str, np.ndarray]:
