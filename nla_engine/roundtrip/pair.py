@@ -116,8 +116,12 @@ def load_pair(
     announce: Callable[[str], None],
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
+    layer: int | None = None,
 ) -> Pair:
-    """The models that the options name, or the given ones, on the device unless they take turns."""
+    """The models that the options name, or the given ones, on the device unless they take turns.
+
+    layer: of the vectors, where something else than --layer tells it
+    """
     device, dtype, kernels = compute_with(options, announce)
     remote_code = options.trust_remote_code
     said, wording = Given(values=options.template_value, whitening=options.whitening), Wording()
@@ -174,7 +178,7 @@ def load_pair(
         "remote_code": remote_code,
         "kernels": kernels,
     }
-    layer = options.layer
+    layer = options.layer if layer is None else layer
     if av is not None:
         said = replace(of_av, layer=layer)
         verbalizer = verbalizer or Verbalizer.load(av, source=av_source, given=said, wording=wording, **how)

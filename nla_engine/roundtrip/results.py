@@ -84,6 +84,12 @@ def of_layer(name: str, layer: int) -> str:
     return f"{name}_L{layer}"
 
 
+def further_scores(metadata: Mapping[str, Any]) -> list[str]:
+    """The columns of a table that are scores of further layers."""
+    layers = map(int, metadata.get("further_layers", {}))
+    return [of_layer(name, layer) for layer in layers for name in SCORES]
+
+
 def with_layers(schema: pa.Schema, layers: Iterable[int]) -> pa.Schema:
     """A schema with the scores of further layers."""
     scores = [SCHEMA.field(name) for name in SCORES if name != "best"]

@@ -128,12 +128,16 @@ def run_score(
     texts = TextFile.read(options.texts, store)
     rows = texts.selected
     chosen = _Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
-    pair = load_pair(options, announce, reconstructor=reconstructor)
+    if None not in (options.layer, texts.layer) and options.layer != texts.layer:
+        raise RequestError(
+            f"--layer {options.layer}: the texts of {options.texts} are about layer {texts.layer}: leave --layer out"
+        )
+    pair = load_pair(options, announce, reconstructor=reconstructor, layer=texts.layer)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    if texts.metadata is not None and texts.metadata["layer"] != layer:
+    if texts.layer not in (None, layer):
         raise RequestError(
-            f"{options.texts}: explains layer {texts.metadata['layer']}, --ar {options.ar} gives layer {layer}: "
+            f"{options.texts}: explains layer {texts.layer}, --ar {options.ar} gives layer {layer}: "
             "give an AR of that layer"
         )
     check_lengths(texts, pair.ar)
@@ -235,7 +239,13 @@ class _Run:
     def _schema(self) -> pa.Schema:
         further = [number for number in self.controls if number != self.layer]
         schema = with_layers(SCHEMA, further) if self.controls else WITHOUT_SCORES
-        return pa.schema([*schema, *self.texts.more]) if isinstance(self.texts, TextFile) else schema
+        if not isinstance(self.texts, TextFile):
+            return schema
+        if clash := set(schema.names) & set(self.texts.more.names):
+            raise RequestError(
+                f"{self.texts.path}: the result has a field {min(clash)} of its own: rename it in the file"
+            )
+        return pa.schema([*schema, *self.texts.more])
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it continues."""

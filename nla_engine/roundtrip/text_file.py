@@ -1,8 +1,8 @@
 """A file of texts for rows of a store: Parquet or JSON lines from any source, or the table of an earlier run.
 
-Of any file the fields `row` and `text` are read; of the table of a run `row`, `sample`, `explanation`, `status` and
-`n_tokens`, since all others are computed again. Further fields go into the result as they are. The whole file is held
-in memory.
+Of any file the fields `row` and `text` are read, and `layer` if there is one; of the table of a run `row`, `sample`,
+`explanation`, `status` and `n_tokens`, since all others are computed again. Further fields go into the result as they
+are. The whole file is held in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from nla_engine.errors import PromptError, ReadError, RequestError, first_line, is_failure
 from nla_engine.models.prompt_files import read_records
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA
+from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA, further_scores
 from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.store import CaptureStore
@@ -37,14 +37,16 @@ class TextFile:
     """The texts of a file, sorted by row: a `Texts`.
 
     selected: int64 [R], the rows that have a text, ascending; metadata: of the run whose table it is, or None
-    more: the schema of the further fields
+    more: the schema of the further fields; layer: whose vectors the texts are about, if the file says it
     """
 
     unit = "texts"
 
-    def __init__(self, path: Path, table: pa.Table, metadata: dict[str, Any] | None) -> None:
+    def __init__(
+        self, path: Path, table: pa.Table, metadata: dict[str, Any] | None, layer: int | None = None
+    ) -> None:
         """table: row, sample, explanation, status, n_tokens, and further fields; sorted by row and sample."""
-        self.path, self._table, self.metadata = path, table, metadata
+        self.path, self._table, self.metadata, self.layer = path, table, metadata, layer
         self.selected, first = np.unique(table["row"].to_numpy(), return_index=True)
         self._start = np.append(first, len(table))
         self.more = pa.schema([field for field in table.schema if field.name not in SCHEMA.names])
@@ -63,7 +65,8 @@ class TextFile:
             raise RequestError(f"{path}: holds no texts: there is nothing to score")
         rows = _rows(path, table["row"], places, store)
         texts = _texts(path, table[text], text, places)
-        own = set(SCHEMA.names) if metadata is not None else {"row", "text"}
+        own = {"row", "text"} if metadata is None else {*SCHEMA.names, *further_scores(metadata)}
+        layer = _layer(path, table, places) if metadata is None else int(metadata["layer"])
         further = [name for name in table.column_names if name not in own]
         if clash := [name for name in further if name in SCHEMA.names]:
             raise RequestError(
@@ -77,7 +80,7 @@ class TextFile:
         if not np.array_equal(order, np.arange(len(order))):
             made = made.take(pa.array(order))
         _check_writable(path, made.select(further).schema)
-        return cls(path, made, metadata)
+        return cls(path, made, metadata, layer)
 
     def all(self) -> list[str]:
         """Every text, in order."""
@@ -284,6 +287,25 @@ def _rows(
             f"{path}, {place}: row {row} is not in {store.path}, which has rows 0 to {store.rows - 1}{more}"
         )
     return values.astype(np.int64)
+
+
+def _layer(path: Path, table: pa.Table, places: Sequence[str] | None) -> int | None:
+    """What a column `layer` says; None without one."""
+    if "layer" not in table.column_names:
+        return None
+    column = table["layer"]
+    if not pa.types.is_integer(column.type):
+        raise RequestError(f"{path}: layer is of type {column.type}: it must be an integer")
+    if column.null_count:
+        place = _place(places, int(pc.index(column.is_null(), True).as_py()))
+        raise RequestError(f"{path}, {place}: layer is null: it must be an integer")
+    layers = np.unique(column.to_numpy()).tolist()
+    if len(layers) > 1:
+        raise RequestError(
+            f"{path}: its texts are about layers {', '.join(map(str, layers[:12]))}, and a run scores those of one: "
+            "split the file"
+        )
+    return int(layers[0]) if layers else None
 
 
 def _texts(path: Path, column: pa.ChunkedArray, name: str, places: Sequence[str] | None) -> pa.Array:

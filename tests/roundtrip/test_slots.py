@@ -159,6 +159,12 @@ def test_the_summary_and_the_halves(slotted: tuple[Path, Any, Any], tmp_path: Pa
     for name in ("explanation", "cos", "cos_L1", "fve_nrm_L3", "retrieval_rank_L1", "cos_shuffled_L3"):
         assert halves[name] == whole[name]
     check_refused(call(*both(root, tmp_path / "x.parquet", "L1@0,L2@0,L2@0"), "--resume"), "slots was")
+    command = score(root, tmp_path / "again.parquet", tmp_path / "x.parquet", ar_base=root / "base")
+    assert (
+        call(*command).code == 0
+    )  # the layer and the texts are those of the table; scores are computed again
+    again = pq.read_table(tmp_path / "again.parquet").to_pydict()
+    assert again["cos_L1"] == whole["cos_L1"] and again.keys() == whole.keys()
 
 
 def test_the_user_s_own_prompt_and_a_followed_row(slotted: tuple[Path, Any, Any], tmp_path: Path) -> None:
