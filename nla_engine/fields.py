@@ -225,6 +225,16 @@ def injection(
     )
 
 
+def dry_run(excludes: str | None = None) -> Any:
+    """Check and measure only."""
+    return option(
+        "Write nothing. Load and check everything; print the rows, the first prompt, and the time and size to expect, "
+        "measured on a few rows for at most 20 seconds (loading not counted).",
+        False,
+        excludes=excludes,
+    )
+
+
 def slots() -> Any:
     """The vectors that enter one prompt of an AV."""
     return option(

@@ -12,7 +12,20 @@ from rich.markup import escape
 from nla_engine.cli.app import app, command
 from nla_engine.cli.output import Json, finish, results, say
 from nla_engine.cli.progress import progress_bar
-from nla_engine.config import AskOptions, CaptureOptions, ExplainOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import (
+    AskOptions,
+    CaptureOptions,
+    ExplainOptions,
+    RoundtripOptions,
+    ScoreOptions,
+    StageTwoOptions,
+)
+
+
+def _estimate(options: StageTwoOptions, as_json: bool) -> None:
+    from nla_engine.roundtrip.estimate import estimate_stage_two
+
+    finish("dry run: nothing was written", estimate_stage_two(options, announce=say).to_dict(), as_json)
 
 
 @command(CaptureOptions)
@@ -33,6 +46,9 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 @command(RoundtripOptions)
 def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
     """Stage 2: explain stored activations with an AV, read the words back with an AR, and score them."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_roundtrip
 
     with progress_bar("explanations") as progress:
@@ -46,6 +62,9 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
 @command(ExplainOptions)
 def explain_command(options: ExplainOptions, as_json: bool) -> None:
     """The first half of roundtrip: explain stored activations with an AV. Nothing is scored."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_explain
 
     with progress_bar("explanations") as progress:
@@ -56,6 +75,9 @@ def explain_command(options: ExplainOptions, as_json: bool) -> None:
 @command(ScoreOptions)
 def score_command(options: ScoreOptions, as_json: bool) -> None:
     """The second half of roundtrip: read the texts of a file with an AR, and score them against stored activations."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_score
 
     with progress_bar("texts") as progress:

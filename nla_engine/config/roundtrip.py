@@ -61,6 +61,7 @@ class RoundtripOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run("follow")
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
@@ -106,6 +107,7 @@ class ExplainOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run("follow")
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class ScoreOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run()
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:

@@ -69,8 +69,7 @@ class Pipeline:
 
     def run(self, rows: np.ndarray, first: int) -> None:
         """Explain, score and write these rows. first: place of rows[0] among all selected rows."""
-        self._reader = self.store.layer(self.layer)  # a followed store has grown
-        self._vectors = self._reader if self.slots is None else self.slots.vectors(self.store)
+        self._vectors = self.vectors()
         turn = max(self.texts.rows_of(TURN), 1) if self.pair.in_turns else len(rows)
         for start in range(0, len(rows), turn):
             part = rows[start : start + turn]
@@ -83,7 +82,12 @@ class Pipeline:
                     ready = list(chunks)
                     self.pair.reconstruct_next()
                 for chunk in ready:
-                    background.submit(lambda chunk=chunk: self.write(self._columns(chunk)))  # type: ignore[misc]
+                    background.submit(lambda chunk=chunk: self.write(self.columns(chunk)))  # type: ignore[misc]
+
+    def vectors(self) -> Vectors:
+        """What enters the AV, by row. Opens the layer anew: a followed store has grown."""
+        self._reader = self.store.layer(self.layer)
+        return self._reader if self.slots is None else self.slots.vectors(self.store)
 
     def _prepare_ar(self) -> None:
         """Let the AR allocate its memory before the AV takes what is free. Returns when it has."""
@@ -110,7 +114,7 @@ class Pipeline:
                     yield Explained(np.concatenate(owners), group)
                     owners, group, since = [], [], time.monotonic()
 
-    def _columns(self, chunk: Explained) -> dict[str, Any]:
+    def columns(self, chunk: Explained) -> dict[str, Any]:
         """The columns of a chunk, except those that need Var."""
         store, rows = self.store, chunk.rows
         flags = store.column("flags")[rows]

@@ -160,12 +160,12 @@ class Reconstructor:
 
     def prompt_sizes(self, explanations: Sequence[str]) -> list[int]:
         """How many tokens the prompt around each text has."""
-        return [len(ids) for ids in self._prompts(explanations)]
+        return [len(ids) for ids in self.prompts(explanations)]
 
     @torch.inference_mode()
     def prepare(self, tokens: int) -> None:
         """Allocate memory for texts of so many tokens, and check the engine against the library's forward."""
-        (empty,) = self._prompts([""])
+        (empty,) = self.prompts([""])
         self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
 
     @torch.inference_mode()
@@ -176,7 +176,7 @@ class Reconstructor:
     @torch.inference_mode()
     def reconstruct_layers(self, explanations: Sequence[str]) -> dict[int, torch.Tensor]:
         """The same of every layer that the AR gives from one text, its own first."""
-        prompts = self._prompts(explanations)
+        prompts = self.prompts(explanations)
         layers = (self.layer, *self.further)
         shape = (len(layers), len(prompts), self.lm.d_model)
         last = torch.empty(shape, dtype=self.lm.dtype, device=self.lm.device)
@@ -222,12 +222,13 @@ class Reconstructor:
             runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
         return {len(self.lm.blocks) - 1: states, **self._tap.states}
 
-    def _prompts(self, explanations: Sequence[str]) -> list[list[int]]:
+    def prompts(self, explanations: Sequence[str]) -> list[list[int]]:
+        """The prompt around each text, as token ids."""
         return reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations, self.special)
 
     def _shared_prefix(self) -> tuple[int, ...]:
         """Token ids that prompts begin with, unless the tokenizer merges a text with the template before it."""
-        one, other = self._prompts(["a", "1"])
+        one, other = self.prompts(["a", "1"])
         same = [a == b for a, b in zip(one, other, strict=False)]
         return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
 

@@ -184,6 +184,20 @@ class ResultTable:
             _remove_parts(parts, files)
         return cls(out, lease, options, schema, sum(_rows(file) for file in files), len(files))
 
+    @classmethod
+    def done_before(cls, out: Path, options: dict[str, Any], *, overwrite: bool) -> int:
+        """Rows of the table that a run with these options would find. Errors as for `open`; nothing is written."""
+        parts = _parts_of(out)
+        if overwrite:
+            return 0
+        if (record := parts / RECORD_NAME).exists():
+            _check_same(parts, _read_json(record).get("options", {}), options)
+            return sum(map(_rows, _part_files(parts)))
+        if out.exists():
+            _check_same(out, read_metadata(out).get("options", {}), options)
+            return int(pq.read_metadata(out).num_rows)
+        return 0
+
     def __enter__(self) -> ResultTable:
         return self
 

@@ -76,17 +76,9 @@ def run_roundtrip(
 
     rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
     """
+    _check_wet(options)
     phases = Phases(progress)
-    phases.phase(LOADING)
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    store = open_store(options, announce)
-    chosen = _choose(store, options, rows, CONTROL_ROWS, announce)
-    pair = load_pair(options, announce, verbalizer, reconstructor)
-    phases.phase(PREPARING)
-    layer = choose_layer(store, options, pair)
-    written = _written(options, pair)
-    controls = controls_of(store, layer, chosen.sample, options, pair, announce)
-    run = _Run(options, store, layer, pair, chosen, written, controls)
+    run = prepare_run(options, announce, phases, verbalizer, reconstructor, rows)
     return summarise(options, *run.finish(announce, phases))
 
 
@@ -99,15 +91,9 @@ def run_explain(
     rows: np.ndarray | None = None,
 ) -> ExplainSummary:
     """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
+    _check_wet(options)
     phases = Phases(progress)
-    phases.phase(LOADING)
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    store = open_store(options, announce)
-    chosen = _choose(store, options, rows, 1, announce)
-    pair = load_pair(options, announce, verbalizer)
-    phases.phase(PREPARING)
-    layer = choose_layer(store, options, pair)
-    run = _Run(options, store, layer, pair, chosen, _written(options, pair), {})
+    run = prepare_run(options, announce, phases, verbalizer, rows=rows)
     return summarise_texts(options, *run.finish(announce, phases))
 
 
@@ -119,15 +105,54 @@ def run_score(
     reconstructor: Reconstructor | None = None,
 ) -> RoundtripSummary:
     """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
+    _check_wet(options)
     phases = Phases(progress)
+    run = prepare_run(options, announce, phases, reconstructor=reconstructor)
+    return summarise(options, *run.finish(announce, phases))
+
+
+def _check_wet(options: StageTwoOptions) -> None:
+    if options.dry_run:
+        raise RequestError(
+            "--dry-run writes nothing: call `nla_engine.roundtrip.estimate.estimate_stage_two`"
+        )
+
+
+def prepare_run(
+    options: StageTwoOptions,
+    announce: Announce,
+    phases: Phases,
+    verbalizer: Verbalizer | None = None,
+    reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
+) -> Run:
+    """Load the models and check everything; nothing is written. Arguments and errors as for `run_roundtrip`."""
     phases.phase(LOADING)
+    if isinstance(options, ScoreOptions):
+        return _prepare_score(options, announce, phases, reconstructor)
+    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    store = open_store(options, announce)
+    scored = isinstance(options, RoundtripOptions)
+    chosen = _choose(store, options, rows, CONTROL_ROWS if scored else 1, announce)
+    pair = load_pair(options, announce, verbalizer, reconstructor)
+    phases.phase(PREPARING)
+    layer = choose_layer(store, options, pair)
+    written, controls = _written(options, pair), {}
+    if isinstance(options, RoundtripOptions):
+        controls = controls_of(store, layer, chosen.sample, options, pair, announce)
+    return Run(options, store, layer, pair, chosen, written, controls)
+
+
+def _prepare_score(
+    options: ScoreOptions, announce: Announce, phases: Phases, reconstructor: Reconstructor | None
+) -> Run:
     store = CaptureStore.open(options.store)
     if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
         raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     texts = TextFile.read(options.texts, store)
     rows = texts.selected
-    chosen = _Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
+    chosen = Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
     if None not in (options.layer, texts.layer) and options.layer != texts.layer:
         raise RequestError(
             f"--layer {options.layer}: the texts of {options.texts} are about layer {texts.layer}: leave --layer out"
@@ -142,12 +167,11 @@ def run_score(
         )
     check_lengths(texts, pair.ar)
     controls = controls_of(store, layer, chosen.sample, options, pair, announce)
-    run = _Run(options, store, layer, pair, chosen, texts, controls)
-    return summarise(options, *run.finish(announce, phases))
+    return Run(options, store, layer, pair, chosen, texts, controls)
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Rows to explain. segments: int64 arrays, which follow a store that grows; sample: those of the controls.
 
     rows: all of them, int64 [n]; None if they are not known yet
@@ -159,14 +183,14 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One run of stage 2, ready to start. controls: by layer, the run's own first; empty if nothing is scored."""
 
     options: StageTwoOptions
     store: CaptureStore
     layer: int
     pair: Pair
-    chosen: _Chosen
+    chosen: Chosen
     texts: Texts
     controls: Mapping[int, Controls]
 
@@ -175,10 +199,10 @@ class _Run:
         options, texts = self.options, self.texts
         table = ResultTable.open(
             options.out,
-            options=self._identity(),
+            options=self.identity(),
             resume=options.resume,
             overwrite=options.overwrite,
-            schema=self._schema(),
+            schema=self.schema(),
         )
         before = table.done
         with table:
@@ -199,8 +223,7 @@ class _Run:
 
         longest = options.max_new_tokens if isinstance(options, WritingOptions) else None
         with closing(self.pair):
-            slots = _slots(options)
-            pipeline = Pipeline(self.store, layer, self.pair, texts, self.controls, write, longest, slots)
+            pipeline = self.pipeline(texts, write, longest)
             for part in self.chosen.segments:
                 first, known = known, known + len(part)
                 there = max(texts.rows_of(table.done) - first, 0)
@@ -236,7 +259,15 @@ class _Run:
             metadata["further_layers"] = {str(number): about for number, about in measured.items()}
         table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
 
-    def _schema(self) -> pa.Schema:
+    def pipeline(
+        self, texts: Texts, write: Callable[[dict[str, Any]], None], longest: int | None = None
+    ) -> Pipeline:
+        """The way of the rows through the models. longest: tokens of the longest text that the AV may write."""
+        slots = _slots(self.options)
+        return Pipeline(self.store, self.layer, self.pair, texts, self.controls, write, longest, slots)
+
+    def schema(self) -> pa.Schema:
+        """Of the table."""
         further = [number for number in self.controls if number != self.layer]
         schema = with_layers(SCHEMA, further) if self.controls else WITHOUT_SCORES
         if not isinstance(self.texts, TextFile):
@@ -247,7 +278,7 @@ class _Run:
             )
         return pa.schema([*schema, *self.texts.more])
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it continues."""
         given, store, pair, chosen = self.options.to_dict(), self.store, self.pair, self.chosen
         names = (
@@ -295,7 +326,7 @@ class _Run:
 
 def _choose(
     store: CaptureStore, options: WritingOptions, rows: np.ndarray | None, wanted: int, announce: Announce
-) -> _Chosen:
+) -> Chosen:
     """The given rows, or those that the options select. wanted: most rows in the sample of the controls."""
     slots, left_out = _slots(options), 0
 
@@ -317,7 +348,7 @@ def _choose(
     segments, sample = _control_sample(segments, options, wanted)
     if not len(sample):
         raise nothing_selected(options)
-    return _Chosen(segments, sample, rows)
+    return Chosen(segments, sample, rows)
 
 
 def _control_sample(
