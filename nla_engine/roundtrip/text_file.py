@@ -103,7 +103,7 @@ class TextFile:
         )
         if explained is None:
             return {}
-        stated = {name: made[name] for name in ("av_min_position",) if name in made}
+        stated = {name: value for name, value in made.items() if name.startswith("av_")}
         named = ("av", "av_revision", "injection", "injection_scale", "norm_match")
         return {name: made.get(name) for name in named} | {**stated, "explained": explained}
 
