@@ -126,6 +126,11 @@ class ScoreOptions(Options):
         "The texts: .parquet or .jsonl with fields row and text, or the table of explain or roundtrip."
     )
     out: Path = fields.table()
+    prefixes: bool = option(
+        "Score every text after each of its sentences too: a line for each beginning, and the mean FVE after 1, 2, 3 "
+        "and more sentences.",
+        False,
+    )
     layer: int | None = fields.layer("AR")
     seed: int = fields.seed("Seed of the controls.")
     variance: float | None = fields.store_variance()

@@ -66,6 +66,10 @@ class Explained:
         metadata = read_metadata(path)
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
+        if metadata["run"].get("prefixes"):
+            raise RequestError(
+                f"{path}: holds the beginnings of texts (score --prefixes), which no page shows: score them without it"
+            )
         asked = "oracle" in metadata
         names = ["row", "best", "explanation", "status", "n_tokens", "cos", "cos_shuffled", "retrieval_rank"]
         try:

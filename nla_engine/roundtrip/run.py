@@ -150,7 +150,7 @@ def _prepare_score(
     if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
         raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    texts = TextFile.read(options.texts, store)
+    texts = TextFile.read(options.texts, store, options.prefixes)
     rows = texts.selected
     chosen = Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
     if None not in (options.layer, texts.layer) and options.layer != texts.layer:
@@ -313,6 +313,7 @@ class Run:
             same["ar"] = pair.reconstructor.fingerprint()
         if isinstance(self.texts, TextFile):
             same["texts"] = self.texts.fingerprint()
+            same["prefixes"] = given.get("prefixes") or None  # None: as in tables of older versions
         elif not self.controls:
             same["scores"] = False  # the table of a round trip has all the rest in common with this one
         return same

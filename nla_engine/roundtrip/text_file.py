@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from nla_engine.errors import PromptError, ReadError, RequestError, first_line, is_failure
 from nla_engine.models.prompt_files import read_records
+from nla_engine.roundtrip.prefixes import COLUMNS, with_prefixes
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA, further_scores
 from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
@@ -52,8 +53,11 @@ class TextFile:
         self.more = pa.schema([field for field in table.schema if field.name not in SCHEMA.names])
 
     @classmethod
-    def read(cls, path: Path, store: CaptureStore) -> TextFile:
-        """RequestError says what is wrong with the file, and where; also if it names rows that the store lacks."""
+    def read(cls, path: Path, store: CaptureStore, prefixes: bool = False) -> TextFile:
+        """RequestError says what is wrong with the file, and where; also if it names rows that the store lacks.
+
+        prefixes: each text after each of its sentences
+        """
         table, places = _load(path)
         metadata = _metadata_of(path, table, store)
         text = "explanation" if metadata is not None else "text"
@@ -68,7 +72,8 @@ class TextFile:
         own = {"row", "text"} if metadata is None else {*SCHEMA.names, *further_scores(metadata)}
         layer = _layer(path, table, places) if metadata is None else int(metadata["layer"])
         further = [name for name in table.column_names if name not in own]
-        if clash := [name for name in further if name in SCHEMA.names]:
+        names = [*SCHEMA.names, *(field.name for field in COLUMNS if prefixes)]
+        if clash := [name for name in further if name in names]:
             raise RequestError(
                 f"{path}: the result has a field {', '.join(clash)} of its own: rename it in the file"
             )
@@ -80,6 +85,8 @@ class TextFile:
         if not np.array_equal(order, np.arange(len(order))):
             made = made.take(pa.array(order))
         _check_writable(path, made.select(further).schema)
+        if prefixes:
+            made = with_prefixes(made)
         return cls(path, made, metadata, layer)
 
     def all(self) -> list[str]:
