@@ -131,7 +131,10 @@ class ScoreOptions(Options):
         "and more sentences.",
         False,
     )
-    layer: int | None = fields.layer("AR")
+    layer: int | None = option(
+        "Layer of the store to read. [default: the one that the texts are about, or else that of the AR]",
+        None,
+    )
     seed: int = fields.seed("Seed of the controls.")
     variance: float | None = fields.store_variance()
     template_value: tuple[tuple[str, str], ...] = fields.template_value()

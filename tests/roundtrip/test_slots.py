@@ -16,6 +16,7 @@ import yaml
 from adapters import merged, save_adapter, save_tap_adapter
 from commands import Ran, call, check_refused, contents, explain, flags, roundtrip, score
 from safetensors.torch import load_file, save_file
+from stand_in_hub import Hub
 from store_samples import fill_store
 from test_verbalizer_families import Family, told_text
 from tiny import MARKER, D, byte_tokenizer, save_av, save_model, write_sidecar
@@ -272,3 +273,28 @@ def test_what_does_not_fit_is_refused(slotted: tuple[Path, Any, Any], tmp_path: 
     }))  # fmt: skip
     check_refused(ran, message)
     assert contents(tmp_path) == before
+
+
+def test_from_the_hub(hub: Hub, slotted: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """The adapter of several layers is fetched with its head file, from a folder of a repository."""
+    root = slotted[0]
+    files = {
+        f"{half}/{path.name}": path.read_bytes() for half in ("av", "ar") for path in (root / half).iterdir()
+    }
+    hub.add("owner/pair", files)
+    hub.add("owner/base", root / "base")
+    given = {
+        "av": "owner/pair/av",
+        "av_base": "owner/base",
+        "ar": "owner/pair/ar",
+        "ar_base": "owner/base",
+        "limit": 3,
+    }
+    for out, changes in ((tmp_path / "hub.parquet", given), (tmp_path / "here.parquet", {"limit": 3})):
+        ran = call(*both(root, out, **changes))
+        assert ran.code == 0, ran.err
+    columns = ["explanation", "cos", "cos_L1", "cos_L3"]
+    assert pq.read_table(tmp_path / "hub.parquet", columns=columns).equals(
+        pq.read_table(tmp_path / "here.parquet", columns=columns)
+    )
+    assert read_metadata(tmp_path / "hub.parquet")["ar_revision"] == hub.repositories["owner/pair"].commit
