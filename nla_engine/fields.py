@@ -26,6 +26,8 @@ from nla_engine.sites import PARTS, RESID_POST
 KERNELS = ("auto", "fused", "reference")
 #: Ways for a vector to enter a model, as `models.injection` describes them, with the number of a block.
 INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
+#: Layers and positions, relative to the row that is explained, of the vectors that enter one prompt.
+SLOTS = re.compile(r"L[0-9]{1,4}@(0|-[0-9]{1,6})(,L[0-9]{1,4}@(0|-[0-9]{1,6}))*")
 #: Injection scales in words: raw and none leave a vector as it is, sqrt_d_model is the square root of the width.
 SCALES = ("raw", "none", "sqrt_d_model")
 #: In a prompt of the user's: stands for a vector, or for all vectors of a prompt if it stands there once.
@@ -231,6 +233,27 @@ def injection(
             lambda name: bool(INJECTION.fullmatch(name)),
             "replace, replace@L or add@L, L the number of a block",
         ),
+    )
+
+
+def dry_run(excludes: str | None = None) -> Any:
+    """Check and measure only."""
+    return option(
+        "Write nothing. Load and check everything; print the rows, the first prompt, and the time and size to expect, "
+        "measured on a few rows for at most 20 seconds (loading not counted).",
+        False,
+        excludes=excludes,
+    )
+
+
+def slots() -> Any:
+    """The vectors that enter one prompt of an AV."""
+    return option(
+        "For an AV that reads several vectors at once: which vector enters at each marker of its prompt, such as "
+        "L23@0,L24@0,L25@0 (three layers of the explained token) or "
+        "L24@-2,L24@-1,L24@0 (three tokens up to it).",
+        None,
+        must=Must(lambda value: SLOTS.fullmatch(value) is not None, "a list such as L23@0,L24@-1"),
     )
 
 

@@ -142,6 +142,30 @@ def save_ar_adapter(directory: Path, base: Path, blocks: int, **changes: Any) ->
     return tensors
 
 
+def save_tap_adapter(directory: Path, base: Path, taps: list[int], **changes: Any) -> dict[str, torch.Tensor]:
+    """An AR's adapter with a head for each of several layers, as the trainer of multi-layer NLAs writes it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = linear_names(base, rf"model\.layers\.[0-{max(taps)}]\..*(q_proj|up_proj)")
+    tensors = low_rank(names, lambda name: 4)
+    saved = {"backbone." + key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}
+    width = whole_model(base).get_input_embeddings().weight.shape[1]
+    saved |= {f"heads.{tap}.weight": torch.eye(width) + torch.randn(width, width) * 0.1 for tap in taps}
+    save_file(saved, directory / "ar_multitap.safetensors")
+    meta = {
+        "tap_layers": taps,
+        "target_cols": ["activation_prev", "activation_centre", "activation_next"],
+        "lora_r": 4,
+        "lora_alpha": 6,
+        "quant": "none",
+        "strip_final_norm": True,
+        "mse_scale": width**0.5,
+        "d_model": width,
+        "target_modules": r".*\.self_attn\.(q_proj)|.*\.mlp\.(up_proj)",
+    } | changes
+    (directory / "ar_meta.json").write_text(json.dumps(meta))
+    return tensors
+
+
 def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Change the tensors of an adapter's file."""
     path = directory / "adapter_model.safetensors"

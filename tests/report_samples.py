@@ -149,7 +149,8 @@ def _write_table(path: Path, store: CaptureStore, sequences: Sequence[Text], cha
         }
     )
     table.finish(
-        {**metadata, **changes}, lambda mse: {name: [None] * len(mse) for name in ("fve_nrm", "fve_meannorm")}
+        {**metadata, **changes},
+        lambda part: {name: [None] * len(part) for name in ("fve_nrm", "fve_meannorm")},
     )
 
 

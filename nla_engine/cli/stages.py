@@ -20,7 +20,14 @@ from nla_engine.config import (
     PatchOptions,
     RoundtripOptions,
     ScoreOptions,
+    StageTwoOptions,
 )
+
+
+def _estimate(options: StageTwoOptions, as_json: bool) -> None:
+    from nla_engine.roundtrip.estimate import estimate_stage_two
+
+    finish("dry run: nothing was written", estimate_stage_two(options, announce=say).to_dict(), as_json)
 
 
 @command(CaptureOptions)
@@ -41,6 +48,9 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 @command(RoundtripOptions)
 def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
     """Stage 2: explain stored activations with an AV, read the words back with an AR, and score them."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_roundtrip
 
     with progress_bar("explanations") as progress:
@@ -54,6 +64,9 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
 @command(ExplainOptions)
 def explain_command(options: ExplainOptions, as_json: bool) -> None:
     """The first half of roundtrip: explain stored activations with an AV. Nothing is scored."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_explain
 
     with progress_bar("explanations") as progress:
@@ -64,6 +77,9 @@ def explain_command(options: ExplainOptions, as_json: bool) -> None:
 @command(ScoreOptions)
 def score_command(options: ScoreOptions, as_json: bool) -> None:
     """The second half of roundtrip: read the texts of a file with an AR, and score them against stored activations."""
+    if options.dry_run:
+        _estimate(options, as_json)
+        return
     from nla_engine.roundtrip.run import run_score
 
     with progress_bar("texts") as progress:

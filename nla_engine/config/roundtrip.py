@@ -38,6 +38,7 @@ class RoundtripOptions(Options):
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
     norm_match: bool = fields.norm_match()
+    slots: str | None = fields.slots()
     prompt: str | None = fields.prompt("the AV")
     system: str | None = fields.system()
     template_option: dict[str, Any] | None = fields.template_option()
@@ -61,6 +62,7 @@ class RoundtripOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run("follow")
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class ExplainOptions(Options):
     injection_scale: str | None = fields.injection_scale()
     injection: str | None = fields.injection()
     norm_match: bool = fields.norm_match()
+    slots: str | None = fields.slots()
     prompt: str | None = fields.prompt("the AV")
     system: str | None = fields.system()
     template_option: dict[str, Any] | None = fields.template_option()
@@ -106,6 +109,7 @@ class ExplainOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run("follow")
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:
@@ -124,7 +128,15 @@ class ScoreOptions(Options):
         "The texts: .parquet or .jsonl with fields row and text, or the table of explain or roundtrip."
     )
     out: Path = fields.table()
-    layer: int | None = fields.layer("AR")
+    prefixes: bool = option(
+        "Score every text after each of its sentences too: a line for each beginning, and the mean FVE after 1, 2, 3 "
+        "and more sentences.",
+        False,
+    )
+    layer: int | None = option(
+        "Layer of the store to read. [default: the one that the texts are about, or else that of the AR]",
+        None,
+    )
     site: str = fields.site()
     seed: int = fields.seed("Seed of the controls.")
     variance: float | None = fields.store_variance()
@@ -138,6 +150,7 @@ class ScoreOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run()
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:

@@ -28,11 +28,12 @@ class Wording:
 
 
 def verbalizer_prompt(
-    sidecar: Sidecar, tokenizer: Any, wording: Wording = Wording(), vectors: int = 1
+    sidecar: Sidecar, tokenizer: Any, wording: Wording = Wording(), vectors: int = 1, slots: int = 1
 ) -> Prompt:
     """The prompt of an AV that has a marker. Checks the whole contract. Errors: CheckpointError, PromptError.
 
-    The marker must stand in it exactly where the vectors enter. One place in the text is for all of them.
+    The marker must stand in it exactly where the vectors enter. One place in the text is for all of them, unless they
+    are those of several slots.
     """
     assert sidecar.marker is not None
     alone = tokenizer.encode(sidecar.marker, add_special_tokens=False)
@@ -41,10 +42,14 @@ def verbalizer_prompt(
             f"{sidecar.path}: the marker {sidecar.marker!r} must encode to the one id {sidecar.marker_id}, "
             f"but this tokenizer gives {alone}; the tokenizer and the sidecar do not belong together"
         )
-    parts = sidecar.template if wording.text is None else wording.text.split(INJECT)
+    parts = sidecar.template if wording.text is None else tuple(wording.text.split(INJECT))
+    if slots > 1 and len(parts) != vectors + 1:
+        raise PromptError(
+            f"--slots names {slots} vectors, which need {vectors} places: the prompt has {len(parts) - 1}"
+        )
     _check_places(parts, vectors)
     if len(parts) == 2:
-        parts = [parts[0], *[""] * (vectors - 1), parts[1]]
+        parts = (parts[0], *[""] * (vectors - 1), parts[1])
     text = renderer(tokenizer, wording)(sidecar.marker.join(parts))
     ids = tokenizer.encode(text, add_special_tokens=False)
     places = tuple(i for i, id_ in enumerate(ids) if id_ == sidecar.marker_id)

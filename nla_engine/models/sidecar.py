@@ -51,7 +51,8 @@ class Sidecar:
 
     role: "av" or "ar"; d_model: width; layer: K, or None if not stated
     injection: how vectors enter (AV)
-    template: text before and behind the marker in the AV's user message, or the explanation in the AR's text
+    template: texts around the marker in the AV's user message (it stands there once for each slot), or around the
+    explanation in the AR's text
     marker, marker_id, left_id, right_id: the injection character, its id and its neighbours' (AV; None if not stated)
     suffix_ids: the last token ids of every AR prompt (empty if not stated)
     norm: what was done to vectors before training: "none", one of WHITENED, or None if not stated
@@ -64,7 +65,7 @@ class Sidecar:
     d_model: int
     layer: int | None
     injection: Injection
-    template: tuple[str, str]
+    template: tuple[str, ...]
     marker: str | None
     marker_id: int | None
     left_id: int | None
@@ -87,6 +88,7 @@ class Given:
     scale: a number as text, or one of SCALES; norm_match: in place of a scale
     injection: as `Injection.named` reads it; values: of the holes in a template
     layer: the one that is read; map, whitening: files that come before those beside the weights
+    slots: vectors that enter one prompt of an AV, each at a marker of its own; prompt: whether the user gives it
     """
 
     scale: str | None = None
@@ -96,6 +98,8 @@ class Given:
     layer: int | None = None
     map: Path | None = None
     whitening: Path | None = None
+    slots: int = 1
+    prompt: bool = False
 
 
 def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
@@ -132,7 +136,7 @@ def read_sidecar(directory: Path, role: str, given: Given = Given()) -> Sidecar:
         d_model=d_model,
         layer=layer,
         injection=_injection(path, data, d_model, kind, given) if role == "av" else Injection(),
-        template=_template(path, data, role, values, None if marker is None else str(marker)),
+        template=_template(path, data, role, values, None if marker is None else str(marker), given),
         marker=None if marker is None else str(marker),
         marker_id=_integer(path, data, "tokens.injection_token_id"),
         left_id=_integer(path, data, "tokens.injection_left_neighbor_id"),
@@ -301,8 +305,8 @@ def _injection_scale(path: Path, data: dict[str, Any], d_model: int, given: Give
 
 
 def _template(
-    path: Path, data: dict[str, Any], role: str, values: dict[str, str], marker: str | None
-) -> tuple[str, str]:
+    path: Path, data: dict[str, Any], role: str, values: dict[str, str], marker: str | None, given: Given
+) -> tuple[str, ...]:
     names = _TEMPLATE_NAMES[role]
     for name in names:
         template = _get(data, f"prompt_templates.{name}")
@@ -313,7 +317,8 @@ def _template(
             raise CheckpointError(f"{key} is not a text")
         try:
             if role == "av":
-                return split_template(template, "injection_char", values, marker)
+                times = None if given.prompt and given.slots > 1 else given.slots
+                return split_template(template, "injection_char", values, marker, times)
             return split_template(template, "explanation", values)
         except ValueError as error:
             raise CheckpointError(f"{key} {error}") from None

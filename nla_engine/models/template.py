@@ -10,12 +10,13 @@ from string import Formatter
 
 
 def split_template(
-    template: str, hole: str, values: Mapping[str, str], literal: str | None = None
-) -> tuple[str, str]:
-    """The text before and behind `hole`, the other holes filled with `values`.
+    template: str, hole: str, values: Mapping[str, str], literal: str | None = None, times: int | None = 1
+) -> tuple[str, ...]:
+    """The texts before, between and behind `hole`, the other holes filled with `values`.
 
     literal: a text that stands for the hole where the template does not name it
-    Raises ValueError: a hole that is not named once, one that has no value, braces that do not close.
+    times: how often the hole must stand there; None: any number
+    Raises ValueError: a hole that is not named so often, one that has no value, braces that do not close.
     """
     parts = [""]
     try:
@@ -35,8 +36,12 @@ def split_template(
         else:
             mend = "--layer" if name == "layer" else f"--template-value {name}=VALUE"
             raise ValueError(f"has a hole {{{name}}} without a value: pass {mend}")
-    if len(parts) == 1 and literal and parts[0].count(literal) == 1:
+    if len(parts) == 1 and literal and parts[0].count(literal) == (times or 1):
         parts = parts[0].split(literal)
-    if len(parts) != 2:
-        raise ValueError(f"must hold {{{hole}}} once, it holds it {len(parts) - 1} times")
-    return parts[0], parts[1]
+    held = len(parts) - 1
+    if times is not None and held != times:
+        wanted = "once" if times == 1 else f"{times} times, once for each of --slots"
+        several = times == 1 and held > 1 and hole == "injection_char"
+        mend = ": pass --slots with the vectors that enter there" if several else ""
+        raise ValueError(f"must hold {{{hole}}} {wanted}, it holds it {held} times{mend}")
+    return tuple(parts)

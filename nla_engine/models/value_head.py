@@ -10,17 +10,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nla_engine.errors import CheckpointError, first_line
-from nla_engine.models.adapters.form import AR_WEIGHTS
-from nla_engine.models.adapters.tensors import HEAD
+from nla_engine.models.adapters.form import AR_TAPS, AR_WEIGHTS
+from nla_engine.models.adapters.tensors import HEAD, HEADS
 from nla_engine.models.checkpoint import VALUE_HEAD, VALUE_HEADS
 from nla_engine.models.hub import listed
 
 CONVERT = "python -m nla_engine.models.convert_head"
-HEAD_FILES = (VALUE_HEAD, VALUE_HEADS, AR_WEIGHTS)
+HEAD_FILES = (VALUE_HEAD, VALUE_HEADS, AR_WEIGHTS, AR_TAPS)
+#: What tensors of heads begin with, in a file that holds an AR's LoRA too.
+_STARTS = {AR_WEIGHTS: HEAD, AR_TAPS: HEADS}
 #: Endings of files that are converted before they can be read.
 _CONVERTIBLE = (".pt", ".pth", ".bin", ".npz")
 #: A tensor of the head of a layer: 20.weight, value_head.20.weight, value_heads.20.bias. A plain 20 is its weight.
-_PER_LAYER = re.compile(r"(?:value_heads?\.)?(?P<layer>\d+)(?:\.(?P<part>weight|bias))?")
+_PER_LAYER = re.compile(r"(?:value_heads?\.|heads\.)?(?P<layer>\d+)(?:\.(?P<part>weight|bias))?")
 
 
 def read_value_head(
@@ -30,7 +32,7 @@ def read_value_head(
 
     d_model: width of the AR's residual stream; layer: whose head is read, where each layer has one
     They are in `value_head.safetensors`, for each layer in `value_heads.safetensors`, or with the adapter of an AR in
-    `ar_lora_value_head.safetensors`.
+    `ar_lora_value_head.safetensors`, or `ar_multitap.safetensors` for each of its layers.
     """
     found = [file for file in HEAD_FILES if (directory / file).is_file()]
     if len(found) > 1:
@@ -39,11 +41,11 @@ def read_value_head(
             "give a directory with one of them"
         )
     path = directory / (found[0] if found else VALUE_HEAD)
-    start = HEAD if path.name == AR_WEIGHTS else ""
+    start = _STARTS.get(path.name, "")
     try:
         with safe_open(path, framework="pt") as file:
             keys = {key: key.removeprefix(start) for key in file.keys() if key.startswith(start)}  # noqa: SIM118
-            if path.name == VALUE_HEADS:
+            if path.name in (VALUE_HEADS, AR_TAPS):
                 keys = _of_layer(path, keys, layer)
             tensors = {name: file.get_tensor(key).float() for key, name in keys.items()}
     except FileNotFoundError:
@@ -53,8 +55,8 @@ def read_value_head(
             f"{path}: cannot be read ({first_line(error)}): fetch the checkpoint again"
         ) from error
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if path.name == AR_WEIGHTS and (others := set(tensors) - {"weight"}):
-        raise CheckpointError(f"{path}: holds {HEAD}{min(others)}: the head of such an AR is a matrix alone")
+    if path.name in _STARTS and (others := set(tensors) - {"weight"}):
+        raise CheckpointError(f"{path}: holds {start}{min(others)}: the head of such an AR is a matrix alone")
     if weight is None:
         raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}, not '{start}weight'")
     if tuple(weight.shape) != (d_model, d_model):

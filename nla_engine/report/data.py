@@ -80,6 +80,10 @@ class Explained:
             raise RequestError(
                 f"{path}: is the table of patch, which the page does not show: give the table that it was made of"
             )
+        if metadata["run"].get("prefixes"):
+            raise RequestError(
+                f"{path}: holds the beginnings of texts (score --prefixes), which no page shows: score them without it"
+            )
         asked = "oracle" in metadata
         names = ["row", "best", "explanation", "status", "n_tokens", "cos", "cos_shuffled", "retrieval_rank"]
         try:

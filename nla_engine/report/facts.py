@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from nla_engine.report.data import RELEASED, Explained, positions_known
+from nla_engine.report.models import further_layers, injection_of, made_of, named, otherwise, short_name
 from nla_engine.sites import PARTS, RESID_POST, Site
 from nla_engine.store import CaptureStore, RowFlag
 
@@ -231,7 +231,7 @@ def facts(store: CaptureStore, explained: Explained) -> dict[str, list[tuple[str
         codec += f"; mean relative error {error['mean']:.2g}, worst {error['worst']:.2g}, on {error['rows']:,} rows"
     groups = {
         "Activations": [
-            ("model", _named(captured.get("model"), captured.get("revision"))),
+            ("model", named(captured.get("model"), captured.get("revision"))),
             ("architecture", captured.get("architecture")),
             ("weights, tokenizer", f"{captured.get('weights', '-')}, {captured.get('tokenizer', '-')}"),
             ("layer", _where(explained.site)),
@@ -265,17 +265,20 @@ def _words(store: CaptureStore, explained: Explained) -> list[tuple[str, Any]]:
     texts = metadata["run"].get("texts")
     source = ("texts from", texts and short_name(texts))
     if run is None:
-        return [source, ar, ("texts", f"{explained.explanations:,}"), ("rows with a text", rows)]
+        count = ("texts", f"{explained.explanations:,}")
+        return [source, ar, *made_of(metadata, metadata["run"], "ar"), count, ("rows with a text", rows)]
     return [
         ("AV (vector to words)", short_name(metadata["av"])),
+        *made_of(metadata, run, "av"),
         ar,
+        *made_of(metadata, metadata["run"], "ar"),
         source,
         ("trained on", "not stated" if known is None else f"positions from {known} on"),
-        ("injection", _injection(metadata)),
+        ("injection", injection_of(metadata)),
         ("rows explained", rows),
         (
             "selected by",
-            _or(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
+            otherwise(run["where"], "all rows") + (f", at most {run['limit']:,}" if run["limit"] else ""),
         ),
         ("explanations per row", str(run["samples"])),
         ("sampling", _sampling(run)),
@@ -289,17 +292,17 @@ def _asked_words(store: CaptureStore, explained: Explained) -> list[tuple[str, A
     rows = len(np.unique(np.concatenate(explained.columns["rows"])))
     file = run["questions"]
     if file is None:
-        chosen = _or(run["where"], "all rows") + (
+        chosen = otherwise(run["where"], "all rows") + (
             f", at most {run['limit']:,} prompts" if run["limit"] else ""
         )
     else:
         chosen = short_name(file)
     return [
-        ("oracle", _named(metadata["oracle"], metadata["oracle_revision"])),
-        ("its base", metadata.get("oracle_base") and short_name(metadata["oracle_base"])),
+        ("oracle", named(metadata["oracle"], metadata["oracle_revision"])),
+        *made_of(metadata, run, "oracle"),
         ("message", metadata["message"]),
         ("placeholder", repr(metadata["placeholder"])),
-        ("injection", _injection(metadata)),
+        ("injection", injection_of(metadata)),
         ("rows asked about", f"{rows:,} of {store.rows:,}"),
         ("selected by", chosen),
         ("rows per prompt", None if file else f"{run['rows_per_prompt']:,}, at most"),
@@ -333,36 +336,14 @@ def _scores(explained: Explained) -> list[tuple[str, Any]]:
             "retrieval rank",
             f"rank of the row's own vector by cos, among {explained.ranked_among:,} distinct vectors",
         ),
+        ("further layers", further_layers(explained.metadata)),
     ]
-
-
-def short_name(name: Any) -> str:
-    """The name of a model or file to show to others: of a local path only the last two parts."""
-    path = PurePath(str(name))
-    return "/".join(path.parts[-2:]) if path.is_absolute() else str(name)
-
-
-def _named(name: Any, revision: Any) -> str | None:
-    return None if name is None else short_name(name) + (f" at {revision}" if revision else "")
 
 
 def _variance(explained: Explained) -> str:
     if explained.metadata["run"]["variance"] is not None:
         return f"{explained.variance:.4f}, given"
     return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
-
-
-def _injection(metadata: dict[str, Any]) -> str:
-    """How vectors entered the AV. Tables of older versions name the norm alone: they replace the embedding."""
-    if metadata.get("norm_match"):
-        norm = "that of what is there"
-    else:
-        norm = _or(metadata["injection_scale"], "as it is")
-    return f"{metadata.get('injection') or 'replace'}, norm: {norm}"
-
-
-def _or(value: Any, otherwise: str) -> str:
-    return otherwise if value is None else str(value)
 
 
 def _how_many(mask: np.ndarray) -> int:

@@ -13,7 +13,7 @@ from nla_engine.roundtrip.verbalize import Verbalizer
 #: Seconds between two looks.
 _LOOK_SECONDS = 1.0
 #: Explanations at once on each kind of device, unless the options say.
-_AT_ONCE = {"cpu": 64, "cuda": 1024}
+AT_ONCE = {"cpu": 64, "cuda": 1024}
 
 
 class Watcher:
@@ -33,7 +33,7 @@ class Watcher:
     ) -> None:
         tail = len(verbalizer.prompt.token_ids) - len(verbalizer.prompt.shared)
         device = verbalizer.lm.device.type
-        slots = options.batch_size or _AT_ONCE[device]
+        slots = options.batch_size or AT_ONCE[device]
         # The prompt is read once for all samples of a vector.
         self._forecast = Forecast(left, left // options.samples * tail, options.max_new_tokens, slots, device)
         self._progress, self._known, self._written, self._left = progress, known, written, left

@@ -117,8 +117,12 @@ def load_pair(
     announce: Callable[[str], None],
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
+    layer: int | None = None,
 ) -> Pair:
-    """The models that the options name, or the given ones, on the device unless they take turns."""
+    """The models that the options name, or the given ones, on the device unless they take turns.
+
+    layer: of the vectors, where something else than --layer tells it
+    """
     device, dtype, kernels = compute_with(options, announce)
     remote_code = options.trust_remote_code
     said, wording = Given(values=options.template_value, whitening=options.whitening), Wording()
@@ -130,6 +134,8 @@ def load_pair(
             injection=options.injection,
             norm_match=options.norm_match,
             map=options.av_map,
+            slots=1 if options.slots is None else options.slots.count("L"),
+            prompt=options.prompt is not None,
         )
         wording = Wording(options.prompt, options.system, options.template_option or {}, options.prefill)
     if isinstance(options, ScoringOptions):
@@ -173,7 +179,7 @@ def load_pair(
         "remote_code": remote_code,
         "kernels": kernels,
     }
-    layer = options.layer
+    layer = options.layer if layer is None else layer
     if av is not None:
         said = replace(of_av, layer=layer)
         verbalizer = verbalizer or Verbalizer.load(av, source=av_source, given=said, wording=wording, **how)

@@ -6,7 +6,7 @@ Either may be missing: without an AR nothing is scored, without an AV the texts 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,11 @@ from nla_engine.engine.streams import side_stream
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.pair import Pair
-from nla_engine.roundtrip.results import nullable
+from nla_engine.roundtrip.results import nullable, of_layer
 from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.score import Controls
-from nla_engine.roundtrip.texts import NONFINITE, ZERO, Texts
+from nla_engine.roundtrip.slots import Slots
+from nla_engine.roundtrip.texts import NONFINITE, ZERO, Texts, Vectors
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, LayerReader
@@ -44,8 +45,9 @@ class Explained:
 class Pipeline:
     """Explains and scores rows of one layer. write: called with the columns of a chunk of texts, in order.
 
-    controls: what scores are held against; None: nothing is scored
+    controls: what scores are held against, of the layer and of others that the AR gives too; empty: nothing is scored
     longest: tokens of the longest text that the AV may write
+    slots: the vectors of each row that enter the AV; None: the row's own
     """
 
     def __init__(
@@ -54,19 +56,22 @@ class Pipeline:
         layer: Site,
         pair: Pair,
         texts: Texts,
-        controls: Controls | None,
+        controls: Mapping[Site, Controls],
         write: Callable[[dict[str, Any]], None],
         longest: int | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.store, self.layer, self.pair = store, layer, pair
         self.texts, self.controls, self.write, self.longest = texts, controls, write, longest
+        self.slots = slots
         device = pair.device
         self._stream = side_stream(device) if device.type == "cuda" else None
         self._reader: LayerReader
+        self._vectors: Vectors  # that enter the AV
 
     def run(self, rows: np.ndarray, first: int) -> None:
         """Explain, score and write these rows. first: place of rows[0] among all selected rows."""
-        self._reader = self.store.layer(self.layer)  # a followed store has grown
+        self._vectors = self.vectors()
         turn = max(self.texts.rows_of(TURN), 1) if self.pair.in_turns else len(rows)
         for start in range(0, len(rows), turn):
             part = rows[start : start + turn]
@@ -79,7 +84,12 @@ class Pipeline:
                     ready = list(chunks)
                     self.pair.reconstruct_next()
                 for chunk in ready:
-                    background.submit(lambda chunk=chunk: self.write(self._columns(chunk)))  # type: ignore[misc]
+                    background.submit(lambda chunk=chunk: self.write(self.columns(chunk)))  # type: ignore[misc]
+
+    def vectors(self) -> Vectors:
+        """What enters the AV, by row. Opens the layer anew: a followed store has grown."""
+        self._reader = self.store.layer(self.layer)
+        return self._reader if self.slots is None else self.slots.vectors(self.store)
 
     def _prepare_ar(self) -> None:
         """Let the AR allocate its memory before the AV takes what is free. Returns when it has."""
@@ -94,7 +104,7 @@ class Pipeline:
         owners: list[np.ndarray] = []
         group: list[Explanation] = []
         since, texts = time.monotonic(), self.texts
-        with closing(texts.of_rows(self._reader, rows, first)) as written:
+        with closing(texts.of_rows(self._vectors, rows, first)) as written:
             for place, said in enumerate(written):
                 group += said
                 owners.append(np.repeat(rows[place], len(said)))
@@ -106,28 +116,33 @@ class Pipeline:
                     yield Explained(np.concatenate(owners), group)
                     owners, group, since = [], [], time.monotonic()
 
-    def _columns(self, chunk: Explained) -> dict[str, Any]:
+    def columns(self, chunk: Explained) -> dict[str, Any]:
         """The columns of a chunk, except those that need Var."""
         described = row_columns(self.store, self._reader, chunk.rows)
-        scores = {} if self.controls is None else self._score(chunk)
+        scores = self._score(chunk) if self.controls else {}
         return described | self.texts.columns(chunk.written) | scores
 
     def _score(self, chunk: Explained) -> dict[str, Any]:
         """The AR's columns of a chunk: its vectors against the rows' own, and against the controls."""
-        controls = self.controls
-        assert controls is not None
         rows, written = chunk.rows, chunk.written
-        v = self._reader.torch(rows, self.pair.device)
         sound = torch.tensor([e.status not in (ZERO, NONFINITE) for e in written])
-        r = torch.full_like(v, torch.nan)
-        r[sound.to(v.device)] = self.pair.ar.reconstruct(
+        read = self.pair.ar.reconstruct_layers(
             [e.text for e, s in zip(written, sound.tolist(), strict=True) if s]
         )
-        cos = score.cosine(v, r)
-        return {
-            "best": score.best_of(rows, cos),
-            "cos": nullable(cos),
-            "mse_nrm": nullable(score.mse_nrm(cos)),
-            "cos_shuffled": nullable(controls.shuffled(rows, self.store.column("sequence")[rows], r)),
-            "retrieval_rank": nullable(controls.rank(v, r), int),
-        }
+        columns: dict[str, Any] = {}
+        for site, controls in self.controls.items():
+            own = site == self.layer
+            v = (self._reader if own else self.store.layer(site)).torch(rows, self.pair.device)
+            r = torch.full_like(v, torch.nan)
+            r[sound.to(v.device)] = read[self.pair.ar.layer if own else site.layer]
+            cos = score.cosine(v, r)
+            if own:
+                columns["best"] = score.best_of(rows, cos)
+            scores = {
+                "cos": nullable(cos),
+                "mse_nrm": nullable(score.mse_nrm(cos)),
+                "cos_shuffled": nullable(controls.shuffled(rows, self.store.column("sequence")[rows], r)),
+                "retrieval_rank": nullable(controls.rank(v, r), int),
+            }
+            columns |= {name if own else of_layer(name, site): scores[name] for name in scores}
+        return columns

@@ -5,12 +5,13 @@ the last token's residual stream to the vector.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from nla_engine.engine.runner import Runner
+from nla_engine.engine.tap import NoTap
 from nla_engine.errors import CheckpointError
 from nla_engine.models.adapters.form import AR_META, read_ar_meta
 from nla_engine.models.checkpoint import VALUE_HEADS
@@ -20,9 +21,24 @@ from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, rec
 from nla_engine.models.source import Source, find_source
 from nla_engine.models.value_head import HEAD_FILES, read_value_head
 from nla_engine.ops.backends import Kernels
+from nla_engine.sites import Site
 
 #: Most prompts, and most tokens, in one packed pass.
 _BATCH = {"cpu": (64, 4096), "cuda": (256, 32768)}
+_NO_HEADS: Mapping[int, torch.Tensor] = {}
+
+
+class _LastStates(NoTap):
+    """Keeps the output of some blocks at the tokens that are `wanted`. states: by block, [n, d]."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(map(Site, layers))
+        self.wanted: torch.Tensor | None = None
+        self.states: dict[int, torch.Tensor] = {}
+
+    def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
+        if self.wanted is not None:
+            self.states[layer.layer] = hidden[self.wanted]
 
 
 class Reconstructor:
@@ -30,6 +46,8 @@ class Reconstructor:
 
     special: its prompts begin with the tokenizer's start token, if it has one
     maps: what the head's output goes through
+    layer: whose vectors it gives; None: that of its last block
+    further: the heads of other layers that it gives from the same text, float32 [d, d] by layer
     """
 
     def __init__(
@@ -42,16 +60,21 @@ class Reconstructor:
         kernels: Kernels = Kernels(),
         special: bool = True,
         maps: Maps = Maps(),
+        layer: int | None = None,
+        further: Mapping[int, torch.Tensor] = _NO_HEADS,
     ) -> None:
         maps.check_width(sidecar, lm.d_model)
-        if sidecar.layer is not None and len(lm.blocks) != sidecar.layer + 1:
+        if not further and sidecar.layer is not None and len(lm.blocks) != sidecar.layer + 1:
             raise CheckpointError(
                 f"{sidecar.path}: layer {sidecar.layer} needs {sidecar.layer + 1} blocks, "
                 f"the model has {len(lm.blocks)}"
             )
         self.sidecar = sidecar
-        self.layer = len(lm.blocks) - 1
-        self.lm = lm.truncated(self.layer)
+        last = len(lm.blocks) - 1
+        self.layer = last if layer is None else layer
+        self.lm = lm.truncated(last)
+        self.further = {number: head.to(lm.device) for number, head in further.items()}
+        self._tap = _LastStates([number for number in (self.layer, *self.further) if number < last])
         self.weight = weight.to(lm.device)
         self.bias = None if bias is None else bias.to(lm.device)
         self.kernels = kernels
@@ -82,7 +105,15 @@ class Reconstructor:
         maps = find_maps(source, sidecar, given)
         layer = given.layer if sidecar.layer is None else sidecar.layer
         heads = source.having(*HEAD_FILES)
-        weight, bias = read_value_head(heads, sidecar.d_model if maps.map is None else maps.map.width, layer)
+        width = sidecar.d_model if maps.map is None else maps.map.width
+        weight, bias = read_value_head(heads, width, layer)
+        taps = () if source.adapter is None else source.adapter.taps
+        further = {tap: read_value_head(heads, width, tap)[0] for tap in taps if tap != layer}
+        if taps and maps != Maps():
+            raise CheckpointError(
+                f"{name}: gives layers {', '.join(map(str, taps))}, and a map or a whitening is of one layer: "
+                "leave it out"
+            )
         lm = load_model(
             name,
             device=device,
@@ -96,7 +127,17 @@ class Reconstructor:
         easy = (source.directory / AR_META).is_file()
         if easy and (told := read_ar_meta(source.directory, name).blocks) != len(lm.blocks):
             raise CheckpointError(f"{name}: {AR_META} says {told} blocks, the model has {len(lm.blocks)}")
-        return cls(lm, sidecar, weight, bias, kernels=kernels, special=not easy, maps=maps)
+        return cls(
+            lm,
+            sidecar,
+            weight,
+            bias,
+            kernels=kernels,
+            special=not easy,
+            maps=maps,
+            layer=layer if taps else None,
+            further=further,
+        )
 
     def fingerprint(self) -> str:
         """Of everything that a reconstruction depends on: weights, sidecar, value head and maps."""
@@ -104,6 +145,8 @@ class Reconstructor:
         if self.bias is not None:
             digest.update(self.bias.cpu().numpy().tobytes())
         parts = [self.lm.fingerprint(), self.sidecar.fingerprint(), digest.hexdigest()[:16]]
+        for number, head in sorted(self.further.items()):
+            parts.append(f"{number}:{hashlib.sha256(head.cpu().numpy().tobytes()).hexdigest()[:16]}")
         parts += self.maps.fingerprint()
         return "-".join(parts if self.special else [*parts, "plain"])
 
@@ -113,23 +156,31 @@ class Reconstructor:
         self.lm.move(device)
         self.weight = self.weight.to(device)
         self.bias = None if self.bias is None else self.bias.to(device)
+        self.further = {number: head.to(device) for number, head in self.further.items()}
         self.maps = self.maps.to(device)
 
     def prompt_sizes(self, explanations: Sequence[str]) -> list[int]:
         """How many tokens the prompt around each text has."""
-        return [len(ids) for ids in self._prompts(explanations)]
+        return [len(ids) for ids in self.prompts(explanations)]
 
     @torch.inference_mode()
     def prepare(self, tokens: int) -> None:
         """Allocate memory for texts of so many tokens, and check the engine against the library's forward."""
-        (empty,) = self._prompts([""])
+        (empty,) = self.prompts([""])
         self._fit_runner(min(len(empty) + tokens, self.lm.max_length))
 
     @torch.inference_mode()
     def reconstruct(self, explanations: Sequence[str]) -> torch.Tensor:
         """The vector of each text, float32 [n, d] on the model's device. Passes are packed, without padding."""
-        prompts = self._prompts(explanations)
-        last = torch.empty((len(prompts), self.lm.d_model), dtype=self.lm.dtype, device=self.lm.device)
+        return self.reconstruct_layers(explanations)[self.layer]
+
+    @torch.inference_mode()
+    def reconstruct_layers(self, explanations: Sequence[str]) -> dict[int, torch.Tensor]:
+        """The same of every layer that the AR gives from one text, its own first."""
+        prompts = self.prompts(explanations)
+        layers = (self.layer, *self.further)
+        shape = (len(layers), len(prompts), self.lm.d_model)
+        last = torch.empty(shape, dtype=self.lm.dtype, device=self.lm.device)
         most, budget = _BATCH[self.lm.device.type]
         start = 0
         while start < len(prompts):
@@ -141,33 +192,44 @@ class Reconstructor:
             ):
                 total += len(prompts[end])
                 end += 1
-            last[start:end] = self._last_states(prompts[start:end])
+            states = self._last_states(prompts[start:end])
+            for place, layer in enumerate(layers):
+                last[place, start:end] = states[layer]
             start = end
-        return self.maps.after(torch.nn.functional.linear(last.float(), self.weight, self.bias))
+        linear = torch.nn.functional.linear
+        own = {self.layer: self.maps.after(linear(last[0].float(), self.weight, self.bias))}
+        heads = zip(last[1:], self.further.items(), strict=True)
+        return own | {layer: linear(states.float(), head) for states, (layer, head) in heads}
 
     @torch.inference_mode()
-    def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
-        """The last token's residual stream [n, d] of each prompt. The prefix held by every slot is not read again."""
+    def _last_states(self, prompts: list[list[int]]) -> dict[int, torch.Tensor]:
+        """The last token's residual stream [n, d] of each prompt, by layer. The prefix held by every slot is not read
+        again."""
         runner = self._fit_runner(max(map(len, prompts)))
         shared = len(self._prefix)
         first = [
             shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
         ]
         sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
+        wanted = np.cumsum(sizes) - 1
+        if self._tap.layers:
+            self._tap.wanted = torch.from_numpy(wanted).to(self.lm.device)
         states = runner.prefill(
             [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))],
-            (np.cumsum(sizes) - 1).tolist(),
+            wanted.tolist(),
         )
+        self._tap.wanted = None
         if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
             runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
-        return states
+        return {len(self.lm.blocks) - 1: states, **self._tap.states}
 
-    def _prompts(self, explanations: Sequence[str]) -> list[list[int]]:
+    def prompts(self, explanations: Sequence[str]) -> list[list[int]]:
+        """The prompt around each text, as token ids."""
         return reconstructor_prompts(self.sidecar, self.lm.tokenizer, explanations, self.special)
 
     def _shared_prefix(self) -> tuple[int, ...]:
         """Token ids that prompts begin with, unless the tokenizer merges a text with the template before it."""
-        one, other = self._prompts(["a", "1"])
+        one, other = self.prompts(["a", "1"])
         same = [a == b for a, b in zip(one, other, strict=False)]
         return tuple(one[: max(same.index(False) - 1 if False in same else 0, 0)])
 
@@ -183,7 +245,7 @@ class Reconstructor:
             self.close()  # frees its cache first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
-            self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)
+            self._runner = Runner(self.lm, slots=slots, length=length, tap=self._tap, kernels=self.kernels)
             cache = self._runner.cache
             if self._prefix:
                 self._runner.prefill([(cache.spare, 0, self._prefix)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import NLAError, RequestError, WriteError, already_there
+from nla_engine.sites import Site
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.exchange.record_columns import RecordColumns
 from nla_engine.store.lease import Lease
@@ -79,6 +80,23 @@ ANSWERS = pa.schema(
 )
 #: Columns that are computed at the end, from mse_nrm and a number of the whole run.
 _LAST = ("fve_nrm", "fve_meannorm")
+
+
+def of_layer(name: str, layer: Site | int) -> str:
+    """The column of a score of another layer than the table's, which the AR gives from the same text."""
+    return f"{name}_L{layer}"
+
+
+def further_scores(metadata: Mapping[str, Any]) -> list[str]:
+    """The columns of a table that are scores of further layers."""
+    layers = map(int, metadata.get("further_layers", {}))
+    return [of_layer(name, layer) for layer in layers for name in SCORES]
+
+
+def with_layers(schema: pa.Schema, layers: Iterable[Site | int]) -> pa.Schema:
+    """A schema with the scores of further layers."""
+    scores = [SCHEMA.field(name) for name in SCORES if name != "best"]
+    return pa.schema([*schema, *(f.with_name(of_layer(f.name, layer)) for layer in layers for f in scores)])
 
 
 class ResultTable:
@@ -169,6 +187,20 @@ class ResultTable:
             _remove_parts(parts, files)
         return cls(out, lease, options, schema, sum(_rows(file) for file in files), len(files))
 
+    @classmethod
+    def done_before(cls, out: Path, options: dict[str, Any], *, overwrite: bool) -> int:
+        """Rows of the table that a run with these options would find. Errors as for `open`; nothing is written."""
+        parts = _parts_of(out)
+        if overwrite:
+            return 0
+        if (record := parts / RECORD_NAME).exists():
+            _check_same(parts, _read_json(record).get("options", {}), options)
+            return sum(map(_rows, _part_files(parts)))
+        if out.exists():
+            _check_same(out, read_metadata(out).get("options", {}), options)
+            return int(pq.read_metadata(out).num_rows)
+        return 0
+
     def __enter__(self) -> ResultTable:
         return self
 
@@ -207,12 +239,12 @@ class ResultTable:
     def finish(
         self,
         metadata: dict[str, Any],
-        last: Callable[[np.ndarray], dict[str, list[float | None]]] | None = None,
+        last: Callable[[pa.Table], dict[str, list[float | None]]] | None = None,
         store: StoreReader | None = None,
     ) -> None:
         """Join the parts into the one file. metadata: of the run, kept in the schema.
 
-        last: computes the columns of the end from mse_nrm, float64 [n] with NaN for null. None: there are none.
+        last: computes the columns of the end from a part of the others. None: there are none.
         store: the rows are of; the fields of its prompt records become columns, unless the table has them by now.
         WriteError if another process has taken the table.
         """
@@ -237,7 +269,7 @@ class ResultTable:
                         names = [field.name for field in of_records.fields]
                         columns = dict(zip(names, made, strict=True)) | columns
                     if last is not None:
-                        columns |= last(part["mse_nrm"].to_numpy())
+                        columns |= last(part)
                     writer.write_table(pa.table(columns, schema=schema))
             lease.check()
             if (joined := pq.read_metadata(temporary).num_rows) != self.done:
@@ -294,7 +326,7 @@ def ranked_among(metadata: Mapping[str, Any]) -> int:
 
 
 def _but_last(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([field for field in schema if field.name not in _LAST])
+    return pa.schema([field for field in schema if field.name.partition("_L")[0] not in _LAST])
 
 
 def _parts_of(out: Path) -> Path:

@@ -33,9 +33,16 @@ def row_columns(store: CaptureStore, layer: LayerReader, rows: np.ndarray) -> di
     }
 
 
-def select_rows(store: CaptureStore, options: WritingOptions | LensOptions) -> np.ndarray:
-    """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none."""
-    rows = _matching(store, options.where, 0)
+def select_rows(
+    store: CaptureStore,
+    options: WritingOptions | LensOptions,
+    keep: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> np.ndarray:
+    """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none.
+
+    keep: gives those of some rows that can be explained
+    """
+    rows = keep(_matching(store, options.where, 0))
     if not len(rows):
         raise nothing_selected(options)
     if options.limit is not None and options.limit < len(rows):
@@ -80,7 +87,10 @@ def open_store(options: WritingOptions, announce: Callable[[str], None] = lambda
 
 
 def follow_rows(
-    store: CaptureStore, where: str | None, announce: Callable[[str], None] = lambda text: None
+    store: CaptureStore,
+    where: str | None,
+    announce: Callable[[str], None] = lambda text: None,
+    keep: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Iterator[np.ndarray]:
     """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
@@ -91,7 +101,7 @@ def follow_rows(
     while True:
         store.refresh()
         try:
-            rows, seen = _matching(store, where, seen), store.rows
+            rows, seen = keep(_matching(store, where, seen)), store.rows
         except WhereRecordError:  # a later prompt may have what these lack
             if store.complete:
                 raise

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from nla_engine.config import (
     ExplainOptions,
@@ -23,14 +22,21 @@ from nla_engine.config import (
 from nla_engine.errors import RequestError
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
-from nla_engine.roundtrip import score
 from nla_engine.roundtrip.far import Watcher
+from nla_engine.roundtrip.layers import controls_of, explained_variance, measured_of
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import SCHEMA, WITHOUT_SCORES, ResultTable, check_table, nullable
+from nla_engine.roundtrip.results import (
+    SCHEMA,
+    WITHOUT_SCORES,
+    ResultTable,
+    check_table,
+    with_layers,
+)
 from nla_engine.roundtrip.rows import follow_rows, nothing_selected, open_store, select_rows
 from nla_engine.roundtrip.score import Controls
+from nla_engine.roundtrip.slots import Slots
 from nla_engine.roundtrip.summary import (
     EXPLAINING,
     FINISHING,
@@ -44,7 +50,6 @@ from nla_engine.roundtrip.summary import (
 )
 from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
 from nla_engine.roundtrip.texts import Texts, Written
-from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
@@ -72,17 +77,9 @@ def run_roundtrip(
 
     rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
     """
+    _check_wet(options)
     phases = Phases(progress)
-    phases.phase(LOADING)
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    store = open_store(options, announce)
-    chosen = _choose(store, options, rows, CONTROL_ROWS, announce)
-    pair = load_pair(options, announce, verbalizer, reconstructor)
-    phases.phase(PREPARING)
-    layer = choose_layer(store, options, pair)
-    written = _written(options, pair)
-    controls = _controls(store, layer, chosen, options, pair.device)
-    run = _Run(options, store, layer, pair, chosen, written, controls)
+    run = prepare_run(options, announce, phases, verbalizer, reconstructor, rows)
     return summarise(options, *run.finish(announce, phases))
 
 
@@ -95,15 +92,9 @@ def run_explain(
     rows: np.ndarray | None = None,
 ) -> ExplainSummary:
     """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
+    _check_wet(options)
     phases = Phases(progress)
-    phases.phase(LOADING)
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    store = open_store(options, announce)
-    chosen = _choose(store, options, rows, 1, announce)
-    pair = load_pair(options, announce, verbalizer)
-    phases.phase(PREPARING)
-    layer = choose_layer(store, options, pair)
-    run = _Run(options, store, layer, pair, chosen, _written(options, pair), None)
+    run = prepare_run(options, announce, phases, verbalizer, rows=rows)
     return summarise_texts(options, *run.finish(announce, phases))
 
 
@@ -115,27 +106,70 @@ def run_score(
     reconstructor: Reconstructor | None = None,
 ) -> RoundtripSummary:
     """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
+    _check_wet(options)
     phases = Phases(progress)
+    run = prepare_run(options, announce, phases, reconstructor=reconstructor)
+    return summarise(options, *run.finish(announce, phases))
+
+
+def _check_wet(options: StageTwoOptions) -> None:
+    if options.dry_run:
+        raise RequestError(
+            "--dry-run writes nothing: call `nla_engine.roundtrip.estimate.estimate_stage_two`"
+        )
+
+
+def prepare_run(
+    options: StageTwoOptions,
+    announce: Announce,
+    phases: Phases,
+    verbalizer: Verbalizer | None = None,
+    reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
+) -> Run:
+    """Load the models and check everything; nothing is written. Arguments and errors as for `run_roundtrip`."""
     phases.phase(LOADING)
+    if isinstance(options, ScoreOptions):
+        return _prepare_score(options, announce, phases, reconstructor)
+    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    store = open_store(options, announce)
+    scored = isinstance(options, RoundtripOptions)
+    chosen = _choose(store, options, rows, CONTROL_ROWS if scored else 1, announce)
+    pair = load_pair(options, announce, verbalizer, reconstructor)
+    phases.phase(PREPARING)
+    layer = choose_layer(store, options, pair)
+    written, controls = _written(options, pair), {}
+    if isinstance(options, RoundtripOptions):
+        controls = controls_of(store, layer, chosen.sample, options, pair, announce)
+    return Run(options, store, layer, pair, chosen, written, controls)
+
+
+def _prepare_score(
+    options: ScoreOptions, announce: Announce, phases: Phases, reconstructor: Reconstructor | None
+) -> Run:
     store = CaptureStore.open(options.store)
     if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
         raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
-    texts = TextFile.read(options.texts, store)
+    texts = TextFile.read(options.texts, store, options.prefixes)
     rows = texts.selected
-    chosen = _Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
-    pair = load_pair(options, announce, reconstructor=reconstructor)
+    chosen = Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)
+    told = None if texts.layer is None else texts.layer.layer
+    if None not in (options.layer, told) and options.layer != told:
+        raise RequestError(
+            f"--layer {options.layer}: the texts of {options.texts} are about layer {told}: leave --layer out"
+        )
+    pair = load_pair(options, announce, reconstructor=reconstructor, layer=told)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     check_layer(texts, layer, options.ar)
     check_lengths(texts, pair.ar)
-    controls = _controls(store, layer, chosen, options, pair.device)
-    run = _Run(options, store, layer, pair, chosen, texts, controls)
-    return summarise(options, *run.finish(announce, phases))
+    controls = controls_of(store, layer, chosen.sample, options, pair, announce)
+    return Run(options, store, layer, pair, chosen, texts, controls)
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Rows to explain. segments: int64 arrays, which follow a store that grows; sample: those of the controls.
 
     rows: all of them, int64 [n]; None if they are not known yet
@@ -147,26 +181,26 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run of stage 2, ready to start. controls: None if nothing is scored."""
+class Run:
+    """One run of stage 2, ready to start. controls: by layer, the run's own first; empty if nothing is scored."""
 
     options: StageTwoOptions
     store: CaptureStore
     layer: Site
     pair: Pair
-    chosen: _Chosen
+    chosen: Chosen
     texts: Texts
-    controls: Controls | None
+    controls: Mapping[Site, Controls]
 
     def finish(self, announce: Announce, phases: Phases) -> tuple[dict[str, float], float]:
         """Write the table, or what is missing of it. Returns the seconds by phase, and the rows that are new."""
         options, texts = self.options, self.texts
         table = ResultTable.open(
             options.out,
-            options=self._identity(),
+            options=self.identity(),
             resume=options.resume,
             overwrite=options.overwrite,
-            schema=self._schema(),
+            schema=self.schema(),
         )
         before = table.done
         with table:
@@ -187,7 +221,7 @@ class _Run:
 
         longest = options.max_new_tokens if isinstance(options, WritingOptions) else None
         with closing(self.pair):
-            pipeline = Pipeline(self.store, layer, self.pair, texts, self.controls, write, longest)
+            pipeline = self.pipeline(texts, write, longest)
             for part in self.chosen.segments:
                 first, known = known, known + len(part)
                 there = max(texts.rows_of(table.done) - first, 0)
@@ -210,23 +244,39 @@ class _Run:
                     pipeline.run(part[there:], first + there)
             phases(table.done, texts.up_to_row(known), part=1.0)
             phases.phase(FINISHING)
-            if self.controls is None or not isinstance(options, ScoringOptions):
+            if not self.controls or not isinstance(options, ScoringOptions):
                 table.finish(self._metadata(), store=self.store)
                 return
-            variance, measured = _variance(options, self.store, layer, self.pair.device)
-        metadata = self._metadata() | {
-            "variance": variance,
-            "variance_rows": measured,
-            "control_rows": len(self.controls.rows),
-            "control_vectors": len(self.controls.distinct),
-        }
-        table.finish(metadata, lambda mse: _explained_variance(mse, variance), self.store)
+            measured = {
+                number: measured_of(options, self.store, number, controls, self.pair.device)
+                for number, controls in self.controls.items()
+            }
+        variances = {number: float(about["variance"]) for number, about in measured.items()}
+        metadata = self._metadata() | measured.pop(layer)
+        if measured:
+            metadata["further_layers"] = {str(number): about for number, about in measured.items()}
+        table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
 
-    def _schema(self) -> pa.Schema:
-        schema = WITHOUT_SCORES if self.controls is None else SCHEMA
-        return pa.schema([*schema, *self.texts.more]) if isinstance(self.texts, TextFile) else schema
+    def pipeline(
+        self, texts: Texts, write: Callable[[dict[str, Any]], None], longest: int | None = None
+    ) -> Pipeline:
+        """The way of the rows through the models. longest: tokens of the longest text that the AV may write."""
+        slots = _slots(self.options)
+        return Pipeline(self.store, self.layer, self.pair, texts, self.controls, write, longest, slots)
 
-    def _identity(self) -> dict[str, Any]:
+    def schema(self) -> pa.Schema:
+        """Of the table."""
+        further = [number for number in self.controls if number != self.layer]
+        schema = with_layers(SCHEMA, further) if self.controls else WITHOUT_SCORES
+        if not isinstance(self.texts, TextFile):
+            return schema
+        if clash := set(schema.names) & set(self.texts.more.names):
+            raise RequestError(
+                f"{self.texts.path}: the result has a field {min(clash)} of its own: rename it in the file"
+            )
+        return pa.schema([*schema, *self.texts.more])
+
+    def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it continues."""
         given, store, pair, chosen = self.options.to_dict(), self.store, self.pair, self.chosen
         names = (
@@ -242,6 +292,7 @@ class _Run:
             "precision",
             "variance",
             "follow",
+            "slots",
         )
         same: dict[str, Any] = {name: given[name] for name in names if name in given}
         same |= {
@@ -252,7 +303,7 @@ class _Run:
         if chosen.rows is not None:
             same["rows"] = len(chosen.rows)
             same["selection"] = hashlib.sha256(chosen.rows.tobytes()).hexdigest()[:16]
-        if self.controls is not None:
+        if self.controls:
             same["controls"] = hashlib.sha256(chosen.sample.tobytes()).hexdigest()[:16]
         if pair.verbalizer is not None:
             same["av"] = pair.verbalizer.fingerprint()
@@ -260,7 +311,8 @@ class _Run:
             same["ar"] = pair.reconstructor.fingerprint()
         if isinstance(self.texts, TextFile):
             same["texts"] = self.texts.fingerprint()
-        elif self.controls is None:
+            same["prefixes"] = given.get("prefixes") or None  # None: as in tables of older versions
+        elif not self.controls:
             same["scores"] = False  # the table of a round trip has all the rest in common with this one
         return same
 
@@ -273,15 +325,29 @@ class _Run:
 
 def _choose(
     store: CaptureStore, options: WritingOptions, rows: np.ndarray | None, wanted: int, announce: Announce
-) -> _Chosen:
+) -> Chosen:
     """The given rows, or those that the options select. wanted: most rows in the sample of the controls."""
+    slots, left_out = _slots(options), 0
+
+    def keep(found: np.ndarray) -> np.ndarray:
+        nonlocal left_out
+        if slots is None:
+            return found
+        kept = slots.complete(store, found)
+        left_out += len(found) - len(kept)
+        return kept
+
+    if slots is not None:
+        slots.check(store)
     if rows is None and not options.follow:
-        rows = select_rows(store, options)
-    segments = follow_rows(store, options.where, announce) if rows is None else iter([rows])
+        rows = select_rows(store, options, keep)
+    segments = follow_rows(store, options.where, announce, keep) if rows is None else iter([rows])
+    if left_out:
+        announce(f"{left_out:,} rows are left out: the store lacks a vector that --slots names for them")
     segments, sample = _control_sample(segments, options, wanted)
     if not len(sample):
         raise nothing_selected(options)
-    return _Chosen(segments, sample, rows)
+    return Chosen(segments, sample, rows)
 
 
 def _control_sample(
@@ -313,26 +379,7 @@ def _written(options: WritingOptions, pair: Pair) -> Written:
     return Written(options, pair.av, pair.device)
 
 
-def _controls(
-    store: CaptureStore, layer: Site, chosen: _Chosen, options: ScoringOptions, device: torch.device
-) -> Controls:
-    vectors = store.layer(layer).torch(chosen.sample, device)
-    return Controls.of(chosen.sample, store.column("sequence")[chosen.sample], vectors, options.seed)
-
-
-def _variance(
-    options: ScoringOptions, store: CaptureStore, layer: Site, device: torch.device
-) -> tuple[float, int]:
-    """Var, and the number of rows it was measured on: 0 if it was given."""
-    if options.variance is not None:
-        return options.variance, 0
-    variance = layer_variance(store.layer(layer), options.seed, device)
-    return variance.value, variance.rows
-
-
-def _explained_variance(mse: np.ndarray, variance: float) -> dict[str, list[float | None]]:
-    """The columns that need Var, for float64 [n] with NaN where there is no score."""
-    return {
-        "fve_nrm": nullable(score.fve_nrm(mse, variance)),
-        "fve_meannorm": nullable(score.fve_meannorm(mse, variance)),
-    }
+def _slots(options: StageTwoOptions) -> Slots | None:
+    """The vectors that enter one prompt, None if a row's own does."""
+    given = options.slots if isinstance(options, WritingOptions) else None
+    return None if given is None else Slots.parse(given)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nla_engine.config import AskOptions, ExplainOptions, ScoringOptions
+from nla_engine.config import AskOptions, ExplainOptions, ScoreOptions, ScoringOptions
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.results import batches, ranked_among, read_metadata
+from nla_engine.roundtrip.prefixes import fve_by_sentences
+from nla_engine.roundtrip.results import batches, of_layer, ranked_among, read_metadata
 from nla_engine.roundtrip.texts import GIVEN
 
 #: Phases of a run. Explaining includes scoring, which runs beside it; finishing measures Var and ends the table.
@@ -24,6 +25,8 @@ LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "asking",
     "finishing",
 )
+#: Of a summary: left out if there is nothing to say.
+_RARE = ("further_layers", "fve_by_sentences")
 _NO_SECONDS: Mapping[str, float] = {}
 
 
@@ -31,6 +34,8 @@ _NO_SECONDS: Mapping[str, float] = {}
 class RoundtripSummary:
     """The result in numbers; the keys are those of `--json`. Scores are means over every scored explanation.
 
+    fve_by_sentences: of a table of prefixes; its other means are those of whole texts.
+    further_layers: of the others that the AR gives from the same text: their means.
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
     """
@@ -60,9 +65,11 @@ class RoundtripSummary:
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
+    further_layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    fve_by_sentences: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,14 @@ def summarise(
 ) -> RoundtripSummary:
     """The summary of a finished result, from its file. seconds: of each phase of this run; new_rows: its rows."""
     metadata = read_metadata(options.out)
-    data = _columns(options.out, ["cos", "cos_shuffled", "retrieval_rank", "best"])
+    prefixes = isinstance(options, ScoreOptions) and options.prefixes
+    more = ["of_text", "sentences", "whole"] if prefixes else []
+    data = _columns(options.out, ["cos", "cos_shuffled", "retrieval_rank", "best", *more])
+    curve = fve_by_sentences(data, float(metadata["variance"])) if prefixes else {}
+    whole = data["whole"].astype(bool) if prefixes else np.ones(len(data["row"]), bool)
+    if prefixes:
+        data = {name: column[whole] for name, column in data.items()}
+        data["best"] = score.best_of(data["row"], data["cos"].astype(np.float64))
     cos, variance = data["cos"].astype(np.float64), float(metadata["variance"])
     best = data["best"].astype(bool)
     mse = score.mse_nrm(cos)
@@ -174,7 +188,29 @@ def summarise(
         retrieval_median=float(np.median(scored)) if len(scored) else None,
         retrieval_sample=int(metadata["control_rows"]),
         retrieval_vectors=ranked_among(metadata),
+        further_layers={
+            layer: _of_layer(options.out, int(layer), float(about["variance"]), whole)
+            for layer, about in metadata.get("further_layers", {}).items()
+        },
+        fve_by_sentences=curve,
     )
+
+
+def _of_layer(out: Path, layer: int, variance: float, whole: np.ndarray) -> dict[str, float | None]:
+    """The means of a further layer, over the lines of whole texts, bool [n]."""
+    names = ("cos", "fve_nrm", "cos_shuffled", "retrieval_rank")
+    columns = [of_layer(name, layer) for name in names]
+    parts = list(batches(out, columns))
+    cos, fve, shuffled, rank = (
+        np.concatenate([part[name].astype(np.float64) for part in parts])[whole] for name in columns
+    )
+    return {
+        "cos": _mean(cos),
+        "fve_nrm": _mean(fve),
+        "cos_shuffled": _mean(shuffled),
+        "retrieval_top1": _mean(rank[np.isfinite(rank)] == 1),
+        "variance": round(variance, 6),
+    }
 
 
 def _columns(out: Path, scores: list[str]) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """A file of texts for rows of a store: Parquet or JSON lines from any source, or the table of an earlier run.
 
-Of any file the fields `row` and `text` are read; of the table of a run `row`, `sample`, `explanation`, `status` and
-`n_tokens`, since all others are computed again. Further fields go into the result as they are. The whole file is held
-in memory.
+Of any file the fields `row` and `text` are read, and `layer` if there is one; of the table of a run `row`, `sample`,
+`explanation`, `status` and `n_tokens`, since all others are computed again. Further fields go into the result as they
+are. The whole file is held in memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from nla_engine.errors import PromptError, ReadError, RequestError, first_line, is_failure
 from nla_engine.models.prompt_files import read_records
+from nla_engine.roundtrip.prefixes import COLUMNS, with_prefixes
 from nla_engine.roundtrip.reconstruct import Reconstructor
-from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA
+from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA, further_scores
 from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.sites import Site
@@ -38,21 +39,26 @@ class TextFile:
     """The texts of a file, sorted by row: a `Texts`.
 
     selected: int64 [R], the rows that have a text, ascending; metadata: of the run whose table it is, or None
-    more: the schema of the further fields
+    more: the schema of the further fields; layer: whose vectors the texts are about, if the file says it
     """
 
     unit = "texts"
 
-    def __init__(self, path: Path, table: pa.Table, metadata: dict[str, Any] | None) -> None:
+    def __init__(
+        self, path: Path, table: pa.Table, metadata: dict[str, Any] | None, layer: Site | None = None
+    ) -> None:
         """table: row, sample, explanation, status, n_tokens, and further fields; sorted by row and sample."""
-        self.path, self._table, self.metadata = path, table, metadata
+        self.path, self._table, self.metadata, self.layer = path, table, metadata, layer
         self.selected, first = np.unique(table["row"].to_numpy(), return_index=True)
         self._start = np.append(first, len(table))
         self.more = pa.schema([field for field in table.schema if field.name not in SCHEMA.names])
 
     @classmethod
-    def read(cls, path: Path, store: CaptureStore) -> TextFile:
-        """RequestError says what is wrong with the file, and where; also if it names rows that the store lacks."""
+    def read(cls, path: Path, store: CaptureStore, prefixes: bool = False) -> TextFile:
+        """RequestError says what is wrong with the file, and where; also if it names rows that the store lacks.
+
+        prefixes: each text after each of its sentences
+        """
         table, places = _load(path)
         metadata = _metadata_of(path, table, store)
         text = "explanation" if metadata is not None else "text"
@@ -64,9 +70,11 @@ class TextFile:
             raise RequestError(f"{path}: holds no texts: there is nothing to score")
         rows = _rows(path, table["row"], places, store)
         texts = _texts(path, table[text], text, places)
-        own = set(SCHEMA.names) if metadata is not None else {"row", "text"}
+        own = {"row", "text"} if metadata is None else {*SCHEMA.names, *further_scores(metadata)}
+        layer = _layer(path, table, places) if metadata is None else Site.parse(metadata["layer"])
         further = [name for name in table.column_names if name not in own]
-        if clash := [name for name in further if name in SCHEMA.names]:
+        names = [*SCHEMA.names, *(field.name for field in COLUMNS if prefixes)]
+        if clash := [name for name in further if name in names]:
             raise RequestError(
                 f"{path}: the result has a field {', '.join(clash)} of its own: rename it in the file"
             )
@@ -78,12 +86,14 @@ class TextFile:
         if not np.array_equal(order, np.arange(len(order))):
             made = made.take(pa.array(order))
         _check_writable(path, made.select(further).schema)
-        return cls(path, made, metadata)
+        if prefixes:
+            made = with_prefixes(made)
+        return cls(path, made, metadata, layer)
 
     def only(self, rows: np.ndarray) -> TextFile:
         """The texts of these rows alone, int64 [n]; each of them has one."""
         kept = np.isin(self._table["row"].to_numpy(), rows)
-        return TextFile(self.path, self._table.filter(pa.array(kept)), self.metadata)
+        return TextFile(self.path, self._table.filter(pa.array(kept)), self.metadata, self.layer)
 
     def all(self) -> list[str]:
         """Every text, in order."""
@@ -106,7 +116,7 @@ class TextFile:
         )
         if explained is None:
             return {}
-        stated = {name: made[name] for name in ("av_min_position",) if name in made}
+        stated = {name: value for name, value in made.items() if name.startswith("av_")}
         named = ("av", "av_revision", "injection", "injection_scale", "norm_match")
         return {name: made.get(name) for name in named} | {**stated, "explained": explained}
 
@@ -153,10 +163,11 @@ class TextFile:
 
 def check_layer(texts: TextFile, layer: Site, ar: str) -> None:
     """RequestError for texts of another site than the one that the AR gives. ar: its name."""
-    if texts.metadata is not None and (explained := Site.parse(texts.metadata["layer"])) != layer:
-        mend = "an AR of that layer" if explained.layer != layer.layer else f"--site {explained.part}"
+    if texts.layer not in (None, layer):
+        assert texts.layer is not None
+        mend = "an AR of that layer" if texts.layer.layer != layer.layer else f"--site {texts.layer.part}"
         raise RequestError(
-            f"{texts.path}: explains layer {explained}, --ar {ar} gives layer {layer}: give {mend}"
+            f"{texts.path}: explains layer {texts.layer}, --ar {ar} gives layer {layer}: give {mend}"
         )
 
 
@@ -299,6 +310,25 @@ def _rows(
             f"{path}, {place}: row {row} is not in {store.path}, which has rows 0 to {store.rows - 1}{more}"
         )
     return values.astype(np.int64)
+
+
+def _layer(path: Path, table: pa.Table, places: Sequence[str] | None) -> Site | None:
+    """What a column `layer` says; None without one."""
+    if "layer" not in table.column_names:
+        return None
+    column = table["layer"]
+    if not pa.types.is_integer(column.type):
+        raise RequestError(f"{path}: layer is of type {column.type}: it must be an integer")
+    if column.null_count:
+        place = _place(places, int(pc.index(column.is_null(), True).as_py()))
+        raise RequestError(f"{path}, {place}: layer is null: it must be an integer")
+    layers = np.unique(column.to_numpy()).tolist()
+    if len(layers) > 1:
+        raise RequestError(
+            f"{path}: its texts are about layers {', '.join(map(str, layers[:12]))}, and a run scores those of one: "
+            "split the file"
+        )
+    return Site(layers[0]) if layers else None
 
 
 def _texts(path: Path, column: pa.ChunkedArray, name: str, places: Sequence[str] | None) -> pa.Array:

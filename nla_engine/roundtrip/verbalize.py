@@ -43,7 +43,7 @@ def parse_explanation(text: str) -> tuple[str, str]:
 
 
 class Verbalizer:
-    """A loaded AV checkpoint."""
+    """A loaded AV checkpoint. slots: how many vectors enter its prompt, each at a marker of its own."""
 
     def __init__(
         self,
@@ -53,12 +53,13 @@ class Verbalizer:
         kernels: Kernels = Kernels(),
         wording: Wording = Wording(),
         maps: Maps = Maps(),
+        slots: int = 1,
     ) -> None:
         self.lm, self.sidecar, self.kernels, self.maps = lm, sidecar, kernels, maps
         maps.check_width(sidecar, lm.d_model)
         self.injection = sidecar.injection
         self.writer = Writer(lm, self.injection, kernels, [CLOSE_TAG.encode()], maps)
-        self.prompt = verbalizer_prompt(sidecar, lm.tokenizer, wording, self.writer.places(1))
+        self.prompt = verbalizer_prompt(sidecar, lm.tokenizer, wording, self.writer.places(slots), slots)
         self.prefill = wording.prefill  # the text begins with it
 
     @classmethod
@@ -83,7 +84,7 @@ class Verbalizer:
         sidecar = read_sidecar(source.having(SIDECAR), "av", given)
         maps = find_maps(source, sidecar, given)
         lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
-        return cls(lm, sidecar, kernels=kernels, wording=wording, maps=maps)
+        return cls(lm, sidecar, kernels=kernels, wording=wording, maps=maps, slots=given.slots)
 
     @property
     def room(self) -> int:
@@ -109,13 +110,14 @@ class Verbalizer:
         batch_size: int | None = None,
         watch: Watch = lambda tally: None,
     ) -> collections.abc.Generator[Explanation, None, None]:
-        """Explain (id, float32 [d]) pairs; `samples` explanations of each come together, in the same order.
+        """Explain (id, float32 [d]) pairs, [slots, d] if there are several; `samples` explanations of each come
+        together, in the same order.
 
         Vectors must be finite and not zero. For ids, scaling, reading ahead and `watch` see `Writer.write`.
         """
         prompt = self.prompt
         for text in self.writer.write(
-            (Asked(id_, prompt, vector[None]) for id_, vector in vectors),
+            (Asked(id_, prompt, vector[None] if vector.ndim == 1 else vector) for id_, vector in vectors),
             Limits.of([prompt]),
             samples=samples,
             max_new_tokens=max_new_tokens,

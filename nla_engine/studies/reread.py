@@ -216,7 +216,9 @@ def _read_rest(
             progress(table.done, len(readings))
     distinct = {place: len(group.distinct) for place, group in controls.items()}
     metadata = {**describe_run(), "layer": layer, "variance": variance, "control_vectors": distinct}
-    table.finish(metadata, lambda mse: {"fve_nrm": nullable(score.fve_nrm(mse, variance))})
+    table.finish(
+        metadata, lambda part: {"fve_nrm": nullable(score.fve_nrm(part["mse_nrm"].to_numpy(), variance))}
+    )
 
 
 def _chunks(readings: Sequence[Reading]) -> Iterator[list[Reading]]:

@@ -52,6 +52,30 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
         lambda r, t: {"texts": json_lines(t / "t.jsonl", [{"row": 1 << 70, "text": "c"}])},
         "line 1: row .* is not in",
     ),
+    "two layers": (
+        lambda r, t: {"texts": json_lines(t / "t.jsonl", [g | {"layer": i} for i, g in enumerate(GOOD)])},
+        "t.jsonl: its texts are about layers 0, 1, and a run scores those of one: split the file",
+    ),
+    "a layer that is a text": (
+        lambda r, t: {"texts": json_lines(t / "t.jsonl", [g | {"layer": "2"} for g in GOOD])},
+        "t.jsonl: layer is of type string: it must be an integer",
+    ),
+    "a record without the layer": (
+        lambda r, t: {"texts": json_lines(t / "t.jsonl", [GOOD[0] | {"layer": LAYER}, GOOD[1]])},
+        "t.jsonl, line 2: layer is null: it must be an integer",
+    ),
+    "a layer of a file that is not the AR's": (
+        lambda r, t: {"texts": json_lines(t / "t.jsonl", [g | {"layer": 1} for g in GOOD])},
+        "t.jsonl: explains layer 1, --ar .*ar gives layer 2: give an AR of that layer",
+    ),
+    "a --layer that is not that of the texts": (
+        lambda r, t: {"layer": LAYER, "texts": json_lines(t / "t.jsonl", [g | {"layer": 1} for g in GOOD])},
+        "--layer 2: the texts of .*t.jsonl are about layer 1: leave --layer out",
+    ),
+    "a --layer that is not that of a run": (
+        lambda r, t: {"layer": 1, "texts": r / "explained.parquet"},
+        "--layer 1: the texts of .*explained.parquet are about layer 2: leave --layer out",
+    ),
     "a row that is a float": (
         lambda r, t: {"texts": json_lines(t / "t.jsonl", [*GOOD, {"row": 2.0, "text": "c"}])},
         "t.jsonl, line 3: row is 2.0: it must be an integer",

@@ -70,7 +70,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     monkeypatch.setattr(pipeline, "CHUNK", 6)
     nla_engine.run_explain(options(root, store, tmp_path / "whole.parquet", **SAMPLED))
-    real, calls = pipeline.Pipeline._columns, []
+    real, calls = pipeline.Pipeline.columns, []
 
     def fail_later(self: pipeline.Pipeline, chunk: pipeline.Explained) -> dict[str, object]:
         if len(calls) == stop_after:
@@ -80,7 +80,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     out = tmp_path / "x.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Pipeline, "_columns", fail_later)
+        patch.setattr(pipeline.Pipeline, "columns", fail_later)
         with pytest.raises(KeyboardInterrupt):
             nla_engine.run_explain(options(root, store, out, **SAMPLED))
     assert not out.exists() and len(calls) == stop_after

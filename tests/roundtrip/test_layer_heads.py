@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -123,6 +124,26 @@ def test_the_layer_is_that_of_the_av_or_of_the_sidecar(many: Path, tmp_path: Pat
     ran = call(*score(many, tmp_path / "s.parquet", tmp_path / "e.parquet", ar=tmp_path / "ar"))
     held = load_file(many / "ar" / HEADS)["value_heads.1.weight"]
     check_scores(ran, many, tmp_path / "s.parquet", many / "ar", 1, {"weight": held})
+
+
+@pytest.mark.parametrize("told", ["the table of explain", "a field"])
+def test_score_takes_the_layer_from_the_texts(many: Path, tmp_path: Path, told: str) -> None:
+    """The AR has a head for each layer and names none; --layer is left out, or says the same."""
+    for layer in LAYERS:
+        texts, out = tmp_path / f"{layer}.parquet", tmp_path / f"scored {layer}.parquet"
+        assert call(*explain(many, texts, layer=layer, template_value="depth_pct=50")).code == 0
+        if told == "a field":
+            table = pq.read_table(texts, columns=["row", "explanation"]).rename_columns(["row", "text"])
+            layers = pa.array([layer] * len(table), pa.int16())
+            pq.write_table(table.replace_schema_metadata(None).append_column("layer", layers), texts)
+        ran = call(*score(many, out, texts))
+        held = load_file(many / "ar" / HEADS)[f"value_heads.{layer}.weight"]
+        check_scores(ran, many, out, many / "ar", layer, {"weight": held})
+        assert read_metadata(out)["layer"] == layer
+        again = call(*score(many, tmp_path / f"again {layer}.parquet", texts, layer=layer))
+        check_scores(again, many, out, many / "ar", layer, {"weight": held})
+        ran = call(*score(many, tmp_path / "no.parquet", texts, layer=3 - layer))
+        check_refused(ran, f"are about layer {layer}: leave --layer out")
 
 
 def test_heads_alone_stand_over_a_base_that_is_given(many: Path, tmp_path: Path) -> None:

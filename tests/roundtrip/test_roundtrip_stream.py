@@ -261,7 +261,7 @@ def test_an_error_behind_stops_the_run(pair: Path, tmp_path: Path, monkeypatch: 
     def broken(self: Reconstructor, explanations: object) -> torch.Tensor:
         raise ZeroDivisionError("the AR failed")
 
-    monkeypatch.setattr(Reconstructor, "reconstruct", broken)
+    monkeypatch.setattr(Reconstructor, "reconstruct_layers", broken)
     with pytest.raises(ZeroDivisionError, match="the AR failed"):
         run_roundtrip(options(pair, store, tmp_path / "x.parquet"))
     assert not (tmp_path / "x.parquet").exists()

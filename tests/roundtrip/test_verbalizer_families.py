@@ -73,22 +73,24 @@ FAMILIES = {
 
 
 def told_text(model: Any, family: Family, vector: np.ndarray) -> str:
-    """What plain transformers generates with a hook."""
+    """What plain transformers generates with a hook. vector: float32 [d], or [k, d] for the k markers."""
     tokenizer = byte_tokenizer()
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": family.message}], tokenize=False, add_generation_prompt=True
     )
     ids = torch.tensor([tokenizer.encode(text + family.prefill, add_special_tokens=False)])
-    place = ids[0].tolist().index(tokenizer.convert_tokens_to_ids(MARKER))
+    marker = tokenizer.convert_tokens_to_ids(MARKER)
+    places = [place for place, id_ in enumerate(ids[0].tolist()) if id_ == marker]
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape[1] > 1:
-            v, there = torch.from_numpy(vector), hidden[0, place].clone()
-            if family.block is not None:
-                hidden[0, place] = there + there.norm() * v / v.norm()
-            else:
-                hidden[0, place] = v if family.scale is None else v * family.scale / v.norm()
+            for v, place in zip(torch.from_numpy(np.atleast_2d(vector)), places, strict=True):
+                there = hidden[0, place].clone()
+                if family.block is not None:
+                    hidden[0, place] = there + there.norm() * v / v.norm()
+                else:
+                    hidden[0, place] = v if family.scale is None else v * family.scale / v.norm()
         return output
 
     at = model.get_input_embeddings() if family.block is None else model.model.layers[family.block]

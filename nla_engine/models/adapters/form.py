@@ -17,6 +17,8 @@ from nla_engine.models.checkpoint import ADAPTER, CONFIG, INDEX, WEIGHTS, read_j
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AR_META, AR_WEIGHTS = "ar_meta.json", "ar_lora_value_head.safetensors"
+#: The LoRA of an AR that gives several layers, with a head for each.
+AR_TAPS = "ar_multitap.safetensors"
 #: Keys of adapter_config.json that are read here.
 _READ = {
     *("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern"),
@@ -35,6 +37,20 @@ _AR_KEYS = {
     *("ar_num_layers", "lora_r", "lora_alpha", "quant", "target_modules", "final_norm_stripped"),
     "use_rslora",
 }
+#: The same of an AR that gives several layers.
+_TAP_KEYS = {
+    *(
+        "tap_layers",
+        "target_cols",
+        "lora_r",
+        "lora_alpha",
+        "quant",
+        "strip_final_norm",
+        "mse_scale",
+        "d_model",
+    ),
+    "target_modules",
+}
 _MERGE = "merge it into its base with the tool that trained it, and give that directory"
 
 
@@ -45,6 +61,7 @@ class Adapter:
     config, weights: its two files; base, revision: the model it names as its base
     targets, excluded: a pattern, or the ends of modules' names; saved: modules that it replaces as a whole
     blocks: how many blocks of the base its model has, of an AR with its own head; else None
+    taps: the layers that such an AR gives, if it gives several
     quantised: whether it says that its base was quantised in training
     """
 
@@ -63,6 +80,7 @@ class Adapter:
     base: str | None = None
     revision: str | None = None
     blocks: int | None = None
+    taps: tuple[int, ...] = ()
     quantised: bool = False
 
     def rank_of(self, module: str) -> int:
@@ -99,7 +117,8 @@ class Adapter:
 
 def is_adapter(files: Collection[str]) -> bool:
     """Whether these are the files of an adapter. A merged AR may keep its ar_meta.json, beside whole weights."""
-    return ADAPTER in files or AR_WEIGHTS in files or (AR_META in files and CONFIG not in files)
+    own_head = AR_WEIGHTS in files or AR_TAPS in files
+    return ADAPTER in files or own_head or (AR_META in files and CONFIG not in files)
 
 
 def find_adapter(directory: Path, name: str, files: Collection[str] | None = None) -> Adapter | None:
@@ -111,13 +130,13 @@ def find_adapter(directory: Path, name: str, files: Collection[str] | None = Non
     if not is_adapter(files):
         return None
     check_adapter_files(name, files)
-    return _peft(directory, name) if ADAPTER in files else read_ar_meta(directory, name)
+    return _peft(directory, name) if ADAPTER in files else read_ar_meta(directory, name, files)
 
 
 def check_adapter_files(name: str, files: Collection[str]) -> None:
     """CheckpointError unless the files of an adapter's directory are those of one adapter, and of no other model."""
-    wanted, told = (ADAPTER_WEIGHTS, ADAPTER) if ADAPTER in files else (AR_WEIGHTS, AR_META)
-    others = [WEIGHTS, INDEX, *([AR_WEIGHTS] if ADAPTER in files else [])]
+    wanted, told = (ADAPTER_WEIGHTS, ADAPTER) if ADAPTER in files else (own_weights(files), AR_META)
+    others = [WEIGHTS, INDEX, *(file for file in (AR_WEIGHTS, AR_TAPS) if file != wanted)]
     if other := next((file for file in others if file in files), None):
         raise CheckpointError(
             f"{name}: has {told if told in files else wanted} beside other weights ({other}): "
@@ -134,6 +153,11 @@ def check_adapter_files(name: str, files: Collection[str]) -> None:
             f"{name}: has no {wanted}{held if pickled else ''}: "
             f"{'save the adapter as safetensors' if pickled else 'fetch it again'}"
         )
+
+
+def own_weights(files: Collection[str]) -> str:
+    """The file of an AR's LoRA with its head, or with a head for each of several layers."""
+    return AR_TAPS if AR_TAPS in files else AR_WEIGHTS
 
 
 def _peft(directory: Path, name: str) -> Adapter:
@@ -176,31 +200,36 @@ def _peft(directory: Path, name: str) -> Adapter:
     )
 
 
-def read_ar_meta(directory: Path, name: str) -> Adapter:
-    """What ar_meta.json says. Its trainers always use rsLoRA, and do not write that down."""
+def read_ar_meta(directory: Path, name: str, files: Collection[str] | None = None) -> Adapter:
+    """What ar_meta.json says. Its trainers always use rsLoRA, and do not write that down. files: of the directory."""
     meta = read_json(directory / AR_META)
     said = _Said(f"{name}: {AR_META}", meta)
+    weights = own_weights(os.listdir(directory) if files is None else files)
+    several = weights == AR_TAPS
     for key, value in meta.items():
-        if key not in _AR_KEYS and value is not None:
+        if key not in (_TAP_KEYS if several else _AR_KEYS) and value is not None:
             raise CheckpointError(f"{said.where}: {key} is not known, and may change the weights: {_MERGE}")
-    if not said.truth("final_norm_stripped", False):
+    stripped = "strip_final_norm" if several else "final_norm_stripped"
+    if not said.truth(stripped, False):
         raise CheckpointError(
-            f"{said.where}: final_norm_stripped is not true: this AR applies its base's final norm, which is not "
+            f"{said.where}: {stripped} is not true: this AR applies its base's final norm, which is not "
             "supported: give one that was trained without it"
         )
+    taps = said.taps() if several else ()
     quant = meta.get("quant")
     if quant not in (None, "none", "4bit"):
         raise CheckpointError(f"{said.where}: quant is {quant!r}, which is none of none, 4bit")
     return Adapter(
         config=directory / AR_META,
-        weights=directory / AR_WEIGHTS,
+        weights=directory / weights,
         rank=said.rank("lora_r"),
         alpha=said.number("lora_alpha"),
         rslora=said.truth("use_rslora", True),
         rank_pattern={},
         alpha_pattern={},
         targets=said.modules("target_modules", needed=True),
-        blocks=said.rank("ar_num_layers"),
+        blocks=max(taps) + 1 if several else said.rank("ar_num_layers"),
+        taps=taps,
         quantised=quant == "4bit",
     )
 
@@ -266,6 +295,13 @@ class _Said:
         if needed and not value:
             raise self.wrong(key, value, "the modules that it changes")
         return self.names(key)
+
+    def taps(self) -> tuple[int, ...]:
+        value = self.data.get("tap_layers")
+        whole = isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
+        if not whole or not value or len(set(value)) < len(value):
+            raise self.wrong("tap_layers", value, "a list of different block numbers")
+        return tuple(value)
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.data.get("layers_to_transform")

@@ -21,7 +21,7 @@ _PREFIXES = ("base_model.model.", "backbone.")
 _LOW_RANK = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.default)?(\.weight)?"
 )
-HEAD = "value_head."
+HEAD, HEADS = "value_head.", "heads."
 
 
 @dataclass
@@ -56,7 +56,7 @@ class AdapterFile:
             ) from error
         self.changes: dict[str, Change] = {}
         for key in sorted(self.shapes):
-            if not (adapter.blocks is not None and key.startswith(HEAD)):
+            if not (adapter.blocks is not None and key.startswith((HEAD, HEADS))):
                 self._place(key)
         for module, change in self.changes.items():
             self._check(module, change)

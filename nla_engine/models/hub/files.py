@@ -11,9 +11,9 @@ from nla_engine.errors import CheckpointError
 from nla_engine.models.adapters.form import (
     ADAPTER_WEIGHTS,
     AR_META,
-    AR_WEIGHTS,
     check_adapter_files,
     is_adapter,
+    own_weights,
 )
 from nla_engine.models.checkpoint import (
     ADAPTER,
@@ -75,7 +75,7 @@ def choose(
         chosen += [f for f in files if f.endswith(".py")]
     if is_adapter(files):
         check_adapter_files(name, files)
-        chosen += [ADAPTER_WEIGHTS if ADAPTER in files else AR_WEIGHTS]
+        chosen += [ADAPTER_WEIGHTS if ADAPTER in files else own_weights(files)]
     elif not is_heads_alone(files):
         chosen += _weights(name, files, read)
     return sorted(set(chosen))
