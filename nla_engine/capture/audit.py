@@ -64,7 +64,7 @@ def audit(
         )
         for key in ("weights", "tokenizer")
     ]
-    chosen = draw_rows(np.arange(store.sequences), sample, seed)
+    chosen = draw_rows(store.numbers, sample, seed)
     errors: dict[int, dict[int, list[np.ndarray]]] = {layer: {-1: [], 0: [], 1: []} for layer in store.layers}
     noise: dict[int, list[np.ndarray]] = {layer: [] for layer in store.layers}
     for done, number in enumerate(chosen, 1):

@@ -73,13 +73,15 @@ def estimate_capture(
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)
-    done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
+    todo = np.arange(len(prompts))
+    if options.resume and exists(place(options.out)):
+        todo = np.setdiff1d(todo, CaptureStore.open(options.out).numbers)
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
-    plan = plan_capture(options, lm, prompts, choice, done)
+    plan = plan_capture(options, lm, prompts, choice, todo)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
-    sizes, new = prompts.sizes[done:], options.max_new_tokens
+    sizes, new = prompts.sizes[todo], options.max_new_tokens
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
     tally, allowed, sinks, prepare, seconds = Tally(), 1.0, 0.0, 0.0, 0.0
@@ -103,7 +105,7 @@ def estimate_capture(
                 skip_first=False,
                 skip_sinks=False,
             )
-            job = CaptureJob(sample, lm, prompts.part(done, done + count), most_seconds=MOST_SECONDS)
+            job = CaptureJob(sample, lm, prompts.part(todo[:count].tolist()), most_seconds=MOST_SECONDS)
             with suppress(Enough):
                 job.run()
             tally, by_phase = job.tally, job.phases.seconds()
@@ -117,10 +119,10 @@ def estimate_capture(
     replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
     return CaptureEstimate(
         sequences=len(sizes),
-        already_done=done,
+        already_done=plan.already_done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=round(choice.most_rows(done, round(replies), allowed) * (1 - sinks)),
+        rows_expected=round(choice.most_rows(todo, round(replies), allowed) * (1 - sinks)),
         codec=options.codec,
         layers=list(chosen_layers(options, lm)),
         skipped=len(prompts.skipped),

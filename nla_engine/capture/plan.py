@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_layers
 from nla_engine.codec.rows import Codec
@@ -48,23 +50,24 @@ def _size(size: int) -> str:
 
 
 def plan_capture(
-    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, done: int
+    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, todo: np.ndarray
 ) -> CapturePlan:
     """Plan the run: slots from the batch size or the free memory, rows from the lengths.
 
+    todo: int64 [n], ascending: the numbers of the prompts that are not done
     RequestError if it would have no rows.
     """
     keep = choice.keep
     new = options.max_new_tokens
-    todo = prompts.sizes[done:]
+    sizes, done = prompts.sizes[todo], len(prompts) - len(todo)
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
-    longest = int(todo.max(initial=1)) + new
+    longest = int(sizes.max(initial=1)) + new
     slots = options.batch_size or default_slots(lm, longest, prefix)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
-    rows = choice.most_rows(done, new)
+    rows = choice.most_rows(todo, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_layers(options, lm))

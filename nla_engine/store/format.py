@@ -1,4 +1,4 @@
-"""Store format, version 1: which arrays there are, their types, and how each is cut into shards.
+"""Store format, version 2: which arrays there are, their types, and how each is cut into shards.
 
 The words and numbers here are the contract of docs/store_format.md.
 """
@@ -17,7 +17,9 @@ from nla_engine.codec.rows import Codec
 from nla_engine.engine.request import Finish
 from nla_engine.errors import StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: From this version on sequences are stored in any order, and this array holds their numbers.
+NUMBERED_VERSION, NUMBER = 2, "sequences/number"
 ATTRIBUTE = "nla_engine"
 #: The option that marks a store as an imported one: its tokens are not known.
 IMPORTED = "imported"
@@ -177,9 +179,13 @@ def default_narrow_shard_rows(codec: Codec, shard_rows: int) -> int:
 
 
 def array_specs(
-    layers: Sequence[int], codec: Codec, shard_rows: int, narrow_shard_rows: int
+    layers: Sequence[int],
+    codec: Codec,
+    shard_rows: int,
+    narrow_shard_rows: int,
+    version: int = FORMAT_VERSION,
 ) -> dict[str, ArraySpec]:
-    """Every array of a store, by path, in the order in which they are written."""
+    """Every array of a store of this format version, by path, in the order in which they are written."""
     for name, rows in (("shard_rows", shard_rows), ("narrow_shard_rows", narrow_shard_rows)):
         if rows < 1 or rows & (rows - 1):
             raise StoreError(f"{name} {rows} is not a power of two")
@@ -223,6 +229,8 @@ def array_specs(
                 (d,),
             )
         )
+    if version >= NUMBERED_VERSION:  # one read finds any number, so its shards are larger
+        flat("sequences", "number", "<i8", "sequence", "sequences", 1 << 16, 1 << 12)
     flat("sequences", "row_start row_size token_start token_size", "<i8", "sequence", "sequences", 4096)
     flat("sequences", "source_start source_size", "<i8", "sequence", "sequences", 4096)
     flat("sequences", "prompt_size", "<i4", "sequence", "sequences", 4096)

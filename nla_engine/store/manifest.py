@@ -72,6 +72,7 @@ class Manifest:
     sink_norm: norm above which a row is kept exactly, for each layer; infinity for never
     codec_error: measured reconstruction error of each layer, or None
     dropped: the sequences that a repair dropped because rows were damaged, with the fault
+    version: of the format
     """
 
     store_id: str
@@ -87,6 +88,7 @@ class Manifest:
     commit: Commit
     codec_error: Mapping[int, Any] = field(default_factory=dict)
     dropped: Mapping[int, str] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
@@ -102,7 +104,7 @@ class Manifest:
 
     def specs(self) -> dict[str, ArraySpec]:
         """Every array of the store, by path."""
-        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows)
+        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows, self.version)
 
     def lengths(self) -> dict[str, int]:
         """Committed length of an array, by the unit of its spec."""
@@ -129,7 +131,7 @@ class Manifest:
     def attributes(self) -> dict[str, Any]:
         """attributes["nla_engine"]; strict JSON."""
         attributes = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "store_id": self.store_id,
             "d_model": self.codec.d_model,
             "layers": list(self.layers),
@@ -172,6 +174,7 @@ class Manifest:
             commit=Commit.from_dict(data["commit"]),
             codec_error={int(k): v for k, v in data["codec_error"].items() if v is not None},
             dropped={int(k): str(v) for k, v in data["dropped"].items()},
+            version=data["format_version"],
         )
         manifest.specs(), manifest.lengths()  # raise if something they need is missing or unfit
         return manifest
@@ -201,7 +204,7 @@ class Manifest:
         """The manifest of the store at `root`. Raises StoreError if there is none that can be read."""
         data = read_attributes(root)
         version = data.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool):
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise DamageError(f"{root / METADATA_NAME}: damaged: format_version is {version!r}")
         if version > FORMAT_VERSION:
             raise StoreError(

@@ -68,6 +68,7 @@ class SequenceRows:
 
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n] of RowFlag bits
     tokens: int32 [t], prompt and generated; source: the user's prompt record, UTF-8 JSON
+    number: its place in the order of the prompts; None: the one after the highest in the store
     """
 
     token_id: np.ndarray
@@ -79,19 +80,21 @@ class SequenceRows:
     prompt_size: int
     finish: Finish
     source: bytes
+    number: int | None = None
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
     """k checked sequences, as flat arrays of all their n rows, t tokens and b source bytes.
 
-    row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
+    number, row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
     norm: float32 [n] for each layer; exact_row: int64 [m] for each layer, which of the n rows are also kept exactly
     The wide arrays are not copied: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
 
+    number: np.ndarray
     row_size: np.ndarray
     token_size: np.ndarray
     source_size: np.ndarray
@@ -112,11 +115,15 @@ class SequenceBatch:
     def of(
         cls, sequences: Sequence[SequenceRows], layers: Sequence[int], codec: Codec, first: int = 0
     ) -> SequenceBatch:
-        """One or more sequences, counted from `first` in errors.
+        """One or more sequences. first: the number of the next one that is given none.
 
         Raises StoreError unless shapes, types and values agree with layers, codec and each other.
         """
-        for number, sequence in enumerate(sequences, first):
+        numbers: list[int] = []
+        for sequence in sequences:
+            numbers.append(first if sequence.number is None else sequence.number)
+            first = max(first, numbers[-1] + 1)
+        for number, sequence in zip(numbers, sequences, strict=True):
             try:
                 _check_arrays(sequence, layers, codec)
             except StoreError as error:
@@ -131,6 +138,7 @@ class SequenceBatch:
         row_size = size("position")
         row_start = np.cumsum(row_size) - row_size
         batch = cls(
+            number=np.array(numbers, np.int64),
             row_size=row_size,
             token_size=size("tokens"),
             source_size=size("source"),
@@ -151,7 +159,7 @@ class SequenceBatch:
             },
             rows=[sequence.layers for sequence in sequences],
         )
-        batch._check_values(first, codec)
+        batch._check_values(codec)
         return batch
 
     @classmethod
@@ -165,11 +173,14 @@ class SequenceBatch:
     ) -> SequenceBatch:
         """Sequences that lie end to end already.
 
-        columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`
+        columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`;
+            without `number` they are counted from `first`
         Raises StoreError as `of` does.
         """
         sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
         k = len(columns["finish"])
+        columns = {"number": np.arange(first, first + k), **columns}
+        _check_array("number", columns["number"], _INT64, (k,))
         for name, size in sizes.items():
             _check_array(name, size, _INT64, (k,))
             if size.min(initial=0) < 0:
@@ -186,8 +197,8 @@ class SequenceBatch:
         texts, ends = columns["source"].tobytes(), np.cumsum(sizes["source_size"]).tolist()
         prompts = zip(columns["prompt_size"].tolist(), sizes["token_size"].tolist(), strict=True)
         finishes, start = set(map(int, Finish)), 0
-        for number, (end, (prompt, size), finish) in enumerate(
-            zip(ends, prompts, columns["finish"].tolist(), strict=True), first
+        for number, end, (prompt, size), finish in zip(
+            columns["number"].tolist(), ends, prompts, columns["finish"].tolist(), strict=True
         ):
             try:
                 _check_sequence(prompt, size, texts[start:end])
@@ -203,16 +214,16 @@ class SequenceBatch:
             exact_row={layer: rows[layer].exact_index for layer in layers},
             rows=[rows],
         )
-        batch._check_values(first, codec)
+        batch._check_values(codec)
         return batch
 
-    def _check_values(self, first: int, codec: Codec) -> None:
+    def _check_values(self, codec: Codec) -> None:
         """How the arrays must agree, checked for all sequences at once."""
 
         def refuse(wrong: np.ndarray, owner: np.ndarray, fault: str) -> None:
             if wrong.any():
-                number = int(owner[np.argmax(wrong)])
-                raise StoreError(f"sequence {first + number}: {fault}")
+                number = int(self.number[owner[np.argmax(wrong)]])
+                raise StoreError(f"sequence {number}: {fault}")
 
         owner, position, size = self.owner, self.position, self.token_size[self.owner]
         start = np.cumsum(self.token_size) - self.token_size

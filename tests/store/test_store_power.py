@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import power_cut
 import pytest
-from store_samples import sample_sequences
-from test_store_crash import CODEC, OPTIONS, SIZES, check_committed, files, finish, write_all
+from test_store_crash import OPTIONS, check_committed, files, finish, out_of_order, write_all
 
 from nla_engine import extension
 from nla_engine.errors import WriteError
@@ -34,7 +33,7 @@ WRITERS = [pytest.param(True, marks=pytest.mark.skipif(extension.load() is None,
 
 def write_in_stages(path: Path) -> None:
     """A run that is killed once, half a commit behind, and resumed. Every commit is noted in the log."""
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     for committed in write_all(path, sequences[:2]):
         power_cut.note(f"committed {committed}")
     child = os.fork()
@@ -105,7 +104,7 @@ def test_a_power_cut_after_every_call(
     assert log[-1] == "note\tdone"
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(extension, "load", lambda: None)
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     whole = files(folder / "disk/deep/run.zarr")
     disk, committed, seen = power_cut.Disk(), None, set()
     cut, held = folder / "cut", {}
@@ -138,7 +137,7 @@ def test_a_power_cut_after_every_call(
 
 def fail_every_few_calls(folder: Path, first: int, step: int, error: int) -> None:
     """One call of a run fails, the next time a later one, until none does: nothing committed is harmed."""
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     finish(folder / "whole.zarr", sequences)
     whole, failures = files(folder / "whole.zarr"), 0
     for n in range(first, 10_000, step):
