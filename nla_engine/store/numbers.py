@@ -18,13 +18,16 @@ class Numbers:
         self._below = 0  # all below this are in the set
         self._beyond: set[int] = set()
 
+    def __contains__(self, number: int) -> bool:
+        return number < self._below or number in self._beyond
+
     def check(self, numbers: np.ndarray) -> None:
         """StoreError if one of these, int64 [k], is negative, or is there already, or twice."""
         new: set[int] = set()
         for number in numbers.tolist():
             if number < 0:
                 raise StoreError(f"sequence {number}: numbers are counted from 0")
-            if number in new or number < self._below or number in self._beyond:
+            if number in new or number in self:
                 raise StoreError(f"sequence {number} is in the store already")
             new.add(number)
 

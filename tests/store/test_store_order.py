@@ -200,6 +200,26 @@ def test_merged_parts_keep_their_order(tmp_path: Path, rng: np.random.Generator)
         check_sequence(store, each)
 
 
+@pytest.mark.parametrize("to", ["parquet", "safetensors"])
+def test_exported_rows_come_back_under_their_numbers(
+    to: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    given, _ = sample_sequences(1, CODEC, (3,), rng.integers(1, 9, 12).tolist())
+    ended = shuffled(given, rng)[:9]
+    store = fill(tmp_path / "run.zarr", [*ended, replace(given[0], number=1 << 40)], rng)
+    for command in (
+        ("export", store.path, "--to", to, "--out", tmp_path / f"rows.{to}"),
+        ("import", tmp_path / f"rows.{to}", "--out", tmp_path / "back.zarr", "--layer", 3),
+    ):
+        ran = call(*command)
+        assert ran.code == 0, ran.err
+    back = CaptureStore.open(tmp_path / "back.zarr")
+    assert all(check.ok for check in verify(back.path))
+    assert back.numbers.tolist() == store.numbers.tolist()
+    for column in ("sequence", "position", "token_id"):
+        assert back.column(column).tolist() == store.column(column).tolist()
+
+
 def damage(path: Path, array: str, place: int = 3) -> None:
     file = path / array / "c" / "0"
     data = bytearray(file.read_bytes())
