@@ -30,8 +30,8 @@ class Appender:
         """Append these sequences, by number. Raises WriteError, or EngineError if one lacks rows.
 
         Then those before it are appended. A commit that is due because a shard filled comes first: the full shards of
-        earlier calls are on disk by now. An
-        overdue commit comes last, to include these sequences: the next ones may take long.
+        earlier calls are on disk by now. An overdue commit comes last, to include these sequences: the next ones may
+        take long.
         """
         ended = sorted(ended, key=lambda completion: completion.request.id)
         overdue = self._writer.is_overdue

@@ -35,7 +35,8 @@ SAMPLE, MOST_SECONDS = (64, 32), 8.0
 class CaptureEstimate:
     """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: assumes that replies end as often per token as in the sample, with as many sinks
+    reply_tokens_expected: mean length of a reply, if replies end as often per token as in the sample
+    rows_expected, bytes_expected: the same for rows, with as many sinks
     seconds_expected: of generating and writing: sample_seconds by the part of the whole work that was done in them
     load_seconds: to load the model and read its prompts; prepare_seconds: to calibrate and to check the model
     """
@@ -44,7 +45,9 @@ class CaptureEstimate:
     already_done: int
     rows: int
     bytes: int
+    reply_tokens_expected: float
     rows_expected: int
+    bytes_expected: int
     codec: str
     layers: list[int]
     skipped: int
@@ -117,12 +120,15 @@ def estimate_capture(
                 sinks = _sink_share(made, choice)
     part = forecast.part(tally)
     replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
+    expected = round(choice.most_rows(todo, round(replies), allowed) * (1 - sinks))
     return CaptureEstimate(
         sequences=len(sizes),
         already_done=plan.already_done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=round(choice.most_rows(todo, round(replies), allowed) * (1 - sinks)),
+        reply_tokens_expected=round(replies, 1),
+        rows_expected=expected,
+        bytes_expected=expected * plan.row_bytes,
         codec=options.codec,
         layers=list(chosen_layers(options, lm)),
         skipped=len(prompts.skipped),

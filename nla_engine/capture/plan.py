@@ -24,12 +24,13 @@ READING_SLOTS = 64
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a run will do. rows, bytes: upper bounds, since replies may end early."""
+    """What a run will do. rows, bytes: upper bounds, since replies may end early; row_bytes: of one, in all layers."""
 
     sequences: int
     already_done: int
     rows: int
     bytes: int
+    row_bytes: int
     codec: str
     slots: int
     length: int
@@ -76,6 +77,7 @@ def plan_capture(
         already_done=done,
         rows=rows,
         bytes=rows * row_bytes,
+        row_bytes=row_bytes,
         codec=options.codec,
         slots=max(min(slots, len(todo)), 1),
         length=longest,

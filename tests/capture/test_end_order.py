@@ -83,12 +83,12 @@ def test_the_longest_reply_first_holds_up_none(positions: str, tmp_path: Path, m
     again = options(tmp_path, resume=True, batch_size=3, **how)
     dry = estimate_capture(options(tmp_path, resume=True, dry_run=True, **how), lm=lm)
     assert (dry.sequences, dry.already_done, dry.sample_sequences) == (5, 5, 5)
+    left = [ord(ends[n]) - ord("a") for n in set(range(10)) - set(done.numbers)]
+    assert abs(dry.reply_tokens_expected - np.mean(left)) < 2 and dry.bytes_expected < dry.bytes / 2
     told: list[tuple[int, int]] = []
     summary = run_capture(again, lm=lm, progress=lambda *n: told.append(n))
     assert told[0] == (5, 10) and told[-1] == (10, 10) and summary.sequences == 10
-    assert summary.tokens_generated == sum(
-        ord(ends[n]) - ord("a") for n in set(range(10)) - set(done.numbers)
-    )
+    assert summary.tokens_generated == sum(left)
     resumed = check_store(lm, tmp_path / "run.zarr", positions, (1, 3), limit=2**-8)
     for a, b in zip(whole.iter_sequences(), resumed.iter_sequences(), strict=True):
         assert (a.number, a.record, a.tokens.tolist()) == (b.number, b.record, b.tokens.tolist())
