@@ -33,8 +33,12 @@ class Numbers:
 
     def add(self, numbers: np.ndarray) -> None:
         """Take these, int64 [k]."""
-        self._beyond.update(numbers.tolist())
+        numbers = np.sort(numbers)
         self.following = max(self.following, int(numbers.max(initial=-1)) + 1)
+        follow = numbers == self._below + np.arange(len(numbers))
+        count = len(numbers) if follow.all() else int(np.argmin(follow))
+        self._below += count
+        self._beyond.update(numbers[count:].tolist())
         while self._below in self._beyond:
             self._beyond.remove(self._below)
             self._below += 1
