@@ -31,7 +31,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Text:
-    """A sequence. rows: place of a token -> its explanations; norms: place -> L2 norm (100 where none is given)."""
+    """A sequence. rows: place of a token -> its explanations; norms: place -> L2 norm (100 where none is given).
+
+    number: of the sequence; None: the next
+    """
 
     tokens: Sequence[str | bytes]
     rows: dict[int, Sequence[Said]]
@@ -39,6 +42,7 @@ class Text:
     record: dict[str, Any] = field(default_factory=dict)
     finish: Finish = Finish.EOS
     norms: dict[int, float] = field(default_factory=dict)
+    number: int | None = None
 
 
 def make_run(
@@ -84,6 +88,7 @@ def _sequence(text: Text, vocabulary: dict[str | bytes, int], codec: Codec) -> S
         prompt_size=text.prompt,
         finish=text.finish,
         source=json.dumps(text.record).encode(),
+        number=text.number,
     )
 
 

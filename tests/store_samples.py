@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,12 @@ def sample_sequences(
     return [sequence for sequence, _ in made], vectors
 
 
+def shuffled(sequences: list[SequenceRows], rng: np.random.Generator) -> list[SequenceRows]:
+    """The same in random order, each with its place in the given one as its number."""
+    order = rng.permutation(len(sequences)).tolist()
+    return [replace(sequences[number], number=number) for number in order]
+
+
 def create_store(path: Path, codec: Codec, layers: tuple[int, ...] = (3,), **changes: Any) -> StoreWriter:
     """A writer with the arguments that most tests do not care about filled in."""
     arguments: dict[str, Any] = {
@@ -89,13 +97,19 @@ def fill_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -> di
 
 
 def fill_old_store(path: Path, codec: Codec, sizes: list[int], **changes: Any) -> dict[int, np.ndarray]:
-    """`fill_store` as it was before narrow arrays had shards of their own: the manifest says nothing of them."""
+    """`fill_store` as it was in format version 1, before narrow arrays had shards of their own.
+
+    The manifest says nothing of them, and sequences are in order, with no array of their numbers.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nla_engine.store.format.NARROW_SHARD_FACTOR", 1)
         vectors = fill_store(path, codec, sizes, **changes)
     document = json.loads((path / "zarr.json").read_text())
     about = document["attributes"]["nla_engine"]
     assert about.pop("narrow_shard_rows") == about["shard_rows"]
+    about["format_version"] = 1
+    del document["consolidated_metadata"]["metadata"]["sequences/number"]
+    shutil.rmtree(path / "sequences" / "number")
     about["checksum"] = attributes_checksum(about)
     (path / "zarr.json").write_text(json.dumps(document))
     return vectors

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nla_engine.engine.generator import Portion
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.models.prompt_set import Prompt
@@ -13,23 +14,27 @@ from nla_engine.sites import Site
 from nla_engine.store import SequenceRows, StoreWriter, row_flags
 from nla_engine.store.format import NO_TOKEN
 
+#: The part of the host memory that the rows fetched at once may take. The rest covers those that are being written.
+_FETCHED_PART = 1 / 4
 #: Sequences per batch. A large batch is checked at once; a small one lets threads write while the next is prepared.
 _TOGETHER = 64
 
 
 class Appender:
-    """Appends the sequences of a run to a store, in the given order, and counts them. prompts: by request id."""
+    """Appends the sequences of a run to a store as they end, and counts them. prompts: by request id."""
 
     def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt]) -> None:
         self._writer, self._prompts = writer, prompts
         self.sequences = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
-        """Append these sequences. Raises WriteError, or EngineError if one lacks rows (those before it are appended).
+        """Append these sequences, by number. Raises WriteError, or EngineError if one lacks rows.
 
-        A commit that is due because a shard filled comes first: the full shards of earlier calls are on disk by now. An
-        overdue commit comes last, to include these sequences: the next ones may take long.
+        Then those before it are appended. A commit that is due because a shard filled comes first: the full shards of
+        earlier calls are on disk by now. An overdue commit comes last, to include these sequences: the next ones may
+        take long.
         """
+        ended = sorted(ended, key=lambda completion: completion.request.id)
         overdue = self._writer.is_overdue
         if not overdue:
             self._writer.commit_if_due()
@@ -51,6 +56,25 @@ class Appender:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
+
+
+def portion_of(host_memory: int) -> Portion:
+    """Chooses which ended sequences to fetch now: in the order in which they ended, within a part of these bytes.
+
+    A sequence that is larger than that is fetched alone.
+    """
+
+    def portion(ended: Mapping[int, int]) -> list[int]:
+        chosen: list[int] = []
+        left = host_memory * _FETCHED_PART
+        for id_, size in ended.items():
+            if chosen and size > left:
+                break
+            chosen.append(id_)
+            left -= size
+        return chosen
+
+    return portion
 
 
 def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[Site, float]) -> SequenceRows:
@@ -78,4 +102,5 @@ def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[Sit
         finish=completion.finish,
         source=prompt.source,
         next_tokens=completion.next_tokens,
+        number=completion.request.id,
     )

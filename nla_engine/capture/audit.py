@@ -75,7 +75,7 @@ def audit(
         )
         for key in ("weights", "tokenizer")
     ]
-    chosen = draw_rows(np.arange(store.sequences), sample, seed)
+    chosen = draw_rows(store.numbers, sample, seed)
     errors: dict[Site, dict[int, list[np.ndarray]]] = {site: {-1: [], 0: [], 1: []} for site in store.sites}
     noise: dict[Site, list[np.ndarray]] = {site: [] for site in store.sites}
     told: dict[str, list[np.ndarray]] = {"error": [], "noise": []}

@@ -115,21 +115,20 @@ class RowChoice:
         border = np.searchsorted(place, [start, end])
         return [place[a:b] - begin for a, b, begin in zip(*border, start, strict=True)]
 
-    def most_rows(self, first: int, new: int, share: float = 1.0) -> int:
-        """Rows of the prompts from number `first` on, each continued by `new` tokens, sinks among them.
+    def most_rows(self, todo: np.ndarray, new: int, share: float = 1.0) -> int:
+        """Rows of the prompts with these numbers, int64 [n], each continued by `new` tokens, sinks among them.
 
         share: part of the new tokens that `tokens` allows. If 1, an upper bound; exact if nothing is generated
         """
-        given, generated = self._counts(first, new)
-        rows = given + generated * share
-        if self._per_document is not None and len(rows):
-            owner = self._prompts.owners()[first:]
-            rows = np.minimum(np.bincount(owner - owner[0], rows), self._per_document)
+        given, generated = self._counts(new)
+        rows = given[todo] + generated[todo] * share
+        if self._per_document is not None:
+            rows = np.minimum(np.bincount(self._prompts.owners()[todo], rows), self._per_document)
         return round(float(rows.sum()))
 
-    def _counts(self, first: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-        """Eligible positions of each prompt from `first` on, and of its `new` tokens: int64 [n], int64 [n]."""
-        sizes = self._prompts.sizes[first:]
+    def _counts(self, new: int) -> tuple[np.ndarray, np.ndarray]:
+        """Eligible positions of each prompt, and of its `new` tokens: int64 [n], int64 [n]."""
+        sizes = self._prompts.sizes
         known, which = np.unique(sizes, return_inverse=True)
         begin = np.array([self.keep.first(int(size)) for size in known], np.int64)[which]
         begin = np.maximum(begin, self._min_position)
@@ -139,7 +138,7 @@ class RowChoice:
         generated = self._multiples(np.maximum(begin, sizes), end)
         if self.tokens is not None:
             done = 0
-            for ids, size in self._prompts.blocks(first):
+            for ids, size in self._prompts.blocks():
                 here = slice(done, done + len(size))
                 owner = np.repeat(np.arange(len(size)), size)
                 position = np.arange(len(ids)) - (np.cumsum(size) - size)[owner]

@@ -35,7 +35,8 @@ SAMPLE, MOST_SECONDS = (64, 32), 8.0
 class CaptureEstimate:
     """rows, bytes: upper bounds, since replies may end early; sequences: those still to do.
 
-    rows_expected: assumes that replies end as often per token as in the sample, with as many sinks
+    reply_tokens_expected: mean length of a reply, if replies end as often per token as in the sample
+    rows_expected, bytes_expected: the same for rows, with as many sinks
     seconds_expected: of generating and writing: sample_seconds by the part of the whole work that was done in them
     load_seconds: to load the model and read its prompts; prepare_seconds: to calibrate and to check the model
     """
@@ -44,7 +45,9 @@ class CaptureEstimate:
     already_done: int
     rows: int
     bytes: int
+    reply_tokens_expected: float
     rows_expected: int
+    bytes_expected: int
     codec: str
     layers: list[int | str]
     skipped: int
@@ -73,13 +76,15 @@ def estimate_capture(
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)
-    done = CaptureStore.open(options.out).sequences if options.resume and exists(place(options.out)) else 0
+    todo = np.arange(len(prompts))
+    if options.resume and exists(place(options.out)):
+        todo = np.setdiff1d(todo, CaptureStore.open(options.out).numbers)
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
-    plan = plan_capture(options, lm, prompts, choice, done)
+    plan = plan_capture(options, lm, prompts, choice, todo)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
-    sizes, new = prompts.sizes[done:], options.max_new_tokens
+    sizes, new = prompts.sizes[todo], options.max_new_tokens
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
     tally, allowed, sinks, prepare, seconds = Tally(), 1.0, 0.0, 0.0, 0.0
@@ -103,7 +108,7 @@ def estimate_capture(
                 skip_first=False,
                 skip_sinks=False,
             )
-            job = CaptureJob(sample, lm, prompts.part(done, done + count), most_seconds=MOST_SECONDS)
+            job = CaptureJob(sample, lm, prompts.part(todo[:count].tolist()), most_seconds=MOST_SECONDS)
             with suppress(Enough):
                 job.run()
             tally, by_phase = job.tally, job.phases.seconds()
@@ -115,12 +120,15 @@ def estimate_capture(
                 sinks = _sink_share(made, choice)
     part = forecast.part(tally)
     replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
+    expected = round(choice.most_rows(todo, round(replies), allowed) * (1 - sinks))
     return CaptureEstimate(
         sequences=len(sizes),
-        already_done=done,
+        already_done=plan.already_done,
         rows=plan.rows,
         bytes=plan.bytes,
-        rows_expected=round(choice.most_rows(done, round(replies), allowed) * (1 - sinks)),
+        reply_tokens_expected=round(replies, 1),
+        rows_expected=expected,
+        bytes_expected=expected * plan.row_bytes,
         codec=options.codec,
         layers=[site.key for site in chosen_sites(options, lm)],
         skipped=len(prompts.skipped),

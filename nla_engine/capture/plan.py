@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites
 from nla_engine.codec.rows import Codec
@@ -22,12 +24,13 @@ READING_SLOTS = 64
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a run will do. rows, bytes: upper bounds, since replies may end early."""
+    """What a run will do. rows, bytes: upper bounds, since replies may end early; row_bytes: of one, in all layers."""
 
     sequences: int
     already_done: int
     rows: int
     bytes: int
+    row_bytes: int
     codec: str
     slots: int
     length: int
@@ -50,25 +53,26 @@ def _size(size: int) -> str:
 
 
 def plan_capture(
-    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, done: int
+    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, todo: np.ndarray
 ) -> CapturePlan:
     """Plan the run: slots from the batch size or the free memory, rows from the lengths.
 
+    todo: int64 [n], ascending: the numbers of the prompts that are not done
     RequestError if it would have no rows.
     """
     keep = choice.keep
     new = options.max_new_tokens
-    todo = prompts.sizes[done:]
+    sizes, done = prompts.sizes[todo], len(prompts) - len(todo)
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
-    longest = int(todo.max(initial=1)) + new
+    longest = int(sizes.max(initial=1)) + new
     asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
     held = asked * keep.count(longest - new, longest)
     slots = options.batch_size or default_slots(lm, longest, prefix, held=held)
     if not new and options.batch_size is None:
         slots = min(slots, READING_SLOTS)
-    rows = choice.most_rows(done, new)
+    rows = choice.most_rows(todo, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_sites(options, lm))
@@ -78,6 +82,7 @@ def plan_capture(
         already_done=done,
         rows=rows,
         bytes=rows * row_bytes,
+        row_bytes=row_bytes,
         codec=options.codec,
         slots=max(min(slots, len(todo)), 1),
         length=longest,

@@ -1,6 +1,7 @@
 """Stage 1: prompts -> batched generation -> tapped rows -> store.
 
-Sequences are written in the order of the prompts, so an interrupted store resumes at the next prompt.
+A sequence is written when it ends, with the number of its prompt. An interrupted run is resumed with the prompts that
+are not in the store.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.capture.appender import Appender
+from nla_engine.capture.appender import Appender, portion_of
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import (
@@ -35,7 +36,6 @@ from nla_engine.config import CaptureOptions
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.engine.generator import Generator, Watch
-from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
@@ -196,19 +196,20 @@ class CaptureJob:
                 self.phases.phase(CALIBRATING, "tokens")
                 calibration = self._calibrate(codec)
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
-            done = writer.sequences if writer else 0
+            count = len(self.prompts)
+            todo = writer.missing(count) if writer else np.arange(count)
             self.phases.phase(PREPARING)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, done)
+            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, todo)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             generator = None
-            if plan.already_done < len(self.prompts):
+            if len(todo):
                 generator = self._generator(plan, codec, sink_norm)
                 opened.enter_context(generator.runner)
             if calibration is not None:
                 writer = opened.enter_context(self._create_store(codec, calibration))
             assert writer is not None
-            return self._fill(writer, plan, generator)
+            return self._fill(writer, plan, generator, todo)
 
     def _stop(self) -> StopAutomaton:
         texts = [text.encode() for text in self.options.stop]
@@ -266,6 +267,7 @@ class CaptureJob:
             "sampling": str(sampling_of(options)),
             "options": options.to_dict() | {"layer": list(self.layers)},
             "skipped_prompts": len(prompts.skipped),
+            "sequences_asked": len(prompts),
         }
 
     def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
@@ -324,33 +326,35 @@ class CaptureJob:
             raise
         return generator
 
-    def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
-        """Generate and write the remaining sequences. generator: None if none remain."""
-        done, rows_before, all_ = writer.sequences, writer.rows, len(self.prompts)
+    def _fill(
+        self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None, todo: np.ndarray
+    ) -> CaptureSummary:
+        """Generate and write the sequences of the prompts `todo`. generator: None if none remain."""
+        rows_before, all_ = writer.rows, len(self.prompts)
         appender = Appender(writer, self.prompts)
         name = GENERATING if self.options.max_new_tokens else READING
         self.phases.phase(name, "sequences")
         if generator is not None:
-            self.phases(done, all_, part=0.0)
-            order = InOrder(int(self.options.host_memory * 2**30))
-            watch = self._watch(plan, done, appender)
-            for group in generator.groups(self._requests(done, plan.prefix, order), order.portion, watch):
-                appender.add(order.add(group))
+            self.phases(all_ - len(todo), all_, part=0.0)
+            portion = portion_of(int(self.options.host_memory * 2**30))
+            watch = self._watch(plan, todo)
+            for group in generator.groups(self._requests(todo, plan.prefix), portion, watch):
+                appender.add(group)
                 del group  # frees its memory before the next is fetched
-        if done + appender.sequences != all_:
-            raise EngineError(f"{all_ - done} sequences were asked for, {appender.sequences} ended")
+        if appender.sequences != len(todo):
+            raise EngineError(f"{len(todo)} sequences were asked for, {appender.sequences} ended")
         writer.close(complete=True)
         if generator is not None:
-            self.phases(all_, all_, tokens=self._work(appender.tokens_generated, done), part=1.0)
+            self.phases(all_, all_, tokens=self._work(appender.tokens_generated, todo), part=1.0)
         return self._summary(writer, rows_before, appender.tokens_generated, self.phases.seconds()[name])
 
-    def _work(self, generated: int, done: int) -> int:
+    def _work(self, generated: int, todo: np.ndarray) -> int:
         """The tokens that a run counts: generated ones, or read ones where nothing is generated."""
-        return generated if self.options.max_new_tokens else int(self.prompts.sizes[done:].sum())
+        return generated if self.options.max_new_tokens else int(self.prompts.sizes[todo].sum())
 
-    def _watch(self, plan: CapturePlan, done: int, appender: Appender) -> Watch:
-        """Tells how far the run is, from time to time. done: sequences of an earlier run."""
-        sizes, new = self.prompts.sizes[done:], self.options.max_new_tokens
+    def _watch(self, plan: CapturePlan, todo: np.ndarray) -> Watch:
+        """Tells how far the run is, from time to time."""
+        sizes, new = self.prompts.sizes[todo], self.options.max_new_tokens
         forecast = Forecast(
             len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, self.lm.device.type
         )
@@ -366,7 +370,7 @@ class CaptureJob:
             if now - last >= _LOOK_SECONDS:
                 last, at = now, tally()
                 self.phases(
-                    done + at.ended,
+                    plan.already_done + at.ended,
                     len(self.prompts),
                     tokens=at.tokens if new else at.read,
                     part=forecast.part(at),
@@ -375,12 +379,14 @@ class CaptureJob:
 
         return watch
 
-    def _requests(self, first: int, prefix: int, order: InOrder) -> Iterator[Request]:
-        """Requests for prompts[first:]. A further reply does not read its prompt again, unless rows of it are kept."""
-        for id_ in range(first, len(self.prompts)):
-            ids = tuple(self.prompts.token_ids(id_)[prefix:].tolist())
-            again = id_ > first and id_ % self.options.replies > 0 and not self.keep.touches_prompts
-            yield order.asked(Request(id_, ids, self.options.max_new_tokens, again=again))
+    def _requests(self, todo: np.ndarray, prefix: int) -> Iterator[Request]:
+        """Requests for these prompts. A further reply does not read its prompt again, unless rows of it are kept."""
+        before = None
+        for id_ in todo.tolist():
+            ids, shared = tuple(self.prompts.token_ids(id_)[prefix:].tolist()), id_ // self.options.replies
+            again = shared == before and not self.keep.touches_prompts
+            yield Request(id_, ids, self.options.max_new_tokens, again=again)
+            before = shared
 
     def _summary(
         self, writer: StoreWriter, rows_before: int, generated: int, filling: float

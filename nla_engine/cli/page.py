@@ -69,7 +69,7 @@ _GIVEN = (
     "skip_first",
     "skip_sinks",
 )
-_ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from")
+_ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from", "sequences_asked")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Counts:
         generated = int(np.count_nonzero(store.column("flags") & RowFlag.GENERATED))
         reasons = Counter(store.arrays("sequences")["finish"].read().tolist()).most_common()
         fields: Counter[str] = Counter()
-        for sequence in store.iter_sequences(0, RECORDS_READ):
+        for sequence in store.some_sequences(store.numbers[:RECORDS_READ]):
             fields.update(_fields(sequence.source))
         return cls(
             prompt_rows=store.rows - generated,
@@ -181,7 +181,7 @@ def show_page(store: CaptureStore, counts: Counts | str, console: Console) -> No
     contents = {
         "state": state,
         "rows": store.rows,
-        "sequences": store.sequences,
+        "sequences": _how_many(store),
         **(counts.shown() if isinstance(counts, Counts) else {"cannot be counted": counts}),
         "tokens": commit.tokens,
         **({} if store.next_token is None else {"next tokens": _next_tokens(store.next_token)}),
@@ -234,11 +234,18 @@ def _next_tokens(top: int) -> str:
     return f"log-probability of the token behind each row{likeliest}"
 
 
+def _how_many(store: CaptureStore) -> str:
+    """The sequences, and of how many if the run is not done and says it."""
+    asked = store.provenance.get("sequences_asked")
+    more = "" if store.complete or not isinstance(asked, int) else f" of {asked:,}"
+    return f"{store.sequences:,}{more}"
+
+
 def _first_prompt(store: CaptureStore) -> str | None:
     """None of an empty store, of an imported one without texts, and of one that would have to be fetched."""
     if not store.sequences or isinstance(store.path, ObjectPath):
         return None
-    return excerpt(store.sequence(0).prompt_text()) or None
+    return excerpt(store.sequence(store.numbers[0]).prompt_text()) or None
 
 
 def _section(console: Console, title: str, entries: Mapping[str, Any]) -> None:

@@ -126,8 +126,7 @@ def _table(store: CaptureStore, layer: LayerReader, explained: Explanations, row
             "control_vectors": scores.among,
             "control_rows": scores.among,
         }
-    known, first = np.unique(columns["row"], return_index=True)
-    return Explained(metadata, known, np.append(first, len(of)), columns)
+    return Explained.of(store, metadata, columns)
 
 
 def _variance(layer: LayerReader, explained: Explanations, seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import overload
@@ -106,19 +106,21 @@ class PromptSet(Sequence[Prompt]):
         """The prompts of one document."""
         return range(bisect_left(self._document, number), bisect_right(self._document, number))
 
-    def part(self, start: int, stop: int) -> PromptSet:
-        """Prompts [start, stop) by themselves, with documents counted from 0 again."""
+    def part(self, indices: Iterable[int]) -> PromptSet:
+        """These prompts by themselves, ascending, with documents counted from 0 again."""
         out = PromptSet()
         out.clock = self.clock
-        for index in range(start, min(stop, len(self))):
-            follows = index > start and self._document[index] == self._document[index - 1]
+        before = -1
+        for index in indices:
+            follows = before >= 0 and self._document[index] == self._document[before]
             out.add(self.token_ids(index), self._sources.read(index), same_document=follows)
+            before = index
         return out
 
-    def blocks(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The ids of prompts [start, n), some prompts at a time: int32 [t], end to end, and int64 [k], their sizes."""
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The ids of all prompts, some prompts at a time: int32 [t], end to end, and int64 [k], their sizes."""
         sizes = self.sizes
-        for first in range(start, len(self), BLOCK):
+        for first in range(0, len(self), BLOCK):
             last = min(first + BLOCK, len(self))
             yield np.frombuffer(self._ids.read_many(first, last), np.int32), sizes[first:last]
 

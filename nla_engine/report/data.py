@@ -43,7 +43,8 @@ _SPECIAL = re.compile(r"<\|.*\|>|</?[A-Za-z_]+>|\[[A-Z]+\]", re.DOTALL)
 class Explained:
     """The table of a round trip, of a half of it, or of ask: R explained rows, E explanations, those of a row together.
 
-    rows: int64 [R], ascending; start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
+    rows: int64 [R], those of a sequence together and ascending, sequences by number
+    start: int64 [R + 1], explanations of row i are start[i]:start[i + 1]
     columns: the table's columns as arrays [E]; scores and n_tokens are float64, NaN where there is none. An answer of
     an oracle is an explanation of the first row in its prompt; it also has question, rows and sample.
     """
@@ -101,8 +102,15 @@ class Explained:
         row = columns["row"]
         if not len(row) or np.any(np.diff(row) < 0) or row[0] < 0 or row[-1] >= store.rows:
             raise RequestError(f"{path}: its rows are not those of {store.path} in order: make it again")
-        rows, first = np.unique(row, return_index=True)
-        return cls(metadata, rows, np.append(first, len(row)), columns)
+        return cls.of(store, metadata, columns)
+
+    @classmethod
+    def of(cls, store: CaptureStore, metadata: dict[str, Any], columns: dict[str, np.ndarray]) -> Explained:
+        """The same from columns in the order of the rows: they are put in the order of the sequences' numbers."""
+        order = np.argsort(store.column("sequence")[columns["row"]], kind="stable")
+        columns = {name: values[order] for name, values in columns.items()}
+        first = np.flatnonzero(np.diff(columns["row"], prepend=-1))
+        return cls(metadata, columns["row"][first], np.append(first, len(order)), columns)
 
     @property
     def explanations(self) -> int:
@@ -183,7 +191,7 @@ def page_data(store: CaptureStore, explained: Explained) -> dict[str, Any]:
     numbers, first = np.unique(sequence, return_index=True)
     bounds = [*first.tolist(), len(sequence)]
     tokens, following, classes, gaps, records, finish = [], [], [], [], [], []
-    for sequences, begin, end in zip(_sequences(store, numbers), bounds[:-1], bounds[1:], strict=True):
+    for sequences, begin, end in zip(store.some_sequences(numbers), bounds[:-1], bounds[1:], strict=True):
         texts = token_pieces(sequences)
         places = position[begin:end].tolist()
         tokens += [names.number(texts[place]) for place in places]
@@ -300,12 +308,6 @@ class _Names:
     @property
     def texts(self) -> list[str]:
         return list(self._numbers)
-
-
-def _sequences(store: CaptureStore, numbers: np.ndarray) -> Iterator[StoredSequence]:
-    """The sequences with these ascending numbers; neighbours are read together in blocks."""
-    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
-        yield from store.iter_sequences(int(run[0]), int(run[-1]) + 1)
 
 
 def _gaps(texts: Sequence[str], places: Sequence[int], prompt_size: int) -> list[list[Any]]:

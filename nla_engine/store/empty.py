@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.store.arrays import ArrayLog
+from nla_engine.store.format import NUMBER, NUMBERED_VERSION
 from nla_engine.store.manifest import GROUP_METADATA, METADATA_NAME, Manifest, json_bytes
 from nla_engine.store.objects import Place
 from nla_engine.store.queue import WriteQueue
@@ -43,3 +45,21 @@ def write_metadata(root: Place, manifest: Manifest) -> None:
             path, data = root / name / METADATA_NAME, json_bytes(document, name)
             queue.submit(partial(write_file_atomically, path, data), len(data))
     manifest.write(root)
+
+
+def numbered(root: Place, manifest: Manifest) -> Manifest:
+    """The manifest of an older store with its sequences' numbers, which are in order: the array is written, the
+    manifest is not. Raises WriteError."""
+    if manifest.version >= NUMBERED_VERSION:
+        return manifest
+    new, count = replace(manifest, version=NUMBERED_VERSION), manifest.commit.sequences
+    spec, metadata = new.specs()[NUMBER], root / NUMBER / METADATA_NAME
+    if isinstance(root, Path):
+        with writing(root):
+            make_directory(root / NUMBER / "c")
+    with WriteQueue() as queue:
+        log = ArrayLog(root, spec, queue)
+        log.append(np.arange(count))
+        log.flush()
+    write_file_atomically(metadata, json_bytes(spec.metadata(count), NUMBER))
+    return new

@@ -1,4 +1,4 @@
-"""Store format, versions 1 and 2: which arrays there are, their types, and how each is cut into shards.
+"""Store format, version 2: which arrays there are, their types, and how each is cut into shards.
 
 The words and numbers here are the contract of docs/store_format.md.
 """
@@ -18,8 +18,9 @@ from nla_engine.engine.request import Finish
 from nla_engine.errors import StoreError
 from nla_engine.sites import EMBEDDINGS, PARTS, RESID_POST, Site
 
-#: The newest version: 2 adds sites inside blocks, and a store without them is of version 1.
 FORMAT_VERSION = 2
+#: From this version on sequences are stored in any order, and this array holds their numbers.
+NUMBERED_VERSION, NUMBER = 2, "sequences/number"
 ATTRIBUTE = "nla_engine"
 #: The option that marks a store as an imported one: its tokens are not known.
 IMPORTED = "imported"
@@ -189,8 +190,12 @@ def array_specs(
     shard_rows: int,
     narrow_shard_rows: int,
     next_token: int | None = None,
+    version: int = FORMAT_VERSION,
 ) -> dict[str, ArraySpec]:
-    """Every array of a store, by path, in the order in which they are written. next_token: see `Manifest`"""
+    """Every array of a store of this format version, by path, in the order in which they are written.
+
+    next_token: see `Manifest`
+    """
     for name, rows in (("shard_rows", shard_rows), ("narrow_shard_rows", narrow_shard_rows)):
         if rows < 1 or rows & (rows - 1):
             raise StoreError(f"{name} {rows} is not a power of two")
@@ -242,6 +247,8 @@ def array_specs(
                 (d,),
             )
         )
+    if version >= NUMBERED_VERSION:  # one read finds any number, so its shards are larger
+        flat("sequences", "number", "<i8", "sequence", "sequences", 1 << 16, 1 << 12)
     flat("sequences", "row_start row_size token_start token_size", "<i8", "sequence", "sequences", 4096)
     flat("sequences", "source_start source_size", "<i8", "sequence", "sequences", 4096)
     flat("sequences", "prompt_size", "<i4", "sequence", "sequences", 4096)

@@ -76,6 +76,7 @@ class Manifest:
     next_token: how many of the likeliest next tokens each row has, beside the log-probability of the one that follows;
     None: neither
     dropped: the sequences that a repair dropped because rows were damaged, with the fault
+    version: of the format
     """
 
     store_id: str
@@ -92,6 +93,7 @@ class Manifest:
     codec_error: Mapping[Site, Any] = field(default_factory=dict)
     dropped: Mapping[int, str] = field(default_factory=dict)
     next_token: int | None = None
+    version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers).layer < 0:
@@ -108,14 +110,16 @@ class Manifest:
         if any(math.isnan(norm) for norm in self.sink_norm.values()):
             raise StoreError("sink_norm is NaN: give a number, or infinity to keep no sink rows")
 
-    @property
-    def version(self) -> int:
-        """The format version that a reader must know: stores of blocks' outputs alone are as they always were."""
-        return 1 if all(site.part == RESID_POST for site in self.layers) else FORMAT_VERSION
-
     def specs(self) -> dict[str, ArraySpec]:
         """Every array of the store, by path."""
-        return array_specs(self.layers, self.codec, self.shard_rows, self.narrow_shard_rows, self.next_token)
+        return array_specs(
+            self.layers,
+            self.codec,
+            self.shard_rows,
+            self.narrow_shard_rows,
+            self.next_token,
+            self.version,
+        )
 
     def lengths(self) -> dict[str, int]:
         """Committed length of an array, by the unit of its spec."""
@@ -199,6 +203,7 @@ class Manifest:
             codec_error={Site.parse(k): v for k, v in data["codec_error"].items() if v is not None},
             dropped={int(k): str(v) for k, v in data["dropped"].items()},
             next_token=int(data["next_token"]["top"]) if "next_token" in data else None,
+            version=data["format_version"],
         )
         manifest.specs(), manifest.lengths()  # raise if something they need is missing or unfit
         return manifest
@@ -228,7 +233,7 @@ class Manifest:
         """The manifest of the store at `root`. Raises StoreError if there is none that can be read."""
         data = read_attributes(root)
         version = data.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool):
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise DamageError(f"{root / METADATA_NAME}: damaged: format_version is {version!r}")
         if version > FORMAT_VERSION:
             raise StoreError(

@@ -183,19 +183,34 @@ class StoreReader:
 
     def sequence(self, number: int) -> StoredSequence:
         """One sequence. Raises IndexError when it is not committed, TypeError for what is no integer."""
-        number = operator.index(number)
-        if not 0 <= number < self.sequences:
-            raise IndexError(f"sequence {number} is not among the {self.sequences} of {self.path}")
-        return next(self._table.read(number, number + 1))
+        return next(self.some_sequences([operator.index(number)]))
 
     def iter_sequences(self, start: int = 0, stop: int | None = None) -> Iterator[StoredSequence]:
-        """Sequences [start, stop) in order. Raises IndexError for negative numbers."""
+        """The committed sequences with numbers in [start, stop), in order. Raises IndexError for negative numbers."""
         if start < 0 or (stop is not None and stop < 0):
             raise IndexError("sequences are counted from 0: give numbers that are not negative")
-        return self._table.read(start, self.sequences if stop is None else min(stop, self.sequences))
+        numbers = self.numbers
+        chosen = numbers >= start if stop is None else (numbers >= start) & (numbers < stop)
+        return self._table.read(numbers[chosen])
+
+    def some_sequences(self, numbers: Sequence[int] | np.ndarray) -> Iterator[StoredSequence]:
+        """The sequences with these numbers, in this order. Raises IndexError when one is not committed."""
+        try:
+            yield from self._table.read(np.asarray(numbers, np.int64))
+        except IndexError as error:
+            raise IndexError(f"{self.path}: {error}") from None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers of the committed sequences, int64 [sequences], ascending.
+
+        A sequence has the number of its prompt, whenever it was stored. Those of a complete store are 0 to
+        `sequences` - 1.
+        """
+        return self._table.numbers
 
     def row_sizes(self) -> np.ndarray:
-        """Rows of each sequence, int64 [sequences]."""
+        """Rows of each sequence in the order in which they are stored, int64 [sequences]."""
         return self._table.row_sizes()
 
     @property

@@ -74,6 +74,7 @@ class SequenceRows:
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n] of RowFlag bits
     tokens: int32 [t], prompt and generated; source: the user's prompt record, UTF-8 JSON
     next_tokens: of the n rows, in a store that keeps them
+    number: its place in the order of the prompts; None: the one after the highest in the store
     """
 
     token_id: np.ndarray
@@ -86,13 +87,14 @@ class SequenceRows:
     finish: Finish
     source: bytes
     next_tokens: NextTokens | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
     """k checked sequences, as flat arrays of all their n rows, t tokens and b source bytes.
 
-    row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
+    number, row_size, token_size, source_size: int64 [k]; prompt_size: int32 [k]; finish: uint8 [k]
     owner: int64 [n], which of the k sequences a row belongs to
     token_id, next_token_id, position: int32 [n]; flags: uint8 [n]; tokens: int32 [t]; source: uint8 [b]
     norm: float32 [n] for each site; exact_row: int64 [m] for each site, which of the n rows are also kept exactly
@@ -100,6 +102,7 @@ class SequenceBatch:
     The wide arrays are not copied: `rows` holds the layers of each sequence, or of all of them in one piece.
     """
 
+    number: np.ndarray
     row_size: np.ndarray
     token_size: np.ndarray
     source_size: np.ndarray
@@ -126,12 +129,17 @@ class SequenceBatch:
         first: int = 0,
         next_token: int | None = None,
     ) -> SequenceBatch:
-        """One or more sequences, counted from `first` in errors. next_token: as the store's manifest has it
+        """One or more sequences. first: the number of the next one that is given none.
 
+        next_token: as the store's manifest has it
         Raises StoreError unless shapes, types and values agree with layers, codec and each other.
         """
         sites = tuple(map(Site.at, layers))
-        for number, sequence in enumerate(sequences, first):
+        numbers: list[int] = []
+        for sequence in sequences:
+            numbers.append(first if sequence.number is None else sequence.number)
+            first = max(first, numbers[-1] + 1)
+        for number, sequence in zip(numbers, sequences, strict=True):
             try:
                 _check_arrays(sequence, sites, codec)
                 told = {} if sequence.next_tokens is None else vars(sequence.next_tokens)
@@ -148,6 +156,7 @@ class SequenceBatch:
         row_size = size("position")
         row_start = np.cumsum(row_size) - row_size
         batch = cls(
+            number=np.array(numbers, np.int64),
             row_size=row_size,
             token_size=size("tokens"),
             source_size=size("source"),
@@ -172,7 +181,7 @@ class SequenceBatch:
                 for name in next_token_arrays(next_token)
             },
         )
-        batch._check_values(first, codec)
+        batch._check_values(codec)
         return batch
 
     @classmethod
@@ -188,12 +197,14 @@ class SequenceBatch:
         """Sequences that lie end to end already.
 
         columns: by name, the arrays of this class with one entry per sequence, row, token or byte, except `owner`, and
-        those of `next_tokens`
+            those of `next_tokens`; without `number` they are counted from `first`
         Raises StoreError as `of` does.
         """
         sites = tuple(map(Site.at, layers))
         sizes = {name: columns[name] for name in ("row_size", "token_size", "source_size")}
         k = len(columns["finish"])
+        columns = {"number": np.arange(first, first + k), **columns}
+        _check_array("number", columns["number"], _INT64, (k,))
         for name, size in sizes.items():
             _check_array(name, size, _INT64, (k,))
             if size.min(initial=0) < 0:
@@ -213,8 +224,8 @@ class SequenceBatch:
         texts, ends = columns["source"].tobytes(), np.cumsum(sizes["source_size"]).tolist()
         prompts = zip(columns["prompt_size"].tolist(), sizes["token_size"].tolist(), strict=True)
         finishes, start = set(map(int, Finish)), 0
-        for number, (end, (prompt, size), finish) in enumerate(
-            zip(ends, prompts, columns["finish"].tolist(), strict=True), first
+        for number, end, (prompt, size), finish in zip(
+            columns["number"].tolist(), ends, prompts, columns["finish"].tolist(), strict=True
         ):
             try:
                 _check_sequence(prompt, size, texts[start:end])
@@ -231,16 +242,16 @@ class SequenceBatch:
             rows=[rows],
             next_tokens=told,
         )
-        batch._check_values(first, codec)
+        batch._check_values(codec)
         return batch
 
-    def _check_values(self, first: int, codec: Codec) -> None:
+    def _check_values(self, codec: Codec) -> None:
         """How the arrays must agree, checked for all sequences at once."""
 
         def refuse(wrong: np.ndarray, owner: np.ndarray, fault: str) -> None:
             if wrong.any():
-                number = int(owner[np.argmax(wrong)])
-                raise StoreError(f"sequence {first + number}: {fault}")
+                number = int(self.number[owner[np.argmax(wrong)]])
+                raise StoreError(f"sequence {number}: {fault}")
 
         owner, position, size = self.owner, self.position, self.token_size[self.owner]
         start = np.cumsum(self.token_size) - self.token_size

@@ -29,8 +29,12 @@ TABLE_COLUMNS = (
 _SHOWN = 80
 #: Sequences whose tokens and records are read at once.
 BLOCK_SEQUENCES = 256
-#: Sequences whose table entries are read at once: a shard of the table. A multiple of BLOCK_SEQUENCES.
+#: Sequences whose table entries are read at once: a shard of the table.
 TABLE_BLOCK = 4096
+#: Blocks of the table that are kept in memory.
+_BLOCKS_HELD = 16
+#: Sequences with fewer others between them, as stored, are read together.
+_GAP = 8
 
 
 class Vocabulary:
@@ -123,44 +127,80 @@ class StoredSequence:
 
 
 class SequenceTable:
-    """The committed sequences, by number."""
+    """The committed sequences, by number. They are stored in any order."""
 
     def __init__(self, arrays: Mapping[str, ArrayReader], vocabulary: Vocabulary) -> None:
         """arrays: those of the group `sequences`."""
         self._arrays = arrays
         self._vocabulary = vocabulary
-        self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
+        self._held: dict[int, dict[str, np.ndarray]] = {}
+        self._order: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self._arrays["row_start"].length
 
     def row_sizes(self) -> np.ndarray:
-        """Rows of each sequence, int64 [sequences]."""
+        """Rows of each sequence as stored, int64 [sequences]."""
         return self._arrays["row_size"].read()
 
-    def read(self, start: int, stop: int) -> Iterator[StoredSequence]:
-        """Sequences [start, stop), read a block at a time. Raises DamageError."""
-        while start < stop:
-            last = min((start // BLOCK_SEQUENCES + 1) * BLOCK_SEQUENCES, stop)
-            yield from self._read_block(start, last)
-            start = last
+    @property
+    def numbers(self) -> np.ndarray:
+        """Of every sequence, int64 [sequences], ascending."""
+        return self._sorted[0]
+
+    @property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers, ascending, and the place of each as stored. Stores of format version 1 hold them in order."""
+        if self._order is None:
+            numbers = self._arrays["number"].read() if "number" in self._arrays else np.arange(len(self))
+            place = np.argsort(numbers, kind="stable")
+            self._order = numbers[place], place
+        return self._order
+
+    def read(self, wanted: np.ndarray) -> Iterator[StoredSequence]:
+        """The sequences with these numbers, int64 [n], in their order. Raises IndexError, DamageError."""
+        numbers, places = self._sorted
+        found = np.searchsorted(numbers, wanted)
+        there = numbers[np.minimum(found, len(numbers) - 1)] == wanted if len(numbers) else wanted < wanted
+        if not there.all():
+            raise IndexError(f"sequence {wanted[np.argmin(there)]} is not among the {len(self)} of the store")
+        for start in range(0, len(wanted), BLOCK_SEQUENCES):
+            part = slice(start, start + BLOCK_SEQUENCES)
+            yield from self._read_block(wanted[part], places[found[part]])
+
+    def _read_block(self, numbers: np.ndarray, places: np.ndarray) -> Iterator[StoredSequence]:
+        """The sequences with these numbers, stored at these places: int64 [n], int64 [n], some hundreds."""
+        known = dict(zip(places.tolist(), numbers.tolist(), strict=True))
+        near = np.unique(places)
+        apart = (np.diff(near) > _GAP) | (np.diff(near // TABLE_BLOCK) != 0)
+        read: dict[int, StoredSequence] = {}
+        for group in np.split(near, np.flatnonzero(apart) + 1):
+            if len(group):
+                read.update(self._read_near({place: known[place] for place in group.tolist()}))
+        for place in places.tolist():
+            yield read[place]
 
     def _columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The table entries of sequences [start, stop), which lie in one block of the table.
+        """The table entries of the sequences stored at [start, stop), which lie in one block of the table.
 
-        The last block read stays in memory.
+        The last blocks read stay in memory.
         """
-        block, held = self._held
-        if block != start // TABLE_BLOCK:
-            block = start // TABLE_BLOCK
-            first, last = block * TABLE_BLOCK, min((block + 1) * TABLE_BLOCK, len(self))
-            held = {name: self._arrays[name].read(first, last) for name in TABLE_COLUMNS}
-            self._held = block, held
+        block = start // TABLE_BLOCK
         first = block * TABLE_BLOCK
+        if (held := self._held.pop(block, None)) is None:
+            last = min(first + TABLE_BLOCK, len(self))
+            held = {name: self._arrays[name].read(first, last) for name in TABLE_COLUMNS}
+            while len(self._held) >= _BLOCKS_HELD:
+                del self._held[next(iter(self._held))]
+        self._held[block] = held
         return {name: values[start - first : stop - first] for name, values in held.items()}
 
-    def _read_block(self, start: int, stop: int) -> Iterator[StoredSequence]:
-        """Sequences [start, stop) of one block."""
+    def _read_near(self, wanted: Mapping[int, int]) -> Iterator[tuple[int, StoredSequence]]:
+        """Sequences of one block of the table that are stored near each other, each with its place.
+
+        wanted: the number of each by place, ascending
+        """
+        start, stop = min(wanted), max(wanted) + 1
         columns = self._columns(start, stop)
         tokens, source = (
             self._arrays[array].read(
@@ -170,23 +210,26 @@ class SequenceTable:
             for array, name in (("tokens", "token"), ("source", "source"))
         )
         token_start, source_start = int(columns["token_start"][0]), int(columns["source_start"][0])
-        for number in range(start, stop):
-            values = {name: int(columns[name][number - start]) for name in TABLE_COLUMNS}
+        for place, number in wanted.items():
+            values = {name: int(columns[name][place - start]) for name in TABLE_COLUMNS}
             begin = values["token_start"] - token_start
-            place = values["source_start"] - source_start
-            record = source[place : place + values["source_size"]].tobytes()
+            first = values["source_start"] - source_start
+            record = source[first : first + values["source_size"]].tobytes()
             try:
                 parsed = json.loads(record)
                 finish = Finish(values["finish"])
             except ValueError as error:
                 raise DamageError(f"sequence {number} is damaged: {error}: run `nla-engine verify`") from None
-            yield StoredSequence(
-                number,
-                tokens[begin : begin + values["token_size"]],
-                values["prompt_size"],
-                finish,
-                slice(values["row_start"], values["row_start"] + values["row_size"]),
-                parsed,
-                record,
-                self._vocabulary,
+            yield (
+                place,
+                StoredSequence(
+                    number,
+                    tokens[begin : begin + values["token_size"]],
+                    values["prompt_size"],
+                    finish,
+                    slice(values["row_start"], values["row_start"] + values["row_size"]),
+                    parsed,
+                    record,
+                    self._vocabulary,
+                ),
             )

@@ -2,7 +2,7 @@
 
 A commit writes (1) every shard file, (2) the manifest, in one step, (3) the shapes in the arrays' own metadata.
 Whatever stops a writer, the rows that the manifest counts stay readable, and `resume` continues after them.
-Sequences are numbered in the order in which they are appended.
+Sequences come in any order, each with its number, and each number once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from nla_engine.codec.rows import Codec
-from nla_engine.errors import StoreError, WriteError
+from nla_engine.errors import DamageError, StoreError, WriteError
 from nla_engine.provenance import now
 from nla_engine.sites import Site, listed
-from nla_engine.store.arrays import ArrayLog
+from nla_engine.store.arrays import ArrayLog, ArrayReader
 from nla_engine.store.directory import emptied, staged
-from nla_engine.store.empty import write_empty
-from nla_engine.store.format import default_narrow_shard_rows, default_shard_rows, layer_group
+from nla_engine.store.empty import numbered, write_empty
+from nla_engine.store.format import NUMBER, default_narrow_shard_rows, default_shard_rows, layer_group
 from nla_engine.store.interrupt import interrupt_held
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import (
@@ -36,6 +36,7 @@ from nla_engine.store.manifest import (
     differences,
     strict_json,
 )
+from nla_engine.store.numbers import Numbers
 from nla_engine.store.objects import ObjectLock, ObjectPath, Place, place
 from nla_engine.store.queue import WriteQueue
 from nla_engine.store.records import LayerRows, SequenceBatch, SequenceRows
@@ -70,11 +71,16 @@ class StoreWriter:
         self._codec_error = dict(manifest.codec_error)
         self._usable = True
         self._queue = WriteQueue()
-        lengths = manifest.lengths()
+        self._numbers = Numbers()
+        lengths, specs = manifest.lengths(), manifest.specs()
         try:
+            held = ArrayReader(path, specs[NUMBER], lengths["sequences"]).read()
+            if len(np.unique(held)) < len(held):
+                raise DamageError(f"{path}: damaged: two sequences have one number: run `nla-engine verify`")
+            self._numbers.add(held)
             self._logs = {
                 name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
-                for name, spec in manifest.specs().items()
+                for name, spec in specs.items()
                 if not name.startswith("vocabulary/")
             }
         except BaseException:
@@ -140,7 +146,7 @@ class StoreWriter:
         options: Mapping[str, Any],
         commit_seconds: float = COMMIT_SECONDS,
     ) -> StoreWriter:
-        """Continue after the last commit of an existing store: the next sequence is number `sequences`.
+        """Continue after the last commit of an existing store. One of an older format becomes one of this format.
 
         Raises StoreError when there is no store, another writer has it, its options differ (each difference
         is named), or its last committed rows are damaged.
@@ -160,7 +166,7 @@ class StoreWriter:
                 with writing(target):
                     (target / (METADATA_NAME + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
                     fsync_directory(target.parent)  # the creator may have been killed before it synced this
-            writer = cls(target, lock, manifest, commit_seconds)
+            writer = cls(target, lock, numbered(target, manifest), commit_seconds)
             writer._write_commit(complete=False, epoch=manifest.commit.epoch + 1)
         except BaseException:
             lock.release()
@@ -189,30 +195,32 @@ class StoreWriter:
         """Committed rows."""
         return self._manifest.commit.rows
 
+    def missing(self, count: int) -> np.ndarray:
+        """int64, ascending: the numbers below `count` of which no sequence was appended."""
+        return self._numbers.missing(count)
+
     def append(self, sequence: SequenceRows) -> None:
         """`append_many` of one sequence."""
         self.append_many([sequence])
 
     def append_many(self, sequences: Sequence[SequenceRows], *, wait: bool = True) -> None:
-        """Add the next sequences, all or none. Their rows are copied, so the arrays may be reused.
+        """Add sequences, all or none. Their rows are copied, so the arrays may be reused.
 
         wait: True: copy before returning, then `commit_if_due`. False: the arrays may be reused only after
             `wait_until_copied`, so several calls copy at once, and the caller commits
-        Raises StoreError if a sequence does not fit (the writer stays usable), WriteError.
+        Raises StoreError if a sequence does not fit or its number is taken (the writer stays usable), WriteError.
         """
         if sequences:
-            batch = SequenceBatch.of(
-                sequences, self.layers, self.codec, self._appended, self._manifest.next_token
-            )
-            self._append(batch, wait)
+            first, next_token = self._numbers.following, self._manifest.next_token
+            self._append(SequenceBatch.of(sequences, self.layers, self.codec, first, next_token), wait)
 
     def append_block(self, columns: Mapping[str, np.ndarray], rows: Mapping[Site, LayerRows]) -> None:
         """`append_many` of sequences that lie end to end already, as `SequenceBatch.of_block` takes them."""
-        next_token = self._manifest.next_token
-        batch = SequenceBatch.of_block(columns, rows, self.layers, self.codec, self._appended, next_token)
-        self._append(batch, True)
+        first, next_token = self._numbers.following, self._manifest.next_token
+        self._append(SequenceBatch.of_block(columns, rows, self.layers, self.codec, first, next_token), True)
 
     def _append(self, batch: SequenceBatch, wait: bool) -> None:
+        self._numbers.check(batch.number)
         self._check_lock(sometimes=True)
         logs, columns = self._logs, self._columns(batch)
         with self._write_errors():
@@ -224,6 +232,7 @@ class StoreWriter:
                             logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
                 for name, values in columns.items():
                     logs[name].append(values)
+                self._numbers.add(batch.number)
             finally:
                 if wait:
                     self.wait_until_copied()
@@ -261,8 +270,8 @@ class StoreWriter:
             for name in ("token_id", "next_token_id", "position", "flags")
         }
         columns |= {f"rows/{name}": values for name, values in batch.next_tokens.items()}
-        columns["rows/sequence"] = batch.owner + self._appended
-        for name in ("prompt_size", "finish", "tokens", "source"):
+        columns["rows/sequence"] = batch.number[batch.owner]
+        for name in ("number", "prompt_size", "finish", "tokens", "source"):
             columns[f"sequences/{name}"] = getattr(batch, name)
         for name, counted in (
             ("row", "rows/token_id"),

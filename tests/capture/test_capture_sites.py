@@ -239,7 +239,7 @@ def test_a_store_of_outputs_alone_is_as_it_always_was(root: Path, tmp_path: Path
     out = tmp_path / "plain.zarr"
     assert call(*capture(root, out, layer="0,2")).code == 0
     about = json.loads((out / "zarr.json").read_text())["attributes"]["nla_engine"]
-    assert about["format_version"] == 1 and about["layers"] == [0, 2] and "site_conventions" not in about
+    assert about["format_version"] == 2 and about["layers"] == [0, 2] and "site_conventions" not in about
     assert about["layer_convention"] == (
         "layer K is the residual stream after decoder block K (both residual adds done, before any final norm): "
         "transformers hidden_states[K+1] for every block but the last. A row belongs to the token that was read."

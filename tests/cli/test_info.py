@@ -60,6 +60,7 @@ def test_a_dry_run_measures_and_writes_nothing(root: Path, tmp_path: Path) -> No
     assert ran.json["bytes"] == 20 * made.codec.row_bytes
     assert ran.json["sample_sequences"] == 5
     assert ran.json["rows_expected"] == made.rows, "the sample was the whole"
+    assert ran.json["bytes_expected"] == made.rows * ran.json["bytes"] // ran.json["rows"]
     assert ran.json["seconds_expected"] == pytest.approx(ran.json["sample_seconds"], abs=2e-3)
     assert ran.json["sample_seconds"] > 0
     check_refused(call(*capture(root, root / "run.zarr", dry_run=True)), "pass --resume")

@@ -40,35 +40,6 @@ def test_sequences_leave_in_the_order_they_were_asked_for(rng: np.random.Generat
     assert left == list(range(count)) and order.bytes == 0
 
 
-@pytest.mark.parametrize("limit", [1, 60, 400, 10**9])
-def test_what_is_fetched_and_waits_stays_within_the_limit(limit: int, rng: np.random.Generator) -> None:
-    """Twenty slots whose sequences end in any order; a sequence that is not chosen keeps its slot."""
-    count, left, at_once = 200, [], []
-    order, todo = InOrder(limit), list(range(count))[::-1]
-    running, resting = [], {}
-    while todo or running or resting:
-        while todo and len(running) + len(resting) < 20:
-            running.append(order.asked(Request(todo.pop(), (1,), 10)).id)
-        for _ in range(min(len(running), int(rng.integers(0, 9)))):
-            id_ = running.pop(int(rng.integers(len(running))))
-            resting[id_] = 4 * int(rng.integers(1, 11))
-        chosen = order.portion(resting)
-        assert chosen or running or not resting  # otherwise they would wait for ever
-        group = [
-            Completion(Request(i, (1,), 10), np.zeros(resting.pop(i) // 4, np.int32), Finish.STOP)
-            for i in chosen
-        ]
-        size = sum(completion.nbytes for completion in group)
-        assert size <= limit / 4 or len(group) == 1
-        assert order.bytes + size <= limit or len(group) == 1
-        leaving = order.add(group)
-        assert order.bytes <= limit / 2
-        left += [completion.request.id for completion in leaving]
-        at_once.append(len(chosen))
-    assert left == list(range(count)) and order.bytes == 0
-    assert (max(at_once) == 1) == (limit == 1)
-
-
 def test_graphs_are_few_however_many_lanes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     monkeypatch.setattr(engine, "DecodeGraph", lambda step, size, *_: made.append(size))

@@ -92,7 +92,7 @@ def test_a_window_says_where_it_is_from(tmp_path: Path) -> None:
             assert inside == text[start : start + 8]
             start += len(inside)
         assert start == len(text)
-    part = found.part(found.of_document(3).start + 1, len(found))
+    part = found.part(range(found.of_document(3).start + 1, len(found)))
     assert part.document(0) == 0 and part.documents == len(records) - 3
     assert part[0].token_ids.tolist() == found[found.of_document(3).start + 1].token_ids.tolist()
 

@@ -49,7 +49,7 @@ def test_rows_of_a_sequence_are_one_sequence(batch: int, tmp_path: Path, rng, mo
     store = CaptureStore.open(tmp_path / "in.zarr")
     np.testing.assert_array_equal(store.layer(3)[:], vectors)
     assert all(check.ok for check in verify(tmp_path / "in.zarr"))
-    assert store.row_sizes().tolist() == [0, 3, 0, 0, 2, 1]
+    assert store.numbers.tolist() == [1, 4, 5] and store.row_sizes().tolist() == [3, 2, 1]
     expected = {
         "sequence == 4": [3, 4],
         "position >= 3": [2, 4],
@@ -82,17 +82,12 @@ def test_without_numbers_each_row_is_a_sequence(tmp_path: Path, rng) -> None:
 
 PLACES: dict[str, list[Any]] = {"sequence": [0, 0, 1], "position": [0, 1, 0]}
 FAULTS: dict[str, tuple[dict[str, list[Any]], str]] = {
-    "not sorted": (PLACES | {"sequence": [1, 1, 0]}, "'sequence' is 0 in row 2, after 1: sort the file"),
-    "interleaved": (PLACES | {"sequence": [0, 1, 0]}, "'sequence' is 0 in row 2, after 1"),
+    "interleaved": (PLACES | {"sequence": [0, 1, 0]}, "'sequence' is 0 again in row 2: sort the file"),
     "positions that fall": (
         PLACES | {"position": [1, 0, 0]},
         "'position' does not ascend in sequence 0: sort",
     ),
     "no positions": ({"sequence": [0, 0, 1]}, "'position' does not ascend in sequence 0"),
-    "a leap": (
-        PLACES | {"sequence": [0, 0, 1 << 40]},
-        "'sequence' jumps to 1099511627776 in row 2: number the",
-    ),
     "a number for a text": (
         PLACES | {"sequence": ["ACGT", "A", "C"]},
         "'sequence' is 'ACGT' in row 0: it must be",

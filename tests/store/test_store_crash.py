@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_samples import create_store, sample_sequences
+from store_samples import create_store, sample_sequences, shuffled
 
 from nla_engine import extension
 from nla_engine.codec.rows import Codec
@@ -45,6 +46,12 @@ def write_all(path: Path, sequences: list[SequenceRows]) -> Iterator[int]:
             yield writer.sequences
 
 
+def out_of_order() -> list[SequenceRows]:
+    """Three sequences, of which the last by number ends first."""
+    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    return [replace(each, number=number) for each, number in zip(sequences, (2, 0, 1), strict=True)]
+
+
 def files(path: Path) -> dict[str, bytes]:
     """Every file of a store, without what differs between two runs that did the same."""
     contents = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
@@ -55,10 +62,11 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def check_committed(path: Path, sequences: list[SequenceRows], at_least: int) -> int:
-    """The store holds a prefix of the sequences, of at least that length, bit for bit. Returns how many."""
+    """The store holds the first of the sequences, at least so many, bit for bit. Returns how many."""
     store = CaptureStore.open(path)
     assert at_least <= store.sequences <= at_least + 1
-    for stored, given in zip(store.iter_sequences(), sequences, strict=False):
+    for place, given in enumerate(sequences[: store.sequences]):
+        stored = store.sequence(place if given.number is None else given.number)
         assert stored.tokens.tolist() == given.tokens.tolist()
         assert stored.source == json.loads(given.source)
         assert store.column("flags")[stored.rows].tolist() == given.flags.tolist()
@@ -74,9 +82,11 @@ def write_on(path: Path, sequences: list[SequenceRows]) -> Iterator[int]:
         yield from write_all(path, sequences)
         return
     with StoreWriter.resume(path, options=OPTIONS, commit_seconds=0.0) as writer:
-        for sequence in sequences[writer.sequences :]:
-            writer.append(sequence)
-            yield writer.sequences
+        missing = set(writer.missing(len(sequences)).tolist())
+        for place, sequence in enumerate(sequences):
+            if (place if sequence.number is None else sequence.number) in missing:
+                writer.append(sequence)
+                yield writer.sequences
 
 
 def finish(path: Path, sequences: list[SequenceRows]) -> None:
@@ -101,7 +111,7 @@ def killed_at_random(folder: Path, seed: int, kills: int) -> None:
     After each the store must hold what was committed; it is resumed until it is whole, and then begun anew.
     """
     rng = np.random.default_rng(seed)
-    sequences, _ = sample_sequences(seed, CODEC, (3,), rng.integers(0, 20, 5).tolist())
+    sequences = shuffled(sample_sequences(seed, CODEC, (3,), rng.integers(0, 20, 5).tolist())[0], rng)
     finish(folder / "whole.zarr", sequences)
     started = time.monotonic()
     finish(folder / "again.zarr", sequences)

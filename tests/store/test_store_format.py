@@ -186,7 +186,7 @@ def test_attributes_say_what_the_numbers_mean(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     about = json.loads(text, parse_constant=refuse)["attributes"]["nla_engine"]
-    assert about["format_version"] == 1
+    assert about["format_version"] == 2
     assert (about["d_model"], about["layers"]) == (96, [2, 5])
     assert (about["shard_rows"], about["narrow_shard_rows"]) == (4096, 65536)
     assert about["sink_norm"] == {"2": 7.5, "5": None}

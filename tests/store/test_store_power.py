@@ -13,18 +13,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import power_cut
 import pytest
-from store_samples import sample_sequences
-from test_store_crash import CODEC, OPTIONS, SIZES, check_committed, files, finish, write_all
+from store_samples import fill_old_store, sample_sequences
+from test_store_crash import CODEC, OPTIONS, SIZES, check_committed, files, finish, out_of_order, write_all
 
 from nla_engine import extension
 from nla_engine.errors import WriteError
-from nla_engine.store import StoreWriter
+from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.care.verify import verify
+from nla_engine.store.shards import make_directory, write_file_atomically
 
 pytestmark = pytest.mark.skipif(
     power_cut.COMPILER is None, reason="no C compiler: calls cannot be written down"
@@ -34,7 +36,7 @@ WRITERS = [pytest.param(True, marks=pytest.mark.skipif(extension.load() is None,
 
 def write_in_stages(path: Path) -> None:
     """A run that is killed once, half a commit behind, and resumed. Every commit is noted in the log."""
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     for committed in write_all(path, sequences[:2]):
         power_cut.note(f"committed {committed}")
     child = os.fork()
@@ -105,7 +107,7 @@ def test_a_power_cut_after_every_call(
     assert log[-1] == "note\tdone"
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(extension, "load", lambda: None)
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     whole = files(folder / "disk/deep/run.zarr")
     disk, committed, seen = power_cut.Disk(), None, set()
     cut, held = folder / "cut", {}
@@ -136,9 +138,57 @@ def test_a_power_cut_after_every_call(
     assert len(seen) > 400
 
 
+def old_store_resumed(folder: Path) -> None:
+    """A store of format version 1 becomes one of version 2, with two more sequences."""
+    power_cut.watch(folder / "disk", folder / "log")
+    path, old = folder / "disk" / "run.zarr", folder / "old.zarr"
+    for file in sorted(old.rglob("*"), reverse=True):  # the root's zarr.json last
+        if file.is_file():
+            make_directory((path / file.relative_to(old)).parent)
+            write_file_atomically(path / file.relative_to(old), file.read_bytes())
+    power_cut.note("old")
+    with StoreWriter.resume(path, options=OPTIONS, commit_seconds=0.0) as writer:
+        for number in (4, 3):
+            writer.append(replace(out_of_order()[0], number=number))
+            power_cut.note(f"committed {number}")
+
+
+def test_a_power_cut_while_an_old_store_gets_numbers(
+    library: Path, folder: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_old_store(folder / "old.zarr", CODEC, SIZES, shard_rows=8)
+    (folder / "disk").mkdir()
+    run("old_store_resumed", library, folder, False)
+    log = (folder / "log").read_text().splitlines()
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    given, _ = sample_sequences(0, CODEC, (3,), SIZES)
+    disk, versions, resumed = power_cut.Disk(), set(), 0
+    cut, begun, committed = folder / "cut", log.index("note\told"), log.index("note\tcommitted 4")
+    for line in log[:begun]:
+        disk.call(line)
+    for number, line in enumerate(log[begun:committed]):
+        disk.call(line)
+        cut.mkdir()
+        power_cut.lay_out(disk.after_power_cut(("nothing", "everything", "some")[number % 3], rng), cut, {})
+        path = cut / "run.zarr"
+        versions.add(CaptureStore.open(path).attributes["format_version"])
+        assert CaptureStore.open(path).numbers[:3].tolist() == [0, 1, 2]
+        if number % 10 == 0:
+            with StoreWriter.resume(path, options=OPTIONS) as writer:
+                for missing in writer.missing(5).tolist():
+                    writer.append(replace(out_of_order()[0], number=missing))
+            assert CaptureStore.open(path).numbers.tolist() == [0, 1, 2, 3, 4]
+            assert all(check.ok for check in verify(path)), f"call {number}: {line[:200]}"
+            for place, each in enumerate(given):
+                assert CaptureStore.open(path).sequence(place).tokens.tolist() == each.tokens.tolist()
+            resumed += 1
+        shutil.rmtree(cut)
+    assert resumed > 10 and versions == {1, 2}
+
+
 def fail_every_few_calls(folder: Path, first: int, step: int, error: int) -> None:
     """One call of a run fails, the next time a later one, until none does: nothing committed is harmed."""
-    sequences, _ = sample_sequences(5, CODEC, (3,), SIZES)
+    sequences = out_of_order()
     finish(folder / "whole.zarr", sequences)
     whole, failures = files(folder / "whole.zarr"), 0
     for n in range(first, 10_000, step):

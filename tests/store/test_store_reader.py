@@ -183,6 +183,7 @@ def replace_by_file(path: Path) -> None:
         (lambda path: (path / "zarr.json").write_bytes(b"\xff"), "damaged: broken JSON"),
         (lambda path: (path / "zarr.json").write_text("[]"), "without 'nla_engine' attributes"),
         (edit(lambda about: about.update(format_version=3)), "format version 3, .* upgrade"),
+        (edit(lambda about: about.update(format_version=0)), "damaged: format_version is 0"),
         (edit(lambda about: about.update(format_version="new")), "damaged: format_version"),
         (edit(lambda about: about.pop("commit")), "damaged: 'commit' is missing"),
         (edit(lambda about: about["commit"].update(rows=-1)), "damaged: a count is negative"),

@@ -22,10 +22,9 @@ import torch
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import encoded_sequences
+from nla_engine.capture.appender import portion_of
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.graph import lane_bucket
-from nla_engine.engine.order import InOrder
-from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.exchange.importing import import_rows
@@ -165,14 +164,9 @@ def _counted(count: Callable[[], float]) -> Iterator[Prepared]:
 
 def _fetched(ended: int) -> float:
     """GiB of the largest portion that is fetched at once, of sequences that ended together."""
-    order, resting, most = InOrder(_HOST_MEMORY), {}, 0
-    for number in range(ended):
-        resting[order.asked(Request(number, (0,), 1)).id] = _SEQUENCE_BYTES
+    portion, resting, most = portion_of(_HOST_MEMORY), dict.fromkeys(range(ended), _SEQUENCE_BYTES), 0
     while resting:
-        chosen = order.portion(resting)
-        most = max(most, sum(resting.pop(id_) for id_ in chosen))
-        nothing = np.zeros(0, np.int32)
-        order.add(Completion(Request(id_, (0,), 1), nothing, Finish.LENGTH) for id_ in chosen)
+        most = max(most, sum(resting.pop(id_) for id_ in portion(resting)))
     return most / 2**30
 
 

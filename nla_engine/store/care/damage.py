@@ -12,7 +12,7 @@ import numpy as np
 
 from nla_engine.codec.rows import exact_rows
 from nla_engine.sites import Site
-from nla_engine.store.format import NO_TOKEN, layer_group, row_flags
+from nla_engine.store.format import NO_TOKEN, NUMBER, layer_group, row_flags
 from nla_engine.store.manifest import Manifest
 
 #: Prefix of the arrays that say where a sequence lies, by what they count.
@@ -50,11 +50,17 @@ class Damage:
         self.lost = {path: list(found) for path, found in parts.items() if found}
         if self.lost:
             self._restore_tables()
+            self._restore_numbers()
             self._restore_rows()
             self._restore_exact_rows()
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sequence as stored, int64 [sequences]. Before they had numbers, they were in order."""
+        return self.values.get(NUMBER, np.arange(self._manifest.commit.sequences))
+
     def sequences(self, units: Sequence[str] | None = None) -> dict[int, str]:
-        """The sequences that lose data, each with a fault. units: look only at arrays counted in these."""
+        """The sequences that lose data, as stored, each with a fault. units: look only at arrays counted in these."""
         found: dict[int, str] = {}
         for path, parts in self.lost.items():
             unit = self._units[path]
@@ -63,13 +69,13 @@ class Damage:
             starts, sizes = owners
             for part in parts:
                 hit = (starts < part.last) & (starts + sizes > part.first) & (sizes > 0)
-                for number in np.flatnonzero(hit).tolist():
-                    found.setdefault(number, part.fault)
+                for place in np.flatnonzero(hit).tolist():
+                    found.setdefault(place, part.fault)
         return dict(sorted(found.items()))
 
     def unplaced(self) -> list[str]:
         """Arrays with lost parts that cannot be assigned to sequences."""
-        return sorted(path for path in self.lost if self._owners(self._units[path]) is None)
+        return sorted(p for p in self.lost if p == NUMBER or self._owners(self._units[p]) is None)
 
     def _good(self, *paths: str) -> bool:
         return not any(path in self.lost for path in paths)
@@ -118,11 +124,39 @@ class Damage:
             for i in np.flatnonzero(edges[:-1] < 0)[::-1].tolist():
                 if edges[i + 1] >= 0 and sizes[i] >= 0:
                     edges[i] = edges[i + 1] - sizes[i]
-            if unit == "rows" and (edges < 0).any() and self._good("rows/sequence"):
-                edges = np.searchsorted(self.values["rows/sequence"], np.arange(len(edges)))
+            if unit == "rows" and (edges < 0).any() and self._good("rows/sequence", NUMBER):
+                edges = self._edges()
             if (edges >= 0).all() and (np.diff(edges) >= 0).all():
                 self._restore(start, edges[:-1])
                 self._restore(size, np.diff(edges))
+
+    def _edges(self) -> np.ndarray:
+        """int64 [sequences + 1]: where each sequence starts, by the numbers of its rows; -1 if they disagree."""
+        carried, numbers = self.values["rows/sequence"], self.numbers
+        changes = np.flatnonzero(np.diff(carried, prepend=-1))
+        places = {number: place for place, number in enumerate(numbers.tolist())}
+        owners = [places.get(number, -1) for number in carried[changes].tolist()]
+        if np.any(np.diff(owners, prepend=-1) <= 0):
+            return np.full(len(numbers) + 1, -1)
+        sizes = np.zeros(len(numbers), np.int64)
+        sizes[owners] = np.diff(np.append(changes, len(carried)))
+        return np.append(0, np.cumsum(sizes))
+
+    def _restore_numbers(self) -> None:
+        """A sequence's number follows from its rows. That of one without rows is lost."""
+        rows = self._owners("rows")
+        if NUMBER not in self.lost or rows is None:
+            return
+        numbers, carried = self.values[NUMBER].copy(), self.values["rows/sequence"]
+        damaged, unread = self._damaged[NUMBER], self._damaged["rows/sequence"]
+        for place in np.flatnonzero(damaged).tolist():
+            here = slice(int(rows[0][place]), int(rows[0][place] + rows[1][place]))
+            known = carried[here][~unread[here]]
+            if not len(known):
+                return
+            numbers[place] = known[0]
+        if len(np.unique(numbers)) == len(numbers):
+            self._restore(NUMBER, numbers)
 
     def _restore_rows(self) -> None:
         """A row's sequence follows from the tables, its tokens and flags from its position in the sequence."""
@@ -130,7 +164,8 @@ class Damage:
         if rows is None or not np.array_equal(np.cumsum(rows[1]) - rows[1], rows[0]):
             return
         owner = np.repeat(np.arange(len(rows[1])), rows[1])
-        self._restore("rows/sequence", owner)
+        if self._good(NUMBER):
+            self._restore("rows/sequence", self.numbers[owner])
         if tokens is None or len(owner) != self._manifest.commit.rows or not self._good("rows/position"):
             return
         position, size = self.values["rows/position"].astype(np.int64), tokens[1][owner]

@@ -23,7 +23,7 @@ from nla_engine.store.care.damage import Damage
 from nla_engine.store.care.verify import Check, Verification
 from nla_engine.store.directory import staged
 from nla_engine.store.empty import write_empty, write_metadata
-from nla_engine.store.format import Finish, layer_group, next_token_arrays
+from nla_engine.store.format import FORMAT_VERSION, Finish, layer_group, next_token_arrays
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import place
@@ -91,12 +91,14 @@ def repair(
     if not damage.lost and not damage.restored:  # only the metadata is damaged
         _rewrite_metadata(target, manifest)
         return checks, Repair({}, 0, [])
+    found = damage.sequences()
+    lost = int(damage.values["sequences/row_size"][list(found)].sum())
     dropped = {  # only the fault: without the store's path and the advice
-        number: fault.removeprefix(f"{target}/").removesuffix(f": {MEND}")
-        for number, fault in damage.sequences().items()
+        int(damage.numbers[place]): fault.removeprefix(f"{target}/").removesuffix(f": {MEND}")
+        for place, fault in found.items()
     }
+    dropped = dict(sorted(dropped.items()))
     _rewrite(target, manifest, damage, dropped)
-    lost = int(damage.values["sequences/row_size"][list(dropped)].sum())
     return checks, Repair(dropped, lost, damage.restored)
 
 
@@ -117,13 +119,17 @@ def _rewrite(target: Path, manifest: Manifest, damage: Damage, dropped: Mapping[
     vocabulary = [text[a:b] for a, b in pairwise(start.tolist())]
     nothing = Commit(0, 0, 0, 0, dict.fromkeys(manifest.layers, 0), manifest.commit.epoch + 1, False, "")
     new = replace(
-        manifest, store_id=uuid.uuid4().hex, commit=nothing, dropped={**manifest.dropped, **dropped}
+        manifest,
+        store_id=uuid.uuid4().hex,
+        commit=nothing,
+        dropped={**manifest.dropped, **dropped},
+        version=FORMAT_VERSION,
     )
     with staged(target, overwrite=True) as (staging, lease):
         _unchanged(target, manifest)
         write_empty(staging, new, vocabulary)
         with StoreWriter(staging, lease, new, commit_seconds=float("inf")) as writer:
-            for group in _groups(target, manifest, damage, set(dropped)):
+            for group in _groups(target, manifest, damage, set(damage.sequences())):
                 writer.append_many(group)
             writer.close(complete=manifest.commit.complete)
 
@@ -131,7 +137,7 @@ def _rewrite(target: Path, manifest: Manifest, damage: Damage, dropped: Mapping[
 def _groups(
     root: Path, manifest: Manifest, damage: Damage, dropped: set[int]
 ) -> Iterator[list[SequenceRows]]:
-    """Every sequence in order, dropped ones as they will be in the new store."""
+    """Every sequence as stored, dropped ones as they will be in the new store. dropped: their places."""
     values, lengths = damage.values, manifest.lengths()
     readers = {
         name: ArrayReader(root, spec, lengths[spec.unit])
@@ -143,8 +149,8 @@ def _groups(
     first = 0
     while first < len(sizes):
         if first in dropped:
-            nothing = _next_tokens(manifest, {})
-            yield [_sequence(first, values, _no_rows(manifest), first in silent, nothing)]
+            number, nothing = int(damage.numbers[first]), _next_tokens(manifest, {})
+            yield [_sequence(first, values, _no_rows(manifest), first in silent, number, nothing)]
             first += 1
             continue
         last, rows = first + 1, int(sizes[first])
@@ -163,28 +169,30 @@ def _groups(
             for name in next_token_arrays(manifest.next_token)
         }
         group = []
-        for number in range(first, last):
-            begin = int(values["sequences/row_start"][number]) - start
-            held = {k: _slice(rows, begin, begin + int(sizes[number])) for k, rows in layers.items()}
-            part = slice(begin, begin + int(sizes[number]))
+        for at in range(first, last):
+            begin = int(values["sequences/row_start"][at]) - start
+            held = {k: _slice(rows, begin, begin + int(sizes[at])) for k, rows in layers.items()}
+            part = slice(begin, begin + int(sizes[at]))
             mine = {name: array[part] for name, array in told.items()}
-            group.append(_sequence(number, values, held, False, _next_tokens(manifest, mine)))
+            number = int(damage.numbers[at])
+            group.append(_sequence(at, values, held, False, number, _next_tokens(manifest, mine)))
         yield group
         first = last
 
 
 def _sequence(
-    number: int,
+    at: int,
     values: Mapping[str, np.ndarray],
     layers: Mapping[Site, LayerRows],
     silent: bool,
+    number: int,
     next_tokens: NextTokens | None,
 ) -> SequenceRows:
-    """One sequence with these rows. silent: its text and record are lost, so it has none."""
+    """The sequence stored at `at` with these rows. silent: its text and record are lost, so it has none."""
 
     def part(prefix: str) -> slice:
-        start = int(values[f"sequences/{prefix}_start"][number])
-        return slice(start, start + int(values[f"sequences/{prefix}_size"][number]))
+        start = int(values[f"sequences/{prefix}_start"][at])
+        return slice(start, start + int(values[f"sequences/{prefix}_size"][at]))
 
     kept = len(next(iter(layers.values())).norm)
     rows = slice(part("row").start, part("row").start + kept)
@@ -195,10 +203,11 @@ def _sequence(
         flags=values["rows/flags"][rows],
         layers=layers,
         tokens=np.zeros(0, np.int32) if silent else values["sequences/tokens"][part("token")],
-        prompt_size=0 if silent else int(values["sequences/prompt_size"][number]),
-        finish=Finish.GIVEN if silent else Finish(int(values["sequences/finish"][number])),
+        prompt_size=0 if silent else int(values["sequences/prompt_size"][at]),
+        finish=Finish.GIVEN if silent else Finish(int(values["sequences/finish"][at])),
         source=b"{}" if silent else values["sequences/source"][part("source")].tobytes(),
         next_tokens=next_tokens,
+        number=number,
     )
 
 

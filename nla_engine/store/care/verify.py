@@ -21,6 +21,7 @@ from nla_engine.store.format import (
     ATTRIBUTE,
     EARLY_POSITIONS,
     NO_TOKEN,
+    NUMBER,
     ArraySpec,
     Finish,
     RowFlag,
@@ -182,8 +183,8 @@ class Verification:
         name, damage = "damaged sequences", self.damage
         if not damage.lost and not damage.restored:
             return Check(name, True, "none")
-        sequences = damage.sequences()
-        shown = ", ".join(map(str, list(sequences)[:50]))
+        sequences = np.sort(damage.numbers[list(damage.sequences())]).tolist()
+        shown = ", ".join(map(str, sequences[:50]))
         detail = f"{len(sequences)} sequences" + (f": {shown}" if sequences else "")
         if len(sequences) > 50:
             detail += ", ..."
@@ -212,6 +213,10 @@ class Verification:
                     bool(expected[-1] == total),
                     f"{expected[-1]} of {total}",
                 )
+        if NUMBER in values:
+            known, count = np.unique(values[NUMBER], return_counts=True)
+            wrong = (values[NUMBER] < 0) | np.isin(values[NUMBER], known[count > 1])
+            yield _relation("numbers of sequences are there once", wrong, "sequence")
         if "sequences/finish" in values:
             wrong = ~np.isin(values["sequences/finish"], list(Finish))
             yield _relation("finish is a known code", wrong, "sequence")
@@ -227,6 +232,7 @@ class Verification:
                 yield _relation(f"{layer.label} keeps exactly what its codec cannot hold", wrong, "row")
         needed = {f"rows/{name}" for name in ("token_id", "next_token_id", "position", "sequence", "flags")}
         needed |= {"sequences/tokens", "sequences/prompt_size"}
+        needed |= {NUMBER} & set(self._specs)
         if laid_out and needed <= set(values):
             yield from self._row_relations()
 
@@ -234,7 +240,8 @@ class Verification:
         values = self._values
         row_size, token_size = values["sequences/row_size"], values["sequences/token_size"]
         owner = np.repeat(np.arange(len(row_size)), row_size)
-        yield _relation("rows carry the number of their sequence", values["rows/sequence"] != owner, "row")
+        wrong = values["rows/sequence"] != self.damage.numbers[owner]
+        yield _relation("rows carry the number of their sequence", wrong, "row")
         position, size = values["rows/position"].astype(np.int64), token_size[owner]
         outside = (position < 0) | (position >= size)
         same = np.diff(owner, prepend=-1) == 0

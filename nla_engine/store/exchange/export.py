@@ -215,7 +215,7 @@ def _write_nla(selection: _Selection, path: Path) -> None:
         for rows in selection.batches():
             read = store.column("position")[rows] + 1
             numbers = store.column("sequence")[rows].tolist()
-            sequences = {number: store.sequence(number) for number in dict.fromkeys(numbers)}
+            sequences = {each.number: each for each in store.some_sequences(list(dict.fromkeys(numbers)))}
             documents = [sequences[number] for number in numbers]
             texts = [_text_read(store, *pair) for pair in zip(documents, read.tolist(), strict=True)]
             columns = [
@@ -268,8 +268,8 @@ def _nla_sidecar(selection: _Selection) -> str:
     store, number = selection.store, selection.site.layer
     owners, sizes = np.unique(store.column("sequence")[selection.rows], return_counts=True)
     documents: Counter[str] = Counter()
-    for owner, size in zip(owners.tolist(), sizes.tolist(), strict=True):
-        documents[_document(store, store.sequence(owner))] += size
+    for owner, size in zip(store.some_sequences(owners), sizes.tolist(), strict=True):
+        documents[_document(store, owner)] += size
     rows = hashlib.sha256(selection.rows.astype("<i8").tobytes()).hexdigest()[:8]
     extraction = {
         "base_model": str(store.provenance.get("model", "unknown")),

@@ -1,6 +1,7 @@
-"""Stores with the same run parameters become one: the sequences of the first, then those of the next, renumbered.
+"""Stores with the same run parameters become one: the sequences of the first, then those of the next.
 
-Rows, tokens and prompt records are copied as stored; nothing is decoded.
+The numbers of the next go on after the highest of the first. Rows, tokens and prompt records are copied as stored;
+nothing is decoded.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def merge(
         codec=first.codec,
         sink_norm={layer: max(store.sink_norm[layer] for store in stores) for layer in first.sites},
         vocabulary=[first.vocabulary.raw(token) for token in range(len(first.vocabulary))],
-        provenance={**first.provenance, "merged_from": [_origin(store) for store in stores]},
+        provenance={
+            **{key: value for key, value in first.provenance.items() if key != "sequences_asked"},
+            "merged_from": [_origin(store) for store in stores],
+        },
         options={
             **_common_options(first),
             "merged": [store.attributes["store_id"] for store in stores],
@@ -72,13 +76,13 @@ def merge(
         overwrite=overwrite,
         shard_rows=first.attributes["shard_rows"],
     )
-    done, total = 0, sum(store.sequences for store in stores)
+    done, total, first_number = 0, sum(store.sequences for store in stores), 0
     with writer:
         for layer in first.sites:
             if error := _joined_error([store.codec_error.get(layer) for store in stores]):
                 writer.record_codec_error(layer, error)
         for store in stores:
-            for columns, rows in _blocks(store):
+            for columns, rows in _blocks(store, first_number):
                 try:
                     writer.append_block(columns, rows)
                 except StoreError as error:
@@ -87,6 +91,7 @@ def merge(
                     ) from None
                 done += len(columns["finish"])
                 progress(done, total)
+            first_number += int(store.numbers.max(initial=-1)) + 1
         writer.close(complete=all(store.complete for store in stores))
     return CaptureStore.open(out)
 
@@ -126,13 +131,19 @@ def _joined_error(errors: Sequence[Any]) -> dict[str, Any] | None:
     return {"mean": float(np.average([e["mean"] for e in errors], weights=rows)), **worst, "rows": sum(rows)}
 
 
-def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[Site, LayerRows]]]:
-    """Every sequence as stored, in blocks of whole sequences, for `StoreWriter.append_block`."""
+def _blocks(
+    store: CaptureStore, first_number: int
+) -> Iterator[tuple[dict[str, np.ndarray], dict[Site, LayerRows]]]:
+    """Every sequence as stored, in blocks of whole sequences, for `StoreWriter.append_block`.
+
+    first_number: of the sequence that is number 0 in the store
+    """
     table, rows = store.arrays("sequences"), store.arrays("rows")
     layers = {layer: store.layer(layer) for layer in store.sites}
     for first in range(0, store.sequences, BLOCK_SEQUENCES):
         last = min(first + BLOCK_SEQUENCES, store.sequences)
         known = {name: table[name].read(first, last) for name in TABLE_COLUMNS}
+        known["number"] = table["number"].read(first, last) if "number" in table else np.arange(first, last)
         for part in _cuts(known["row_size"]):
             here = {name: values[part] for name, values in known.items()}
             spans = {
@@ -144,6 +155,7 @@ def _blocks(store: CaptureStore) -> Iterator[tuple[dict[str, np.ndarray], dict[S
             }
             columns = {name: here[name] for name in ("row_size", "token_size", "source_size")}
             columns |= {name: here[name] for name in ("prompt_size", "finish")}
+            columns["number"] = here["number"] + first_number
             names = (*ROW_COLUMNS, *next_token_arrays(store.next_token))
             columns |= {name: rows[name].read(*spans["row"]) for name in names}
             columns["tokens"] = table["tokens"].read(*spans["token"])

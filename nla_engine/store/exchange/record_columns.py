@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_engine.store.reader import StoreReader
-from nla_engine.store.sequences import StoredSequence
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 PREFIX = "record."
 #: Metadata of a column whose text is JSON.
 JSON_TEXT = {b"nla_engine": b"json"}
-#: Sequences that are read together although some of them are not asked for: at most so many for each that is.
-_SPARSE = 4
 
 
 class RecordColumns:
@@ -36,7 +33,7 @@ class RecordColumns:
         kinds: dict[str, set[str]] = {}
         self._given: dict[str, int] = {}
         numbers = np.unique(sequences)
-        for sequence in self._read(numbers):
+        for sequence in store.some_sequences(numbers):
             for name, value in _leaves(sequence.source):
                 kinds.setdefault(name, set())
                 if value is not None:
@@ -64,7 +61,7 @@ class RecordColumns:
         import pyarrow as pa
 
         numbers, index = np.unique(sequences, return_inverse=True)
-        records = [dict(_leaves(sequence.source)) for sequence in self._read(numbers)]
+        records = [dict(_leaves(sequence.source)) for sequence in self._store.some_sequences(numbers)]
         columns = []
         for field in self.fields:
             values = [record.get(field.name.removeprefix(PREFIX)) for record in records]
@@ -72,17 +69,6 @@ class RecordColumns:
                 values = [v if v is None else json.dumps(v, ensure_ascii=False) for v in values]
             columns.append(pa.array(values, field.type).take(pa.array(index)))
         return columns
-
-    def _read(self, numbers: np.ndarray) -> Iterator[StoredSequence]:
-        """numbers: ascending, each once."""
-        if not len(numbers):
-            return
-        first, end = int(numbers[0]), int(numbers[-1]) + 1
-        if end - first > _SPARSE * len(numbers):
-            yield from (self._store.sequence(number) for number in numbers.tolist())
-            return
-        wanted = set(numbers.tolist())
-        yield from (each for each in self._store.iter_sequences(first, end) if each.number in wanted)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

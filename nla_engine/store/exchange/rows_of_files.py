@@ -19,6 +19,7 @@ from nla_engine.sites import Site
 from nla_engine.store.exchange.next_tokens import next_token_columns, next_tokens_told
 from nla_engine.store.exchange.record_columns import PREFIX
 from nla_engine.store.format import NO_TOKEN, Finish, RowFlag, row_flags
+from nla_engine.store.numbers import Numbers
 
 #: The id of a token of which the file says nothing, if it names no ids at all.
 UNKNOWN_TOKEN = 0
@@ -28,8 +29,6 @@ _OWN = {"row", "norm", "sequence", "position", "token_id", "next_token_id"} | {
 }
 #: Column that names the part of a block, beside its number in activation_layer.
 SITE = "activation_site"
-#: Most sequences without rows between two that have some.
-_LARGEST_GAP = 1 << 20
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -91,7 +90,7 @@ class FileRows:
                 *(("top_id", "top_token", "top_logprob") if self.next_token else ()),
             }
         self._site, self._source = site, source
-        self._row = self._next = 0
+        self._row, self._numbers = 0, Numbers()
 
     def columns(self, batch: Batch, norm: np.ndarray, sink_norm: float) -> dict[str, np.ndarray]:
         """norm: float32 [n], of the rows. StoreError if the columns contradict each other."""
@@ -99,11 +98,10 @@ class FileRows:
         if self.next_token is not None:
             told = next_token_columns(batch.records, self.next_token, self._source, self._row)
         made: list[_Sequence] = []
+        numbers: list[int] = []
         for number, group in self._groups(batch.records):
-            if number > self._next:
-                made += [_Sequence(b"{}", np.zeros(0, np.int32), [], 0)] * (number - self._next)
             made.append(self._sequence(group))
-            self._next = number + 1
+            numbers.append(number)
             self._row += len(group)
         size = np.array([len(each.tokens) for each in made], np.int64)
         rows = np.array([len(each.position) for each in made], np.int64)
@@ -114,6 +112,7 @@ class FileRows:
         place = (np.cumsum(size) - size)[owner] + position
         last = position == size[owner] - 1
         return {
+            "number": np.array(numbers, np.int64),
             "row_size": rows,
             "token_size": size,
             "source_size": np.array([len(each.record) for each in made], np.int64),
@@ -134,19 +133,15 @@ class FileRows:
         """The rows of each sequence, and its number."""
         if not self.numbered:
             for record in records:
-                yield self._next, [record]
+                yield self._row, [record]
             return
         for number, group in groupby(records, key=lambda record: record["sequence"]):
-            if number < self._next:
+            if number in self._numbers:
                 raise self._fault(
-                    f"column 'sequence' is {number} in row {self._row}, after {self._next - 1}: sort the file by "
-                    "sequence and position, or rename the column"
+                    f"column 'sequence' is {number} again in row {self._row}: sort the file by sequence and position, "
+                    "or rename the column"
                 )
-            if number - self._next > _LARGEST_GAP:
-                raise self._fault(
-                    f"column 'sequence' jumps to {number} in row {self._row}: number the sequences from 0 on, or "
-                    "rename the column"
-                )
+            self._numbers.add(np.array([number]))
             yield number, list(group)
 
     def _sequence(self, group: list[dict[str, Any]]) -> _Sequence:

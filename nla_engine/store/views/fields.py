@@ -93,9 +93,10 @@ def _record_field(store: StoreReader, name: str, sequence: np.ndarray, first: in
     """sequence: of each row from `first` on."""
     values: list[Any] = []
     known: set[str] = set()
-    base = int(sequence[0]) if len(sequence) else store.sequences
-    base = base if first else 0  # sequences without rows may also have the field
-    for each in store.iter_sequences(base):
+    numbers = (
+        np.unique(sequence) if first else store.numbers
+    )  # sequences without rows may also have the field
+    for each in store.some_sequences(numbers):
         value = each.source
         for key in name.split("."):
             known.update(value if isinstance(value, dict) else ())
@@ -104,7 +105,7 @@ def _record_field(store: StoreReader, name: str, sequence: np.ndarray, first: in
     if values and not first and all(value is MISSING for value in values):
         shown = ", ".join(sorted(known)[:_LISTED]) or "none"
         raise RecordFieldError(f"no prompt record has '{name}' (keys seen: {shown})")
-    return Labels("record", sequence - base, values)
+    return Labels("record", np.searchsorted(numbers, sequence), values)
 
 
 def _scalars(source: Any, prefix: str) -> Iterator[str]:
