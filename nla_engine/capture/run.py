@@ -21,7 +21,9 @@ from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import CLOCK, chosen_layers, first_prompt, load_inputs, prompts_rendering
 from nla_engine.capture.plan import CapturePlan, plan_capture
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.spill import RUNNING_PART, RowKeeper
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.families import why_unfused
@@ -279,12 +281,13 @@ class CaptureJob:
             self.layers,
             codec,
             self.keep,
-            rows_per_slot=max(self.keep.count(plan.length - new, plan.length), 1),
+            rows_per_slot=max(self.keep.end(1, 1 + new) - 1, 1),
             sink_norm=sink_norm,
             device=lm.device,
             choose=None if self.choice.takes_all else self.choice.positions,
             skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
+            keeper=RowKeeper.beside(place(options.out), codec, len(self.layers), options.host_memory * 2**30),
         )
         runner = Runner(
             lm if new else lm.truncated(max(self.layers)),
@@ -317,7 +320,7 @@ class CaptureJob:
         self.phases.phase(name, "sequences")
         if generator is not None:
             self.phases(done, all_, part=0.0)
-            order = InOrder(int(self.options.host_memory * 2**30))
+            order = InOrder(int(self.options.host_memory * 2**30 * (1 - RUNNING_PART)))
             watch = self._watch(plan, done, appender)
             for group in generator.groups(self._requests(done, plan.prefix, order), order.portion, watch):
                 appender.add(order.add(group))

@@ -12,8 +12,9 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
 
 from nla_engine.capture import appender
 from nla_engine.capture import run as stage
+from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import bf16_bits, bf16_values
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.order import InOrder
@@ -354,8 +355,9 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
         (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=4, sink_norm={1: 100.0},
         device=torch.device("cpu"),
     )  # fmt: skip
-    tap.allocate(3, generated=0, given=9)
-    tap.open([0, 1, 2], [1, 1, 1], sizes)
+    tap.allocate(3, steps=3, given=9)
+    tap.open([0, 1, 2], [0, 1, 2], [1, 1, 1], sizes)
+    tap.decodes([0, 1, 2], 4)
     position = torch.cat([torch.arange(size) for size in sizes])
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
     tap.look(decoded=False)
@@ -367,7 +369,7 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     for rows, start in zip(collected, (7, 0, 4), strict=True):
         assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
         assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
-    del tap._exact[1][2]
+    del tap._slots[2].exact[1]
     with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
         tap.collect(ended, nothing)
 
@@ -389,11 +391,3 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         run_capture(options(tmp_path, resume=True, prompts=changed), lm=lm)
     before = CaptureStore.open(tmp_path / "run.zarr")
     assert before.complete and before.rows > 0
-
-
-def test_row_range_is_one_run_for_every_union() -> None:
-    for names in ("prompt,generated", "last,generated", "prompt,last", "all,last"):
-        keep = RowRange.parse(names)
-        kept = set(range(keep.first(5), keep.end(5, 9)))
-        parts = [RowRange.parse(name) for name in names.split(",")]
-        assert kept == set().union(*(range(part.first(5), part.end(5, 9)) for part in parts))

@@ -11,11 +11,13 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model, write_records
 
-from nla_engine.capture import appender, calibrate, run, tap
+from nla_engine.capture import appender, calibrate, collect, run
 from nla_engine.capture.audit import audit
 from nla_engine.capture.estimate import estimate_capture
+from nla_engine.capture.outbox import Outbox
+from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec, bf16_values
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.transfer import to_host
@@ -159,10 +161,14 @@ def test_drawn_rows_are_among_those_left_and_sinks_go_last(
     assert less.rows < drawn.rows
 
 
+@pytest.mark.parametrize("given", [{"positions": "generated"}, {"max_new_tokens": 0, "temperature": 0}])
 def test_only_chosen_rows_leave_the_device(
-    lm: LanguageModel, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict, lm: LanguageModel, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of their codes; the norms of the others tell which rows are sinks."""
+    """Where all rows wait for the end of their sequences, or the choice is known from the start.
+
+    Of their codes; the norms of the others tell which rows are sinks.
+    """
     moved: list[int] = []
 
     def counted(tensor: torch.Tensor) -> np.ndarray:
@@ -174,14 +180,16 @@ def test_only_chosen_rows_leave_the_device(
         moved.clear()
         return out
 
-    monkeypatch.setattr(tap, "to_host", counted)
+    monkeypatch.setattr(collect, "to_host", counted)
+    monkeypatch.setattr(Outbox, "send", lambda *_: pytest.fail("rows leave before the end"))
     monkeypatch.setattr(run, "calibrate", calibrated)
     choice = {"tokens": "[a-z0-9]", "skip_sinks": True}
-    rows = [
-        run_capture(options(prompts, tmp_path / f"{len(more)}.zarr", **more), lm=lm).rows * 3 - sum(moved)
-        for more in ({}, choice)
-    ]
-    assert rows == [0, 0] and 0 < sum(moved) < 3 * CaptureStore.open(tmp_path / "0.zarr").rows
+    stored = []
+    for more in ({}, choice):
+        out = tmp_path / f"{len(more)}.zarr"
+        stored.append(run_capture(options(prompts, out, **given, **more), lm=lm).rows)
+        assert sum(moved) == 3 * stored[-1]
+    assert 0 < stored[1] < stored[0]
 
 
 def test_an_interrupted_run_chooses_the_same(
@@ -327,8 +335,9 @@ def row_tap(sizes: list[int], hidden: np.ndarray, **how: object) -> tuple[RowTap
         (1, 2), Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=max(sizes),
         sink_norm={1: 100.0, 2: math.inf}, device=torch.device("cpu"), **how,
     )  # fmt: skip
-    made.allocate(len(sizes), generated=0, given=sum(sizes))
-    made.open(list(range(len(sizes))), [1] * len(sizes), sizes)
+    made.allocate(len(sizes), steps=1, given=sum(sizes))
+    made.open(list(range(len(sizes))), list(range(len(sizes))), [1] * len(sizes), sizes)
+    made.reads([(slot, 0, size) for slot, size in enumerate(sizes)])
     slot = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     position = torch.cat([torch.arange(size) for size in sizes])
     for layer, rows in ((1, hidden), (2, hidden[::-1].copy())):
@@ -372,12 +381,16 @@ def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
     made, ended = row_tap(sizes, hidden, choose=lambda id_, _: np.array([0, 3]))
     with pytest.raises(EngineError, match="request 1: a row was chosen outside of positions 0 to 2"):
         made.collect(ended, replies)
-    made.stages[2].norm[4] = -1.0
-    made.choose = lambda id_, _: np.array([1, 2])
-    made.collect(ended, replies)
-    made.choose = None
-    with pytest.raises(EngineError, match="layer 2: 1 rows of sequences that ended were never written"):
-        made.collect(ended, replies)
+    for chosen in (np.array([1, 2]), None):
+        made, ended = row_tap(
+            sizes, hidden, choose=None if chosen is None else lambda id_, _: np.array([1, 2])
+        )
+        made.staging.reading[2].norm[made.staging.given + 4] = -1.0
+        if chosen is not None:
+            made.collect(ended, replies)
+            continue
+        with pytest.raises(EngineError, match="layer 2: 1 rows of sequences that ended were never written"):
+            made.collect(ended, replies)
 
 
 def test_tokens_match_by_their_text(lm: LanguageModel) -> None:
