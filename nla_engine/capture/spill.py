@@ -183,7 +183,7 @@ class RowKeeper:
             place = self._directory or tempfile.gettempdir()
             raise WriteError(
                 f"{place}: rows of running sequences do not fit --host-memory, and cannot be written here: "
-                f"{error.strerror or error}"
+                f"{error.strerror or error}: mend the cause; a capture goes on with --resume"
             ) from error
 
 

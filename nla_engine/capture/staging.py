@@ -119,7 +119,7 @@ class Staging:
         """Copies of the rows at these indices, int64 [n], whose places are marked as unwritten afterwards."""
         at = to_device(index, self._norm.device)
         rows = Rows(*(tensor[at] for tensor in self.all.tensors))
-        self.all.norm[at] = UNWRITTEN
+        self.all.norm.index_fill_(0, at, UNWRITTEN)
         return rows
 
     def norms(self, at: torch.Tensor) -> torch.Tensor:

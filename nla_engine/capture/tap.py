@@ -148,37 +148,38 @@ class RowTap:
 
     def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
         """The next pass reads these tokens: give those with rows their places."""
-        staging = self.staging
         if any(self._slots[slot].in_pass[2] for slot in self._in_pass):
             raise EngineError("a pass begins before the rows of the last one have left")
-        self._in_pass = []
-        size, at, taken = sum(length for _, _, length in runs), 0, 0
-        places = np.full(size, -1)
-        held_by: list[np.ndarray] = []
-        for slot, start, length in runs:
-            each, stop = self._slots[slot], start + length
-            low, high = max(start, each.first), min(stop, each.end)
-            if low < high and self._ring[slot] != low:
-                raise EngineError(f"request {each.id}: position {low} is read after {self._ring[slot]}")
-            position = np.arange(low, max(high, low)) if each.chosen is None else each.chosen
-            position = position[(position >= low) & (position < high)]
-            if len(position):
-                number = int(position[0]) - each.first
-                if each.chosen is not None:
-                    number = int(np.searchsorted(each.chosen, position[0]))
-                each.in_pass = (number, staging.given + taken, len(position))
-                self._in_pass.append(slot)
-                places[at + position - start] = staging.given + taken + np.arange(len(position))
-                held_by.append(np.stack([np.full(len(position), slot), position]))
-                taken += len(position)
-            self._ring[slot] = max(self._ring[slot], stop)
-            self._written[slot] = max(self._written[slot], stop)
-            at += length
-        if taken > staging.given_size:
-            raise EngineError(f"a pass has {taken} rows to keep, and room for {staging.given_size}")
-        self._pass_tokens = np.concatenate(held_by, axis=1) if held_by else np.zeros((2, 0), np.int64)
-        staging.expect(taken)
+        slot, start, length = np.array(runs).T
+        stop, at = start + length, np.cumsum(length) - length
+        low, high = np.maximum(start, self._from[slot]), np.minimum(stop, self._to[slot])
+        self._in_pass, taken = [], 0
+        owner, position, places = [], [], np.full(int(length.sum()), -1)
+        for i in np.flatnonzero(low < high).tolist():
+            each, mine = self._slots[int(slot[i])], np.arange(low[i], high[i])
+            if self._ring[slot[i]] != low[i]:
+                raise EngineError(f"request {each.id}: position {low[i]} is read after {self._ring[slot[i]]}")
+            number = int(low[i]) - each.first
+            if each.chosen is not None:
+                number, end = np.searchsorted(each.chosen, [low[i], high[i]]).tolist()
+                mine = each.chosen[number:end]
+            if len(mine):
+                place = self.staging.given + taken
+                each.in_pass = (number, place, len(mine))
+                places[at[i] + mine - start[i]] = place + np.arange(len(mine))
+                self._in_pass.append(int(slot[i]))
+                owner.append(np.full(len(mine), slot[i]))
+                position.append(mine)
+                taken += len(mine)
+        if taken > self.staging.given_size:
+            raise EngineError(f"a pass has {taken} rows to keep, and room for {self.staging.given_size}")
+        self._ring[slot] = np.maximum(self._ring[slot], stop)
+        self._written[slot] = np.maximum(self._written[slot], stop)
         self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
+        self._pass_tokens = np.zeros((2, 0), np.int64)
+        if taken:
+            self._pass_tokens = np.stack([np.concatenate(owner), np.concatenate(position)])
+            self.staging.expect(taken)
 
     def decodes(self, slots: list[int], steps: int) -> None:
         """Each of these slots takes `steps` decode steps now. EngineError if its ring has no room for their rows."""

@@ -12,9 +12,7 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
 
 from nla_engine.capture import appender
 from nla_engine.capture import run as stage
-from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import bf16_bits, bf16_values
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.order import InOrder
@@ -345,33 +343,6 @@ def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatc
         with pytest.raises(AssertionError, match="a kernel was chosen"):
             run_capture(options(tmp_path, out=tmp_path / "other.zarr", overwrite=True), lm=lm)
         monkeypatch.undo()
-
-
-def test_rows_kept_exactly_find_their_sequence(rng) -> None:
-    sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
-    hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
-    hidden[big] *= 100
-    tap = RowTap(
-        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=4, sink_norm={1: 100.0},
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    tap.allocate(3, steps=3, given=9)
-    tap.open([0, 1, 2], [0, 1, 2], [1, 1, 1], sizes)
-    tap.decodes([0, 1, 2], 4)
-    position = torch.cat([torch.arange(size) for size in sizes])
-    tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
-    tap.look(decoded=False)
-    ended = tap.settle([2, 0, 1], [4, 4, 3])
-    nothing = [(id_, np.zeros(0, np.int32)) for id_ in range(3)]
-    collected = [rows[1] for _, rows in tap.collect(ended, nothing)]
-    assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
-    assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
-    for rows, start in zip(collected, (7, 0, 4), strict=True):
-        assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
-        assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
-    del tap._slots[2].exact[1]
-    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect(ended, nothing)
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ class Simulation:
         return steps
 
     def write(self, tokens: list[tuple[int, int]]) -> None:
-        slot, position = (torch.tensor(column) for column in zip(*tokens, strict=True))
+        device = self.tap.staging.all.norm.device
+        slot, position = (torch.tensor(column, device=device) for column in zip(*tokens, strict=True))
         self.counts = [s < self.slots and p < self.running[s].size for s, p in tokens]
         for number, layer in enumerate(LAYERS):
             rows = (
@@ -141,7 +142,7 @@ class Simulation:
             for i, (s, p) in enumerate(tokens):
                 if s < self.slots and p < self.running[s].size:
                     rows[i] = self.running[s].hidden[number, p]
-            self.tap(layer, torch.from_numpy(rows), slot, position)
+            self.tap(layer, torch.from_numpy(rows).to(device), slot, position)
 
     def collect(self) -> None:
         taken = [slot for slot in self.ended if self.rng.random() < 0.7]
@@ -169,13 +170,14 @@ def simulation(
     codec: str = "int8",
     limit: float = np.inf,
     choose: Callable | None = None,
+    device: str = "cpu",
     **how: Any,
 ) -> Simulation:
     made = Codec.named(codec, WIDTH)
     keeper = RowKeeper(made, len(LAYERS), limit)
     tap = RowTap(
         LAYERS, made, RowRange.parse(positions), rows_per_slot=40, sink_norm=SINK,
-        device=torch.device("cpu"), keeper=keeper, choose=choose, **how,
+        device=torch.device(device), keeper=keeper, choose=choose, **how,
     )  # fmt: skip
     return Simulation(rng, tap, sequences(rng), slots=4)
 
@@ -204,10 +206,13 @@ def check(work: Simulation, choose: Callable | None = None, skip_sinks: bool = F
                 assert (got == expected).all(), (sequence.id, layer, name)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("limit", [np.inf, 3000, 40])
 @pytest.mark.parametrize("positions", ["generated", "all", "prompt", "last", "last,generated"])
-def test_each_row_once_and_in_its_place(positions: str, limit: float, rng: np.random.Generator) -> None:
-    work = simulation(rng, positions, str(rng.choice(["int8", "int4", "bf16"])), limit)
+def test_each_row_once_and_in_its_place(
+    positions: str, limit: float, device: str, rng: np.random.Generator
+) -> None:
+    work = simulation(rng, positions, str(rng.choice(["int8", "int4", "bf16"])), limit, device=device)
     work.run()
     assert work.tap.staging.ring == 2 * STEPS
     work.tap.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def generated(
 ) -> dict[int, Completion]:
     tap = RowTap(
         LAYERS, keeper.codec, RowRange.parse(positions), rows_per_slot=NEW, sink_norm=dict.fromkeys(LAYERS, np.inf),
-        device=torch.device("cpu"), keeper=keeper,
+        device=lm.device, keeper=keeper,
     )  # fmt: skip
     stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), tuple(range(0, 250, 60)))
     with (
@@ -130,6 +131,36 @@ def test_rows_are_those_of_transformers_and_the_same_bits_as_rows_that_stay(
             true = block_output(lm, tokens, layer)[wanted]
             got, want = rows.decode(codec), bf16_values(bf16_bits(true))
             assert (np.abs(got - want) <= 2**-7 * np.abs(true) + 1e-5 * np.abs(true).max(initial=0)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_rows_leave_between_the_launches_of_a_graph(
+    positions: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as of rows that all stay, also if each portion is held up, so that the host falls behind."""
+    model = tiny_model("qwen2").to("cuda", torch.bfloat16)
+    lm = wrap_model(model, byte_tokenizer(), name="tiny")
+    work, codec = requests(rng, (), positions == "generated"), Codec.named("bf16", lm.d_model)
+    one = generated(lm, work, positions, (), RowKeeper(codec, len(LAYERS)), False)
+    monkeypatch.setattr(staging, "RING_BYTES", 0)
+    monkeypatch.setattr(outbox, "PORTION_BYTES", 5 * codec.row_bytes * len(LAYERS))
+    monkeypatch.setattr(outbox, "UNDERWAY_BYTES", 3 * outbox.PORTION_BYTES)
+    real = outbox.Outbox._receive
+
+    def late(*given: object) -> None:
+        time.sleep(0.001)
+        real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(outbox.Outbox, "_receive", late)
+    leaves = RowKeeper(codec, len(LAYERS), 20_000)
+    other = generated(lm, work, positions, (), leaves, False)
+    assert 0 < leaves.peak <= 20_000
+    for id_, ended in other.items():
+        assert ended.generated.tolist() == one[id_].generated.tolist()
+        assert ended.positions.tolist() == one[id_].positions.tolist()
+        for layer in LAYERS:
+            assert (ended.rows[layer].codes == one[id_].rows[layer].codes).all(), (id_, layer)
 
 
 def options(tmp_path: Path, out: str, **changes: object) -> CaptureOptions:
