@@ -209,12 +209,13 @@ class RowTap:
                 self._send(slots, number, size, np.repeat(slots, size) * self.staging.ring + index)
 
     def _leaving(self) -> np.ndarray:
-        """Slots whose rings leave now, int64 [n]: those too full for the next steps, and some that are half full, so
-        that not all are full at once. Sequences whose remaining rows fit their rings stay."""
+        """Slots whose rings leave now, int64 [n]: those too full for the next steps, and some that are half full or
+        will soon be too full, so that not all are full at once. Sequences whose remaining rows fit their rings stay."""
         filled = np.minimum(self._written, self._to) - self._ring
         waiting = self._running & (self._to - self._ring > self.staging.ring)
         must = waiting & (filled + self._steps + 1 > self.staging.ring)  # see `decodes`
-        may = np.flatnonzero(waiting & ~must & (2 * filled >= self.staging.ring))
+        least = max(min(self.staging.ring // 2, self.staging.ring - 2 * self._steps), 1)
+        may = np.flatnonzero(waiting & ~must & (filled >= least))
         room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(filled[must].sum())
         may = may[np.argsort(-filled[may], kind="stable")]
         may = may[np.cumsum(filled[may]) <= room]

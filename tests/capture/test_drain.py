@@ -283,6 +283,26 @@ def test_a_row_that_is_lost_is_found(
             attempt((call, row))
 
 
+@pytest.mark.parametrize("ring", [2 * STEPS + 1, 40])
+def test_lanes_that_began_together_do_not_leave_all_at_once(
+    ring: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No turn has many more rows to send than its steps make; each lane leaves in time."""
+    row_bytes, slots = Codec.named("int8", WIDTH).row_bytes * len(LAYERS), 20
+    monkeypatch.setattr(staging, "RING_BYTES", ring * row_bytes * (slots + 1))
+    tap, sent = simulation(rng, "generated").tap, []
+    tap.rows_per_slot = 1000
+    tap.allocate(slots, steps=STEPS, given=GIVEN)
+    assert tap.staging.ring == ring
+    monkeypatch.setattr(tap, "_send", lambda slot, number, size, place: sent.append(int(size.sum())))
+    lanes = list(range(slots))
+    tap.open(lanes, lanes, [4] * slots, [1004] * slots)
+    for _ in range(100):
+        tap.drain()
+        tap.decodes(lanes, STEPS)
+    assert max(sent) <= 3 * STEPS * slots and sum(sent) >= slots * (100 * STEPS - ring)
+
+
 def test_a_ring_that_would_overflow_is_refused(rng: np.random.Generator) -> None:
     tap = simulation(rng, "generated").tap
     tap.allocate(2, steps=STEPS, given=GIVEN)
