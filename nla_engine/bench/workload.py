@@ -12,8 +12,9 @@ import numpy as np
 
 from nla_engine.bench.session import expect
 from nla_engine.capture.next_token import NextTokenTap
+from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import MAX_PREFILL_TOKENS
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Request
@@ -96,7 +97,7 @@ def open_generator(
             layers,
             Codec.named("int8", lm.d_model),
             keep,
-            rows_per_slot=keep.count(prompt, length),
+            rows_per_slot=max(keep.end(prompt, prompt + new_tokens) - prompt, 1),
             sink_norm={Site.at(site): math.inf for site in layers},
             device=lm.device,
         )

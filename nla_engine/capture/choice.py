@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nla_engine.capture.tap import RowRange
+from nla_engine.capture.row_range import RowRange
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel

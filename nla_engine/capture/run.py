@@ -30,7 +30,9 @@ from nla_engine.capture.load import (
 )
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan, plan_capture
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.spill import RUNNING_PART, RowKeeper
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.families import why_unfused
@@ -295,12 +297,13 @@ class CaptureJob:
             self.sites,
             codec,
             self.keep,
-            rows_per_slot=rows_per_slot,
+            rows_per_slot=max(self.keep.end(1, 1 + new) - 1, 1),
             sink_norm=sink_norm,
             device=lm.device,
             choose=None if self.choice.takes_all else self.choice.positions,
             skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
+            keeper=RowKeeper.beside(place(options.out), codec, len(self.layers), options.host_memory * 2**30),
         )
         runner = Runner(
             lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
@@ -336,7 +339,7 @@ class CaptureJob:
         self.phases.phase(name, "sequences")
         if generator is not None:
             self.phases(all_ - len(todo), all_, part=0.0)
-            portion = portion_of(int(self.options.host_memory * 2**30))
+            portion = portion_of(int(self.options.host_memory * 2**30 * (1 - RUNNING_PART)))
             watch = self._watch(plan, todo)
             for group in generator.groups(self._requests(todo, plan.prefix), portion, watch):
                 appender.add(group)

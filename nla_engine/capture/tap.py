@@ -1,80 +1,52 @@
 """The tap: rows of the residual stream, encoded on the device the moment a block has computed them.
 
-A row's place in the staging buffers is computed from (slot, position), like a key's place in the slot cache, so a row
-cannot land elsewhere; `collect` refuses a sequence with an unwritten row. Rows that are not chosen stay on the device.
+A decode step's row goes to the ring of its slot, a prompt's to the places of its pass. A row's place follows from slot
+and position, and every place is marked as unwritten before its row comes, so a missing row is found. Rows leave when a
+sequence ends; before that, when a ring fills up or the next pass needs its places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from nla_engine.codec.rows import Codec, exact_rows
+from nla_engine.capture.collect import Collector, Ending, StagedSequence
+from nla_engine.capture.outbox import Outbox, Piece
+from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.spill import HeldRows, RowKeeper
+from nla_engine.capture.staging import Staging
+from nla_engine.codec.rows import Codec
+from nla_engine.engine.attention import counted
 from nla_engine.engine.tap import KeptRows
-from nla_engine.engine.transfer import Glance, to_device, to_host
+from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
-from nla_engine.ops.encode import RowStage, encode_rows
+from nla_engine.ops.encode import encode_rows
 from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.sites import Site
 from nla_engine.store import LayerRows
+from nla_engine.store.interrupt import interrupt_held
 
 #: Most bytes of pinned host memory to allocate before the run.
 _PINNED_BYTES = 1 << 28
-#: The norm of an unwritten row.
-_UNWRITTEN = -1.0
+#: Lanes leave in turns: of those whose ring is half full, at most this many rows per lane and decode step at once.
+_ROWS_LEAVING = 3
 
 #: Takes a request's id and what it generated, int32 [n]; returns the positions to collect, int64 [k], ascending.
 Choose = Callable[[int, np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class RowRange:
-    """Which positions of a sequence are kept: one contiguous range.
-
-    Every union of the named policies is contiguous, since all of them touch the prompt's end.
-    """
-
-    names: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, positions: str) -> RowRange:
-        return cls(tuple(positions.split(",")))
-
-    def first(self, prompt_size: int) -> int:
-        """First position kept."""
-        starts = {"all": 0, "prompt": 0, "last": prompt_size - 1, "generated": prompt_size}
-        return min(starts[name] for name in self.names)
-
-    def end(self, prompt_size: int, size: int) -> int:
-        """One past the last position kept, in a sequence of `size` tokens."""
-        ends = {"all": size, "prompt": prompt_size, "last": prompt_size, "generated": size}
-        return max(ends[name] for name in self.names)
-
-    @property
-    def covers_prompts(self) -> bool:
-        """Whether every token of a prompt has a row."""
-        return self.first(2) < 1
-
-    @property
-    def touches_prompts(self) -> bool:
-        """Whether any token of a prompt has a row."""
-        return self.first(2) < 2
-
-    def count(self, prompt_size: int, size: int) -> int:
-        return max(self.end(prompt_size, size) - self.first(prompt_size), 0)
-
-
 class RowTap:
-    """Encodes the rows of `layers` in the range `rows` into staging buffers of `rows_per_slot` rows per slot and site.
+    """Encodes the rows of `layers` in the range `rows`.
 
     layers: sites, each as a layer's number where it is a block's output
+    rows_per_slot: generated rows of the longest sequence; slots need no more room
     sink_norm: by site; rows with a larger norm are sinks, and kept exactly as well
     choose: which rows of the range to collect once a sequence has ended; None: all
     skip_sinks: of these, leave out the sinks of any layer, but not rows that are not finite
     reference: use plain torch only
+    keeper: keeps rows that leave while their sequences run; closed with the tap
     Implements `engine.tap.Tap`, which the generator calls.
     """
 
@@ -90,6 +62,7 @@ class RowTap:
         choose: Choose | None = None,
         skip_sinks: bool = False,
         reference: bool = False,
+        keeper: RowKeeper | None = None,
     ) -> None:
         self.layers = tuple(map(Site.at, layers))
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
@@ -99,170 +72,276 @@ class RowTap:
         self._row_places = row_places_reference if reference else row_places
         self._backend = "torch" if reference else None
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._next_pass: torch.Tensor | None = None  # where the rows of the pass to come go
+        self._outbox = Outbox(self.layers, keeper or RowKeeper(codec, len(self.layers)), device)
 
     @property
     def reads_prompts(self) -> bool:
         """Whether rows of prompts are kept."""
         return self.rows.touches_prompts
 
-    def allocate(self, slots: int, *, generated: int, given: int) -> None:
-        """Allocate staging buffers, and room for rows kept exactly: at worst all those between two `settle`."""
-        written = generated + (given if self.rows.covers_prompts else slots)
-        if self.codec.name == "bf16":
-            written = 1  # its codes are exact, so no row is kept twice
-        self._counts = torch.zeros(len(self.layers), dtype=torch.int32, device=self._device)
-        self._seen = Glance(self._counts)  # one read for all layers
-        self.stages = {}
-        for i, layer in enumerate(self.layers):
-            stage = RowStage.allocate(self.codec, (slots + 1) * self.rows_per_slot, written, self._device)
-            self.stages[layer] = replace(stage, exact_count=self._counts[i : i + 1])
+    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+        """Allocate staging buffers. Returns the most tokens of a pass."""
+        self.staging = Staging(
+            self.layers,
+            self.codec,
+            slots=slots,
+            longest=self.rows_per_slot,
+            steps=steps,
+            given=given,
+            device=self._device,
+        )
+        self._collector = Collector(
+            self.codec, self.staging, self._outbox, self.sink_norm, self.skip_sinks, self._device
+        )
+        self._steps = steps
         self._first = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._end = torch.zeros_like(self._first)
-        self._prompt_size = np.zeros(slots + 1, np.int64)
-        self._exact: dict[Site, dict[int, tuple[np.ndarray, np.ndarray]]] = {
-            layer: {} for layer in self.layers
-        }
+        self._slots: dict[int, StagedSequence] = {}
+        self._running = np.zeros(slots, bool)  # neither free nor ended
+        # Of each slot: its kept positions; from `ring` on its rows are in its ring, written below `written`.
+        self._from, self._to, self._ring, self._written = np.zeros((4, slots), np.int64)
+        self._in_pass: list[int] = []  # slots with rows in the places of the last pass
+        self._pass_tokens = np.zeros((2, 0), np.int64)  # slot and position of each of these places
+        return self.staging.given_size
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Encode the rows of hidden [T, d] whose (slot, position) is kept. Launches only: no synchronisation."""
         if self._places is None or self._places[0] is not position:  # once per pass, not per layer
-            places = self._row_places(slot, position, self._first, self._end, self.rows_per_slot)
+            places, self._next_pass = self._next_pass, None
+            self._reading = places is not None
+            if places is None:
+                places = self._row_places(slot, position, self._first, self._end, self.staging.ring)
             self._places = (position, places)
-        stage, sink_norm = self.stages[layer], self.sink_norm[layer]
-        encode_rows(hidden, self._places[1], stage, sink_norm, with_backend=self._backend)
+        stage = (self.staging.reading if self._reading else self.staging.decoding)[layer]
+        if len(self._places[1]):
+            encode_rows(hidden, self._places[1], stage, self.sink_norm[layer], with_backend=self._backend)
 
     def prepare(self) -> None:
         """Allocate pinned memory for the first large collection."""
         if not self._first.is_cuda:
             return
         room, held = _PINNED_BYTES, []
-        for stage in self.stages.values():
-            for tensor in (stage.codes, stage.scales, stage.norm):
-                size = min(tensor.nbytes, room)
-                held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-                room -= size
+        for tensor in self.staging.all.tensors:
+            size = min(tensor.nbytes, room)
+            held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            room -= size
         held.clear()  # the allocator keeps them
 
-    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
-        """Mark every row of these slots as unwritten. EngineError if a sequence has too many rows."""
+    def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """Forget all rows of these slots, and start new sequences there."""
+        if self._running[slots].any():
+            self._fetch_exact()  # what others left behind is theirs, not that of their successors
         first = [self.rows.first(size) for size in prompt_sizes]
         end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
-        if any(b - a > self.rows_per_slot for a, b in zip(first, end, strict=True)):
-            raise EngineError("a sequence has more rows to keep than its slot has room for")
         columns = to_device(np.array([slots, first, end]), self._first.device)
         self._first[columns[0]], self._end[columns[0]] = columns[1], columns[2]
-        self._prompt_size[slots] = prompt_sizes
-        for layer, stage in self.stages.items():
-            stage.norm.view(-1, self.rows_per_slot)[columns[0]] = _UNWRITTEN
-            for slot in slots:
-                self._exact[layer].pop(slot, None)
+        self.staging.forget(columns[0])
+        self._from[slots] = self._ring[slots] = self._written[slots] = first
+        self._to[slots] = end
+        self._running[slots] = True
+        for i, slot in enumerate(slots):
+            if slot in self._slots:
+                self._drop(self._slots[slot])
+            chosen = None
+            if self.choose is not None and totals[i] == prompt_sizes[i]:
+                chosen = self._checked(ids[i], self.choose(ids[i], np.zeros(0, np.int32)), first[i], end[i])
+            self._slots[slot] = StagedSequence(ids[i], prompt_sizes[i], first[i], end[i], chosen, {})
+
+    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """The next pass reads these tokens: give those with rows their places."""
+        if any(self._slots[slot].in_pass[2] for slot in self._in_pass):
+            raise EngineError("a pass begins before the rows of the last one have left")
+        slot, start, length = np.array(runs).T
+        stop, at = start + length, np.cumsum(length) - length
+        low, high = np.maximum(start, self._from[slot]), np.minimum(stop, self._to[slot])
+        self._in_pass, taken = [], 0
+        owner, position, places = [], [], np.full(int(length.sum()), -1)
+        for i in np.flatnonzero(low < high).tolist():
+            each, mine = self._slots[int(slot[i])], np.arange(low[i], high[i])
+            if self._ring[slot[i]] != low[i]:
+                raise EngineError(f"request {each.id}: position {low[i]} is read after {self._ring[slot[i]]}")
+            number = int(low[i]) - each.first
+            if each.chosen is not None:
+                number, end = np.searchsorted(each.chosen, [low[i], high[i]]).tolist()
+                mine = each.chosen[number:end]
+            if len(mine):
+                place = self.staging.given + taken
+                each.in_pass = (number, place, len(mine))
+                places[at[i] + mine - start[i]] = place + np.arange(len(mine))
+                self._in_pass.append(int(slot[i]))
+                owner.append(np.full(len(mine), slot[i]))
+                position.append(mine)
+                taken += len(mine)
+        if taken > self.staging.given_size:
+            raise EngineError(f"a pass has {taken} rows to keep, and room for {self.staging.given_size}")
+        self._ring[slot] = np.maximum(self._ring[slot], stop)
+        self._written[slot] = np.maximum(self._written[slot], stop)
+        self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
+        self._pass_tokens = np.zeros((2, 0), np.int64)
+        if taken:
+            self._pass_tokens = np.stack([np.concatenate(owner), np.concatenate(position)])
+            self.staging.expect(taken)
+
+    def decodes(self, slots: list[int], steps: int) -> None:
+        """Each of these slots takes `steps` decode steps now. EngineError if its ring has no room for their rows."""
+        self._written[slots] += steps
+        # A lane that has ended repeats its last step, one position further.
+        filled = np.minimum(self._written + 1, self._to) - self._ring
+        if (filled[slots] > self.staging.ring).any():
+            raise EngineError("rows would be overwritten before they have left the device")
+
+    def drain(self) -> None:
+        """Make room: send rows of the last pass, and of rings that could be full after the next steps."""
+        with interrupt_held():
+            some = [(slot, *self._slots[slot].in_pass) for slot in self._in_pass]
+            self._in_pass = []
+            if some:
+                for slot, *_ in some:
+                    self._slots[slot].in_pass = (0, 0, 0)
+                slots, number, place, size = np.array(some).T
+                self._send(slots, number, size, np.repeat(place, size) + counted(size))
+            slots = self._leaving()
+            if len(slots):
+                number = self._ring[slots] - self._from[slots]
+                stop = np.minimum(self._written[slots], self._to[slots])
+                size = stop - self._ring[slots]
+                self._ring[slots] = stop
+                index = (np.repeat(number, size) + counted(size)) % self.staging.ring
+                self._send(slots, number, size, np.repeat(slots, size) * self.staging.ring + index)
+
+    def _leaving(self) -> np.ndarray:
+        """Slots whose rings leave now, int64 [n]: those too full for the next steps, and some that are half full or
+        will soon be too full, so that not all are full at once. Sequences whose remaining rows fit their rings stay."""
+        filled = np.minimum(self._written, self._to) - self._ring
+        waiting = self._running & (self._to - self._ring > self.staging.ring)
+        must = waiting & (filled + self._steps + 1 > self.staging.ring)  # see `decodes`
+        least = max(min(self.staging.ring // 2, self.staging.ring - 2 * self._steps), 1)
+        may = np.flatnonzero(waiting & ~must & (filled >= least))
+        room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(filled[must].sum())
+        may = may[np.argsort(-filled[may], kind="stable")]
+        may = may[np.cumsum(filled[may]) <= room]
+        return np.concatenate([np.flatnonzero(must), may])
+
+    def _send(self, slot: np.ndarray, number: np.ndarray, size: np.ndarray, place: np.ndarray) -> None:
+        """Send rows of some slots: of each the number of the first in its sequence, and how many, int64 [n]; the places
+        of all of them, int64 [sum of size]. The copies and the marks of their places are queued before this returns."""
+        most = self._outbox.most
+        parts = -(-size // most)
+        at = counted(parts) * most
+        slot, number = np.repeat(slot, parts), np.repeat(number, parts) + at
+        size = np.minimum(np.repeat(size, parts) - at, most)
+        pieces = [
+            Piece(self._held(*each), *each[1:])
+            for each in zip(slot.tolist(), number.tolist(), size.tolist(), strict=True)
+        ]
+        end, done, sent = np.cumsum(size), 0, 0
+        while done < len(pieces):
+            stop = int(np.searchsorted(end, sent + most, "right"))
+            upto = int(end[stop - 1])
+            index = self.staging.by_piece(place[sent:upto], size[done:stop])
+            self._outbox.send(self.staging.leaving(index), pieces[done:stop])
+            done, sent = stop, upto
+
+    def _held(self, slot: int, number: int, size: int) -> HeldRows:
+        """What the host holds of a slot's sequence once it has `size` more rows, from this number on."""
+        each = self._slots[slot]
+        if each.held is None:
+            each.held = HeldRows(each.end - each.first if each.chosen is None else len(each.chosen))
+        each.sent = number + size
+        return each.held
 
     def look(self, *, decoded: bool) -> None:
-        """Queue a read of how many rows were kept exactly. Prompts whose rows are not kept need none."""
-        if decoded or self.rows.touches_prompts:
-            self._seen.take()
+        """Queue a read of how many rows were kept exactly. Passes without rows need none."""
+        if decoded or self._pass_tokens.size:
+            self.staging.look()
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
         """Fetch the rows kept exactly, if a sequence ended or the last `look` saw one."""
-        if slots or any(self._seen.read()):
+        if slots or self.staging.saw_exact:
             self._fetch_exact()
+        self._running[slots] = False
         row_bytes = self.codec.row_bytes * len(self.layers)
         ended = []
         for slot, size in zip(slots, sizes, strict=True):
-            exact = sum(part.nbytes for held in self._exact.values() if slot in held for part in held[slot])
-            ended.append(KeptRows(slot, size, self._count(slot, size) * row_bytes + exact))
+            each = self._slots[slot]
+            exact = sum(part.nbytes for held in each.exact.values() for part in held)
+            count = len(each.chosen) if each.chosen is not None else self._kept_end(each, size) - each.first
+            ended.append(KeptRows(slot, size, count * row_bytes + exact))
         return ended
+
+    def _kept_end(self, each: StagedSequence, size: int) -> int:
+        """One past the last kept position of a sequence with `size` tokens."""
+        return max(min(self.rows.end(each.prompt_size, size), size), each.first)
 
     def _fetch_exact(self) -> None:
         """Copy the rows kept exactly to the host, where they stay until their sequences end."""
-        counts = self._counts.tolist()
-        if not any(counts):
-            return
-        self._counts.zero_()
-        for (layer, stage), count in zip(self.stages.items(), counts, strict=True):
-            if count > len(stage.exact):
-                raise EngineError(f"{layer.label}: {count} rows to keep exactly, room for {len(stage.exact)}")
-            dest = stage.exact_dest[:count].cpu().numpy()
-            bits = stage.exact[:count].cpu().numpy().view(np.uint16)
-            for slot in np.unique(dest // self.rows_per_slot):
-                mine = dest // self.rows_per_slot == slot
-                index, rows = dest[mine] % self.rows_per_slot, bits[mine]
-                if (known := self._exact[layer].get(int(slot))) is not None:
-                    index, rows = np.concatenate([known[0], index]), np.concatenate([known[1], rows])
-                self._exact[layer][int(slot)] = (index, rows)
-
-    def _count(self, slot: int, size: int) -> int:
-        """Rows in the range of the sequence in a slot, once it has `size` tokens."""
-        return self.rows.count(int(self._prompt_size[slot]), size)
+        ring, given = self.staging.ring, self.staging.given
+        for layer, parts in self.staging.take_exact().items():
+            for part in parts:
+                in_pass = part.place >= given
+                slot, position = part.place // ring, part.place % ring
+                slot[in_pass], position[in_pass] = self._pass_tokens[:, part.place[in_pass] - given]
+                decoded = ~in_pass  # the last position, up to one past what was written, that has this place
+                at = slot[decoded]
+                last = np.minimum(self._written[at], self._to[at] - 1) - self._from[at]
+                lap = last - (last - position[decoded]) % ring
+                position[decoded] = self._from[at] + lap
+                for number in np.unique(slot):
+                    mine = slot == number
+                    new = (position[mine], part.bits[mine])
+                    exact = self._slots[int(number)].exact
+                    if (known := exact.get(layer)) is not None:
+                        new = (np.concatenate([known[0], new[0]]), np.concatenate([known[1], new[1]]))
+                    exact[layer] = new
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
     ) -> list[tuple[np.ndarray, dict[Site, LayerRows]]]:
         """Of each ended sequence the positions chosen, and their rows by site. EngineError if one was never written.
 
-        Only these rows leave the device. Sinks are known by the norms, which come first.
+        Of rows still on the device only these leave it.
         """
-        slots = np.array([kept.slot for kept in ended])
-        chosen = [self._chosen(kept, *reply) for kept, reply in zip(ended, replies, strict=True)]
-        first = np.array([self.rows.first(int(self._prompt_size[slot])) for slot in slots])
-        owner = np.repeat(np.arange(len(ended)), [len(positions) for positions in chosen])
-        position = np.concatenate(chosen)
-        at = self._on_device(slots, position - first[owner], owner)
-        norms = {layer: to_host(stage.norm[at]) for layer, stage in self.stages.items()}
-        for layer, norm in norms.items():
-            if missing := int((norm == _UNWRITTEN).sum()):
-                raise EngineError(f"{layer.label}: {missing} rows of sequences that ended were never written")
-        if self.skip_sinks:
-            stays = ~self._sinks(norms)
-            owner, position = owner[stays], position[stays]
-            norms = {layer: norm[stays] for layer, norm in norms.items()}
-            at = self._on_device(slots, position - first[owner], owner)
-        borders = np.searchsorted(owner, [np.arange(len(ended)), np.arange(1, len(ended) + 1)])
-        parts = [slice(int(start), int(end)) for start, end in borders.T]
-        collected: list[tuple[np.ndarray, dict[Site, LayerRows]]] = [(position[part], {}) for part in parts]
-        for layer, stage in self.stages.items():
-            norm = norms[layer]
-            codes, scales = to_host(stage.codes[at]), to_host(stage.scales[at])
-            codes = codes.view(self.codec.code_dtype)
-            exact = np.zeros(0, np.int64)
-            if self.codec.name != "bf16":
-                exact = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
-            for i, part in enumerate(parts):
-                mine = exact[slice(*np.searchsorted(exact, [part.start, part.stop]))]
-                bits = self._exact_bits(layer, int(slots[i]), position[mine] - first[i])
-                collected[i][1][layer] = LayerRows(
-                    codes[part], scales[part], norm[part], mine - part.start, bits
-                )
-        return collected
+        return self._collector.collect(
+            [self._ending(kept, *reply) for kept, reply in zip(ended, replies, strict=True)]
+        )
 
-    def _chosen(self, kept: KeptRows, id_: int, generated: np.ndarray) -> np.ndarray:
-        """The positions to collect of an ended sequence, int64 [k]. EngineError if one lies outside the range."""
-        prompt_size = int(self._prompt_size[kept.slot])
-        first, end = self.rows.first(prompt_size), self.rows.end(prompt_size, kept.size)
-        if self.choose is None:
-            return np.arange(first, end)
-        positions = self.choose(id_, generated)
+    def _ending(self, kept: KeptRows, id_: int, generated: np.ndarray) -> Ending:
+        """Where the rows of an ended sequence are. EngineError if some are missing, or one lies outside the range."""
+        each = self._slots[kept.slot]
+        if each.id != id_:
+            raise EngineError(f"request {id_}: its slot holds request {each.id}")
+        end = self._kept_end(each, kept.size)
+        number, place, size = each.in_pass
+        if each.chosen is not None:
+            position = each.chosen[each.chosen < end]
+            index, ring = np.arange(len(position)), np.zeros(0, np.int64)
+        else:
+            position = np.arange(each.first, end)
+            if self.choose is not None:
+                position = self._checked(id_, self.choose(id_, generated), each.first, end)
+            index = position - each.first
+            turn = self.staging.ring
+            ring = kept.slot * turn + (np.arange(self._ring[kept.slot], end) - each.first) % turn
+        places = np.concatenate([place + np.arange(size), ring])
+        all_ = len(position) if each.chosen is not None else end - each.first
+        if (size and number != each.sent) or each.sent + len(places) != all_:
+            raise EngineError(f"request {id_}: {each.sent} and {len(places)} rows were staged of {all_}")
+        border = int(np.searchsorted(index, each.sent))
+        return Ending(each, position, index[:border], places[index[border:] - each.sent])
+
+    def _checked(self, id_: int, positions: np.ndarray, first: int, end: int) -> np.ndarray:
+        """The chosen positions. EngineError if one lies outside of [first, end)."""
         if len(positions) and not first <= positions[0] <= positions[-1] < end:
             raise EngineError(f"request {id_}: a row was chosen outside of positions {first} to {end - 1}")
         return positions
 
-    def _on_device(self, slots: np.ndarray, index: np.ndarray, owner: np.ndarray) -> torch.Tensor:
-        """Places in the staging buffers, int64 [n], on the device. index: of each row in its slot."""
-        return to_device(slots[owner] * self.rows_per_slot + index, self._first.device)
+    def _drop(self, each: StagedSequence) -> None:
+        """Forget the rows of a sequence that were sent to the host."""
+        if each.held is not None:
+            self._outbox.call(self._outbox.keeper.drop, each.held)
+            each.held = None
 
-    def _sinks(self, norms: Mapping[Site, np.ndarray]) -> np.ndarray:
-        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [n], by site."""
-        sinks = np.logical_or.reduce([norm > self.sink_norm[layer] for layer, norm in norms.items()])
-        finite: np.ndarray = np.logical_and.reduce([np.isfinite(norm) for norm in norms.values()])
-        return sinks & finite
-
-    def _exact_bits(self, layer: Site, slot: int, wanted: np.ndarray) -> np.ndarray:
-        """bfloat16 bits, uint16 [m, d], of the rows `wanted` [m] of a slot. EngineError if one was not fetched."""
-        none = np.zeros((0, self.codec.d_model), np.uint16)
-        if not len(wanted):
-            return none
-        index, rows = self._exact[layer].get(slot, (np.zeros(0, np.int64), none))
-        order = {int(row): place for place, row in enumerate(index)}
-        if any(int(row) not in order for row in wanted):
-            raise EngineError(f"{layer.label}: a row that must be kept exactly is missing")
-        return rows[[order[int(row)] for row in wanted]]
+    def close(self) -> None:
+        """Forget all rows, and free what they hold on the host."""
+        self._outbox.close()

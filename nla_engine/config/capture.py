@@ -184,7 +184,8 @@ class CaptureOptions(Options):
         "Write nothing. Print the expected rows, bytes and time, measured on the first prompts.", False
     )
     host_memory: float = option(
-        "GiB of host memory for the rows of finished sequences.",
+        "GiB of host memory for rows that are not in the store yet. Running sequences may have more: these wait in "
+        "temporary files beside the store.",
         4.0,
         must=Must(lambda value: 0 < value < math.inf, "above 0, and finite"),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
@@ -57,7 +57,6 @@ class Generator:
         self.runner = runner
         self.max_new_tokens = max_new_tokens
         self.read_last = read_last
-        self.max_prefill_tokens = max_prefill_tokens
         if max_new_tokens and (runner.lm.head is None or stop is None):
             raise EngineError("generation needs a model with a head and a stop automaton")
         self.following = following or NotAsked()
@@ -70,10 +69,12 @@ class Generator:
         slots = runner.cache.slots
         self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)
-        # A look may miss what the step queued after it writes; the next look sees that.
-        runner.tap.allocate(slots, generated=slots * (STEPS_BETWEEN_POLLS + 1), given=max_prefill_tokens)
+        self.max_prefill_tokens = runner.tap.allocate(
+            slots, steps=STEPS_BETWEEN_POLLS, given=max_prefill_tokens
+        )
         self.following.allocate(slots)
         self._active = Glance(self.state.active)
+        self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
 
@@ -106,6 +107,7 @@ class Generator:
             alone=self.runner.graphable,
             check=self._check,
         )
+        self._queue = queue
         ready: list[Completion] = []
         while True:
             step = queue.schedule()
@@ -128,6 +130,23 @@ class Generator:
             queue.finish(self._settle(ended))
             watch(queue.tally)
             ready = self._fetch(queue, portion)
+
+    @torch.inference_mode()
+    def unfinished(self, finish: Finish) -> list[Completion]:
+        """After `groups` has been stopped early: its running sequences, as if each had ended with the last token that
+        was read. One whose rows are not complete, because the stop came between two steps of the work, is left out."""
+        found = []
+        position, tokens = self.state.position.tolist(), self.state.generated.cpu().numpy().astype(np.int32)
+        for each in self._queue.running() if self._queue is not None else []:
+            size, given = position[each.slot], self.runner.cache.prefix_size + len(each.request.token_ids)
+            if size < given:
+                continue
+            generated = tokens[each.slot, : size - given]
+            with suppress(EngineError):
+                kept = self.runner.tap.settle([each.slot], [size])
+                [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)])
+                found.append(Completion(each.request, generated, finish, rows, positions))
+        return found
 
     def _check(self, request: Request) -> None:
         total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens
@@ -152,6 +171,7 @@ class Generator:
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""
+        self.runner.tap.drain()
         if step.entered:
             self._open(step.entered)
         if step.runs:
@@ -180,7 +200,7 @@ class Generator:
         if vectors:
             self.runner.injector.put(list(vectors), list(vectors.values()))
         totals = [size + limit for size, limit in zip(sizes, limits, strict=True)]
-        self.runner.tap.open(slots, sizes, totals)
+        self.runner.tap.open(slots, [a.request.id for a in entered], sizes, totals)
         self.following.open(slots, sizes, totals)
 
     def _prefill(self, runs: list[Run]) -> None:
@@ -206,6 +226,7 @@ class Generator:
                 last += [len(wanted)] * len(slots)
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
+        self.runner.tap.reads([(slot, start, len(ids)) for slot, start, ids in parts])
         told = self.following.of_prompts(runs, prefix)
         if told.token:
             states = self.runner.prefill(parts, None, entering)
@@ -222,6 +243,7 @@ class Generator:
 
     def _decode(self, step: Step) -> None:
         """Take the decode steps, several at a time with a graph. Afterwards `_active` can be read."""
+        self.runner.tap.decodes(step.slots, step.steps)
         if self.runner.graphable:
             graph = self._graph(len(step.slots))
             graph.run(step.slots, step.steps - step.after_look)

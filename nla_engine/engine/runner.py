@@ -141,7 +141,8 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        """Remove the hooks, the fused blocks and the engine's attention from the model."""
+        """Remove the hooks, the fused blocks and the engine's attention from the model, and close the tap."""
+        self.tap.close()
         for hook in self._hooks:
             hook.remove()
         for block in self._fused:

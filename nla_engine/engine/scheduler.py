@@ -147,6 +147,10 @@ class Scheduler:
         ]
         return self._tally
 
+    def running(self) -> list[Admitted]:
+        """The sequences whose prompt has been read, and whose end has not been seen."""
+        return list(self._running.values())
+
     def release(self, ids: Iterable[int]) -> list[Ended]:
         """Remove these finished requests and free their slots."""
         released = [self.finished.pop(id_) for id_ in ids]

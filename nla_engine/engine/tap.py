@@ -1,7 +1,8 @@
 """The engine's side of a tap: what is called inside every pass, and what the generator calls.
 
-The generator calls `allocate` once, `prepare` before a run, then for each sequence `open`, `settle` and `collect`.
-`collect` takes what `settle` returned, so the two cannot be called in the wrong order.
+The generator calls `allocate` once, and `prepare` before a run. In every turn it calls `drain` and `open`, then `reads`
+before a pass over given tokens and `decodes` before decode steps, then `look` and `settle`, and `collect` for sequences
+that ended. `collect` takes what `settle` returned, so the two cannot be called in the wrong order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nla_engine.sites import Site
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows of an ended sequence, still on the device. size: tokens of the sequence; nbytes: most bytes on the host."""
+    """Rows of an ended sequence. size: tokens of the sequence; nbytes: most bytes on the host."""
 
     slot: int
     size: int
@@ -36,15 +37,27 @@ class Tap(Protocol):
     def reads_prompts(self) -> bool:
         """Whether it keeps rows of prompts. If so, every prompt has to be read, even one that was read before."""
 
-    def allocate(self, slots: int, *, generated: int, given: int) -> None:
-        """Allocate the device memory, before any pass. Between two calls of `settle` the passes read at most
-        `generated` tokens that the model chose and `given` tokens of prompts."""
+    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+        """Allocate the device memory, before any pass. Between two calls of `drain` there are at most `steps` decode
+        steps, and one pass over given tokens. Returns how many of these it may read at most, up to `given`."""
 
     def prepare(self) -> None:
         """Allocate the host memory. Called last before a run, after graphs are captured."""
 
-    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
-        """Start new sequences in these slots, each of at most `total` tokens, `prompt_size` of them given."""
+    def drain(self) -> None:
+        """Make room for the rows of a turn. Waits only if the host is too slow to take what leaves the device."""
+
+    def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """Start new sequences in these slots, each of at most `total` tokens, `prompt_size` of them given.
+
+        What a slot held before is forgotten, also if its sequence had not ended. ids: of their requests.
+        """
+
+    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """The next pass reads these runs of given tokens: slot, first position, how many. No synchronisation."""
+
+    def decodes(self, slots: list[int], steps: int) -> None:
+        """The sequences in these slots take so many decode steps next, unless they end before."""
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Called inside every pass, once this site is computed. No synchronisation.
@@ -67,6 +80,9 @@ class Tap(Protocol):
         replies: of each, the id of its request and what it generated, int32 [n]. Their slots may be opened again.
         """
 
+    def close(self) -> None:
+        """Free what it holds on the host."""
+
 
 class NoTap:
     """Keeps nothing."""
@@ -74,13 +90,23 @@ class NoTap:
     layers: tuple[Site, ...] = ()
     reads_prompts = False
 
-    def allocate(self, slots: int, *, generated: int, given: int) -> None:
-        """Nothing to do."""
+    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+        """Any number of tokens may be read."""
+        return given
 
     def prepare(self) -> None:
         """Nothing to do."""
 
-    def open(self, slots: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+    def drain(self) -> None:
+        """Nothing to do."""
+
+    def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
+        """Nothing to do."""
+
+    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Nothing to do."""
+
+    def decodes(self, slots: list[int], steps: int) -> None:
         """Nothing to do."""
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
@@ -98,3 +124,6 @@ class NoTap:
     ) -> list[tuple[np.ndarray, dict[Site, Any]]]:
         """Each sequence has rows of no site."""
         return [(np.zeros(0, np.int64), {}) for _ in ended]
+
+    def close(self) -> None:
+        """Nothing to do."""

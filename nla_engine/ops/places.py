@@ -1,6 +1,7 @@
-"""Where a slot's rows go in buffers with a fixed number of rows per slot: reference in torch, one Triton kernel.
+"""Where a slot's rows go in a ring with a fixed number of rows per slot: reference in torch, one Triton kernel.
 
-place = slot * rows_per_slot + position - first[slot]     if first[slot] <= position < end[slot], else -1
+place = slot * rows_per_slot + (position - first[slot]) % rows_per_slot
+        if first[slot] <= position < end[slot], else -1
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def row_places_reference(
     """`row_places` in plain torch."""
     index = position - first[slot]
     kept = (index >= 0) & (position < end[slot])
-    return torch.where(kept, slot * rows_per_slot + index, -1)
+    return torch.where(kept, slot * rows_per_slot + index % rows_per_slot, -1)
 
 
 def row_places_triton(
@@ -67,4 +68,4 @@ def _places_kernel(
     read = tl.load(position + token, mask=real, other=0)
     index = read - tl.load(first + at, mask=real, other=0)
     kept = (index >= 0) & (read < tl.load(end + at, mask=real, other=0))
-    tl.store(out + token, tl.where(kept, at * rows_per_slot + index, -1), mask=real)
+    tl.store(out + token, tl.where(kept, at * rows_per_slot + index % rows_per_slot, -1), mask=real)

@@ -13,7 +13,6 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
 from nla_engine.capture import appender
 from nla_engine.capture import run as stage
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import bf16_bits, bf16_values
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.request import Completion
@@ -331,32 +330,6 @@ def test_reference_kernels_take_no_other_way_to_a_row(tmp_path: Path, monkeypatc
         monkeypatch.undo()
 
 
-def test_rows_kept_exactly_find_their_sequence(rng) -> None:
-    sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
-    hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
-    hidden[big] *= 100
-    tap = RowTap(
-        (1,), stage.Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=4, sink_norm={1: 100.0},
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    tap.allocate(3, generated=0, given=9)
-    tap.open([0, 1, 2], [1, 1, 1], sizes)
-    position = torch.cat([torch.arange(size) for size in sizes])
-    tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
-    tap.look(decoded=False)
-    ended = tap.settle([2, 0, 1], [4, 4, 3])
-    nothing = [(id_, np.zeros(0, np.int32)) for id_ in range(3)]
-    collected = [rows[1] for _, rows in tap.collect(ended, nothing)]
-    assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
-    assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
-    for rows, start in zip(collected, (7, 0, 4), strict=True):
-        assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
-        assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
-    del tap._exact[1][2]
-    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect(ended, nothing)
-
-
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     lm = language_model()
     with pytest.raises(RequestError, match="layer 9 does not exist: qwen2 has 4 blocks"):
@@ -374,11 +347,3 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         run_capture(options(tmp_path, resume=True, prompts=changed), lm=lm)
     before = CaptureStore.open(tmp_path / "run.zarr")
     assert before.complete and before.rows > 0
-
-
-def test_row_range_is_one_run_for_every_union() -> None:
-    for names in ("prompt,generated", "last,generated", "prompt,last", "all,last"):
-        keep = RowRange.parse(names)
-        kept = set(range(keep.first(5), keep.end(5, 9)))
-        parts = [RowRange.parse(name) for name in names.split(",")]
-        assert kept == set().union(*(range(part.first(5), part.end(5, 9)) for part in parts))

@@ -15,8 +15,8 @@ from nla_engine.capture import appender
 from nla_engine.capture.audit import audit
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.estimate import estimate_capture
+from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.documents import WINDOW

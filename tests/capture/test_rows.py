@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,14 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model, write_records
 
-from nla_engine.capture import appender, calibrate, run, tap
+from nla_engine.capture import appender, calibrate, collect, run
 from nla_engine.capture.audit import audit
 from nla_engine.capture.estimate import estimate_capture
+from nla_engine.capture.outbox import Outbox
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange, RowTap
-from nla_engine.codec.rows import Codec, bf16_values
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.transfer import to_host
-from nla_engine.errors import EngineError, RequestError, StoreError
+from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import matching_tokens, special_tokens, token_bytes
 from nla_engine.store import CaptureStore, RowFlag
@@ -159,10 +157,14 @@ def test_drawn_rows_are_among_those_left_and_sinks_go_last(
     assert less.rows < drawn.rows
 
 
+@pytest.mark.parametrize("given", [{"positions": "generated"}, {"max_new_tokens": 0, "temperature": 0}])
 def test_only_chosen_rows_leave_the_device(
-    lm: LanguageModel, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict, lm: LanguageModel, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of their codes; the norms of the others tell which rows are sinks."""
+    """Where all rows wait for the end of their sequences, or the choice is known from the start.
+
+    Of their codes; the norms of the others tell which rows are sinks.
+    """
     moved: list[int] = []
 
     def counted(tensor: torch.Tensor) -> np.ndarray:
@@ -174,14 +176,16 @@ def test_only_chosen_rows_leave_the_device(
         moved.clear()
         return out
 
-    monkeypatch.setattr(tap, "to_host", counted)
+    monkeypatch.setattr(collect, "to_host", counted)
+    monkeypatch.setattr(Outbox, "send", lambda *_: pytest.fail("rows leave before the end"))
     monkeypatch.setattr(run, "calibrate", calibrated)
     choice = {"tokens": "[a-z0-9]", "skip_sinks": True}
-    rows = [
-        run_capture(options(prompts, tmp_path / f"{len(more)}.zarr", **more), lm=lm).rows * 3 - sum(moved)
-        for more in ({}, choice)
-    ]
-    assert rows == [0, 0] and 0 < sum(moved) < 3 * CaptureStore.open(tmp_path / "0.zarr").rows
+    stored = []
+    for more in ({}, choice):
+        out = tmp_path / f"{len(more)}.zarr"
+        stored.append(run_capture(options(prompts, out, **given, **more), lm=lm).rows)
+        assert sum(moved) == 3 * stored[-1]
+    assert 0 < stored[1] < stored[0]
 
 
 def test_an_interrupted_run_chooses_the_same(
@@ -321,65 +325,6 @@ def test_a_dry_run_expects_the_rows_that_come(lm: LanguageModel, prompts: Path, 
         estimate = estimate_capture(dry, lm=lm)
         assert estimate.rows >= summary.rows and ("skip_sinks" in choice or estimate.rows == summary.rows)
         assert abs(estimate.rows_expected - summary.rows) <= (0.3 * summary.rows if not given else 0)
-
-
-def row_tap(sizes: list[int], hidden: np.ndarray, **how: object) -> tuple[RowTap, list]:
-    """A tap of layers 1 and 2 that has read sequences of these sizes, and what has ended."""
-    made = RowTap(
-        (1, 2), Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=max(sizes),
-        sink_norm={1: 100.0, 2: math.inf}, device=torch.device("cpu"), **how,
-    )  # fmt: skip
-    made.allocate(len(sizes), generated=0, given=sum(sizes))
-    made.open(list(range(len(sizes))), [1] * len(sizes), sizes)
-    slot = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    position = torch.cat([torch.arange(size) for size in sizes])
-    for layer, rows in ((1, hidden), (2, hidden[::-1].copy())):
-        made(layer, torch.from_numpy(rows), slot, position)
-    made.look(decoded=False)
-    return made, made.settle(list(range(len(sizes))), sizes)
-
-
-def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
-    rng: np.random.Generator,
-) -> None:
-    sizes = [5, 3, 4]
-    hidden = rng.standard_normal((12, 64)).astype(np.float32)
-    hidden[[2, 7, 10]] *= 100
-    hidden[3, 0], hidden[8, 5] = np.inf, np.nan
-    chosen = {0: [0, 2, 3, 4], 1: [], 2: [0, 1, 2]}
-    replies = [(id_, np.zeros(0, np.int32)) for id_ in range(3)]
-    for skip in (False, True):
-        made, ended = row_tap(
-            sizes, hidden, choose=lambda id_, _: np.array(chosen[id_], np.int64), skip_sinks=skip
-        )
-        collected = made.collect(ended, replies)
-        left = {0: [0, 3, 4], 1: [], 2: [0, 1]} if skip else chosen
-        assert [positions.tolist() for positions, _ in collected] == list(left.values())
-        for (positions, rows), start in zip(collected, (0, 5, 8), strict=True):
-            for layer, held in ((1, hidden), (2, hidden[::-1])):
-                true = held[start + positions]
-                assert len(rows[layer].norm) == len(true)
-                norm = np.linalg.norm(true, axis=1)
-                exact = np.flatnonzero(~(np.isfinite(norm) & (norm <= made.sink_norm[layer])))
-                assert rows[layer].exact_index.tolist() == exact.tolist()
-                want = bf16_values(
-                    torch.from_numpy(true[exact]).bfloat16().view(torch.int16).numpy().view(np.uint16)
-                )
-                np.testing.assert_array_equal(bf16_values(rows[layer].exact), want)
-                decoded = rows[layer].decode(made.codec)
-                finite = np.isfinite(true).all(1)
-                assert np.abs(decoded[finite] - true[finite]).max(initial=0) < 0.02 * np.abs(
-                    true[finite]
-                ).max(initial=1)
-    made, ended = row_tap(sizes, hidden, choose=lambda id_, _: np.array([0, 3]))
-    with pytest.raises(EngineError, match="request 1: a row was chosen outside of positions 0 to 2"):
-        made.collect(ended, replies)
-    made.stages[2].norm[4] = -1.0
-    made.choose = lambda id_, _: np.array([1, 2])
-    made.collect(ended, replies)
-    made.choose = None
-    with pytest.raises(EngineError, match="layer 2: 1 rows of sequences that ended were never written"):
-        made.collect(ended, replies)
 
 
 def test_tokens_match_by_their_text(lm: LanguageModel) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec, bf16_values
 from nla_engine.engine import scheduler
 from nla_engine.engine.generator import Generator

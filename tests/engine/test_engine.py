@@ -328,16 +328,19 @@ def test_a_tap_is_prepared_after_everything_else(monkeypatch: pytest.MonkeyPatch
     told: list[str] = []
 
     class Told(NoTap):
-        def allocate(self, slots: int, *, generated: int, given: int) -> None:
-            told.append(f"allocate {slots} {generated} {given}")
+        def allocate(self, slots: int, *, steps: int, given: int) -> int:
+            told.append(f"allocate {slots} {steps} {given}")
+            return given - 2
 
         def prepare(self) -> None:
             told.append("prepare")
 
     monkeypatch.setattr(Runner, "tune", lambda self, rows: told.append("tune"))
     with Runner(language_model(), slots=2, length=4, tap=Told()) as runner:
-        Generator(runner, max_new_tokens=0, max_prefill_tokens=7).prepare()
-    assert told == [f"allocate 2 {2 * (STEPS_BETWEEN_POLLS + 1)} 7", "tune", "prepare"]
+        generator = Generator(runner, max_new_tokens=0, max_prefill_tokens=7)
+        generator.prepare()
+    assert told == [f"allocate 2 {STEPS_BETWEEN_POLLS} 7", "tune", "prepare"]
+    assert generator.max_prefill_tokens == 5, "a tap may have room for less"
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8"])

@@ -183,11 +183,12 @@ def test_row_places(rng, tokens: int) -> None:
     """Positions before, inside and behind what a slot keeps, slots that keep nothing among them."""
     slots, room = 9, 40
     first = rng.integers(0, 60, slots)
-    end = first + rng.integers(0, room + 1, slots)
+    end = first + rng.integers(0, 2 * room, slots)  # some rows take the places of earlier ones
     slot, position = rng.integers(0, slots, tokens), rng.integers(0, 110, tokens)
     columns = [torch.from_numpy(column).to(DEVICE) for column in (slot, position, first, end)]
     want = [
-        s * room + p - first[s] if first[s] <= p < end[s] else -1 for s, p in zip(slot, position, strict=True)
+        s * room + (p - first[s]) % room if first[s] <= p < end[s] else -1
+        for s, p in zip(slot, position, strict=True)
     ]
     assert places.row_places_triton(*columns, room).tolist() == want
     assert places.row_places_reference(*columns, room).tolist() == want

@@ -1,0 +1,158 @@
+"""Rows of sequences that have ended: those still on the device are fetched together, and join those on the host.
+
+Knows where each row is, not which rows are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from nla_engine.capture.outbox import Outbox
+from nla_engine.capture.spill import HeldRows, HostRows
+from nla_engine.capture.staging import UNWRITTEN, Staging
+from nla_engine.codec.rows import Codec, exact_rows
+from nla_engine.engine.transfer import to_device, to_host
+from nla_engine.errors import EngineError
+from nla_engine.sites import Site
+from nla_engine.store import LayerRows
+
+
+@dataclass
+class StagedSequence:
+    """A sequence in a slot. chosen: its positions that have rows, int64 [k], if they are known from the start.
+
+    in_pass: rows that lie in the places of the last pass: number of the first, its place, how many
+    sent: rows that left the device while the sequence runs; exact: by layer, positions and bits of rows kept exactly
+    """
+
+    id: int
+    prompt_size: int
+    first: int
+    end: int
+    chosen: np.ndarray | None
+    exact: dict[Site, tuple[np.ndarray, np.ndarray]]
+    in_pass: tuple[int, int, int] = (0, 0, 0)
+    sent: int = 0
+    held: HeldRows | None = None
+
+
+@dataclass
+class Ending:
+    """An ended sequence. position: of the rows to collect, int64 [n]; held: which of those on the host are among them,
+    int64 [k]; place: of the others, which are on the device, int64 [n - k]."""
+
+    sequence: StagedSequence
+    position: np.ndarray
+    held: np.ndarray
+    place: np.ndarray
+
+    def only(self, kept: np.ndarray) -> Ending:
+        """Those of its rows that a mask keeps, bool [n]."""
+        k = len(self.held)
+        return Ending(self.sequence, self.position[kept], self.held[kept[:k]], self.place[kept[k:]])
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Collects rows from `staging`, and from the keeper behind `outbox`.
+
+    sink_norm: by layer; skip_sinks: leave out the sinks of any layer, but not rows that are not finite
+    """
+
+    codec: Codec
+    staging: Staging
+    outbox: Outbox
+    sink_norm: Mapping[Site, float]
+    skip_sinks: bool
+    device: torch.device
+
+    @property
+    def layers(self) -> tuple[Site, ...]:
+        return self.staging.layers
+
+    def collect(self, endings: Sequence[Ending]) -> list[tuple[np.ndarray, dict[Site, LayerRows]]]:
+        """Of each sequence its positions, and their rows by layer. EngineError if a row was never written.
+
+        Sinks are known by the norms, which come first.
+        """
+        at = self._on_device(endings)
+        norms = to_host(self.staging.norms(at)).reshape(len(self.layers), -1)
+        for layer, missing in zip(self.layers, (norms == UNWRITTEN).sum(1).tolist(), strict=True):
+            if missing:
+                raise EngineError(f"{layer.label}: {missing} rows of sequences that ended were never written")
+        if self.skip_sinks:
+            endings, norms = self._without_sinks(endings, norms)
+            at = self._on_device(endings)
+        collected = []
+        for ending, tail in zip(endings, self._tails(endings, norms, at), strict=True):
+            each, rows = ending.sequence, tail
+            if each.held is not None:
+                index = ending.held if len(ending.held) < each.sent else None
+                rows = self.outbox.call(self.outbox.keeper.take, each.held, index, tail).result()
+            each.held, each.sent, each.in_pass = None, 0, (0, 0, 0)
+            layers = {layer: self._layer_rows(i, ending, rows) for i, layer in enumerate(self.layers)}
+            collected.append((ending.position, layers))
+        return collected
+
+    def _on_device(self, endings: Sequence[Ending]) -> torch.Tensor:
+        """Indices of the rows that are on the device, one sequence after the other, for each layer: int64 [L * n]."""
+        index = self.staging.by_layer(np.concatenate([ending.place for ending in endings]))
+        return to_device(index.ravel(), self.device)
+
+    def _without_sinks(self, endings: Sequence[Ending], norms: np.ndarray) -> tuple[list[Ending], np.ndarray]:
+        """The sequences without their sinks, and the norms of what is left of them on the device."""
+        left, start = [], 0
+        stays = []
+        for ending in endings:
+            end = start + len(ending.place)
+            norm = norms[:, start:end]
+            if ending.sequence.held is not None:
+                held = self.outbox.call(self.outbox.keeper.norms, ending.sequence.held).result()
+                norm = np.concatenate([held[:, ending.held], norm], axis=1)
+            kept = ~self._sinks(norm)
+            left.append(ending.only(kept))
+            stays.append(kept[len(ending.held) :])
+            start = end
+        return left, norms[:, np.concatenate(stays)]
+
+    def _sinks(self, norms: np.ndarray) -> np.ndarray:
+        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [L, n]."""
+        limit = np.array([self.sink_norm[layer] for layer in self.layers])[:, None]
+        sinks: np.ndarray = (norms > limit).any(0) & np.isfinite(norms).all(0)
+        return sinks
+
+    def _tails(self, endings: Sequence[Ending], norms: np.ndarray, at: torch.Tensor) -> list[HostRows]:
+        """Of each sequence the rows that are on the device, fetched together. norms: theirs, float32 [L, n]"""
+        codes, scales = (
+            to_host(tensor).reshape(*norms.shape, tensor.shape[1]) for tensor in self.staging.encoded(at)
+        )
+        codes = codes.view(self.codec.code_dtype)
+        border = np.cumsum([0, *(len(ending.place) for ending in endings)])
+        return [HostRows(codes[:, a:b], scales[:, a:b], norms[:, a:b]) for a, b in pairwise(border)]
+
+    def _layer_rows(self, number: int, ending: Ending, rows: HostRows) -> LayerRows:
+        """The rows of a layer, with those kept exactly. EngineError if one of these was not fetched."""
+        layer, norm = self.layers[number], rows.norm[number]
+        if len(norm) != len(ending.position):
+            raise EngineError(f"{layer.label}: {len(norm)} rows came for {len(ending.position)} positions")
+        exact = np.zeros(0, np.int64)
+        if self.codec.name != "bf16":
+            exact = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
+        bits = self._exact_bits(layer, ending.sequence, ending.position[exact])
+        return LayerRows(rows.codes[number], rows.scales[number], norm, exact, bits)
+
+    def _exact_bits(self, layer: Site, each: StagedSequence, wanted: np.ndarray) -> np.ndarray:
+        """bfloat16 bits, uint16 [m, d], of a sequence's rows at the positions `wanted` [m]."""
+        none = np.zeros((0, self.codec.d_model), np.uint16)
+        if not len(wanted):
+            return none
+        position, rows = each.exact.get(layer, (np.zeros(0, np.int64), none))
+        order = {int(row): place for place, row in enumerate(position)}
+        if any(int(row) not in order for row in wanted):
+            raise EngineError(f"{layer.label}: a row that must be kept exactly is missing")
+        return rows[[order[int(row)] for row in wanted]]

@@ -1,0 +1,163 @@
+"""Where rows lie on the device until they leave: a ring of places per slot for decode steps, places for one pass.
+
+Their number depends on slots and layers, not on how long sequences become. Every place that may be written next has the
+norm of an unwritten row. Copies out of a place, its new mark and its next row are queued on one stream, in this order,
+so a row cannot be overwritten before it has been copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nla_engine.codec.rows import Codec
+from nla_engine.engine.transfer import Glance, to_device
+from nla_engine.errors import EngineError
+from nla_engine.ops.encode import RowStage
+from nla_engine.sites import Site
+
+#: Most bytes of the rings, of the places of a pass, and of the rows kept exactly, over all layers.
+RING_BYTES, PASS_BYTES, EXACT_BYTES = 7 << 27, 3 << 27, 1 << 28
+#: The norm of an unwritten row.
+UNWRITTEN = -1.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows, one after the other. codes [n, ...], scales [n, ...], norm [n], on the device."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    norm: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.codes, self.scales, self.norm)
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Rows of a layer kept exactly, bfloat16 bits uint16 [n, d], and their places int64 [n]."""
+
+    place: np.ndarray
+    bits: np.ndarray
+
+
+class Staging:
+    """Buffers of all layers. In each layer, slot s has the places s * ring to (s + 1) * ring - 1, and a prefill pass
+    those from `given` on.
+
+    ring: places per slot; given_size: places of a pass
+    decoding, reading: by layer, where decode steps and prefill passes encode to
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Site],
+        codec: Codec,
+        *,
+        slots: int,
+        longest: int,
+        steps: int,
+        given: int,
+        device: torch.device,
+    ) -> None:
+        """longest: rows of the longest sequence; steps: most decode steps before rows can leave; given: most tokens of
+        a pass."""
+        self.layers, self.row_bytes = tuple(layers), codec.row_bytes * len(layers)
+        shared = RING_BYTES // (self.row_bytes * (slots + 1))
+        self.ring = min(longest, max(shared, 2 * steps))
+        self.given_size = max(min(given, PASS_BYTES // self.row_bytes), 1)
+        self.given = (slots + 1) * self.ring
+        self.size = self.given + self.given_size
+        stage = RowStage.allocate(codec, len(layers) * self.size, 1, device)
+        self.all = Rows(stage.codes, stage.scales, stage.norm)
+        self._norm = stage.norm.view(len(layers), self.size)
+        # A look may miss what the step queued after it writes; the next look sees that.
+        exact = [slots * (steps + 1), self.given_size] if codec.name != "bf16" else [1, 1]
+        if (bytes_ := sum(exact) * 2 * codec.d_model * len(layers)) > EXACT_BYTES:
+            exact = [max(count * EXACT_BYTES // bytes_, 1) for count in exact]
+        self._counts = torch.zeros(2, len(layers), dtype=torch.int32, device=device)
+        self._seen = Glance(self._counts)  # one read for all
+        self.decoding: dict[Site, RowStage] = {}
+        self.reading: dict[Site, RowStage] = {}
+        for i, layer in enumerate(layers):
+            part = slice(i * self.size, (i + 1) * self.size)
+            views = {name: getattr(stage, name)[part] for name in ("codes", "scales", "norm")}
+            for number, stages in enumerate((self.decoding, self.reading)):
+                pool = RowStage.allocate(codec, 0, exact[number], device)
+                stages[layer] = replace(pool, **views, exact_count=self._counts[number, i : i + 1])
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Mark every place of these slots, int64 [n], as unwritten."""
+        self._norm[:, : self.given].view(len(self.layers), -1, self.ring)[:, slots] = UNWRITTEN
+
+    def expect(self, rows: int) -> None:
+        """Mark the places of the next pass as unwritten."""
+        self._norm[:, self.given : self.given + rows] = UNWRITTEN
+
+    def by_layer(self, place: np.ndarray) -> np.ndarray:
+        """Indices of these places int64 [n] in every layer: int64 [layers, n]."""
+        return (np.arange(len(self.layers)) * self.size)[:, None] + place
+
+    def by_piece(self, place: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """The same with layers next to each other by piece: int64 [layers * n]. size: rows of each piece, int64 [p]."""
+        layers, end = len(self.layers), np.cumsum(size)
+        row = (
+            len(self.layers) * np.repeat(end - size, size)
+            + np.arange(len(place))
+            - np.repeat(end - size, size)
+        )
+        index = np.empty(layers * len(place), np.int64)
+        for layer in range(layers):
+            index[row + layer * np.repeat(size, size)] = layer * self.size + place
+        return index
+
+    def leaving(self, index: np.ndarray) -> Rows:
+        """Copies of the rows at these indices, int64 [n], whose places are marked as unwritten afterwards."""
+        at = to_device(index, self._norm.device)
+        rows = Rows(*(tensor[at] for tensor in self.all.tensors))
+        self.all.norm.index_fill_(0, at, UNWRITTEN)
+        return rows
+
+    def norms(self, at: torch.Tensor) -> torch.Tensor:
+        """Copies of the norms at these indices, int64 [n]."""
+        return self.all.norm[at]
+
+    def encoded(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the codes and scales at these indices, int64 [n]."""
+        return self.all.codes[at], self.all.scales[at]
+
+    def look(self) -> None:
+        """Queue a read of how many rows were kept exactly."""
+        self._seen.take()
+
+    @property
+    def saw_exact(self) -> bool:
+        """Whether the last look saw a row that was kept exactly."""
+        return any(map(any, self._seen.read()))
+
+    def take_exact(self) -> Mapping[Site, list[ExactRows]]:
+        """The rows kept exactly since the last call, by layer. Waits for the device.
+
+        EngineError if there were more than there is room for.
+        """
+        found: dict[Site, list[ExactRows]] = {layer: [] for layer in self.layers}
+        counts = self._counts.tolist()
+        if not any(map(any, counts)):
+            return found
+        self._counts.zero_()
+        for stages, by_layer in zip((self.decoding, self.reading), counts, strict=True):
+            for (layer, stage), count in zip(stages.items(), by_layer, strict=True):
+                if count > len(stage.exact):
+                    raise EngineError(
+                        f"{layer.label}: {count} rows to keep exactly at once, room for {len(stage.exact)}: "
+                        "capture fewer layers at once, or use --codec bf16, which keeps every row exactly"
+                    )
+                if count:
+                    bits = stage.exact[:count].cpu().numpy().view(np.uint16)
+                    found[layer].append(ExactRows(stage.exact_dest[:count].cpu().numpy(), bits))
+        return found

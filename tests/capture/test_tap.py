@@ -1,0 +1,103 @@
+"""The tap by itself: rows kept exactly, rows that are not finite, rows that are lost."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.tap import RowTap
+from nla_engine.codec.rows import Codec, bf16_bits, bf16_values
+from nla_engine.errors import EngineError
+
+
+def row_tap(sizes: list[int], hidden: np.ndarray, **how: object) -> tuple[RowTap, list]:
+    """A tap of layers 1 and 2 that has read sequences of these sizes, and what has ended."""
+    made = RowTap(
+        (1, 2), Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=max(sizes),
+        sink_norm={1: 100.0, 2: math.inf}, device=torch.device("cpu"), **how,
+    )  # fmt: skip
+    made.allocate(len(sizes), steps=1, given=sum(sizes))
+    made.open(list(range(len(sizes))), list(range(len(sizes))), [1] * len(sizes), sizes)
+    made.reads([(slot, 0, size) for slot, size in enumerate(sizes)])
+    slot = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    position = torch.cat([torch.arange(size) for size in sizes])
+    for layer, rows in ((1, hidden), (2, hidden[::-1].copy())):
+        made(layer, torch.from_numpy(rows), slot, position)
+    made.look(decoded=False)
+    return made, made.settle(list(range(len(sizes))), sizes)
+
+
+def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
+    rng: np.random.Generator,
+) -> None:
+    sizes = [5, 3, 4]
+    hidden = rng.standard_normal((12, 64)).astype(np.float32)
+    hidden[[2, 7, 10]] *= 100
+    hidden[3, 0], hidden[8, 5] = np.inf, np.nan
+    chosen = {0: [0, 2, 3, 4], 1: [], 2: [0, 1, 2]}
+    replies = [(id_, np.zeros(0, np.int32)) for id_ in range(3)]
+    for skip in (False, True):
+        made, ended = row_tap(
+            sizes, hidden, choose=lambda id_, _: np.array(chosen[id_], np.int64), skip_sinks=skip
+        )
+        collected = made.collect(ended, replies)
+        left = {0: [0, 3, 4], 1: [], 2: [0, 1]} if skip else chosen
+        assert [positions.tolist() for positions, _ in collected] == list(left.values())
+        for (positions, rows), start in zip(collected, (0, 5, 8), strict=True):
+            for layer, held in ((1, hidden), (2, hidden[::-1])):
+                true = held[start + positions]
+                assert len(rows[layer].norm) == len(true)
+                norm = np.linalg.norm(true, axis=1)
+                exact = np.flatnonzero(~(np.isfinite(norm) & (norm <= made.sink_norm[layer])))
+                assert rows[layer].exact_index.tolist() == exact.tolist()
+                want = bf16_values(
+                    torch.from_numpy(true[exact]).bfloat16().view(torch.int16).numpy().view(np.uint16)
+                )
+                np.testing.assert_array_equal(bf16_values(rows[layer].exact), want)
+                decoded = rows[layer].decode(made.codec)
+                finite = np.isfinite(true).all(1)
+                assert np.abs(decoded[finite] - true[finite]).max(initial=0) < 0.02 * np.abs(
+                    true[finite]
+                ).max(initial=1)
+    made, ended = row_tap(sizes, hidden, choose=lambda id_, _: np.array([0, 3]))
+    with pytest.raises(EngineError, match="request 1: a row was chosen outside of positions 0 to 2"):
+        made.collect(ended, replies)
+    for choice in (lambda id_, _: np.array([1, 2]), None):
+        made, ended = row_tap(sizes, hidden, choose=choice)
+        made.staging.reading[2].norm[made.staging.given + 4] = -1.0
+        if choice is None:
+            with pytest.raises(EngineError, match="layer 2: 1 rows of .* that ended were never written"):
+                made.collect(ended, replies)
+        else:
+            made.collect(ended, replies)
+
+
+def test_rows_kept_exactly_find_their_sequence(rng) -> None:
+    sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
+    hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
+    hidden[big] *= 100
+    tap = RowTap(
+        (1,), Codec.named("int8", 64), RowRange.parse("all"), rows_per_slot=4, sink_norm={1: 100.0},
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    tap.allocate(3, steps=3, given=9)
+    tap.open([0, 1, 2], [0, 1, 2], [1, 1, 1], sizes)
+    tap.decodes([0, 1, 2], 4)
+    position = torch.cat([torch.arange(size) for size in sizes])
+    tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
+    tap.look(decoded=False)
+    ended = tap.settle([2, 0, 1], [4, 4, 3])
+    nothing = [(id_, np.zeros(0, np.int32)) for id_ in (2, 0, 1)]
+    collected = [rows[1] for _, rows in tap.collect(ended, nothing)]
+    assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
+    assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
+    for rows, start in zip(collected, (7, 0, 4), strict=True):
+        assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
+        assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
+    del tap._slots[2].exact[1]
+    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
+        tap.collect(ended, nothing)
