@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_layers
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.slots import default_slots
+from nla_engine.engine.slots import Room, default_room, slot_blocks
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
@@ -16,6 +16,8 @@ from nla_engine.options import flag
 
 #: Fewer shared prompt tokens are not worth a prefix.
 SHORTEST_PREFIX = 8
+#: Most sequences that are generated at once: more cost a matrix product as much per sequence.
+DECODING_SLOTS = 512
 #: Most slots when prompts are only read: a pass reads at most this many texts at once.
 READING_SLOTS = 64
 
@@ -29,9 +31,18 @@ class CapturePlan:
     rows: int
     bytes: int
     codec: str
-    slots: int
+    room: Room
     length: int
     prefix: int
+
+    @property
+    def slots(self) -> int:
+        """Sequences at once."""
+        return self.room.slots
+
+    def half(self) -> CapturePlan:
+        """The same with half as much at once."""
+        return replace(self, room=self.room.half(slot_blocks(self.length, self.prefix)))
 
     def __str__(self) -> str:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
@@ -61,9 +72,10 @@ def plan_capture(
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
     longest = int(todo.max(initial=1)) + new
-    slots = options.batch_size or default_slots(lm, longest, prefix)
-    if not new and options.batch_size is None:
-        slots = min(slots, READING_SLOTS)
+    at_once = options.batch_size or (DECODING_SLOTS if new else READING_SLOTS)
+    at_once = max(min(at_once, len(todo)), 1)
+    given = at_once if options.batch_size else None
+    room = default_room(lm, longest, prefix, most=at_once, slots=given)
     rows = choice.most_rows(done, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
@@ -74,7 +86,7 @@ def plan_capture(
         rows=rows,
         bytes=rows * row_bytes,
         codec=options.codec,
-        slots=max(min(slots, len(todo)), 1),
+        room=room,
         length=longest,
         prefix=prefix,
     )

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ class CaptureJob:
                     message = f"{self.lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
                     raise EngineError(message) from error
             torch.cuda.empty_cache()
-            plan = replace(plan, slots=plan.slots // 2)
+            plan = plan.half()
             self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
@@ -289,6 +289,7 @@ class CaptureJob:
         runner = Runner(
             lm if new else lm.truncated(max(self.layers)),
             slots=plan.slots,
+            blocks=plan.room.blocks,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
             tap=tap,

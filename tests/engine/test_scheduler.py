@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.request import Request
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Scheduler
 from nla_engine.engine.tap import KeptRows
@@ -35,6 +36,7 @@ def test_every_request_is_read_once_runs_and_ends(
         requests(rng, count, patient),
         slots=SLOTS,
         prefill_tokens=ROOM,
+        blocks=Blocks(SLOTS, 70, SLOTS),
         more_steps=0,
         alone=alone,
         check=lambda request: None,
@@ -83,7 +85,13 @@ def test_a_request_that_cannot_run_takes_no_slot() -> None:
         raise ValueError(request.id)
 
     queue = Scheduler(
-        iter([Request(0, (1,), 1)]), slots=1, prefill_tokens=4, more_steps=0, alone=False, check=refuse
+        iter([Request(0, (1,), 1)]),
+        slots=1,
+        prefill_tokens=4,
+        blocks=Blocks(1, 4, 1),
+        more_steps=0,
+        alone=False,
+        check=refuse,
     )
     with pytest.raises(ValueError, match="0"):
         queue.schedule()
@@ -96,6 +104,7 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         iter([Request(0, (1, 2), 12)]),
         slots=1,
         prefill_tokens=4,
+        blocks=Blocks(1, 14, 1),
         more_steps=-1,
         alone=True,
         check=lambda _: None,
