@@ -84,8 +84,10 @@ _LOOK_SECONDS = 1.0
 class CaptureSummary:
     """What a store holds after a run; its keys are those of `--json`.
 
-    tokens_generated, seconds and the rates count this run alone. seconds: all that this run took, from loading to the
-    last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or reading.
+    tokens_generated, stepped_back, seconds and the rates count this run alone. stepped_back: how often a sequence lost
+    its keys and values to others, and was read again up to its last token. seconds: all that this run took, from
+    loading to the last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or
+    reading.
     """
 
     store: str
@@ -98,6 +100,7 @@ class CaptureSummary:
     sink_rows: int
     nonfinite_rows: int
     tokens_generated: int
+    stepped_back: int
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
@@ -350,7 +353,8 @@ class CaptureJob:
                 if now - began > self.most_seconds:
                     raise Enough
             if now - last >= _LOOK_SECONDS:
-                last, at = now, tally()
+                last = now
+                self.tally = at = tally()  # goes on counting
                 self.phases(
                     done + at.ended,
                     len(self.prompts),
@@ -385,6 +389,7 @@ class CaptureJob:
             sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
             nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
             tokens_generated=generated,
+            stepped_back=self.tally.stepped_back,
             seconds=round(sum(by_phase.values()), 3),
             seconds_by_phase=by_phase,
             rows_per_second=round((writer.rows - rows_before) / filling, 1),

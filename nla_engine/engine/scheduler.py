@@ -198,7 +198,8 @@ class Scheduler:
             self._tally.end(each.count, each.request.max_new_tokens)
 
     def tally(self) -> Tally:
-        """What has been done so far. A sequence whose end has not been seen yet counts as running."""
+        """What has been done so far, which goes on counting. A sequence whose end has not been seen yet counts as
+        running."""
         self._tally.running = [
             min(admitted.steps + 1, admitted.request.max_new_tokens) for admitted in self._running.values()
         ]
