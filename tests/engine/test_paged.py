@@ -20,6 +20,7 @@ from nla_engine.engine.generator import Generator
 from nla_engine.engine.injection import at_scale
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
+from nla_engine.engine.scheduler import Admitted
 from nla_engine.engine.slots import BLOCK
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
@@ -255,6 +256,54 @@ def test_whoever_steps_back_nothing_changes(device: str, architecture: str, case
     assert tally.generated == sum(len(c.generated) for c in done.values())
     assert tally.read >= sum(len(r.token_ids) for r in requests if not r.again)
     check(lm, done, **options)
+
+
+@pytest.mark.usefixtures("as_in_graphs")
+def test_a_stop_string_is_found_across_a_step_back(rng) -> None:
+    """Each would write 20 tokens from its ninth on that are a stop string, and steps back in the middle."""
+    lm, options = language_model("qwen2", "cpu"), {"kernels": "fused"}
+    requests, names = ragged(rng, 5, 4), token_bytes(byte_tokenizer(), 259)
+    how = {"length": 48, "block": 4, **options}
+    free, _ = run(lm, requests, blocks=60, **how)
+    stop = tuple(b"".join(names[i] for i in free[n].generated[8:28]) for n in range(5))
+    done, tally = run(lm, requests, blocks=13, stop=stop, **how)
+    assert tally.stepped_back > 0
+    assert all(
+        done[n].generated.tolist() == free[n].generated[: len(done[n].generated)].tolist() for n in done
+    )
+    check(lm, done, stop=stop)
+
+
+def test_what_is_kept_of_a_sequence_is_what_it_had(rng) -> None:
+    lm, slots, most = language_model("qwen2", "cpu"), 9, 30
+    automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), (EOS,), (b"abcdefgh",))
+    with Runner(lm, slots=slots, length=60, prefix=PREFIX) as runner:
+        generator = Generator(runner, max_new_tokens=most, stop=automaton)
+        state = generator.state
+        counts = rng.integers(1, most, slots + 1)
+        state.count[:] = torch.from_numpy(counts)
+        state.generated[:] = torch.from_numpy(rng.integers(0, 250, (slots + 1, most)))
+        state.stop_state[:] = torch.from_numpy(rng.integers(0, 7, slots + 1).astype(np.uint8))
+        state.closing[:] = torch.from_numpy(rng.random(slots + 1) < 0.5)
+        state.active[:] = torch.from_numpy(np.arange(slots + 1) % 3 > 0)
+        before = {name: held.clone() for name, held in vars(state).items()}
+        asked = [Request(100 + i, tuple(range(1, 3 + i)), most) for i in range(slots)]
+        found = generator._step_back([Admitted(request, i, i) for i, request in enumerate(asked)])
+        assert [kept is None for _, kept in found] == [i % 3 == 0 for i in range(slots)]
+        for held in vars(state).values():
+            held.zero_()
+        again = [
+            Admitted(a.request, a.age, slots - 1 - a.slot, kept=kept) for a, kept in found if kept is not None
+        ]
+        generator._open(again)
+        for each in again:
+            old, new, n = each.age, each.slot, int(counts[each.age])
+            for name in ("count", "stop_state", "closing"):
+                assert getattr(state, name)[new] == before[name][old], name
+            assert state.generated[new, :n].tolist() == before["generated"][old, :n].tolist()
+            assert state.sequence[new] == 100 + old and state.limit[new] == most and state.active[new]
+            assert state.position[new] == len(PREFIX) + len(asked[old].token_ids) + n - 1
+            assert each.ids == asked[old].token_ids + tuple(before["generated"][old, :n].tolist())
 
 
 @pytest.mark.parametrize("case", ["plain", "fused", "sampled"])
