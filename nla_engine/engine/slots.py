@@ -19,7 +19,7 @@ from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel
-from nla_engine.ops.attention import KeyValues
+from nla_engine.ops.key_values import KeyValues
 
 #: Places in a block on a GPU. On a CPU a block is a whole slot: attention reads it without a copy, and the system gives
 #: memory only to what is written.

@@ -13,7 +13,8 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nla_engine.ops.attention import KeyValues, Shape, Tiles, attend_torch
+from nla_engine.ops.attention import Shape, Tiles, attend_torch
+from nla_engine.ops.key_values import KeyValues
 
 #: Queries that share a mask, where a mask is needed: each of them is held against the keys of the last one.
 _CHUNK = 256

@@ -10,8 +10,9 @@ import torch
 
 from nla_engine.engine.attention import decode_tiles, prefill_tiles
 from nla_engine.ops import attention_cpu
-from nla_engine.ops.attention import KeyValues, Shape, Tiles, attend_reference, attend_torch
+from nla_engine.ops.attention import Shape, Tiles, attend_reference, attend_torch
 from nla_engine.ops.attention_cpu import attend_cpu
+from nla_engine.ops.key_values import KeyValues
 
 SLOTS, ROOM = 7, 400
 #: (query heads, key heads, head size)

@@ -9,6 +9,7 @@ from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the
 
 from nla_engine.ops import attention, gate, norm, places, rotary
 from nla_engine.ops.cards import Card
+from nla_engine.ops.key_values import KeyValues
 
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -102,8 +103,8 @@ def check_attention(
             *tensors, own=torch.from_numpy(own).to(DEVICE), rows=rows, longest=prefix + 112
         )
         query = randn(rng, sum(counts), heads, size, dtype=dtype)
-        held = attention.KeyValues(*kv, table)
-        wide = attention.KeyValues(*(tensor.double() for tensor in kv), table)
+        held = KeyValues(*kv, table)
+        wide = KeyValues(*(tensor.double() for tensor in kv), table)
         truth = attention.attend_reference(query.double(), wide, tiles, shape)
         reference = attention.attend_reference(query, held, tiles, shape)
         close(attention.attend_triton(query, held, tiles, shape), reference, truth)
