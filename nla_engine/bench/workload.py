@@ -79,10 +79,11 @@ def open_generator(
     positions: str = "generated",
     prompt: int = 0,
     max_prefill: int | None = None,
+    blocks: int | None = None,
 ) -> Iterator[Generator]:
     """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
-    prompt: tokens of the shortest prompt, from which the number of rows to keep is computed.
+    prompt: tokens of the shortest prompt, from which the number of rows to keep is computed. blocks: as `Runner`.
     """
     budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
     keep = RowRange.parse(positions)
@@ -96,7 +97,7 @@ def open_generator(
             sink_norm=dict.fromkeys(layers, math.inf),
             device=lm.device,
         )
-    runner = Runner(lm, slots=slots, length=length, tap=tap)
+    runner = Runner(lm, slots=slots, length=length, tap=tap, blocks=blocks)
     try:
         generator = Generator(
             runner,
