@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, tiny_model, write_prompts
 
+from nla_engine.capture import plan
+from nla_engine.capture.run import run_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec, bf16_values
+from nla_engine.config import CaptureOptions
 from nla_engine.engine import generator as engine
 from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.forecast import Tally
@@ -21,7 +25,7 @@ from nla_engine.engine.injection import at_scale
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import Admitted
-from nla_engine.engine.slots import BLOCK
+from nla_engine.engine.slots import BLOCK, Room, SlotCache
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.errors import EngineError
@@ -31,6 +35,8 @@ from nla_engine.models.tokens import token_bytes
 from nla_engine.ops import gumbel
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
+from nla_engine.store import CaptureStore
+from nla_engine.store.care.verify import verify
 
 EOS = 257
 PREFIX = (7, 8, 9, 10, 11)
@@ -356,3 +362,35 @@ def test_blocks_are_held_by_one_slot_or_shared_and_none_is_lost(rng) -> None:
     for slot in range(slots):
         blocks.release(slot)
     assert blocks.free == count
+
+
+def test_a_store_written_over_too_few_blocks_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, prompts = language_model("qwen2", "cpu"), write_prompts(tmp_path / "prompts.jsonl", 12)
+    stores = []
+    make = SlotCache.__init__
+
+    def small(
+        self: SlotCache, lm: Any, slots: int, length: int, prefix: int, blocks: int | None = None, *_: Any
+    ):
+        make(self, lm, slots, length, prefix, None if blocks is None else -(-(length + 1) // 4) + 3, 4)
+
+    monkeypatch.setattr(SlotCache, "__init__", small)
+    for name, blocks in (("few", 1), ("many", None)):
+        monkeypatch.setattr(plan, "default_room", lambda *_, blocks=blocks, **more: Room(5, blocks))
+        options = CaptureOptions(
+            model="m", prompts=prompts, layer=LAYERS, out=str(tmp_path / name), max_new_tokens=30, positions="all",
+            chat=False, temperature=1.0,
+        )  # fmt: skip
+        summary = run_capture(options, lm=lm)
+        assert (summary.stepped_back > 0) == (blocks is not None)
+        assert all(check.ok for check in verify(options.out))
+        stores.append(CaptureStore.open(options.out))
+    few, many = stores
+    assert few.rows == many.rows and few.sequences == many.sequences == 12
+    for a, b in zip(few.iter_sequences(), many.iter_sequences(), strict=True):
+        assert (a.tokens.tolist(), a.source, a.finish) == (b.tokens.tolist(), b.source, b.finish)
+    for layer in LAYERS:
+        apart = np.linalg.norm(few.layer(layer)[:] - many.layer(layer)[:], axis=1)
+        assert (apart <= 0.02 * np.linalg.norm(many.layer(layer)[:], axis=1)).all()
