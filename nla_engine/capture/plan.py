@@ -8,7 +8,7 @@ from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_layers
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.slots import Room, default_room, slot_blocks
+from nla_engine.engine.slots import BLOCK, Room, default_room, slot_blocks
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
@@ -42,14 +42,25 @@ class CapturePlan:
 
     def half(self) -> CapturePlan:
         """The same with half as much at once."""
-        return replace(self, room=self.room.half(slot_blocks(self.length, self.prefix)))
+        return replace(self, room=self.room.half(self._most_blocks()))
+
+    def _most_blocks(self) -> int:
+        """Blocks of a sequence of the longest length."""
+        return slot_blocks(self.length, self.prefix)
+
+    def _together(self) -> str:
+        """In words, what all sequences have room for, where that is less than the longest length of each."""
+        blocks = self.room.blocks
+        if blocks is None or blocks >= self.slots * self._most_blocks():
+            return ""
+        return f" and {blocks * BLOCK:,} together"
 
     def __str__(self) -> str:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
         shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
         return (
             f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {_size(self.bytes)} as {self.codec}; "
-            f"{self.slots} at once, of at most {self.length:,} tokens{shared}"
+            f"{self.slots} at once, of at most {self.length:,} tokens{self._together()}{shared}"
         )
 
 

@@ -65,7 +65,6 @@ class Generator:
         if self.stop is not None:
             self.choosing = Choosing(sampling, self.stop.table, self.stop.stopped, read_last)
         slots = runner.cache.slots
-        runner.cache.release_all()  # from now on sequences take blocks as they grow
         self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
         self.state.position.fill_(runner.cache.prefix_size)
         runner.tap.allocate(slots, generated=most_generated(slots), given=max_prefill_tokens)
@@ -94,6 +93,7 @@ class Generator:
             and are offered again once the caller has taken the chosen ones. With nothing running it must choose one.
         watch: called after every turn with a function that says what has been done so far
         """
+        self.runner.cache.release_all()  # sequences take blocks as they grow; an earlier run may have been left
         queue = Scheduler(
             requests,
             slots=self.runner.cache.slots,

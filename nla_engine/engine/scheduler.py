@@ -40,7 +40,7 @@ class Kept:
     closing: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Admitted:
     """A request that has entered, or waits to enter again. age: its number among all requests of the run.
 

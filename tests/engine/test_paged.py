@@ -236,15 +236,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("architecture", "case"),
+    [("qwen2", case) for case in CASES] + [("gemma3_text", case) for case in ("fused", "prefix")],
+)
 @pytest.mark.usefixtures("as_in_graphs")
 def test_whoever_steps_back_nothing_changes(device: str, architecture: str, case: str, rng) -> None:
     options = {**CASES[case]}
     made = {name: options.pop(name) for name in ("vectors", "twins", "read") if name in options}
     lm = language_model(architecture, device)
     unit = 4 if device == "cpu" else BLOCK
-    requests = ragged(rng, 14, unit, **made)
+    requests = ragged(rng, 11, unit, **made)
     if made.get("vectors"):
         how = options.get("injection", Injection())
         requests = [
@@ -362,6 +364,37 @@ def test_blocks_are_held_by_one_slot_or_shared_and_none_is_lost(rng) -> None:
     for slot in range(slots):
         blocks.release(slot)
     assert blocks.free == count
+
+
+def test_a_run_that_was_left_holds_no_blocks() -> None:
+    lm = language_model("qwen2", "cpu")
+    automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), (), ())
+    asked = [Request(i, tuple(range(1, 9)), 12) for i in range(8)]
+    with Runner(lm, slots=4, length=20, blocks=9, block=4) as runner:
+        generator = Generator(runner, max_new_tokens=12, stop=automaton)
+        whole = {done.request.id: done.generated.tolist() for done in generator.run(iter(asked))}
+        left = generator.run(iter(asked))
+        next(left)
+        left.close()
+        assert runner.cache.blocks.free < 9
+        again = {done.request.id: done.generated.tolist() for done in generator.run(iter(asked))}
+    assert again == whole and sorted(whole) == list(range(8))
+
+
+def test_the_plan_says_what_all_sequences_have_room_for() -> None:
+    shape = {
+        "sequences": 9,
+        "already_done": 0,
+        "rows": 1,
+        "bytes": 1,
+        "codec": "int8",
+        "length": 1000,
+        "prefix": 0,
+    }
+    few, many = (str(plan.CapturePlan(**shape, room=Room(4, blocks))) for blocks in (40, 64))
+    assert "4 at once, of at most 1,000 tokens and 2,560 together" in few and "together" not in many
+    half = plan.CapturePlan(**shape, room=Room(4, 40)).half()
+    assert half.room == Room(2, 20) and half.half().room == Room(1, 16)
 
 
 def test_a_store_written_over_too_few_blocks_is_the_same(

@@ -63,7 +63,7 @@ def close(found: torch.Tensor, kv: KeyValues, query: torch.Tensor, tiles: Tiles,
 @pytest.mark.parametrize("window", [0, 3, 90])
 @pytest.mark.parametrize("prefix", [0, 11])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block", [16, 200, ROOM])
+@pytest.mark.parametrize("block", [16, ROOM])
 def test_equals_the_reference(
     rng, block: int, heads: tuple[int, int, int], prefix: int, window: int, dtype
 ) -> None:
