@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model, write_prompts
+from tiny import byte_tokenizer, tiny_model
 
-from nla_engine.capture import plan
-from nla_engine.capture.run import run_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec, bf16_values
-from nla_engine.config import CaptureOptions
 from nla_engine.engine import generator as engine
-from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.injection import at_scale
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import Admitted
-from nla_engine.engine.slots import BLOCK, Room, SlotCache
+from nla_engine.engine.slots import BLOCK
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.errors import EngineError
@@ -35,8 +30,6 @@ from nla_engine.models.tokens import token_bytes
 from nla_engine.ops import gumbel
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
-from nla_engine.store import CaptureStore
-from nla_engine.store.care.verify import verify
 
 EOS = 257
 PREFIX = (7, 8, 9, 10, 11)
@@ -332,40 +325,6 @@ def test_a_pool_that_does_not_hold_one_sequence_is_refused() -> None:
         assert runner.cache.blocks.free == 10
 
 
-def test_blocks_are_held_by_one_slot_or_shared_and_none_is_lost(rng) -> None:
-    count, size, slots = 23, 5, 6
-    blocks, places = Blocks(count, size, slots), [0] * slots
-    table = np.full((slots, count), count)
-    for _ in range(2000):
-        slot = int(rng.integers(slots))
-        if not places[slot] and rng.random() < 0.3:
-            source = int(rng.integers(slots))
-            if source != slot:
-                shared = int(rng.integers(0, places[source] + 1))
-                blocks.share(source, slot, shared)
-                places[slot] = shared // size * size
-        elif rng.random() < 0.3:
-            blocks.release(slot)
-            places[slot] = 0
-        else:
-            wanted = places[slot] + int(rng.integers(0, 12))
-            if blocks.of(wanted) - blocks.of(places[slot]) <= blocks.free:
-                blocks.grow(slot, wanted)
-                places[slot] = max(wanted, places[slot])
-        held = [blocks.held(slot) for slot in range(slots)]
-        assert [len(each) for each in held] == [blocks.of(each) for each in places]
-        assert blocks.free + len({block for each in held for block in each}) == count
-        assert all(len(set(each)) == len(each) for each in held)
-        if rng.random() < 0.2:
-            changes = blocks.changes()
-            table[changes[0], changes[1]] = changes[2]
-            for row, each in zip(table, held, strict=True):
-                assert row.tolist() == each + [count] * (count - len(each))
-    for slot in range(slots):
-        blocks.release(slot)
-    assert blocks.free == count
-
-
 def test_a_run_that_was_left_holds_no_blocks() -> None:
     lm = language_model("qwen2", "cpu")
     automaton = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), (), ())
@@ -379,51 +338,3 @@ def test_a_run_that_was_left_holds_no_blocks() -> None:
         assert runner.cache.blocks.free < 9
         again = {done.request.id: done.generated.tolist() for done in generator.run(iter(asked))}
     assert again == whole and sorted(whole) == list(range(8))
-
-
-def test_the_plan_says_what_all_sequences_have_room_for() -> None:
-    shape = {
-        "sequences": 9,
-        "already_done": 0,
-        "rows": 1,
-        "bytes": 1,
-        "codec": "int8",
-        "length": 1000,
-        "prefix": 0,
-    }
-    few, many = (str(plan.CapturePlan(**shape, room=Room(4, blocks))) for blocks in (40, 64))
-    assert "4 at once, of at most 1,000 tokens and 2,560 together" in few and "together" not in many
-    half = plan.CapturePlan(**shape, room=Room(4, 40)).half()
-    assert half.room == Room(2, 20) and half.half().room == Room(1, 16)
-
-
-def test_a_store_written_over_too_few_blocks_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm, prompts = language_model("qwen2", "cpu"), write_prompts(tmp_path / "prompts.jsonl", 12)
-    stores = []
-    make = SlotCache.__init__
-
-    def small(
-        self: SlotCache, lm: Any, slots: int, length: int, prefix: int, blocks: int | None = None, *_: Any
-    ):
-        make(self, lm, slots, length, prefix, None if blocks is None else -(-(length + 1) // 4) + 3, 4)
-
-    monkeypatch.setattr(SlotCache, "__init__", small)
-    for name, blocks in (("few", 1), ("many", None)):
-        monkeypatch.setattr(plan, "default_room", lambda *_, blocks=blocks, **more: Room(5, blocks))
-        options = CaptureOptions(
-            model="m", prompts=prompts, layer=LAYERS, out=str(tmp_path / name), max_new_tokens=30, positions="all",
-            chat=False, temperature=1.0,
-        )  # fmt: skip
-        summary = run_capture(options, lm=lm)
-        assert (summary.stepped_back > 0) == (blocks is not None)
-        assert all(check.ok for check in verify(options.out))
-        stores.append(CaptureStore.open(options.out))
-    few, many = stores
-    assert few.rows == many.rows and few.sequences == many.sequences == 12
-    for a, b in zip(few.iter_sequences(), many.iter_sequences(), strict=True):
-        assert (a.tokens.tolist(), a.source, a.finish) == (b.tokens.tolist(), b.source, b.finish)
-    for layer in LAYERS:
-        apart = np.linalg.norm(few.layer(layer)[:] - many.layer(layer)[:], axis=1)
-        assert (apart <= 0.02 * np.linalg.norm(many.layer(layer)[:], axis=1)).all()
