@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
-from nla_engine.capture import tap
+from nla_engine.capture import plan, tap
 from nla_engine.capture.run import run_capture
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions, RoundtripOptions
@@ -22,6 +22,7 @@ from nla_engine.engine.fused import _merge_tensors
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.runner import Runner
+from nla_engine.engine.slots import Room
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.streams import capture_stream, side_stream
 from nla_engine.models.load import LanguageModel, wrap_model
@@ -158,6 +159,34 @@ def test_ten_thousand_ragged_requests_lose_and_misplace_nothing(
         got = store.layer(1)[sequence.rows]
         error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
         assert error.max() <= limit
+
+
+def test_ten_thousand_requests_over_too_few_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng
+) -> None:
+    """200 slots of at most three blocks, and 150 blocks: sequences step back all the time, and lose nothing."""
+    lm = language_model()
+    lines = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 80)))) for _ in range(10_000)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    monkeypatch.setattr(plan, "default_room", lambda *_, **__: Room(200, 150))
+    options = CaptureOptions(
+        model="in memory", prompts=prompts, layer=(1, 3), out=tmp_path / "run.zarr", max_new_tokens=60,
+        positions="all", codec="bf16", temperature=1.5,
+    )  # fmt: skip
+    summary = run_capture(options, lm=lm)
+    store = CaptureStore.open(options.out)
+    assert summary.sequences == 10_000 and summary.stepped_back > 100
+    assert all(check.ok for check in verify(options.out))
+    assert store.rows == sum(len(sequence.tokens) for sequence in store.iter_sequences())
+    lm.model.set_attn_implementation("eager")
+    for number in rng.choice(10_000, 100, replace=False):
+        sequence = store.sequence(int(number))
+        with torch.no_grad():
+            ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None].cuda()
+            want = lm.model(ids, output_hidden_states=True).hidden_states[2][0].float().cpu().numpy()
+        got = store.layer(1)[sequence.rows]
+        assert (np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)).max() <= 2**-8
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])

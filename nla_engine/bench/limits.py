@@ -6,10 +6,11 @@ token, each cached key and value read once. Attention's own arithmetic, norms an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
@@ -90,6 +91,18 @@ def generate_seconds(
 def patch_seconds(size: ModelSize, hardware: Hardware, patched: float, blocks: int) -> float:
     """`patched` tokens through the last `blocks` blocks and the head: 2 * parameters * tokens / flops."""
     return 2 * (blocks * size.block_parameters + size.head_parameters) * patched / hardware.flops
+
+
+def long_seconds(size: ModelSize, hardware: Hardware, prompt: int, lengths: Sequence[int]) -> float:
+    """Requests of `prompt` tokens, each with its own number of new tokens, in slots of their own, so that all start at
+    once: no run has fuller steps. This is their prefill, then the steps of those that still run."""
+    ends = np.sort(np.asarray(lengths))
+    running = len(ends) - np.searchsorted(ends, np.arange(1, ends[-1] + 1))
+    steps = (
+        decode_step_seconds(size, hardware, int(batch), prompt + step)
+        for step, batch in enumerate(running.tolist())
+    )
+    return prefill_seconds(size, hardware, len(ends) * prompt) + sum(steps)
 
 
 def measure_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:

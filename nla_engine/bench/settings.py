@@ -13,6 +13,7 @@ from nla_engine.errors import RequestError
 SUITES = (
     "kernels",
     "generate",
+    "long",
     "corpus",
     "verbalize",
     "reconstruct",
@@ -38,6 +39,7 @@ class Sizes:
     batches, context, steps: of steady decode
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
     kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
+    long_requests, long_prompt, long_mean, long_most: of the replies of different lengths: mean and longest, in tokens
     slots, av_slots: sequences that capture and the AV run at once, at most
     """
 
@@ -57,6 +59,10 @@ class Sizes:
     kernel_rows: tuple[int, ...]
     store_rows: int
     codec_rows: int
+    long_requests: int
+    long_prompt: int
+    long_mean: int
+    long_most: int
     slots: int
     av_slots: int
 
@@ -78,6 +84,10 @@ _GPU = Sizes(
     kernel_rows=(65_536, 4096, 256),
     store_rows=65_536,
     codec_rows=16_384,
+    long_requests=1024,
+    long_prompt=200,
+    long_mean=2000,
+    long_most=16_384,
     slots=512,
     av_slots=1024,
 )
@@ -98,6 +108,10 @@ _CPU = Sizes(
     kernel_rows=(1024, 64),
     store_rows=16_384,
     codec_rows=4096,
+    long_requests=8,
+    long_prompt=12,
+    long_mean=40,
+    long_most=120,
     slots=4,
     av_slots=4,
 )
@@ -153,7 +167,8 @@ class Settings:
         base = _GPU if self.device.type == "cuda" else _CPU
         changed: dict[str, Any] = {}
         if self.requests:
-            changed |= {"requests": self.requests, "documents": self.requests, "vectors": self.requests}
+            counts = ("requests", "documents", "vectors", "long_requests")
+            changed |= dict.fromkeys(counts, self.requests)
         if self.prompt_tokens:
             changed["prompt"] = self.prompt_tokens
         if self.new_tokens:

@@ -3,7 +3,8 @@
     PYTHON vllm_job.py JOB.json SECONDS.json
 
 JOB: model, load_format, dtype, slots, max_model_len, prefix_caching (as vLLM takes them), repeats; and requests of
-`prompt` random token ids below `vocabulary`, the first `shared` of them alike, each to be continued by `new` tokens.
+`prompt` random token ids below `vocabulary`, the first `shared` of them alike, each to be continued by its number of
+tokens in the list `new`.
 Needs nothing of this package.
 """
 
@@ -24,7 +25,7 @@ def prompts(job: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
     draw, ids = random.Random(seed).choices, range(job["vocabulary"])
     start = random.Random(0).choices(ids, k=job["shared"])
     own = job["prompt"] - job["shared"]
-    return [{"prompt_token_ids": start + draw(ids, k=own)} for _ in range(job["requests"])]
+    return [{"prompt_token_ids": start + draw(ids, k=own)} for _ in job["new"]]
 
 
 def main(job_file: str, seconds_file: str) -> None:
@@ -43,7 +44,10 @@ def main(job_file: str, seconds_file: str) -> None:
         enable_prefix_caching=job["prefix_caching"],
         seed=0,
     )
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=job["new"], ignore_eos=True, detokenize=False)
+    sampling = [
+        vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+        for new in job["new"]
+    ]
     seconds = []
     for repeat in range(job["repeats"] + 1):
         work = prompts(job, repeat + 1)
@@ -51,7 +55,7 @@ def main(job_file: str, seconds_file: str) -> None:
         done = engine.generate(work, sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
         lengths = [len(request.outputs[0].token_ids) for request in done]
-        if lengths != [job["new"]] * job["requests"]:
+        if lengths != job["new"]:
             sys.exit(f"vLLM gave {sum(lengths)} tokens to {len(lengths)} requests, not what was asked for")
     with open(seconds_file, "w", encoding="utf-8") as file:
         json.dump(seconds[1:], file)

@@ -21,7 +21,7 @@ import torch
 from nla_engine.bench import vllm_job
 from nla_engine.bench.session import Prepared, Session
 from nla_engine.bench.shapes import find_shape
-from nla_engine.bench.suites import verbalize
+from nla_engine.bench.suites import long, verbalize
 from nla_engine.errors import RequestError, first_line
 
 _VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
@@ -44,7 +44,7 @@ def vllm_version(python: str) -> str:
 
 
 def measure_vllm(session: Session, python: str) -> None:
-    """One line for suite generate and one for suite verbalize, if these suites run."""
+    """One line for each of the suites generate, long and verbalize that runs."""
     sizes, suites, version = session.sizes, session.settings.suites, vllm_version(python)
     if "generate" in suites:
         slots = min(sizes.slots, sizes.requests)
@@ -52,7 +52,16 @@ def measure_vllm(session: Session, python: str) -> None:
             "generate",
             f"vLLM {version} {sizes.requests} x {sizes.prompt}+{sizes.new} B={slots}, no capture",
             "tok/s",
-            _done(session, python, slots, sizes.requests, sizes.prompt, sizes.new, unit=sizes.new),
+            _done(session, python, slots, sizes.prompt, [sizes.new] * sizes.requests, tokens=True),
+            warmups=0,
+        )
+    if "long" in suites:
+        slots, lengths = min(sizes.slots, sizes.long_requests), long.reply_lengths(session)
+        session.measure(
+            "long",
+            f"vLLM {version} {len(lengths)} x {sizes.long_prompt}+{min(lengths)}-{max(lengths)} B={slots}, no capture",
+            "tok/s",
+            _done(session, python, slots, sizes.long_prompt, lengths, tokens=True),
             warmups=0,
         )
     if "verbalize" in suites:
@@ -62,7 +71,7 @@ def measure_vllm(session: Session, python: str) -> None:
             "verbalize",
             f"vLLM {version} token ids {before}+{prompt - before}+{new} B={slots}, prefix cached",
             "vectors/s",
-            _done(session, python, slots, sizes.vectors, prompt, new, shared=before),
+            _done(session, python, slots, prompt, [new] * sizes.vectors, shared=before),
             warmups=0,
         )
 
@@ -72,31 +81,31 @@ def _done(
     session: Session,
     python: str,
     slots: int,
-    requests: int,
     prompt: int,
-    new: int,
+    new: list[int],
     *,
     shared: int = 0,
-    unit: int = 1,
+    tokens: bool = False,
 ) -> Iterator[Prepared]:
-    """One process runs all repeats beforehand. The figure is `unit` per request, per second."""
+    """One process runs all repeats beforehand: a request of `new` tokens for each entry of the list. The figure is
+    requests per second, or new tokens per second."""
     model, vocabulary = _model(session)
     job = {
         "model": model,
         "load_format": "auto" if session.settings.model else "dummy",
         "dtype": str(session.settings.dtype).removeprefix("torch."),
         "slots": slots,
-        "max_model_len": prompt + new,
+        "max_model_len": prompt + max(new),
         "prefix_caching": shared > 0,
         "repeats": session.settings.repeats,
-        "requests": requests,
         "prompt": prompt,
         "shared": shared,
         "new": new,
         "vocabulary": vocabulary,
     }
     seconds = iter(_run(session.directory, python, session.device, job))
-    yield Prepared(lambda: requests * unit / next(seconds))
+    done = sum(new) if tokens else len(new)
+    yield Prepared(lambda: done / next(seconds))
 
 
 def _model(session: Session) -> tuple[str, int]:

@@ -83,10 +83,11 @@ def open_generator(
     prompt: int = 0,
     max_prefill: int | None = None,
     next_token: int | None = None,
+    blocks: int | None = None,
 ) -> Iterator[Generator]:
     """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
-    prompt: tokens of the shortest prompt, from which the number of rows to keep is computed.
+    prompt: tokens of the shortest prompt, from which the number of rows to keep is computed. blocks: as `Runner`.
     next_token: as `--next-token` of capture
     """
     budget = max_prefill or MAX_PREFILL_TOKENS[lm.device.type]
@@ -105,7 +106,7 @@ def open_generator(
     if next_token is not None:
         room = keep.count(prompt, length)
         following = NextTokenTap(next_token, keep, rows_per_slot=room, device=lm.device)
-    runner = Runner(lm, slots=slots, length=length, tap=tap)
+    runner = Runner(lm, slots=slots, length=length, tap=tap, blocks=blocks)
     try:
         generator = Generator(
             runner,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nla_engine.capture.tap import RowRange
+from nla_engine.capture.row_range import RowRange
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.following import PromptRows
 from nla_engine.engine.request import NextTokens
@@ -73,17 +73,18 @@ class NextTokenTap:
         self._logprob.view(-1, self.rows_per_slot)[columns[0]] = _UNWRITTEN
 
     def of_prompts(self, runs: Sequence[Run], prefix: int) -> PromptRows:
-        """The tokens of prompts that have rows. The last of a prompt that is continued is not among them."""
-        if not self.rows.touches_prompts:
-            return PromptRows()
+        """The tokens of these runs that have rows. The last one that is read before more are chosen is not among
+        them."""
         found: list[tuple[int, int, int, int]] = []
         before = 0  # tokens of the pass in front of the run
         for run in runs:
-            request, slot = run.admitted.request, run.admitted.slot
-            ids = request.token_ids
-            size = prefix + len(ids)
+            request, slot, ids = run.admitted.request, run.admitted.slot, run.admitted.ids
+            prompt_size, size = (
+                prefix + len(request.token_ids),
+                prefix + len(ids),
+            )  # ids: with what was generated
             last = len(ids) - (request.max_new_tokens > 0)
-            first, end = self.rows.first(size) - prefix, self.rows.end(size, size) - prefix
+            first, end = self.rows.first(prompt_size) - prefix, self.rows.end(prompt_size, size) - prefix
             for place in range(max(run.start, first), min(run.stop, end, last)):
                 following = ids[place + 1] if place + 1 < len(ids) else -1
                 found.append((before + place - run.start, slot, prefix + place, following))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.slots import default_slots
+from nla_engine.engine.slots import BLOCK, Room, default_room, slot_blocks
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
@@ -18,6 +18,8 @@ from nla_engine.options import flag
 
 #: Fewer shared prompt tokens are not worth a prefix.
 SHORTEST_PREFIX = 8
+#: Most sequences that are generated at once: more cost a matrix product as much per sequence.
+DECODING_SLOTS = 512
 #: Most slots when prompts are only read: a pass reads at most this many texts at once.
 READING_SLOTS = 64
 
@@ -32,10 +34,30 @@ class CapturePlan:
     bytes: int
     row_bytes: int
     codec: str
-    slots: int
+    room: Room
     length: int
     prefix: int
     whole: bool
+
+    @property
+    def slots(self) -> int:
+        """Sequences at once."""
+        return self.room.slots
+
+    def half(self) -> CapturePlan:
+        """The same with half as much at once."""
+        return replace(self, room=self.room.half(self._most_blocks()))
+
+    def _most_blocks(self) -> int:
+        """Blocks of a sequence of the longest length."""
+        return slot_blocks(self.length, self.prefix)
+
+    def _together(self) -> str:
+        """In words, what all sequences have room for, where that is less than the longest length of each."""
+        blocks = self.room.blocks
+        if blocks is None or blocks >= self.slots * self._most_blocks():
+            return ""
+        return f" and {blocks * BLOCK:,} together"
 
     def __str__(self) -> str:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
@@ -43,7 +65,7 @@ class CapturePlan:
         whole = "; the whole model runs, for the next tokens" if self.whole else ""
         return (
             f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {_size(self.bytes)} as {self.codec}; "
-            f"{self.slots} at once, of at most {self.length:,} tokens{shared}{whole}"
+            f"{self.slots} at once, of at most {self.length:,} tokens{self._together()}{shared}{whole}"
         )
 
 
@@ -69,9 +91,10 @@ def plan_capture(
     longest = int(sizes.max(initial=1)) + new
     asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
     held = asked * keep.count(longest - new, longest)
-    slots = options.batch_size or default_slots(lm, longest, prefix, held=held)
-    if not new and options.batch_size is None:
-        slots = min(slots, READING_SLOTS)
+    at_once = options.batch_size or (DECODING_SLOTS if new else READING_SLOTS)
+    at_once = max(min(at_once, len(todo)), 1)
+    given = at_once if options.batch_size else None
+    room = default_room(lm, longest, prefix, most=at_once, held=held, slots=given)
     rows = choice.most_rows(todo, new)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
@@ -84,7 +107,7 @@ def plan_capture(
         bytes=rows * row_bytes,
         row_bytes=row_bytes,
         codec=options.codec,
-        slots=max(min(slots, len(todo)), 1),
+        room=room,
         length=longest,
         prefix=prefix,
         whole=not new and options.next_token is not None,

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,10 @@ _LOOK_SECONDS = 1.0
 class CaptureSummary:
     """What a store holds after a run; its keys are those of `--json`.
 
-    tokens_generated, seconds and the rates count this run alone. seconds: all that this run took, from loading to the
-    last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or reading.
+    tokens_generated, stepped_back, seconds and the rates count this run alone. stepped_back: how often a sequence lost
+    its keys and values to others, and was read again up to its last token. seconds: all that this run took, from
+    loading to the last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or
+    reading.
     """
 
     store: str
@@ -111,6 +113,7 @@ class CaptureSummary:
     sink_rows: int
     nonfinite_rows: int
     tokens_generated: int
+    stepped_back: int
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
@@ -286,7 +289,7 @@ class CaptureJob:
                     message = f"{self.lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
                     raise EngineError(message) from error
             torch.cuda.empty_cache()
-            plan = replace(plan, slots=plan.slots // 2)
+            plan = plan.half()
             self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
     def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
@@ -308,6 +311,7 @@ class CaptureJob:
         runner = Runner(
             lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
             slots=plan.slots,
+            blocks=plan.room.blocks,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
             tap=tap,
@@ -371,7 +375,8 @@ class CaptureJob:
                 if now - began > self.most_seconds:
                     raise Enough
             if now - last >= _LOOK_SECONDS:
-                last, at = now, tally()
+                last = now
+                self.tally = at = tally()  # goes on counting
                 self.phases(
                     plan.already_done + at.ended,
                     len(self.prompts),
@@ -408,6 +413,7 @@ class CaptureJob:
             sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
             nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
             tokens_generated=generated,
+            stepped_back=self.tally.stepped_back,
             seconds=round(sum(by_phase.values()), 3),
             seconds_by_phase=by_phase,
             rows_per_second=round((writer.rows - rows_before) / filling, 1),

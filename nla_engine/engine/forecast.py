@@ -28,6 +28,7 @@ class Tally:
     stopped: how many replies ended by themselves, by their tokens; cut: the same of those that reached their limit
     running: tokens of each running sequence so far
     steps: decode steps; lanes: sequences in them, added up
+    stepped_back: how often a sequence lost its keys and values to others; again: tokens that were read again for it
     """
 
     read: int = 0
@@ -38,6 +39,8 @@ class Tally:
     running: list[int] = field(default_factory=list)
     steps: int = 0
     lanes: int = 0
+    stepped_back: int = 0
+    again: int = 0
 
     def end(self, tokens: int, limit: int) -> None:
         """A sequence has ended with so many generated tokens."""
@@ -61,6 +64,8 @@ class Tally:
             running=later.running,
             steps=self.steps + later.steps,
             lanes=self.lanes + later.lanes,
+            stepped_back=self.stepped_back + later.stepped_back,
+            again=self.again + later.again,
         )
 
 

@@ -80,7 +80,7 @@ class FusedBlock:
         kv = work.cache.layer(self.layer)
         cos, sin = position_embeddings
         query = rotate_and_store(
-            row, cos[0], sin[0], kv.keys, kv.values, work.slot, work.place, self.head_norm
+            row, cos[0], sin[0], kv.keys, kv.values, kv.table, work.slot, work.place, self.head_norm
         )
         attended, x = work.attend_wanted(query, x, self.layer, self.shape)
         work.join()  # the residual stream changes from here on, so wait for the work that reads it in parallel

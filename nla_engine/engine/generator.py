@@ -22,7 +22,7 @@ from nla_engine.engine.graph import DecodeGraph, lane_bucket
 from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Run, Scheduler, Step
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
@@ -33,6 +33,8 @@ Generate = collections.abc.Generator[_T, None, None]
 #: Takes the bytes of each ended sequence by request id, returns the ids to fetch now.
 Portion = Callable[[Mapping[int, int]], Sequence[int]]
 Watch = Callable[[Callable[[], Tally]], None]
+#: Of a sequence that has not stepped back.
+_NOTHING = Kept((), 0, False)
 
 
 class Generator:
@@ -99,10 +101,12 @@ class Generator:
             and are offered again once the caller has taken the chosen ones. With nothing running it must choose one.
         watch: called after every turn with a function that says what has been done so far
         """
+        self.runner.cache.release_all()  # sequences take blocks as they grow; an earlier run may have been left
         queue = Scheduler(
             requests,
             slots=self.runner.cache.slots,
             prefill_tokens=self.max_prefill_tokens,
+            blocks=self.runner.cache.blocks,
             more_steps=self.read_last - 1,
             alone=self.runner.graphable,
             check=self._check,
@@ -122,6 +126,8 @@ class Generator:
                 elif not (ready := self._fetch(queue, portion)):
                     raise EngineError("no sequence was chosen although all have ended")
                 continue
+            for admitted, kept in self._step_back(step.stepped_back):
+                queue.put_back(admitted, kept)
             self._take(step)
             if ready:
                 yield ready  # the device works meanwhile, so the caller's work costs no time
@@ -171,6 +177,7 @@ class Generator:
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""
+        self.runner.cache.update()
         self.runner.tap.drain()
         if step.entered:
             self._open(step.entered)
@@ -181,21 +188,58 @@ class Generator:
         else:
             self.runner.tap.look(decoded=False)
 
+    def _step_back(self, admitted: list[Admitted]) -> list[tuple[Admitted, Kept | None]]:
+        """What to keep of sequences that step back; None: it has ended meanwhile. Waits for the device if any do."""
+        if not admitted:
+            return []
+        state = self.state
+        at = to_device(np.array([a.slot for a in admitted]), self.runner.device)
+        columns = torch.stack([state.active[at], state.closing[at], state.stop_state[at], state.count[at]])
+        kept: list[tuple[Admitted, Kept | None]] = []
+        tokens = self._generated(at)
+        for each, row, (active, closes, stop, count) in zip(
+            admitted, tokens, columns.T.tolist(), strict=True
+        ):
+            there = Kept(tuple(row[:count].tolist()), stop, bool(closes))
+            kept.append((each, there if active else None))
+        return kept
+
+    def _generated(self, at: torch.Tensor) -> np.ndarray:
+        """int32 [n, most]: what these slots have generated so far, up to the longest. Waits for the device."""
+        most = int(self.state.count[at].max())
+        return self.state.generated[at, :most].to(torch.int32).cpu().numpy()
+
     def _open(self, entered: list[Admitted]) -> None:
         state, prefix = self.state, self.runner.cache.prefix_size
         slots = [a.slot for a in entered]
         sizes = [prefix + len(a.request.token_ids) for a in entered]
         limits = [a.request.max_new_tokens for a in entered]
+        kept = [a.kept or _NOTHING for a in entered]
+        counts = [len(each.generated) for each in kept]
         columns = to_device(
-            np.array([slots, [a.request.id for a in entered], limits, sizes]), self.runner.device
+            np.array(
+                [
+                    slots,
+                    [a.request.id for a in entered],
+                    limits,
+                    # Reading the last of these tokens gives the next.
+                    [size + count - 1 for size, count in zip(sizes, counts, strict=True)],
+                    counts,
+                    [each.stop_state for each in kept],
+                    [each.closing for each in kept],
+                ]
+            ),
+            self.runner.device,
         )
         at = columns[0]
-        state.sequence[at], state.limit[at] = columns[1], columns[2]
-        state.position[at] = columns[3] - 1  # the last prompt token: reading it gives the first new token
-        state.count[at] = 0
-        state.stop_state[at] = 0
-        state.closing[at] = False
+        state.sequence[at], state.limit[at], state.position[at], state.count[at] = columns[1:5]
+        state.stop_state[at], state.closing[at] = columns[5].to(torch.uint8), columns[6].bool()
         state.active[at] = True
+        if most := max(counts):
+            tokens = np.zeros((len(kept), most), np.int64)
+            for row, each in zip(tokens, kept, strict=True):
+                row[: len(each.generated)] = each.generated
+            state.generated[at, :most] = to_device(tokens, self.runner.device)
         vectors = {a.slot: a.request.vectors for a in entered if a.request.vectors is not None}
         if vectors:
             self.runner.injector.put(list(vectors), list(vectors.values()))
@@ -214,7 +258,7 @@ class Generator:
         entering: list[tuple[int, int, int]] = []  # token, slot and number of each vector
         end = 0
         for run in runs:
-            admitted, ids = run.admitted, run.admitted.request.token_ids
+            admitted, ids = run.admitted, run.admitted.ids
             parts.append((admitted.slot, prefix + run.start, ids[run.start : run.stop]))
             for number, place in enumerate(run.admitted.request.places):
                 if run.start <= place < run.stop:
@@ -319,7 +363,7 @@ class Generator:
     def _complete(self, ended: list[Ended]) -> list[Completion]:
         state = self.state
         at = to_device(np.array([a.slot for a in ended]), self.runner.device)
-        generated = state.generated[at].cpu().numpy().astype(np.int32)
+        generated = self._generated(at)
         codes = self.stop.finish_codes(state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
         replies = [generated[i, : a.count] for i, a in enumerate(ended)]
         kept = self.runner.tap.collect(

@@ -40,6 +40,8 @@ _HOST_ROTATIONS = ("dynamic", "longrope")
 class Runner:
     """Runs `lm` with `slots` sequences of at most `length` tokens each, including the shared `prefix`.
 
+    blocks: of keys and values in all, of `block` tokens; see `SlotCache`. With fewer than all slots may need, only a
+        Generator can decide who holds them.
     tap: called inside every pass once the model has been checked.
     injection: how vectors enter, at most `vectors` of them per sequence. The tap sees a block's output after that.
     While a runner is open, the model's own forward must not be called. `close` restores it, with transformers' eager
@@ -57,6 +59,8 @@ class Runner:
         kernels: Kernels = Kernels(),
         injection: Injection = Injection(),
         vectors: int = 1,
+        blocks: int | None = None,
+        block: int | None = None,
     ) -> None:
         if kernels.precision == "fp8" and not all(map(can_fuse, lm.blocks)):
             raise EngineError(
@@ -73,7 +77,7 @@ class Runner:
         self.device = lm.device
         self.precision = kernels.precision
         self.reference = kernels.plain(lm.device)
-        self.cache = SlotCache(lm, slots, length, len(prefix))
+        self.cache = SlotCache(lm, slots, length, len(prefix), blocks, block)
         self.injector = Injector(injection, slots, vectors, lm.d_model, lm.device)
         self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
@@ -131,6 +135,7 @@ class Runner:
                 block.forward.taps = taps
             check.run(fp8=True)
         if prefix:
+            self.cache.grow(0, len(prefix))
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
 

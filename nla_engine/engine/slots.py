@@ -1,52 +1,88 @@
-"""Where keys and values are kept: one fixed region per slot, and one shared prefix that every slot attends to first.
+"""Where keys and values are kept: in blocks of one pool, which slots hold as their sequences grow, and in one shared
+prefix that every slot attends to first.
 
-Position p of a sequence is in the prefix if p < prefix size, else at p - prefix size of its slot. There is one slot
-more than asked for: unused lanes of a decode step work there.
+Position p of a sequence is in the prefix if p < prefix size, else at place p - prefix size of its slot. The prefix has
+tensors of its own: all queries of a step attend to it in one product, which blocks shared through the table would
+not allow. There is one slot more than asked for: unused lanes of a decode step work there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.transfer import to_device
+from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel
-from nla_engine.ops.attention import KeyValues
+from nla_engine.ops.key_values import KeyValues
 
+#: Places in a block on a GPU. On a CPU a block is a whole slot: attention reads it without a copy, and the system gives
+#: memory only to what is written.
+BLOCK = 64
+#: With room for fewer blocks per slot there are fewer slots: replies would step back too often.
+_WORTH_BLOCKS = 8
 #: Most slots on a CPU by default: few enough that its caches do not thrash.
 _MOST_SLOTS_CPU = 64
-#: The part of the free GPU memory that slots may take.
+#: The part of the free GPU memory that blocks may take.
 _MEMORY_PART = 0.7
 
 
+@dataclass(frozen=True)
+class Room:
+    """slots: sequences at once; blocks: in the pool, None: as many as all slots need for their longest sequence."""
+
+    slots: int
+    blocks: int | None = None
+
+    def half(self, least: int) -> Room:
+        """Half of it, but no fewer than `least` blocks."""
+        return Room(self.slots // 2, None if self.blocks is None else max(self.blocks // 2, least))
+
+
 def slot_size(length: int, prefix: int) -> int:
-    """Tokens that a slot has room for if sequences of `length` share `prefix`, which is first read in a slot."""
+    """Places that a slot may need if sequences of `length` share `prefix`, which is first read in a slot."""
     return max(length - prefix, prefix) + 1
 
 
-def default_slots(
+def slot_blocks(length: int, prefix: int) -> int:
+    """Blocks that a slot may need on a GPU."""
+    return -(-slot_size(length, prefix) // BLOCK)
+
+
+def default_room(
     lm: LanguageModel,
     length: int,
     prefix: int = 0,
     most: int = 512,
     precision: str = "full",
     held: int = 0,
-) -> int:
-    """How many sequences of `length` tokens, `prefix` of them shared, to run at once: at most `most`, and as many as
-    fit the memory that is free on the model's device once a runner of that precision has made its weights.
+    slots: int | None = None,
+) -> Room:
+    """How many sequences of at most `length` tokens, `prefix` of them shared, to run at once: `slots`, or `most` (fewer
+    on a CPU). The pool has blocks for the longest of all, or takes a part of the memory that is free on the model's
+    device once a runner of that precision has made its weights; then sequences may have to step back.
 
     held: bytes that a slot needs besides keys and values
     """
     if lm.device.type == "cpu":
-        return min(most, _MOST_SLOTS_CPU)
+        return Room(slots or min(most, _MOST_SLOTS_CPU))
     heads, head_size = kv_shape(lm.config)
-    slot_bytes = 2 * len(lm.blocks) * slot_size(length, prefix) * heads * head_size * lm.dtype.itemsize + held
+    block_bytes = 2 * len(lm.blocks) * BLOCK * heads * head_size * lm.dtype.itemsize
     free = free_bytes(lm.device)
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each
-    return max(1, min(most, int(free * _MEMORY_PART) // slot_bytes))
+    free = int(free * _MEMORY_PART)
+    least = slot_blocks(length, prefix)
+    if slots is None:
+        each = min(least, _WORTH_BLOCKS) * block_bytes + held
+        slots = max(1, min(most, free // each))
+    blocks = max(least, (free - slots * held) // block_bytes)
+    return Room(slots, min(blocks, slots * least))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -63,44 +99,107 @@ def kv_shape(config: Any) -> tuple[int, int]:
 
 
 class SlotCache:
-    """keys, values: [layers, slots + 1, size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV, ...]."""
+    """keys, values: [layers, blocks + 1, block size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV,
+    head_size]; table: int32 [slots + 1, columns], see `KeyValues`.
 
-    def __init__(self, lm: LanguageModel, slots: int, length: int, prefix: int) -> None:
-        """length: most tokens of a sequence, including `prefix` shared ones."""
+    size: places that a slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        slots: int,
+        length: int,
+        prefix: int,
+        blocks: int | None = None,
+        block: int | None = None,
+    ) -> None:
+        """length: most tokens of a sequence, including `prefix` shared ones.
+
+        blocks: in the pool. None: enough for all slots, each of which holds its own until `release_all`
+        block: places in one
+        """
         heads, head_size = kv_shape(lm.config)
         layers = len(lm.blocks)
         self.length, self.size = length, slot_size(length, prefix)
         self.slots = self.spare = slots
-        shape = (layers, slots + 1, self.size, heads, head_size)
+        block = block or (self.size if lm.device.type == "cpu" else BLOCK)
+        columns = -(-self.size // block)
+        count = (slots + 1) * columns if blocks is None else blocks
+        if count < columns:
+            raise EngineError(
+                f"{lm.name}: {count} blocks of {block} tokens do not hold one sequence of {length} tokens"
+            )
+        self.blocks = Blocks(count, block, slots + 1)
+        shape = (layers, count + 1, block, heads, head_size)
         self.keys = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
         self.values = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
         self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))
         self.prefix_values = self.values.new_empty((layers, 0, heads, head_size))
+        self.table = torch.full((slots + 1, columns + 1), count, dtype=torch.int32, device=lm.device)
+        if blocks is None:
+            for slot in range(slots + 1):
+                self.blocks.grow(slot, self.size)
+            self.update()
 
     @property
     def prefix_size(self) -> int:
         return self.prefix_keys.shape[1]
 
+    def update(self) -> None:
+        """Tell the device which blocks slots hold now. Passes queued before still see what they held."""
+        changes = self.blocks.changes()
+        if changes.size:
+            slot, column, block = to_device(changes, self.table.device)
+            self.table[slot, column] = block.int()
+
+    def grow(self, slot: int, places: int) -> None:
+        """Give a slot the blocks that it lacks for so many places."""
+        self.blocks.grow(slot, places)
+        self.update()
+
+    def release_all(self) -> None:
+        """Take the blocks of every slot back. From now on the caller assigns them, through `blocks`."""
+        for slot in range(self.slots + 1):
+            self.blocks.release(slot)
+        self.update()
+
     def keep_as_prefix(self, slot: int, length: int) -> None:
         """Make the first `length` positions of a freshly filled slot the shared prefix."""
-        self.prefix_keys = self.keys[:, slot, :length].clone()
-        self.prefix_values = self.values[:, slot, :length].clone()
+        kept = [self.layer(layer).places(slot, length) for layer in range(len(self.keys))]
+        self.prefix_keys, self.prefix_values = (torch.stack(part) for part in zip(*kept, strict=True))
 
-    def copy(self, source: list[int], target: list[int], length: int) -> None:
-        """Copy the first `length` places of each source slot to its target slot, in every layer."""
-        at = to_device(np.array([source, target]), self.keys.device)
-        for held in (self.keys, self.values):
-            held[:, at[1], :length] = held[:, at[0], :length]
+    def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
+        """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them
+        in their last block. Blocks that both hold are left alone."""
+        pairs = [
+            pair
+            for a, b in zip(source, target, strict=True)
+            for pair in zip(self._first(a, length), self._first(b, length), strict=False)
+            if pair[0] != pair[1]
+        ]
+        if pairs:
+            at = to_device(np.array(pairs).T.copy(), self.keys.device)
+            for held in (*self.keys, *self.values):
+                held[at[1]] = held[at[0]]
+
+    def _first(self, slot: int, length: int) -> list[int]:
+        return self.blocks.held(slot)[: self.blocks.of(length)]
 
     def layer(self, layer: int) -> KeyValues:
         """Views of one layer."""
         return KeyValues(
-            self.keys[layer], self.values[layer], self.prefix_keys[layer], self.prefix_values[layer]
+            self.keys[layer],
+            self.values[layer],
+            self.prefix_keys[layer],
+            self.prefix_values[layer],
+            self.table,
         )
 
     def write(
         self, layer: int, slot: torch.Tensor, place: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Store key, value [T, kv_heads, head_size] at (slot, place) int64 [T] of a layer."""
-        self.keys[layer].index_put_((slot, place), key)
-        self.values[layer].index_put_((slot, place), value)
+        at = self.table[slot, place // self.blocks.size].long(), place % self.blocks.size
+        self.keys[layer].index_put_(at, key)
+        self.values[layer].index_put_(at, value)

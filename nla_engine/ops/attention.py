@@ -1,12 +1,13 @@
-"""Attention of packed queries over slots and a shared prefix: reference in torch, two Triton kernels.
+"""Attention of packed queries over a paged cache and a shared prefix: reference in torch, two Triton kernels.
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h // G]) v[p, h // G]    position - window < p <= position of t
 
-Keys and values of positions below the prefix size are in the prefix, the others in the query's slot. A decode step and
-a packed prefill differ only in how queries are cut into tiles. G: query heads per key/value head, any number. Online
-softmax after Milakov & Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135. Every query sees the
-prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial result (Juravsky et
-al., arXiv:2402.05099).
+Keys and values of positions below the prefix size are in the prefix, the others in blocks that the query's slot holds:
+place p = position - prefix size is at (table[slot, p // size], p % size). A decode step and a packed prefill differ
+only in how queries are cut into tiles. G: query heads per key/value head, any number. Online softmax after Milakov &
+Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135; blocks after Kwon et al., arXiv:2309.06180.
+Every query sees the prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial
+result (Juravsky et al., arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -18,22 +19,9 @@ from typing import Any
 import torch
 
 from nla_engine.ops.backends import has_triton
+from nla_engine.ops.key_values import KeyValues
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
 from nla_engine.ops.triton_module import tl, triton
-
-
-@dataclass(frozen=True)
-class KeyValues:
-    """One layer's keys and values: [slots, size, KV, h] in slots, [P, KV, h] of the shared prefix."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    prefix_keys: torch.Tensor
-    prefix_values: torch.Tensor
-
-    @property
-    def prefix_size(self) -> int:
-        return self.prefix_keys.shape[0]
 
 
 @dataclass(frozen=True)
@@ -80,8 +68,8 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
     places = (tiles.token, tiles.count, tiles.slot, tiles.position)
     for token, count, slot, position in zip(*(column.tolist() for column in places), strict=True):
         end, rows = position + count, slice(token, token + count)
-        keys = torch.cat([kv.prefix_keys[:end], kv.keys[slot, : max(end - kv.prefix_size, 0)]])
-        values = torch.cat([kv.prefix_values[:end], kv.values[slot, : max(end - kv.prefix_size, 0)]])
+        keys, values = kv.places(slot, max(end - kv.prefix_size, 0))
+        keys, values = torch.cat([kv.prefix_keys[:end], keys]), torch.cat([kv.prefix_values[:end], values])
         at = torch.arange(end, device=query.device)
         own = at[position:, None]
         seen = (at <= own) & (at > own - shape.window if shape.window else at >= 0)
@@ -91,9 +79,8 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
 
 def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """The reference for a decode step (one query per tile) as one batched computation."""
-    size = tiles.longest - kv.prefix_size
     lanes = len(query)
-    keys, values = kv.keys[tiles.slot, :size], kv.values[tiles.slot, :size]
+    keys, values = kv.places(tiles.slot, tiles.longest - kv.prefix_size)
     if kv.prefix_size:
         keys = torch.cat([kv.prefix_keys.expand(lanes, -1, -1, -1), keys], 1)
         values = torch.cat([kv.prefix_values.expand(lanes, -1, -1, -1), values], 1)
@@ -173,6 +160,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             **options,
         )
     cut = cut_for(size, itemsize, tiles.rows, card)
+    if kv.size % cut.keys:
+        raise ValueError(f"blocks of {kv.size} places: the kernel reads {cut.keys} at once")
     _attend_kernel[(len(tiles.token), groups, tiles.rows // cut.rows)](
         query,
         kv.keys,
@@ -185,8 +174,10 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         tiles.count,
         tiles.slot,
         tiles.position,
+        kv.table,
         query.stride(0),
         query.stride(1),
+        kv.table.stride(0),
         kv.keys.stride(0),
         kv.keys.stride(1),
         kv.keys.stride(2),
@@ -196,6 +187,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         shape.softcap,
         PREFIX=kv.prefix_size > 0,
         SHARED=tiles.rows > cut.rows,
+        SIZE=kv.size,
         BLOCK_M=cut.rows,
         BLOCK_N=cut.keys,
         num_warps=cut.warps,
@@ -270,8 +262,8 @@ def _prefix_kernel(
 @triton.jit
 def _attend_kernel(
     q,  # [T, H, h]
-    keys,  # [slots, size, KV, h]
-    values,  # [slots, size, KV, h], strides of keys
+    keys,  # [blocks, SIZE, KV, h]
+    values,  # [blocks, SIZE, KV, h], strides of keys
     out,  # [T, H, h], contiguous
     partial,  # float32 [T, H, h], contiguous: from the prefix's kernel; unused without PREFIX
     sums,  # float32 [T, H]: the same
@@ -280,9 +272,11 @@ def _attend_kernel(
     tile_count,
     tile_slot,
     tile_position,
+    table,  # int32 [slots, columns]
     q_token,
     q_head,
-    kv_slot,
+    table_slot,
+    kv_block,
     kv_position,
     kv_head,
     prefix_size,
@@ -291,6 +285,7 @@ def _attend_kernel(
     softcap,
     PREFIX: tl.constexpr,
     SHARED: tl.constexpr,  # a tile has several programs
+    SIZE: tl.constexpr,  # a multiple of BLOCK_N
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -332,12 +327,18 @@ def _attend_kernel(
     low = 0
     if WINDOW:
         low = tl.maximum(first - window + 1 - prefix_size, 0)
-    k_base = keys + slot * kv_slot + group * kv_head
-    v_base = values + slot * kv_slot + group * kv_head
-    for start in range(low // BLOCK_N * BLOCK_N, end, BLOCK_N):
+    low = low // BLOCK_N * BLOCK_N
+    k_base = keys + group * kv_head
+    v_base = values + group * kv_head
+    entry = table + slot * table_slot
+    number = tl.load(entry + low // SIZE)
+    for start in range(low, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         there = at < end
-        place = at.to(tl.int64)[:, None] * kv_position + channel[None]
+        base = number.to(tl.int64) * kv_block
+        number = tl.load(entry + (start + BLOCK_N) // SIZE)  # ahead, so that no key waits for it
+        inside = start % SIZE + tl.arange(0, BLOCK_N)
+        place = base + inside.to(tl.int64)[:, None] * kv_position + channel[None]
         k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
         v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
         seen = there[None] & (at[None] + prefix_size <= own[:, None])

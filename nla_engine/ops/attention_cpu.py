@@ -1,4 +1,5 @@
-"""Attention of packed queries on a CPU: torch's fused kernel, over views of the cache wherever a view will do.
+"""Attention of packed queries on a CPU: torch's fused kernel, over views of the cache wherever a view will do, which is
+where one block holds all that is seen of a slot.
 
 The formula, and the slow reference, are in `ops.attention`. Two cases go to that reference: a soft cap, which the fused
 kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times another sequence's NaN is
@@ -12,11 +13,12 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nla_engine.ops.attention import KeyValues, Shape, Tiles, attend_torch
+from nla_engine.ops.attention import Shape, Tiles, attend_torch
+from nla_engine.ops.key_values import KeyValues
 
 #: Queries that share a mask, where a mask is needed: each of them is held against the keys of the last one.
 _CHUNK = 256
-#: Slots between the first and the last lane are computed as well if there are at most this many per lane.
+#: Blocks between the first and the last lane's are computed as well if there are at most this many per lane.
 _IDLE = 2
 
 
@@ -29,52 +31,58 @@ def attend_cpu(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -
 
 
 def _decode(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """One query per slot. Idle slots between those of the lanes are computed too, and dropped."""
-    lanes, heads, size = query.shape
+    """One query per slot. Idle blocks between those of the lanes are computed too, and dropped."""
+    heads, size = query.shape[1:]
     held, groups = tiles.longest - kv.prefix_size, kv.keys.shape[2]
-    first, span = _span(tiles)
+    first, span, at = _span(kv, tiles)
     if span:
         keys, values = kv.keys[first : first + span, :held], kv.values[first : first + span, :held]
     else:
-        keys, values = kv.keys[:, :held][tiles.slot], kv.values[:, :held][tiles.slot]
+        keys, values = kv.places(tiles.slot, held)
     if kv.prefix_size:
         many = len(keys), -1, -1, -1
         keys = torch.cat([kv.prefix_keys.expand(many), keys], 1)
         values = torch.cat([kv.prefix_values.expand(many), values], 1)
-    at = tiles.slot - first if span and span != lanes else None
     if at is not None:
         query = query.new_zeros((span, heads, size)).index_copy_(0, at, query)
     out = scaled_dot_product_attention(
         query.reshape(-1, groups, heads // groups, size),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=_decode_mask(tiles, shape.window, query.dtype, first, span),
+        attn_mask=_decode_mask(tiles, shape.window, query.dtype, span, at),
         scale=shape.scale,
     ).reshape(-1, heads, size)
     return out if at is None else out[at]
 
 
-def _span(tiles: Tiles) -> tuple[int, int]:
-    """The first slot of the lanes, and how many slots from there to take as one view; (0, 0): lanes are gathered."""
+def _span(kv: KeyValues, tiles: Tiles) -> tuple[int, int, torch.Tensor | None]:
+    """The first block of the lanes, how many blocks from there to take as one view, and which of these are the lanes',
+    int64 [lanes] (None: all, in order); (0, 0, None): lanes are gathered."""
     if "span" not in tiles.once:
-        slot = tiles.slot.tolist()
-        first, span = min(slot), max(slot) - min(slot) + 1
-        in_order = len(set(slot)) == len(slot) and (span != len(slot) or slot == sorted(slot))
-        tiles.once["span"] = (first, span) if in_order and span <= _IDLE * len(slot) else (0, 0)
-    found: tuple[int, int] = tiles.once["span"]
+        tiles.once["span"] = 0, 0, None
+        if tiles.longest - kv.prefix_size <= kv.size:
+            own = kv.table[tiles.slot, 0]
+            blocks = own.tolist()
+            first, span = min(blocks), max(blocks) - min(blocks) + 1
+            if len(set(blocks)) == len(blocks) and span <= _IDLE * len(blocks):
+                in_order = blocks == list(range(first, first + span))
+                tiles.once["span"] = first, span, None if in_order else own.long() - first
+    found: tuple[int, int, torch.Tensor | None] = tiles.once["span"]
     return found
 
 
-def _decode_mask(tiles: Tiles, window: int, dtype: torch.dtype, first: int, span: int) -> torch.Tensor:
-    """What each lane sees, [lanes or span, 1, 1, longest]: 0 or -inf. An idle slot sees everything."""
+def _decode_mask(
+    tiles: Tiles, window: int, dtype: torch.dtype, span: int, lanes: torch.Tensor | None
+) -> torch.Tensor:
+    """What each lane sees, [lanes or span, 1, 1, longest]: 0 or -inf. An idle block sees everything."""
     key = ("mask", window)
     if key not in tiles.once:
         at = torch.arange(tiles.longest)
         hidden = at > tiles.position[:, None]
         if window:
             hidden |= at <= tiles.position[:, None] - window
-        if span and span != len(tiles.slot):
-            hidden = hidden.new_zeros((span, len(at))).index_copy_(0, tiles.slot - first, hidden)
+        if lanes is not None:
+            hidden = hidden.new_zeros((span, len(at))).index_copy_(0, lanes, hidden)
         tiles.once[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[
             :, None, None
         ]
@@ -95,10 +103,8 @@ def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> 
             first, end = position + start, position + rows.stop - token
             low = max(first - window + 1, 0) if window else 0
             keys, values = (
-                _places(held[slot], prefix, low, end)
-                .transpose(0, 1)[:, None]
-                .expand(-1, heads // groups, -1, -1)
-                for held, prefix in ((kv.keys, kv.prefix_keys), (kv.values, kv.prefix_values))
+                held.transpose(0, 1)[:, None].expand(-1, heads // groups, -1, -1)
+                for held in _places(kv, slot, low, end)
             )
             seen = None
             if not causal:
@@ -133,7 +139,15 @@ def _runs(tiles: Tiles) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _places(held: torch.Tensor, prefix: torch.Tensor, low: int, end: int) -> torch.Tensor:
-    """Keys or values at positions [low, end): held [size, KV, h] after prefix [P, KV, h]. A view without prefix."""
-    own = held[max(low - len(prefix), 0) : end - len(prefix)] if end > len(prefix) else held[:0]
-    return own if low >= len(prefix) else torch.cat([prefix[low:end], own])
+def _places(kv: KeyValues, slot: int, low: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values at positions [low, end) of a slot. Views without prefix and within one block."""
+    prefix = kv.prefix_size
+    first, last = max(low - prefix, 0), max(end - prefix, 0)
+    if last <= kv.size:
+        block = int(kv.table[slot, 0])
+        keys, values = kv.keys[block, first:last], kv.values[block, first:last]
+    else:
+        keys, values = kv.places(slot, last, first)
+    if low >= prefix:
+        return keys, values
+    return torch.cat([kv.prefix_keys[low:end], keys]), torch.cat([kv.prefix_values[low:end], values])

@@ -1,7 +1,7 @@
-"""From one row of projections to rotated queries and to keys and values in their slots: reference and Triton kernel.
+"""From one row of projections to rotated queries and to keys and values in the cache: reference and Triton kernel.
 
     q, k, v = split(row);  q, k = rms_norm(q), rms_norm(k) per head if the model has such norms
-    q, k = x cos + rotate_half(x) sin;  cache[slot, position - prefix] = k, v
+    q, k = x cos + rotate_half(x) sin;  cache[table[slot, place // size], place % size] = k, v
 
 float32 inside, rounded once. Su et al., arXiv:2104.09864, in the half-split form of transformers.
 """
@@ -33,16 +33,18 @@ def rotate_and_store(
     sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    table: torch.Tensor,
     slot: torch.Tensor,
     place: torch.Tensor,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
-    """row [T, (H + 2 KV) h]; cos, sin [T, h]; keys, values [slots, size, KV, h] to write at (slot, place) int64 [T].
+    """row [T, (H + 2 KV) h]; cos, sin [T, h]; keys, values [blocks, size, KV, h], table int32 [slots, columns] to write
+    at (slot, place) int64 [T].
 
     Returns rotated queries [T, H, h]. Triton where it runs, else the reference.
     """
     run = rotate_and_store_triton if has_triton(row.device) else rotate_and_store_reference
-    return run(row, cos, sin, keys, values, slot, place, norm)
+    return run(row, cos, sin, keys, values, table, slot, place, norm)
 
 
 def rotate_and_store_reference(
@@ -51,6 +53,7 @@ def rotate_and_store_reference(
     sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    table: torch.Tensor,
     slot: torch.Tensor,
     place: torch.Tensor,
     norm: HeadNorm | None,
@@ -62,8 +65,9 @@ def rotate_and_store_reference(
     if norm is not None:
         q = rms_norm_reference(q, norm.query, norm.eps, norm.offset)
         k = rms_norm_reference(k, norm.key, norm.eps, norm.offset)
-    keys[slot, place] = _rotate(k, cos, sin)
-    values[slot, place] = v
+    at = table[slot, place // keys.shape[1]].long(), place % keys.shape[1]
+    keys[at] = _rotate(k, cos, sin)
+    values[at] = v
     return _rotate(q, cos, sin)
 
 
@@ -79,6 +83,7 @@ def rotate_and_store_triton(
     sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    table: torch.Tensor,
     slot: torch.Tensor,
     place: torch.Tensor,
     norm: HeadNorm | None,
@@ -94,12 +99,14 @@ def rotate_and_store_triton(
         q,
         keys,
         values,
+        table,
         slot,
         place,
         row if norm is None else norm.query,
         row if norm is None else norm.key,
         row.stride(0),
         cos.stride(-2),
+        table.stride(0),
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
@@ -110,6 +117,7 @@ def rotate_and_store_triton(
         BLOCK_G=triton.next_power_of_2(heads // groups + 1),
         BLOCK_H=triton.next_power_of_2(size // 2),
         NORM=norm is not None,
+        BLOCK=keys.shape[1],
         num_warps=2,
     )
     return q
@@ -121,15 +129,17 @@ def _rotate_kernel(
     cos,  # [T, h]
     sin,  # [T, h], strides of cos
     q,  # [T, H, h], contiguous
-    keys,  # [slots, size, KV, h]
-    values,  # [slots, size, KV, h], strides of keys
+    keys,  # [blocks, BLOCK, KV, h]
+    values,  # [blocks, BLOCK, KV, h], strides of keys
+    table,  # int32 [slots, columns]
     slot,  # int64 [T]
     place,  # int64 [T]
     query_weight,  # [h]; not read unless NORM
     key_weight,  # [h]; not read unless NORM
     row_token,
     cos_token,
-    kv_slot,
+    table_slot,
+    kv_block,
     kv_place,
     kv_head,
     eps,
@@ -139,10 +149,13 @@ def _rotate_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORM: tl.constexpr,
+    BLOCK: tl.constexpr,  # places in a block of the cache
 ):
     """One program: a token's queries for one key/value head, as rows 0..G-1, and its key as row G."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     groups = tl.num_programs(1)
+    own = tl.load(place + token)  # first, as what it leads to is needed last
+    number = tl.load(table + tl.load(slot + token) * table_slot + own // BLOCK).to(tl.int64)
     SIZE: tl.constexpr = 2 * HALF
     head = tl.arange(0, BLOCK_G)
     channel = tl.arange(0, BLOCK_H)
@@ -176,7 +189,7 @@ def _rotate_kernel(
     q_real = real & (head < GROUP)[:, None]
     tl.store(q_at, new_low, mask=q_real)
     tl.store(q_at + HALF, new_high, mask=q_real)
-    base = tl.load(slot + token) * kv_slot + tl.load(place + token) * kv_place + group * kv_head
+    base = number * kv_block + own % BLOCK * kv_place + group * kv_head
     k_at = keys + base + tl.zeros([BLOCK_G, 1], tl.int64) + channel[None]
     k_real = real & is_key[:, None]
     tl.store(k_at, new_low, mask=k_real)

@@ -15,7 +15,7 @@ from nla_engine.engine.injection import at_scale
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.slots import default_slots
+from nla_engine.engine.slots import default_room
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
 from nla_engine.models.injection import Injection, Prompt
@@ -135,7 +135,7 @@ class Writer:
         lm, kernels, shared = self.lm, self.kernels, limits.shared
         length = limits.longest + max_new_tokens
         held = limits.vectors * lm.d_model * 4  # bytes: a slot keeps its vectors in float32
-        slots = batch_size or default_slots(lm, length, len(shared), _MOST_SLOTS, kernels.precision, held)
+        room = default_room(lm, length, len(shared), _MOST_SLOTS, kernels.precision, held, batch_size)
         order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:
@@ -150,7 +150,8 @@ class Writer:
 
         with Runner(
             lm,
-            slots=slots,
+            slots=room.slots,
+            blocks=room.blocks,
             length=length,
             prefix=shared,
             kernels=kernels,

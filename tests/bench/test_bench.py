@@ -17,6 +17,7 @@ from nla_engine.bench.limits import (
     ModelSize,
     decode_step_seconds,
     generate_seconds,
+    long_seconds,
     patch_seconds,
     prefill_seconds,
 )
@@ -63,6 +64,18 @@ def test_limits_of_generation(size_7b: ModelSize) -> None:
     assert small == pytest.approx(
         14.14e9 / 4.26e12, rel=1e-3
     )  # few sequences: reading the weights is what takes time
+
+
+def test_limit_of_replies_of_different_lengths(size_7b: ModelSize) -> None:
+    """Step by step: whoever has tokens left takes part, with the tokens that it has so far."""
+    left = [5, 1, 3, 3, 8]
+    total = prefill_seconds(size_7b, H200, 500)
+    for step in range(8):
+        batch = sum(length > step for length in left)
+        total += decode_step_seconds(size_7b, H200, batch, 100 + step)
+    assert long_seconds(size_7b, H200, 100, left) == pytest.approx(total)
+    equal = long_seconds(size_7b, H200, 100, [7] * 40)
+    assert equal == pytest.approx(generate_seconds(size_7b, H200, 40, 100, 7, 40), rel=0.01)
 
 
 def test_limits_of_the_other_work(size_7b: ModelSize) -> None:

@@ -31,10 +31,11 @@ class LLM:
         note(visible=os.environ["CUDA_VISIBLE_DEVICES"], config=config, **options)
 
     def generate(self, prompts, sampling, use_tqdm):
-        note(prompts=[prompt["prompt_token_ids"] for prompt in prompts], sampling=vars(sampling))
+        note(prompts=[prompt["prompt_token_ids"] for prompt in prompts], sampling=[vars(each) for each in sampling])
         time.sleep(0.01)
-        count = sampling.max_tokens - (os.environ.get("STAND_IN") == "stops early")
-        return [Some(outputs=[Some(token_ids=[1] * count)]) for _ in prompts]
+        less = os.environ.get("STAND_IN") == "stops early"
+        assert len(prompts) == len(sampling)
+        return [Some(outputs=[Some(token_ids=[1] * (each.max_tokens - less))]) for each in sampling]
 
 class SamplingParams(Some):
     pass
@@ -89,7 +90,7 @@ def test_the_same_work(python: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert (engine["load_format"], engine["dtype"], engine["max_num_seqs"]) == ("dummy", "float32", 3)
     runs = [entry for entry in seen if "prompts" in entry]
     assert len(runs) == 2 * (1 + 2), "a warm-up and two repeats each"
-    assert all(r["sampling"]["ignore_eos"] and r["sampling"]["max_tokens"] == 4 for r in runs)
+    assert all(each["ignore_eos"] and each["max_tokens"] == 4 for r in runs for each in r["sampling"])
     for number, (size, shared) in enumerate([(6, 0)] * 3 + [(125, 111)] * 3):
         prompts = runs[number]["prompts"]
         assert [len(ids) for ids in prompts] == [size] * 3
@@ -99,6 +100,23 @@ def test_the_same_work(python: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert all(0 <= i < 512 for ids in prompts for i in ids)
     assert runs[3]["prompts"][0][:111] == runs[4]["prompts"][0][:111], "cached by the warm-up"
     assert len({json.dumps(entry["prompts"]) for entry in runs}) == len(runs), "no prompt is met twice"
+
+
+def test_each_long_reply_has_its_own_length(
+    python: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run(python, "long", capsys)
+    assert code == 0 and result["failed"] == []
+    peer, *ours = result["lines"]
+    assert peer["case"].startswith("vLLM 9.8.7 3 x 12+") and len(ours) == 4
+    assert all(line["baseline"] == peer["case"] for line in ours[1:])
+    seen = [json.loads(line) for line in (tmp_path / "site" / "vllm" / "seen.jsonl").read_text().splitlines()]
+    for entry in (entry for entry in seen if "prompts" in entry):
+        lengths = [each["max_tokens"] for each in entry["sampling"]]
+        assert len(set(lengths)) == 3 and round(sum(lengths) / 3) == 40
+        assert [len(ids) for ids in entry["prompts"]] == [12] * 3
+    (engine,) = (entry for entry in seen if "config" in entry)
+    assert engine["max_model_len"] == 12 + max(lengths)
 
 
 @pytest.mark.parametrize(

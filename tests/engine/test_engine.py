@@ -14,7 +14,7 @@ from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS
-from nla_engine.engine.slots import default_slots, slot_size
+from nla_engine.engine.slots import BLOCK, Room, default_room, slot_size
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap
 from nla_engine.errors import EngineError
@@ -349,13 +349,20 @@ def test_slots_take_a_part_of_what_is_free(precision: str, monkeypatch: pytest.M
     weights = sum(
         p.numel() for name, p in lm.blocks.named_parameters() if "norm" not in name and "bias" not in name
     )
-    with Runner(lm, slots=1, length=100) as runner:
-        slot_bytes = 2 * runner.cache.keys[:, 0].nbytes
-    free = weights + 100 * slot_bytes
+    with Runner(lm, slots=1, length=100, block=BLOCK) as runner:
+        block_bytes = 2 * runner.cache.keys[:, 0].nbytes
+    free = weights + 100 * block_bytes
     monkeypatch.setattr(LanguageModel, "device", torch.device("cuda", 3))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     left = free - weights if precision == "fp8" else free
-    assert default_slots(lm, 100, precision=precision) == int(0.7 * left) // slot_bytes
-    assert default_slots(lm, 100, most=7, precision=precision) == 7
+    fit = int(0.7 * left) // block_bytes
+    assert fit > 40
+    # Two blocks hold 100 tokens, so no sequence ever lacks one.
+    assert default_room(lm, 100, precision=precision) == Room(fit // 2, fit // 2 * 2)
+    assert default_room(lm, 100, most=7, precision=precision) == Room(7, 14)
+    assert default_room(lm, 100, slots=600, precision=precision) == Room(600, fit)
+    # Eight blocks are enough to run one of 12 blocks, which may step back.
+    assert default_room(lm, 760, precision=precision) == Room(fit // 8, fit)
+    assert default_room(lm, 760, precision=precision, held=block_bytes) == Room(fit // 9, fit - fit // 9)
     free = 0
-    assert default_slots(lm, 100, precision=precision) == 1
+    assert default_room(lm, 100, precision=precision) == Room(1, 2)

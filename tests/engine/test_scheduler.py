@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.request import Request
-from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Scheduler
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Kept, Scheduler
 from nla_engine.engine.tap import KeptRows
 
 SLOTS, ROOM = 5, 17
@@ -35,6 +36,7 @@ def test_every_request_is_read_once_runs_and_ends(
         requests(rng, count, patient),
         slots=SLOTS,
         prefill_tokens=ROOM,
+        blocks=Blocks(SLOTS, 70, SLOTS),
         more_steps=0,
         alone=alone,
         check=lambda request: None,
@@ -78,12 +80,81 @@ def test_every_request_is_read_once_runs_and_ends(
     assert sorted(done) == list(range(count)) and not owner
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_whoever_came_last_steps_back_and_everyone_ends(alone: bool, rng: np.random.Generator) -> None:
+    """Against a device that ends sequences at random, with hardly more blocks than one sequence may need."""
+    count, size, most = 60, 4, 40
+    ages: dict[int, int] = {}
+    asked = [request for request in requests(rng, count, False) if request is not None]
+    asked = [Request(r.id, r.token_ids, most if r.max_new_tokens else 0, again=r.again) for r in asked]
+    blocks = Blocks(-(-79 // size) + int(rng.integers(0, 20)), size, SLOTS)
+    queue = Scheduler(
+        iter(asked),
+        slots=SLOTS,
+        prefill_tokens=ROOM,
+        blocks=blocks,
+        more_steps=0,
+        alone=alone,
+        check=lambda _: None,
+    )
+    generated: dict[int, int] = {}
+    running: dict[int, int] = {}  # by slot
+    done: list[int] = []
+    back = 0
+    for _turn in range(100_000):
+        step = queue.schedule()
+        if step is None:
+            break
+        for admitted in step.stepped_back:
+            id_ = running.pop(admitted.slot)
+            assert id_ > min([*running.values(), id_ + 1]) or not running, (
+                "the first to come never steps back"
+            )
+            over = (
+                generated[id_] >= most or rng.random() < 0.1
+            )  # it ended in a step that the host had not seen
+            queue.put_back(admitted, None if over else Kept((1,) * generated[id_], 0, False))
+            back += not over
+        for admitted in step.entered:
+            id_ = admitted.request.id
+            assert len(admitted.ids) == len(admitted.request.token_ids) + generated.get(id_, 0)
+            assert ages.setdefault(id_, admitted.age) == admitted.age
+        for run in step.runs:
+            for each in (run.admitted, *run.admitted.twins) if run.completes else ():
+                if each.request.max_new_tokens:
+                    running[each.slot] = each.request.id
+                    generated[each.request.id] = generated.get(each.request.id, 0) + 1
+        assert sorted(running) == step.slots or not step.slots
+        active = [False] * (SLOTS + 1)
+        for slot in step.slots:
+            id_ = running[slot]
+            seen = generated[id_] + step.steps - step.after_look
+            generated[id_] += step.steps
+            prompt = len(asked[id_].token_ids)
+            assert blocks.room(slot) >= min(prompt + generated[id_] - 1, prompt + most)
+            active[slot] = seen < most and rng.random() < 0.99
+        ended = queue.ended(active if step.slots else None)
+        for each in ended:
+            running.pop(each.slot, None)
+        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        done += [each.request.id for each in queue.release(list(queue.finished))]
+    assert sorted(done) == list(range(count)) and blocks.free == blocks.count
+    tally = queue.tally()
+    assert tally.stepped_back >= back > 0 and tally.again > 0
+
+
 def test_a_request_that_cannot_run_takes_no_slot() -> None:
     def refuse(request: Request) -> None:
         raise ValueError(request.id)
 
     queue = Scheduler(
-        iter([Request(0, (1,), 1)]), slots=1, prefill_tokens=4, more_steps=0, alone=False, check=refuse
+        iter([Request(0, (1,), 1)]),
+        slots=1,
+        prefill_tokens=4,
+        blocks=Blocks(1, 4, 1),
+        more_steps=0,
+        alone=False,
+        check=refuse,
     )
     with pytest.raises(ValueError, match="0"):
         queue.schedule()
@@ -96,6 +167,7 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         iter([Request(0, (1, 2), 12)]),
         slots=1,
         prefill_tokens=4,
+        blocks=Blocks(1, 14, 1),
         more_steps=-1,
         alone=True,
         check=lambda _: None,

@@ -10,17 +10,29 @@ import torch
 
 from nla_engine.engine.attention import decode_tiles, prefill_tiles
 from nla_engine.ops import attention_cpu
-from nla_engine.ops.attention import KeyValues, Shape, Tiles, attend_reference, attend_torch
+from nla_engine.ops.attention import Shape, Tiles, attend_reference, attend_torch
 from nla_engine.ops.attention_cpu import attend_cpu
+from nla_engine.ops.key_values import KeyValues
 
 SLOTS, ROOM = 7, 400
 #: (query heads, key heads, head size)
 HEADS = [(4, 2, 16), (9, 3, 64), (2, 2, 24), (5, 1, 8)]
 
 
-def cached(rng, groups: int, size: int, prefix: int, dtype: torch.dtype) -> KeyValues:
+def cached(rng, groups: int, size: int, prefix: int, dtype: torch.dtype, block: int = ROOM) -> KeyValues:
+    """Blocks of some places, or of all of a slot, in random order."""
     shapes = ((SLOTS, ROOM),) * 2 + ((prefix,),) * 2
-    return KeyValues(*(torch.from_numpy(rng.normal(size=(*s, groups, size))).to(dtype) for s in shapes))
+    kv = [torch.from_numpy(rng.normal(size=(*s, groups, size))).to(dtype) for s in shapes]
+    columns = ROOM // block
+    table = torch.from_numpy(rng.permutation(SLOTS * columns).astype(np.int32).reshape(SLOTS, columns))
+    kv[:2] = (held.reshape(-1, block, groups, size) for held in kv[:2])
+    return KeyValues(*kv, table)
+
+
+def wide(kv: KeyValues) -> KeyValues:
+    return replace(
+        kv, **{name: held.double() for name, held in vars(kv).items() if held.dtype.is_floating_point}
+    )
 
 
 def drawn_lanes(rng, prefix: int, count: int) -> Tiles:
@@ -42,8 +54,7 @@ def drawn_runs(rng, prefix: int, group: int) -> Tiles:
 
 def close(found: torch.Tensor, kv: KeyValues, query: torch.Tensor, tiles: Tiles, shape: Shape) -> None:
     """Against float64, no further off than twice the reference at this dtype."""
-    wide = KeyValues(*(held.double() for held in vars(kv).values()))
-    truth = attend_reference(query.double(), wide, tiles, shape)
+    truth = attend_reference(query.double(), wide(kv), tiles, shape)
     rounding = (attend_torch(query, kv, tiles, shape).double() - truth).abs().max()
     assert (found.double() - truth).abs().max() <= 2 * rounding + 1e-6
 
@@ -52,9 +63,12 @@ def close(found: torch.Tensor, kv: KeyValues, query: torch.Tensor, tiles: Tiles,
 @pytest.mark.parametrize("window", [0, 3, 90])
 @pytest.mark.parametrize("prefix", [0, 11])
 @pytest.mark.parametrize("heads", HEADS)
-def test_equals_the_reference(rng, heads: tuple[int, int, int], prefix: int, window: int, dtype) -> None:
+@pytest.mark.parametrize("block", [16, ROOM])
+def test_equals_the_reference(
+    rng, block: int, heads: tuple[int, int, int], prefix: int, window: int, dtype
+) -> None:
     count, groups, size = heads
-    kv = cached(rng, groups, size, prefix, dtype)
+    kv = cached(rng, groups, size, prefix, dtype, block)
     shape = Shape(size**-0.5, window)
     lanes = [drawn_lanes(rng, prefix, n) for n in (1, 2, SLOTS - 1, SLOTS)]
     for tiles in (*lanes, drawn_runs(rng, prefix, count // groups), drawn_runs(rng, prefix, count // groups)):
@@ -89,8 +103,9 @@ def test_what_an_earlier_sequence_left_in_a_slot_changes_nothing(rng) -> None:
     query = torch.from_numpy(rng.normal(size=(SLOTS, 4, 16))).float()
     before = attend_cpu(query, kv, tiles, Shape(0.25))
     for slot, position in zip(tiles.slot.tolist(), tiles.position.tolist(), strict=True):
-        kv.keys[slot, position + 1 :] = float("nan")
-        kv.values[slot, position + 1 :] = float("inf")
+        block = kv.table[slot, 0]
+        kv.keys[block, position + 1 :] = float("nan")
+        kv.values[block, position + 1 :] = float("inf")
     after = attend_cpu(query, kv, tiles, Shape(0.25))
     assert after.isfinite().all()
     torch.testing.assert_close(after, before)

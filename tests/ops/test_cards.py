@@ -215,7 +215,11 @@ def test_every_op_asks_before_it_takes_its_kernel(monkeypatch: pytest.MonkeyPatc
         norm: (norm.rms_norm, "rms_norm_triton", (x, x[0], 1e-6)),
         gate: (gate.gate, "gate_triton", (x, "silu")),
         places: (places.row_places, "row_places_triton", (index, index, index, index, 1)),
-        rotary: (rotary.rotate_and_store, "rotate_and_store_triton", (x, x, x, x, x, index, index, None)),
+        rotary: (
+            rotary.rotate_and_store,
+            "rotate_and_store_triton",
+            (x, x, x, x, x, index, index, index, None),
+        ),
         sampling: (sampling.advance, "advance_triton", (x, index, None, None)),
         attention: (attention.attend, "attend_triton", (x, None, None, None)),
     }

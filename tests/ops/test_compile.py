@@ -50,8 +50,9 @@ RMS_NORM = dict.fromkeys(("x", "weight", "residual", "y"), HALF) | {
 }  # fmt: skip
 ROTATE = {
     **dict.fromkeys(("row", "cos", "sin", "q", "keys", "values", "query_weight", "key_weight"), HALF),
-    **dict.fromkeys(("slot", "place"), LONG),
-    **dict.fromkeys(("row_token", "cos_token", "kv_slot", "kv_place", "kv_head"), INT), "eps": FLOAT, "offset": FLOAT,
+    **dict.fromkeys(("slot", "place"), LONG), "table": "*i32",
+    **dict.fromkeys(("row_token", "cos_token", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
+    "eps": FLOAT, "offset": FLOAT,
 }  # fmt: skip
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
@@ -73,7 +74,12 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
     (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
-    (rotary._rotate_kernel, ROTATE, {"GROUP": 7, "HALF": 64, "BLOCK_G": 8, "BLOCK_H": 64, "NORM": True}, 2),
+    (
+        rotary._rotate_kernel,
+        ROTATE,
+        {"GROUP": 7, "HALF": 64, "BLOCK_G": 8, "BLOCK_H": 64, "NORM": True, "BLOCK": 64},
+        2,
+    ),
 ]
 #: The cards that Triton's kernels run on. A 4090 has no more shared memory than others of 8.6, 8.9 and 12.0.
 CARDS = [
@@ -148,7 +154,7 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
             "WINDOW": True, "SOFTCAP": False, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
-            "SHARED": True,
+            "SHARED": True, "SIZE": 64,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
@@ -159,6 +165,8 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
                 arguments[name] = "*fp32"
             elif name.startswith("tile_") or name == "positions":
                 arguments[name] = LONG
+            elif name == "table":
+                arguments[name] = "*i32"
             elif name in ("scale", "softcap"):
                 arguments[name] = FLOAT
         made = compiled(kernel, arguments, constants, card, num_warps=cut.warps, num_stages=cut.stages)

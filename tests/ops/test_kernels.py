@@ -9,6 +9,7 @@ from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the
 
 from nla_engine.ops import attention, gate, norm, places, rotary
 from nla_engine.ops.cards import Card
+from nla_engine.ops.key_values import KeyValues
 
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -54,13 +55,29 @@ def test_attention_in_small_parts(
     check_attention(rng, dtype, heads, groups, 128, prefix, window, 0.0)
 
 
+def paged(rng, block: int, *held: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors [slots, size, ...] as blocks [n, block, ...] in random order, others between them; and the table."""
+    slots, size = held[0].shape[:2]
+    columns = size // block
+    number = rng.permutation(slots * columns + 3)[: slots * columns].reshape(slots, columns)
+    table = np.full((slots, columns + 1), 1 << 20, np.int32)  # the last column leads nowhere
+    table[:, :-1] = number
+    made = []
+    for tensor in held:
+        blocks = torch.full((slots * columns + 3, block, *tensor.shape[2:]), float("nan")).to(tensor)
+        blocks[torch.from_numpy(number.flatten())] = tensor.reshape(-1, block, *tensor.shape[2:])
+        made.append(blocks)
+    return [*made, torch.from_numpy(table).to(DEVICE)]
+
+
 def check_attention(
     rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int, softcap: float
 ) -> None:
-    slots, room = 5, 150
+    slots, room = 5, 192
     kv = [randn(rng, *shape, groups, size, dtype=dtype) for shape in ((slots, room),) * 2 + ((prefix,),) * 2]
     kv[0][:, 120:] = float("nan")  # what no query may see
     kv[1][:, 120:] = float("nan")
+    kv[0], kv[1], table = paged(rng, 64, kv[0], kv[1])
     shape = attention.Shape(size**-0.5, window, softcap)
     runs = [
         (0, prefix + 0, 3),
@@ -86,8 +103,8 @@ def check_attention(
             *tensors, own=torch.from_numpy(own).to(DEVICE), rows=rows, longest=prefix + 112
         )
         query = randn(rng, sum(counts), heads, size, dtype=dtype)
-        held = attention.KeyValues(*kv)
-        wide = attention.KeyValues(*(tensor.double() for tensor in kv))
+        held = KeyValues(*kv, table)
+        wide = KeyValues(*(tensor.double() for tensor in kv), table)
         truth = attention.attend_reference(query.double(), wide, tiles, shape)
         reference = attention.attend_reference(query, held, tiles, shape)
         close(attention.attend_triton(query, held, tiles, shape), reference, truth)
@@ -126,22 +143,24 @@ def test_gate(rng, dtype, activation: str, rows: int, width: int) -> None:
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 32), (7, 1, 64), (28, 4, 128), (6, 2, 24)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotate_and_store(rng, dtype, heads: int, groups: int, size: int, normed: bool) -> None:
-    tokens, slots, room = 6, 4, 9
+    tokens, slots, block = 6, 4, 3
     row = randn(rng, tokens, (heads + 2 * groups) * size, dtype=dtype)
     angle = randn(rng, tokens, size // 2).repeat(1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     slot = torch.tensor([0, 0, 2, 3, 1, 2], device=DEVICE)
     place = torch.tensor([0, 1, 8, 4, 0, 3], device=DEVICE)
+    table = torch.from_numpy(rng.permutation(3 * slots).astype(np.int32).reshape(slots, 3)).to(DEVICE)
     head_norm = None
     if normed:
         head_norm = rotary.HeadNorm(randn(rng, size, dtype=dtype), randn(rng, size, dtype=dtype), 1e-6, 1.0)
     outcomes = []
     for run in (rotary.rotate_and_store_triton, rotary.rotate_and_store_reference):
         caches = [
-            torch.full((slots, room, groups, size), float("nan"), dtype=dtype, device=DEVICE)
+            torch.full((3 * slots, block, groups, size), float("nan"), dtype=dtype, device=DEVICE)
             for _ in range(2)
         ]
-        q = run(row, cos, sin, *caches, slot, place, head_norm)
+        q = run(row, cos, sin, *caches, table, slot, place, head_norm)
+        caches = [cache[table.long()].flatten(1, 2) for cache in caches]
         written = caches[0].isfinite().all(-1).all(-1)
         assert (
             written.nonzero().tolist() == sorted(zip(slot.tolist(), place.tolist(), strict=True))
@@ -168,6 +187,7 @@ def test_rotation_is_that_of_transformers(rng) -> None:
         angle.sin()[0],
         keys,
         values,
+        torch.zeros(1, 1, dtype=torch.int32),
         torch.zeros(5, dtype=torch.int64),
         torch.arange(5),
         None,
