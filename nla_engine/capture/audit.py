@@ -161,7 +161,7 @@ def _read(lm: LanguageModel, ids: torch.Tensor, seed: int = 0) -> dict[int, torc
     if seed:
         hooks.append(lm.embedding.register_forward_hook(moved))
     try:
-        lm.decoder(input_ids=ids, use_cache=False)
+        lm.decoder(input_ids=ids, **lm.uncached)
     finally:
         for hook in hooks:
             hook.remove()

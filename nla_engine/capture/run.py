@@ -24,12 +24,13 @@ from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.choose import open_generator
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.engine.generator import Generator, Watch
+from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
-from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError, already_there
 from nla_engine.models.load import LanguageModel
@@ -76,6 +77,7 @@ LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
     "generating",
     "reading",
 )
+AnyGenerator = Generator | LibraryGenerator
 #: Seconds between two estimates of how far a run is.
 _LOOK_SECONDS = 1.0
 
@@ -195,7 +197,7 @@ class CaptureJob:
                 generator = self._generator(plan, codec, sink_norm)
                 opened.enter_context(generator.runner)
             if calibration is not None:
-                writer = opened.enter_context(self._create_store(codec, calibration))
+                writer = opened.enter_context(self._create_store(codec, calibration, generator))
             assert writer is not None
             return self._fill(writer, plan, generator)
 
@@ -226,7 +228,9 @@ class CaptureJob:
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
             ) from error
 
-    def _create_store(self, codec: Codec, calibration: Mapping[int, LayerCalibration]) -> StoreWriter:
+    def _create_store(
+        self, codec: Codec, calibration: Mapping[int, LayerCalibration], generator: AnyGenerator | None
+    ) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
             self.options.out,
@@ -234,7 +238,7 @@ class CaptureJob:
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
-            provenance=self.described | self._provenance(),
+            provenance=self.described | self._provenance(generator),
             options=self.unchanging(),
             overwrite=self.options.overwrite,
         )
@@ -242,12 +246,15 @@ class CaptureJob:
             writer.record_codec_error(layer, entry.error)
         return writer
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, generator: AnyGenerator | None) -> dict[str, Any]:
         """What a new store records of the run that made it, besides the model."""
         options, prompts = self.options, self.prompts
+        attention = "nla_engine slot attention, softmax in float32"
+        if isinstance(generator, LibraryGenerator):
+            attention = f"transformers' own generation, {generator.runner.attention} attention"
         return {
             **describe_run(),
-            "attention": "nla_engine slot attention, softmax in float32",
+            "attention": attention,
             "device": str(self.lm.device),
             "chat_template": prompts_rendering(options, self.lm),
             **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
@@ -256,7 +263,7 @@ class CaptureJob:
             "skipped_prompts": len(prompts.skipped),
         }
 
-    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
+    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> AnyGenerator:
         """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
         for line in shortfall(self.lm.device):
             self.announce(line)
@@ -273,7 +280,7 @@ class CaptureJob:
             plan = replace(plan, slots=plan.slots // 2)
             self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
-    def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> Generator:
+    def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[int, float]) -> AnyGenerator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
         tap = RowTap(
             self.layers,
@@ -286,30 +293,24 @@ class CaptureJob:
             skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
         )
-        runner = Runner(
+        return open_generator(
             lm if new else lm.truncated(max(self.layers)),
             slots=plan.slots,
             length=plan.length,
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
             tap=tap,
             kernels=self.kernels,
+            announce=self.announce,
+            how={
+                "max_new_tokens": new,
+                "stop": self.stop,
+                "sampling": sampling_of(options),
+                "read_last": "generated" in self.keep.names or "all" in self.keep.names,
+                "max_prefill_tokens": MAX_PREFILL_TOKENS[lm.device.type],
+            },
         )
-        try:
-            generator = Generator(
-                runner,
-                max_new_tokens=new,
-                stop=self.stop,
-                sampling=sampling_of(options),
-                read_last="generated" in self.keep.names or "all" in self.keep.names,
-                max_prefill_tokens=MAX_PREFILL_TOKENS[lm.device.type],
-            )
-            generator.prepare()
-        except BaseException:
-            runner.close()
-            raise
-        return generator
 
-    def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None) -> CaptureSummary:
+    def _fill(self, writer: StoreWriter, plan: CapturePlan, generator: AnyGenerator | None) -> CaptureSummary:
         """Generate and write the remaining sequences. generator: None if none remain."""
         done, rows_before, all_ = writer.sequences, writer.rows, len(self.prompts)
         appender = Appender(writer, self.prompts)

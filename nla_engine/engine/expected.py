@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from nla_engine.engine.families import can_fuse_norm
-from nla_engine.errors import EngineError
+from nla_engine.errors import UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 
@@ -64,7 +64,7 @@ def parts_of(lm: LanguageModel) -> list[nn.Module]:
 def take_sample(lm: LanguageModel) -> Sample:
     """Run transformers' own modules, before the engine takes them over. Needs room for one block in float32."""
     lm.model.set_attn_implementation("eager")
-    ids = _sample_ids(lm)
+    ids = sample_ids(lm)
     calls = _library_calls(lm, ids)
     sample = Sample(ids, calls[0][0])
     for part, (hidden, args, kwargs) in zip(parts_of(lm), calls, strict=True):
@@ -79,7 +79,7 @@ def take_sample(lm: LanguageModel) -> Sample:
     return sample
 
 
-def _sample_ids(lm: LanguageModel) -> torch.Tensor:
+def sample_ids(lm: LanguageModel) -> torch.Tensor:
     """TEXTS by the model's tokenizer, after its BOS if it has one: int64 [L, T]."""
     start = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
     length = min(LENGTH, lm.max_length)
@@ -127,7 +127,7 @@ def _library_calls(lm: LanguageModel, ids: torch.Tensor) -> list[Call]:
         for hook in hooks:
             hook.remove()
     if [number for number, _ in calls] != list(range(len(parts))):
-        raise EngineError(
+        raise UnsupportedModel(
             f"{lm.name}: its blocks do not run once each, in order: this architecture is not supported"
         )
     return [call for _, call in calls]

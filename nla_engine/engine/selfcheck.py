@@ -21,7 +21,7 @@ from nla_engine.engine.expected import PREFIX, Sample, parts_of, split_call, tak
 from nla_engine.engine.families import softcap_of
 from nla_engine.engine.graph import DecodeGraph
 from nla_engine.engine.slots import SlotCache
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Shape
@@ -80,7 +80,7 @@ class SelfCheck:
         cap = softcap_of(self.lm.config)
         for block, shape in enumerate(self._shapes):
             if shape.softcap != cap:
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} asks the engine for a soft cap of {shape.softcap}, and its "
                     f"configuration names {cap}: this architecture is not supported"
                 )
@@ -92,7 +92,7 @@ class SelfCheck:
         for block, (shape, seen) in enumerate(zip(self._shapes, masks, strict=True)):
             own = at >= (length - shape.window if shape.window else 0)
             if seen is not None and not torch.equal(seen, own):
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens, and asks the "
                     f"engine for {int(own.sum())}: this architecture is not supported"
                 )
@@ -102,7 +102,7 @@ class SelfCheck:
         """EngineError if a part of the engine attends differently, or is further off than rounding explains."""
         for block, (own, asked) in enumerate(zip(self._attended(), self._shapes, strict=True)):
             if own != asked:
-                raise EngineError(
+                raise self._refusal(fp8)(
                     f"{self.lm.name}: block {block} of the engine attends with {own}, transformers' own with {asked}: "
                     + self._mend(fp8)
                 )
@@ -114,10 +114,14 @@ class SelfCheck:
                 part = f"block {finding.part}"
                 if finding.part == len(self.lm.blocks):
                     part = "the last norm"
-                raise EngineError(
+                raise self._refusal(fp8)(
                     f"{self.lm.name}: {part} of the engine differs from transformers' own by {finding.error:.2g} "
                     f"{name} (limit {finding.limit:.2g}; rounding alone makes {finding.noise:.2g}): {self._mend(fp8)}"
                 )
+
+    def _refusal(self, fp8: bool) -> type[EngineError]:
+        """Of the architecture, where transformers' own blocks ran; else of the engine's blocks."""
+        return UnsupportedModel if self.engine.reference and not fp8 else EngineError
 
     def _mend(self, fp8: bool) -> str:
         if fp8:
@@ -135,7 +139,7 @@ class SelfCheck:
         apart = torch.where(finite, first.arrived.float() - expected, 0.0)
         error = float(apart.norm() / torch.where(finite, expected, 0.0).norm().clamp(min=1e-30))
         if not error <= FLOOR[self.lm.dtype]:
-            raise EngineError(
+            raise self._refusal(fp8)(
                 f"{self.lm.name}: block 0 reads what differs from transformers' own by {error:.2g} {name}: "
                 + self._mend(fp8)
             )

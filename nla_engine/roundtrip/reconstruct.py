@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from nla_engine.engine.choose import open_runner
+from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import CheckpointError
 from nla_engine.models.adapters.form import AR_META, read_ar_meta
@@ -57,7 +60,7 @@ class Reconstructor:
         self.kernels = kernels
         self.special = special
         self.maps = maps.to(lm.device)
-        self._runner: Runner | None = None
+        self._runner: Runner | Library | None = None
         self._prefix = self._shared_prefix()
 
     @classmethod
@@ -149,6 +152,9 @@ class Reconstructor:
     def _last_states(self, prompts: list[list[int]]) -> torch.Tensor:
         """The last token's residual stream [n, d] of each prompt. The prefix held by every slot is not read again."""
         runner = self._fit_runner(max(map(len, prompts)))
+        if isinstance(runner, Library):
+            requests = [Request(id_, tuple(ids), 0) for id_, ids in enumerate(prompts)]
+            return runner.read(Batch(requests, range(len(prompts)), (), runner.device))
         shared = len(self._prefix)
         first = [
             shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
@@ -177,15 +183,15 @@ class Reconstructor:
             self._runner.close()
             self._runner = None
 
-    def _fit_runner(self, longest: int) -> Runner:
+    def _fit_runner(self, longest: int) -> Runner | Library:
         """A runner whose slots hold `longest` tokens. If too small, it is replaced by one for 1.5 times as many."""
-        if self._runner is None or self._runner.cache.size - 1 < longest:
+        if self._runner is None or self._runner.length < longest:
             self.close()  # frees its cache first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
-            self._runner = Runner(self.lm, slots=slots, length=length, kernels=self.kernels)
-            cache = self._runner.cache
-            if self._prefix:
+            self._runner = open_runner(self.lm, slots=slots, length=length, kernels=self.kernels)
+            if self._prefix and isinstance(self._runner, Runner):
+                cache = self._runner.cache
                 self._runner.prefill([(cache.spare, 0, self._prefix)])
                 cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner
