@@ -20,8 +20,7 @@ MOST_PARAMETERS = 30_000_000
 #: Sizes by the names that configurations give them.
 SIZES: dict[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"), BLOCKS),
-    **dict.fromkeys(("decoder_layers", "num_decoder_layers"), BLOCKS),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "depth"), 1),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers"), BLOCKS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "embedding_size"), 64),
     **dict.fromkeys(
         ("word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "lru_width"), 64
@@ -85,15 +84,36 @@ MORE: dict[str, dict[str, Any]] = {
     "FalconConfig": {"new_decoder_architecture": False, "multi_query": True},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "BambaConfig": {"attn_layer_indices": [1, 3]},
-    "CohereCompassTextConfig": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "CohereCompassTextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"] * 2},
     "HunYuanDenseV1Config": {"head_dim": 16},
     "HunYuanMoEV1Config": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "MinistralConfig": {"head_dim": 16},
     "NemotronConfig": {"head_dim": 16, "num_key_value_heads": 2},
+    "Qwen2_5_VLTextConfig": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    },
+    "RwkvConfig": {"attention_hidden_size": 64},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_kv_heads": 1,
+        "indexer_budget": 512,
+        "indexer_compress_ratio": 1,
+    },
     "ReformerConfig": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 48], "is_decoder": True},
+    "xLSTMConfig": {"qk_dim_factor": 1.0},
+    "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 

@@ -24,10 +24,10 @@ from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.choose import open_generator
+from nla_engine.engine.choose import AnyGenerator, open_generator
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.forecast import Forecast, Tally
-from nla_engine.engine.generator import Generator, Watch
+from nla_engine.engine.generator import Watch
 from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Request
@@ -77,7 +77,6 @@ LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
     "generating",
     "reading",
 )
-AnyGenerator = Generator | LibraryGenerator
 #: Seconds between two estimates of how far a run is.
 _LOOK_SECONDS = 1.0
 

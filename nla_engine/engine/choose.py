@@ -18,6 +18,7 @@ from nla_engine.models.hub.fetch import say
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.backends import Kernels
 
+AnyGenerator = Generator | LibraryGenerator
 #: What messages of UnsupportedModel end with.
 _NOT_SUPPORTED = ": this architecture is not supported"
 
@@ -40,7 +41,7 @@ def open_generator(
     kernels: Kernels = Kernels(),
     announce: Callable[[str], None] = say,
     **more: Any,
-) -> Generator | LibraryGenerator:
+) -> AnyGenerator:
     """The same, and a generator over it, which is prepared. how: arguments of the generator."""
     _, generator = _open(lm, kernels, announce, more, how)
     assert generator is not None
@@ -53,7 +54,7 @@ def _open(
     announce: Callable[[str], None],
     more: dict[str, Any],
     how: dict[str, Any] | None,
-) -> tuple[Runner | Library, Generator | LibraryGenerator | None]:
+) -> tuple[Runner | Library, AnyGenerator | None]:
     if not kernels.library:
         runner = None
         try:

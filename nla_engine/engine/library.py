@@ -199,17 +199,15 @@ class Library:
     def _width(self, states: torch.Tensor) -> int:
         """Tokens per lane of a module's output [B, T, d]: those of the pass, or all again where there is no cache."""
         assert self._batch is not None
-        batch = self._batch
-        if states.ndim != 3 or states.shape[0] != len(batch.requests):
-            width = -1
-        else:
-            width = states.shape[1]
-        if width not in (batch.new, batch.start + batch.new):
-            raise UnsupportedModel(
-                f"{self.lm.name}: {type(self.lm.model).__name__} has states {list(states.shape)} for {batch.new} "
-                f"tokens of {len(batch.requests)} sequences: this architecture is not supported"
-            )
-        return width
+        batch, width = self._batch, self.lm.d_model
+        for tokens in (batch.new, batch.start + batch.new):
+            if states.shape == (len(batch.requests), tokens, width):
+                return tokens
+        raise UnsupportedModel(
+            f"{self.lm.name}: a block of {type(self.lm.model).__name__} gives states {list(states.shape)} for "
+            f"{batch.new} tokens of {len(batch.requests)} sequences, not one vector of {width} per token: this "
+            "architecture is not supported"
+        )
 
     def _on_block(self, layer: int) -> Any:
         def hook(_module: object, _inputs: object, output: object) -> None:

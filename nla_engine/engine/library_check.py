@@ -73,15 +73,15 @@ def _check(lm: LanguageModel, implementation: str) -> None:
             ) from error
         for layer in range(len(lm.blocks)):
             rows = tap.rows(layer, lane, len(sequence))
-            error, noise = _apart(rows, own[layer]), _apart(moved[layer], own[layer])
+            apart, noise = _apart(rows, own[layer]), _apart(moved[layer], own[layer])
             limit = FLOOR[lm.dtype] + TIMES_NOISE * noise
             size = len(request.token_ids)
             for part, where in ((slice(size), "in a prompt"), (slice(size, None), "in a reply")):
-                share = float((error / limit)[part].nanmedian()) if len(error[part]) else 0.0
+                share = float((apart / limit)[part].nanmedian()) if len(apart[part]) else 0.0
                 if not share <= 1.0:
                     raise UnsupportedModel(
                         f"{lm.name}: block {layer} of {type(lm.model).__name__} differs {where} from its own forward "
-                        f"over the sequence alone, by {float(error[part].nanmedian()):.2g}: this architecture is not "
+                        f"over the sequence alone, by {float(apart[part].nanmedian()):.2g}: this architecture is not "
                         "supported"
                     )
 

@@ -92,7 +92,8 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Longest sequence that the positions of the model allow, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+        longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        return longest if longest > 0 else 1 << 30
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
