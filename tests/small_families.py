@@ -98,6 +98,7 @@ MORE: dict[str, dict[str, Any]] = {
     "HunYuanDenseV1Config": {"head_dim": 16},
     "HunYuanMoEV1Config": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "MinistralConfig": {"head_dim": 16},
+    "MoshiConfig": {"sliding_window": 300},
     "NemotronConfig": {"head_dim": 16, "num_key_value_heads": 2},
     "Qwen2_5_VLTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}

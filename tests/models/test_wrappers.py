@@ -1,4 +1,4 @@
-"""Models that see images too: their text model is loaded from the checkpoint of the whole, and captured as any other."""
+"""Models that see images too: their text model is loaded from the checkpoint of the whole, and captured as others are."""
 
 from __future__ import annotations
 
