@@ -1,4 +1,4 @@
-"""Models that see images too: their text model is loaded from the checkpoint of the whole, and captured as others are."""
+"""Models that see images too: their text model is loaded from the checkpoint of the whole, and captured like others."""
 
 from __future__ import annotations
 
