@@ -38,7 +38,7 @@ from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Choosing, SlotState, advance
 
 #: Errors in a pass that say nothing about the model's architecture.
-_NOT_THE_MODEL = (NLAError, MemoryError, torch.AcceleratorError)
+_NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 #: Called after every pass with the number of lanes that generate.
@@ -68,6 +68,14 @@ class Batch:
             padded[lane, : len(prompt)] = prompt
         self.padded = to_device(padded, device)
         self.start, self.new = 0, self.shortest if self.limits.any() else self.longest
+
+    def halves(self, prefix: Sequence[int], device: torch.device) -> list[Batch]:
+        """The same requests in their slots, as two batches that have read nothing."""
+        middle, slots = len(self.requests) // 2, self.slots.tolist()
+        return [
+            Batch(self.requests[part], slots[part], prefix, device)
+            for part in (slice(middle), slice(middle, None))
+        ]
 
     def entering(self, width: int) -> list[tuple[int, int, int]]:
         """Where vectors enter a pass over the last `width` tokens read: token of the pass, lane, number."""
@@ -181,11 +189,6 @@ class Library:
         name = f"{self.lm.name}: {type(self.lm.model).__name__}"
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"{name}: {len(batch.requests)} sequences of {int(batch.ends.max())} tokens do not fit the free "
-                "memory: lower --batch-size"
-            ) from error
         except _NOT_THE_MODEL:
             raise
         except Exception as error:  # the code of any architecture

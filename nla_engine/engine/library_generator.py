@@ -46,7 +46,7 @@ class LibraryGenerator:
         if self.stop is not None:
             self.choosing = Choosing(sampling, self.stop.table, self.stop.stopped, read_last)
         self.most_tokens = _PASS * max_prefill_tokens
-        slots = runner.slots
+        slots = self.most_lanes = runner.slots
         self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
         runner.tap.allocate(slots, generated=2 * slots, given=max(self.most_tokens, runner.length) + slots)
 
@@ -86,7 +86,7 @@ class LibraryGenerator:
                 return
             finished: dict[int, Ended] = {}
             for batch in self._batches(taken):
-                finished |= {each.request.id: each for each in self._run(batch, tally, watch)}
+                finished |= {each.request.id: each for each in self._run_fitting(batch, tally, watch)}
             while finished:
                 chosen = [
                     finished.pop(id_) for id_ in portion({i: each.nbytes for i, each in finished.items()})
@@ -129,7 +129,8 @@ class LibraryGenerator:
                 shortest = shared + len(taken[group[0]].token_ids)
                 generating = any(taken[i].max_new_tokens for i in (*group, slot))
                 pass_size = (len(group) + 1) * (shortest if generating else size)
-                if pass_size > self.most_tokens or (generating and size > shortest + self.max_new_tokens):
+                crowded = len(group) == self.most_lanes or pass_size > self.most_tokens
+                if crowded or (generating and size > shortest + self.max_new_tokens):
                     yield self._batch(taken, group)
                     group = []
             group.append(slot)
@@ -137,6 +138,24 @@ class LibraryGenerator:
 
     def _batch(self, taken: list[Request], slots: list[int]) -> Batch:
         return Batch([taken[slot] for slot in slots], slots, self.runner.prefix, self.runner.device)
+
+    def _run_fitting(self, batch: Batch, tally: Tally, watch: Watch) -> list[Ended]:
+        """Run a batch. If it does not fit the free memory, its halves, and no larger ones from then on."""
+        lanes = len(batch.requests)
+        try:
+            return self._run(batch, tally, watch)
+        except torch.OutOfMemoryError as error:
+            if lanes == 1:
+                raise EngineError(
+                    f"{self.runner.lm.name}: one sequence of {int(batch.ends.max())} tokens does not fit the free "
+                    f"memory of {self.runner.device}"
+                ) from error
+        self.runner.tap.look(decoded=True)  # rows of the failed batch make room; the slots are opened again
+        self.runner.tap.settle([], [])
+        torch.cuda.empty_cache()  # what the failed batch held
+        self.most_lanes = lanes // 2
+        halves = batch.halves(self.runner.prefix, self.runner.device)
+        return [each for half in halves for each in self._run_fitting(half, tally, watch)]
 
     def _run(self, batch: Batch, tally: Tally, watch: Watch) -> list[Ended]:
         """Run a batch to its end, and settle its rows."""

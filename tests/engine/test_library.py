@@ -198,6 +198,52 @@ def test_it_is_chosen_where_the_engine_cannot_run_and_said_in_one_line() -> None
         Kernels("library", "fp8")
 
 
+def test_a_batch_that_does_not_fit_is_halved(rng: np.random.Generator) -> None:
+    lm, most = model("BloomConfig"), 2
+    requests = asked(rng, 7)
+    expected = run(lm, requests)
+    real, sizes = lm.blocks[2].forward, list[int]()
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(hidden))
+        if len(hidden) > most and hidden.shape[1] == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(hidden, *args, **kwargs)
+
+    generator = open_generator(
+        lm,
+        slots=7,
+        length=60,
+        kernels=Kernels("library"),
+        how={"max_new_tokens": 20, "stop": StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), (EOS,))},
+    )
+    with generator.runner:
+        lm.blocks[2].forward = forward
+        found = {each.request.id: each for each in generator.run(requests)}
+        assert max(sizes) > most
+        assert {i: found[i].generated.tolist() for i in found} == {
+            i: expected[i].generated.tolist() for i in expected
+        }
+        most = 0
+        with pytest.raises(
+            EngineError, match="BloomConfig: one sequence of .* tokens does not fit the free memory"
+        ):
+            list(generator.run(requests))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["BloomConfig", "MambaConfig", "GptOssConfig", "Gemma2Config"])
+def test_tokens_on_a_gpu_are_those_of_the_cpu(config: str, rng: np.random.Generator) -> None:
+    """In float32; on a GPU transformers queues passes ahead of its look at what has ended."""
+    lm, requests = model(config), asked(rng, 9)
+    expected = run(lm, requests)
+    lm.move(torch.device("cuda", 0))
+    found = run(lm, requests)
+    assert {i: found[i].generated.tolist() for i in found} == {
+        i: expected[i].generated.tolist() for i in expected
+    }
+
+
 def test_a_cache_that_is_wrong_is_seen() -> None:
     """Of a layer's cached values one entry is changed: prompts are right, replies are not."""
     lm = model("BloomConfig")
