@@ -82,6 +82,12 @@ MORE: dict[str, dict[str, Any]] = {
     "OpenAIGPTConfig": {},
     "Mamba2Config": {"num_heads": 8},
     "FalconConfig": {"new_decoder_architecture": False, "multi_query": True},
+    "Inkling2LoopTextConfig": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+    },
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "BambaConfig": {"attn_layer_indices": [1, 3]},
     "CohereCompassTextConfig": {

@@ -49,6 +49,7 @@ REFUSED = {
     ),
     "HYV4Config": (_STATES, "several residual streams"),
     "HrmTextConfig": ("in no list of their own, or in several", "runs two lists of blocks in turns"),
+    "Inkling2LoopTextConfig": ("which is its row is ambiguous", "runs some blocks several times"),
     "ProphetNetConfig": (_STATES, "several streams of predictions"),
     "Qwen4ExpConfig": (_STATES, "several residual streams"),
     "Qwen4ExpTextConfig": (_STATES, "several residual streams"),
@@ -57,7 +58,7 @@ REFUSED = {
         _POSITIONS,
         "generation counts positions otherwise than the model's own forward",
     ),
-    "RwkvConfig": (_STATES, "generation reads tokens again that its state holds"),
+    "RwkvConfig": (_STATES, "its code mixes the sequences of a batch"),
     "XLMConfig": (
         "in no list of their own, or in several",
         "has no blocks, but lists of attentions and of MLPs",

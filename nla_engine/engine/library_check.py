@@ -56,7 +56,7 @@ def _check(lm: LanguageModel, implementation: str) -> None:
         Request(lane, tuple(ids[lane, : min(size, ids.shape[1])].tolist()), new)
         for lane, size in enumerate(PROMPTS)
     ]
-    tap = _Seen(range(len(lm.blocks)))
+    tap = _Seen(lm.name, range(len(lm.blocks)))
     with Library(lm, slots=len(PROMPTS), length=room, tap=tap) as library:
         library.attend(implementation)
         stop = StopAutomaton([b""] * lm.vocab_size, ()) if new else None
@@ -123,8 +123,9 @@ class _Seen:
 
     reads_prompts = True
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, name: str, layers: Sequence[int]) -> None:
+        """name: of the model, for errors"""
+        self._name, self.layers = name, tuple(layers)
         self._kept: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def rows(self, layer: int, slot: int, size: int) -> torch.Tensor:
@@ -136,6 +137,13 @@ class _Seen:
 
     def __call__(self, layer: int, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         for row, at, place in zip(hidden.clone(), slot.tolist(), position.tolist(), strict=True):
+            if at == len(PROMPTS):  # the spare slot
+                continue
+            if (layer, at, place) in self._kept:
+                raise UnsupportedModel(
+                    f"{self._name}: block {layer} gives two outputs for one token, so which is its row is ambiguous: "
+                    "this architecture is not supported"
+                )
             self._kept[layer, at, place] = row
 
     def allocate(self, slots: int, *, generated: int, given: int) -> None: ...

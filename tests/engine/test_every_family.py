@@ -25,6 +25,7 @@ KINDS = {
     "Qwen3_5TextConfig": "library",  # a hybrid of gated DeltaNet and attention
     "Gemma4TextConfig": "library",  # head sizes by block
     "RecurrentGemmaConfig": "library",  # a hybrid with windows
+    "Inkling2LoopTextConfig": "not",  # some blocks run several times
     "XLMConfig": "not",
     "XmodConfig": "not",
 }
