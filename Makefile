@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean. Makes .venv if there is none and installs the package into it, editable.
+# make demo | test | sweep | lint | bench | clean. Makes .venv if there is none and installs the package into it, editable.
 # demo needs the package alone; test, lint and bench install the development tools as well.
 
 SHELL := bash
@@ -20,7 +20,7 @@ TOOLS := $(VENV)/.nla_engine_tools_installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install -c $(VENV)/constraints.txt
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test sweep lint bench clean
 
 install: $(TOOLS)
 
@@ -51,6 +51,10 @@ demo: $(STAMP)
 test: $(TOOLS)
 	.ci/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# A small model of every family in transformers; writes docs/models.md. FAMILIES="GPT2Config ..." runs these alone.
+sweep: $(TOOLS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/sweep.py $(FAMILIES)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

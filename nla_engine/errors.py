@@ -20,6 +20,10 @@ class EngineError(NLAError):
     """Generation or capture cannot continue: what was committed stays valid."""
 
 
+class UnsupportedModel(EngineError):
+    """The engine's own attention or blocks cannot run an architecture. transformers' own forward may (`library`)."""
+
+
 class WriteError(NLAError):
     """A file could not be written (disk full, read-only directory): what was committed stays valid."""
 

@@ -22,8 +22,9 @@ from nla_engine.options import (
 from nla_engine.sites import PARTS, RESID_POST
 
 #: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
-#: modules and torch attention, one synchronisation per step.
-KERNELS = ("auto", "fused", "reference")
+#: modules and torch attention, one synchronisation per step. library: its generation and caches too, without slots;
+#: auto takes it where the engine cannot run an architecture.
+KERNELS = ("auto", "fused", "reference", "library")
 #: Ways for a vector to enter a model, as `models.injection` describes them, with the number of a block.
 INJECTION = re.compile(r"replace|(replace|add)@[0-9]{1,4}")
 #: Layers and positions, relative to the row that is explained, of the vectors that enter one prompt.
@@ -34,9 +35,6 @@ SCALES = ("raw", "none", "sqrt_d_model")
 INJECT = "<INJECT>"
 #: In a prompt of the user's: stands for the question.
 QUESTION = "<QUESTION>"
-#: auto: fused blocks and Triton on a GPU, else reference. fused: fused blocks anywhere. reference: the library's own
-#: modules and torch attention, one synchronisation per step.
-KERNELS = ("auto", "fused", "reference")
 #: Matrix products of AV and AR: in the dtype of the weights, or quantised row by row to e4m3.
 PRECISIONS = ("full", "fp8")
 
@@ -101,8 +99,9 @@ def device() -> Any:
 def kernels() -> Any:
     """The implementation of the blocks."""
     return option(
-        "auto: fused blocks on a GPU, reference on a CPU. fused: fused blocks on a CPU too. reference: the library's "
-        "modules and torch attention.",
+        "auto: fused blocks on a GPU, reference on a CPU, library where the engine cannot run the architecture. "
+        "fused: fused blocks on a CPU too. reference: the library's modules and torch attention. library: "
+        "transformers' own generation, slower (docs/models.md).",
         "auto",
         must=one_of(KERNELS),
     )
@@ -335,8 +334,8 @@ def check_table(options: Any) -> None:
     """RequestError unless the table of any command of stage 2 can be written, in the precision that is asked for."""
     check_local(options.out)
     check_ending(options.out, "the table is Parquet", ".parquet")
-    if options.precision == "fp8" and options.kernels == "reference":
-        raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
+    if options.precision == "fp8" and options.kernels in ("reference", "library"):
+        raise RequestError(f"--precision fp8 has no {options.kernels} kernels: leave one of the two out")
 
 
 def check_samples(options: Any) -> None:

@@ -16,9 +16,9 @@ from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import MAX_PREFILL_TOKENS
 from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
-from nla_engine.engine.generator import Generator
+from nla_engine.engine import choose
+from nla_engine.engine.choose import AnyGenerator
 from nla_engine.engine.request import Request
-from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.models.load import LanguageModel
@@ -84,7 +84,7 @@ def open_generator(
     max_prefill: int | None = None,
     next_token: int | None = None,
     blocks: int | None = None,
-) -> Iterator[Generator]:
+) -> Iterator[AnyGenerator]:
     """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
     prompt: tokens of the shortest prompt, from which the number of rows to keep is computed. blocks: as `Runner`.
@@ -106,23 +106,25 @@ def open_generator(
     if next_token is not None:
         room = keep.count(prompt, length)
         following = NextTokenTap(next_token, keep, rows_per_slot=room, device=lm.device)
-    runner = Runner(lm, slots=slots, length=length, tap=tap, blocks=blocks)
-    try:
-        generator = Generator(
-            runner,
-            max_new_tokens=new_tokens,
-            stop=StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
-            read_last=bool(layers and new_tokens),
-            max_prefill_tokens=budget,
-            following=following,
-        )
-        generator.prepare()
+    generator = choose.open_generator(
+        lm,
+        slots=slots,
+        blocks=blocks,
+        length=length,
+        tap=tap,
+        how={
+            "max_new_tokens": new_tokens,
+            "stop": StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,
+            "read_last": bool(layers and new_tokens),
+            "max_prefill_tokens": budget,
+            "following": following,
+        },
+    )
+    with generator.runner:
         yield generator
-    finally:
-        runner.close()
 
 
-def run_all(generator: Generator, work: Sequence[Request]) -> tuple[int, int]:
+def run_all(generator: AnyGenerator, work: Sequence[Request]) -> tuple[int, int]:
     """Tokens generated and rows collected over all of `work`. Every request must run to its full length."""
     ended = tokens = rows = 0
     for completion in generator.run(iter(work)):

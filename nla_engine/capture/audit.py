@@ -248,7 +248,7 @@ def _read(
     if seed:
         hooks.append(lm.embedding.register_forward_hook(moved))
     try:
-        final: torch.Tensor = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        final: torch.Tensor = lm.decoder(input_ids=ids, **lm.uncached).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()

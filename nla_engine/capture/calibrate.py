@@ -104,7 +104,7 @@ def _read(
             hooks.callback(place.watch(keep(layer)).remove)
         for ids in sample:
             given = torch.from_numpy(ids.astype(np.int64))[None].to(lm.device)
-            cut.decoder(input_ids=given, use_cache=False)
+            cut.decoder(input_ids=given, **cut.uncached)
             done += len(ids)
             progress(done, total)
     return {layer: np.concatenate(parts) for layer, parts in rows.items()}

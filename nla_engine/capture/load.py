@@ -145,7 +145,8 @@ def _told(options: CaptureOptions, source: Source) -> tuple[Any, Limits] | None:
         tokenizer = tokenizer_of(source, remote_code=options.trust_remote_code)
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
         text = config.get_text_config(decoder=True)
-        longest = int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
+        longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+        longest = longest if longest > 0 else 1 << 30
         return tokenizer, Limits(longest - options.max_new_tokens, int(text.vocab_size))
     except Exception:  # the library raises many types
         return None

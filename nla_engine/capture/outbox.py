@@ -42,7 +42,7 @@ class Outbox:
     def __init__(self, layers: Sequence[Site], keeper: RowKeeper, device: torch.device) -> None:
         self._layers, self.keeper, self._device = tuple(layers), keeper, device
         self.most = max(PORTION_BYTES // (keeper.codec.row_bytes * len(self._layers)), 1)
-        self._thread = ThreadPoolExecutor(1, "rows-leave", lambda: enter_device(device))
+        self._thread = self._new_thread()
         self._underway: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0
         self._error: BaseException | None = None
@@ -69,9 +69,13 @@ class Outbox:
         """Call a method of the keeper once all that was sent has arrived."""
         return self._submit(function, *given)
 
+    def _new_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "rows-leave", lambda: enter_device(self._device))
+
     def close(self) -> None:
-        """Wait for the thread, and forget all rows. Errors no longer matter."""
+        """Wait for the thread, and forget all rows. Errors no longer matter. It may be used again."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread, self._bytes, self._error = self._new_thread(), 0, None
         self._underway.clear()
         self.keeper.close()
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.spill import RUNNING_PART, RowKeeper
+from nla_engine.capture.summary import CaptureSummary
 from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.choose import AnyGenerator, open_generator
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.forecast import Forecast, Tally
-from nla_engine.engine.generator import Generator, Watch
+from nla_engine.engine.generator import Watch
+from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.request import Request
-from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError, already_there
 from nla_engine.models.load import LanguageModel
@@ -91,36 +92,6 @@ LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
 )
 #: Seconds between two estimates of how far a run is.
 _LOOK_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class CaptureSummary:
-    """What a store holds after a run; its keys are those of `--json`.
-
-    tokens_generated, stepped_back, seconds and the rates count this run alone. stepped_back: how often a sequence lost
-    its keys and values to others, and was read again up to its last token. seconds: all that this run took, from
-    loading to the last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or
-    reading.
-    """
-
-    store: str
-    layers: list[int | str]
-    codec: str
-    codec_error: dict[str, float]
-    sequences: int
-    rows: int
-    skipped: int
-    sink_rows: int
-    nonfinite_rows: int
-    tokens_generated: int
-    stepped_back: int
-    seconds: float
-    seconds_by_phase: dict[str, float]
-    rows_per_second: float
-    tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_capture(
@@ -212,7 +183,7 @@ class CaptureJob:
                 generator = self._generator(plan, codec, sink_norm)
                 opened.enter_context(generator.runner)
             if calibration is not None:
-                writer = opened.enter_context(self._create_store(codec, calibration))
+                writer = opened.enter_context(self._create_store(codec, calibration, generator))
             assert writer is not None
             return self._fill(writer, plan, generator, todo)
 
@@ -243,7 +214,9 @@ class CaptureJob:
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
             ) from error
 
-    def _create_store(self, codec: Codec, calibration: Mapping[Site, LayerCalibration]) -> StoreWriter:
+    def _create_store(
+        self, codec: Codec, calibration: Mapping[Site, LayerCalibration], generator: AnyGenerator | None
+    ) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
             self.options.out,
@@ -251,7 +224,7 @@ class CaptureJob:
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
-            provenance=self.described | self._provenance(),
+            provenance=self.described | self._provenance(generator),
             options=self.unchanging(),
             next_token=self.options.next_token,
             overwrite=self.options.overwrite,
@@ -260,12 +233,15 @@ class CaptureJob:
             writer.record_codec_error(layer, entry.error)
         return writer
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, generator: AnyGenerator | None) -> dict[str, Any]:
         """What a new store records of the run that made it, besides the model."""
         options, prompts = self.options, self.prompts
+        attention = "nla_engine slot attention, softmax in float32"
+        if isinstance(generator, LibraryGenerator):
+            attention = f"transformers' own generation, {generator.runner.attention} attention"
         return {
             **describe_run(),
-            "attention": "nla_engine slot attention, softmax in float32",
+            "attention": attention,
             "device": str(self.lm.device),
             "chat_template": prompts_rendering(options, self.lm),
             **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
@@ -275,7 +251,7 @@ class CaptureJob:
             "sequences_asked": len(prompts),
         }
 
-    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
+    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> AnyGenerator:
         """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
         for line in shortfall(self.lm.device):
             self.announce(line)
@@ -292,7 +268,9 @@ class CaptureJob:
             plan = plan.half()
             self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
 
-    def _try_generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> Generator:
+    def _try_generator(
+        self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]
+    ) -> AnyGenerator:
         options, lm, new = self.options, self.lm, self.options.max_new_tokens
         rows_per_slot = max(self.keep.count(plan.length - new, plan.length), 1)
         following = following_of(options, self.keep, rows_per_slot, lm.device, self.kernels.reference)
@@ -306,9 +284,9 @@ class CaptureJob:
             choose=None if self.choice.takes_all else self.choice.positions,
             skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
-            keeper=RowKeeper.beside(place(options.out), codec, len(self.layers), options.host_memory * 2**30),
+            keeper=RowKeeper.beside(place(options.out), codec, len(self.sites), options.host_memory * 2**30),
         )
-        runner = Runner(
+        return open_generator(
             lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
             slots=plan.slots,
             blocks=plan.room.blocks,
@@ -316,25 +294,19 @@ class CaptureJob:
             prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
             tap=tap,
             kernels=self.kernels,
+            announce=self.announce,
+            how={
+                "max_new_tokens": new,
+                "stop": self.stop,
+                "sampling": sampling_of(options),
+                "read_last": "generated" in self.keep.names or "all" in self.keep.names,
+                "max_prefill_tokens": MAX_PREFILL_TOKENS[lm.device.type],
+                "following": following,
+            },
         )
-        try:
-            generator = Generator(
-                runner,
-                max_new_tokens=new,
-                stop=self.stop,
-                sampling=sampling_of(options),
-                read_last="generated" in self.keep.names or "all" in self.keep.names,
-                max_prefill_tokens=MAX_PREFILL_TOKENS[lm.device.type],
-                following=following,
-            )
-            generator.prepare()
-        except BaseException:
-            runner.close()
-            raise
-        return generator
 
     def _fill(
-        self, writer: StoreWriter, plan: CapturePlan, generator: Generator | None, todo: np.ndarray
+        self, writer: StoreWriter, plan: CapturePlan, generator: AnyGenerator | None, todo: np.ndarray
     ) -> CaptureSummary:
         """Generate and write the sequences of the prompts `todo`. generator: None if none remain."""
         rows_before, all_ = writer.rows, len(self.prompts)

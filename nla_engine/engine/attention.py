@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.streams import branch_stream
 from nla_engine.engine.transfer import to_device
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.ops.attention import Shape, Tiles, attend, attend_torch, tile_rows
 from nla_engine.ops.attention_cpu import attend_cpu
 
@@ -66,8 +66,9 @@ class Pass:
     def enter(self, layer: int, shape: Shape) -> None:
         """Record how a layer attends. EngineError if it already attended in this pass."""
         if layer in self.shapes:
-            raise EngineError(
-                f"block {layer} attends twice in one pass: the engine keeps one key and value per position"
+            raise UnsupportedModel(
+                f"block {layer} attends twice in one pass: the engine keeps one key and value per position: this "
+                "architecture is not supported"
             )
         self.shapes[layer] = shape
 
@@ -191,14 +192,14 @@ def slot_attention(
     asked = [name for name in _OTHER_ATTENTION if more.get(name) is not None]
     asked += ["attention_mask"] * (attention_mask is not None) + ["is_causal=False"] * (is_causal is False)
     if asked:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{type(module).__name__} asks for attention that the engine does not offer ({', '.join(asked)}): "
             "this architecture is not supported"
         )
     layer = module.layer_idx
     wanted, room = key.shape[1::2], work.cache.keys.shape[3:]
     if wanted != room or value.shape != key.shape:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{type(module).__name__}: keys {tuple(wanted)} and values {tuple(value.shape[1::2])} (heads, head size) "
             f"are not the {tuple(room)} of its configuration: this architecture is not supported"
         )
@@ -217,7 +218,7 @@ def _check_no_window(module: Any, cache: SlotCache) -> None:
     window = getattr(config, "sliding_window", None)
     windowed = window is not None if kinds is None else kinds[module.layer_idx] != "full_attention"
     if windowed and (window is None or window < cache.length):
-        raise EngineError(
+        raise UnsupportedModel(
             f"{type(module).__name__}: block {module.layer_idx} attends to a part of the sequence that is defined by "
             "its mask alone, and the engine does not use masks: this architecture is not supported"
         )

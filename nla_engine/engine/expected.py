@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from nla_engine.engine.families import can_fuse_norm
-from nla_engine.errors import EngineError
+from nla_engine.errors import UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place
@@ -85,7 +85,7 @@ def take_sample(lm: LanguageModel, places: Mapping[Site, Place]) -> Sample:
     places: of the sites that will be tapped
     """
     lm.model.set_attn_implementation("eager")
-    ids = _sample_ids(lm)
+    ids = sample_ids(lm)
     calls = _library_calls(lm, ids)
     sample = Sample(ids, calls[0][0])
     inside = {site: place for site, place in places.items() if site.part not in (RESID_POST, EMBEDDINGS)}
@@ -113,7 +113,7 @@ def _keeper(states: list[torch.Tensor], ids: torch.Tensor) -> Callable[[torch.Te
     return lambda hidden: states.append(hidden.reshape(*ids.shape, -1).clone())
 
 
-def _sample_ids(lm: LanguageModel) -> torch.Tensor:
+def sample_ids(lm: LanguageModel) -> torch.Tensor:
     """TEXTS by the model's tokenizer, after its BOS if it has one: int64 [L, T]."""
     start = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
     length = min(LENGTH, lm.max_length)
@@ -161,7 +161,7 @@ def _library_calls(lm: LanguageModel, ids: torch.Tensor) -> list[Call]:
         for hook in hooks:
             hook.remove()
     if [number for number, _ in calls] != list(range(len(parts))):
-        raise EngineError(
+        raise UnsupportedModel(
             f"{lm.name}: its blocks do not run once each, in order: this architecture is not supported"
         )
     return [call for _, call in calls]

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from nla_engine.errors import EngineError, first_line
+from nla_engine.errors import UnsupportedModel, first_line
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.logits import GivenStates
 
@@ -19,7 +19,7 @@ _STATES = 8
 
 @torch.inference_mode()
 def check_logits(lm: LanguageModel) -> None:
-    """EngineError unless `lm.logits` equal those of transformers' whole model when its decoder returns the same states.
+    """UnsupportedModel unless `lm.logits` equal those of the whole model in transformers, given the same states.
 
     The decoder itself does not run, so a Runner may be open. Needs a head.
     """
@@ -29,17 +29,17 @@ def check_logits(lm: LanguageModel) -> None:
     try:
         own, expected = lm.logits(hidden), _whole(lm, hidden)
     except Exception as error:  # the code of any architecture
-        raise EngineError(
+        raise UnsupportedModel(
             f"{refusal}its logits depend on more than its decoder's last hidden states ({first_line(error)})"
         ) from error
     if own.shape != expected.shape or own.shape[1] > lm.vocab_size:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{refusal}it gives {own.shape[1]} logits per state (transformers {expected.shape[1]}), and has "
             f"{lm.vocab_size} embeddings"
         )
     difference = float((own.double() - expected.double()).norm() / expected.double().norm())
     if not difference <= _LIMIT:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{refusal}its logits differ from transformers' own by {difference:.2g} (limit {_LIMIT:.2g})"
         )
 

@@ -21,8 +21,8 @@ from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
-from nla_engine.errors import EngineError, NLAError
-from nla_engine.models.decoder import block_output
+from nla_engine.errors import EngineError, NLAError, UnsupportedModel
+from nla_engine.models.decoder import block_output, values
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
@@ -73,7 +73,8 @@ class Runner:
                 f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
             )
         check_rotation(lm, length)
-        self.lm = lm
+        check_shape(lm)
+        self.lm, self.length = lm, length
         self.device = lm.device
         self.precision = kernels.precision
         self.reference = kernels.plain(lm.device)
@@ -96,7 +97,7 @@ class Runner:
             self.close()
             if isinstance(error, _NOT_THE_MODEL) or not isinstance(error, Exception):
                 raise
-            raise EngineError(
+            raise UnsupportedModel(
                 f"{lm.name}: {type(lm.model).__name__} cannot be run by the engine ({type(error).__name__}): "
                 "this architecture is not supported"
             ) from error
@@ -262,7 +263,10 @@ class Runner:
             self._pass = None
         if len(work.shapes) != len(self.lm.blocks):
             missing = sorted(set(range(len(self.lm.blocks))) - work.shapes.keys())
-            raise EngineError(f"{self.lm.name}: blocks {missing} did not attend through the engine")
+            raise UnsupportedModel(
+                f"{self.lm.name}: blocks {missing} did not attend through the engine: this architecture is not "
+                "supported"
+            )
         return hidden[0] if token is None or self._narrows else hidden[0, token]
 
 
@@ -270,6 +274,23 @@ def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
     """The parameters of the model's rotary embedding, or of each one if it has several."""
     given: Any = getattr(lm.config, "rope_parameters", None) or {}
     return [given, *(each for each in given.values() if isinstance(each, dict))]
+
+
+def check_shape(lm: LanguageModel) -> None:
+    """UnsupportedModel unless every block attends, in heads of one number and size, through an attention of ours."""
+    why = None
+    if not getattr(lm.model, "_supports_attention_backend", False):
+        why = "has no pluggable attention"
+    for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        found = values(lm.config, key)
+        if key == "num_attention_heads" and not all(found):
+            why = why or "has no num_attention_heads in its configuration"
+        if len(found) > 1 or not isinstance(found[0], int | None):
+            why = why or f"has blocks that differ in {key}"
+    if why is not None:
+        raise UnsupportedModel(
+            f"{lm.name}: {type(lm.model).__name__} {why}: this architecture is not supported"
+        )
 
 
 def check_rotation(lm: LanguageModel, length: int) -> None:

@@ -22,7 +22,7 @@ from nla_engine.engine.families import softcap_of
 from nla_engine.engine.graph import DecodeGraph
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.windows import largest_window, masks_of_the_library
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place
@@ -89,7 +89,7 @@ class SelfCheck:
         cap = softcap_of(self.lm.config)
         for block, shape in enumerate(self._shapes):
             if shape.softcap != cap:
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} asks the engine for a soft cap of {shape.softcap}, and its "
                     f"configuration names {cap}: this architecture is not supported"
                 )
@@ -101,7 +101,7 @@ class SelfCheck:
         for block, (shape, seen) in enumerate(zip(self._shapes, masks, strict=True)):
             own = at >= (length - shape.window if shape.window else 0)
             if seen is not None and not torch.equal(seen, own):
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens, and asks the "
                     f"engine for {int(own.sum())}: this architecture is not supported"
                 )
@@ -111,7 +111,7 @@ class SelfCheck:
         """EngineError if a part of the engine attends differently, or is further off than rounding explains."""
         for block, (own, asked) in enumerate(zip(self._attended(), self._shapes, strict=True)):
             if own != asked:
-                raise EngineError(
+                raise self._refusal(fp8)(
                     f"{self.lm.name}: block {block} of the engine attends with {own}, transformers' own with {asked}: "
                     + self._mend(fp8)
                 )
@@ -120,7 +120,7 @@ class SelfCheck:
             self._check_embedding(name, seen, fp8)
             finding = judge(self.sample, seen, floor, self._routed)
             if not finding.error <= finding.limit:
-                raise EngineError(
+                raise self._refusal(fp8)(
                     f"{self.lm.name}: {self._name(finding.part)} of the engine differs from transformers' own "
                     f"by {finding.error:.2g} {name} (limit {finding.limit:.2g}; rounding alone makes "
                     f"{finding.noise:.2g}): {self._mend(fp8)}"
@@ -130,6 +130,10 @@ class SelfCheck:
         if part >= len(self.sample.inputs):
             return self.sample.sites[part - len(self.sample.inputs)].label
         return "the last norm" if part == len(self.lm.blocks) else f"block {part}"
+
+    def _refusal(self, fp8: bool) -> type[EngineError]:
+        """Of the architecture, where transformers' own blocks ran; else of the engine's blocks."""
+        return UnsupportedModel if self.engine.reference and not fp8 else EngineError
 
     def _mend(self, fp8: bool) -> str:
         if fp8:
@@ -147,7 +151,7 @@ class SelfCheck:
         apart = torch.where(finite, first.arrived.float() - expected, 0.0)
         error = float(apart.norm() / torch.where(finite, expected, 0.0).norm().clamp(min=1e-30))
         if not error <= FLOOR[self.lm.dtype]:
-            raise EngineError(
+            raise self._refusal(fp8)(
                 f"{self.lm.name}: block 0 reads what differs from transformers' own by {error:.2g} {name}: "
                 + self._mend(fp8)
             )

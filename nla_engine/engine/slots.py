@@ -18,6 +18,7 @@ import torch
 from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
+from nla_engine.models.decoder import values
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.key_values import KeyValues
 
@@ -92,10 +93,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
-    """Key/value heads of a block, and their size."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads), int(head_size)
+    """Key/value heads of a block, and their size; the most of any block, where they differ."""
+    queries, keys, sizes, width = (
+        max(value or 0 for value in values(config, key))
+        for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    )
+    queries = queries or 1  # where nothing attends
+    return keys or queries, sizes or width // queries
 
 
 class SlotCache:

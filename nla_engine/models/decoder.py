@@ -1,7 +1,8 @@
-"""A decoder cut after one of its blocks: the model's own forward, stopped when that block has given its output.
+"""Where a model keeps its decoder and its blocks, and a decoder cut after one of them.
 
-Nothing in the model is removed or replaced, so it does not matter what an architecture calls its final norm, what else
-uses that norm, or what follows it.
+A cut decoder is the model's own forward, stopped when that block has given its output. Nothing in the model is removed
+or replaced, so it does not matter what an architecture calls its final norm, what else uses that norm, or what
+follows it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,75 @@ from transformers.modeling_outputs import BaseModelOutput
 from nla_engine.errors import CheckpointError
 
 
+def find_decoder(model: Any) -> Any:
+    """The module of a causal language model that maps token ids to final hidden states.
+
+    It is the smallest module that holds the input embedding and all blocks. CheckpointError if the blocks are not in
+    one list, or the embedding is not found.
+    """
+    roots = [model.get_decoder(), model]
+    for root in roots:
+        if isinstance(getattr(root, "layers", None), nn.ModuleList) and root is not model:
+            return root
+    name = type(model).__name__
+    for root in roots:
+        config = getattr(root, "config", None)
+        if config is None or not isinstance(root, nn.Module):
+            continue
+        lists = _lists_of_blocks(root, config)
+        if len(lists) != 1:
+            continue
+        embedding = _embedding_of(root)
+        paths = {module: path for path, module in root.named_modules()}
+        if embedding not in paths:
+            continue
+        shared = paths[lists[0]].split(".")
+        other = paths[embedding].split(".")
+        same = next((i for i, (a, b) in enumerate(zip(shared, other, strict=False)) if a != b), 0)
+        decoder = root.get_submodule(".".join(shared[:same]))
+        if hasattr(decoder, "config"):
+            return decoder
+    raise CheckpointError(
+        f"{name} keeps its blocks in no list of their own, or in several: this architecture is not supported"
+    )
+
+
+def blocks_of(decoder: Any) -> nn.ModuleList:
+    """The blocks of a decoder of `find_decoder`, or of a `CutDecoder`, in the order in which they run."""
+    layers = getattr(decoder, "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else _lists_of_blocks(decoder, decoder.config)[0]
+
+
+def values(config: Any, key: str) -> list[Any]:
+    """What a configuration says under this key: one value, or the different ones of its blocks; None if it lacks it."""
+    try:
+        found = [getattr(config, key, None)]
+    except RuntimeError:  # a value per block, which the library does not read as one
+        found = [getattr(each, key, None) for each in config.per_layer_config]
+    if len(found) == 1 and isinstance(found[0], list | tuple):
+        found = list(found[0])
+    return sorted(set(found), key=str)
+
+
+def _lists_of_blocks(root: nn.Module, config: Any) -> list[nn.ModuleList]:
+    """Every list of as many modules as the configuration names blocks, without lists inside of such lists."""
+    text = config.get_text_config(decoder=True)
+    count, found = getattr(text, "num_hidden_layers", None), dict[str, nn.ModuleList]()
+    for path, module in root.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            found[path] = module
+    return list(found.values())
+
+
+def _embedding_of(root: Any) -> Any:
+    """The input embedding of a model; None if it has none that it names."""
+    try:
+        return root.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 class CutDecoder:
     """Called like the decoder `whole`, it runs blocks 0 to `last`: `last_hidden_state` is the output of block `last`.
 
@@ -24,7 +94,7 @@ class CutDecoder:
 
     def __init__(self, whole: Any, last: int) -> None:
         self.whole: Any = whole.whole if isinstance(whole, CutDecoder) else whole
-        self.layers = nn.ModuleList(list(whole.layers)[: last + 1])
+        self.layers = nn.ModuleList(list(blocks_of(self.whole))[: last + 1])
         self.config = whole.config
         self._check_order()
 
@@ -56,7 +126,7 @@ class CutDecoder:
     @torch.inference_mode()
     def _check_order(self) -> None:
         """Read one token with the whole decoder: each block up to the last must run once, in order."""
-        name, given = type(self.whole).__name__, list(self.whole.layers)
+        name, given = type(self.whole).__name__, list(blocks_of(self.whole))
         ran: list[int] = []
         shapes: Counter[tuple[int, ...]] = Counter()
 
@@ -87,8 +157,8 @@ class CutDecoder:
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """Hidden states [1, T, d] in the output of a block: itself, or the first of a tuple."""
-    hidden = output[0] if isinstance(output, tuple) else output
+    """Hidden states [1, T, d] in the output of a block: itself, or the first of a tuple or list."""
+    hidden = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
 

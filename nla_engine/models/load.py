@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from nla_engine.errors import CheckpointError, RequestError, first_line
 from nla_engine.models.adapters.merge import merge
 from nla_engine.models.adapters.tensors import AdapterFile
 from nla_engine.models.cut import cut_config
-from nla_engine.models.decoder import CutDecoder
+from nla_engine.models.decoder import CutDecoder, blocks_of, find_decoder, values
 from nla_engine.models.fingerprint import fingerprint_of
 from nla_engine.models.hub.fetch import say
 from nla_engine.models.logits import LibraryLogits
@@ -50,9 +51,9 @@ class LanguageModel:
     head: nn.Module | None
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def blocks(self) -> nn.ModuleList:
-        return self.decoder.layers
+        return blocks_of(self.decoder)
 
     @property
     def config(self) -> Any:
@@ -61,7 +62,15 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        return int(self.config.hidden_size)
+        return int(values(self.config, "hidden_size")[0])
+
+    @property
+    def uncached(self) -> dict[str, Any]:
+        """Arguments of the decoder with which it keeps no cache."""
+        whole = getattr(self.decoder, "whole", self.decoder)
+        parameters = inspect.signature(whole.forward).parameters
+        takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {"use_cache": False} if takes else {}
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +92,8 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Longest sequence that the positions of the model allow, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+        longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        return longest if longest > 0 else 1 << 30
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -306,32 +316,18 @@ def _check_unused(directory: Path, lm: LanguageModel, missing: Sequence[str]) ->
 
 
 def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LanguageModel:
-    """A LanguageModel around a model that is already in memory. CheckpointError if the engine cannot drive it."""
-    decoder, why = model.get_decoder(), None
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        why = "keeps its blocks in a way that the engine does not know"
-    elif not getattr(model, "_supports_attention_backend", False):
-        why = "has no pluggable attention"
-    else:
-        why = _misshapen(decoder.config)
-    if why is not None:
-        raise CheckpointError(f"{name}: {type(model).__name__} {why}: this architecture is not supported")
+    """A LanguageModel around a model that is already in memory. CheckpointError if its blocks are not found."""
+    try:
+        decoder = find_decoder(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    if values(decoder.config, "hidden_size") in ([], [None]):
+        raise CheckpointError(
+            f"{name}: {type(model).__name__} has no hidden_size in its configuration: this architecture is not "
+            "supported"
+        )
     model.eval().requires_grad_(False)
     return LanguageModel(name, revision, model, tokenizer, decoder, model.get_output_embeddings())
-
-
-def _misshapen(config: Any) -> str | None:
-    """What is wrong with the shape of the blocks, which must be the same for all; None if nothing is."""
-    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        try:
-            value = getattr(config, key, None)
-        except Exception:  # raised where blocks differ; its type depends on the library's version
-            value = ()
-        if value is None and key in ("hidden_size", "num_attention_heads"):
-            return f"has no {key} in its configuration"
-        if value is not None and not isinstance(value, int):
-            return f"has blocks that differ in {key}"
-    return None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -99,7 +99,7 @@ def _inside(lm: LanguageModel, layers: list[int]) -> dict[Site, Place]:
     watches = {layer: _Watch(lm.blocks[layer]) for layer in layers}
     ids = torch.arange(min(_TOKENS, lm.max_length), device=lm.device) * 7 % lm.vocab_size
     try:
-        cut.decoder(input_ids=ids[None], use_cache=False)
+        cut.decoder(input_ids=ids[None], **lm.uncached)
     finally:
         for watch in watches.values():
             watch.remove()

@@ -40,6 +40,8 @@ _STRAYS = (
         "the weights look quantised, of which config.json says nothing: give the unquantised checkpoint",
     ),
 )
+#: Configurations of models that generate text from text alone: a causal language model's, or one's that sees images.
+_CAUSAL = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 #: Makes transformers read one weight after another instead of all at once on threads.
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -60,7 +62,7 @@ def read_model(
     The directory has passed `check_checkpoint`. Raises CheckpointError, which says what is wrong with the weights,
     or EngineError if memory is short.
     """
-    kind: Any = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
+    kind: Any = transformers.AutoModel if headless else _kind(directory, remote_code)
     noise = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # one error below takes the place of its load report
     transformers.logging.disable_progress_bar()
@@ -87,6 +89,14 @@ def read_model(
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not is_behind(str(key), blocks)}
     _check_names(directory, model, info, headless, remote_code)
     return model, sorted(info["missing_keys"])
+
+
+def _kind(directory: Path, remote_code: bool) -> Any:
+    """The factory of the whole model: a causal language model, or one that sees images too."""
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
+    text, images = _CAUSAL
+    only_images = type(config) not in text and type(config) in images
+    return transformers.AutoModelForImageTextToText if only_images else transformers.AutoModelForCausalLM
 
 
 def check_checkpoint(directory: Path, *, headless: bool, remote_code: bool) -> None:
@@ -141,7 +151,7 @@ def _check_kind(directory: Path, config: Mapping[str, Any], headless: bool, remo
     except Exception as error:  # the library raises many types for one fault
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{directory / CONFIG}: cannot be used ({reason}): fetch it again") from error
-    if not headless and type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not headless and not any(type(found) in known for known in _CAUSAL):
         raise CheckpointError(
             f"{directory}: is of type '{name}', of which transformers {version} has no decoder-only language model: "
             "give the text model's own checkpoint"

@@ -40,8 +40,8 @@ class Kernels:
         ):
             if word not in known:
                 raise RequestError(f"{what} '{word}' is unknown: use {' or '.join(known)}")
-        if self.precision == "fp8" and self.reference:
-            raise RequestError("--precision fp8 has no reference kernels: leave one of the two out")
+        if self.precision == "fp8" and (self.reference or self.library):
+            raise RequestError(f"--precision fp8 has no {self.name} kernels: leave one of the two out")
 
     def __str__(self) -> str:
         return f"--kernels {self.name} --precision {self.precision}"
@@ -51,9 +51,14 @@ class Kernels:
         """Whether only transformers' own modules and plain torch may compute."""
         return self.name == "reference"
 
+    @property
+    def library(self) -> bool:
+        """Whether transformers' own forward and caches run, without the engine's slots and attention."""
+        return self.name == "library"
+
     def plain(self, device: torch.device) -> bool:
         """Whether blocks, attention and choosing are plain torch on this device."""
-        return self.reference or (self.name == "auto" and not has_triton(device))
+        return self.reference or self.library or (self.name == "auto" and not has_triton(device))
 
 
 @functools.cache

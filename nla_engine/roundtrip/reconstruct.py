@@ -5,11 +5,14 @@ the last token's residual stream to the vector.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from nla_engine.engine.choose import open_runner
+from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.tap import NoTap
 from nla_engine.errors import CheckpointError
@@ -80,7 +83,7 @@ class Reconstructor:
         self.kernels = kernels
         self.special = special
         self.maps = maps.to(lm.device)
-        self._runner: Runner | None = None
+        self._runner: Runner | Library | None = None
         self._prefix = self._shared_prefix()
 
     @classmethod
@@ -206,21 +209,28 @@ class Reconstructor:
         """The last token's residual stream [n, d] of each prompt, by layer. The prefix held by every slot is not read
         again."""
         runner = self._fit_runner(max(map(len, prompts)))
+        if isinstance(runner, Library):
+            requests = [Request(id_, tuple(ids), 0) for id_, ids in enumerate(prompts)]
+            batch = Batch(requests, range(len(prompts)), (), runner.device)
+            return self._read(lambda: runner.read(batch), batch.last)
         shared = len(self._prefix)
         first = [
             shared if len(ids) > shared and tuple(ids[:shared]) == self._prefix else 0 for ids in prompts
         ]
         sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
         wanted = np.cumsum(sizes) - 1
-        if self._tap.layers:
-            self._tap.wanted = torch.from_numpy(wanted).to(self.lm.device)
-        states = runner.prefill(
-            [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))],
-            wanted.tolist(),
-        )
-        self._tap.wanted = None
+        runs = [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))]
+        states = self._read(lambda: runner.prefill(runs, wanted.tolist()), wanted)
         if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
             runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
+        return states
+
+    def _read(self, read: Callable[[], torch.Tensor], wanted: np.ndarray) -> dict[int, torch.Tensor]:
+        """What one pass gives at its tokens `wanted`, int64 [n], by layer. read: runs it, returns the last layer's."""
+        if self._tap.layers:
+            self._tap.wanted = torch.from_numpy(wanted).to(self.lm.device)
+        states = read()
+        self._tap.wanted = None
         return {len(self.lm.blocks) - 1: states, **self._tap.states}
 
     def prompts(self, explanations: Sequence[str]) -> list[list[int]]:
@@ -239,15 +249,17 @@ class Reconstructor:
             self._runner.close()
             self._runner = None
 
-    def _fit_runner(self, longest: int) -> Runner:
+    def _fit_runner(self, longest: int) -> Runner | Library:
         """A runner whose slots hold `longest` tokens. If too small, it is replaced by one for 1.5 times as many."""
-        if self._runner is None or self._runner.cache.size - 1 < longest:
+        if self._runner is None or self._runner.length < longest:
             self.close()  # frees its cache first
             length = min(longest + longest // 2, max(self.lm.max_length, longest))
             slots = _BATCH[self.lm.device.type][0]
-            self._runner = Runner(self.lm, slots=slots, length=length, tap=self._tap, kernels=self.kernels)
-            cache = self._runner.cache
-            if self._prefix:
+            self._runner = open_runner(
+                self.lm, slots=slots, length=length, tap=self._tap, kernels=self.kernels
+            )
+            if self._prefix and isinstance(self._runner, Runner):
+                cache = self._runner.cache
                 self._runner.prefill([(cache.spare, 0, self._prefix)])
                 cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner

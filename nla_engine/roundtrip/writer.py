@@ -10,11 +10,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nla_engine.engine.generator import Generator, Watch
+from nla_engine.engine.choose import open_generator
+from nla_engine.engine.generator import Watch
 from nla_engine.engine.injection import at_scale
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
-from nla_engine.engine.runner import Runner
 from nla_engine.engine.slots import default_room
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import CheckpointError
@@ -148,7 +148,7 @@ class Writer:
                     id_ = each.id * samples + sample
                     yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, sample > 0))
 
-        with Runner(
+        generator = open_generator(
             lm,
             slots=room.slots,
             blocks=room.blocks,
@@ -157,11 +157,9 @@ class Writer:
             kernels=kernels,
             injection=self.injection,
             vectors=limits.vectors,
-        ) as runner:
-            generator = Generator(
-                runner, max_new_tokens=max_new_tokens, stop=self._automaton, sampling=sampling
-            )
-            generator.prepare()
+            how={"max_new_tokens": max_new_tokens, "stop": self._automaton, "sampling": sampling},
+        )
+        with generator.runner:
             for group in generator.groups(requests(), watch=watch):
                 for ended in order.add(group):
                     cut = ended.finish is Finish.LENGTH

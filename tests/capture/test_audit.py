@@ -14,10 +14,10 @@ from tiny import byte_tokenizer, save_model, tiny_model, write_prompts
 
 from nla_engine.capture import appender
 from nla_engine.capture import audit as audit_module
-from nla_engine.capture import run as stage
 from nla_engine.capture.audit import audit
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.engine import choose
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.places import find_places
@@ -80,7 +80,7 @@ def test_another_model_is_noticed(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_layer_below_are_noticed(tmp_path: Path, monkeypatch) -> None:
-    real = stage.Runner
+    real = choose.Runner
 
     class Lower:
         """A tap that stands one block too low."""
@@ -97,7 +97,7 @@ def test_rows_of_the_layer_below_are_noticed(tmp_path: Path, monkeypatch) -> Non
     def shifted(lm, **kwargs):
         return real(lm, **kwargs | {"tap": Lower(kwargs["tap"])})
 
-    monkeypatch.setattr(stage, "Runner", shifted)
+    monkeypatch.setattr(choose, "Runner", shifted)
     names = failed(audit(captured(tmp_path), language_model()))
     assert "layer 1: rows are the output of block 1" in names
     assert "layer 1: rows fit block 1 better than block 0" in names

@@ -23,7 +23,7 @@ from tiny import write_prompts
 
 from nla_engine.capture import appender
 from nla_engine.capture import run as capture_stage
-from nla_engine.capture.run import CaptureSummary
+from nla_engine.capture.summary import CaptureSummary
 from nla_engine.config import CaptureOptions, ExplainOptions, PatchOptions, RoundtripOptions, ScoreOptions
 from nla_engine.roundtrip import results
 from nla_engine.roundtrip.summary import RoundtripSummary

@@ -11,8 +11,9 @@ from tiny import MLA, MOE, language_model
 
 from nla_engine.engine import selfcheck
 from nla_engine.engine.runner import Runner
-from nla_engine.errors import CheckpointError, EngineError, NLAError
-from nla_engine.models.load import LanguageModel, _misshapen
+from nla_engine.errors import CheckpointError, EngineError, UnsupportedModel
+from nla_engine.models.decoder import values
+from nla_engine.models.load import LanguageModel
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -105,13 +106,15 @@ def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:
         "vocab_size_per_layer_input": 259,
         "num_kv_shared_layers": 0,
     }
-    with pytest.raises(
-        NLAError, match=r"Gemma4\w*ForCausalLM has blocks that differ in head_dim: this arch.*ted$"
-    ):
-        language_model("Gemma4TextConfig", **shape, num_hidden_layers=4, hidden_size_per_layer_input=16)
-    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": [4, 2]}
-    assert _misshapen(SimpleNamespace(**shape)) == "has blocks that differ in num_key_value_heads"
-    assert _misshapen(SimpleNamespace(hidden_size=64)) == "has no num_attention_heads in its configuration"
+    lm = language_model("Gemma4TextConfig", **shape, num_hidden_layers=4, hidden_size_per_layer_input=16)
+    with pytest.raises(UnsupportedModel, match=r"Gemma4\w*ForCausalLM has blocks that differ in head_dim"):
+        Runner(lm, slots=2, length=60)
+
+
+def test_values_of_a_configuration_are_read_for_every_block() -> None:
+    given = SimpleNamespace(hidden_size=64, num_key_value_heads=[4, 2, 4], head_dim=None)
+    assert values(given, "hidden_size") == [64] and values(given, "num_key_value_heads") == [2, 4]
+    assert values(given, "head_dim") == values(given, "num_attention_heads") == [None]
 
 
 def test_a_forward_that_fails_is_an_architecture_that_is_not_supported() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_families import small_model
 from tiny import MOE, byte_tokenizer, language_model
 
 from nla_engine.engine.runner import Runner
@@ -115,8 +116,32 @@ def test_blocks_that_run_twice_are_refused() -> None:
         lm.truncated(1)
 
 
-def test_decoders_that_the_engine_does_not_know_are_refused_by_what_they_lack() -> None:
-    shape = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 2}
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
-    with pytest.raises(CheckpointError, match="GPT2LMHeadModel keeps its blocks in a way .* not supp"):
-        wrap_model(gpt2, byte_tokenizer(), name="gpt2")
+@pytest.mark.parametrize(
+    "config", ["GPT2Config", "BloomConfig", "BertConfig", "Llama4TextConfig", "OPTConfig"]
+)
+def test_blocks_are_found_by_their_number_whatever_they_are_called(config: str) -> None:
+    """The decoder is the smallest module around them and the embedding; so its output is that of the whole model's."""
+    lm = wrap_model(small_model(getattr(transformers, config)), byte_tokenizer(), name=config)
+    assert len(lm.blocks) == 4 and lm.decoder is not lm.model
+    with torch.inference_mode():
+        given = torch.tensor([IDS])
+        states = lm.decoder(input_ids=given, use_cache=False).last_hidden_state
+        assert states.shape == (1, len(IDS), lm.d_model)
+        torch.testing.assert_close(lm.logits(states[0]), lm.model(input_ids=given, use_cache=False).logits[0])
+        cut = lm.truncated(1).decoder(input_ids=given, use_cache=False).last_hidden_state
+        whole = lm.model(input_ids=given, use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(cut, whole[2])
+
+
+def test_the_text_model_of_a_wrapper_is_found() -> None:
+    lm = wrap_model(small_model(transformers.Gemma3Config), byte_tokenizer(), name="gemma3")
+    assert lm.decoder is lm.model.model.language_model
+    assert lm.config is lm.model.config.text_config and len(lm.blocks) == lm.config.num_hidden_layers
+
+
+def test_decoders_whose_blocks_are_in_several_lists_are_refused() -> None:
+    xlm = small_model(transformers.XLMConfig)
+    with pytest.raises(
+        CheckpointError, match=r"^xlm: XLMWithLMHeadModel keeps its blocks in no list .* not supp"
+    ):
+        wrap_model(xlm, byte_tokenizer(), name="xlm")

@@ -1,0 +1,245 @@
+"""The engine's generator over transformers' own generation: batches in the order of the requests, one after another."""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_engine.engine.following import Following
+from nla_engine.engine.forecast import Tally
+from nla_engine.engine.generator import Generate, Portion, Watch
+from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.engine.scheduler import Ended
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.transfer import to_device
+from nla_engine.errors import EngineError, RequestError
+from nla_engine.ops.sampling import Choosing, Sampling, SlotState
+
+#: A pass over prompts reads at most this many times the tokens of the engine's passes: a batch is not refilled.
+_PASS = 4
+
+
+class LibraryGenerator:
+    """Runs requests through a Library. Arguments and methods are those of `engine.generator.Generator`."""
+
+    def __init__(
+        self,
+        runner: Library,
+        *,
+        max_new_tokens: int,
+        stop: StopAutomaton | None = None,
+        sampling: Sampling = Sampling(),
+        read_last: bool = False,
+        max_prefill_tokens: int = 2048,
+        following: Following | None = None,
+    ) -> None:
+        if following is not None:
+            raise RequestError(
+                f"--next-token: {runner.lm.name} runs by transformers' own generation, where it is not offered: "
+                "leave it out"
+            )
+        self.runner, self.max_new_tokens, self.read_last = runner, max_new_tokens, read_last
+        if max_new_tokens and (runner.lm.head is None or stop is None):
+            raise EngineError("generation needs a model with a head and a stop automaton")
+        self.stop = stop.to(runner.device) if stop is not None else None
+        self.choosing: Choosing | None = None
+        if self.stop is not None:
+            self.choosing = Choosing(sampling, self.stop.table, self.stop.stopped, read_last)
+        slots = self.most_lanes = runner.slots
+        self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
+        wanted = max(_PASS * max_prefill_tokens, runner.length)
+        self.most_tokens = min(runner.tap.allocate(slots, steps=1, given=wanted), _PASS * max_prefill_tokens)
+
+    def prepare(self) -> None:
+        """Allocate the tap's host memory."""
+        self.runner.tap.prepare()
+
+    def run(self, requests: Iterable[Request | None]) -> Generate[Completion]:
+        """The completions of `groups`, one at a time."""
+        with closing(self.groups(requests)) as groups:
+            for group in groups:
+                yield from group
+
+    @torch.inference_mode()
+    def groups(
+        self,
+        requests: Iterable[Request | None],
+        portion: Portion = list,
+        watch: Watch = lambda tally: None,
+    ) -> collections.abc.Generator[list[Completion], None, None]:
+        """As `Generator.groups`. A batch takes the next requests; it is left before the next ones are read."""
+        source: Iterator[Any] = iter(requests)
+        tally = Tally()
+        while True:
+            taken: list[Request] = []
+            held_back = False
+            while len(taken) < self.runner.slots:
+                request = next(source, ...)
+                held_back = request is None
+                if held_back or request is ...:
+                    break
+                self._check(request)
+                taken.append(request)
+            if not taken:
+                if held_back:
+                    raise EngineError("requests were held back although nothing is running")
+                return
+            finished: dict[int, Ended] = {}
+            for batch in self._batches(taken):
+                finished |= {each.request.id: each for each in self._run_fitting(batch, tally, watch)}
+            while finished:
+                chosen = [
+                    finished.pop(id_) for id_ in portion({i: each.nbytes for i, each in finished.items()})
+                ]
+                if not chosen:
+                    raise EngineError("no sequence was chosen although all have ended")
+                yield self._complete(chosen)
+
+    def _check(self, request: Request) -> None:
+        total = len(self.runner.prefix) + len(request.token_ids) + request.max_new_tokens
+        if (
+            not request.token_ids
+            or total > self.runner.length
+            or request.max_new_tokens > self.max_new_tokens
+        ):
+            raise EngineError(
+                f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
+                f"do not fit the {self.runner.length} that were announced"
+            )
+        vectors = 0 if request.vectors is None else len(request.vectors)
+        places = (-1, *request.places, len(request.token_ids))
+        if vectors != len(request.places) or any(a >= b for a, b in pairwise(places)):
+            raise EngineError(
+                f"request {request.id}: {vectors} vectors for the tokens {list(request.places)}"
+            )
+        if vectors > self.runner.injector.most:
+            raise EngineError(
+                f"request {request.id}: {vectors} vectors, a slot has room for {self.runner.injector.most}"
+            )
+
+    def _batches(self, taken: list[Request]) -> Iterator[Batch]:
+        """The requests, cut where reading a longer prompt token by token would cost more than another batch, or a pass
+        would read too many tokens."""
+        slots = sorted(range(len(taken)), key=lambda i: len(taken[i].token_ids))
+        group: list[int] = []
+        shared = len(self.runner.prefix)
+        for slot in slots:
+            size = shared + len(taken[slot].token_ids)
+            if group:
+                shortest = shared + len(taken[group[0]].token_ids)
+                generating = any(taken[i].max_new_tokens for i in (*group, slot))
+                pass_size = (len(group) + 1) * (shortest if generating else size)
+                crowded = len(group) == self.most_lanes or pass_size > self.most_tokens
+                if crowded or (generating and size > shortest + self.max_new_tokens):
+                    yield self._batch(taken, group)
+                    group = []
+            group.append(slot)
+        yield self._batch(taken, group)
+
+    def _batch(self, taken: list[Request], slots: list[int]) -> Batch:
+        return Batch([taken[slot] for slot in slots], slots, self.runner.prefix, self.runner.device)
+
+    def _run_fitting(self, batch: Batch, tally: Tally, watch: Watch) -> list[Ended]:
+        """Run a batch. If it does not fit the free memory, its halves, and no larger ones from then on."""
+        lanes = len(batch.requests)
+        try:
+            return self._run(batch, tally, watch)
+        except torch.OutOfMemoryError as error:
+            if lanes == 1:
+                raise EngineError(
+                    f"{self.runner.lm.name}: one sequence of {int(batch.ends.max())} tokens does not fit the free "
+                    f"memory of {self.runner.device}"
+                ) from error
+        self._open(batch)  # forgets the rows of the failed batch
+        torch.cuda.empty_cache()  # what the failed batch held
+        self.most_lanes = lanes // 2
+        halves = batch.halves(self.runner.prefix, self.runner.device)
+        return [each for half in halves for each in self._run_fitting(half, tally, watch)]
+
+    def _run(self, batch: Batch, tally: Tally, watch: Watch) -> list[Ended]:
+        """Run a batch to its end, and settle its rows."""
+        state, tap, slots = self.state, self.runner.tap, batch.slots.tolist()
+        at = batch.slots
+        columns = to_device(
+            np.array([[request.id for request in batch.requests], batch.limits, batch.sizes]),
+            self.runner.device,
+        )
+        state.sequence[at], state.limit[at] = columns[0], columns[1]
+        state.position[at] = columns[2] - 1  # the last prompt token: reading it gives the first new token
+        state.token[at] = 0
+        state.count[at] = 0
+        state.stop_state[at] = 0
+        state.closing[at] = False
+        state.active[at] = True
+        vectors = {
+            slot: request.vectors
+            for slot, request in zip(slots, batch.requests, strict=True)
+            if request.vectors is not None
+        }
+        if vectors:
+            self.runner.injector.put(list(vectors), list(vectors.values()))
+        self._open(batch)
+        tap.reads([(slot, 0, batch.new) for slot in slots])
+        new, before = np.zeros_like(batch.sizes), tally.read
+
+        def each(generating: int) -> None:
+            tally.read = before + int(np.minimum(batch.sizes, batch.start).sum())
+            new[:generating] += 1
+            tally.running = np.minimum(new, batch.limits)[:generating].tolist()
+            tally.steps, tally.lanes = tally.steps + 1, tally.lanes + generating
+            tap.look(decoded=True)
+            tap.settle([], [])
+            tap.drain()
+            tap.decodes([slot for slot, on in zip(slots, state.active[at].tolist(), strict=True) if on], 1)
+            watch(lambda: tally)
+
+        if batch.limits.any():
+            assert self.choosing is not None
+            self.runner.generate(batch, state, self.choosing, each)
+        else:
+            self.runner.read(batch)
+            state.active[at] = False
+            tally.read += int(batch.sizes.sum())
+            tap.look(decoded=False)
+        counts = state.count[at].tolist()
+        tally.running = []
+        kept = tap.settle(slots, [size + n for size, n in zip(batch.sizes.tolist(), counts, strict=True)])
+        for request, count in zip(batch.requests, counts, strict=True):
+            tally.end(count, request.max_new_tokens)
+        watch(lambda: tally)
+        return [
+            Ended(request, slot, count, rows)
+            for request, slot, count, rows in zip(batch.requests, slots, counts, kept, strict=True)
+        ]
+
+    def _open(self, batch: Batch) -> None:
+        ids = [request.id for request in batch.requests]
+        totals = (batch.sizes + batch.limits).tolist()
+        self.runner.tap.open(batch.slots.tolist(), ids, batch.sizes.tolist(), totals)
+
+    def _complete(self, ended: list[Ended]) -> list[Completion]:
+        at = to_device(np.array([each.slot for each in ended]), self.runner.device)
+        generated = self.state.generated[at].cpu().numpy().astype(np.int32)
+        codes = self.stop.finish_codes(self.state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
+        replies = [generated[i, : each.count] for i, each in enumerate(ended)]
+        kept = self.runner.tap.collect(
+            [each.kept for each in ended],
+            [(each.request.id, reply) for each, reply in zip(ended, replies, strict=True)],
+        )
+        return [
+            Completion(
+                request=each.request,
+                generated=replies[i],
+                finish=Finish(codes[i]) if each.request.max_new_tokens else Finish.GIVEN,
+                positions=kept[i][0],
+                rows=kept[i][1],
+            )
+            for i, each in enumerate(ended)
+        ]
