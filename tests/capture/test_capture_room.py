@@ -26,6 +26,8 @@ def test_the_plan_says_what_all_sequences_have_room_for() -> None:
         "already_done": 0,
         "rows": 1,
         "bytes": 1,
+        "row_bytes": 1,
+        "whole": False,
         "codec": "int8",
         "length": 1000,
         "prefix": 0,

@@ -14,6 +14,7 @@ import zarr
 from commands import call, capture, contents
 from tiny import save_model, write_prompts
 
+from nla_engine.capture import staging
 from nla_engine.capture.audit import audit
 from nla_engine.codec.rows import SINK_FACTOR, Codec, bf16_values
 from nla_engine.errors import RequestError, StoreError
@@ -115,6 +116,26 @@ def test_every_site_is_read_by_plain_zarr(root: Path) -> None:
             own = store.layer(site.layer, site=site.part)
             assert np.array_equal(own[sequence.rows], stored)
             assert np.allclose(own.norm()[sequence.rows], np.linalg.norm(want, axis=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("ring_bytes", [staging.RING_BYTES, 1])
+def test_transformers_own_generation_gives_the_same_sites(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring_bytes: int
+) -> None:
+    """Prompts in one pass, replies token by token, and with rows that leave after every other token."""
+    monkeypatch.setattr(staging, "RING_BYTES", ring_bytes)
+    given = {"layer": "0,2", "sites": ALL, "codec": "bf16", "positions": "all"}
+    done = call(*capture(root, tmp_path / "lib.zarr", kernels="library", batch_size=4, **given))
+    assert done.code == 0, done.err
+    lm, store = model(root), CaptureStore.open(tmp_path / "lib.zarr")
+    fused = CaptureStore.open(root / "run.zarr")
+    assert store.sites == fused.sites
+    for sequence in store.iter_sequences():
+        position = store.column("position")[sequence.rows]
+        for site, states in hooked(lm, sequence.tokens).items():
+            want, rows = states[position], store.layer(site)[sequence.rows]
+            assert np.abs(rows - want).max() <= 0.01 * np.abs(want).max(), site
+        assert fused.sequence(sequence.number).tokens.tolist() == sequence.tokens.tolist()
 
 
 def test_readers_name_a_site_or_mean_the_output(root: Path) -> None:

@@ -14,9 +14,14 @@ from tiny import byte_tokenizer, language_model, save_model, tiny_model, write_r
 
 from nla_engine.capture.next_token import NextTokenTap
 from nla_engine.capture.run import run_capture
-from nla_engine.capture.tap import RowRange
+from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.following import PromptRows
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError, RequestError, StoreError
 from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.store import CaptureStore, Finish
@@ -110,6 +115,34 @@ def test_samples_stops_and_choices_of_rows(prompts: Path, tmp_path: Path, how: d
         assert Finish.STOP in {sequence.finish for sequence in store.iter_sequences()}
     if how.get("next_token") == 0:
         assert not {"top_id", "top_logprob"} & set(store.arrays("rows"))
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_sequences_that_step_back_and_are_read_again(positions: str) -> None:
+    lm, new, slots, keep = tiny(), 24, 4, RowRange.parse(positions)
+    rng = np.random.default_rng()
+    work = [Request(i, tuple(rng.integers(0, 200, rng.integers(1, 9)).tolist()), new) for i in range(9)]
+    stop = StopAutomaton([b""] * lm.vocab_size, ())
+    tap = NextTokenTap(K, keep, rows_per_slot=40, device=lm.device)
+    told, most = {}, []
+    given: Any = {"tap": RowTap((1,), Codec.named("bf16", lm.d_model), keep, rows_per_slot=40,
+                                sink_norm={1: np.inf}, device=lm.device)}  # fmt: skip
+    with Runner(lm, slots=slots, length=40, blocks=12, block=4, **given) as runner:
+        generator = Generator(
+            runner, max_new_tokens=new, stop=stop, read_last=True, max_prefill_tokens=16, following=tap
+        )
+        watch = lambda tally: most.append(tally().stepped_back)  # noqa: E731
+        for group in generator.groups(iter(work), watch=watch):
+            told |= {each.request.id: each for each in group}
+    assert max(most) > 0 and sorted(told) == list(range(9))
+    for each in told.values():
+        tokens = np.array([*each.request.token_ids, *each.generated])
+        own, found = truth(lm, tokens)[each.positions], each.next_tokens
+        known = each.positions + 1 < len(tokens)
+        expected = own[known, tokens[each.positions[known] + 1]]
+        np.testing.assert_allclose(found.next_logprob[known], expected, atol=2e-4)
+        assert np.isnan(found.next_logprob[~known]).all() and known.sum() == len(known) - 1
+        np.testing.assert_allclose(found.top_logprob, -np.sort(-own)[:, :K], atol=2e-4)
 
 
 @pytest.mark.parametrize(

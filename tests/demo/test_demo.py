@@ -130,7 +130,9 @@ def intact(
 def one_layer_off(by: int) -> Callable[[Bench], int]:
     def disturb(bench: Bench) -> int:
         bench.verbalizer.sidecar = replace(bench.verbalizer.sidecar, layer=LAYER + by)
-        bench.reconstructor.layer = LAYER + by
+        ar, states = bench.reconstructor, bench.reconstructor._last_states
+        ar.layer = LAYER + by  # it says so, and reads what it always read
+        ar._last_states = lambda prompts: {LAYER + by: states(prompts)[LAYER]}  # type: ignore[method-assign]
         return LAYER + by
 
     return disturb

@@ -142,9 +142,10 @@ def test_stopped_and_resumed_in_other_orders(tmp_path: Path, rng: np.random.Gene
             if not missing:
                 break
             todo = [each for each in shuffled(given, rng) if each.number in missing]
-            writer.append_many(todo[: int(rng.integers(1, 15))])
+            some = int(rng.integers(1, 15))
+            writer.append_many(todo[:some])
             writer.commit()
-            if len(todo) > 5:
+            if len(todo) > some:
                 writer.append_many(todo[-1:])  # lost: it is not committed
                 writer._queue.join()
                 writer._usable = False
