@@ -15,11 +15,14 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import document_lengths, open_generator, prompt_file, requests, run_all
 from nla_engine.capture.load import load_inputs
 from nla_engine.capture.run import GENERATING, CaptureJob
+from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.request import Request
 from nla_engine.engine.slots import default_room
 
 _BRIEF_TOKENS = 8
+#: The part of the free disk that a store may take.
+_DISK_PART = 0.9
 
 
 def reply_lengths(session: Session) -> list[int]:
@@ -42,6 +45,8 @@ def run(session: Session) -> None:
         (f"layer {layer} to disk, longest first", one, longest_first),
         ("all layers to disk", every, lengths),
     ):
+        if not _has_room(session, layers, tokens, f"{name} {what}"):
+            continue
         told: dict[str, int] = {}
         line = session.measure(
             "long",
@@ -54,6 +59,15 @@ def run(session: Session) -> None:
         )
         if line is not None:
             line.compare(session.find("long", "vLLM "))
+
+
+def _has_room(session: Session, layers: Sequence[int], rows: int, case: str) -> bool:
+    """Whether the disk holds these rows. If not, the case is named as skipped."""
+    needed = rows * len(layers) * Codec.named("int8", session.d_model).row_bytes
+    if needed < _DISK_PART * shutil.disk_usage(session.directory).free:
+        return True
+    session.skipped.append(f"long: {case}: it needs {needed / 1e9:,.0f} GB of disk")
+    return False
 
 
 @contextmanager
