@@ -29,6 +29,7 @@ from nla_engine.capture.load import (
 )
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan, plan_capture
+from nla_engine.capture.reply_limits import context_size, reply_limits
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.spill import RUNNING_PART, RowKeeper
 from nla_engine.capture.summary import CaptureSummary
@@ -49,6 +50,7 @@ from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.sampling import sampling_of
+from nla_engine.options import MAX
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.sites import RESID_POST, Site
@@ -138,6 +140,7 @@ class CaptureJob:
     """One run of stage 1, once the model and its prompts are loaded and `check_out` has passed.
 
     most_seconds: of the last phase; then Enough is raised. tally: what that phase did
+    most_new: fewer new tokens of each prompt than the options ask for
     """
 
     def __init__(
@@ -148,11 +151,14 @@ class CaptureJob:
         announce: Callable[[str], None] = lambda text: None,
         progress: Progress = Progress(),
         most_seconds: float = math.inf,
+        most_new: int | None = None,
     ) -> None:
         self.most_seconds, self.tally = most_seconds, Tally()
         self.options, self.lm, self.prompts = options, lm, prompts
         self.announce, self.phases = announce, Phases.of(progress)
         self.kernels = Kernels(options.kernels)
+        limits = reply_limits(options, lm, prompts.sizes)
+        self.limits = limits if most_new is None else np.minimum(limits, most_new)
         self.keep = RowRange.parse(str(options.positions))
         self.layers, self.sites = chosen_layers(options, lm), chosen_sites(options, lm)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
@@ -175,7 +181,7 @@ class CaptureJob:
             count = len(self.prompts)
             todo = writer.missing(count) if writer else np.arange(count)
             self.phases.phase(PREPARING)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, todo)
+            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             generator = None
@@ -197,18 +203,19 @@ class CaptureJob:
     def unchanging(self) -> dict[str, Any]:
         """Options and fingerprints that must be the same when a store is resumed."""
         given = self.options.to_dict()
-        same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
+        always = ("max_new_tokens", "positions", "codec", "temperature", "seed")
+        same: dict[str, Any] = {key: given[key] for key in always}
         same |= {key: given[key] for key, usual in _ADDED.items() if given[key] != usual}
+        if given["max_new_tokens"] == MAX:
+            same["context"] = context_size(self.lm)
         same["layer"] = list(self.layers)
         same["prompts"] = self.prompts.fingerprint()
         return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
 
     def _calibrate(self, codec: Codec) -> dict[Site, LayerCalibration]:
         try:
-            options = self.options
-            return calibrate(
-                self.lm, self.prompts, self.sites, codec, options.max_new_tokens, every=options.replies
-            )
+            new = int(self.limits.max(initial=0))
+            return calibrate(self.lm, self.prompts, self.sites, codec, new, every=self.options.replies)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
@@ -271,9 +278,8 @@ class CaptureJob:
     def _try_generator(
         self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]
     ) -> AnyGenerator:
-        options, lm, new = self.options, self.lm, self.options.max_new_tokens
-        rows_per_slot = max(self.keep.count(plan.length - new, plan.length), 1)
-        following = following_of(options, self.keep, rows_per_slot, lm.device, self.kernels.reference)
+        options, lm, new = self.options, self.lm, plan.new
+        following = following_of(options, self.keep, plan.slot_rows, lm.device, self.kernels.reference)
         tap = RowTap(
             self.sites,
             codec,
@@ -333,7 +339,7 @@ class CaptureJob:
 
     def _watch(self, plan: CapturePlan, todo: np.ndarray) -> Watch:
         """Tells how far the run is, from time to time."""
-        sizes, new = self.prompts.sizes[todo], self.options.max_new_tokens
+        sizes, new = self.prompts.sizes[todo], plan.new
         forecast = Forecast(
             len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, self.lm.device.type
         )
@@ -365,7 +371,7 @@ class CaptureJob:
         for id_ in todo.tolist():
             ids, shared = tuple(self.prompts.token_ids(id_)[prefix:].tolist()), id_ // self.options.replies
             again = shared == before and not self.keep.touches_prompts
-            yield Request(id_, ids, self.options.max_new_tokens, again=again)
+            yield Request(id_, ids, int(self.limits[id_]), again=again)
             before = shared
 
     def _summary(

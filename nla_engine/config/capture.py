@@ -25,6 +25,7 @@ from nla_engine.options import (
     option,
     paths,
     texts,
+    whole_number_or_max,
 )
 from nla_engine.sites import RESID_POST, part_names
 
@@ -67,8 +68,12 @@ class CaptureOptions(Options):
         typed=list[str],
         parse=part_names,
     )
-    max_new_tokens: int = option(
-        "Maximum number of tokens to generate per prompt; 0 only reads the prompt.", 128, must=AT_LEAST_0
+    max_new_tokens: int | str = option(
+        "Maximum number of tokens to generate per prompt; 0 only reads the prompt; max goes on to the end of the "
+        "model's context.",
+        128,
+        typed=str,
+        parse=whole_number_or_max,
     )
     replies: int = option(
         "Replies to each prompt, each a sequence of its own. More than 1 needs a temperature.",
@@ -195,6 +200,8 @@ class CaptureOptions(Options):
         if isinstance(self.prompts, str | Path):
             object.__setattr__(self, "prompts", (Path(self.prompts),))
         check_local(*self.prompts)
+        new = whole_number_or_max("max_new_tokens", self.max_new_tokens)
+        object.__setattr__(self, "max_new_tokens", new)
         if self.corpus:
             if self.chat:
                 raise RequestError("--corpus reads text as it is: leave --chat out")
