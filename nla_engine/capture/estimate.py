@@ -102,6 +102,7 @@ def estimate_capture(
                 options,
                 out=str(Path(directory) / "sample.zarr"),
                 dry_run=False,
+                keep_partial=False,
                 resume=False,
                 overwrite=False,
                 per_document=None,

@@ -185,6 +185,11 @@ class CaptureOptions(Options):
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
+    keep_partial: bool = option(
+        "If the run is interrupted or fails, write the rows of replies that have not ended to a store of their own: "
+        "run.partial.zarr beside run.zarr.",
+        False,
+    )
     dry_run: bool = option(
         "Write nothing. Print the expected rows, bytes and time, measured on the first prompts.", False
     )
@@ -218,9 +223,9 @@ class CaptureOptions(Options):
                 "--system, --prefill and --template-option are for a chat template, and text is read as it is here: "
                 "leave them out"
             )
-        if self.max_new_tokens == 0 and (self.replies > 1 or self.stop):
+        if self.max_new_tokens == 0 and (self.replies > 1 or self.stop or self.keep_partial):
             raise RequestError(
-                "--replies and --stop are for replies, and nothing is generated: leave them out"
+                "--replies, --stop and --keep-partial are for replies, and nothing is generated: leave them out"
             )
         if self.replies > 1 and self.temperature == 0:
             raise RequestError(
