@@ -13,6 +13,8 @@ from nla_engine.errors import RequestError
 
 #: Every block of the model, whatever their number.
 ALL = "all"
+#: As many as there can be.
+MAX = "max"
 #: No model has as many blocks: a longer range is a slip.
 MOST_BLOCKS = 10_000
 
@@ -111,6 +113,14 @@ def block_numbers(name: str, given: Any) -> tuple[int, ...] | str:
             raise RequestError(fault + f"no model has as many blocks as {word}")
         numbers.update(range(first, last + 1))
     return ALL if ALL in words else tuple(sorted(numbers))
+
+
+def whole_number_or_max(name: str, given: Any) -> int | str:
+    """MAX, or a number from 0 on. given: a number, a text, or a list of one of these"""
+    word = ",".join(map(str, given)) if isinstance(given, list) else str(given)
+    if word != MAX and not re.fullmatch("[0-9]{1,18}", word):
+        raise RequestError(f"{flag(name)} is {word or 'empty'}: it must be 0 or more, or {MAX}")
+    return word if word == MAX else int(word)
 
 
 def regular_expression(pattern: str) -> re.Pattern[str]:

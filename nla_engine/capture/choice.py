@@ -115,8 +115,9 @@ class RowChoice:
         border = np.searchsorted(place, [start, end])
         return [place[a:b] - begin for a, b, begin in zip(*border, start, strict=True)]
 
-    def most_rows(self, todo: np.ndarray, new: int, share: float = 1.0) -> int:
-        """Rows of the prompts with these numbers, int64 [n], each continued by `new` tokens, sinks among them.
+    def most_rows(self, todo: np.ndarray, new: np.ndarray, share: float = 1.0) -> int:
+        """Rows of the prompts with these numbers, int64 [n], sinks among them. new: by how many tokens each prompt of
+        the run is continued, int64 [all]
 
         share: part of the new tokens that `tokens` allows. If 1, an upper bound; exact if nothing is generated
         """
@@ -126,13 +127,13 @@ class RowChoice:
             rows = np.minimum(np.bincount(self._prompts.owners()[todo], rows), self._per_document)
         return round(float(rows.sum()))
 
-    def _counts(self, new: int) -> tuple[np.ndarray, np.ndarray]:
-        """Eligible positions of each prompt, and of its `new` tokens: int64 [n], int64 [n]."""
+    def _counts(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Eligible positions of each prompt, and of its `new` tokens (int64 [n]): int64 [n], int64 [n]."""
         sizes = self._prompts.sizes
         known, which = np.unique(sizes, return_inverse=True)
         begin = np.array([self.keep.first(int(size)) for size in known], np.int64)[which]
         begin = np.maximum(begin, self._min_position)
-        end = np.array([self.keep.end(int(size), int(size) + new) for size in known], np.int64)[which]
+        end = sizes + (new if self.keep.touches_replies else 0)
         stop = np.minimum(end, sizes)
         given = self._multiples(begin, stop)
         generated = self._multiples(np.maximum(begin, sizes), end)

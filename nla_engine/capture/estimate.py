@@ -18,11 +18,13 @@ import numpy as np
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
+from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.tokens import token_bytes
+from nla_engine.options import MAX
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -81,12 +83,15 @@ def estimate_capture(
         todo = np.setdiff1d(todo, CaptureStore.open(options.out).numbers)
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
-    plan = plan_capture(options, lm, prompts, choice, todo)
+    limits = reply_limits(options, lm, prompts.sizes)
+    plan = plan_capture(options, lm, prompts, choice, limits, todo)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
-    sizes, new = prompts.sizes[todo], options.max_new_tokens
+    sizes, new = prompts.sizes[todo], plan.new
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
+    if options.max_new_tokens == MAX:
+        short = new  # only replies that end tell how long replies are
     tally, allowed, sinks, prepare, seconds = Tally(), 1.0, 0.0, 0.0, 0.0
     if count:
         announce(
@@ -96,8 +101,8 @@ def estimate_capture(
             sample = replace(
                 options,
                 out=str(Path(directory) / "sample.zarr"),
-                max_new_tokens=short,
                 dry_run=False,
+                keep_partial=False,
                 resume=False,
                 overwrite=False,
                 per_document=None,
@@ -108,7 +113,8 @@ def estimate_capture(
                 skip_first=False,
                 skip_sinks=False,
             )
-            job = CaptureJob(sample, lm, prompts.part(todo[:count].tolist()), most_seconds=MOST_SECONDS)
+            part_of = prompts.part(todo[:count].tolist())
+            job = CaptureJob(sample, lm, part_of, most_seconds=MOST_SECONDS, most_new=short)
             with suppress(Enough):
                 job.run()
             tally, by_phase = job.tally, job.phases.seconds()
@@ -119,14 +125,18 @@ def estimate_capture(
             if options.skip_sinks:
                 sinks = _sink_share(made, choice)
     part = forecast.part(tally)
-    replies = float(forecast.survival(tally)[:-1].sum()) if tally.stopped else float(new)
-    expected = round(choice.most_rows(todo, round(replies), allowed) * (1 - sinks))
+    replies = limits.astype(np.float64)
+    if tally.stopped:
+        replies = np.concatenate([[0.0], np.cumsum(forecast.survival(tally)[:-1])])[limits.clip(max=new)]
+    elif count and options.max_new_tokens == MAX:
+        announce("no reply ended in that time: what is expected is the most that there can be")
+    expected = round(choice.most_rows(todo, replies.round().astype(np.int64), allowed) * (1 - sinks))
     return CaptureEstimate(
         sequences=len(sizes),
         already_done=plan.already_done,
         rows=plan.rows,
         bytes=plan.bytes,
-        reply_tokens_expected=round(replies, 1),
+        reply_tokens_expected=round(float(replies[todo].mean()), 1) if len(todo) else 0.0,
         rows_expected=expected,
         bytes_expected=expected * plan.row_bytes,
         codec=options.codec,

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from nla_engine.capture.reply_limits import longest_prompt
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import RequestError
 from nla_engine.models.chat import Reading
 from nla_engine.models.documents import Longest
 from nla_engine.models.load import (
+    NO_LENGTH,
     LanguageModel,
     load_model,
     pick_device,
@@ -61,7 +63,7 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
         )
     chosen_layers(options, lm)
     _check_next_token(options, lm)
-    loaded = Limits(lm.max_length - options.max_new_tokens, lm.vocab_size)
+    loaded = Limits(longest_prompt(options, lm), lm.vocab_size)
     if prompts is None or limits != loaded:
         prompts = _read(options, sources, lm.tokenizer, loaded, clock)
     return lm, prompts
@@ -146,7 +148,8 @@ def _told(options: CaptureOptions, source: Source) -> tuple[Any, Limits] | None:
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
         text = config.get_text_config(decoder=True)
         longest = int(getattr(text, "max_position_embeddings", 0) or 0)
-        longest = longest if longest > 0 else 1 << 30
-        return tokenizer, Limits(longest - options.max_new_tokens, int(text.vocab_size))
+        longest = longest if longest > 0 else NO_LENGTH
+        new = 1 if isinstance(options.max_new_tokens, str) else options.max_new_tokens
+        return tokenizer, Limits(longest - new, int(text.vocab_size))
     except Exception:  # the library raises many types
         return None

@@ -26,7 +26,10 @@ READING_SLOTS = 64
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a run will do. rows, bytes: upper bounds, since replies may end early; row_bytes: of one, in all layers."""
+    """What a run will do. rows, bytes: upper bounds, since replies may end early; row_bytes: of one, in all layers.
+
+    length: most tokens of a sequence; new: most that it generates; slot_rows: most rows of it
+    """
 
     sequences: int
     already_done: int
@@ -36,6 +39,8 @@ class CapturePlan:
     codec: str
     room: Room
     length: int
+    new: int
+    slot_rows: int
     prefix: int
     whole: bool
 
@@ -75,27 +80,36 @@ def _size(size: int) -> str:
 
 
 def plan_capture(
-    options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, choice: RowChoice, todo: np.ndarray
+    options: CaptureOptions,
+    lm: LanguageModel,
+    prompts: PromptSet,
+    choice: RowChoice,
+    limits: np.ndarray,
+    todo: np.ndarray,
 ) -> CapturePlan:
     """Plan the run: slots from the batch size or the free memory, rows from the lengths.
 
+    limits: most new tokens of each prompt, int64 [all]
     todo: int64 [n], ascending: the numbers of the prompts that are not done
     RequestError if it would have no rows.
     """
     keep = choice.keep
-    new = options.max_new_tokens
+    new = int(limits[todo].max(initial=0))
     sizes, done = prompts.sizes[todo], len(prompts) - len(todo)
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
-    longest = int(sizes.max(initial=1)) + new
+    longest = int((sizes + limits[todo]).max(initial=1))
+    known, first = np.unique(sizes, return_index=True)
+    pairs = zip(known.tolist(), limits[todo][first].tolist(), strict=True)  # of one size, all have one limit
+    slot_rows = max((keep.count(size, size + most) for size, most in pairs), default=0)
     asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
-    held = asked * keep.count(longest - new, longest)
+    held = asked * slot_rows
     at_once = options.batch_size or (DECODING_SLOTS if new else READING_SLOTS)
     at_once = max(min(at_once, len(todo)), 1)
     given = at_once if options.batch_size else None
     room = default_room(lm, longest, prefix, most=at_once, held=held, slots=given)
-    rows = choice.most_rows(todo, new)
+    rows = choice.most_rows(todo, limits)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_sites(options, lm))
@@ -109,6 +123,8 @@ def plan_capture(
         codec=options.codec,
         room=room,
         length=longest,
+        new=new,
+        slot_rows=max(slot_rows, 1),
         prefix=prefix,
         whole=not new and options.next_token is not None,
     )

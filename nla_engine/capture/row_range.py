@@ -38,5 +38,10 @@ class RowRange:
         """Whether any token of a prompt has a row."""
         return self.first(2) < 2
 
+    @property
+    def touches_replies(self) -> bool:
+        """Whether the tokens that follow a prompt have rows."""
+        return self.end(1, 2) > 1
+
     def count(self, prompt_size: int, size: int) -> int:
         return max(self.end(prompt_size, size) - self.first(prompt_size), 0)

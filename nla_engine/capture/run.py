@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +19,16 @@ from nla_engine.capture.appender import Appender, portion_of
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import (
-    CLOCK,
     chosen_layers,
     chosen_sites,
     first_prompt,
     load_inputs,
-    prompts_rendering,
 )
 from nla_engine.capture.next_token import following_of
+from nla_engine.capture.partial import partial_name, write_partial
 from nla_engine.capture.plan import CapturePlan, plan_capture
+from nla_engine.capture.recorded import Recorded
+from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.spill import RUNNING_PART, RowKeeper
 from nla_engine.capture.summary import CaptureSummary
@@ -38,11 +38,11 @@ from nla_engine.config import CaptureOptions
 from nla_engine.engine.choose import AnyGenerator, open_generator
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.forecast import Forecast, Tally
-from nla_engine.engine.generator import Watch
+from nla_engine.engine.generator import Generator, Watch
 from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.request import Request
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.errors import EngineError, RequestError, StoreError, already_there
+from nla_engine.errors import EngineError, RequestError, StoreError, already_there, first_line
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.sidecar import SIDECAR
@@ -50,37 +50,13 @@ from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.progress import Phases, Progress
-from nla_engine.provenance import describe_run
-from nla_engine.sites import RESID_POST, Site
+from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter
 from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
-
-#: Options that a resumed run must have in common where they are not what is usual: older stores lack them.
-_ADDED: dict[str, Any] = {
-    "top_p": None,
-    "top_k": None,
-    "min_p": None,
-    "system": None,
-    "prefill": None,
-    "replies": 1,
-    "stop": [],
-    "template_option": None,
-    "max_tokens": None,
-    "long": "refuse",
-    "per_document": None,
-    "min_position": 0,
-    "skip_special": False,
-    "tokens": None,
-    "every": 1,
-    "skip_first": False,
-    "skip_sinks": False,
-    "next_token": None,
-    "sites": [RESID_POST],
-}
 
 #: Phases of a run. Generating, or reading, includes writing to the store.
 LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
@@ -128,6 +104,11 @@ def check_out(options: CaptureOptions) -> None:
         raise StoreError(already_there(options.out))
     if not (there and options.resume):
         check_place(out, options.overwrite)
+    if options.keep_partial:
+        partial = place(partial_name(options.out))
+        if exists(partial) and not (options.resume or options.overwrite):
+            raise StoreError(already_there(str(partial)))
+        check_place(partial, overwrite=True)
 
 
 class Enough(Exception):
@@ -138,6 +119,7 @@ class CaptureJob:
     """One run of stage 1, once the model and its prompts are loaded and `check_out` has passed.
 
     most_seconds: of the last phase; then Enough is raised. tally: what that phase did
+    most_new: fewer new tokens of each prompt than the options ask for
     """
 
     def __init__(
@@ -148,24 +130,29 @@ class CaptureJob:
         announce: Callable[[str], None] = lambda text: None,
         progress: Progress = Progress(),
         most_seconds: float = math.inf,
+        most_new: int | None = None,
     ) -> None:
         self.most_seconds, self.tally = most_seconds, Tally()
         self.options, self.lm, self.prompts = options, lm, prompts
         self.announce, self.phases = announce, Phases.of(progress)
         self.kernels = Kernels(options.kernels)
+        limits = reply_limits(options, lm, prompts.sizes)
+        self.limits = limits if most_new is None else np.minimum(limits, most_new)
         self.keep = RowRange.parse(str(options.positions))
         self.layers, self.sites = chosen_layers(options, lm), chosen_sites(options, lm)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.stop = self._stop() if options.max_new_tokens else None
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
-        self.described = lm.describe()
+        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe())
 
     def run(self) -> CaptureSummary:
         """Calibrate, plan, generate and write. A new store is created only after every check has passed."""
         with ExitStack() as opened:
             writer = calibration = None
             if self.options.resume and exists(place(self.options.out)):
-                writer = opened.enter_context(StoreWriter.resume(self.options.out, options=self.unchanging()))
+                writer = opened.enter_context(
+                    StoreWriter.resume(self.options.out, options=self.recorded.unchanging())
+                )
                 codec, sink_norm = writer.codec, writer.sink_norm
             else:
                 codec = Codec.named(self.options.codec, self.lm.d_model)
@@ -175,13 +162,18 @@ class CaptureJob:
             count = len(self.prompts)
             todo = writer.missing(count) if writer else np.arange(count)
             self.phases.phase(PREPARING)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, todo)
+            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             generator = None
             if len(todo):
                 generator = self._generator(plan, codec, sink_norm)
                 opened.enter_context(generator.runner)
+                if self.options.keep_partial and isinstance(generator, LibraryGenerator):
+                    raise RequestError(
+                        f"--keep-partial: {self.lm.name} runs by transformers' generation, which does not offer it: "
+                        "leave it out"
+                    )
             if calibration is not None:
                 writer = opened.enter_context(self._create_store(codec, calibration, generator))
             assert writer is not None
@@ -194,21 +186,10 @@ class CaptureJob:
         except ValueError as error:
             raise RequestError(f"--stop: {error}: give shorter ones") from error
 
-    def unchanging(self) -> dict[str, Any]:
-        """Options and fingerprints that must be the same when a store is resumed."""
-        given = self.options.to_dict()
-        same = {key: given[key] for key in ("max_new_tokens", "positions", "codec", "temperature", "seed")}
-        same |= {key: given[key] for key, usual in _ADDED.items() if given[key] != usual}
-        same["layer"] = list(self.layers)
-        same["prompts"] = self.prompts.fingerprint()
-        return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
-
     def _calibrate(self, codec: Codec) -> dict[Site, LayerCalibration]:
         try:
-            options = self.options
-            return calibrate(
-                self.lm, self.prompts, self.sites, codec, options.max_new_tokens, every=options.replies
-            )
+            new = int(self.limits.max(initial=0))
+            return calibrate(self.lm, self.prompts, self.sites, codec, new, every=self.options.replies)
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.lm.name}: its weights leave too little free memory on {self.lm.device} to run it"
@@ -224,32 +205,14 @@ class CaptureJob:
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
-            provenance=self.described | self._provenance(generator),
-            options=self.unchanging(),
+            provenance=self.recorded.provenance(generator),
+            options=self.recorded.unchanging(),
             next_token=self.options.next_token,
             overwrite=self.options.overwrite,
         )
         for layer, entry in calibration.items():
             writer.record_codec_error(layer, entry.error)
         return writer
-
-    def _provenance(self, generator: AnyGenerator | None) -> dict[str, Any]:
-        """What a new store records of the run that made it, besides the model."""
-        options, prompts = self.options, self.prompts
-        attention = "nla_engine slot attention, softmax in float32"
-        if isinstance(generator, LibraryGenerator):
-            attention = f"transformers' own generation, {generator.runner.attention} attention"
-        return {
-            **describe_run(),
-            "attention": attention,
-            "device": str(self.lm.device),
-            "chat_template": prompts_rendering(options, self.lm),
-            **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
-            "sampling": str(sampling_of(options)),
-            "options": options.to_dict() | {"layer": list(self.layers)},
-            "skipped_prompts": len(prompts.skipped),
-            "sequences_asked": len(prompts),
-        }
 
     def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> AnyGenerator:
         """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
@@ -271,9 +234,8 @@ class CaptureJob:
     def _try_generator(
         self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]
     ) -> AnyGenerator:
-        options, lm, new = self.options, self.lm, self.options.max_new_tokens
-        rows_per_slot = max(self.keep.count(plan.length - new, plan.length), 1)
-        following = following_of(options, self.keep, rows_per_slot, lm.device, self.kernels.reference)
+        options, lm, new = self.options, self.lm, plan.new
+        following = following_of(options, self.keep, plan.slot_rows, lm.device, self.kernels.reference)
         tap = RowTap(
             self.sites,
             codec,
@@ -317,9 +279,14 @@ class CaptureJob:
             self.phases(all_ - len(todo), all_, part=0.0)
             portion = portion_of(int(self.options.host_memory * 2**30 * (1 - RUNNING_PART)))
             watch = self._watch(plan, todo)
-            for group in generator.groups(self._requests(todo, plan.prefix), portion, watch):
-                appender.add(group)
-                del group  # frees its memory before the next is fetched
+            try:
+                for group in generator.groups(self._requests(todo, plan.prefix), portion, watch):
+                    appender.add(group)
+                    del group  # frees its memory before the next is fetched
+            except BaseException:
+                if self.options.keep_partial and isinstance(generator, Generator):
+                    self._keep_partial(writer, generator)
+                raise
         if appender.sequences != len(todo):
             raise EngineError(f"{len(todo)} sequences were asked for, {appender.sequences} ended")
         writer.close(complete=True)
@@ -327,13 +294,33 @@ class CaptureJob:
             self.phases(all_, all_, tokens=self._work(appender.tokens_generated, todo), part=1.0)
         return self._summary(writer, rows_before, appender.tokens_generated, self.phases.seconds()[name])
 
+    def _keep_partial(self, writer: StoreWriter, generator: Generator) -> None:
+        """Write what is unfinished beside the store. A failure is announced: the error that stopped the run counts."""
+        name = partial_name(self.options.out)
+        try:
+            sequences, rows = write_partial(
+                writer,
+                name,
+                generator.unfinished(),
+                self.prompts,
+                vocabulary=self.vocabulary,
+                provenance=self.recorded.provenance(generator),
+                options=self.recorded.unchanging(),
+                next_token=self.options.next_token,
+            )
+        except Exception as error:
+            self.announce(f"{name}: what is unfinished could not be kept: {first_line(error)}")
+        else:
+            kept = f"{sequences:,} unfinished sequences with {rows:,} rows are kept in {name}"
+            self.announce(kept if sequences else "no unfinished sequence has rows to keep")
+
     def _work(self, generated: int, todo: np.ndarray) -> int:
         """The tokens that a run counts: generated ones, or read ones where nothing is generated."""
         return generated if self.options.max_new_tokens else int(self.prompts.sizes[todo].sum())
 
     def _watch(self, plan: CapturePlan, todo: np.ndarray) -> Watch:
         """Tells how far the run is, from time to time."""
-        sizes, new = self.prompts.sizes[todo], self.options.max_new_tokens
+        sizes, new = self.prompts.sizes[todo], plan.new
         forecast = Forecast(
             len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, self.lm.device.type
         )
@@ -365,7 +352,7 @@ class CaptureJob:
         for id_ in todo.tolist():
             ids, shared = tuple(self.prompts.token_ids(id_)[prefix:].tolist()), id_ // self.options.replies
             again = shared == before and not self.keep.touches_prompts
-            yield Request(id_, ids, self.options.max_new_tokens, again=again)
+            yield Request(id_, ids, int(self.limits[id_]), again=again)
             before = shared
 
     def _summary(

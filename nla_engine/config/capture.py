@@ -25,6 +25,7 @@ from nla_engine.options import (
     option,
     paths,
     texts,
+    whole_number_or_max,
 )
 from nla_engine.sites import RESID_POST, part_names
 
@@ -67,8 +68,12 @@ class CaptureOptions(Options):
         typed=list[str],
         parse=part_names,
     )
-    max_new_tokens: int = option(
-        "Maximum number of tokens to generate per prompt; 0 only reads the prompt.", 128, must=AT_LEAST_0
+    max_new_tokens: int | str = option(
+        "Maximum number of tokens to generate per prompt; 0 only reads the prompt; max goes on to the end of the "
+        "model's context.",
+        128,
+        typed=str,
+        parse=whole_number_or_max,
     )
     replies: int = option(
         "Replies to each prompt, each a sequence of its own. More than 1 needs a temperature.",
@@ -180,6 +185,11 @@ class CaptureOptions(Options):
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
+    keep_partial: bool = option(
+        "If the run is interrupted or fails, write the rows of replies that have not ended to a store of their own: "
+        "run.partial.zarr beside run.zarr.",
+        False,
+    )
     dry_run: bool = option(
         "Write nothing. Print the expected rows, bytes and time, measured on the first prompts.", False
     )
@@ -195,6 +205,8 @@ class CaptureOptions(Options):
         if isinstance(self.prompts, str | Path):
             object.__setattr__(self, "prompts", (Path(self.prompts),))
         check_local(*self.prompts)
+        new = whole_number_or_max("max_new_tokens", self.max_new_tokens)
+        object.__setattr__(self, "max_new_tokens", new)
         if self.corpus:
             if self.chat:
                 raise RequestError("--corpus reads text as it is: leave --chat out")
@@ -211,9 +223,9 @@ class CaptureOptions(Options):
                 "--system, --prefill and --template-option are for a chat template, and text is read as it is here: "
                 "leave them out"
             )
-        if self.max_new_tokens == 0 and (self.replies > 1 or self.stop):
+        if self.max_new_tokens == 0 and (self.replies > 1 or self.stop or self.keep_partial):
             raise RequestError(
-                "--replies and --stop are for replies, and nothing is generated: leave them out"
+                "--replies, --stop and --keep-partial are for replies, and nothing is generated: leave them out"
             )
         if self.replies > 1 and self.temperature == 0:
             raise RequestError(

@@ -138,21 +138,24 @@ class Generator:
             ready = self._fetch(queue, portion)
 
     @torch.inference_mode()
-    def unfinished(self, finish: Finish) -> list[Completion]:
+    def unfinished(self) -> Generate[Completion]:
         """After `groups` has been stopped early: its running sequences, as if each had ended with the last token that
         was read. One whose rows are not complete, because the stop came between two steps of the work, is left out."""
-        found = []
-        position, tokens = self.state.position.tolist(), self.state.generated.cpu().numpy().astype(np.int32)
+        position = self.state.position.tolist()
         for each in self._queue.running() if self._queue is not None else []:
             size, given = position[each.slot], self.runner.cache.prefix_size + len(each.request.token_ids)
             if size < given:
                 continue
-            generated = tokens[each.slot, : size - given]
+            generated = self.state.generated[each.slot, : size - given].to(torch.int32).cpu().numpy()
             with suppress(EngineError):
                 kept = self.runner.tap.settle([each.slot], [size])
                 [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)])
-                found.append(Completion(each.request, generated, finish, rows, positions))
-        return found
+                [told] = self.following.collect([each.slot], [positions])
+                if told is not None:
+                    told.next_logprob[positions == size - 1] = (
+                        np.nan
+                    )  # the token that follows has not been read
+                yield Completion(each.request, generated, Finish.PARTIAL, rows, positions, told)
 
     def _check(self, request: Request) -> None:
         total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens

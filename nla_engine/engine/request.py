@@ -21,6 +21,7 @@ class Finish(IntEnum):
     LENGTH = 1
     STOP = 2
     GIVEN = 3
+    PARTIAL = 4
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Owns the slot cache, the shared prefix, the injected vectors and the hooks of th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -293,16 +294,20 @@ def check_shape(lm: LanguageModel) -> None:
         )
 
 
-def check_rotation(lm: LanguageModel, length: int) -> None:
-    """EngineError if the rotations of a sequence would depend on how long the others of a pass are.
+def rotation_limit(lm: LanguageModel) -> int:
+    """The length from which on the rotations of a sequence would depend on how long the others of a pass are.
 
     A lane that has ended may stand one position past its last token, so a sequence must end before the limit.
     """
     own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
-    for rope in _rotations(lm):
-        most = rope.get("original_max_position_embeddings", own)
-        if rope.get("rope_type") == "longrope" and length >= most:
-            raise EngineError(
-                f"{lm.name}: sequences of {length} tokens reach {most}. From there its rotation (longrope) of every "
-                "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
-            )
+    ropes = [rope for rope in _rotations(lm) if rope.get("rope_type") == "longrope"]
+    return min((rope.get("original_max_position_embeddings", own) for rope in ropes), default=sys.maxsize)
+
+
+def check_rotation(lm: LanguageModel, length: int) -> None:
+    """EngineError if a sequence of this length reaches `rotation_limit`."""
+    if length >= (most := rotation_limit(lm)):
+        raise EngineError(
+            f"{lm.name}: sequences of {length} tokens reach {most}. From there its rotation (longrope) of every "
+            "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
+        )

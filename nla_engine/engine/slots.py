@@ -8,6 +8,8 @@ not allow. There is one slot more than asked for: unused lanes of a decode step 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,8 @@ BLOCK = 64
 _WORTH_BLOCKS = 8
 #: Most slots on a CPU by default: few enough that its caches do not thrash.
 _MOST_SLOTS_CPU = 64
+#: The part of a CPU's memory that slots may take if every one has its longest sequence.
+_CPU_PART = 0.5
 #: The part of the free GPU memory that blocks may take.
 _MEMORY_PART = 0.7
 
@@ -70,10 +74,12 @@ def default_room(
 
     held: bytes that a slot needs besides keys and values
     """
-    if lm.device.type == "cpu":
-        return Room(slots or min(most, _MOST_SLOTS_CPU))
     heads, head_size = kv_shape(lm.config)
-    block_bytes = 2 * len(lm.blocks) * BLOCK * heads * head_size * lm.dtype.itemsize
+    place_bytes = 2 * len(lm.blocks) * heads * head_size * lm.dtype.itemsize
+    if lm.device.type == "cpu":
+        fit = int(physical_bytes() * _CPU_PART) // (slot_size(length, prefix) * place_bytes + held)
+        return Room(slots or max(min(most, _MOST_SLOTS_CPU, fit - 1), 1))
+    block_bytes = BLOCK * place_bytes
     free = free_bytes(lm.device)
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each
@@ -84,6 +90,19 @@ def default_room(
         slots = max(1, min(most, free // each))
     blocks = max(least, (free - slots * held) // block_bytes)
     return Room(slots, min(blocks, slots * least))
+
+
+def physical_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, which on a CPU take memory only once they are written: torch.zeros writes them itself."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -136,8 +155,8 @@ class SlotCache:
             )
         self.blocks = Blocks(count, block, slots + 1)
         shape = (layers, count + 1, block, heads, head_size)
-        self.keys = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
-        self.values = torch.zeros(shape, device=lm.device, dtype=lm.dtype)
+        self.keys = lazy_zeros(shape, lm.dtype, lm.device)
+        self.values = lazy_zeros(shape, lm.dtype, lm.device)
         self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))
         self.prefix_values = self.values.new_empty((layers, 0, heads, head_size))
         self.table = torch.full((slots + 1, columns + 1), count, dtype=torch.int32, device=lm.device)

@@ -32,6 +32,8 @@ from nla_engine.ops.cards import card_of, torch_fault
 
 #: Files that hold a tokenizer, or say of which kind it is.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+#: Stands for the length of a model whose configuration states none.
+NO_LENGTH = 1 << 30
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -93,7 +95,12 @@ class LanguageModel:
     def max_length(self) -> int:
         """Longest sequence that the positions of the model allow, in tokens."""
         longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
-        return longest if longest > 0 else 1 << 30
+        return longest if longest > 0 else NO_LENGTH
+
+    @property
+    def states_length(self) -> bool:
+        """Whether the configuration says how many positions the model has."""
+        return self.max_length < NO_LENGTH
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

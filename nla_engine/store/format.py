@@ -70,6 +70,7 @@ FINISH_MEANINGS = {
     Finish.LENGTH: "the limit of new tokens was reached",
     Finish.STOP: "a stop string was reached",
     Finish.GIVEN: "the text was given, nothing was generated",
+    Finish.PARTIAL: "the run stopped before the reply ended",
 }
 
 

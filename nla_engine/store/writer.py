@@ -186,6 +186,10 @@ class StoreWriter:
         return self._manifest.sink_norm
 
     @property
+    def codec_error(self) -> Mapping[Site, Any]:
+        return self._codec_error
+
+    @property
     def sequences(self) -> int:
         """Committed sequences."""
         return self._manifest.commit.sequences

@@ -318,7 +318,7 @@ def test_what_is_unfinished_when_a_run_stops(
     work = [Request(i, tuple(rng.integers(1, 250, int(rng.integers(1, 30))).tolist()), NEW) for i in range(9)]
     with Runner(lm, slots=5, length=110, tap=tap) as runner:
         generator = Generator(runner, max_new_tokens=NEW, stop=stop, read_last=True, max_prefill_tokens=17)
-        assert generator.unfinished(Finish.LENGTH) == []
+        assert list(generator.unfinished()) == []
         real: Callable = generator._advance
 
         def stops(*given: object) -> None:
@@ -332,7 +332,8 @@ def test_what_is_unfinished_when_a_run_stops(
         done: list[Completion] = []
         with pytest.raises(KeyboardInterrupt):
             done.extend(generator.run(iter(work)))
-        found = generator.unfinished(Finish.LENGTH)
+        found = list(generator.unfinished())
+        assert {each.finish for each in found} == {Finish.PARTIAL}
         assert len(found) >= 3 and len({each.request.id for each in [*found, *done]}) == len(found) + len(
             done
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
+from nla_engine.engine import slots
 from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion, Finish, Request
@@ -366,3 +367,23 @@ def test_slots_take_a_part_of_what_is_free(precision: str, monkeypatch: pytest.M
     assert default_room(lm, 760, precision=precision, held=block_bytes) == Room(fit // 9, fit - fit // 9)
     free = 0
     assert default_room(lm, 100, precision=precision) == Room(1, 2)
+
+
+def test_on_a_cpu_they_have_room_for_their_longest_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the pool is zero in every dtype, as what masks leave out is multiplied with it."""
+    lm = language_model()
+    with Runner(lm, slots=5, length=300) as runner:
+        pool = runner.cache.keys.nbytes + runner.cache.values.nbytes
+        each = pool // runner.cache.keys.shape[1]  # of a slot, or of the spare ones
+        assert not runner.cache.keys[:, 1:].any() and not runner.cache.values[:, 1:].any()
+    monkeypatch.setattr(slots, "physical_bytes", lambda: 2 * 12 * each)
+    assert default_room(lm, 300) == Room(11)
+    assert default_room(lm, 300, most=7) == Room(7)
+    assert default_room(lm, 300, held=each) == Room(5)
+    assert default_room(lm, 300, slots=90) == Room(90)
+    monkeypatch.setattr(slots, "physical_bytes", lambda: 1)
+    assert default_room(lm, 300) == Room(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        made = slots.lazy_zeros((3, 0, 5), dtype, lm.device), slots.lazy_zeros((3, 7, 5), dtype, lm.device)
+        assert [(m.dtype, tuple(m.shape)) for m in made] == [(dtype, (3, 0, 5)), (dtype, (3, 7, 5))]
+        assert not made[1].any()
