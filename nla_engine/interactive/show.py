@@ -13,6 +13,7 @@ import numpy as np
 from nla_engine.errors import RequestError
 from nla_engine.interactive.explanations import Explanations
 from nla_engine.interactive.vectors import Scores
+from nla_engine.interactive.words import python_words
 from nla_engine.report.data import Explained
 from nla_engine.report.page import render
 from nla_engine.roundtrip.variance import layer_variance
@@ -58,6 +59,7 @@ class Page:
         )
 
 
+@python_words()
 def show(
     run: CaptureStore | str | os.PathLike[str],
     explained: Explanations | str | os.PathLike[str],
