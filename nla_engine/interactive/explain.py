@@ -92,6 +92,7 @@ def explain(
             said = _written(asked, pair, array, progress)
             progress.phase(SCORING, "texts")
             read = None if ar is None else _read(pair, said, array.shape[1], progress)
+    var, var_rows = _variance(None if read is None else variance, asked.seed, pair.device)
     number = np.repeat(np.arange(len(array)), asked.samples)
     return Explanations(
         vectors=array,
@@ -102,7 +103,8 @@ def explain(
         n_tokens=np.array([each.n_tokens for each in said]),
         reconstructions=read,
         scores=None if read is None else Scores.of(array[number], number, number, read, asked.seed),
-        variance=None if read is None else _variance(variance, asked.seed, pair.device),
+        variance=var,
+        variance_rows=var_rows,
         layer=layer,
         about=_about(asked, pair),
     )
@@ -204,15 +206,16 @@ def _read(pair: Pair, said: list[Explanation], width: int, progress: Progress) -
     return read
 
 
-def _variance(given: Any, seed: int, device: torch.device) -> float | None:
-    """Var: as given, or measured."""
+def _variance(given: Any, seed: int, device: torch.device) -> tuple[float | None, int]:
+    """Var as given, or measured; and on how many vectors, 0 if it was given."""
     if given is None or isinstance(given, Real):
-        return None if given is None else float(given)
+        return None if given is None else float(given), 0
     if isinstance(given, LayerReader):
-        return layer_variance(given, seed, device).value
-    measured = DirectionVariance()
-    measured.add(torch.from_numpy(as_vectors(given)))
-    return measured.value
+        measured = layer_variance(given, seed, device)
+    else:
+        measured = DirectionVariance()
+        measured.add(torch.from_numpy(as_vectors(given)))
+    return measured.value, measured.rows
 
 
 def _about(asked: WritingOptions, pair: Pair) -> dict[str, Any]:

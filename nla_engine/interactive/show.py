@@ -134,8 +134,10 @@ def _table(store: CaptureStore, layer: LayerReader, explained: Explanations, row
 def _variance(layer: LayerReader, explained: Explanations, seed: int) -> dict[str, Any]:
     """Var: that of the explanations, or that of the layer."""
     if explained.variance is not None:
-        run = explained.about["run"] | {"variance": explained.variance}
-        return {"variance": explained.variance, "variance_rows": 0, "run": run}
+        found = {"variance": explained.variance, "variance_rows": explained.variance_rows}
+        if explained.variance_rows:
+            return found | {"variance_of": "given vectors"}
+        return found | {"run": explained.about["run"] | {"variance": explained.variance}}
     import torch
 
     measured = layer_variance(layer, seed, torch.device("cpu"))

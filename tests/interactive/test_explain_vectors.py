@@ -165,6 +165,29 @@ def test_models_that_are_no_pair(root: Path, tmp_path: Path, pair: tuple[Verbali
         assert said.texts == nla_engine.explain(np.ones(D), av, **HOW).texts
 
 
+def test_models_show_what_they_are(root: Path, pair: tuple[Verbalizer, Reconstructor]) -> None:
+    assert (
+        repr(pair[0])
+        == f"<Verbalizer {root / 'av'}: AV for layer {LAYER}, vectors of width {D}, on {pair[0].lm.device}>"
+    )
+    assert repr(pair[1]).startswith(
+        f"<Reconstructor {root / 'ar'}: AR for layer {LAYER}, vectors of width {D}"
+    )
+
+
+def test_one_vector_alone_says_that_it_has_no_control(
+    pair: tuple[Verbalizer, Reconstructor], rng: np.random.Generator
+) -> None:
+    rows = rng.standard_normal((4, D))
+    alone = nla_engine.explain(rows[0], *pair, **HOW)
+    assert np.isnan(alone.scores.cos_shuffled).all() and np.isnan(alone.scores.retrieval_rank).all()
+    for shown in (repr(alone), alone._repr_html_()):
+        assert "one vector alone has no cos_shuffled" in shown and "np.vstack([vector, rows])" in shown
+    along = nla_engine.explain(np.vstack([rows[0], rows[1:]]), *pair, **HOW)
+    assert np.isfinite(along.scores.cos_shuffled[0]) and "alone" not in repr(along)
+    assert "alone" not in repr(nla_engine.explain(rows[0], pair[0], **HOW))
+
+
 def test_how_it_shows_itself(pair: tuple[Verbalizer, Reconstructor], rng: np.random.Generator) -> None:
     explained = nla_engine.explain(rng.standard_normal((25, D)), *pair, variance=0.7, **HOW)
     object.__setattr__(explained, "texts", ["<script>alert(1)</script>\nline two", *explained.texts[1:]])
