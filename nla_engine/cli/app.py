@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nla_engine.cli.interrupted import what_is_left
 from nla_engine.cli.output import Json, say
 from nla_engine.cli.progress import progress_bar
 from nla_engine.cli.streams import watch_streams
@@ -32,8 +33,6 @@ app = Application(
 )
 
 _DEBUG = "--debug"
-#: Commands that can resume from what an earlier run committed.
-_RESUMABLE = ("capture", "roundtrip", "explain", "score", "ask", "lens", "patch", "study")
 #: The exit code that typer gives for Ctrl-C, without a message.
 TYPER_INTERRUPTED = 130
 
@@ -95,7 +94,9 @@ def command(
             for field in fields:
                 if parse := field.metadata["parse"]:
                     values[field.name] = parse(field.name, values[field.name])
-            function(options(**values), as_json)
+            asked = options(**values)
+            with what_is_left(asked):
+                function(asked, as_json)
 
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -133,8 +134,7 @@ def main() -> None:
     except NLAError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        safe = "; what is committed is safe: --resume continues from there"
-        code = _fail("interrupted" + (safe if arguments[:1] and arguments[0] in _RESUMABLE else ""), 1)
+        code = _fail("interrupted", 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # typer's errors about a wrong command line have it
         if usage is None:

@@ -31,9 +31,12 @@ def report(
     from nla_engine.store import CaptureStore
 
     summary = write_report(CaptureStore.open(store), explained, out, title=title, overwrite=overwrite)
+    if summary.warnings:
+        say(f"the page warns of {len(summary.warnings)} thing{'s' * (len(summary.warnings) > 1)}:")
     for warning in summary.warnings:
-        say(warning)
+        say(f"- {warning}")
     facts = summary.to_dict()
-    show_facts("report", facts | {"warnings": len(summary.warnings)}, as_json)
+    told = {name: value for name, value in facts.items() if name not in ("warnings", "sections") or value}
+    show_facts("report: open it in a browser", told | {"warnings": len(summary.warnings)}, as_json)
     if as_json:
         print_json(facts)

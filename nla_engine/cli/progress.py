@@ -28,6 +28,7 @@ class Shown(Progress):
 
     def __init__(self, unit: str) -> None:
         self._lock = threading.Lock()
+        self._name, self._told, self._done, self._total, self._tokens = "", False, 0, 0, 0
         self._ended = threading.Event()
         self._bar: Bar | None = None
         self._thread: threading.Thread | None = None
@@ -40,8 +41,10 @@ class Shown(Progress):
 
     def phase(self, name: str, unit: str = "") -> None:
         """See `Progress`."""
+        self._end()
         with self._lock:
             self._name, self._unit, self._began = name, unit, time.monotonic()
+            self._told = False
             self._first: int | None = None
             self._done = self._total = self._tokens = 0
             self._part: float | None = None
@@ -98,6 +101,22 @@ class Shown(Progress):
         self._thread = threading.Thread(target=self._lines, name="progress", daemon=True)
         self._thread.start()
 
+    def _end(self) -> None:
+        """The last line of a phase that lines told of: all of it is done."""
+        if self._told and self._bar is None and self._name:
+            with self._lock:
+                count = self._done == self._total and self._total
+                parts = [f"{self._total:,} {self._unit}"] if count else []
+                parts += [f"{self._tokens:,} tokens"] if count and self._tokens else []
+                parts += [f"done in {clock(time.monotonic() - self._began)}"]
+                text = f"{self._name}: {', '.join(parts)}"
+            say(text)
+
+    def close(self) -> None:
+        """The work has been done: ends the last phase."""
+        self._end()
+        self._told = False
+
     def stop(self) -> None:
         """Hide it; it may be started again."""
         if self._bar is not None:
@@ -109,6 +128,8 @@ class Shown(Progress):
 
     def _lines(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
+            if self._name:
+                self._told = True
             say(self.line())
 
 
@@ -125,6 +146,8 @@ def progress_bar(unit: str) -> Iterator[Shown]:
     own.start()
     try:
         yield own
+        own.stop()
+        own.close()
     finally:
         own.stop()
         _shown.pop()

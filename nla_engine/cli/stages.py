@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,12 +22,29 @@ from nla_engine.config import (
     ScoreOptions,
     StageTwoOptions,
 )
+from nla_engine.store.format import EARLY_POSITIONS
 
 
 def _estimate(options: StageTwoOptions, as_json: bool) -> None:
     from nla_engine.roundtrip.estimate import estimate_stage_two
 
     finish("dry run: nothing was written", estimate_stage_two(options, announce=say).to_dict(), as_json)
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of a summary, what people are shown: rows at early positions only if the models may not know such rows."""
+    from nla_engine.roundtrip.results import read_metadata
+
+    metadata = read_metadata(Path(facts["out"]))
+    roles = [role for role in ("av", "ar") if metadata.get(role) is not None]
+    known = bool(roles) and all(metadata.get(f"{role}_min_position") == 0 for role in roles)
+    words = {"early_rows": f"early_rows (positions below {EARLY_POSITIONS})"}
+    left_out = known or not facts["early_rows"]
+    return {
+        words.get(name, name): value
+        for name, value in facts.items()
+        if not (name == "early_rows" and left_out)
+    }
 
 
 @command(CaptureOptions)
@@ -42,7 +59,9 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 
     with progress_bar("sequences") as progress:
         summary = run_capture(options, announce=say, progress=progress)
-    finish("captured", summary.to_dict(), as_json)
+    facts = summary.to_dict()
+    told = {("codec_error (relative L2)" if key == "codec_error" else key): facts[key] for key in facts}
+    finish("captured", facts, as_json, told=told)
 
 
 @command(RoundtripOptions)
@@ -57,7 +76,7 @@ def roundtrip_command(options: RoundtripOptions, as_json: bool) -> None:
         summary = run_roundtrip(options, announce=say, progress=progress)
     facts = summary.to_dict()
     one_each = summary.rows == summary.explanations
-    told = {key: value for key, value in facts.items() if not (one_each and "_best" in key)}
+    told = {key: value for key, value in _told(facts).items() if not (one_each and "_best" in key)}
     finish("round trip", facts, as_json, told=told)
 
 
@@ -71,7 +90,7 @@ def explain_command(options: ExplainOptions, as_json: bool) -> None:
 
     with progress_bar("explanations") as progress:
         summary = run_explain(options, announce=say, progress=progress)
-    finish("explained", summary.to_dict(), as_json)
+    finish("explained", summary.to_dict(), as_json, told=_told(summary.to_dict()))
 
 
 @command(ScoreOptions)
@@ -84,7 +103,7 @@ def score_command(options: ScoreOptions, as_json: bool) -> None:
 
     with progress_bar("texts") as progress:
         summary = run_score(options, announce=say, progress=progress)
-    finish("scored", summary.to_dict(), as_json)
+    finish("scored", summary.to_dict(), as_json, told=_told(summary.to_dict()))
 
 
 @command(AskOptions)

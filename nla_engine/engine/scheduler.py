@@ -44,7 +44,7 @@ class Admitted:
 
     ids: what is read before it generates; read: how many of them so far; steps: generated tokens that the host knows
     of, without the one that reading gives; twins: they share its prompt; kept: if it stepped back while it generated
-    returned: whether it stepped back
+    returned: whether it stepped back; seen: how many of `ids` had been read before that
     """
 
     request: Request
@@ -55,6 +55,7 @@ class Admitted:
     twins: list[Admitted] = field(default_factory=list)
     kept: Kept | None = None
     returned: bool = False
+    seen: int = 0
 
     def __post_init__(self) -> None:
         generated = () if self.kept is None else self.kept.generated
@@ -186,7 +187,9 @@ class Scheduler:
             self._over.append(admitted)
             return
         self._free.append(admitted.slot)
-        self._wait(Admitted(admitted.request, admitted.age, kept=kept, returned=True))
+        waits = Admitted(admitted.request, admitted.age, kept=kept, returned=True)
+        waits.seen = len(waits.ids)
+        self._wait(waits)
 
     def finish(self, ended: Iterable[Ended]) -> None:
         """Keep these in their slots until they are released."""
@@ -227,7 +230,8 @@ class Scheduler:
                     for each in (last, *last.twins):
                         self._blocks.release(each.slot)
                         self._free.append(each.slot)
-                        self._wait(Admitted(each.request, each.age, kept=each.kept, returned=True))
+                        seen = max(each.seen, each.read)
+                        self._wait(Admitted(each.request, each.age, kept=each.kept, returned=True, seen=seen))
                 else:
                     del self._running[last.slot]
                     self._blocks.release(last.slot)
@@ -304,10 +308,9 @@ class Scheduler:
             start = admitted.read
             stop = admitted.read = min(len(admitted.ids), start + room)
             room -= stop - start
-            if admitted.returned:
-                self._tally.again += stop - start
-            else:
-                self._tally.read += stop - start
+            again = max(min(stop, admitted.seen) - start, 0)
+            self._tally.again += again
+            self._tally.read += stop - start - again
             runs.append(Run(admitted, start, stop))
             if stop == len(admitted.ids):
                 self._reading.popleft()

@@ -8,6 +8,7 @@ not allow. There is one slot more than asked for: unused lanes of a decode step 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterable
@@ -106,7 +107,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, after torch has released what it caches."""
+    """Free memory of a GPU, after torch has released what it caches, and what an ended generator holds."""
+    gc.collect()  # a generator and its graphs hold each other
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 

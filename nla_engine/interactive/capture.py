@@ -18,6 +18,7 @@ from nla_engine.cli.progress import progress_bar
 from nla_engine.config import CaptureOptions
 from nla_engine.errors import PromptError
 from nla_engine.interactive.given import options_from
+from nla_engine.interactive.words import in_python, python_words
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_files import record_source
 from nla_engine.store import CaptureStore
@@ -27,6 +28,7 @@ GIVEN = "given in Python"
 _FILE = "prompts.jsonl"
 
 
+@python_words()
 def capture_activations(
     model: str | os.PathLike[str] | LanguageModel,
     prompts: str | os.PathLike[str] | Iterable[str | Mapping[str, Any]],
@@ -44,7 +46,7 @@ def capture_activations(
     layer: K of layer K, or several
     out: the store to write; quiet: neither messages nor progress on stderr
     options: any other option of `capture` by its name (`CaptureOptions`): max_new_tokens=64, positions="all"
-    Raises the errors of `nla_engine.errors`, with the messages of the command.
+    Raises the errors of `nla_engine.errors`, with the messages of the command, which name arguments here.
     """
     given = {"layer": layer, "out": out, **options}
     loaded = model if isinstance(model, LanguageModel) else None
@@ -54,7 +56,7 @@ def capture_activations(
     def run(kind: type[CaptureOptions], path: str | os.PathLike[str]) -> CaptureStore:
         asked = options_from(kind, given | {"prompts": path}, what="capture_activations", known=known)
         with nullcontext(_silent) if quiet else progress_bar("sequences") as progress:
-            run_capture(asked, announce=_silent if quiet else say, progress=progress, lm=loaded)
+            run_capture(asked, announce=_silent if quiet else _say, progress=progress, lm=loaded)
         return CaptureStore.open(asked.out)
 
     if isinstance(prompts, str | os.PathLike):
@@ -115,6 +117,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _say(text: str) -> None:
+    say(in_python(text))
 
 
 def _silent(*_: Any) -> None:

@@ -21,10 +21,13 @@ from nla_engine.interactive.capture import GIVEN
 from nla_engine.interactive.explanations import Explanations
 from nla_engine.interactive.given import options_from
 from nla_engine.interactive.vectors import ArrayRows, Scores, as_vectors
+from nla_engine.interactive.words import in_python, python_words
+from nla_engine.progress import Progress
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.pair import Pair, load_pair
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.score import DirectionVariance
+from nla_engine.roundtrip.summary import EXPLAINING, LOADING, SCORING
 from nla_engine.roundtrip.texts import NONFINITE, ZERO, Written
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
@@ -42,6 +45,7 @@ _ELSEWHERE = (
     "follow",
     "resume",
     "overwrite",
+    "dry_run",
     "texts",
     "av",
     "ar",
@@ -51,6 +55,7 @@ _NOTHING: dict[str, Any] = {"store": "vectors", "out": Path("vectors.parquet")}
 _TEXTS_AT_ONCE = 512
 
 
+@python_words()
 def explain(
     vectors: Any,
     av: Name | Verbalizer,
@@ -67,7 +72,7 @@ def explain(
     variance: Var for fve, or what to measure it on: a store's layer, or vectors [n, d]; None: there is no fve
     quiet: neither messages nor progress on stderr
     options: others of `roundtrip` (without an AR, of `explain`) by name: samples=4, temperature=0.7, device="cuda"
-    Raises the errors of `nla_engine.errors`, with the messages of the command.
+    Raises the errors of `nla_engine.errors`, with the messages of the command, which name arguments here.
     """
     array = as_vectors(vectors)
     given = {**options, "av": _name(av)}
@@ -77,13 +82,17 @@ def explain(
         if isinstance(variance, Real):
             given["variance"] = float(variance)
     asked = _options(kind, given, "explain", av, ar)
-    announce: Callable[[str], None] = _silent if quiet else say
-    pair = load_pair(asked, announce, _loaded(av, Verbalizer), _loaded(ar, Reconstructor))
-    layer = _check_pair(asked, pair, array.shape[1])
-    with closing(pair):
-        with nullcontext(_silent) if quiet else progress_bar("explanations") as progress:
+    announce: Callable[[str], None] = _silent if quiet else _say
+    with nullcontext(Progress()) if quiet else progress_bar("explanations") as progress:
+        progress.phase(LOADING)
+        pair = load_pair(asked, announce, _loaded(av, Verbalizer), _loaded(ar, Reconstructor))
+        layer = _check_pair(asked, pair, array.shape[1])
+        with closing(pair):
+            progress.phase(EXPLAINING, "explanations")
             said = _written(asked, pair, array, progress)
-        read = None if ar is None else _read(pair, said, array.shape[1])
+            progress.phase(SCORING, "texts")
+            read = None if ar is None else _read(pair, said, array.shape[1], progress)
+    var, var_rows = _variance(None if read is None else variance, asked.seed, pair.device)
     number = np.repeat(np.arange(len(array)), asked.samples)
     return Explanations(
         vectors=array,
@@ -94,22 +103,25 @@ def explain(
         n_tokens=np.array([each.n_tokens for each in said]),
         reconstructions=read,
         scores=None if read is None else Scores.of(array[number], number, number, read, asked.seed),
-        variance=None if read is None else _variance(variance, asked.seed, pair.device),
+        variance=var,
+        variance_rows=var_rows,
         layer=layer,
         about=_about(asked, pair),
     )
 
 
+@python_words()
 def load_av(name: Name, **options: Any) -> Verbalizer:
     """Load an AV once, for several calls of `explain`. options: those of `explain` that say how, as device="cuda"."""
     asked = _options(ExplainOptions, {**options, "av": os.fspath(name)}, "load_av")
-    return load_pair(asked, say).av
+    return load_pair(asked, _say).av
 
 
+@python_words()
 def load_ar(name: Name, **options: Any) -> Reconstructor:
     """Load an AR once. options: those of `score` that say how."""
     asked = _options(ScoreOptions, {**options, "ar": os.fspath(name), "texts": Path("vectors")}, "load_ar")
-    return load_pair(asked, say).ar
+    return load_pair(asked, _say).ar
 
 
 def _options(kind: Any, given: dict[str, Any], what: str, *models: Any) -> Any:
@@ -182,7 +194,7 @@ def _written(
     return said
 
 
-def _read(pair: Pair, said: list[Explanation], width: int) -> np.ndarray:
+def _read(pair: Pair, said: list[Explanation], width: int, progress: Progress) -> np.ndarray:
     """The reconstructions of the texts, float32 [m, d], NaN for those without a text."""
     pair.reconstruct_next()
     sound = [place for place, each in enumerate(said) if each.status not in (ZERO, NONFINITE)]
@@ -190,23 +202,29 @@ def _read(pair: Pair, said: list[Explanation], width: int) -> np.ndarray:
     for start in range(0, len(sound), _TEXTS_AT_ONCE):
         part = sound[start : start + _TEXTS_AT_ONCE]
         read[part] = pair.ar.reconstruct([said[place].text for place in part]).cpu().numpy()
+        progress(min(start + _TEXTS_AT_ONCE, len(sound)), len(sound))
     return read
 
 
-def _variance(given: Any, seed: int, device: torch.device) -> float | None:
-    """Var: as given, or measured."""
+def _variance(given: Any, seed: int, device: torch.device) -> tuple[float | None, int]:
+    """Var as given, or measured; and on how many vectors, 0 if it was given."""
     if given is None or isinstance(given, Real):
-        return None if given is None else float(given)
+        return None if given is None else float(given), 0
     if isinstance(given, LayerReader):
-        return layer_variance(given, seed, device).value
-    measured = DirectionVariance()
-    measured.add(torch.from_numpy(as_vectors(given)))
-    return measured.value
+        measured = layer_variance(given, seed, device)
+    else:
+        measured = DirectionVariance()
+        measured.add(torch.from_numpy(as_vectors(given)))
+    return measured.value, measured.rows
 
 
 def _about(asked: WritingOptions, pair: Pair) -> dict[str, Any]:
     """Models and options, by the names that the table of a round trip has."""
     return {**describe_run(), "run": asked.to_dict() | {"where": GIVEN, "limit": None}, **pair.describe()}
+
+
+def _say(text: str) -> None:
+    say(in_python(text))
 
 
 def _silent(*_: Any) -> None:

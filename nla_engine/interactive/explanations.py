@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 #: Texts that are shown of many, and the most characters of one on a line.
 _SHOWN, _CHARACTERS = 10, 100
+#: Of scores without a control.
+_ALONE = (
+    "one vector alone has no cos_shuffled and no rank: explain it together with some rows of the store, "
+    "np.vstack([vector, rows])"
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -31,7 +36,7 @@ class Explanations:
     n_tokens: int64 [m]
     reconstructions: float32 [m, d], NaN where there is none; None without an AR
     scores: None without an AR
-    variance: Var of fve; None: not known
+    variance: Var of fve; None: not known. variance_rows: vectors that it was measured on; 0: it was given
     layer: the one that AV and AR were made for; None: they do not say
     about: what made them: models and options
     """
@@ -47,6 +52,7 @@ class Explanations:
     variance: float | None = None
     layer: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    variance_rows: int = 0
 
     @property
     def cos(self) -> np.ndarray | None:
@@ -117,7 +123,16 @@ class Explanations:
             lines.append(f"  {self.vector[place]}{scored}{status}  {text}")
         if len(self) > _SHOWN:
             lines.append(f"  and {len(self) - _SHOWN:,} more")
+        if self._uncontrolled():
+            lines.append(f"  {_ALONE}")
         return "\n".join(lines)
+
+    def _uncontrolled(self) -> bool:
+        """Whether there are scores and none has a control."""
+        scores = self.scores
+        return scores is not None and bool(
+            np.isfinite(scores.cos).any() and np.isnan(scores.cos_shuffled).all()
+        )
 
     def _repr_html_(self) -> str:
         names = ["vector", *(self._scores_of(0) if len(self) else ()), "status", "explanation"]
@@ -126,7 +141,8 @@ class Explanations:
             for place in range(min(len(self), 2 * _SHOWN))
         ]
         more = f", the first {len(rows)} here" if len(rows) < len(self) else ""
-        return table_html(self._title() + more, names, rows)
+        alone = f"; {_ALONE}" if self._uncontrolled() else ""
+        return table_html(self._title() + more + alone, names, rows)
 
 
 def _mean(values: np.ndarray) -> float:

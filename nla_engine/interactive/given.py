@@ -18,6 +18,8 @@ import torch
 from nla_engine.errors import RequestError
 from nla_engine.options import Options
 
+#: How much of a name must agree with another, 0 to 1, for that one to be meant.
+_LIKE = 0.6
 O = TypeVar("O", bound=Options)
 
 
@@ -31,8 +33,8 @@ def options_from(kind: type[O], given: Mapping[str, Any], *, what: str, known: C
     values = {}
     for name, value in given.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, known or fields, 1)
-            mend = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known or fields))}"
+            near = _nearest(name, known or fields)
+            mend = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known or fields))}"
             raise RequestError(f"{name} is no option of {what}: {mend}")
         values[name] = _value(fields[name], hints[name], value)
     return kind(**values)
@@ -64,6 +66,22 @@ def _value(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             if text in bare:
                 return text(os.fspath(value))
     raise _unfit(field.name, value, bare)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The name that is most like it, also with its words in another order. None if none is like it."""
+
+    def sorted_words(text: str) -> str:
+        return "_".join(sorted(text.split("_")))
+
+    def likeness(other: str) -> float:
+        return max(
+            difflib.SequenceMatcher(None, *pair).ratio()
+            for pair in ((name, other), (sorted_words(name), sorted_words(other)))
+        )
+
+    near = max(known, key=likeness, default=None)
+    return near if near is not None and likeness(near) >= _LIKE else None
 
 
 def _words(value: Any) -> list[str]:

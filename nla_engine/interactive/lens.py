@@ -12,6 +12,7 @@ import torch
 
 from nla_engine.errors import RequestError
 from nla_engine.interactive.vectors import as_vectors
+from nla_engine.interactive.words import python_words
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.readout import Readout
 from nla_engine.models.tokens import token_bytes
@@ -88,6 +89,7 @@ class Lens:
         return table_html(self._title() + more, ["vector", "next tokens"], rows)
 
 
+@python_words()
 def lens(
     vectors: Any,
     model: str | os.PathLike[str] | LanguageModel,

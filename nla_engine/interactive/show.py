@@ -13,6 +13,7 @@ import numpy as np
 from nla_engine.errors import RequestError
 from nla_engine.interactive.explanations import Explanations
 from nla_engine.interactive.vectors import Scores
+from nla_engine.interactive.words import python_words
 from nla_engine.report.data import Explained
 from nla_engine.report.page import render
 from nla_engine.roundtrip.variance import layer_variance
@@ -58,6 +59,7 @@ class Page:
         )
 
 
+@python_words()
 def show(
     run: CaptureStore | str | os.PathLike[str],
     explained: Explanations | str | os.PathLike[str],
@@ -132,8 +134,10 @@ def _table(store: CaptureStore, layer: LayerReader, explained: Explanations, row
 def _variance(layer: LayerReader, explained: Explanations, seed: int) -> dict[str, Any]:
     """Var: that of the explanations, or that of the layer."""
     if explained.variance is not None:
-        run = explained.about["run"] | {"variance": explained.variance}
-        return {"variance": explained.variance, "variance_rows": 0, "run": run}
+        found = {"variance": explained.variance, "variance_rows": explained.variance_rows}
+        if explained.variance_rows:
+            return found | {"variance_of": "given vectors"}
+        return found | {"run": explained.about["run"] | {"variance": explained.variance}}
     import torch
 
     measured = layer_variance(layer, seed, torch.device("cpu"))

@@ -286,8 +286,11 @@ def clock_at(tokenizer: Any, moment: datetime) -> Iterator[None]:
 
 def lacks(column: str, fields: list[str]) -> str:
     """The error of records that have these fields, and not the one that --text-column names."""
-    names = ", ".join(fields[:_LISTED]) + (", ..." if len(fields) > _LISTED else "")
-    return f'no field "{column}" (--text-column): the fields are {names or "none"}'
+    return f'no field "{column}" (--text-column): the fields are {_listed(fields)}'
+
+
+def _listed(fields: list[str]) -> str:
+    return ", ".join(fields[:_LISTED]) + (", ..." if len(fields) > _LISTED else "") or "none"
 
 
 def named(record: dict[str, Any], column: str) -> Any:
@@ -306,7 +309,9 @@ def _text(record: dict[str, Any], names: tuple[str, ...], wanted: str) -> str:
             if not record[name]:
                 raise PromptError("the prompt is empty")
             return str(record[name])
-    raise PromptError(f"no field {wanted}")
+    raise PromptError(
+        f"no field {wanted}: the fields are {_listed(list(record))}: name the text's with --text-column"
+    )
 
 
 def _checked_messages(messages: Any, name: str = "messages") -> list[dict[str, Any]]:

@@ -48,8 +48,10 @@ class PromptFile:
     def at(cls, path: Path, form: str | None = None) -> PromptFile:
         """form: None for the one that the suffix names. PromptError if there is no such file, or no such form."""
         if not path.is_file():
-            what = "a directory" if path.is_dir() else "no such file"
-            raise PromptError(f"{path}: {what}: give .jsonl, .parquet, .csv, .tsv or .txt")
+            if path.is_dir():
+                raise PromptError(f"{path}: a directory: give a file")
+            suffix = "" if form or form_of(path) else ": give .jsonl, .parquet, .csv, .tsv or .txt"
+            raise PromptError(f"{path}: no such file{suffix or ': check the name'}")
         if (form := form or form_of(path)) is None:
             raise PromptError(
                 f"{path}: prompts are read from .jsonl, .ndjson, .json (one object per line), .csv, .tsv and .txt "

@@ -343,7 +343,8 @@ def _scores(explained: Explained) -> list[tuple[str, Any]]:
 def _variance(explained: Explained) -> str:
     if explained.metadata["run"]["variance"] is not None:
         return f"{explained.variance:.4f}, given"
-    return f"{explained.variance:.4f}, measured on {explained.metadata['variance_rows']:,} rows of the store"
+    rows, of = explained.metadata["variance_rows"], explained.metadata.get("variance_of", "rows of the store")
+    return f"{explained.variance:.4f}, measured on {rows:,} {of}"
 
 
 def _how_many(mask: np.ndarray) -> int:

@@ -86,6 +86,12 @@ class Reconstructor:
         self._runner: Runner | Library | None = None
         self._prefix = self._shared_prefix()
 
+    def __repr__(self) -> str:
+        return (
+            f"<Reconstructor {self.lm.name}: AR for layer {self.layer}, vectors of width {self.sidecar.d_model}, "
+            f"on {self.lm.device}>"
+        )
+
     @classmethod
     def load(
         cls,

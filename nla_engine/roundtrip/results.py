@@ -303,6 +303,12 @@ def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
         read_metadata(out)  # only a table that this program wrote is ever replaced
 
 
+def committed(out: Path) -> int:
+    """How many rows of an unfinished table are committed; 0 if there is none."""
+    parts = _parts_of(out)
+    return sum(map(_rows, _part_files(parts))) if (parts / RECORD_NAME).is_file() else 0
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The run's metadata in a result. RequestError if the file is not a result."""
     try:

@@ -86,6 +86,13 @@ class Verbalizer:
         lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels, wording=wording, maps=maps, slots=given.slots)
 
+    def __repr__(self) -> str:
+        layer = "layer not stated" if self.sidecar.layer is None else f"layer {self.sidecar.layer}"
+        return (
+            f"<Verbalizer {self.lm.name}: AV for {layer}, vectors of width {self.sidecar.d_model}, "
+            f"on {self.lm.device}>"
+        )
+
     @property
     def room(self) -> int:
         """Most tokens in an explanation: the model's positions after the prompt."""

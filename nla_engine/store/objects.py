@@ -47,7 +47,9 @@ class ObjectPath:
             import obstore.store
             from zarr.storage import ObjectStore
         except ImportError:
-            raise StoreError(f"{url}: object stores need obstore: pip install 'nla-engine[s3]'") from None
+            raise StoreError(
+                f"{url}: object stores need obstore: pip install '.[s3]' in a checkout"
+            ) from None
         try:
             return cls(ObjectStore(obstore.store.from_url(url)), url.rstrip("/"))
         except Exception as error:  # obstore's own, and ValueError for a scheme it does not know

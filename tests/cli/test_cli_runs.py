@@ -267,10 +267,28 @@ def test_an_interrupt_leaves_a_store_that_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(appender, "sequence_rows", interrupted)
-        check_failed(call(*capture(root, tmp_path / "x.zarr")), "interrupted; .* --resume continues")
+        check_failed(
+            call(*capture(root, tmp_path / "x.zarr")),
+            r"interrupted; 3 sequences are committed in .*x\.zarr: --resume continues",
+        )
     store = CaptureStore.open(tmp_path / "x.zarr")
     assert (store.sequences, store.complete) == (3, False)
     finish_and_compare(root, tmp_path / "x.zarr")
+
+
+def test_an_interrupt_before_anything_is_there(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nla_engine.capture.run.load_inputs", interrupted)
+    monkeypatch.setattr("nla_engine.roundtrip.run.load_pair", interrupted)
+    for command in (capture(root, tmp_path / "x.zarr"), roundtrip(root, tmp_path / "x.parquet")):
+        check_failed(call(*command), "interrupted; nothing is committed yet: start it again")
+    monkeypatch.setattr("nla_engine.capture.estimate.load_inputs", interrupted)
+    ran = call(*capture(root, tmp_path / "x.zarr"), "--dry-run")
+    assert ran.code == 1 and "committed" not in ran.err
 
 
 def test_control_c_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:

@@ -37,7 +37,34 @@ def test_without_a_terminal_lines_come_by_themselves(lines: io.StringIO) -> None
     time.sleep(0.15)
     assert told == lines.getvalue().splitlines()  # none comes afterwards
     assert told[0] == "loading: 0:00 so far"
-    assert told[-1] == "generating: 2 of 8 sequences, 1,234 tokens, 0:00 so far"
+    assert "loading: done in 0:00" in told
+    assert told[-2:] == [
+        "generating: 2 of 8 sequences, 1,234 tokens, 0:00 so far",
+        "generating: done in 0:00",
+    ]
+
+
+def test_a_phase_that_was_told_of_ends_with_a_line(lines: io.StringIO) -> None:
+    with shown.progress_bar("sequences") as bar:
+        bar.phase("reading", "sequences")
+        time.sleep(0.12)
+        bar(8, 8, tokens=1234)
+        bar.phase("quick")
+    told = lines.getvalue().splitlines()
+    assert told[-1] == "reading: 8 sequences, 1,234 tokens, done in 0:00"
+
+
+def test_a_phase_that_fails_has_no_such_line(lines: io.StringIO) -> None:
+    def fail() -> None:
+        with shown.progress_bar("sequences") as bar:
+            bar.phase("failing")
+            time.sleep(0.12)
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
+    assert "failing: 0:00" in lines.getvalue()
+    assert "failing: done" not in lines.getvalue()
 
 
 def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from commands import LAYER, call, capture, check_refused, contents, explain, json_lines, roundtrip, score
-from tiny import write_prompts
+from tiny import save_ar, save_av, write_prompts
 
 from nla_engine.store import CaptureStore
 
@@ -79,8 +79,17 @@ def test_verify_ends_with_what_failed(both: Path, tmp_path: Path) -> None:
     assert ran.code == 1 and len(failed) >= 2
     assert lines[-len(failed) :] == [f"FAILED {check['name']}: {check['detail']}" for check in failed]
     assert "checks failed" in lines[-len(failed) - 1]
-    sound = call("verify", both)
-    assert "FAILED" not in sound.out and sound.out.splitlines()[-1].endswith(" checks")
+    assert len(lines) > 30  # all are listed where one failed
+
+
+def test_verify_of_a_sound_store_is_short(both: Path) -> None:
+    lines = call("verify", both).out.splitlines()
+    assert "FAILED" not in lines and lines[-1].endswith(" checks") and "[]" not in "".join(lines)
+    assert [line.split()[0] for line in lines[1:4]] == ["manifest", "rows", "layer_2"]
+    assert len(lines) < 12 and any("arrays, every checksum matches" in line for line in lines)
+    verbose = call("verify", both, "--verbose").out.splitlines()
+    checks = call("verify", both, "--json").json["checks"]
+    assert len(verbose) == len(checks) + 2 and lines[-1] == verbose[-1]
 
 
 def test_json_is_all_that_stands_on_stdout(root: Path, both: Path, tmp_path: Path) -> None:
@@ -135,3 +144,42 @@ def test_a_page_is_written_under_no_other_name(root: Path, tmp_path: Path) -> No
         call(*arguments, tmp_path / "x.csv"), r"x.csv: ends in .csv, and the page is HTML: .*\.html"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_early_rows_are_told_unless_both_models_know_them(root: Path, tmp_path: Path) -> None:
+    ran = call(*roundtrip(root, tmp_path / "r.parquet", limit=3))
+    assert "early_rows (positions below 50)" in ran.out and "early_rows" in json.dumps(
+        call(*roundtrip(root, tmp_path / "j.parquet", limit=3), "--json").json
+    )
+    for role, save in (("av", save_av), ("ar", save_ar)):
+        save(
+            tmp_path / role, LAYER, extraction={"injection_scale": 12.0, "mse_scale": 8.0, "min_position": 0}
+        )
+    known = {"av": tmp_path / "av", "ar": tmp_path / "ar", "limit": 3}
+    assert "early_rows (" not in call(*roundtrip(root, tmp_path / "k.parquet", **known)).out
+
+
+def test_the_report_lists_what_the_page_warns_of(root: Path, tmp_path: Path) -> None:
+    ran = call(
+        "report", root / "run.zarr", "--explained", root / "explained.parquet", "--out", tmp_path / "x.html"
+    )
+    told = ran.err.splitlines()
+    assert ran.out.startswith("report: open it in a browser")
+    assert re.fullmatch(r"the page warns of \d+ things?:", told[0]) and told[1].startswith("- ")
+    assert len([line for line in told if line.startswith("- ")]) == int(told[0].split()[4])
+
+
+def test_a_table_without_a_text_names_its_columns(root: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("question,answer\nwhy,x\n")
+    check_refused(
+        call(*capture(root, tmp_path / "x.zarr", prompts=table)),
+        'line 2: no field "prompt" or "messages": the fields are question, answer: .* --text-column',
+    )
+    ran = call(*capture(root, tmp_path / "x.zarr", prompts=table), "--text-column", "question")
+    assert ran.code == 0 and "codec_error (relative L2)" in ran.out
+    for name, advice in (
+        ("gone.csv", "no such file: check the name"),
+        ("gone.doc", "no such file: give .jsonl"),
+    ):
+        check_refused(call(*capture(root, tmp_path / "y.zarr", prompts=tmp_path / name)), f"{name}: {advice}")

@@ -253,7 +253,7 @@ def test_whoever_steps_back_nothing_changes(device: str, architecture: str, case
         lm, requests, length=prefix + longest, blocks=least + int(rng.integers(0, 8)), block=unit, **options
     )
     if case != "stopped":  # these end when they will
-        assert tally.stepped_back > 0 and tally.again > 0
+        assert tally.stepped_back > 0
     assert tally.generated == sum(len(c.generated) for c in done.values())
     assert tally.read >= sum(len(r.token_ids) for r in requests if not r.again)
     check(lm, done, **options)

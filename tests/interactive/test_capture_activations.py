@@ -110,7 +110,9 @@ def test_resume_and_overwrite_are_those_of_the_command(root: Path, tmp_path: Pat
         return nla_engine.capture_activations(root / "base", **given)
 
     first = again()
-    with pytest.raises(StoreError, match=r"r\.zarr: exists; pass --resume to continue it or --overwrite"):
+    with pytest.raises(
+        StoreError, match=r"r\.zarr: exists; pass resume=True to continue it or overwrite=True"
+    ):
         again()
     same_rows(again(resume=True), first)
     assert again(overwrite=True, prompts=["c"]).sequences == 1
@@ -135,19 +137,19 @@ def test_resume_and_overwrite_are_those_of_the_command(root: Path, tmp_path: Pat
         ({"prompts": [{"prompt": "a", "x": object()}]}, PromptError, "number 1: .*'x' is of type object"),
         ({"prompts": Path("gone.jsonl")}, PromptError, "gone.jsonl: no such file"),
         ({"layer": 99}, NLAError, "99"),
-        ({"layer": "x"}, RequestError, "--layer is 'x': it must be block numbers"),
-        ({"layer": []}, RequestError, "--layer"),
-        ({"layer": 1.5}, RequestError, "--layer is '1.5'"),
-        ({"layer": True}, RequestError, "--layer is 'True'"),
-        ({"max_new_tokens": "four"}, RequestError, "--max-new-tokens is four: it must be 0 or more, or max"),
-        ({"max_new_tokens": True}, RequestError, "--max-new-tokens is True"),
-        ({"max_new_tokens": None}, RequestError, "--max-new-tokens is None"),
-        ({"max_new_tokens": -1}, RequestError, "--max-new-tokens is -1: it must be 0 or more"),
+        ({"layer": "x"}, RequestError, "layer is 'x': it must be block numbers"),
+        ({"layer": []}, RequestError, "layer is"),
+        ({"layer": 1.5}, RequestError, "layer is '1.5'"),
+        ({"layer": True}, RequestError, "layer is 'True'"),
+        ({"max_new_tokens": "four"}, RequestError, "max_new_tokens is four: it must be 0 or more, or max"),
+        ({"max_new_tokens": True}, RequestError, "max_new_tokens is True"),
+        ({"max_new_tokens": None}, RequestError, "max_new_tokens is None"),
+        ({"max_new_tokens": -1}, RequestError, "max_new_tokens is -1: it must be 0 or more"),
         ({"max_new_token": 4}, RequestError, "max_new_token is no option of .*: did you mean max_new_tokens"),
         ({"xyz": 4}, RequestError, "xyz is no option of capture_activations: it has base, "),
         ({"temperature": "hot"}, RequestError, "temperature is 'hot': it must be a number"),
         ({"codec": 8}, RequestError, "codec is 8: it must be text"),
-        ({"codec": "int9"}, RequestError, "--codec is 'int9'"),
+        ({"codec": "int9"}, RequestError, "codec is 'int9'"),
         ({"device": "tpu"}, RequestError, "tpu"),
         ({"resume": 1}, RequestError, "resume is 1: it must be True or False"),
         ({"model": "nowhere/at/all"}, (CheckpointError, NLAError), "nowhere/at/all"),

@@ -126,14 +126,16 @@ def test_what_is_no_vector(pair: tuple[Verbalizer, Reconstructor], vectors: Any,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 2}, "--samples above 1"),
-        ({"variance": 2.0}, "--variance is 2.0: it must be above 0 and at most 1"),
-        ({"max_new_tokens": 5000}, "--max-new-tokens is 5000: .* has room for"),
+        ({"samples": 2}, "samples above 1 would write one greedy text several times: give temperature=..."),
+        ({"variance": 2.0}, "variance is 2.0: it must be above 0 and at most 1"),
+        ({"max_new_tokens": 5000}, "max_new_tokens is 5000: .* has room for"),
         ({"where": "early"}, "where is no option of explain, which reads no store"),
         ({"sample": 2}, "sample is no option of explain: did you mean samples"),
+        ({"max_tokens_new": 3}, "max_tokens_new is no option of explain: did you mean max_new_tokens"),
+        ({"dry_run": True}, "dry_run is no option of explain, which reads no store"),
         ({"out": "x"}, "out is no option of explain"),
         ({"ar": "nowhere"}, "nowhere"),
-        ({"injection_scale": "loud"}, "injection-scale"),
+        ({"injection_scale": "loud"}, "injection_scale"),
         ({"kernels": "reference"}, "a given model was loaded with"),
     ],
     ids=lambda value: "" if isinstance(value, (dict, type)) else str(value),
@@ -161,6 +163,29 @@ def test_models_that_are_no_pair(root: Path, tmp_path: Path, pair: tuple[Verbali
     for scale in ("12", 12, np.float64(12)):
         said = nla_engine.explain(np.ones(D), loud, injection_scale=scale, **HOW)
         assert said.texts == nla_engine.explain(np.ones(D), av, **HOW).texts
+
+
+def test_models_show_what_they_are(root: Path, pair: tuple[Verbalizer, Reconstructor]) -> None:
+    assert (
+        repr(pair[0])
+        == f"<Verbalizer {root / 'av'}: AV for layer {LAYER}, vectors of width {D}, on {pair[0].lm.device}>"
+    )
+    assert repr(pair[1]).startswith(
+        f"<Reconstructor {root / 'ar'}: AR for layer {LAYER}, vectors of width {D}"
+    )
+
+
+def test_one_vector_alone_says_that_it_has_no_control(
+    pair: tuple[Verbalizer, Reconstructor], rng: np.random.Generator
+) -> None:
+    rows = rng.standard_normal((4, D))
+    alone = nla_engine.explain(rows[0], *pair, **HOW)
+    assert np.isnan(alone.scores.cos_shuffled).all() and np.isnan(alone.scores.retrieval_rank).all()
+    for shown in (repr(alone), alone._repr_html_()):
+        assert "one vector alone has no cos_shuffled" in shown and "np.vstack([vector, rows])" in shown
+    along = nla_engine.explain(np.vstack([rows[0], rows[1:]]), *pair, **HOW)
+    assert np.isfinite(along.scores.cos_shuffled[0]) and "alone" not in repr(along)
+    assert "alone" not in repr(nla_engine.explain(rows[0], pair[0], **HOW))
 
 
 def test_how_it_shows_itself(pair: tuple[Verbalizer, Reconstructor], rng: np.random.Generator) -> None:

@@ -79,6 +79,11 @@ def test_some_rows_in_any_order(
     for given in (None, rows):
         page = nla_engine.show(run, mine, rows=given, title="<i>mine")
         assert "<title>&lt;i&gt;mine" in page.html and "0.5000, given" in page.html
+        assert "Var was given" in page.html
+    for measured in (layer, layer[:]):
+        held = nla_engine.explain(layer[rows], *pair, variance=measured, **HOW)
+        page = nla_engine.show(run, held)
+        assert f"measured on {len(layer):,} given vectors" in page.html and "Var was given" not in page.html
     from nla_engine.interactive.show import _table
 
     table = _table(run, layer, mine, None)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nla_engine.errors import RequestError, StoreError, WriteError
-from nla_engine.roundtrip.results import ResultTable
+from nla_engine.roundtrip.results import ResultTable, committed
 
 SCHEMA = pa.schema([pa.field("row", pa.int64()), pa.field("mse_nrm", pa.float64())])
 
@@ -42,7 +42,9 @@ def test_a_second_run_on_one_table_is_refused(tmp_path: Path) -> None:
     """Two runs that resumed one table once wrote a part twice and joined to rows 0 1 2 3 4 5 5."""
     out = tmp_path / "x.parquet"
     with open_table(out) as table:
+        assert committed(out) == 0
         table.append(columns(0, 1, 2))
+    assert committed(out) == 3 and committed(tmp_path / "y.parquet") == 0
     with open_table(out, resume=True) as first:
         assert first.done == 3
         for how in ("resume", "overwrite"):

@@ -243,7 +243,7 @@ def test_places_that_are_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None
         create_store("s3://no-such-bucket-here/run.zarr", CODEC)
     assert "\n" not in str(told.value)
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    with pytest.raises(StoreError, match=r"object stores need obstore: pip install 'nla-engine\[s3\]'"):
+    with pytest.raises(StoreError, match=r"object stores need obstore: pip install '\.\[s3\]'"):
         objects.place(url)
 
 

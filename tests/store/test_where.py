@@ -155,6 +155,7 @@ ERRORS = {
     "1 < position < 3": (14, "cannot be understood"),
     "early and colour == 3": (11, "there is no field 'colour'"),
     "norm_4 > 1": (1, "there is no field 'norm_4'"),
+    "kind == 'easy'": (1, "there is no field 'kind' (did you mean record.kind?)"),
     "__import__ == 1": (1, "there is no field"),
     "__import__('os')": (11, "cannot be understood"),
     "token == 1": (1, "text is compared with number"),

@@ -11,8 +11,14 @@ const unpack = async (text) => {
 
 const numbers = (values) => Float64Array.from(values, (value) => value ?? NaN);
 
-const D = await unpack($("data").textContent);
+const packed = $("data").textContent;
 $("data").remove();
+const D = await unpack(packed).catch((error) => {
+  document.body.classList.remove("unpacking");
+  $("notice").hidden = false;
+  $("notice").textContent = `The page's data cannot be unpacked (${error.message}): write the page again.`;
+  throw error;
+});
 const { texts, sequences: S, rows: R, explanations: E } = D;
 const ROWS = R.row.length;
 const SCORED = D.scored;  // else no AR has read the texts: there is no FVE, no colour and no distribution

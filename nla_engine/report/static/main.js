@@ -213,6 +213,7 @@ new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${
 
 state.markup = hasMarkup();
 fillFilter(form);
+document.body.classList.remove("unpacking");  // before anything is measured
 follow();
 
 addEventListener("hashchange", follow);

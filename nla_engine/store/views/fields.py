@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ RECORD = "record."
 MISSING = object()
 #: Most keys that an error lists.
 _LISTED = 20
+#: Most records that are searched for a name that is no field.
+_SEARCHED = 1000
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,15 @@ def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Lab
         return store.layer(Site.parse(name.removeprefix("norm_"))).norm(first)
     if name.startswith(RECORD):
         return _record_field(store, name.removeprefix(RECORD), column("sequence"), first)
-    raise FieldError(f"there is no field '{name}'")
+    meant = f" (did you mean {RECORD}{name}?)" if _in_records(store, name) else ""
+    raise FieldError(f"there is no field '{name}'{meant}")
+
+
+def _in_records(store: StoreReader, name: str) -> bool:
+    """Whether one of the first records has a field of this name. An error asks, so not all are read."""
+    sources = (sequence.source for sequence in islice(store.iter_sequences(), _SEARCHED))
+    key = name.split(".")[0]
+    return any(isinstance(source, dict) and key in source for source in sources)
 
 
 def _numbers(store: StoreReader) -> list[str]:
