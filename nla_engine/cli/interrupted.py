@@ -51,6 +51,7 @@ def _left(options: Options) -> str:
     else:
         return _UNKNOWN if (out / _STUDY).is_file() else "nothing was written yet"
     if not done:
-        return "nothing is committed yet: start it again"
+        again = "with --resume" if out.exists() else "again"
+        return f"nothing is committed yet: start it {again}"
     are = "is" if done == 1 else "are"
     return f"{plural(done, what)} {are} committed in {out}: --resume continues from there"

@@ -27,10 +27,12 @@ def test_the_plan_says_what_all_sequences_have_room_for() -> None:
         "rows": 1,
         "bytes": 1,
         "row_bytes": 1,
-        "whole": False,
         "codec": "int8",
         "length": 1000,
+        "new": 900,
+        "slot_rows": 900,
         "prefix": 0,
+        "whole": False,
     }
     few, many = (str(plan.CapturePlan(**shape, room=Room(4, blocks))) for blocks in (40, 64))
     assert "4 at once, of at most 1,000 tokens and 2,560 together" in few and "together" not in many

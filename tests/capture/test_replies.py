@@ -204,7 +204,10 @@ def test_records_that_cannot_be_used(record: object, message: str, root: Path, t
         ({"replies": 2}, "--replies above 1 .*: give a --temperature"),
         ({"stop": ""}, "--stop is : it must be text in UTF-8, and not empty"),
         ({"stop": "x" * 300}, "--stop: the stop strings are too long: .*: give shorter ones"),
-        ({"stop": "x", "max_new_tokens": 0, "positions": "all"}, "--replies and --stop are for replies"),
+        (
+            {"stop": "x", "max_new_tokens": 0, "positions": "all"},
+            "--replies, --stop and --keep-partial are for replies",
+        ),
         ({"prefill": " "}, "--prefill is ' ': it must be text in UTF-8, and not blank"),
         ({"prefill": "a", "raw": True}, "--prefill .*are for a chat template"),
     ],
