@@ -10,7 +10,6 @@ import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
 from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.engine.tap import Tap
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
@@ -158,23 +158,15 @@ class Generator:
                 yield Completion(each.request, generated, Finish.PARTIAL, rows, positions, told)
 
     def _check(self, request: Request) -> None:
-        total = self.runner.cache.prefix_size + len(request.token_ids) + request.max_new_tokens
-        room = self.runner.cache.prefix_size + self.runner.cache.size - 1
-        if not request.token_ids or total > room or request.max_new_tokens > self.max_new_tokens:
-            raise EngineError(
-                f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
-                f"do not fit a slot of {room}"
-            )
-        vectors = 0 if request.vectors is None else len(request.vectors)
-        places = (-1, *request.places, len(request.token_ids))
-        if vectors != len(request.places) or any(a >= b for a, b in pairwise(places)):
-            raise EngineError(
-                f"request {request.id}: {vectors} vectors for the tokens {list(request.places)}"
-            )
-        if vectors > self.runner.injector.most:
-            raise EngineError(
-                f"request {request.id}: {vectors} vectors, a slot has room for {self.runner.injector.most}"
-            )
+        shared = self.runner.cache.prefix_size
+        room = shared + self.runner.cache.size - 1
+        request.check(
+            shared=shared,
+            room=room,
+            where=f"a slot of {room}",
+            new=self.max_new_tokens,
+            vectors=self.runner.injector.most,
+        )
         if request.again and self.runner.tap.reads_prompts:
             raise EngineError(f"request {request.id}: shares a prompt, and the tap keeps rows of prompts")
 
@@ -199,18 +191,13 @@ class Generator:
         at = to_device(np.array([a.slot for a in admitted]), self.runner.device)
         columns = torch.stack([state.active[at], state.closing[at], state.stop_state[at], state.count[at]])
         kept: list[tuple[Admitted, Kept | None]] = []
-        tokens = self._generated(at)
+        tokens = generated_so_far(self.state, at)
         for each, row, (active, closes, stop, count) in zip(
             admitted, tokens, columns.T.tolist(), strict=True
         ):
             there = Kept(tuple(row[:count].tolist()), stop, bool(closes))
             kept.append((each, there if active else None))
         return kept
-
-    def _generated(self, at: torch.Tensor) -> np.ndarray:
-        """int32 [n, most]: what these slots have generated so far, up to the longest. Waits for the device."""
-        most = int(self.state.count[at].max())
-        return self.state.generated[at, :most].to(torch.int32).cpu().numpy()
 
     def _open(self, entered: list[Admitted]) -> None:
         state, prefix = self.state, self.runner.cache.prefix_size
@@ -364,23 +351,39 @@ class Generator:
         return self._complete(chosen) if chosen else []
 
     def _complete(self, ended: list[Ended]) -> list[Completion]:
-        state = self.state
-        at = to_device(np.array([a.slot for a in ended]), self.runner.device)
-        generated = self._generated(at)
-        codes = self.stop.finish_codes(state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
-        replies = [generated[i, : a.count] for i, a in enumerate(ended)]
-        kept = self.runner.tap.collect(
-            [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
+        return completions(ended, self.state, self.stop, self.runner.tap, self.following)
+
+
+def generated_so_far(state: SlotState, at: torch.Tensor) -> np.ndarray:
+    """int32 [n, most]: what these slots, int64 [n], have generated, up to the longest. Waits for the device."""
+    most = int(state.count[at].max())
+    return state.generated[at, :most].to(torch.int32).cpu().numpy()
+
+
+def completions(
+    ended: list[Ended],
+    state: SlotState,
+    stop: StopAutomaton | None,
+    tap: Tap,
+    following: Following,
+) -> list[Completion]:
+    """Fetch what these sequences generated, and the rows that were kept of them."""
+    at = to_device(np.array([a.slot for a in ended]), state.count.device)
+    generated = generated_so_far(state, at)
+    codes = stop.finish_codes(state.stop_state[at]).tolist() if stop else [0] * len(ended)
+    replies = [generated[i, : a.count] for i, a in enumerate(ended)]
+    kept = tap.collect(
+        [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
+    )
+    told = following.collect([a.slot for a in ended], [positions for positions, _ in kept])
+    return [
+        Completion(
+            request=a.request,
+            generated=replies[i],
+            finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
+            positions=kept[i][0],
+            rows=kept[i][1],
+            next_tokens=told[i],
         )
-        told = self.following.collect([a.slot for a in ended], [positions for positions, _ in kept])
-        return [
-            Completion(
-                request=a.request,
-                generated=replies[i],
-                finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
-                positions=kept[i][0],
-                rows=kept[i][1],
-                next_tokens=told[i],
-            )
-            for i, a in enumerate(ended)
-        ]
+        for i, a in enumerate(ended)
+    ]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from nla_engine.engine.following import Following
+from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.generator import Generate, Portion, Watch
+from nla_engine.engine.generator import Generate, Portion, Watch, completions
 from nla_engine.engine.library import Batch, Library
-from nla_engine.engine.request import Completion, Finish, Request
+from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.scheduler import Ended
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.transfer import to_device
@@ -100,29 +99,16 @@ class LibraryGenerator:
                 ]
                 if not chosen:
                     raise EngineError("no sequence was chosen although all have ended")
-                yield self._complete(chosen)
+                yield completions(chosen, self.state, self.stop, self.runner.tap, NotAsked())
 
     def _check(self, request: Request) -> None:
-        total = len(self.runner.prefix) + len(request.token_ids) + request.max_new_tokens
-        if (
-            not request.token_ids
-            or total > self.runner.length
-            or request.max_new_tokens > self.max_new_tokens
-        ):
-            raise EngineError(
-                f"request {request.id}: {len(request.token_ids)} prompt and {request.max_new_tokens} new tokens "
-                f"do not fit the {self.runner.length} that were announced"
-            )
-        vectors = 0 if request.vectors is None else len(request.vectors)
-        places = (-1, *request.places, len(request.token_ids))
-        if vectors != len(request.places) or any(a >= b for a, b in pairwise(places)):
-            raise EngineError(
-                f"request {request.id}: {vectors} vectors for the tokens {list(request.places)}"
-            )
-        if vectors > self.runner.injector.most:
-            raise EngineError(
-                f"request {request.id}: {vectors} vectors, a slot has room for {self.runner.injector.most}"
-            )
+        request.check(
+            shared=len(self.runner.prefix),
+            room=self.runner.length,
+            where=f"the {self.runner.length} that were announced",
+            new=self.max_new_tokens,
+            vectors=self.runner.injector.most,
+        )
 
     def _batches(self, taken: list[Request]) -> Iterator[Batch]:
         """The requests, cut where reading a longer prompt token by token would cost more than another batch, or a pass
@@ -223,23 +209,3 @@ class LibraryGenerator:
         ids = [request.id for request in batch.requests]
         totals = (batch.sizes + batch.limits).tolist()
         self.runner.tap.open(batch.slots.tolist(), ids, batch.sizes.tolist(), totals)
-
-    def _complete(self, ended: list[Ended]) -> list[Completion]:
-        at = to_device(np.array([each.slot for each in ended]), self.runner.device)
-        generated = self.state.generated[at].cpu().numpy().astype(np.int32)
-        codes = self.stop.finish_codes(self.state.stop_state[at]).tolist() if self.stop else [0] * len(ended)
-        replies = [generated[i, : each.count] for i, each in enumerate(ended)]
-        kept = self.runner.tap.collect(
-            [each.kept for each in ended],
-            [(each.request.id, reply) for each, reply in zip(ended, replies, strict=True)],
-        )
-        return [
-            Completion(
-                request=each.request,
-                generated=replies[i],
-                finish=Finish(codes[i]) if each.request.max_new_tokens else Finish.GIVEN,
-                positions=kept[i][0],
-                rows=kept[i][1],
-            )
-            for i, each in enumerate(ended)
-        ]

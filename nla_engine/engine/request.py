@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nla_engine.errors import EngineError
 from nla_engine.sites import Site
 
 if TYPE_CHECKING:
@@ -42,6 +44,20 @@ class Request:
     vectors: torch.Tensor | None = None
     places: tuple[int, ...] = ()
     again: bool = False
+
+    def check(self, *, shared: int, room: int, where: str, new: int, vectors: int) -> None:
+        """EngineError if it cannot run with `shared` tokens before its prompt and `room` for all its tokens, where at
+        most `new` tokens are generated and `vectors` vectors enter. where: what has the room, for the message."""
+        prompt = len(self.token_ids)
+        if not prompt or shared + prompt + self.max_new_tokens > room or self.max_new_tokens > new:
+            raise EngineError(
+                f"request {self.id}: {prompt} prompt and {self.max_new_tokens} new tokens do not fit {where}"
+            )
+        entering, places = 0 if self.vectors is None else len(self.vectors), (-1, *self.places, prompt)
+        if entering != len(self.places) or any(a >= b for a, b in pairwise(places)):
+            raise EngineError(f"request {self.id}: {entering} vectors for the tokens {list(self.places)}")
+        if entering > vectors:
+            raise EngineError(f"request {self.id}: {entering} vectors, a slot has room for {vectors}")
 
 
 @dataclass(frozen=True)
