@@ -91,6 +91,12 @@ class Staging:
                 pool = RowStage.allocate(codec, 0, exact[number], device)
                 stages[layer] = replace(pool, **views, exact_count=self._counts[number, i : i + 1])
 
+    @property
+    def nbytes(self) -> int:
+        """Of the rows, and of the rows kept exactly."""
+        exact = [stage.exact for stages in (self.decoding, self.reading) for stage in stages.values()]
+        return sum(tensor.nbytes for tensor in (*self.all.tensors, *exact))
+
     def forget(self, slots: torch.Tensor) -> None:
         """Mark every place of these slots, int64 [n], as unwritten."""
         self._norm[:, : self.given].view(len(self.layers), -1, self.ring)[:, slots] = UNWRITTEN

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import document_lengths, open_generator, prompt_file, requests, run_all
 from nla_engine.capture.load import load_inputs
 from nla_engine.capture.run import GENERATING, CaptureJob
+from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.choose import AnyGenerator
 from nla_engine.engine.request import Request
 from nla_engine.engine.slots import default_room
 
@@ -32,42 +36,71 @@ def reply_lengths(session: Session) -> list[int]:
 
 
 def run(session: Session) -> None:
-    """Without a tap, one layer and all layers to disk, and one layer with the longest reply first."""
-    sizes, lengths, layer = session.sizes, reply_lengths(session), session.layer
-    count, prompt, tokens = len(lengths), sizes.long_prompt, sum(lengths)
-    limit = tokens / long_seconds(session.size, session.hardware, prompt, lengths)
-    name = f"{count} x {prompt}+{min(lengths)}-{max(lengths)} (mean {tokens / count:.0f})"
-    session.measure("long", f"{name} no tap", "tok/s", _generated(session, lengths), limit=limit, warmups=0)
+    """One layer to disk, also with the longest reply first, nothing tapped, and all layers to disk.
+
+    All layers take much disk: only as many of the requests run as fit it, beside the same ones with nothing tapped.
+    """
+    lengths, layer = reply_lengths(session), session.layer
+    count = len(lengths)
     one, every = (layer,), tuple(range(len(session.lm.blocks)))
-    longest_first = sorted(lengths, reverse=True)
-    for what, layers, order in (
-        (f"layer {layer} to disk", one, lengths),
-        (f"layer {layer} to disk, longest first", one, longest_first),
-        ("all layers to disk", every, lengths),
-    ):
-        if not _has_room(session, layers, tokens, f"{name} {what}"):
-            continue
-        told: dict[str, int] = {}
-        line = session.measure(
-            "long",
-            f"{name} {what}",
-            "tok/s",
-            _captured(session, layers, order, told),
-            limit=limit,
-            warmups=0,
-            detail=lambda p50, told=told: f"stepped back {told.get('stepped_back', 0)} times",  # type: ignore[misc]
-        )
-        if line is not None:
-            line.compare(session.find("long", "vLLM "))
+    _measure_capture(session, lengths, one, f"layer {layer} to disk")
+    longest = lengths.index(max(lengths))
+    first = [lengths[longest], *lengths[:longest], *lengths[longest + 1 :]]
+    _measure_capture(session, first, one, f"layer {layer} to disk, longest first")
+    _measure_generation(session, lengths)
+    fitting = _fitting(session, every, lengths)
+    if fitting and fitting < count:
+        _measure_generation(session, lengths[:fitting])
+    _measure_capture(session, lengths[:fitting], every, "all layers to disk")
 
 
-def _has_room(session: Session, layers: Sequence[int], rows: int, case: str) -> bool:
-    """Whether the disk holds these rows. If not, the case is named as skipped."""
-    needed = rows * len(layers) * Codec.named("int8", session.d_model).row_bytes
-    if needed < _DISK_PART * shutil.disk_usage(session.directory).free:
-        return True
-    session.skipped.append(f"long: {case}: it needs {needed / 1e9:,.0f} GB of disk")
-    return False
+def _name(session: Session, lengths: Sequence[int]) -> str:
+    mean = sum(lengths) / len(lengths)
+    return f"{len(lengths)} x {session.sizes.long_prompt}+{min(lengths)}-{max(lengths)} (mean {mean:.0f})"
+
+
+def _limit(session: Session, lengths: Sequence[int]) -> float:
+    """New tokens per second."""
+    return sum(lengths) / long_seconds(session.size, session.hardware, session.sizes.long_prompt, lengths)
+
+
+def _measure_generation(session: Session, lengths: Sequence[int]) -> None:
+    session.measure(
+        "long",
+        f"{_name(session, lengths)} no tap",
+        "tok/s",
+        _generated(session, lengths),
+        limit=_limit(session, lengths),
+        warmups=0,
+    )
+
+
+def _measure_capture(session: Session, lengths: Sequence[int], layers: tuple[int, ...], what: str) -> None:
+    """A case is named as skipped if the disk cannot hold one of its sequences."""
+    if not lengths:
+        session.skipped.append(f"long: {what}: the disk has too little room")
+        return
+    told: dict[str, int] = {}
+    line = session.measure(
+        "long",
+        f"{_name(session, lengths)} {what}",
+        "tok/s",
+        _captured(session, layers, lengths, told),
+        limit=_limit(session, lengths),
+        warmups=0,
+        detail=lambda p50: (
+            f"stepped back {told['stepped_back']} times, staging on the device {told['staging'] / 2**30:.2f} GiB"
+        ),
+    )
+    if line is not None:
+        line.compare(session.find("long", "vLLM "))
+
+
+def _fitting(session: Session, layers: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many of these requests the disk holds the rows of."""
+    row = len(layers) * Codec.named("int8", session.d_model).row_bytes
+    free = _DISK_PART * shutil.disk_usage(session.directory).free
+    return bisect_right(list(accumulate(size * row for size in lengths)), free)
 
 
 @contextmanager
@@ -96,6 +129,15 @@ class _GivenLengths(CaptureJob):
     """A capture whose replies have these lengths. They are at most what its options allow."""
 
     lengths: Sequence[int] = ()
+    #: Bytes of rows on the device.
+    staging = 0
+
+    def _try_generator(self, *given: Any) -> AnyGenerator:
+        generator = super()._try_generator(*given)
+        tap = generator.runner.tap
+        assert isinstance(tap, RowTap)
+        self.staging = tap.staging.nbytes
+        return generator
 
     def _requests(self, *given: Any) -> Iterator[Request]:
         for request in super()._requests(*given):
@@ -135,5 +177,5 @@ def _capture(
         shutil.rmtree(out, ignore_errors=True)
     expect("tokens generated", summary.tokens_generated, sum(lengths))
     expect("rows stored", summary.rows, sum(lengths))
-    told["stepped_back"] = summary.stepped_back
+    told |= {"stepped_back": summary.stepped_back, "staging": job.staging}
     return summary.seconds_by_phase[GENERATING]
