@@ -153,13 +153,13 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         cut = cut_for(size, itemsize, PREFIX_ROWS, card)
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
-            "WINDOW": True, "SOFTCAP": False, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
+            "WINDOW": True, "SOFTCAP": False, "SINKS": True, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
             "SHARED": True, "SIZE": 64,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
         for name in kernel.arg_names:
-            if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out"):
+            if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out", "sinks"):
                 arguments[name] = f"*{dtype}"
             elif name in ("partial", "sums", "biggests"):
                 arguments[name] = "*fp32"
