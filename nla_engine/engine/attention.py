@@ -44,7 +44,8 @@ class Pass:
 
     reference: use plain torch on every device. wanted: None if every block computes every token. entering: where
     vectors enter, as `Injector.inject` takes it; None: nowhere. shapes: how each layer attended; each must attend
-    exactly once. branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
+    exactly once. runs: of a prefill, of one slot each: first token, how many, slot, position; None: a decode step.
+    branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
     not be freed before: the memory would be used again.
     """
 
@@ -55,6 +56,7 @@ class Pass:
     reference: bool
     wanted: Wanted | None = None
     entering: torch.Tensor | None = None
+    runs: list[tuple[int, int, int, int]] | None = None
     branch: torch.cuda.Stream | None = None
     held: list[torch.Tensor] = field(default_factory=list)
     place: torch.Tensor = field(init=False)
