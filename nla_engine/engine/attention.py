@@ -44,7 +44,8 @@ class Pass:
 
     reference: use plain torch on every device. wanted: None if every block computes every token. entering: where
     vectors enter, as `Injector.inject` takes it; None: nowhere. shapes: how each layer attended; each must attend
-    exactly once. branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
+    exactly once. runs: of a prefill, of one slot each: first token, how many, slot, position; None: a decode step.
+    branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
     not be freed before: the memory would be used again.
     """
 
@@ -55,6 +56,7 @@ class Pass:
     reference: bool
     wanted: Wanted | None = None
     entering: torch.Tensor | None = None
+    runs: list[tuple[int, int, int, int]] | None = None
     branch: torch.cuda.Stream | None = None
     held: list[torch.Tensor] = field(default_factory=list)
     place: torch.Tensor = field(init=False)
@@ -171,7 +173,7 @@ def current_pass() -> Pass:
 
 
 #: Other arguments of transformers' modules to their attention that change its result.
-_OTHER_ATTENTION = ("s_aux", "sinks", "position_bias", "indices", "alibi", "head_mask")
+_OTHER_ATTENTION = ("sinks", "position_bias", "indices", "alibi", "head_mask")
 
 
 def slot_attention(
@@ -184,13 +186,20 @@ def slot_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function registered with transformers. query [1, H, T, h], key and value [1, KV, T, h] -> [1, T, H, h]."""
+    """The function registered with transformers. query [1, H, T, h], key and value [1, KV, T, h] -> [1, T, H, h].
+
+    s_aux: the sinks [H]
+    """
     work = current_pass()
     asked = [name for name in _OTHER_ATTENTION if more.get(name) is not None]
     asked += ["attention_mask"] * (attention_mask is not None) + ["is_causal=False"] * (is_causal is False)
+    asked += ["s_aux"] * (
+        s_aux is not None and (s_aux.shape != query.shape[1:2] or not s_aux.is_contiguous())
+    )
     if asked:
         raise UnsupportedModel(
             f"{type(module).__name__} asks for attention that the engine does not offer ({', '.join(asked)}): "
@@ -206,7 +215,7 @@ def slot_attention(
     if sliding_window is None:
         _check_no_window(module, work.cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    shape = Shape(scale, sliding_window or 0, softcap or 0.0)
+    shape = Shape(scale, sliding_window or 0, softcap or 0.0, s_aux)
     work.enter(layer, shape)
     work.cache.write(layer, work.slot, work.place, key[0].transpose(0, 1), value[0].transpose(0, 1))
     return work.attend(query[0].transpose(0, 1), layer, shape)[None], None

@@ -15,11 +15,13 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
+from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
+from nla_engine.engine.states import delta_module
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, UnsupportedModel
@@ -89,6 +91,7 @@ class Runner:
             None  # called instead, while it is checked
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
+        self._delta: list[Any] = []  # the same of gated delta nets within blocks
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block continues with the wanted tokens only
@@ -112,6 +115,9 @@ class Runner:
             self, length, places
         )  # before anything is installed: it runs transformers' own attention
         self.lm.model.set_attn_implementation(attention.NAME)
+        for module in filter(None, map(delta_module, self.lm.blocks)):
+            module.forward = EngineDelta(module)
+            self._delta.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
@@ -152,11 +158,11 @@ class Runner:
         self.tap.close()
         for hook in self._hooks:
             hook.remove()
-        for block in self._fused:
-            del block.forward
+        for module in (*self._fused, *self._delta):
+            del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._norm = [], [], None
+        self._hooks, self._fused, self._delta, self._norm = [], [], [], None
         self.lm.model.set_attn_implementation("eager")
 
     @property
@@ -222,7 +228,9 @@ class Runner:
         tiles = attention.prefill_tiles(runs, self.group, packed[2])
         token = None if wanted is None else to_device(np.array(wanted, np.int64), self.device)
         vectors = to_device(np.array(entering, np.int64).T.copy(), self.device) if entering else None
-        return self._forward(packed[0], packed[1], packed[2], tiles, vectors, token)
+        first = np.cumsum(length) - length
+        of_slots = list(zip(*(column.tolist() for column in (first, length, slot, start)), strict=True))
+        return self._forward(packed[0], packed[1], packed[2], tiles, vectors, token, of_slots)
 
     @torch.inference_mode()
     def decode(
@@ -243,11 +251,13 @@ class Runner:
         tiles: Tiles,
         entering: torch.Tensor | None = None,
         token: torch.Tensor | None = None,
+        runs: list[tuple[int, int, int, int]] | None = None,
     ) -> torch.Tensor:
-        """entering: as `Injector.inject` takes it; token: int64 [n], the tokens whose states are returned."""
+        """entering: as `Injector.inject` takes it; token: int64 [n], the tokens whose states are returned; runs: as in
+        `Pass`."""
         if not all(each.is_contiguous() for each in (ids, slot, position)):
             raise EngineError("ids, slot and position of a pass are contiguous: kernels read them by number")
-        work = Pass(self.cache, slot, position, tiles, self.reference, entering=entering)
+        work = Pass(self.cache, slot, position, tiles, self.reference, entering=entering, runs=runs)
         if token is not None and self._narrows:
             own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)
             work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
@@ -280,7 +290,10 @@ def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
 def check_shape(lm: LanguageModel) -> None:
     """UnsupportedModel unless every block attends, in heads of one number and size, through an attention of ours."""
     why = None
-    if not getattr(lm.model, "_supports_attention_backend", False):
+    mixes = any(
+        delta_module(block) is not None for block in lm.blocks
+    )  # its other blocks attend through ours too
+    if not mixes and not getattr(lm.model, "_supports_attention_backend", False):
         why = "has no pluggable attention"
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         found = values(lm.config, key)

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from nla_engine.engine.blocks import Blocks
+from nla_engine.engine.states import States, delta_module, delta_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import values
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.delta import DeltaShape
 from nla_engine.ops.key_values import KeyValues
 
 #: Places in a block on a GPU. On a CPU a block is a whole slot: attention reads it without a copy, and the system gives
@@ -73,10 +75,12 @@ def default_room(
     on a CPU). The pool has blocks for the longest of all, or takes a part of the memory that is free on the model's
     device once a runner of that precision has made its weights; then sequences may have to step back.
 
-    held: bytes that a slot needs besides keys and values
+    held: bytes that a slot needs besides keys, values and the states of blocks
     """
     heads, head_size = kv_shape(lm.config)
-    place_bytes = 2 * len(lm.blocks) * heads * head_size * lm.dtype.itemsize
+    shapes = state_shapes(lm)
+    held += sum(shape.slot_bytes(lm.dtype.itemsize) for shape in shapes.values())
+    place_bytes = 2 * (len(lm.blocks) - len(shapes)) * heads * head_size * lm.dtype.itemsize
     if lm.device.type == "cpu":
         fit = int(physical_bytes() * _CPU_PART) // (slot_size(length, prefix) * place_bytes + held)
         return Room(slots or max(min(most, _MOST_SLOTS_CPU, fit - 1), 1))
@@ -123,9 +127,16 @@ def kv_shape(config: Any) -> tuple[int, int]:
     return keys or queries, sizes or width // queries
 
 
+def state_shapes(lm: LanguageModel) -> dict[int, DeltaShape]:
+    """By block, of those that keep a state and no keys and values."""
+    found = {layer: delta_module(block) for layer, block in enumerate(lm.blocks)}
+    return {layer: delta_shape(module) for layer, module in found.items() if module is not None}
+
+
 class SlotCache:
     """keys, values: [layers, blocks + 1, block size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV,
-    head_size]; table: int32 [slots + 1, columns], see `KeyValues`.
+    head_size], of the blocks that attend; states: by block, of those that keep a state instead; table: int32
+    [slots + 1, columns], see `KeyValues`.
 
     size: places that a slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
     """
@@ -145,7 +156,17 @@ class SlotCache:
         block: places in one
         """
         heads, head_size = kv_shape(lm.config)
-        layers = len(lm.blocks)
+        kept = state_shapes(lm)
+        attend = [layer for layer in range(len(lm.blocks)) if layer not in kept]
+        self._number = {layer: number for number, layer in enumerate(attend)}
+        layers = len(attend)
+        self.states = {
+            layer: States(
+                lazy_zeros((slots + 1, *shape.state), torch.float32, lm.device),
+                lazy_zeros((slots + 1, shape.taps - 1, shape.channels), lm.dtype, lm.device),
+            )
+            for layer, shape in kept.items()
+        }
         self.length, self.size = length, slot_size(length, prefix)
         self.slots = self.spare = slots
         block = block or (self.size if lm.device.type == "cpu" else BLOCK)
@@ -191,12 +212,22 @@ class SlotCache:
 
     def keep_as_prefix(self, slot: int, length: int) -> None:
         """Make the first `length` positions of a freshly filled slot the shared prefix."""
-        kept = [self.layer(layer).places(slot, length) for layer in range(len(self.keys))]
+        for states in self.states.values():
+            states.keep_as_prefix(slot)
+        if not self._number:
+            self.prefix_keys = self.prefix_values = self.keys.new_empty((0, length, *self.keys.shape[3:]))
+            return
+        kept = [self.layer(layer).places(slot, length) for layer in self._number]
         self.prefix_keys, self.prefix_values = (torch.stack(part) for part in zip(*kept, strict=True))
 
     def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
         """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them
-        in their last block. Blocks that both hold are left alone."""
+        in their last block, and their states. Blocks that both hold are left alone."""
+        source, target = list(source), list(target)
+        if self.states and source:
+            slots = to_device(np.array([source, target]), self.keys.device)
+            for states in self.states.values():
+                states.copy(*slots)
         pairs = [
             pair
             for a, b in zip(source, target, strict=True)
@@ -212,12 +243,13 @@ class SlotCache:
         return self.blocks.held(slot)[: self.blocks.of(length)]
 
     def layer(self, layer: int) -> KeyValues:
-        """Views of one layer."""
+        """Views of one layer, which attends."""
+        number = self._number[layer]
         return KeyValues(
-            self.keys[layer],
-            self.values[layer],
-            self.prefix_keys[layer],
-            self.prefix_values[layer],
+            self.keys[number],
+            self.values[number],
+            self.prefix_keys[number],
+            self.prefix_values[number],
             self.table,
         )
 
@@ -226,5 +258,6 @@ class SlotCache:
     ) -> None:
         """Store key, value [T, kv_heads, head_size] at (slot, place) int64 [T] of a layer."""
         at = self.table[slot, place // self.blocks.size].long(), place % self.blocks.size
-        self.keys[layer].index_put_(at, key)
-        self.values[layer].index_put_(at, value)
+        number = self._number[layer]
+        self.keys[number].index_put_(at, key)
+        self.values[number].index_put_(at, value)

@@ -7,7 +7,8 @@ place p = position - prefix size is at (table[slot, p // size], p % size). A dec
 only in how queries are cut into tiles. G: query heads per key/value head, any number. Online softmax after Milakov &
 Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135; blocks after Kwon et al., arXiv:2309.06180.
 Every query sees the prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial
-result (Juravsky et al., arXiv:2402.05099).
+result (Juravsky et al., arXiv:2402.05099). A head's sink is a score without a value: a softmax over it and the keys
+gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453).
 """
 
 from __future__ import annotations
@@ -45,11 +46,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Shape:
-    """scale of the scores; window: positions that a query sees, 0 = all; softcap of the scores, 0 = none."""
+    """scale of the scores; window: positions that a query sees, 0 = all; softcap of the scores, 0 = none; sinks: float
+    [H], contiguous, or None. Shapes that differ in the values of their sinks alone are equal."""
 
     scale: float
     window: int = 0
     softcap: float = 0.0
+    sinks: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    sunk: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sunk", self.sinks is not None)
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
@@ -104,7 +111,10 @@ def _attend(
     if shape.softcap:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)
-    weights = scores.softmax(-1).to(values.dtype)
+    if shape.sinks is not None:
+        sinks = shape.sinks.float().view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1).to(values.dtype)[..., : keys.shape[1]]
     return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, size)
 
 
@@ -128,12 +138,14 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         "BLOCK_H": head_width(size),
         "WINDOW": shape.window > 0,
         "SOFTCAP": shape.softcap > 0,
+        "SINKS": shape.sunk,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     itemsize = query.dtype.itemsize
     card = card_or_interpreter(query.device)
     partial = torch.empty((tokens, heads, size) if kv.prefix_size else 0, device=query.device)
     state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
+    sinks = state if shape.sinks is None else shape.sinks
     if kv.prefix_size:
         cut = cut_for(size, itemsize, PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2, card)
         _prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
@@ -143,6 +155,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             partial,
             state[0],
             state[1],
+            sinks,
             tiles.own,
             query.stride(0),
             query.stride(1),
@@ -170,6 +183,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         partial,
         state[0],
         state[1],
+        sinks,
         tiles.token,
         tiles.count,
         tiles.slot,
@@ -205,6 +219,7 @@ def _prefix_kernel(
     partial,  # float32 [T, H, h], contiguous: the sum of weighted values so far
     sums,  # float32 [T, H]: the sum of weights so far
     biggests,  # float32 [T, H]: the score that weights are relative to
+    sinks,  # float [H]; not read unless SINKS
     positions,  # int64 [T]
     q_token,
     q_head,
@@ -222,6 +237,7 @@ def _prefix_kernel(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     group = tl.program_id(1)
@@ -235,8 +251,7 @@ def _prefix_kernel(
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
     own = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
 
-    biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    biggest, total = _begin(sinks, head, mine, BLOCK_M, SINKS)
     acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     k_base = prefix_keys + group * prefix_head
     v_base = prefix_values + group * prefix_head
@@ -268,6 +283,7 @@ def _attend_kernel(
     partial,  # float32 [T, H, h], contiguous: from the prefix's kernel; unused without PREFIX
     sums,  # float32 [T, H]: the same
     biggests,  # float32 [T, H]: the same
+    sinks,  # float [H]; not read unless SINKS
     tile_token,  # int64 [tiles]
     tile_count,
     tile_slot,
@@ -293,6 +309,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile, group = tl.program_id(0), tl.program_id(1)
@@ -319,8 +336,7 @@ def _attend_kernel(
         total = tl.load(sums + flat, mask=mine, other=0.0)
         acc = tl.load(partial + out_at, mask=mine[:, None] & real[None], other=0.0)
     else:
-        biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        biggest, total = _begin(sinks, head, mine, BLOCK_M, SINKS)
         acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
 
     end = first + count - prefix_size  # places in the slot
@@ -350,6 +366,15 @@ def _attend_kernel(
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mine[:, None] & real[None])
+
+
+@triton.jit
+def _begin(sinks, head, mine, ROWS: tl.constexpr, SINKS: tl.constexpr):
+    """The running softmax of rows before any key: the score that weights are relative to, and the sum of weights."""
+    if SINKS:
+        return tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32), tl.full([ROWS], 1.0, tl.float32)
+    else:
+        return tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit

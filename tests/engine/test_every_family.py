@@ -20,9 +20,9 @@ KINDS = {
     "BloomConfig": "library",  # ALiBi
     "FalconConfig": "library",  # one key/value head
     "DeepseekV3Config": "library",  # compressed keys (MLA)
-    "GptOssConfig": "library",  # attention sinks, sliding windows, experts
+    "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone
-    "Qwen3_5TextConfig": "library",  # a hybrid of gated DeltaNet and attention
+    "Qwen3_5TextConfig": "fast",  # a hybrid of gated DeltaNet and attention
     "Gemma4TextConfig": "library",  # head sizes by block
     "RecurrentGemmaConfig": "library",  # a hybrid with windows
     "Inkling2LoopTextConfig": "not",  # some blocks run several times

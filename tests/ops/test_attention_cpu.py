@@ -96,6 +96,16 @@ def test_a_soft_cap(rng) -> None:
         assert not torch.allclose(found, attend_cpu(query, kv, tiles, replace(shape, softcap=0.0)))
 
 
+def test_sinks(rng) -> None:
+    kv = cached(rng, 2, 16, 11, torch.float32)
+    shape = Shape(0.25, 30, sinks=torch.from_numpy(rng.normal(size=4) * 3).float())
+    for tiles in (drawn_lanes(rng, 11, 4), drawn_runs(rng, 11, 2)):
+        query = torch.from_numpy(rng.normal(size=(len(tiles.own), 4, 16))).float()
+        found = attend_cpu(query, kv, tiles, shape)
+        close(found, kv, query, tiles, shape)
+        assert not torch.allclose(found, attend_cpu(query, kv, tiles, replace(shape, sinks=None)))
+
+
 def test_what_an_earlier_sequence_left_in_a_slot_changes_nothing(rng) -> None:
     """Not even NaN, where no query may see it."""
     kv = cached(rng, 2, 16, 0, torch.float32)

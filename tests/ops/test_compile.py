@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import attention, fp8, gate, norm, places, rotary, sampling, truncation
+from nla_engine.ops import attention, delta, fp8, gate, norm, places, rotary, sampling, truncation
 from nla_engine.ops.cards import SHARED_KIB, Card
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, cut_for, head_width
 
@@ -54,6 +54,12 @@ ROTATE = {
     **dict.fromkeys(("row_token", "cos_token", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
     "eps": FLOAT, "offset": FLOAT,
 }  # fmt: skip
+CONVOLVE = dict.fromkeys(("row", "weight", "kept", "out"), HALF) | {
+    **dict.fromkeys(("slots", "positions"), LONG), "channels": INT,
+}  # fmt: skip
+DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
+    **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
+}  # fmt: skip
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (sampling._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
@@ -73,6 +79,21 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
+    (delta._convolve_kernel, CONVOLVE, {"TAPS": 4, "BLOCK": 512}, 4),
+    (
+        delta._delta_kernel,
+        DELTA,
+        {
+            "KEY_HEADS": 16,
+            "VALUE_HEADS": 48,
+            "KEY": 128,
+            "VALUE": 128,
+            "BLOCK_K": 128,
+            "BLOCK_V": 32,
+            "EPS": 1e-6,
+        },
+        4,
+    ),
     (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
     (
         rotary._rotate_kernel,
@@ -153,13 +174,13 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         cut = cut_for(size, itemsize, PREFIX_ROWS, card)
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
-            "WINDOW": True, "SOFTCAP": False, "PRECISION": "tf32" if itemsize == 2 else "ieee", "PREFIX": True,
-            "SHARED": True, "SIZE": 64,
+            "SOFTCAP": False, "SINKS": True, "PRECISION": "tf32" if itemsize == 2 else "ieee",
+            "WINDOW": True, "PREFIX": True, "SHARED": True, "SIZE": 64,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
         for name in kernel.arg_names:
-            if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out"):
+            if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out", "sinks"):
                 arguments[name] = f"*{dtype}"
             elif name in ("partial", "sums", "biggests"):
                 arguments[name] = "*fp32"

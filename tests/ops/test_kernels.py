@@ -43,6 +43,37 @@ def test_attention(
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 32), (28, 4, 64), (3, 3, 80)])
+@pytest.mark.parametrize(("prefix", "window"), [(0, 0), (13, 0), (70, 9), (0, 80)])
+def test_attention_with_sinks(
+    rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int
+) -> None:
+    sinks = randn(rng, heads, dtype=dtype) * 3
+    check_attention(rng, dtype, heads, groups, size, prefix, window, 0.0, sinks)
+
+
+def test_a_sink_takes_its_part_of_the_weight(rng) -> None:
+    """By numpy in float64: the values' weights are exp(score) / (exp(sink) + sum of exp(scores))."""
+    keys, values = rng.standard_normal((2, 6, 2, 8))
+    query, sinks = rng.standard_normal((1, 4, 8)), rng.standard_normal(4) * 2
+    scores = np.exp(np.einsum("khc,hc->hk", np.repeat(keys, 2, 1), query[0]) * 0.3)
+    weights = scores / (np.exp(sinks)[:, None] + scores.sum(1, keepdims=True))
+    wanted = np.einsum("hk,khc->hc", weights, np.repeat(values, 2, 1))
+    kv, empty = [torch.from_numpy(held)[None] for held in (keys, values)], torch.zeros(0, 2, 8).double()
+    held = KeyValues(*kv, empty, empty, torch.zeros(1, 2, dtype=torch.int32))
+    one, five = torch.tensor([1]), torch.tensor([5])
+    tiles = attention.Tiles(one - 1, one, one - 1, five, five, 16, 6)
+    shape = attention.Shape(0.3, sinks=torch.from_numpy(sinks))
+    found = [
+        run(torch.from_numpy(query), held, tiles, shape)
+        for run in (attention.attend_one_each, attention.attend_reference)
+    ]
+    for each in found:
+        np.testing.assert_allclose(each[0].numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups"), [(28, 4), (40, 1)])
 @pytest.mark.parametrize(("prefix", "window"), [(0, 0), (70, 9)])
 def test_attention_in_small_parts(
@@ -71,14 +102,22 @@ def paged(rng, block: int, *held: torch.Tensor) -> list[torch.Tensor]:
 
 
 def check_attention(
-    rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int, softcap: float
+    rng,
+    dtype,
+    heads: int,
+    groups: int,
+    size: int,
+    prefix: int,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     slots, room = 5, 192
     kv = [randn(rng, *shape, groups, size, dtype=dtype) for shape in ((slots, room),) * 2 + ((prefix,),) * 2]
     kv[0][:, 120:] = float("nan")  # what no query may see
     kv[1][:, 120:] = float("nan")
     kv[0], kv[1], table = paged(rng, 64, kv[0], kv[1])
-    shape = attention.Shape(size**-0.5, window, softcap)
+    shape = attention.Shape(size**-0.5, window, softcap, sinks)
     runs = [
         (0, prefix + 0, 3),
         (3, prefix + 110, 1),

@@ -1,0 +1,62 @@
+"""What blocks keep of a sequence besides keys and values, for every slot: the state of a gated delta rule (Qwen3-Next,
+Qwen3.5), and the last rows of the convolution before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nla_engine.ops.delta import DeltaShape
+
+#: Classes of modules whose arithmetic is that of `ops.delta`.
+_KNOWN = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+
+
+def delta_module(block: Any) -> Any:
+    """The module of a block that mixes tokens by a gated delta rule; None if the block has none that is known."""
+    module: Any = getattr(block, "linear_attn", None)
+    if type(module).__name__ not in _KNOWN:
+        return None
+    known = module.conv1d.bias is None and module.activation == "silu" and module.conv_kernel_size > 1
+    return module if known else None
+
+
+def delta_shape(module: Any) -> DeltaShape:
+    """Of a module that `delta_module` returned."""
+    return DeltaShape(
+        module.num_k_heads,
+        module.num_v_heads,
+        module.head_k_dim,
+        module.head_v_dim,
+        module.conv_kernel_size,
+    )
+
+
+@dataclass
+class States:
+    """Of one block. recurrent: float32 [slots + 1, Hv, dk, dv]; rows: [slots + 1, k - 1, channels], see `ops.delta`.
+
+    prefix: both of them behind the shared prefix, without the dimension of slots; None: there is no prefix
+    """
+
+    recurrent: torch.Tensor
+    rows: torch.Tensor
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self, slots: torch.Tensor) -> None:
+        """New sequences read their first tokens in these slots, int64 [n]."""
+        if self.prefix is None:
+            self.recurrent[slots] = 0.0  # rows at negative positions are not read
+        else:
+            self.recurrent[slots], self.rows[slots] = self.prefix
+
+    def keep_as_prefix(self, slot: int) -> None:
+        """What this slot has read is the shared prefix."""
+        self.prefix = self.recurrent[slot].clone(), self.rows[slot].clone()
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Slots `target` go on from where slots `source` are, int64 [n] each."""
+        for held in (self.recurrent, self.rows):
+            held[target] = held[source]

@@ -1,0 +1,144 @@
+"""Hybrids of gated delta nets and attention in the engine, against plain transformers, one sequence at a time: states
+of slots that are refilled, shared, copied and lost, and prompts that are read in several passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from family_runs import LENGTH, LIMIT, alone, family_model
+
+from nla_engine.capture.tap import RowRange, RowTap
+from nla_engine.codec.rows import Codec
+from nla_engine.engine.delta import EngineDelta, of_like_length
+from nla_engine.engine.generator import Generator
+from nla_engine.engine.request import Completion, Request
+from nla_engine.engine.runner import Runner
+from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_shapes
+from nla_engine.engine.stopping import StopAutomaton
+from nla_engine.models.load import LanguageModel
+
+FAMILIES = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def model(name: str) -> LanguageModel:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return family_model(getattr(transformers, name))
+
+
+def run(
+    lm: LanguageModel, asked: list[Request], *, slots: int = 3, passed: int = 2048, **more: Any
+) -> tuple[list[Completion], int]:
+    """Completions with rows of every block, and how many sequences stepped back."""
+    layers = tuple(range(len(lm.blocks)))
+    tap = RowTap(
+        layers,
+        Codec.named("bf16", lm.d_model),
+        RowRange.parse("generated"),
+        rows_per_slot=LENGTH,
+        sink_norm=dict.fromkeys(layers, float("inf")),
+        device=lm.device,
+    )
+    with Runner(lm, slots=slots, length=LENGTH, tap=tap, **more) as runner:
+        assert any(isinstance(block.linear_attn.forward, EngineDelta) for block in lm.blocks[:1])
+        generator = Generator(
+            runner,
+            max_new_tokens=12,
+            stop=StopAutomaton([b""] * lm.vocab_size, ()),
+            read_last=True,
+            max_prefill_tokens=passed,
+        )
+        found = list(generator.run(iter(asked)))
+        assert generator._queue is not None
+        return found, generator._queue.tally().stepped_back
+
+
+def check(lm: LanguageModel, found: list[Completion], prefix: tuple[int, ...] = ()) -> None:
+    for done in found:
+        given = [*prefix, *done.request.token_ids]
+        rows, logits = alone(lm, [*given, *done.generated.tolist()])
+        assert len(done.generated) == done.request.max_new_tokens
+        for k, own in enumerate(rows):
+            kept = torch.from_numpy(done.rows[k].codes.view(np.int16)).view(torch.bfloat16).float()
+            own = own[done.positions]
+            assert ((kept - own).norm(dim=-1) / own.norm(dim=-1)).max() <= LIMIT
+        for at, token in enumerate(done.generated.tolist(), len(given) - 1):
+            best = logits[at]
+            assert best[token] >= best.max() - 1e-3 * (1 + best.abs().max())
+
+
+def drawn(rng: np.random.Generator, sizes: tuple[int, ...], new: tuple[int, ...]) -> list[Request]:
+    return [
+        Request(i, tuple(rng.integers(3, 250, size).tolist()), more)
+        for i, (size, more) in enumerate(zip(sizes, new, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("passed", [5, 2048])
+def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.random.Generator) -> None:
+    lm, prefix = model(name), tuple(rng.integers(3, 250, 7).tolist())
+    asked = drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1))
+    found, _ = run(lm, asked, passed=passed, prefix=prefix)
+    assert len(found) == len(asked)
+    check(lm, found, prefix)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_of_one_prompt_go_on_from_its_state(name: str, rng: np.random.Generator) -> None:
+    lm, prompt = model(name), tuple(rng.integers(3, 250, 13).tolist())
+    asked = [Request(0, prompt, 6), *(Request(i, prompt, 4 + i, again=True) for i in (1, 2, 3, 4))]
+    found, _ = run(lm, asked, slots=4)
+    assert len({tuple(done.generated[:5].tolist()) for done in found}) == 1
+    check(lm, found)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Generator) -> None:
+    lm = model(name)
+    asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
+    found, stepped_back = run(lm, asked, slots=4, blocks=12, block=4)
+    assert stepped_back > 0 and len(found) == 4
+    check(lm, found)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:1])
+def test_states_count_as_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(name)
+    shapes = state_shapes(lm)
+    assert 0 < len(shapes) < len(lm.blocks)
+    heads, size = kv_shape(lm.config)
+    each = slot_size(100, 0) * 2 * (len(lm.blocks) - len(shapes)) * heads * size * 4
+    for shape in shapes.values():
+        each += 4 * (4 * 16 * 16) + 4 * 3 * (2 * 2 * 16 + 4 * 16)
+        assert shape.state == (4, 16, 16) and shape.channels == 128
+    monkeypatch.setattr("nla_engine.engine.slots.physical_bytes", lambda: 2 * 10 * each)
+    assert default_room(lm, 100).slots == 9  # and the spare one
+    with Runner(lm, slots=2, length=30) as runner:
+        assert len(runner.cache.keys) == len(lm.blocks) - len(shapes)
+        assert {len(states.recurrent) for states in runner.cache.states.values()} == {3}
+    assert not any(
+        "forward" in vars(block.linear_attn) for block in lm.blocks if hasattr(block, "linear_attn")
+    )
+
+
+def test_runs_are_padded_with_their_like(rng: np.random.Generator) -> None:
+    runs, token = [], 0
+    for slot, count in enumerate(rng.integers(1, 600, 40).tolist()):
+        runs.append((token, count, slot % 30, 0))
+        token += count
+    groups = of_like_length(runs)
+    assert sorted(run for group in groups for run in group) == runs
+    for group in groups:
+        counts = [-(-count // 64) for _, count, _, _ in group]
+        assert max(counts) <= 2 * min(counts) and len({slot for _, _, slot, _ in group}) == len(group)
+    order = [run for group in groups for run in group]
+    for slot in range(10):
+        assert [run[0] for run in order if run[2] == slot] == sorted(
+            run[0] for run in order if run[2] == slot
+        )
