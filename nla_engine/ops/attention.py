@@ -1,4 +1,4 @@
-"""Attention of packed queries over a paged cache and a shared prefix: reference in torch, two Triton kernels.
+"""Attention of packed queries over a paged cache and a shared prefix: reference in torch, and Triton kernels.
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h // G]) v[p, h // G]    position - window < p <= position of t
 
@@ -8,7 +8,9 @@ only in how queries are cut into tiles. G: query heads per key/value head, any n
 Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135; blocks after Kwon et al., arXiv:2309.06180.
 Every query sees the prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial
 result (Juravsky et al., arXiv:2402.05099). A head's sink is a score without a value: a softmax over it and the keys
-gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453).
+gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). Where sequences may be long, a decode
+step gives each part of a sequence a program of its own, and joins their partial results (Dao et al., "Flash-Decoding",
+2023): one long sequence must not hold up the step.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from typing import Any
 
 import torch
 
+from nla_engine.ops.attention_kernels import attend_kernel, join_kernel, prefix_kernel
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.key_values import KeyValues
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
-from nla_engine.ops.triton_module import tl, triton
+from nla_engine.ops.triton_module import triton
+
+#: Places of a sequence that one program reads in a decode step, and the length from which sequences are divided so.
+PART, DIVIDED_FROM = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     sinks = state if shape.sinks is None else shape.sinks
     if kv.prefix_size:
         cut = cut_for(size, itemsize, PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2, card)
-        _prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
+        prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
             query,
             kv.prefix_keys,
             kv.prefix_values,
@@ -175,7 +181,13 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     cut = cut_for(size, itemsize, tiles.rows, card)
     if kv.size % cut.keys:
         raise ValueError(f"blocks of {kv.size} places: the kernel reads {cut.keys} at once")
-    _attend_kernel[(len(tiles.token), groups, tiles.rows // cut.rows)](
+    # A window holds few places, wherever it is.
+    seen = min(tiles.longest, shape.window or tiles.longest)
+    alone = len(tiles.token) == tokens and tiles.rows == cut.rows
+    parts = triton.cdiv(tiles.longest - kv.prefix_size, PART) if alone and seen > DIVIDED_FROM else 1
+    ends = (parts, tokens, heads) if parts > 1 else (1, 0, 0)
+    part_sums, part_state = (torch.empty(each, device=query.device) for each in ((*ends, size), (2, *ends)))
+    attend_kernel[(len(tiles.token), groups, parts if parts > 1 else tiles.rows // cut.rows)](
         query,
         kv.keys,
         kv.values,
@@ -184,6 +196,9 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         state[0],
         state[1],
         sinks,
+        part_sums,
+        part_state[0],
+        part_state[1],
         tiles.token,
         tiles.count,
         tiles.slot,
@@ -201,6 +216,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         shape.softcap,
         PREFIX=kv.prefix_size > 0,
         SHARED=tiles.rows > cut.rows,
+        PART=PART if parts > 1 else 0,
         SIZE=kv.size,
         BLOCK_M=cut.rows,
         BLOCK_N=cut.keys,
@@ -208,189 +224,19 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         num_stages=cut.stages,
         **options,
     )
+    if parts > 1:
+        join_kernel[(tokens, heads)](
+            out,
+            part_sums,
+            part_state[0],
+            part_state[1],
+            tiles.position,
+            kv.prefix_size,
+            shape.window,
+            HEAD=size,
+            BLOCK_H=head_width(size),
+            WINDOW=shape.window > 0,
+            PART=PART,
+            num_warps=1,
+        )
     return out
-
-
-@triton.jit
-def _prefix_kernel(
-    q,  # [T, H, h]
-    prefix_keys,  # [P, KV, h]
-    prefix_values,  # [P, KV, h], strides of prefix_keys
-    partial,  # float32 [T, H, h], contiguous: the sum of weighted values so far
-    sums,  # float32 [T, H]: the sum of weights so far
-    biggests,  # float32 [T, H]: the score that weights are relative to
-    sinks,  # float [H]; not read unless SINKS
-    positions,  # int64 [T]
-    q_token,
-    q_head,
-    prefix_position,
-    prefix_head,
-    prefix_size,
-    tokens,
-    window,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    group = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
-    token = (row // GROUP).to(tl.int64)
-    mine = token < tokens
-    head = group * GROUP + row % GROUP
-    channel = tl.arange(0, BLOCK_H)
-    real = channel < HEAD
-    q_at = token * q_token + head * q_head
-    block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
-    own = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
-
-    biggest, total = _begin(sinks, head, mine, BLOCK_M, SINKS)
-    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    k_base = prefix_keys + group * prefix_head
-    v_base = prefix_values + group * prefix_head
-    for start in range(0, prefix_size, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        there = at < prefix_size
-        place = at.to(tl.int64)[:, None] * prefix_position + channel[None]
-        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
-        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
-        seen = there[None] & mine[:, None]
-        if WINDOW:
-            seen = seen & (at[None] > own[:, None] - window)
-        acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
-        )
-
-    flat = token * (tl.num_programs(1) * GROUP) + head
-    tl.store(partial + flat[:, None] * HEAD + channel[None], acc, mask=mine[:, None] & real[None])
-    tl.store(sums + flat, total, mask=mine)
-    tl.store(biggests + flat, biggest, mask=mine)
-
-
-@triton.jit
-def _attend_kernel(
-    q,  # [T, H, h]
-    keys,  # [blocks, SIZE, KV, h]
-    values,  # [blocks, SIZE, KV, h], strides of keys
-    out,  # [T, H, h], contiguous
-    partial,  # float32 [T, H, h], contiguous: from the prefix's kernel; unused without PREFIX
-    sums,  # float32 [T, H]: the same
-    biggests,  # float32 [T, H]: the same
-    sinks,  # float [H]; not read unless SINKS
-    tile_token,  # int64 [tiles]
-    tile_count,
-    tile_slot,
-    tile_position,
-    table,  # int32 [slots, columns]
-    q_token,
-    q_head,
-    table_slot,
-    kv_block,
-    kv_position,
-    kv_head,
-    prefix_size,
-    window,
-    scale,
-    softcap,
-    PREFIX: tl.constexpr,
-    SHARED: tl.constexpr,  # a tile has several programs
-    SIZE: tl.constexpr,  # a multiple of BLOCK_N
-    GROUP: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile, group = tl.program_id(0), tl.program_id(1)
-    token = tl.load(tile_token + tile)
-    count = tl.load(tile_count + tile).to(tl.int32)
-    slot = tl.load(tile_slot + tile)
-    first = tl.load(tile_position + tile).to(tl.int32)
-
-    row = tl.arange(0, BLOCK_M)  # row r is head r % G of token r // G
-    if SHARED:  # else the compiler knows the rows, which saves 2% of a decode step
-        row += tl.program_id(2) * BLOCK_M
-    mine = row // GROUP < count
-    channel = tl.arange(0, BLOCK_H)
-    real = channel < HEAD
-    own = first + row // GROUP
-    head = group * GROUP + row % GROUP
-    q_at = (token + row // GROUP) * q_token + head * q_head
-    block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
-
-    flat = (token + row // GROUP) * (tl.num_programs(1) * GROUP) + head
-    out_at = flat[:, None] * HEAD + channel[None]
-    if PREFIX:
-        biggest = tl.load(biggests + flat, mask=mine, other=-float("inf"))
-        total = tl.load(sums + flat, mask=mine, other=0.0)
-        acc = tl.load(partial + out_at, mask=mine[:, None] & real[None], other=0.0)
-    else:
-        biggest, total = _begin(sinks, head, mine, BLOCK_M, SINKS)
-        acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-
-    end = first + count - prefix_size  # places in the slot
-    low = 0
-    if WINDOW:
-        low = tl.maximum(first - window + 1 - prefix_size, 0)
-    low = low // BLOCK_N * BLOCK_N
-    k_base = keys + group * kv_head
-    v_base = values + group * kv_head
-    entry = table + slot * table_slot
-    number = tl.load(entry + low // SIZE)
-    for start in range(low, end, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        there = at < end
-        base = number.to(tl.int64) * kv_block
-        number = tl.load(entry + (start + BLOCK_N) // SIZE)  # ahead, so that no key waits for it
-        inside = start % SIZE + tl.arange(0, BLOCK_N)
-        place = base + inside.to(tl.int64)[:, None] * kv_position + channel[None]
-        k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
-        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
-        seen = there[None] & (at[None] + prefix_size <= own[:, None])
-        if WINDOW:
-            seen = seen & (at[None] + prefix_size > own[:, None] - window)
-        acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
-        )
-
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mine[:, None] & real[None])
-
-
-@triton.jit
-def _begin(sinks, head, mine, ROWS: tl.constexpr, SINKS: tl.constexpr):
-    """The running softmax of rows before any key: the score that weights are relative to, and the sum of weights."""
-    if SINKS:
-        return tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32), tl.full([ROWS], 1.0, tl.float32)
-    else:
-        return tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-
-
-@triton.jit
-def _fold(
-    q, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Add one block of keys [N, h] and values [N, h] to the running softmax of q [M, h]."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if SOFTCAP:
-        ratio = scores / softcap
-        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * ratio)) - 1.0)  # tanh
-    scores = tl.where(seen, scores, -float("inf"))
-    largest = tl.maximum(biggest, tl.max(scores, 1))
-    safe = tl.where(largest == -float("inf"), 0.0, largest)  # nothing seen yet
-    weights = tl.exp(scores - safe[:, None])
-    shrink = tl.exp(biggest - safe)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return acc, total, largest

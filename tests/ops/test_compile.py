@@ -170,19 +170,25 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
     """Triton takes no more of it than `Cut` says; on a 4090 the cut of an H100 would be too large."""
     card = next(card for card in CARDS if card.capability == capability)
     itemsize = 2 if dtype == "bf16" else 4
-    for kernel in (attention._prefix_kernel, attention._attend_kernel):
+    kernels = (
+        (attention.prefix_kernel, {}),
+        (attention.attend_kernel, {"SHARED": True, "PART": 0}),
+        (attention.attend_kernel, {"SHARED": False, "PART": attention.PART}),
+        (attention.join_kernel, {"PART": attention.PART}),
+    )
+    for kernel, how in kernels:
         cut = cut_for(size, itemsize, PREFIX_ROWS, card)
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
             "SOFTCAP": False, "SINKS": True, "PRECISION": "tf32" if itemsize == 2 else "ieee",
-            "WINDOW": True, "PREFIX": True, "SHARED": True, "SIZE": 64,
+            "WINDOW": True, "PREFIX": True, "SIZE": 64, **how,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
         for name in kernel.arg_names:
             if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out", "sinks"):
                 arguments[name] = f"*{dtype}"
-            elif name in ("partial", "sums", "biggests"):
+            elif name in ("partial", "sums", "biggests") or name.startswith("part_"):
                 arguments[name] = "*fp32"
             elif name.startswith("tile_") or name == "positions":
                 arguments[name] = LONG

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,46 @@ def test_attention_in_small_parts(
     monkeypatch.setattr(attention, "card_or_interpreter", lambda device: small)
     assert attention.cut_for(128, 4, 64, small).rows == 16
     check_attention(rng, dtype, heads, groups, 128, prefix, window, 0.0)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(7, 1, 64), (28, 4, 128), (6, 2, 24)])
+@pytest.mark.parametrize(
+    ("prefix", "window", "softcap", "sunk"),
+    [(0, 0, 0.0, False), (13, 0, 0.0, True), (0, 80, 20.0, False), (70, 40, 0.0, True)],
+)
+def test_attention_over_divided_sequences(
+    rng,
+    monkeypatch,
+    dtype,
+    heads: int,
+    groups: int,
+    size: int,
+    prefix: int,
+    window: int,
+    softcap: float,
+    sunk: bool,
+) -> None:
+    """Sequences of up to 112 places in parts of 64: one part, two, and two of which a window sees one."""
+    monkeypatch.setattr(attention, "PART", 64)
+    monkeypatch.setattr(attention, "DIVIDED_FROM", 30)
+    joined: list[tuple[int, ...]] = []
+    monkeypatch.setattr(attention, "join_kernel", _Counted(attention.join_kernel, joined))
+    sinks = randn(rng, heads, dtype=dtype) * 3 if sunk else None
+    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap, sinks)
+    assert joined == [(4, heads)]  # where each tile has one query
+
+
+class _Counted:
+    """A kernel whose grids are listed."""
+
+    def __init__(self, kernel: Any, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return self.kernel[grid]
 
 
 def paged(rng, block: int, *held: torch.Tensor) -> list[torch.Tensor]:
