@@ -81,12 +81,12 @@ def alone(lm: LanguageModel, ids: Sequence[int]) -> tuple[list[torch.Tensor], to
     """By transformers alone, over one sequence: the output [T, d] of every block, and the logits [T, V]."""
     seen: dict[int, torch.Tensor] = {}
     hooks = [
-        block.register_forward_hook(lambda _m, _i, out, k=k: seen.update({k: block_output(out)[0]}))
+        block.register_forward_hook(lambda _m, _i, out, k=k: seen.update({k: block_output(out)[0].cpu()}))
         for k, block in enumerate(lm.blocks)
     ]
     lm.model.set_attn_implementation("eager")
     try:
-        logits = lm.model(input_ids=torch.tensor([list(ids)])).logits[0]
+        logits = lm.model(input_ids=torch.tensor([list(ids)], device=lm.device)).logits[0].cpu()
     finally:
         for hook in hooks:
             hook.remove()

@@ -44,7 +44,7 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b or tiny. "
+            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b, gpt-oss-20b, qwen3.6-27b or tiny. "
             "[default: qwen2.5-7b on a GPU, else tiny]"
         ),
     ] = None,

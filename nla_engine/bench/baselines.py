@@ -23,7 +23,8 @@ GENERATE_BATCH = 256
 
 
 def _plain(lm: LanguageModel) -> None:
-    lm.model.set_attn_implementation("sdpa")
+    has_sdpa = getattr(lm.model, "_supports_sdpa", False)
+    lm.model.set_attn_implementation("sdpa" if has_sdpa else "eager")
 
 
 def _ids(lm: LanguageModel, batch: int, size: int) -> torch.Tensor:

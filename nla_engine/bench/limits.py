@@ -1,7 +1,9 @@
 """What the hardware allows: two ceilings that are measured, and the times that follow from them for each kind of work.
 
 The formulas count what no implementation can avoid: each weight read once per step, two operations per weight and
-token, each cached key and value read once. Attention's own arithmetic, norms and sampling are left out.
+token, each cached key and value within a window read once, each recurrent state read and written once. Of experts, a
+step reads those that any of its tokens is expected to choose, and a token takes its own. Attention's own arithmetic,
+norms and sampling are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
+from nla_engine.engine.slots import state_shapes
 from nla_engine.models.load import LanguageModel
 
 
@@ -27,13 +30,22 @@ class Hardware:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model costs: parameters of one block and of the head, and bytes of keys and values that a token leaves."""
+    """What a model costs: parameters of one block and of the head, and bytes of keys and values that a token leaves.
+
+    windowed_bytes: those of them in blocks that see `window` tokens. state_bytes: that a sequence keeps whatever its
+    length. expert_parameters: of all experts of one block. chosen: the part of the experts that a token takes.
+    """
 
     blocks: int
     block_parameters: float
     head_parameters: int
     kv_bytes: int
     itemsize: int
+    windowed_bytes: int = 0
+    window: int = 0
+    state_bytes: int = 0
+    expert_parameters: float = 0.0
+    chosen: float = 1.0
 
     @classmethod
     def of(cls, lm: LanguageModel) -> ModelSize:
@@ -41,19 +53,49 @@ class ModelSize:
         config = lm.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        blocks = len(lm.blocks)
+        blocks, states = len(lm.blocks), state_shapes(lm)
+        token = 2 * heads * head_size * lm.dtype.itemsize  # of one block
+        kinds = getattr(config, "layer_types", None) or ()
+        experts = [
+            weight.numel()
+            for name, weight in lm.blocks.named_parameters()
+            if "experts" in name and "shared" not in name
+        ]
+        total = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
         return cls(
             blocks=blocks,
             block_parameters=sum(p.numel() for p in lm.blocks.parameters()) / blocks,
             head_parameters=lm.vocab_size * lm.d_model,
-            kv_bytes=2 * blocks * heads * head_size * lm.dtype.itemsize,
+            kv_bytes=(blocks - len(states)) * token,
             itemsize=lm.dtype.itemsize,
+            windowed_bytes=kinds.count("sliding_attention") * token,
+            window=getattr(config, "sliding_window", None) or 0,
+            state_bytes=sum(shape.slot_bytes(lm.dtype.itemsize) for shape in states.values()),
+            expert_parameters=sum(experts) / blocks,
+            chosen=config.num_experts_per_tok / total if experts else 1.0,
         )
 
     @property
     def parameters(self) -> float:
-        """Parameters of every block and the head: what a decode step reads."""
+        """Parameters of every block and the head."""
         return self.blocks * self.block_parameters + self.head_parameters
+
+    @property
+    def active(self) -> float:
+        """Parameters of a block that one token takes."""
+        return self.block_parameters - (1 - self.chosen) * self.expert_parameters
+
+    def read(self, batch: int) -> float:
+        """Parameters that a decode step of so many tokens is expected to read: an expert that no token takes is not."""
+        idle = (1 - self.chosen) ** batch
+        return self.parameters - idle * self.blocks * self.expert_parameters
+
+    def kept_bytes(self, batch: int, context: float, shared: int) -> float:
+        """Bytes of keys, values and states that a decode step reads or writes."""
+        seen = min(context, self.window) if self.window else context
+        common = max(shared - (context - seen), 0)  # what a window still shows of the shared tokens
+        full = (self.kv_bytes - self.windowed_bytes) * (batch * (context - shared) + shared)
+        return full + self.windowed_bytes * (batch * (seen - common) + common) + 2 * batch * self.state_bytes
 
 
 def decode_step_seconds(
@@ -61,18 +103,17 @@ def decode_step_seconds(
 ) -> float:
     """One step of `batch` sequences of `context` tokens, of which the first `shared` are the same in all.
 
-    max(weight bytes / copy, 2 * parameters * batch / flops) + KV bytes / copy
+    max(weight bytes / copy, 2 * parameters of a token * batch / flops) + bytes of keys, values and states / copy
     """
-    weights = max(
-        size.parameters * size.itemsize / hardware.copy, 2 * size.parameters * batch / hardware.flops
-    )
-    return weights + (batch * (context - shared) + shared) * size.kv_bytes / hardware.copy
+    active = size.blocks * size.active + size.head_parameters
+    weights = max(size.read(batch) * size.itemsize / hardware.copy, 2 * active * batch / hardware.flops)
+    return weights + size.kept_bytes(batch, context, shared) / hardware.copy
 
 
 def prefill_seconds(size: ModelSize, hardware: Hardware, tokens: float, blocks: int | None = None) -> float:
-    """Reading `tokens` through the first `blocks` blocks (all): 2 * block parameters * tokens / flops."""
+    """Reading `tokens` through the first `blocks` blocks (all): 2 * a token's parameters * tokens / flops."""
     blocks = size.blocks if blocks is None else blocks
-    return 2 * blocks * size.block_parameters * tokens / hardware.flops
+    return 2 * blocks * size.active * tokens / hardware.flops
 
 
 def generate_seconds(
@@ -90,7 +131,7 @@ def generate_seconds(
 
 def patch_seconds(size: ModelSize, hardware: Hardware, patched: float, blocks: int) -> float:
     """`patched` tokens through the last `blocks` blocks and the head: 2 * parameters * tokens / flops."""
-    return 2 * (blocks * size.block_parameters + size.head_parameters) * patched / hardware.flops
+    return 2 * (blocks * size.active + size.head_parameters) * patched / hardware.flops
 
 
 def long_seconds(size: ModelSize, hardware: Hardware, prompt: int, lengths: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ _SURROGATES = range(0xD800, 0xE000)
 
 @dataclass(frozen=True)
 class Shape:
-    """A published architecture. layer: the block that its NLA reads."""
+    """A published architecture. layer: the block that its NLA reads, or one at two thirds of its depth."""
 
     config: Callable[[], Any]
     layer: int
@@ -79,6 +79,42 @@ def _gemma() -> Any:
     )
 
 
+def _gpt_oss() -> Any:
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        vocab_size=201_088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen_hybrid() -> Any:
+    from transformers import Qwen3_5TextConfig
+
+    return Qwen3_5TextConfig(
+        vocab_size=248_320,
+        hidden_size=5120,
+        intermediate_size=17_408,
+        num_hidden_layers=64,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=48,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+
+
 def _tiny() -> Any:
     from transformers import Qwen2Config
 
@@ -98,6 +134,8 @@ SHAPES = {
     "qwen2.5-7b": Shape(_qwen, 20),
     "llama3-8b": Shape(_llama, 20),
     "gemma3-12b": Shape(_gemma, 32),
+    "gpt-oss-20b": Shape(_gpt_oss, 16),
+    "qwen3.6-27b": Shape(_qwen_hybrid, 42),
     "tiny": Shape(_tiny, 2),
 }
 

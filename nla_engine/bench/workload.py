@@ -22,6 +22,7 @@ from nla_engine.engine.request import Request
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.backends import Kernels
 from nla_engine.sites import Site
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 
@@ -84,6 +85,7 @@ def open_generator(
     max_prefill: int | None = None,
     next_token: int | None = None,
     blocks: int | None = None,
+    kernels: Kernels = Kernels(),
 ) -> Iterator[AnyGenerator]:
     """A generator that never stops early; with `layers`, tapped into staging buffers as in capture (int8).
 
@@ -112,6 +114,7 @@ def open_generator(
         blocks=blocks,
         length=length,
         tap=tap,
+        kernels=kernels,
         how={
             "max_new_tokens": new_tokens,
             "stop": StopAutomaton([b""] * lm.vocab_size, ()) if new_tokens else None,

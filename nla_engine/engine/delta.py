@@ -17,6 +17,7 @@ from nla_engine.engine.states import States, delta_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.ops import delta
 from nla_engine.ops.attention import Shape
+from nla_engine.ops.norm import gated_rms_norm, gated_rms_norm_reference
 
 #: A run of a slot: its first token in the pass, how many, slot, position of the first.
 Run = tuple[int, int, int, int]
@@ -35,7 +36,9 @@ class EngineDelta:
         row, z, a, b = self._project(hidden_states)
         states = work.cache.states[self.layer]
         out = (self._step if work.runs is None else self._read)(work, states, row, a, b)
-        normed = module.norm(out.flatten(0, 1), z.reshape(-1, self.shape.value_size))
+        norm, gate = module.norm, z.reshape(-1, self.shape.value_size)
+        run = gated_rms_norm_reference if work.reference else gated_rms_norm
+        normed = run(out.flatten(0, 1), gate, norm.weight, norm.variance_epsilon)
         result: torch.Tensor = module.out_proj(normed.view(1, len(row), -1))
         return result
 

@@ -62,6 +62,13 @@ NORMS = {
     "Qwen3RMSNorm": NormClass(),
     "Gemma3RMSNorm": NormClass(offset=1.0, eps="eps"),
 }
+#: The same of norms that stand in blocks without a record.
+LONE_NORMS = {
+    "GptOssRMSNorm": NormClass(),
+    **dict.fromkeys(
+        ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"), NormClass(offset=1.0, eps="eps")
+    ),
+}
 #: By class name of the block.
 FAMILIES = {
     "LlamaDecoderLayer": BlockFamily(),
@@ -138,9 +145,14 @@ def can_fuse_norm(norm: Any) -> bool:
     return type(norm).__name__ in NORMS
 
 
+def lone_norms(blocks: nn.Module) -> list[Any]:
+    """The norms in some blocks whose class is in LONE_NORMS."""
+    return [module for module in blocks.modules() if type(module).__name__ in LONE_NORMS]
+
+
 def norm_facts(norm: Any) -> NormFacts:
-    """NotFused if its class is not in NORMS."""
-    kind = NORMS.get(type(norm).__name__)
+    """NotFused if its class is not known."""
+    kind = (NORMS | LONE_NORMS).get(type(norm).__name__)
     if kind is None:
         raise NotFused(f"{type(norm).__name__} is not a known norm")
     return NormFacts(norm.weight, float(getattr(norm, kind.eps)), kind.offset)

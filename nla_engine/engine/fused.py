@@ -24,14 +24,15 @@ from nla_engine.sites import ATTN_OUT, MLP_OUT, RESID_MID
 
 
 class FusedNorm:
-    """Called like the norm it replaces: hidden states [1, T, d] -> [1, T, d]."""
+    """Called like the norm it replaces: states [..., d] -> [..., d]."""
 
     def __init__(self, norm: Any) -> None:
         facts = norm_facts(norm)
         self.weight, self.eps, self.offset = facts.weight, facts.eps, facts.offset
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states[0], self.weight, self.eps, self.offset)[None]
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rms_norm(rows, self.weight, self.eps, self.offset).view(hidden_states.shape)
 
 
 class FusedBlock:

@@ -16,7 +16,7 @@ import torch
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.delta import EngineDelta
-from nla_engine.engine.families import can_fuse, can_fuse_norm
+from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.selfcheck import SelfCheck
@@ -92,6 +92,7 @@ class Runner:
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._delta: list[Any] = []  # the same of gated delta nets within blocks
+        self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block continues with the wanted tokens only
@@ -123,6 +124,10 @@ class Runner:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
                 block.forward = FusedBlock(block)
                 self._fused.append(block)
+        if not self.reference:
+            for module in lone_norms(self.lm.blocks):
+                module.forward = FusedNorm(module)
+                self._lone.append(module)
         norm: Any = getattr(self.lm.decoder, "norm", None)
         if self._fused and can_fuse_norm(norm):
             norm.forward = FusedNorm(norm)
@@ -158,11 +163,11 @@ class Runner:
         self.tap.close()
         for hook in self._hooks:
             hook.remove()
-        for module in (*self._fused, *self._delta):
+        for module in (*self._fused, *self._delta, *self._lone):
             del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._delta, self._norm = [], [], [], None
+        self._hooks, self._fused, self._delta, self._lone, self._norm = [], [], [], [], None
         self.lm.model.set_attn_implementation("eager")
 
     @property

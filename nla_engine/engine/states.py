@@ -20,6 +20,7 @@ def delta_module(block: Any) -> Any:
     if type(module).__name__ not in _KNOWN:
         return None
     known = module.conv1d.bias is None and module.activation == "silu" and module.conv_kernel_size > 1
+    known &= hasattr(module.norm, "variance_epsilon")
     return module if known else None
 
 

@@ -66,6 +66,34 @@ def test_limits_of_generation(size_7b: ModelSize) -> None:
     )  # few sequences: reading the weights is what takes time
 
 
+def test_limits_count_experts_windows_and_states() -> None:
+    """By hand, from the published sizes."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {}
+    for name in ("gpt-oss-20b", "qwen3.6-27b"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(SHAPES[name].config(), dtype=torch.bfloat16)
+        sizes[name] = ModelSize.of(wrap_model(model, None, name="meta"))
+    oss, hybrid = sizes.values()
+    assert oss.parameters + 201_088 * 2880 == pytest.approx(20.9e9, rel=2e-3)
+    assert oss.blocks * oss.active + 2 * oss.head_parameters == pytest.approx(
+        3.6e9 + 201_088 * 2880, rel=0.02
+    )
+    expert = 3 * 2880 * 2880 + 3 * 2880  # gate, up and down, with their biases
+    assert oss.expert_parameters == 32 * expert
+    assert oss.parameters - oss.read(1) == pytest.approx(24 * 28 * expert)
+    assert oss.read(256) == pytest.approx(oss.parameters)
+    per_token = 2 * 8 * 64 * 2 * 12  # of twelve blocks
+    assert oss.kept_bytes(2, 250, 0) == 2 * per_token * (250 + 128)
+    assert oss.kept_bytes(2, 250, 200) == per_token * (2 * 50 + 200) + per_token * (2 * 50 + 78)
+    assert oss.kept_bytes(2, 100, 0) == 2 * per_token * (100 + 100)
+    assert hybrid.parameters + 248_320 * 5120 == pytest.approx(26.9e9, rel=3e-3)
+    state = 48 * (48 * 128 * 128 * 4 + (2 * 16 + 48) * 128 * 3 * 2)
+    assert hybrid.state_bytes == state and hybrid.kv_bytes == 16 * 2 * 4 * 256 * 2
+    assert hybrid.kept_bytes(3, 10, 0) == 3 * (10 * hybrid.kv_bytes + 2 * state)
+
+
 def test_limit_of_replies_of_different_lengths(size_7b: ModelSize) -> None:
     """Step by step: whoever has tokens left takes part, with the tokens that it has so far."""
     left = [5, 1, 3, 3, 8]

@@ -20,6 +20,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_shapes
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.backends import Kernels
 
 FAMILIES = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,6 +88,13 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
     found, _ = run(lm, asked, passed=passed, prefix=prefix)
     assert len(found) == len(asked)
     check(lm, found, prefix)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_fused_norms(name: str, rng: np.random.Generator) -> None:
+    lm = model(name)
+    found, _ = run(lm, drawn(rng, (9, 3, 5, 12), (5, 4, 8, 3)), kernels=Kernels("fused"))
+    check(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

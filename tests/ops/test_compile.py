@@ -54,6 +54,9 @@ ROTATE = {
     **dict.fromkeys(("row_token", "cos_token", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
     "eps": FLOAT, "offset": FLOAT,
 }  # fmt: skip
+GATED_NORM = dict.fromkeys(("x", "gate", "weight", "y"), HALF) | {
+    **dict.fromkeys(("x_row", "gate_row", "d"), INT), "eps": FLOAT,
+}  # fmt: skip
 CONVOLVE = dict.fromkeys(("row", "weight", "kept", "out"), HALF) | {
     **dict.fromkeys(("slots", "positions"), LONG), "channels": INT,
 }  # fmt: skip
@@ -94,6 +97,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         },
         4,
     ),
+    (norm._gated_norm_kernel, GATED_NORM, {"BLOCK": 128}, 1),
     (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
     (
         rotary._rotate_kernel,

@@ -210,6 +210,19 @@ def test_rms_norm(rng, dtype, rows: int, d: int, offset: float, add: bool) -> No
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (3, 7), (5, 96), (4, 128)])
+def test_gated_rms_norm(rng, dtype, rows: int, d: int) -> None:
+    x = (randn(rng, rows, 2 * d) * 30).to(dtype)[:, :d]
+    weight, gate_ = randn(rng, d, dtype=dtype), (randn(rng, rows, 3 * d) * 4).to(dtype)[:, d : 2 * d]
+    wide, open_ = x.double(), gate_.double()
+    truth = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    truth = truth * open_ * open_.sigmoid()
+    reference = norm.gated_rms_norm_reference(x, gate_, weight, 1e-6)
+    close(norm.gated_rms_norm_triton(x, gate_, weight, 1e-6), reference, truth)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 77), (2, 5000)])
 def test_gate(rng, dtype, activation: str, rows: int, width: int) -> None:

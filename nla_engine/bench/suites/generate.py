@@ -16,6 +16,7 @@ from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
 from nla_engine.capture.run import GENERATING, MAX_PREFILL_TOKENS, run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.ops.backends import Kernels
 from nla_engine.sites import PARTS, RESID_POST, Site, crossed
 
 #: Steps before the timed ones, so that every prompt has been read.
@@ -71,6 +72,16 @@ def _job(session: Session) -> None:
                 ("static cache, no capture", baselines.generate_static),
             )
         ]
+        library = session.measure(
+            "generate",
+            f"--kernels library B={batch} {prompt}+{new} layer {layer}",
+            "tok/s",
+            _generated(session, batch, batch, (layer,), Kernels("library")),
+            warmups=1,
+            repeats=min(session.settings.repeats, 2),
+        )
+        if library is not None:
+            library.compare(session.find("generate", "HF generate hook to host"))
     if ours is not None:
         ours.compare(*theirs)
 
@@ -109,13 +120,21 @@ def _few(session: Session, batch: int) -> None:
 
 
 @contextmanager
-def _generated(session: Session, count: int, slots: int, layers: tuple[int, ...] = ()) -> Iterator[Prepared]:
+def _generated(
+    session: Session, count: int, slots: int, layers: tuple[int, ...] = (), kernels: Kernels = Kernels()
+) -> Iterator[Prepared]:
     """Generation alone, the generator made beforehand; tapped rows end on the host. New tokens per second."""
     lm, prompt, new = session.lm, session.sizes.prompt, session.sizes.new
     work = requests(lm, [prompt] * count, [new] * count)
     brief = requests(lm, [prompt] * slots, [min(_BRIEF_TOKENS, new)] * slots)
     with open_generator(
-        lm, slots=slots, length=prompt + new, new_tokens=new, layers=layers, prompt=prompt
+        lm,
+        slots=slots,
+        length=prompt + new,
+        new_tokens=new,
+        layers=layers,
+        prompt=prompt,
+        kernels=kernels,
     ) as generator:
         yield Prepared(
             lambda: count * new / seconds(lambda: run_all(generator, work), lm.device),

@@ -1,0 +1,55 @@
+"""Families with sinks and with gated delta nets on a GPU: kernels and CUDA graphs against plain transformers there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from family_runs import fault, natural_ends, requests, run
+from small_families import small_model
+from tiny import byte_tokenizer
+
+from nla_engine.engine.runner import Runner
+from nla_engine.models.load import LanguageModel, wrap_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+
+def model(name: str, dtype: torch.dtype) -> LanguageModel:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    made: Any = small_model(getattr(transformers, name)).to("cuda", dtype)
+    return wrap_model(made, byte_tokenizer(), name=name)
+
+
+@pytest.mark.parametrize("name", ["GraniteSWAConfig", "Qwen3_5TextConfig"])
+def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None:
+    lm = model(name, torch.float32)
+    asked = requests(rng)
+    found, way = run(lm, asked)
+    assert way == "fast" and len(found) == len(asked)
+    eos = natural_ends(found)
+    ended, _ = run(lm, asked, eos=eos)
+    for completions, ends in ((found, ()), (ended, eos)):
+        for done in completions.values():
+            assert not (wrong := fault(lm, done, ends)), f"request {done.request.id}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GptOssConfig", "GraniteMoeSWAConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"],
+)
+def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.random.Generator) -> None:
+    """The runner's own check holds every block in prompts, decode steps and a graph against transformers."""
+    lm = model(name, torch.bfloat16)
+    with Runner(lm, slots=3, length=43, prefix=(5, 6, 7)) as runner:
+        assert runner.graphable and not runner.reference
+    asked = requests(rng)
+    found, way = run(lm, asked)
+    again, _ = run(lm, asked)
+    assert way == "fast" and len(found) == len(asked)
+    for id_, done in found.items():
+        assert done.generated.tolist() == again[id_].generated.tolist()
