@@ -96,6 +96,16 @@ def device() -> Any:
     return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
 
 
+def tensor_parallel(models: str) -> Any:
+    """Over how many GPUs the weights of one model are split."""
+    return option(
+        f"GPUs over which the weights of {models} are split, for a model that one GPU does not hold; from --device on. "
+        "On a CPU, processes.",
+        1,
+        must=AT_LEAST_1,
+    )
+
+
 def kernels() -> Any:
     """The implementation of the blocks."""
     return option(

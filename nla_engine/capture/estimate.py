@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,15 @@ def estimate_capture(
     """Plan a capture and time its first prompts. Raises what `load_inputs` and `check_out` raise. Whether a store can
     be resumed with these options is checked only by the run itself."""
     check_out(options)
+    with ExitStack() as opened:
+        return _estimate(options, announce, lm, opened)
+
+
+def _estimate(
+    options: CaptureOptions, announce: Callable[[str], None], lm: LanguageModel | None, opened: ExitStack
+) -> CaptureEstimate:
     started = time.perf_counter()
-    lm, prompts = load_inputs(options, lm)
+    lm, prompts = load_inputs(options, lm, opened)
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)

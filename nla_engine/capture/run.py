@@ -90,10 +90,11 @@ def run_capture(
         )
     phases = Phases(progress)
     phases.phase(LOADING)
-    lm, prompts = load_inputs(options, lm)
-    for message in prompts.messages():
-        announce(message)
-    return CaptureJob(options, lm, prompts, announce, phases).run()
+    with ExitStack() as opened:
+        lm, prompts = load_inputs(options, lm, opened)
+        for message in prompts.messages():
+            announce(message)
+        return CaptureJob(options, lm, prompts, announce, phases).run()
 
 
 def check_out(options: CaptureOptions) -> None:
@@ -224,6 +225,9 @@ class CaptureJob:
             try:
                 return self._try_generator(plan, codec, sink_norm)
             except torch.cuda.OutOfMemoryError as error:
+                if self.lm.ranks is not None:  # the other ranks are not where this one is
+                    message = f"{self.lm.name}: {plan.slots} sequences at once do not fit the free GPU memory"
+                    raise EngineError(f"{message}: lower --batch-size") from error
                 if plan.slots == 1:
                     message = f"{self.lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
                     raise EngineError(message) from error

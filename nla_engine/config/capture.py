@@ -179,6 +179,7 @@ class CaptureOptions(Options):
     )
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    tensor_parallel: int = fields.tensor_parallel("the model")
     kernels: str = fields.kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")

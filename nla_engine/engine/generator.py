@@ -79,6 +79,8 @@ class Generator:
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
+        self.ranks = runner.ranks
+        runner.at_close.append(self._graphs.clear)
 
     def run(self, requests: Iterable[Request | None]) -> Generate[Completion]:
         """The completions of `groups`, one at a time."""
@@ -133,6 +135,8 @@ class Generator:
                 yield ready  # the device works meanwhile, so the caller's work costs no time
                 ready = []
             ended = queue.ended(self._active.read() if step.slots else None)
+            if self.ranks is not None:
+                self.ranks.check()
             queue.finish(self._settle(ended))
             watch(queue.tally)
             ready = self._fetch(queue, portion)
@@ -172,8 +176,19 @@ class Generator:
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""
-        self.runner.cache.update()
         self.runner.tap.drain()
+        changes = self.runner.cache.blocks.changes()
+        if self.ranks is None:
+            self.do(step, changes)
+        else:
+            self.ranks.together(Generator.do, self, step, changes)
+
+    def do(self, step: Step, changes: np.ndarray) -> None:
+        """Queue a step, on every rank. changes: of the blocks that slots hold, as `Blocks.changes` says them."""
+        cache = self.runner.cache
+        cache.apply(changes)
+        if self.ranks is not None and self.ranks.rank:
+            cache.blocks.follow(changes)
         if step.entered:
             self._open(step.entered)
         if step.runs:
@@ -182,6 +197,8 @@ class Generator:
             self._decode(step)
         else:
             self.runner.tap.look(decoded=False)
+            if self.ranks is not None:
+                self.ranks.look()
 
     def _step_back(self, admitted: list[Admitted]) -> list[tuple[Admitted, Kept | None]]:
         """What to keep of sequences that step back; None: it has ended meanwhile. Waits for the device if any do."""
@@ -291,6 +308,8 @@ class Generator:
     def _look(self) -> None:
         self._active.take()
         self.runner.tap.look(decoded=True)
+        if self.ranks is not None:
+            self.ranks.look()
 
     def _graph(self, lanes: int) -> DecodeGraph:
         """The captured decode step for at least this many lanes."""

@@ -81,7 +81,7 @@ def default_room(
         fit = int(physical_bytes() * _CPU_PART) // (slot_size(length, prefix) * place_bytes + held)
         return Room(slots or max(min(most, _MOST_SLOTS_CPU, fit - 1), 1))
     block_bytes = BLOCK * place_bytes
-    free = free_bytes(lm.device)
+    free = free_bytes(lm.device) if lm.ranks is None else min(lm.ranks.together(free_each, lm.ranks))
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each
     free = int(free * _MEMORY_PART)
@@ -111,6 +111,12 @@ def free_bytes(device: torch.device) -> int:
     gc.collect()  # a generator and its graphs hold each other
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def free_each(ranks: Any) -> list[int]:
+    """`free_bytes` of every rank of a group; each rank calls it."""
+    free: list[int] = ranks.each(free_bytes(ranks.device))
+    return free
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -173,7 +179,10 @@ class SlotCache:
 
     def update(self) -> None:
         """Tell the device which blocks slots hold now. Passes queued before still see what they held."""
-        changes = self.blocks.changes()
+        self.apply(self.blocks.changes())
+
+    def apply(self, changes: np.ndarray) -> None:
+        """The same, given what `Blocks.changes` said."""
         if changes.size:
             slot, column, block = to_device(changes, self.table.device)
             self.table[slot, column] = block.int()
@@ -184,10 +193,10 @@ class SlotCache:
         self.update()
 
     def release_all(self) -> None:
-        """Take the blocks of every slot back. From now on the caller assigns them, through `blocks`."""
+        """Take the blocks of every slot back. From now on the caller assigns them, through `blocks`, and calls `update`
+        or `apply` before a pass."""
         for slot in range(self.slots + 1):
             self.blocks.release(slot)
-        self.update()
 
     def keep_as_prefix(self, slot: int, length: int) -> None:
         """Make the first `length` positions of a freshly filled slot the shared prefix."""

@@ -205,6 +205,8 @@ class Reconstructor:
             for place, layer in enumerate(layers):
                 last[place, start:end] = states[layer]
             start = end
+        if self.lm.ranks is not None:
+            self.lm.ranks.check()
         linear = torch.nn.functional.linear
         own = {self.layer: self.maps.after(linear(last[0].float(), self.weight, self.bias))}
         heads = zip(last[1:], self.further.items(), strict=True)
@@ -226,9 +228,9 @@ class Reconstructor:
         sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
         wanted = np.cumsum(sizes) - 1
         runs = [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))]
-        states = self._read(lambda: runner.prefill(runs, wanted.tolist()), wanted)
+        states = self._read(lambda: runner.read(runs, wanted.tolist()), wanted)
         if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
-            runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
+            runner.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
         return states
 
     def _read(self, read: Callable[[], torch.Tensor], wanted: np.ndarray) -> dict[int, torch.Tensor]:
@@ -266,8 +268,8 @@ class Reconstructor:
             )
             if self._prefix and isinstance(self._runner, Runner):
                 cache = self._runner.cache
-                self._runner.prefill([(cache.spare, 0, self._prefix)])
-                cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
+                self._runner.read([(cache.spare, 0, self._prefix)])
+                self._runner.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner
 
 
