@@ -75,7 +75,9 @@ def load_inputs(
                 remote_code=options.trust_remote_code,
             )
     elif options.tensor_parallel != (1 if lm.ranks is None else lm.ranks.size):
-        raise RequestError(f"--tensor-parallel {options.tensor_parallel}: the given model was loaded otherwise")
+        raise RequestError(
+            f"--tensor-parallel {options.tensor_parallel}: the given model was loaded otherwise"
+        )
     chosen_layers(options, lm)
     _check_next_token(options, lm)
     loaded = Limits(longest_prompt(options, lm), lm.vocab_size)

@@ -74,4 +74,6 @@ class Blocks:
     def follow(self, changes: np.ndarray) -> None:
         """Hold what `changes` of another Blocks says, int64 [3, n]. Which blocks are free is not known then."""
         for slot, column, block in sorted(zip(*changes.tolist(), strict=True)):
-            self._held[slot][column:] = [] if block == self.count else [block, *self._held[slot][column + 1 :]]
+            self._held[slot][column:] = (
+                [] if block == self.count else [block, *self._held[slot][column + 1 :]]
+            )

@@ -90,7 +90,9 @@ def _open_split(
 ) -> tuple[Runner, Generator | None]:
     """The same on every rank of a group. Only rank 0 has the tap."""
     if kernels.library:
-        raise RequestError("--kernels library is not offered with --tensor-parallel: leave one of the two out")
+        raise RequestError(
+            "--kernels library is not offered with --tensor-parallel: leave one of the two out"
+        )
     ranks: Ranks = lm.ranks
     there = {"tap": Elsewhere(more["tap"].layers)} if "tap" in more else {}
     runner = ranks.make(Runner, lm, kernels=kernels, there=there, **more)

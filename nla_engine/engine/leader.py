@@ -116,10 +116,14 @@ class Leader(Ranks):
             for rank in range(1, len(devices)):
                 self._followers.append(_Follower(rank))
             for each in self._followers:
-                each.channel.send((each.rank, tuple(map(str, devices)), str(self._folder), COLLECTIVE_SECONDS, threads))
+                each.channel.send(
+                    (each.rank, tuple(map(str, devices)), str(self._folder), COLLECTIVE_SECONDS, threads)
+                )
             for each in self._followers:
                 if not each.channel.poll(START_SECONDS):
-                    raise EngineError(f"--tensor-parallel: rank {each.rank} did not start in {START_SECONDS:.0f} s")
+                    raise EngineError(
+                        f"--tensor-parallel: rank {each.rank} did not start in {START_SECONDS:.0f} s"
+                    )
                 if (news := self._news(each)) != "":
                     raise EngineError(f"--tensor-parallel: {news}")
             self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -132,7 +136,9 @@ class Leader(Ranks):
 
     # ---- calls ----
 
-    def together(self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any) -> _T:
+    def together(
+        self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any
+    ) -> _T:
         """Calls within a call are part of it on every rank: they are not told."""
         if self._inside:
             return function(*args, **more)

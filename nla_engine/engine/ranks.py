@@ -32,7 +32,9 @@ class Ranks:
 
     def __init__(self, rank: int, devices: Sequence[torch.device], folder: Path, timeout: float) -> None:
         if dist.is_initialized():
-            raise EngineError("--tensor-parallel: this process belongs to a group of torch.distributed already")
+            raise EngineError(
+                "--tensor-parallel: this process belongs to a group of torch.distributed already"
+            )
         self.rank, self.devices, self.size = rank, tuple(devices), len(devices)
         self.device = self.devices[rank]
         on_gpu = self.device.type == "cuda"
@@ -44,7 +46,7 @@ class Ranks:
             rank=rank,
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
-            **({"device_id": self.device} if on_gpu else {}),
+            device_id=self.device if on_gpu else None,
         )
         self._made = 0
         self._note = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -54,11 +56,15 @@ class Ranks:
 
     # ---- the same call on every rank ----
 
-    def together(self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any) -> _T:
+    def together(
+        self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any
+    ) -> _T:
         """function(*args, **more) on every rank; what it returns here. there: arguments that the others get instead."""
         return function(*args, **more)
 
-    def make(self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any) -> _T:
+    def make(
+        self, function: Callable[..., _T], *args: Any, there: dict[str, Any] | None = None, **more: Any
+    ) -> _T:
         """`together`. What it returns stands for its counterpart on each rank when it is passed to another call."""
         return self.together(self._kept, function, *args, there=there, **more)
 

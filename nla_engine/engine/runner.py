@@ -78,7 +78,9 @@ class Runner:
         check_shape(lm)
         self.ranks: Ranks | None = lm.ranks
         if self.ranks is not None and kernels.precision == "fp8":
-            raise RequestError("--precision fp8 is not offered with --tensor-parallel: leave one of the two out")
+            raise RequestError(
+                "--precision fp8 is not offered with --tensor-parallel: leave one of the two out"
+            )
         self.at_close: list[Callable[[], object]] = []  # called when it is closed
         self.lm, self.length = lm, length
         self.device = lm.device

@@ -61,7 +61,8 @@ class Split:
         for what, count in (("attention heads", heads), ("channels between the products of its MLP", width)):
             if count % self.size:
                 raise RequestError(
-                    f"--tensor-parallel {self.size}: {self.name} has {count:,} {what}, which {self.size} does not divide"
+                    f"--tensor-parallel {self.size}: {self.name} has {count:,} {what}, and {self.size} does not "
+                    "divide them"
                 )
         if groups % self.size and self.size % groups:
             raise RequestError(
@@ -94,7 +95,7 @@ class Split:
         return local
 
     def slices(self, model: nn.Module) -> dict[str, Slice]:
-        """By the name of a weight of this rank's model, which part of the whole one it is. Those not named are whole."""
+        """Which part of the whole weight each one of this rank's model is, by name. Those not named are whole."""
         size, head_size = self.size, kv_shape(self.config)[1]
         own, width = self.heads // size, int(self.config.intermediate_size) // size
         groups = max(self.groups // size, 1)
@@ -106,7 +107,10 @@ class Split:
         found: dict[str, Slice] = {}
         for block, family in family_blocks(model):
             attention, mlp = block.self_attn, block.mlp
-            parts = [(attention, family.qkv[0], 0, query), *((attention, name, 0, key) for name in family.qkv[1:])]
+            parts = [
+                (attention, family.qkv[0], 0, query),
+                *((attention, name, 0, key) for name in family.qkv[1:]),
+            ]
             parts += [(attention, family.out, 1, query), (mlp, family.down, 1, channels)]
             parts += [(mlp, name, 0, channels) for name in family.gate_up]
             for module, name, dim, bounds in parts:
@@ -127,10 +131,13 @@ class Split:
             config.num_hidden_layers = blocks
         kind: Any = AutoModel if headless else AutoModelForCausalLM
 
-        def without_memory(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> nn.Parameter | None:
+        def without_memory(
+            _module: nn.Module, _name: str, weight: nn.Parameter | None
+        ) -> nn.Parameter | None:
             return None if weight is None else nn.Parameter(weight.to("meta"), requires_grad=False)
 
-        hook = register_module_parameter_registration_hook(without_memory)
+        register: Any = register_module_parameter_registration_hook
+        hook = register(without_memory)
         try:
             model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
         finally:
@@ -145,7 +152,8 @@ class Split:
                 facts_of(block)
             except NotFused as error:
                 raise self._refusal(str(error)) from error
-        unknown = [type(block).__name__ for block in blocks_of(model.get_decoder()) if type(block).__name__ not in FAMILIES]
+        kinds = [type(block).__name__ for block in blocks_of(model.get_decoder())]
+        unknown = [kind for kind in kinds if kind not in FAMILIES]
         if unknown:
             raise self._refusal(f"{unknown[0]} is not a known block")
 
@@ -158,7 +166,9 @@ class Split:
         """Bytes of this rank's weights. A tied head is a part of the embedding, which every rank holds."""
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        total = sum(weight.nbytes for weight in model.parameters() if head is None or weight is not head.weight)
+        total = sum(
+            weight.nbytes for weight in model.parameters() if head is None or weight is not head.weight
+        )
         if head is not None and not tied:
             total += self.chunk * head.weight.shape[1] * head.weight.element_size()
         return total

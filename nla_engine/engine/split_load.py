@@ -23,7 +23,8 @@ from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.checkpoint import CONFIG, read_json, weight_paths
 from nla_engine.models.cut import cut_config, is_behind
 from nla_engine.models.fingerprint import checksums, fingerprint_of_sums
-from nla_engine.models.load import LanguageModel, tokenizer_of, wrap_model
+from nla_engine.models.hub.fetch import say
+from nla_engine.models.load import LanguageModel, load_model, tokenizer_of, wrap_model
 from nla_engine.models.source import Source
 from nla_engine.models.weights import check_checkpoint, model_kind
 
@@ -48,7 +49,9 @@ def load_split(
     Raises RequestError, in one line, for a model that cannot be split so or does not fit; else as `load_model`.
     """
     name = source.name
-    files, needed = check_split(source, ranks.size, dtype, headless=headless, blocks=blocks, remote_code=remote_code)
+    files, needed = check_split(
+        source, ranks.size, dtype, headless=headless, blocks=blocks, remote_code=remote_code
+    )
     if ranks.device.type == "cuda":
         free = ranks.together(free_each, ranks)
         for device, there in zip(ranks.devices, free, strict=True):
@@ -62,6 +65,23 @@ def load_split(
     made: LanguageModel = ranks.make(_load, ranks, files, name, source.revision, tokenizer, dtype)
     made.origin = source.origin()
     return made if blocks is None or files.blocks is not None else made.truncated(blocks - 1)
+
+
+def load_on(
+    ranks: Ranks | None,
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    headless: bool = False,
+    blocks: int | None = None,
+    remote_code: bool = False,
+) -> LanguageModel:
+    """A model on the ranks of a group, or, without one, on a device."""
+    how: dict[str, Any] = {"dtype": dtype, "headless": headless, "blocks": blocks, "remote_code": remote_code}
+    if ranks is None:
+        return load_model(source.name, device=device, source=source, **how)
+    return load_split(ranks, source, announce=say, **how)
 
 
 def check_split(
@@ -125,7 +145,7 @@ class _Files:
         shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_paths(self.directory, read_json(self.directory / CONFIG)):
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():
+                for key in list(file.keys()):
                     if self.blocks is not None and is_behind(key, self.blocks):
                         continue
                     if short(key) in found:
@@ -165,7 +185,7 @@ class _Files:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return bool(getattr(self.config, "tie_word_embeddings", False) or getattr(self.text, "tie_word_embeddings", False))
+        return bool(getattr(self.config, "tie_word_embeddings", False))
 
 
 def short(name: str) -> str:
@@ -183,7 +203,11 @@ def _load(
     own = _read(ranks, files, whole, {short(key): part for key, part in split.slices(model).items()}, dtype)
     fingerprint = fingerprint_of_sums(
         {
-            key: (tuple(weight.shape), dtype if weight.is_floating_point() else weight.dtype, own.sums[short(key)])
+            key: (
+                tuple(weight.shape),
+                dtype if weight.is_floating_point() else weight.dtype,
+                own.sums[short(key)],
+            )
             for key, weight in whole.state_dict().items()
         }
     )
@@ -243,9 +267,7 @@ class _Read:
     sums: dict[str, tuple[int, int]]
 
 
-def _read(
-    ranks: Ranks, files: _Files, whole: Any, slices: dict[str, Slice], dtype: torch.dtype
-) -> _Read:
+def _read(ranks: Ranks, files: _Files, whole: Any, slices: dict[str, Slice], dtype: torch.dtype) -> _Read:
     places, weights = files.places(whole), {}
     state = {short(key): weight for key, weight in whole.state_dict().items()}
     sums = torch.zeros(len(state), 2, dtype=torch.int64)
@@ -267,7 +289,9 @@ def _read(
         if key in text and part is not None and not (files.tied and key == "lm_head.weight"):
             weights[key] = part.contiguous()
     total = ranks.sum(sums.to(ranks.device)).tolist()
-    found = {key: (int(first), int(second)) for key, (first, second) in zip(sorted(state), total, strict=True)}
+    found = {
+        key: (int(first), int(second)) for key, (first, second) in zip(sorted(state), total, strict=True)
+    }
     for key in state.keys() - places.keys():
         if key == "lm_head.weight":
             found[key] = found["embed_tokens.weight"]
