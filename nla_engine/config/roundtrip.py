@@ -8,7 +8,7 @@ from typing import Any
 
 from nla_engine import fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import check_cuts, check_samples, check_table
+from nla_engine.fields import check_cuts, check_samples, check_split, check_table
 from nla_engine.options import Options, check_local, one_of, option
 
 #: Where AV and AR live: together on the GPU, or one at a time.
@@ -69,6 +69,7 @@ class RoundtripOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         _check_words(self)
 
 
@@ -117,6 +118,7 @@ class ExplainOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         _check_words(self)
 
 
@@ -159,6 +161,7 @@ class ScoreOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         check_local(self.texts)
 
 

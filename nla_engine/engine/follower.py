@@ -1,6 +1,6 @@
 """A rank other than the first: does what rank 0 tells it, until rank 0 is gone.
 
-`python -m nla_engine.engine.follower N`: N is the file descriptor of a socket that only rank 0 holds the other end of.
+`main` takes the file descriptor of a socket that only rank 0 holds the other end of.
 """
 
 from __future__ import annotations
@@ -83,12 +83,4 @@ def main() -> None:
         rank = _here[0].rank if _here else "another rank"
         text = str(error) if isinstance(error, NLAError) else f"{type(error).__name__}: {first_line(error)}"
         channel.send(f"rank {rank} failed: {text}")
-        if "NLA_DEBUG_RANKS" in os.environ:
-            raise
         os._exit(1)
-
-
-if __name__ == "__main__":
-    from nla_engine.engine.follower import main as run  # the module that rank 0 names, not this copy of it
-
-    run()

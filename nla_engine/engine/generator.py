@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from nla_engine.engine.completions import completions, generated_so_far
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, lane_bucket
@@ -23,7 +24,6 @@ from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.engine.tap import Tap
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
@@ -371,38 +371,3 @@ class Generator:
 
     def _complete(self, ended: list[Ended]) -> list[Completion]:
         return completions(ended, self.state, self.stop, self.runner.tap, self.following)
-
-
-def generated_so_far(state: SlotState, at: torch.Tensor) -> np.ndarray:
-    """int32 [n, most]: what these slots, int64 [n], have generated, up to the longest. Waits for the device."""
-    most = int(state.count[at].max())
-    return state.generated[at, :most].to(torch.int32).cpu().numpy()
-
-
-def completions(
-    ended: list[Ended],
-    state: SlotState,
-    stop: StopAutomaton | None,
-    tap: Tap,
-    following: Following,
-) -> list[Completion]:
-    """Fetch what these sequences generated, and the rows that were kept of them."""
-    at = to_device(np.array([a.slot for a in ended]), state.count.device)
-    generated = generated_so_far(state, at)
-    codes = stop.finish_codes(state.stop_state[at]).tolist() if stop else [0] * len(ended)
-    replies = [generated[i, : a.count] for i, a in enumerate(ended)]
-    kept = tap.collect(
-        [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
-    )
-    told = following.collect([a.slot for a in ended], [positions for positions, _ in kept])
-    return [
-        Completion(
-            request=a.request,
-            generated=replies[i],
-            finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
-            positions=kept[i][0],
-            rows=kept[i][1],
-            next_tokens=told[i],
-        )
-        for i, a in enumerate(ended)
-    ]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,11 @@ _T = TypeVar("_T")
 #: Seconds: until every process has started; for a collective, which may wait for another rank to read its weights;
 #: until a failure must have ended the run, else the process ends itself; for a process to end when told to.
 START_SECONDS, COLLECTIVE_SECONDS, GRACE_SECONDS, END_SECONDS = 300.0, 1800.0, 30.0, 5.0
+#: What the process of another rank runs.
+_PROGRAM = "from nla_engine.engine.follower import main; main()"
 #: How long an error waits for the news that another rank has failed, which may be its cause.
 _NEWS_SECONDS = 3.0
+_OTHERS_SECONDS = 0.3
 
 
 def group_devices(device: torch.device, size: int) -> tuple[torch.device, ...]:
@@ -78,7 +82,7 @@ class _Follower:
         with theirs:
             path = os.pathsep.join(filter(None, sys.path))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nla_engine.engine.follower", str(theirs.fileno())],
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
                 stdin=subprocess.PIPE,  # it ends when this closes, whatever it is doing
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": path},
@@ -213,7 +217,10 @@ class Leader(Ranks):
             except OSError:  # closed while it was waited for
                 return
             if ready and not self._done.is_set():
-                self.fault = f"--tensor-parallel: {self._news(by_channel[ready[0]])}"
+                time.sleep(_OTHERS_SECONDS)  # one that fails because another one is gone may be heard first
+                ready = wait(list(by_channel), timeout=0.0)
+                killed = [each for each in ready if (by_channel[each].process.poll() or 0) < 0]
+                self.fault = f"--tensor-parallel: {self._news(by_channel[(killed or ready)[0]])}"
                 self._told.set()
                 self._abort()
                 if not self._done.wait(GRACE_SECONDS):  # the run waits for a device that never ends

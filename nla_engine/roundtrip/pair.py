@@ -206,6 +206,8 @@ def load_pair(
     for model in (verbalizer, reconstructor):
         if model is not None:
             announce_unfused(model.lm, kernels, device, announce)
+    for model in (verbalizer, reconstructor):
+        ranks = ranks if model is None else model.lm.ranks
     return Pair(verbalizer, reconstructor, device, turns, ranks)
 
 
@@ -220,10 +222,6 @@ def _group(
 
     sources: of the AV and the AR
     """
-    if options.precision == "fp8":
-        raise RequestError("--precision fp8 is not offered with --tensor-parallel: leave one of the two out")
-    if isinstance(options, RoundtripOptions) and options.residency == "turns":
-        raise RequestError("--residency turns is not offered with --tensor-parallel: run explain, then score")
     devices, remote_code = group_devices(device, options.tensor_parallel), options.trust_remote_code
     needed = sum(
         check_split(source, len(devices), dtype, headless=headless, remote_code=remote_code)[1]
