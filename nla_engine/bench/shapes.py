@@ -79,6 +79,53 @@ def _gemma() -> Any:
     )
 
 
+def _llama_70b() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen_72b() -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=8192,
+        intermediate_size=29_568,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma_27b() -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        vocab_size=262_208,
+        hidden_size=5376,
+        intermediate_size=21_504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        sliding_window=1024,
+        query_pre_attn_scalar=168,
+        max_position_embeddings=131_072,
+    )
+
+
 def _tiny() -> Any:
     from transformers import Qwen2Config
 
@@ -98,6 +145,9 @@ SHAPES = {
     "qwen2.5-7b": Shape(_qwen, 20),
     "llama3-8b": Shape(_llama, 20),
     "gemma3-12b": Shape(_gemma, 32),
+    "llama3-70b": Shape(_llama_70b, 53),
+    "qwen2.5-72b": Shape(_qwen_72b, 53),
+    "gemma3-27b": Shape(_gemma_27b, 41),
     "tiny": Shape(_tiny, 2),
 }
 
@@ -135,7 +185,10 @@ def _for_bench(model: Any, name: str) -> LanguageModel:
 
 
 def twin(lm: LanguageModel) -> LanguageModel:
-    """The same weights in other modules, since two runners cannot use one module at the same time."""
+    """The same weights in other modules, since two runners cannot use one module at the same time. A model over several
+    ranks is given back: its runners come one after the other."""
+    if lm.ranks is not None:
+        return lm
     shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     return wrap_model(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name)
 

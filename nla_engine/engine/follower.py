@@ -52,11 +52,14 @@ def follow(channel: Connection) -> None:
     ranks.objects = {0: ranks}
     _here.append(ranks)
     while True:
-        dropped, function, args, more = channel.recv()
+        if (call := channel.recv()) is None:
+            ranks.close()
+            return
+        dropped, function, args, more = call
         for number in dropped:
             ranks.objects.pop(number, None)
         _run(function, args, more)
-        del function, args, more  # nothing here keeps what rank 0 drops
+        del call, function, args, more  # nothing here keeps what rank 0 drops
 
 
 def _run(function: Callable[..., object], args: tuple[Any, ...], more: dict[str, Any]) -> None:

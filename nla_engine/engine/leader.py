@@ -91,7 +91,9 @@ class _Follower:
         self.channel = Connection(ours.detach())
 
     def end(self) -> None:
-        """End the process and wait for that."""
+        """Wait for the process to leave, or end it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
         self.process.terminate()
         try:
             self.process.wait(END_SECONDS)
@@ -241,10 +243,13 @@ class Leader(Ranks):
         """End the other ranks and leave the group."""
         self._done.set()
         for each in self._followers:
-            each.end()
+            with contextlib.suppress(OSError):
+                each.channel.send(None)
         leaving = threading.Thread(target=super().close, daemon=True)
         leaving.start()
-        leaving.join(END_SECONDS)  # a communicator whose graphs still exist does not end
+        leaving.join(END_SECONDS)  # it does not end where another rank waits for this one
+        for each in self._followers:
+            each.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
