@@ -17,7 +17,7 @@ import numpy as np
 
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
-from nla_engine.capture.plan import plan_capture
+from nla_engine.capture.plan import by_device, plan_capture
 from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
@@ -94,6 +94,8 @@ def _estimate(
     plan = plan_capture(options, lm, prompts, choice, limits, todo)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
+    for line in by_device(plan, lm) if lm.ranks is not None else ():
+        announce(line)
     sizes, new = prompts.sizes[todo], plan.new
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])

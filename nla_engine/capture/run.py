@@ -26,7 +26,7 @@ from nla_engine.capture.load import (
 )
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.partial import partial_name, write_partial
-from nla_engine.capture.plan import CapturePlan, plan_capture
+from nla_engine.capture.plan import CapturePlan, by_device, plan_capture
 from nla_engine.capture.recorded import Recorded
 from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.row_range import RowRange
@@ -166,6 +166,8 @@ class CaptureJob:
             plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
+            for line in by_device(plan, self.lm) if self.lm.ranks is not None else ():
+                self.announce(line)
             generator = None
             if len(todo):
                 generator = self._generator(plan, codec, sink_norm)

@@ -6,10 +6,12 @@ their own, which end with this one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -186,8 +188,10 @@ class Leader(Ranks):
 
     def check(self) -> None:
         """See `Ranks.check`."""
-        super().check()
+        if self._looked:
+            self._look.read()  # what it saw means nothing if the others have failed by then
         self.check_alive()
+        super().check()
 
     def check_alive(self) -> None:
         """EngineError if another rank has failed."""
@@ -248,6 +252,8 @@ class Leader(Ranks):
         leaving = threading.Thread(target=super().close, daemon=True)
         leaving.start()
         leaving.join(END_SECONDS)  # it does not end where another rank waits for this one
+        if leaving.is_alive():  # nor may the end of this process wait for it
+            atexit.register(signal.alarm, int(GRACE_SECONDS))
         for each in self._followers:
             each.end()
         shutil.rmtree(self._folder, ignore_errors=True)

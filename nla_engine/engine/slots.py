@@ -75,8 +75,7 @@ def default_room(
 
     held: bytes that a slot needs besides keys and values
     """
-    heads, head_size = kv_shape(lm.config)
-    place_bytes = 2 * len(lm.blocks) * heads * head_size * lm.dtype.itemsize
+    place_bytes = _place_bytes(lm)
     if lm.device.type == "cpu":
         fit = int(physical_bytes() * _CPU_PART) // (slot_size(length, prefix) * place_bytes + held)
         return Room(slots or max(min(most, _MOST_SLOTS_CPU, fit - 1), 1))
@@ -91,6 +90,19 @@ def default_room(
         slots = max(1, min(most, free // each))
     blocks = max(least, (free - slots * held) // block_bytes)
     return Room(slots, min(blocks, slots * least))
+
+
+def cache_bytes(lm: LanguageModel, room: Room, length: int, prefix: int = 0) -> int:
+    """Bytes of keys and values on the model's device; on a CPU, once every sequence has its longest length."""
+    if lm.device.type == "cpu" or room.blocks is None:
+        return (room.slots + 1) * slot_size(length, prefix) * _place_bytes(lm)
+    return (room.blocks + 1) * BLOCK * _place_bytes(lm)
+
+
+def _place_bytes(lm: LanguageModel) -> int:
+    """Keys and values of one token, in every block."""
+    heads, head_size = kv_shape(lm.config)
+    return 2 * len(lm.blocks) * heads * head_size * lm.dtype.itemsize
 
 
 def physical_bytes() -> int:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import shell
 from safetensors.torch import load_file, save_file
 from tiny import save_ar, save_av, save_model, write_prompts
 
+from nla_engine.capture.estimate import estimate_capture
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.leader import Leader, open_ranks
@@ -127,6 +129,29 @@ def test_states_are_those_of_plain_transformers(
     assert apart(logits, expected.logits[0]) < CLOSE, "the vocabulary is split, and 259 is odd"
 
 
+def test_a_dry_run_says_what_lies_where(ranks: Leader, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "gemma3_text")
+    lm = split(ranks, base)
+    said: list[str] = []
+    options = CaptureOptions(
+        model=str(base),
+        prompts=(write_prompts(tmp_path / "p.jsonl", 2),),
+        layer=(LAYER,),
+        out=str(tmp_path / "run.zarr"),
+        max_new_tokens=3,
+        tensor_parallel=2,
+        dry_run=True,
+    )
+    estimate = estimate_capture(options, announce=said.append, lm=lm)
+    assert estimate.rows == 6 and not Path(options.out).exists()
+    stored = load_file(base / "model.safetensors")  # the embedding is whole on both, the products are halves
+    mine = sum(t.nbytes if t.ndim == 1 or "embed" in name else t.nbytes / 2 for name, t in stored.items())
+    places = [line for line in said if line.startswith("rank ")]
+    assert [line.split(":")[0] for line in places] == ["rank 0 on cpu", "rank 1 on cpu"]
+    assert all(f": {mine / 2**20:.1f} MiB of weights, " in line for line in places)
+    assert ["rows" in line for line in places] == [True, False]
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
 def test_av_and_ar_are_those_of_one_process(
     ranks: Leader, tmp_path: Path, architecture: str, rng: np.random.Generator
@@ -163,6 +188,39 @@ def test_an_injection_at_a_block_is_passed_on(
         for group in (None, ranks)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_three_ranks_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct has 9 heads, 3 key/value heads and a tied head. By the command, whose processes are its
+    own."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("What is the capital of France?\nName three colours.\nWhat is 12 times 12?\n")
+    stores = []
+    for size in (1, 3):
+        out = tmp_path / f"{size}.zarr"
+        arguments = (
+            "--prompts",
+            prompts,
+            "--layer",
+            20,
+            "--out",
+            out,
+            "--max-new-tokens",
+            24,
+            "--codec",
+            "bf16",
+        )
+        ran = shell(
+            "capture", smollm2, *arguments, "--device", "cpu", "--dtype", "float32", "--tensor-parallel", size
+        )
+        assert ran.code == 0, ran.err
+        stores.append(CaptureStore.open(out))
+    one, three = stores
+    assert np.array_equal(one.column("token_id"), three.column("token_id"))
+    assert one.provenance["weights"] == three.provenance["weights"]
+    assert apart(three.layer(20).norm(), one.layer(20).norm()) < CLOSE
 
 
 def test_what_does_not_belong_into_the_files_is_refused(tmp_path: Path) -> None:
