@@ -96,6 +96,16 @@ def device() -> Any:
     return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
 
 
+def tensor_parallel(models: str) -> Any:
+    """Over how many GPUs the weights of one model are split."""
+    return option(
+        f"GPUs over which the weights of {models} are split, for a model that one GPU does not hold; from --device on. "
+        "On a CPU, processes.",
+        1,
+        must=AT_LEAST_1,
+    )
+
+
 def kernels() -> Any:
     """The implementation of the blocks."""
     return option(
@@ -354,3 +364,14 @@ def check_cuts(options: Any) -> None:
             f"{' and '.join(map(flag, cuts))}: decoding is greedy without a --temperature: give one, or leave "
             f"{'it' if len(cuts) == 1 else 'them'} out"
         )
+
+
+def check_split(options: Any) -> None:
+    """RequestError for what --tensor-parallel does not offer."""
+    if options.tensor_parallel == 1:
+        return
+    given = {"--kernels library": options.kernels == "library"}
+    given["--precision fp8"] = getattr(options, "precision", "full") == "fp8"
+    given["--residency turns"] = getattr(options, "residency", "auto") == "turns"
+    if refused := [name for name, asked in given.items() if asked]:
+        raise RequestError(f"{refused[0]} is not offered with --tensor-parallel: leave one of the two out")

@@ -18,7 +18,7 @@ from rich.console import Console
 from nla_engine.bench.plot import plot_batches
 from nla_engine.bench.report import append_csv, check_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
-from nla_engine.bench.settings import OF_A_MODEL, SUITES, Settings
+from nla_engine.bench.settings import OF_A_MODEL, OF_SEVERAL, SUITES, Settings
 from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models.load import pick_device, pick_dtype
@@ -44,7 +44,12 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
+<<<<<<< HEAD
             help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b, gpt-oss-20b, qwen3.6-27b or tiny. "
+=======
+            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b or tiny; llama3-70b, "
+            "qwen2.5-72b or gemma3-27b for suite tensor-parallel. "
+>>>>>>> h-tp
             "[default: qwen2.5-7b on a GPU, else tiny]"
         ),
     ] = None,
@@ -92,6 +97,9 @@ def bench(
             help="bfloat16 or float32. [default: bfloat16 on a GPU that computes in it, else float32]"
         ),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of suite tensor-parallel. [default: all; on a CPU two processes]")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show a traceback with an error.")] = False,
 ) -> None:
     """Measure how fast each part is, and compare it with the hardware's limit.
@@ -111,7 +119,11 @@ def bench(
     if csv is not None:
         check_csv(csv)
     settings = Settings(
-        suites=tuple(name for name in SUITES if name not in OF_A_MODEL or model is not None)
+        suites=tuple(
+            name
+            for name in SUITES
+            if name not in OF_SEVERAL and (name not in OF_A_MODEL or model is not None)
+        )
         if "all" in suites
         else tuple(dict.fromkeys(suites)),
         device=where,
@@ -133,6 +145,7 @@ def bench(
         store=store,
         rows=rows,
         time_limit=time_limit,
+        gpus=gpus,
         debug=debug,
     )
     with tempfile.TemporaryDirectory(prefix="nla-bench-", dir=store) as directory:
@@ -187,7 +200,7 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
             session.skipped.append(name)
             continue
         try:
-            importlib.import_module(f"nla_engine.bench.suites.{name}").run(session)
+            importlib.import_module(f"nla_engine.bench.suites.{name.replace('-', '_')}").run(session)
         except KeyboardInterrupt:
             interrupted = True
             session.skipped.append(f"{name}: what was not measured when it was interrupted")

@@ -27,6 +27,10 @@ class Hardware:
     copy: float
     flops: float
 
+    def times(self, devices: int) -> Hardware:
+        """So many of them together, if they had nothing to tell each other."""
+        return Hardware(self.copy * devices, self.flops * devices)
+
 
 @dataclass(frozen=True)
 class ModelSize:

@@ -25,9 +25,12 @@ SUITES = (
     "prompts",
     "real",
     "hooked",
+    "tensor-parallel",
 )
 #: Suites that need the weights and the tokenizer of a real model.
 OF_A_MODEL = ("real", "hooked")
+#: Suites that need several GPUs, and are measured if they are named.
+OF_SEVERAL = ("tensor-parallel",)
 BASELINES = ("hf", "none")
 
 
@@ -141,6 +144,7 @@ class Settings:
     store: Path | None = None
     rows: Path | None = None
     time_limit: float | None = None
+    gpus: int | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -152,7 +156,7 @@ class Settings:
             raise RequestError(f"suite {needy[0]} needs --model: give a checkpoint with a chat template")
         if self.baseline not in BASELINES:
             raise RequestError(f"--baseline {self.baseline} is unknown: choose {' or '.join(BASELINES)}")
-        for flag in ("requests", "prompt_tokens", "new_tokens", "repeats", "time_limit"):
+        for flag in ("requests", "prompt_tokens", "new_tokens", "repeats", "time_limit", "gpus"):
             value: Any = getattr(self, flag)
             if value is not None and value <= 0:
                 raise RequestError(f"--{flag.replace('_', '-')} is {value}: it must be above 0")

@@ -115,6 +115,53 @@ def _qwen_hybrid() -> Any:
     )
 
 
+def _llama_70b() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen_72b() -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=8192,
+        intermediate_size=29_568,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma_27b() -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        vocab_size=262_208,
+        hidden_size=5376,
+        intermediate_size=21_504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        sliding_window=1024,
+        query_pre_attn_scalar=168,
+        max_position_embeddings=131_072,
+    )
+
+
 def _tiny() -> Any:
     from transformers import Qwen2Config
 
@@ -136,6 +183,9 @@ SHAPES = {
     "gemma3-12b": Shape(_gemma, 32),
     "gpt-oss-20b": Shape(_gpt_oss, 16),
     "qwen3.6-27b": Shape(_qwen_hybrid, 42),
+    "llama3-70b": Shape(_llama_70b, 53),
+    "qwen2.5-72b": Shape(_qwen_72b, 53),
+    "gemma3-27b": Shape(_gemma_27b, 41),
     "tiny": Shape(_tiny, 2),
 }
 

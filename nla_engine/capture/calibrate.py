@@ -35,13 +35,17 @@ class LayerCalibration:
     error: dict[str, float | int]
 
 
+def quiet(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 def calibrate(
     lm: LanguageModel,
     prompts: PromptSet,
     layers: Sequence[Site | int],
     codec: Codec,
     max_new_tokens: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = quiet,
     every: int = 1,
 ) -> dict[Site, LayerCalibration]:
     """Measure each site on the first prompts. Deterministic: a resumed run need not repeat it.
@@ -50,7 +54,11 @@ def calibrate(
     in turn. No Runner may be open.
     """
     sample = list(_sample(prompts, max_new_tokens, every))
-    rows = _read(lm, sample, tuple(map(Site.at, layers)), progress)
+    sites = tuple(map(Site.at, layers))
+    if lm.ranks is None:
+        rows = _read(lm, sample, sites, progress)
+    else:
+        rows = lm.ranks.together(_read, lm, sample, sites, progress=progress, there={"progress": quiet})
     out = {}
     for layer, x in rows.items():
         norm = np.linalg.norm(x.astype(np.float64), axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
-from nla_engine.capture.plan import plan_capture
+from nla_engine.capture.plan import by_device, plan_capture
 from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
 from nla_engine.config import CaptureOptions
@@ -73,8 +73,15 @@ def estimate_capture(
     """Plan a capture and time its first prompts. Raises what `load_inputs` and `check_out` raise. Whether a store can
     be resumed with these options is checked only by the run itself."""
     check_out(options)
+    with ExitStack() as opened:
+        return _estimate(options, announce, lm, opened)
+
+
+def _estimate(
+    options: CaptureOptions, announce: Callable[[str], None], lm: LanguageModel | None, opened: ExitStack
+) -> CaptureEstimate:
     started = time.perf_counter()
-    lm, prompts = load_inputs(options, lm)
+    lm, prompts = load_inputs(options, lm, opened)
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)
@@ -87,6 +94,8 @@ def estimate_capture(
     plan = plan_capture(options, lm, prompts, choice, limits, todo)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
+    for line in by_device(plan, lm) if lm.ranks is not None else ():
+        announce(line)
     sizes, new = prompts.sizes[todo], plan.new
     forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])

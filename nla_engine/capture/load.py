@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
+import torch
+
 from nla_engine.capture.reply_limits import longest_prompt
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.leader import group_devices, open_ranks
+from nla_engine.engine.split_load import check_split, load_split
 from nla_engine.errors import RequestError
 from nla_engine.models.chat import Reading
 from nla_engine.models.documents import Longest
+from nla_engine.models.hub.fetch import say
 from nla_engine.models.load import (
     NO_LENGTH,
     LanguageModel,
@@ -35,13 +41,16 @@ from nla_engine.store.swap import exists
 CLOCK = "chat_template_clock"
 
 
-def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
+def load_inputs(
+    options: CaptureOptions, lm: LanguageModel | None = None, opened: ExitStack | None = None
+) -> tuple[LanguageModel, PromptSet]:
     """Read the prompts, load the model, unless it is given, and check the layers.
 
     Prompts are read before the weights: a tokenizer and a configuration are enough for that, and what is wrong with a
     prompt is said at once. If the loaded model has other limits than its configuration said, they are read again.
     Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order,
     and RequestError if the model cannot say what --next-token asks for.
+    opened: what ends the processes of --tensor-parallel
     """
     clock, sources = _first_clock(options), PromptSources.find(options.prompts, options.prompt_format)
     limits, prompts = None, None
@@ -54,12 +63,20 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
         if told := _told(options, source):
             tokenizer, limits = told
             prompts = _read(options, sources, tokenizer, limits, clock)
-        lm = load_model(
-            options.model,
-            device=device,
-            dtype=dtype,
-            source=source,
-            remote_code=options.trust_remote_code,
+        if options.tensor_parallel > 1:
+            assert opened is not None
+            lm = _load_split(options, source, device, dtype, opened)
+        else:
+            lm = load_model(
+                options.model,
+                device=device,
+                dtype=dtype,
+                source=source,
+                remote_code=options.trust_remote_code,
+            )
+    elif options.tensor_parallel != (1 if lm.ranks is None else lm.ranks.size):
+        raise RequestError(
+            f"--tensor-parallel {options.tensor_parallel}: the given model was loaded otherwise"
         )
     chosen_layers(options, lm)
     _check_next_token(options, lm)
@@ -67,6 +84,18 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     if prompts is None or limits != loaded:
         prompts = _read(options, sources, lm.tokenizer, loaded, clock)
     return lm, prompts
+
+
+def _load_split(
+    options: CaptureOptions, source: Source, device: torch.device, dtype: torch.dtype, opened: ExitStack
+) -> LanguageModel:
+    """The model over several ranks. What is wrong with the request is said before they start."""
+    devices = group_devices(device, options.tensor_parallel)
+    how: dict[str, Any] = {"dtype": dtype, "remote_code": options.trust_remote_code}
+    check_split(source, len(devices), **how)
+    ranks = opened.enter_context(open_ranks(devices))
+    assert ranks is not None
+    return load_split(ranks, source, announce=say, **how)
 
 
 def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:

@@ -8,9 +8,10 @@ import numpy as np
 
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites
+from nla_engine.capture.staging import EXACT_BYTES, PASS_BYTES, RING_BYTES
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.slots import BLOCK, Room, default_room, slot_blocks
+from nla_engine.engine.slots import BLOCK, Room, cache_bytes, default_room, slot_blocks
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
@@ -128,6 +129,21 @@ def plan_capture(
         prefix=prefix,
         whole=not new and options.next_token is not None,
     )
+
+
+def by_device(plan: CapturePlan, lm: LanguageModel) -> list[str]:
+    """What a model over several ranks puts on each device, a line each: every rank has as much of the model and its
+    cache, and the first has the rows."""
+    weights = sum(weight.nbytes for weight in lm.model.parameters())
+    if lm.head is not None and lm.config.tie_word_embeddings:
+        weights -= sum(weight.nbytes for weight in lm.head.parameters())  # a view of the embedding
+    cache = cache_bytes(lm, plan.room, plan.length, plan.prefix)
+    rows = min(RING_BYTES, (plan.slots + 1) * plan.slot_rows * plan.row_bytes) + PASS_BYTES + EXACT_BYTES
+    each = f"{_size(weights)} of weights, {_size(cache)} of keys and values"
+    return [
+        f"rank {rank} on {device}: {each}" + ("" if rank else f", at most {_size(rows)} of rows on their way")
+        for rank, device in enumerate(lm.ranks.devices)
+    ]
 
 
 def _narrowing(options: CaptureOptions) -> str:

@@ -26,7 +26,7 @@ from nla_engine.capture.load import (
 )
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.partial import partial_name, write_partial
-from nla_engine.capture.plan import CapturePlan, plan_capture
+from nla_engine.capture.plan import CapturePlan, by_device, plan_capture
 from nla_engine.capture.recorded import Recorded
 from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.row_range import RowRange
@@ -90,10 +90,11 @@ def run_capture(
         )
     phases = Phases(progress)
     phases.phase(LOADING)
-    lm, prompts = load_inputs(options, lm)
-    for message in prompts.messages():
-        announce(message)
-    return CaptureJob(options, lm, prompts, announce, phases).run()
+    with ExitStack() as opened:
+        lm, prompts = load_inputs(options, lm, opened)
+        for message in prompts.messages():
+            announce(message)
+        return CaptureJob(options, lm, prompts, announce, phases).run()
 
 
 def check_out(options: CaptureOptions) -> None:
@@ -165,6 +166,8 @@ class CaptureJob:
             plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
+            for line in by_device(plan, self.lm) if self.lm.ranks is not None else ():
+                self.announce(line)
             generator = None
             if len(todo):
                 generator = self._generator(plan, codec, sink_norm)
@@ -224,6 +227,9 @@ class CaptureJob:
             try:
                 return self._try_generator(plan, codec, sink_norm)
             except torch.cuda.OutOfMemoryError as error:
+                if self.lm.ranks is not None:  # the other ranks are not where this one is
+                    message = f"{self.lm.name}: {plan.slots} sequences at once do not fit the free GPU memory"
+                    raise EngineError(f"{message}: lower --batch-size") from error
                 if plan.slots == 1:
                     message = f"{self.lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
                     raise EngineError(message) from error

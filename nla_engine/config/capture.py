@@ -10,7 +10,7 @@ from typing import Any
 from nla_engine import fields
 from nla_engine.codec.rows import CODEC_NAMES, SINK_FACTOR
 from nla_engine.errors import RequestError
-from nla_engine.fields import check_cuts
+from nla_engine.fields import check_cuts, check_split
 from nla_engine.options import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -179,6 +179,7 @@ class CaptureOptions(Options):
     )
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    tensor_parallel: int = fields.tensor_parallel("the model")
     kernels: str = fields.kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")
@@ -238,6 +239,7 @@ class CaptureOptions(Options):
         super().__post_init__()
         check_pattern("tokens", self.tokens)
         check_cuts(self)
+        check_split(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"

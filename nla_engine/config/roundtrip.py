@@ -8,7 +8,7 @@ from typing import Any
 
 from nla_engine import fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import check_cuts, check_samples, check_table
+from nla_engine.fields import check_cuts, check_samples, check_split, check_table
 from nla_engine.options import Options, check_local, one_of, option
 
 #: Where AV and AR live: together on the GPU, or one at a time.
@@ -59,6 +59,7 @@ class RoundtripOptions(Options):
     precision: str = fields.precision("AV and AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    tensor_parallel: int = fields.tensor_parallel("AV and AR")
     kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
@@ -68,6 +69,7 @@ class RoundtripOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         _check_words(self)
 
 
@@ -106,6 +108,7 @@ class ExplainOptions(Options):
     precision: str = fields.precision("the AV")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    tensor_parallel: int = fields.tensor_parallel("the AV")
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -115,6 +118,7 @@ class ExplainOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         _check_words(self)
 
 
@@ -147,6 +151,7 @@ class ScoreOptions(Options):
     precision: str = fields.precision("the AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    tensor_parallel: int = fields.tensor_parallel("the AR")
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -156,6 +161,7 @@ class ScoreOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_table(self)
+        check_split(self)
         check_local(self.texts)
 
 

@@ -70,3 +70,10 @@ class Blocks:
         """int64 [3, n]: slot, column and block of what has changed since the last call."""
         changed, self._changed = self._changed, {}
         return np.array([(*at, block) for at, block in changed.items()], np.int64).reshape(-1, 3).T.copy()
+
+    def follow(self, changes: np.ndarray) -> None:
+        """Hold what `changes` of another Blocks says, int64 [3, n]. Which blocks are free is not known then."""
+        for slot, column, block in sorted(zip(*changes.tolist(), strict=True)):
+            self._held[slot][column:] = (
+                [] if block == self.count else [block, *self._held[slot][column + 1 :]]
+            )

@@ -12,8 +12,10 @@ from nla_engine.engine.generator import Generator
 from nla_engine.engine.library import Library
 from nla_engine.engine.library_check import check_library
 from nla_engine.engine.library_generator import LibraryGenerator
+from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.runner import Runner
-from nla_engine.errors import UnsupportedModel
+from nla_engine.engine.tap import Elsewhere
+from nla_engine.errors import RequestError, UnsupportedModel
 from nla_engine.models.hub.fetch import say
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.backends import Kernels
@@ -55,6 +57,8 @@ def _open(
     more: dict[str, Any],
     how: dict[str, Any] | None,
 ) -> tuple[Runner | Library, AnyGenerator | None]:
+    if lm.ranks is not None:
+        return _open_split(lm, kernels, more, how)
     if not kernels.library:
         runner = None
         try:
@@ -79,6 +83,28 @@ def _open(
     except BaseException:
         library.close()
         raise
+
+
+def _open_split(
+    lm: LanguageModel, kernels: Kernels, more: dict[str, Any], how: dict[str, Any] | None
+) -> tuple[Runner, Generator | None]:
+    """The same on every rank of a group. Only rank 0 has the tap."""
+    if kernels.library:
+        raise RequestError(
+            "--kernels library is not offered with --tensor-parallel: leave one of the two out"
+        )
+    ranks: Ranks = lm.ranks
+    there = {"tap": Elsewhere(more["tap"].layers)} if "tap" in more else {}
+    runner = ranks.make(Runner, lm, kernels=kernels, there=there, **more)
+    try:
+        if how is None:
+            return runner, None
+        generator = ranks.make(Generator, runner, **how)
+        ranks.together(Generator.prepare, generator)
+    except BaseException:
+        runner.close()
+        raise
+    return runner, generator
 
 
 def _prepared(generator: Any) -> Any:

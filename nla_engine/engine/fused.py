@@ -15,6 +15,7 @@ from torch import nn
 
 from nla_engine.engine.attention import current_pass
 from nla_engine.engine.families import facts_of, norm_facts
+from nla_engine.engine.ranks import Ranks
 from nla_engine.ops.fp8 import gate_quantised, quantise, rms_norm_quantised, scaled_linear
 from nla_engine.ops.gated_linear import Tile, gated_linear, tried_tiles
 from nla_engine.ops.linear import add_linear_, linear, tune
@@ -41,10 +42,12 @@ class FusedBlock:
     The last block returns only the pass's wanted tokens, if it names any. NotFused for a block of no known family.
     taps: by part, what is called with the tensor [T, d] of a site inside the block. It may read the tensor in parallel
     (`Pass.beside`): it is not changed before `Pass.join`.
+    ranks: of a block that is a part of one: what its attention and its MLP give is summed over them.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, ranks: Ranks | None = None) -> None:
         facts = facts_of(block)
+        self.ranks = ranks
         self.layer, self.shape, self.activation = facts.layer, facts.shape, facts.activation
         self.qkv, self.qkv_bias = _merge(*facts.qkv)
         self.out = facts.out.weight
@@ -93,10 +96,17 @@ class FusedBlock:
         """x + inner @ weight^T. With a norm, the product is normed before the sum. part: the site of what is added."""
         self._wait_for_taps()
         if part in self.taps:
-            return self._add_shown(x, linear(inner, weight), norm, part)
-        if norm is None:
+            return self._add_shown(x, self._product(inner, weight), norm, part)
+        if norm is None and self.ranks is None:
             return add_linear_(x, inner, weight)  # in place, to save a copy of x
-        return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+        if norm is None:
+            return x.add_(self._product(inner, weight))
+        return rms_norm(self._product(inner, weight), norm, self.eps, self.offset, residual=x)
+
+    def _product(self, inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """inner @ weight^T, summed over the ranks."""
+        product = linear(inner, weight)
+        return product if self.ranks is None else self.ranks.sum(product)
 
     def _add_shown(
         self, x: torch.Tensor, product: torch.Tensor, norm: torch.Tensor | None, part: str
@@ -158,7 +168,7 @@ class Fp8Block(FusedBlock):
 
 def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
     """Find the fastest way to compute these blocks' products in passes of `rows` tokens (see `ops.linear.tune`)."""
-    add = blocks[0].after_attention is None
+    add = blocks[0].after_attention is None and blocks[0].ranks is None
     tune(rows, [block.qkv for block in blocks], [block.qkv_bias for block in blocks])
     tune(rows, [block.out for block in blocks], add=add)
     for part, name in ((ATTN_OUT, "out"), (MLP_OUT, "down")):

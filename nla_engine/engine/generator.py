@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from nla_engine.engine.completions import completions, generated_so_far
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, lane_bucket
@@ -23,7 +24,6 @@ from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
 from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.engine.tap import Tap
 from nla_engine.engine.transfer import Glance, to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
@@ -79,6 +79,8 @@ class Generator:
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
+        self.ranks = runner.ranks
+        runner.at_close.append(self._graphs.clear)
 
     def run(self, requests: Iterable[Request | None]) -> Generate[Completion]:
         """The completions of `groups`, one at a time."""
@@ -133,6 +135,8 @@ class Generator:
                 yield ready  # the device works meanwhile, so the caller's work costs no time
                 ready = []
             ended = queue.ended(self._active.read() if step.slots else None)
+            if self.ranks is not None:
+                self.ranks.check()
             queue.finish(self._settle(ended))
             watch(queue.tally)
             ready = self._fetch(queue, portion)
@@ -172,8 +176,19 @@ class Generator:
 
     def _take(self, step: Step) -> None:
         """Queue a step, and a look at which sequences have ended, without waiting for either."""
-        self.runner.cache.update()
         self.runner.tap.drain()
+        changes = self.runner.cache.blocks.changes()
+        if self.ranks is None:
+            self.do(step, changes)
+        else:
+            self.ranks.together(Generator.do, self, step, changes)
+
+    def do(self, step: Step, changes: np.ndarray) -> None:
+        """Queue a step, on every rank. changes: of the blocks that slots hold, as `Blocks.changes` says them."""
+        cache = self.runner.cache
+        cache.apply(changes)
+        if self.ranks is not None and self.ranks.rank:
+            cache.blocks.follow(changes)
         if step.entered:
             self._open(step.entered)
         if step.runs:
@@ -182,6 +197,8 @@ class Generator:
             self._decode(step)
         else:
             self.runner.tap.look(decoded=False)
+            if self.ranks is not None:
+                self.ranks.look()
 
     def _step_back(self, admitted: list[Admitted]) -> list[tuple[Admitted, Kept | None]]:
         """What to keep of sequences that step back; None: it has ended meanwhile. Waits for the device if any do."""
@@ -291,6 +308,8 @@ class Generator:
     def _look(self) -> None:
         self._active.take()
         self.runner.tap.look(decoded=True)
+        if self.ranks is not None:
+            self.ranks.look()
 
     def _graph(self, lanes: int) -> DecodeGraph:
         """The captured decode step for at least this many lanes."""
@@ -352,38 +371,3 @@ class Generator:
 
     def _complete(self, ended: list[Ended]) -> list[Completion]:
         return completions(ended, self.state, self.stop, self.runner.tap, self.following)
-
-
-def generated_so_far(state: SlotState, at: torch.Tensor) -> np.ndarray:
-    """int32 [n, most]: what these slots, int64 [n], have generated, up to the longest. Waits for the device."""
-    most = int(state.count[at].max())
-    return state.generated[at, :most].to(torch.int32).cpu().numpy()
-
-
-def completions(
-    ended: list[Ended],
-    state: SlotState,
-    stop: StopAutomaton | None,
-    tap: Tap,
-    following: Following,
-) -> list[Completion]:
-    """Fetch what these sequences generated, and the rows that were kept of them."""
-    at = to_device(np.array([a.slot for a in ended]), state.count.device)
-    generated = generated_so_far(state, at)
-    codes = stop.finish_codes(state.stop_state[at]).tolist() if stop else [0] * len(ended)
-    replies = [generated[i, : a.count] for i, a in enumerate(ended)]
-    kept = tap.collect(
-        [a.kept for a in ended], [(a.request.id, reply) for a, reply in zip(ended, replies, strict=True)]
-    )
-    told = following.collect([a.slot for a in ended], [positions for positions, _ in kept])
-    return [
-        Completion(
-            request=a.request,
-            generated=replies[i],
-            finish=Finish(codes[i]) if a.request.max_new_tokens else Finish.GIVEN,
-            positions=kept[i][0],
-            rows=kept[i][1],
-            next_tokens=told[i],
-        )
-        for i, a in enumerate(ended)
-    ]

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from nla_engine.engine.completions import completions
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.generator import Generate, Portion, Watch, completions
+from nla_engine.engine.generator import Generate, Portion, Watch
 from nla_engine.engine.library import Batch, Library
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.scheduler import Ended

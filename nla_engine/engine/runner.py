@@ -19,12 +19,13 @@ from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.states import delta_module
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
-from nla_engine.errors import EngineError, NLAError, UnsupportedModel
+from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
 from nla_engine.models.decoder import block_output, values
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
@@ -77,6 +78,12 @@ class Runner:
             )
         check_rotation(lm, length)
         check_shape(lm)
+        self.ranks: Ranks | None = lm.ranks
+        if self.ranks is not None and kernels.precision == "fp8":
+            raise RequestError(
+                "--precision fp8 is not offered with --tensor-parallel: leave one of the two out"
+            )
+        self.at_close: list[Callable[[], object]] = []  # called when it is closed
         self.lm, self.length = lm, length
         self.device = lm.device
         self.precision = kernels.precision
@@ -122,7 +129,7 @@ class Runner:
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
-                block.forward = FusedBlock(block)
+                block.forward = FusedBlock(block, self.ranks)
                 self._fused.append(block)
         if not self.reference:
             for module in lone_norms(self.lm.blocks):
@@ -160,7 +167,12 @@ class Runner:
 
     def close(self) -> None:
         """Remove the hooks, the fused blocks and the engine's attention from the model, and close the tap."""
+        if self.ranks is not None:
+            self.ranks.last(Runner.close, self)
         self.tap.close()
+        for free in self.at_close:
+            free()
+        self.at_close.clear()
         for hook in self._hooks:
             hook.remove()
         for module in (*self._fused, *self._delta, *self._lone):
@@ -209,7 +221,40 @@ class Runner:
 
     def _inject(self, _module: object, _inputs: object, output: object) -> None:
         if self._pass is not None and self._pass.entering is not None:
-            self.injector.inject(block_output(output)[0], self._pass.entering)
+            self._enter(block_output(output)[0], self._pass.entering)
+
+    def _enter(self, hidden: torch.Tensor, entering: torch.Tensor) -> None:
+        """Let vectors enter. Only rank 0 has them, and passes on what they change."""
+        self.injector.inject(hidden, entering)
+        if self.ranks is not None:
+            self.ranks.from_first(hidden)
+
+    def read(
+        self, parts: Sequence[tuple[int, int, Sequence[int]]], wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """`prefill` on every rank, for a caller that is on rank 0 only."""
+        if self.ranks is None:
+            return self.prefill(parts, wanted)
+        self.ranks.check()
+        return self.ranks.together(Runner._read, self, parts, wanted)
+
+    def _read(
+        self, parts: Sequence[tuple[int, int, Sequence[int]]], wanted: Sequence[int] | None
+    ) -> torch.Tensor:
+        assert self.ranks is not None
+        states = self.prefill(parts, wanted)
+        self.ranks.look()
+        return states
+
+    def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
+        """`SlotCache.copy` on every rank, for a caller that is on rank 0 only."""
+        if self.ranks is None:
+            self.cache.copy(source, target, length)
+        else:
+            self.ranks.together(Runner._copy, self, source, target, length)
+
+    def _copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
+        self.cache.copy(source, target, length)
 
     @torch.inference_mode()
     def prefill(
@@ -268,7 +313,9 @@ class Runner:
             work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
         embeds = self.lm.embedding(ids)
         if entering is not None and self.injector.injection.block is None:
-            self.injector.inject(embeds, entering)
+            self._enter(embeds, entering)
+        if self.ranks is not None:
+            self.ranks.note(ids, slot, position)
         self._pass = work
         try:
             with attention.running(work):

@@ -77,15 +77,13 @@ def default_room(
 
     held: bytes that a slot needs besides keys, values and the states of blocks
     """
-    heads, head_size = kv_shape(lm.config)
-    shapes = state_shapes(lm)
-    held += sum(shape.slot_bytes(lm.dtype.itemsize) for shape in shapes.values())
-    place_bytes = 2 * (len(lm.blocks) - len(shapes)) * heads * head_size * lm.dtype.itemsize
+    held += sum(shape.slot_bytes(lm.dtype.itemsize) for shape in state_shapes(lm).values())
+    place_bytes = _place_bytes(lm)
     if lm.device.type == "cpu":
         fit = int(physical_bytes() * _CPU_PART) // (slot_size(length, prefix) * place_bytes + held)
         return Room(slots or max(min(most, _MOST_SLOTS_CPU, fit - 1), 1))
     block_bytes = BLOCK * place_bytes
-    free = free_bytes(lm.device)
+    free = free_bytes(lm.device) if lm.ranks is None else min(lm.ranks.together(free_each, lm.ranks))
     if precision == "fp8":
         free -= sum(weight.numel() for weight in lm.blocks.parameters() if weight.dim() == 2)  # one byte each
     free = int(free * _MEMORY_PART)
@@ -95,6 +93,19 @@ def default_room(
         slots = max(1, min(most, free // each))
     blocks = max(least, (free - slots * held) // block_bytes)
     return Room(slots, min(blocks, slots * least))
+
+
+def cache_bytes(lm: LanguageModel, room: Room, length: int, prefix: int = 0) -> int:
+    """Bytes of keys and values on the model's device; on a CPU, once every sequence has its longest length."""
+    if lm.device.type == "cpu" or room.blocks is None:
+        return (room.slots + 1) * slot_size(length, prefix) * _place_bytes(lm)
+    return (room.blocks + 1) * BLOCK * _place_bytes(lm)
+
+
+def _place_bytes(lm: LanguageModel) -> int:
+    """Keys and values of one token, in every block that attends."""
+    heads, head_size = kv_shape(lm.config)
+    return 2 * (len(lm.blocks) - len(state_shapes(lm))) * heads * head_size * lm.dtype.itemsize
 
 
 def physical_bytes() -> int:
@@ -115,6 +126,12 @@ def free_bytes(device: torch.device) -> int:
     gc.collect()  # a generator and its graphs hold each other
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def free_each(ranks: Any) -> list[int]:
+    """`free_bytes` of every rank of a group; each rank calls it."""
+    free: list[int] = ranks.each(free_bytes(ranks.device))
+    return free
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -194,7 +211,10 @@ class SlotCache:
 
     def update(self) -> None:
         """Tell the device which blocks slots hold now. Passes queued before still see what they held."""
-        changes = self.blocks.changes()
+        self.apply(self.blocks.changes())
+
+    def apply(self, changes: np.ndarray) -> None:
+        """The same, given what `Blocks.changes` said."""
         if changes.size:
             slot, column, block = to_device(changes, self.table.device)
             self.table[slot, column] = block.int()
@@ -205,10 +225,10 @@ class SlotCache:
         self.update()
 
     def release_all(self) -> None:
-        """Take the blocks of every slot back. From now on the caller assigns them, through `blocks`."""
+        """Take the blocks of every slot back. From now on the caller assigns them, through `blocks`, and calls `update`
+        or `apply` before a pass."""
         for slot in range(self.slots + 1):
             self.blocks.release(slot)
-        self.update()
 
     def keep_as_prefix(self, slot: int, length: int) -> None:
         """Make the first `length` positions of a freshly filled slot the shared prefix."""

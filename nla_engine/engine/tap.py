@@ -127,3 +127,10 @@ class NoTap:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+class Elsewhere(NoTap):
+    """On a rank that keeps no rows: the model runs as it does where the sites are tapped."""
+
+    def __init__(self, layers: tuple[Site, ...]) -> None:
+        self.layers = layers

@@ -18,17 +18,26 @@ _PART, _PERIOD = 1 << 26, 65521
 
 def fingerprint_of(weights: Mapping[str, torch.Tensor]) -> str:
     """sha256 over every weight's name, shape, dtype and two integer checksums of its bits (position-weighted)."""
-    digest = hashlib.sha256()
     ordered = sorted(weights.items())
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        sums = pool.map(_checksums, (weight for _, weight in ordered))
-        for (name, weight), (first, second) in zip(ordered, sums, strict=True):
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first} {second}\n".encode())
+        sums = pool.map(checksums, (weight for _, weight in ordered))
+        told = {
+            name: (tuple(weight.shape), weight.dtype, both)
+            for (name, weight), both in zip(ordered, sums, strict=True)
+        }
+    return fingerprint_of_sums(told)
+
+
+def fingerprint_of_sums(weights: Mapping[str, tuple[tuple[int, ...], torch.dtype, tuple[int, int]]]) -> str:
+    """The same of weights whose shape, dtype and checksums are known."""
+    digest = hashlib.sha256()
+    for name, (shape, dtype, (first, second)) in sorted(weights.items()):
+        digest.update(f"{name} {shape} {dtype} {first} {second}\n".encode())
     return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
-def _checksums(weight: torch.Tensor) -> tuple[int, int]:
+def checksums(weight: torch.Tensor) -> tuple[int, int]:
     """The sum of a weight's bits as integers, and their sum weighted by position, folded over its parts."""
     bits = weight.detach().contiguous().reshape(-1)
     bits = bits.view({2: torch.int16, 4: torch.int32}.get(bits.element_size(), torch.uint8))

@@ -43,6 +43,7 @@ class LanguageModel:
 
     `decoder` maps embeddings [1, T, d] to hidden states [1, T, d]; `blocks` are its layers; `head` maps hidden states
     to logits [.., vocab_size] or is None for a truncated model (an AR). `origin`: adapter and base that it was made of.
+    `ranks`: the group (`engine.ranks`) of a model of which this is one rank's part; `known_fingerprint`: of the whole.
     """
 
     name: str
@@ -52,6 +53,8 @@ class LanguageModel:
     decoder: Any
     head: nn.Module | None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Any = None
+    known_fingerprint: str | None = None
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
@@ -125,6 +128,12 @@ class LanguageModel:
         CheckpointError if the model's blocks are not run once each, in order.
         """
         self.check_layer(layer)
+        if self.ranks is not None:  # the check of a cut runs the model
+            cut: LanguageModel = self.ranks.make(LanguageModel._cut, self, layer)
+            return cut
+        return self._cut(layer)
+
+    def _cut(self, layer: int) -> LanguageModel:
         return dataclasses.replace(self, decoder=CutDecoder(self.decoder, layer), head=None)
 
     def move(self, device: torch.device) -> None:
@@ -142,7 +151,7 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Of every weight's name, shape, dtype and bits."""
-        return fingerprint_of(self.model.state_dict())
+        return self.known_fingerprint or fingerprint_of(self.model.state_dict())
 
     def describe(self) -> dict[str, Any]:
         """What a store or a result records of the model."""

@@ -62,7 +62,7 @@ def read_model(
     The directory has passed `check_checkpoint`. Raises CheckpointError, which says what is wrong with the weights,
     or EngineError if memory is short.
     """
-    kind: Any = transformers.AutoModel if headless else _kind(directory, remote_code)
+    kind: Any = transformers.AutoModel if headless else model_kind(directory, remote_code)
     noise = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # one error below takes the place of its load report
     transformers.logging.disable_progress_bar()
@@ -91,7 +91,7 @@ def read_model(
     return model, sorted(info["missing_keys"])
 
 
-def _kind(directory: Path, remote_code: bool) -> Any:
+def model_kind(directory: Path, remote_code: bool) -> Any:
     """The factory of the whole model: a causal language model, or one that sees images too."""
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
     text, images = _CAUSAL

@@ -15,6 +15,20 @@ from nla_engine.engine.streams import enter_device
 _MOST = 3
 
 
+class AtOnce:
+    """Runs each job when it is submitted, on the thread that submits it: ranks of a group need one order of work."""
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run a job."""
+        job()
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to wait for."""
+
+
 class Background:
     """A context manager; leaving it waits for the jobs. The first error is raised by the next `submit`, or on leaving.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,8 +71,15 @@ def estimate_stage_two(
     options: StageTwoOptions, announce: Callable[[str], None] = lambda text: None
 ) -> StageTwoEstimate:
     """Load and check all that a run would, and time a few rows. Raises what the run would raise before it writes."""
+    with ExitStack() as opened:
+        return _estimate(options, announce, opened)
+
+
+def _estimate(
+    options: StageTwoOptions, announce: Callable[[str], None], opened: ExitStack
+) -> StageTwoEstimate:
     started = time.perf_counter()
-    run = prepare_run(replace(options, dry_run=False), announce, Phases(Progress()))
+    run = prepare_run(replace(options, dry_run=False), announce, Phases(Progress()), opened=opened)
     with closing(run.pair):
         assert run.chosen.rows is not None  # --follow is refused with --dry-run
         rows, texts = run.chosen.rows, run.texts

@@ -6,6 +6,7 @@ Both stay on the GPU if they fit. Otherwise they take turns there, and the other
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import torch
 
 from nla_engine.config import AskOptions, RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
 from nla_engine.engine.families import why_unfused
-from nla_engine.engine.slots import free_bytes
+from nla_engine.engine.leader import group_devices, open_ranks
+from nla_engine.engine.ranks import Ranks
+from nla_engine.engine.slots import free_bytes, free_each
+from nla_engine.engine.split_load import check_split
 from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.av_prompt import Wording
 from nla_engine.models.checkpoint import CONFIG, VALUE_HEAD, read_json, weight_paths
 from nla_engine.models.load import LanguageModel, pick_device, pick_dtype
 from nla_engine.models.sidecar import Given
-from nla_engine.models.source import find_source
+from nla_engine.models.source import Source, find_source
 from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -35,12 +39,14 @@ _HOST = torch.device("cpu")
 
 @dataclass
 class Pair:
-    """The models: None for one that is not needed. in_turns: only one of the two is on `device` at a time."""
+    """The models: None for one that is not needed. in_turns: only one of the two is on `device` at a time. ranks: the
+    group that shares the weights of both."""
 
     verbalizer: Verbalizer | None
     reconstructor: Reconstructor | None
     device: torch.device
     in_turns: bool = False
+    ranks: Ranks | None = None
 
     @property
     def av(self) -> Verbalizer:
@@ -118,11 +124,17 @@ def load_pair(
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
     layer: int | None = None,
+    opened: ExitStack | None = None,
 ) -> Pair:
     """The models that the options name, or the given ones, on the device unless they take turns.
 
     layer: of the vectors, where something else than --layer tells it
+    opened: what ends the processes of --tensor-parallel
     """
+    if options.tensor_parallel > 1 and (opened is None or verbalizer or reconstructor):
+        raise RequestError(
+            "--tensor-parallel is for the models of a command, which are loaded by it: leave it out"
+        )
     device, dtype, kernels = compute_with(options, announce)
     remote_code = options.trust_remote_code
     said, wording = Given(values=options.template_value, whitening=options.whitening), Wording()
@@ -158,10 +170,13 @@ def load_pair(
         else None
         for name, base, flag, model in given
     )
+    ranks = None
+    if options.tensor_parallel > 1 and opened is not None:
+        ranks = _group(options, (av_source, ar_source), device, dtype, opened)
     directories = [source.weights for source in (av_source, ar_source) if source is not None]
     residency = options.residency if isinstance(options, RoundtripOptions) else "both"
     turns = residency == "turns"
-    if residency == "auto" and device.type == "cuda" and len(directories) == 2:
+    if residency == "auto" and ranks is None and device.type == "cuda" and len(directories) == 2:
         weights = sum(_weight_bytes(directory, dtype) for directory in directories)
         if options.precision == "fp8":
             weights += weights // 2  # the quantised weights are kept beside the model's own
@@ -178,6 +193,7 @@ def load_pair(
         "dtype": dtype,
         "remote_code": remote_code,
         "kernels": kernels,
+        "ranks": ranks,
     }
     layer = options.layer if layer is None else layer
     if av is not None:
@@ -190,7 +206,39 @@ def load_pair(
     for model in (verbalizer, reconstructor):
         if model is not None:
             announce_unfused(model.lm, kernels, device, announce)
-    return Pair(verbalizer, reconstructor, device, turns)
+    for model in (verbalizer, reconstructor):
+        ranks = ranks if model is None else model.lm.ranks
+    return Pair(verbalizer, reconstructor, device, turns, ranks)
+
+
+def _group(
+    options: StageTwoOptions,
+    sources: tuple[Source | None, Source | None],
+    device: torch.device,
+    dtype: torch.dtype,
+    opened: ExitStack,
+) -> Ranks:
+    """The processes of --tensor-parallel. RequestError if AV and AR cannot be split so, or do not fit there together.
+
+    sources: of the AV and the AR
+    """
+    devices, remote_code = group_devices(device, options.tensor_parallel), options.trust_remote_code
+    needed = sum(
+        check_split(source, len(devices), dtype, headless=headless, remote_code=remote_code)[1]
+        for source, headless in zip(sources, (False, True), strict=True)
+        if source is not None
+    )
+    ranks = opened.enter_context(open_ranks(devices))
+    assert ranks is not None
+    if device.type == "cuda" and None not in sources:
+        free = min(ranks.together(free_each, ranks))
+        if needed + _WORKING_BYTES > free:
+            raise RequestError(
+                f"AV and AR do not fit {len(devices)} GPUs together: {needed / 2**30:.0f} GiB of weights and "
+                f"{_WORKING_BYTES >> 30} GiB to work in on each, {free / 2**30:.0f} GiB free: give more GPUs with "
+                "--tensor-parallel, or run explain, then score"
+            )
+    return ranks
 
 
 def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from nla_engine.engine.streams import side_stream
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.background import Background
+from nla_engine.roundtrip.background import AtOnce, Background
 from nla_engine.roundtrip.pair import Pair
 from nla_engine.roundtrip.results import nullable, of_layer
 from nla_engine.roundtrip.rows import row_columns
@@ -78,13 +78,17 @@ class Pipeline:
             self.pair.verbalize_next()
             if not self.pair.in_turns:
                 self._prepare_ar()
-            with Background(self._stream) as background, closing(self._chunks(part, first + start)) as chunks:
+            with self._worker() as background, closing(self._chunks(part, first + start)) as chunks:
                 ready: Iterable[Explained] = chunks
                 if self.pair.in_turns:
                     ready = list(chunks)
                     self.pair.reconstruct_next()
                 for chunk in ready:
                     background.submit(lambda chunk=chunk: self.write(self.columns(chunk)))  # type: ignore[misc]
+
+    def _worker(self) -> Background | AtOnce:
+        """What the AR works in."""
+        return Background(self._stream) if self.pair.ranks is None else AtOnce()
 
     def vectors(self) -> Vectors:
         """What enters the AV, by row. Opens the layer anew: a followed store has grown."""
@@ -96,7 +100,7 @@ class Pipeline:
         if self.pair.reconstructor is None or self.longest is None:
             return
         longest = self.longest
-        with Background(self._stream) as background:
+        with self._worker() as background:
             background.submit(lambda: self.pair.ar.prepare(longest))
 
     def _chunks(self, rows: np.ndarray, first: int) -> Generator[Explained, None, None]:

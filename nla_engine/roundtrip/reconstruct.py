@@ -12,13 +12,15 @@ import torch
 
 from nla_engine.engine.choose import open_runner
 from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
+from nla_engine.engine.split_load import load_on
 from nla_engine.engine.tap import NoTap
 from nla_engine.errors import CheckpointError
 from nla_engine.models.adapters.form import AR_META, read_ar_meta
 from nla_engine.models.checkpoint import VALUE_HEADS
-from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.load import LanguageModel
 from nla_engine.models.map_files import Maps, find_maps
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar, reconstructor_prompts
 from nla_engine.models.source import Source, find_source
@@ -104,10 +106,12 @@ class Reconstructor:
         given: Given = Given(),
         base: str | None = None,
         source: Source | None = None,
+        ranks: Ranks | None = None,
     ) -> Reconstructor:
         """From a directory or Hub id. CheckpointError names what is wrong with it.
 
-        base: of an adapter; source: what `find_source` gave for both, if that was asked already
+        base: of an adapter; source: what `find_source` gave for both, if that was asked already; ranks: the group
+        that shares the weights
         """
         source = source or find_source(name, base=base, flag="--ar-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "ar", given)
@@ -123,11 +127,11 @@ class Reconstructor:
                 f"{name}: gives layers {', '.join(map(str, taps))}, and a map or a whitening is of one layer: "
                 "leave it out"
             )
-        lm = load_model(
-            name,
+        lm = load_on(
+            ranks,
+            source,
             device=device,
             dtype=dtype,
-            source=source,
             headless=True,
             blocks=_blocks(source, sidecar, layer if (heads / VALUE_HEADS).is_file() else None),
             remote_code=remote_code,
@@ -205,6 +209,8 @@ class Reconstructor:
             for place, layer in enumerate(layers):
                 last[place, start:end] = states[layer]
             start = end
+        if self.lm.ranks is not None:
+            self.lm.ranks.check()
         linear = torch.nn.functional.linear
         own = {self.layer: self.maps.after(linear(last[0].float(), self.weight, self.bias))}
         heads = zip(last[1:], self.further.items(), strict=True)
@@ -226,9 +232,9 @@ class Reconstructor:
         sizes = [len(ids) - skip for skip, ids in zip(first, prompts, strict=True)]
         wanted = np.cumsum(sizes) - 1
         runs = [(slot, skip, ids[skip:]) for slot, (skip, ids) in enumerate(zip(first, prompts, strict=True))]
-        states = self._read(lambda: runner.prefill(runs, wanted.tolist()), wanted)
+        states = self._read(lambda: runner.read(runs, wanted.tolist()), wanted)
         if overwritten := [slot for slot, skip in enumerate(first) if skip < shared]:
-            runner.cache.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
+            runner.copy([runner.cache.spare] * len(overwritten), overwritten, shared)
         return states
 
     def _read(self, read: Callable[[], torch.Tensor], wanted: np.ndarray) -> dict[int, torch.Tensor]:
@@ -266,8 +272,8 @@ class Reconstructor:
             )
             if self._prefix and isinstance(self._runner, Runner):
                 cache = self._runner.cache
-                self._runner.prefill([(cache.spare, 0, self._prefix)])
-                cache.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
+                self._runner.read([(cache.spare, 0, self._prefix)])
+                self._runner.copy([cache.spare] * slots, list(range(slots)), len(self._prefix))
         return self._runner
 
 

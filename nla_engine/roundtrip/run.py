@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,9 @@ def run_roundtrip(
     """
     _check_wet(options)
     phases = Phases(progress)
-    run = prepare_run(options, announce, phases, verbalizer, reconstructor, rows)
-    return summarise(options, *run.finish(announce, phases))
+    with ExitStack() as opened:
+        run = prepare_run(options, announce, phases, verbalizer, reconstructor, rows, opened)
+        return summarise(options, *run.finish(announce, phases))
 
 
 def run_explain(
@@ -94,8 +95,9 @@ def run_explain(
     """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
     _check_wet(options)
     phases = Phases(progress)
-    run = prepare_run(options, announce, phases, verbalizer, rows=rows)
-    return summarise_texts(options, *run.finish(announce, phases))
+    with ExitStack() as opened:
+        run = prepare_run(options, announce, phases, verbalizer, rows=rows, opened=opened)
+        return summarise_texts(options, *run.finish(announce, phases))
 
 
 def run_score(
@@ -108,8 +110,9 @@ def run_score(
     """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
     _check_wet(options)
     phases = Phases(progress)
-    run = prepare_run(options, announce, phases, reconstructor=reconstructor)
-    return summarise(options, *run.finish(announce, phases))
+    with ExitStack() as opened:
+        run = prepare_run(options, announce, phases, reconstructor=reconstructor, opened=opened)
+        return summarise(options, *run.finish(announce, phases))
 
 
 def _check_wet(options: StageTwoOptions) -> None:
@@ -126,16 +129,20 @@ def prepare_run(
     verbalizer: Verbalizer | None = None,
     reconstructor: Reconstructor | None = None,
     rows: np.ndarray | None = None,
+    opened: ExitStack | None = None,
 ) -> Run:
-    """Load the models and check everything; nothing is written. Arguments and errors as for `run_roundtrip`."""
+    """Load the models and check everything; nothing is written. Arguments and errors as for `run_roundtrip`.
+
+    opened: what ends the processes of --tensor-parallel
+    """
     phases.phase(LOADING)
     if isinstance(options, ScoreOptions):
-        return _prepare_score(options, announce, phases, reconstructor)
+        return _prepare_score(options, announce, phases, reconstructor, opened)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     store = open_store(options, announce)
     scored = isinstance(options, RoundtripOptions)
     chosen = _choose(store, options, rows, CONTROL_ROWS if scored else 1, announce)
-    pair = load_pair(options, announce, verbalizer, reconstructor)
+    pair = load_pair(options, announce, verbalizer, reconstructor, opened=opened)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     written, controls = _written(options, pair), {}
@@ -145,7 +152,11 @@ def prepare_run(
 
 
 def _prepare_score(
-    options: ScoreOptions, announce: Announce, phases: Phases, reconstructor: Reconstructor | None
+    options: ScoreOptions,
+    announce: Announce,
+    phases: Phases,
+    reconstructor: Reconstructor | None,
+    opened: ExitStack | None,
 ) -> Run:
     store = CaptureStore.open(options.store)
     if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
@@ -159,7 +170,7 @@ def _prepare_score(
         raise RequestError(
             f"--layer {options.layer}: the texts of {options.texts} are about layer {told}: leave --layer out"
         )
-    pair = load_pair(options, announce, reconstructor=reconstructor, layer=told)
+    pair = load_pair(options, announce, reconstructor=reconstructor, layer=told, opened=opened)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
     check_layer(texts, layer, options.ar)

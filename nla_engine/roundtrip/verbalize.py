@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from nla_engine.engine.generator import Watch
+from nla_engine.engine.ranks import Ranks
+from nla_engine.engine.split_load import load_on
 from nla_engine.models.av_prompt import Wording, verbalizer_prompt
-from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.load import LanguageModel
 from nla_engine.models.map_files import Maps, find_maps
 from nla_engine.models.sidecar import SIDECAR, Given, Sidecar, read_sidecar
 from nla_engine.models.source import Source, find_source
@@ -75,15 +77,17 @@ class Verbalizer:
         wording: Wording = Wording(),
         base: str | None = None,
         source: Source | None = None,
+        ranks: Ranks | None = None,
     ) -> Verbalizer:
         """From a directory or Hub id. CheckpointError names what is wrong with it.
 
-        base: of an adapter; source: what `find_source` gave for both, if that was asked already
+        base: of an adapter; source: what `find_source` gave for both, if that was asked already; ranks: the group
+        that shares the weights
         """
         source = source or find_source(name, base=base, flag="--av-base", remote_code=remote_code)
         sidecar = read_sidecar(source.having(SIDECAR), "av", given)
         maps = find_maps(source, sidecar, given)
-        lm = load_model(name, device=device, dtype=dtype, source=source, remote_code=remote_code)
+        lm = load_on(ranks, source, device=device, dtype=dtype, remote_code=remote_code)
         return cls(lm, sidecar, kernels=kernels, wording=wording, maps=maps, slots=given.slots)
 
     def __repr__(self) -> str:

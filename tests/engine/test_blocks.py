@@ -10,6 +10,7 @@ from nla_engine.engine.blocks import Blocks
 def test_blocks_are_held_by_one_slot_or_shared_and_none_is_lost(rng) -> None:
     count, size, slots = 23, 5, 6
     blocks, places = Blocks(count, size, slots), [0] * slots
+    follower = Blocks(count, size, slots)  # of another rank
     table = np.full((slots, count), count)
     for _ in range(2000):
         slot = int(rng.integers(slots))
@@ -34,6 +35,8 @@ def test_blocks_are_held_by_one_slot_or_shared_and_none_is_lost(rng) -> None:
         if rng.random() < 0.2:
             changes = blocks.changes()
             table[changes[0], changes[1]] = changes[2]
+            follower.follow(changes)
+            assert [follower.held(slot) for slot in range(slots)] == held
             for row, each in zip(table, held, strict=True):
                 assert row.tolist() == each + [count] * (count - len(each))
     for slot in range(slots):

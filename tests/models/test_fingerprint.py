@@ -39,7 +39,7 @@ def test_every_bit_place_name_and_type_counts(rng) -> None:
 def test_parts_are_folded_in_order(rng, monkeypatch) -> None:
     weight = {"w": torch.from_numpy(rng.normal(size=1000)).float()}
     monkeypatch.setattr(fingerprint, "_PART", 64)
-    first, second = fingerprint._checksums(weight["w"])
+    first, second = fingerprint.checksums(weight["w"])
     plain = weighted = 0
     for part in weight["w"].view(torch.int32).split(64):
         values = [int(value) for value in part]

@@ -205,7 +205,7 @@ def _steady_batch(session: Session, batch: int) -> None:
             "generate",
             f"steady B={batch} context {sizes.context} {what}",
             "tok/s",
-            _steady(session, batch, layers, next_token),
+            steady(session, batch, layers, next_token),
             limit=limit,
             warmups=0,
             detail=lambda p50: f"{batch / p50 * 1e3:.3f} ms/step",
@@ -218,7 +218,7 @@ def _steady_batch(session: Session, batch: int) -> None:
 
 
 @contextmanager
-def _steady(
+def steady(
     session: Session, batch: int, layers: tuple[Site | int, ...], next_token: int | None = None
 ) -> Iterator[Prepared]:
     """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.

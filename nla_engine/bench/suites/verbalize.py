@@ -109,7 +109,7 @@ def verbalizer_of(
     return Verbalizer(lm, sidecar, kernels=Kernels(precision=precision))
 
 
-def _explain(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
+def explained(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> float:
     """Seconds for `count` vectors."""
     rows = vectors(count, session.lm.d_model)
     counts: list[int] = []
@@ -142,8 +142,8 @@ def _merged(session: Session, count: int, new: int, slots: int) -> Iterator[Prep
 
 def _prepared(session: Session, verbalizer: Verbalizer, count: int, new: int, slots: int) -> Prepared:
     return Prepared(
-        lambda: count / _explain(session, verbalizer, count, new, slots),
-        lambda: _explain(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
+        lambda: count / explained(session, verbalizer, count, new, slots),
+        lambda: explained(session, verbalizer, slots, min(_BRIEF_TOKENS, new), slots),
     )
 
 
@@ -151,4 +151,4 @@ def _prepared(session: Session, verbalizer: Verbalizer, count: int, new: int, sl
 def _set_up(session: Session, slots: int) -> Iterator[Prepared]:
     """Seconds for one explanation of one token, with the same slots."""
     verbalizer = verbalizer_of(twin(session.lm), session.layer)
-    yield Prepared(lambda: _explain(session, verbalizer, 1, 1, slots))
+    yield Prepared(lambda: explained(session, verbalizer, 1, 1, slots))
