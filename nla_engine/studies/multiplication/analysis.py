@@ -23,7 +23,7 @@ from nla_engine.studies.findings import (
     load_scored,
     score_findings,
 )
-from nla_engine.studies.intervals import Bootstrap, Estimate, proportion
+from nla_engine.referee.intervals import Bootstrap, Estimate, proportion
 from nla_engine.studies.multiplication.answers import (
     PLACES,
     Reply,

@@ -55,7 +55,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0, 0)
 
 
 def interval_note(clusters: str) -> str:
-    """What a reader must know about the intervals in a table. clusters: what the study draws, such as "questions"."""
+    """What a reader must know about the intervals in a table. clusters: what is drawn, such as "questions"."""
     return (
         f"In brackets: 95% intervals by a bootstrap over {clusters} ({RESAMPLES:,} resamples), or Wilson's where every "
         "value is alike."
