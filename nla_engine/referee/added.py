@@ -4,7 +4,9 @@ Values of a row's several explanations are averaged first. Over a control, on th
 
     over = mean of (FVE of the explanations - FVE of the control)
 
-and over the best control: the least of these. Intervals draw whole sequences; the best is chosen anew in every draw.
+and over the best control: the least of these, and of the FVE itself. The latter is that over the mean vector, which has
+FVE 0 without any text, so that bad controls add nothing. Intervals draw whole sequences; the best is chosen anew in
+every draw.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from nla_engine.roundtrip.results import batches, read_metadata
 
 #: In the metadata of a table, under made_by.
 CONTROLS = "controls"
+#: Stands for the mean vector where no control does better. It needs no text.
+MEAN = "mean"
 #: A control counts for the best one if at least this share of the rows has it.
 LEAST_SHARE = 0.5
 
@@ -47,7 +51,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Added:
-    """explained: the explanations; controls: by name; best: the control that leaves the least, None without any.
+    """explained: the explanations; controls: by name; best: the control that leaves the least, or MEAN; None without
+    scores.
 
     over_text: the explanations over the best control
     """
@@ -87,9 +92,10 @@ class Added:
         }
         known = np.isfinite(fve[EXPLAINED]).sum()
         fit = [name for name in names if known and np.isfinite(over[name]).sum() >= LEAST_SHARE * known]
-        means = {name: float(np.nanmean(over[name])) for name in fit}
-        best = min(means, key=lambda name: means[name]) if means else None
-        values = np.stack([over[name] for name in fit]) if fit else np.full((1, len(rows)), np.nan)
+        compared = {name: over[name] for name in fit} | {MEAN: fve[EXPLAINED]}
+        means = {name: float(np.nanmean(values)) for name, values in compared.items()} if known else {}
+        best = min(means, key=lambda name: means[name]) if means and fit else None
+        values = np.stack(list(compared.values())) if best else np.full((1, len(rows)), np.nan)
         return cls(
             scored[EXPLAINED], {name: scored[name] for name in names}, best, boot.least(values, sequence)
         )
@@ -98,8 +104,12 @@ class Added:
         """What these numbers show, and what they cannot."""
         if self.best is None:
             return ["No control has texts for half of the rows: what the explanations add is not known."]
-        over, control = self.over_text, self.controls[self.best]
-        figures = f"FVE {self.explained.fve_nrm:.3f}, best control {self.best} {control.fve_nrm:.3f}"
+        over, name = self.over_text, self.best
+        if name == MEAN:
+            control, name = 0.0, "the mean vector, since no control text does better"
+        else:
+            control = self.controls[name].fve_nrm
+        figures = f"FVE {self.explained.fve_nrm:.3f}, best control {self.best} {control:.3f}"
         if not over.bounded:
             head = (
                 f"What the explanations add cannot be told ({figures}): fewer than {FEWEST_CLUSTERS} sequences give no "
@@ -107,17 +117,17 @@ class Added:
             )
         elif over.above(0):
             head = (
-                f"The explanations carry more of the vector than any control: {over.value:.3f} of FVE over {self.best} "
+                f"The explanations carry more than any control does: {over.value:.3f} of FVE over {name} "
                 f"(95% interval {over.low:.3f} to {over.high:.3f}; {figures})."
             )
         elif over.below(0):
             head = (
-                f"The explanations carry less than {self.best}, which never saw the row's vector: {over.value:.3f} of "
+                f"The explanations carry less than {name}, without the row's vector: {over.value:.3f} of "
                 f"FVE (95% interval {over.low:.3f} to {over.high:.3f}; {figures})."
             )
         else:
             head = (
-                f"That the explanations carry more than {self.best}, which never saw the row's vector, was not shown: "
+                f"That the explanations carry more than {name}, without the row's vector, was not shown: "
                 f"{over.value:.3f} of FVE (95% interval {over.low:.3f} to {over.high:.3f}; {figures})."
             )
         out = [head]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -17,8 +17,17 @@ from nla_engine.roundtrip.texts import GIVEN, Vectors
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.store import CaptureStore
 
+#: The column that says which control a text is of, in the table of controls and in tables made of it.
+CONTROL = "control"
+#: In the metadata of such tables: that they are.
+OF_CONTROLS = "of_controls"
 #: Names in the column `control`; `last_k` for each k.
 EXPLAINED, READER, OTHER_PLACE, OTHER_TEXT = "explained", "reader", "other_place", "other_text"
+
+
+def of_controls(metadata: Mapping[str, Any]) -> bool:
+    """Whether a table is the one of controls, or was made of it."""
+    return bool(metadata.get(OF_CONTROLS))
 
 
 class ControlTexts:

@@ -16,7 +16,7 @@ from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.referee.added import CONTROLS, Added
-from nla_engine.referee.control_texts import ControlTexts
+from nla_engine.referee.control_texts import OF_CONTROLS, ControlTexts
 from nla_engine.referee.load import AR_AS_GIVEN, check_revision, read_by, reading_options, selected_texts
 from nla_engine.referee.reader import Reader
 from nla_engine.roundtrip.layers import controls_of
@@ -57,7 +57,7 @@ class ControlsSummary:
             "controls": {name: found.to_dict() for name, found in added.controls.items()},
             "says": added.says(),
             "variance": round(self.variance, 6),
-            "reader": self.reader,
+            "reader_model": self.reader,
             "seconds": self.seconds,
             "seconds_by_phase": self.seconds_by_phase,
         }
@@ -183,6 +183,7 @@ class _ControlsRun(Run):
         return {
             **describe_run(),
             "made_by": CONTROLS,
+            OF_CONTROLS: True,
             "run": self.asked.to_dict() | told,
             **self.every.texts.written_by(),
             **self.pair.describe(),

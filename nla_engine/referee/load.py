@@ -63,7 +63,8 @@ def reading_options(options: PatchOptions | ControlsOptions, texts: TextFile) ->
         for name, told in made["run"].items():
             if name in AR_AS_GIVEN and told and not given[name]:
                 given[name] = AR_AS_GIVEN[name](told)
-    given |= {"variance": options.variance} if isinstance(options, ControlsOptions) else {}
+    if isinstance(options, ControlsOptions):  # which writes its table as score does
+        given |= {name: getattr(options, name) for name in ("variance", "resume", "overwrite")}
     same = ("store", "out", "layer", "seed", "precision", "dtype", "device", "kernels", "trust_remote_code")
     return ScoreOptions(
         ar=ar, texts=options.explained, **{name: getattr(options, name) for name in same}, **given

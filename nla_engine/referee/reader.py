@@ -130,7 +130,7 @@ class Reader:
         task = _TASK.format(words=self.words)
         rendered = self._render("\n\n".join([task, *shown, f"Text:\n{self._plain(text)}\n\nDescription:\n"]))
         special = not self.lm.tokenizer.chat_template
-        ids: list[int] = self.lm.tokenizer.encode(rendered, add_special_tokens=special)
+        ids: list[int] = self.lm.tokenizer.encode(rendered, add_special_tokens=special, verbose=False)
         return ids
 
     def _plain(self, text: str) -> str:

@@ -17,6 +17,7 @@ from nla_engine.errors import EngineError, RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
+from nla_engine.referee.control_texts import OF_CONTROLS, of_controls
 from nla_engine.referee.load import (
     check_captured,
     check_revision,
@@ -273,6 +274,7 @@ class _Run:
         return {
             **describe_run(),
             "made_by": PATCH,
+            OF_CONTROLS: of_controls(self.texts.metadata or {}),
             "run": self.options.to_dict(),
             **self.texts.written_by(),
             **self.pair.describe(),
