@@ -131,6 +131,11 @@ class Added:
                 f"{over.value:.3f} of FVE (95% interval {over.low:.3f} to {over.high:.3f}; {figures})."
             )
         out = [head]
+        if self.best == MEAN:
+            out.append(
+                "No control text does better than no text at all: either the text says nothing of these vectors, or "
+                "this AR cannot read the controls. Which of the two is not known; a better --reader can tell more."
+            )
         if left := [n for n, c in self.controls.items() if c.rows < LEAST_SHARE * self.explained.rows]:
             out.append(
                 f"Fewer than half of the rows have {', '.join(left)}: not counted for the best control."

@@ -184,6 +184,7 @@ def test_bad_controls_add_nothing_and_few_sequences_claim_nothing(rng: np.random
     own = rng.uniform(0.4, 0.6, 60)
     added = Added.of(columns(own, np.full(60, -3.0), 12), 0)
     assert added.best == MEAN and added.over_text.value == pytest.approx(own.mean())
+    assert any("cannot read the controls" in text for text in added.says())
     few = Added.of(columns(own, own - 0.1, 3), 0)
     assert not few.over_text.bounded and "cannot be told" in few.says()[0]
     worse = Added.of(columns(own, own + 0.1, 12), 0)
