@@ -22,6 +22,13 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
+    controls: Annotated[
+        Path | None,
+        typer.Option(
+            "--controls",
+            help="The table of controls of these explanations: the page begins with what they add to the text.",
+        ),
+    ] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading. [default: store and layer]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     as_json: Json = False,
@@ -30,7 +37,9 @@ def report(
     from nla_engine.report import write_report
     from nla_engine.store import CaptureStore
 
-    summary = write_report(CaptureStore.open(store), explained, out, title=title, overwrite=overwrite)
+    summary = write_report(
+        CaptureStore.open(store), explained, out, title=title, overwrite=overwrite, controls=controls
+    )
     if summary.warnings:
         say(f"the page warns of {len(summary.warnings)} thing{'s' * (len(summary.warnings) > 1)}:")
     for warning in summary.warnings:

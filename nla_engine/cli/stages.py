@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, patch, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, patch, controls, demo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nla_engine.cli.progress import progress_bar
 from nla_engine.config import (
     AskOptions,
     CaptureOptions,
+    ControlsOptions,
     ExplainOptions,
     LensOptions,
     PatchOptions,
@@ -124,6 +125,16 @@ def patch_command(options: PatchOptions, as_json: bool) -> None:
     with progress_bar("texts") as progress:
         summary = run_patch(options, announce=say, progress=progress)
     finish("patched", summary.to_dict(), as_json)
+
+
+@command(ControlsOptions)
+def controls_command(options: ControlsOptions, as_json: bool) -> None:
+    """What explanations add to the text: their scores over those of texts that never saw the vector."""
+    from nla_engine.referee.controls import run_controls
+
+    with progress_bar("texts") as progress:
+        summary = run_controls(options, announce=say, progress=progress)
+    finish("controls", summary.to_dict(), as_json, told=summary.told())
 
 
 @command(LensOptions)

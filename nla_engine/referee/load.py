@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.config import PatchOptions, ScoreOptions
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.config import ControlsOptions, PatchOptions, ScoreOptions
+from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import DTYPES, LanguageModel
+from nla_engine.roundtrip.pair import Pair, load_pair
 from nla_engine.roundtrip.rows import nothing_selected, spread
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 
 #: Options of a run that say how its AR was loaded, apart from its name; and each as an option, from its form in JSON.
-_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
+AR_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
     "ar_map": Path,
     "whitening": Path,
     "ar_base": str,
@@ -38,7 +39,7 @@ def check_captured(store: CaptureStore) -> None:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 
 
-def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
+def selected_texts(options: PatchOptions | ControlsOptions, store: CaptureStore) -> TextFile:
     """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
@@ -51,24 +52,40 @@ def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
     return texts.only(rows)
 
 
-def reading_options(options: PatchOptions, texts: TextFile) -> ScoreOptions:
+def reading_options(options: PatchOptions | ControlsOptions, texts: TextFile) -> ScoreOptions:
     """The options with which `score` would read the texts. RequestError if no AR is named."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
+    given: dict[str, Any] = {name: getattr(options, name) for name in AR_AS_GIVEN}
     ar = options.ar
     if ar is None:
         made = texts.metadata or {}
         if (ar := made.get("ar")) is None:
             raise RequestError(f"{texts.path}: does not name an AR, since none has scored it: give --ar")
         for name, told in made["run"].items():
-            if name in _AS_GIVEN and told and not given[name]:
-                given[name] = _AS_GIVEN[name](told)
+            if name in AR_AS_GIVEN and told and not given[name]:
+                given[name] = AR_AS_GIVEN[name](told)
+    if isinstance(options, ControlsOptions):  # which writes its table as score does
+        given |= {name: getattr(options, name) for name in ("variance", "resume", "overwrite")}
     same = ("store", "out", "layer", "seed", "precision", "dtype", "device", "kernels", "trust_remote_code")
     return ScoreOptions(
         ar=ar, texts=options.explained, **{name: getattr(options, name) for name in same}, **given
     )
 
 
-def check_revision(options: PatchOptions, texts: TextFile, revision: str | None) -> None:
+def read_by(
+    options: PatchOptions | ControlsOptions, reading: ScoreOptions, announce: Callable[[str], None]
+) -> Pair:
+    """The AR. An error names the table if that is where its name comes from."""
+    try:
+        return load_pair(reading, announce)
+    except CheckpointError as error:
+        if options.ar is not None:
+            raise
+        raise CheckpointError(
+            f"{options.explained}: names the AR {reading.ar}, which cannot be read: {error}: give it with --ar"
+        ) from error
+
+
+def check_revision(options: PatchOptions | ControlsOptions, texts: TextFile, revision: str | None) -> None:
     """RequestError if the AR that the table names was fetched in another revision than the one that made the table."""
     made = texts.metadata or {}
     if options.ar is None and revision != made.get("ar_revision"):

@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nla_engine.config import PatchOptions, ScoreOptions
-from nla_engine.errors import CheckpointError, EngineError, RequestError
+from nla_engine.config import PatchOptions
+from nla_engine.errors import EngineError, RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
+from nla_engine.referee.control_texts import OF_CONTROLS, of_controls
 from nla_engine.referee.load import (
     check_captured,
     check_revision,
     load_checked,
+    read_by,
     reading_options,
     selected_texts,
 )
@@ -29,7 +31,7 @@ from nla_engine.referee.patcher import Patcher
 from nla_engine.referee.table import PatchSummary, columns_of, schema_of, summarise
 from nla_engine.referee.trial import Places, try_lanes
 from nla_engine.referee.variants import VARIANTS, Variants
-from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
+from nla_engine.roundtrip.pair import Pair, choose_layer
 from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullable
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
@@ -78,7 +80,7 @@ def run_patch(
             f"{options.explained}: one row has no control, which is the reconstruction of another: select two or more"
         )
     reading = reading_options(options, texts)
-    pair = _read_by(options, reading, announce)
+    pair = read_by(options, reading, announce)
     check_revision(options, texts, pair.ar.lm.revision)
     site = choose_layer(store, reading, pair)
     check_layer(texts, site, reading.ar)
@@ -104,18 +106,6 @@ def run_patch(
     seconds = phases.seconds()
     working = sum(seconds.get(phase, 0.0) for phase in (PATCHING, FINISHING))
     return summarise(options.out, seconds, table.done - before, working)
-
-
-def _read_by(options: PatchOptions, reading: ScoreOptions, announce: Announce) -> Pair:
-    """The AR. An error names the table if that is where its name comes from."""
-    try:
-        return load_pair(reading, announce)
-    except CheckpointError as error:
-        if options.ar is not None:
-            raise
-        raise CheckpointError(
-            f"{options.explained}: names the AR {reading.ar}, which cannot be read: {error}: give it with --ar"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -284,6 +274,7 @@ class _Run:
         return {
             **describe_run(),
             "made_by": PATCH,
+            OF_CONTROLS: of_controls(self.texts.metadata or {}),
             "run": self.options.to_dict(),
             **self.texts.written_by(),
             **self.pair.describe(),

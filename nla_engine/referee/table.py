@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from nla_engine.referee.control_texts import CONTROL, EXPLAINED, of_controls
 from nla_engine.referee.measures import Measured
 from nla_engine.referee.variants import MEAN, RECONSTRUCTION, VARIANTS
 from nla_engine.roundtrip.results import SCHEMA, batches, nullable, read_metadata
@@ -77,6 +78,7 @@ class PatchSummary:
 
     loss_recovered: 1 - mean kl / mean kl_mean; loss_recovered_shuffled: the same of another row's reconstruction.
     measures: by column; with a horizon those of the later positions too. rows_per_second: texts, AR included.
+    controls: of a table of controls, whose other means are those of the explanations alone: by name.
     """
 
     out: str
@@ -94,10 +96,13 @@ class PatchSummary:
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
+    controls: dict[str, dict[str, float | None]]
 
     def to_dict(self) -> dict[str, Any]:
         facts = asdict(self)
         measures = facts.pop("measures")
+        if not facts["controls"]:
+            del facts["controls"]
         after = list(facts).index("status")
         items = list(facts.items())
         return dict(items[:after]) | measures | dict(items[after:])
@@ -111,8 +116,16 @@ def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: 
     names = [
         named(m, variant, prefix) for prefix in prefixes for m in (KL, TOP1, CHANGE) for variant in VARIANTS
     ]
-    parts = list(batches(out, ["row", "status", "cos", *names]))
+    more = [CONTROL] if of_controls(run) else []
+    parts = list(batches(out, ["row", "status", "cos", *names, *more]))
     data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    controls = {}
+    if more:
+        kinds = data[CONTROL].astype(str)
+        for kind in dict.fromkeys(kinds.tolist()):
+            controls[kind] = _of_kind({name: values[kinds == kind] for name, values in data.items()})
+        data = {name: values[kinds == EXPLAINED] for name, values in data.items()}
+        del controls[EXPLAINED]
     means = {name: _mean(data[name]) for name in names}
     measures: dict[str, float | None] = {}
     for name in names:
@@ -135,7 +148,15 @@ def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: 
         seconds=round(sum(seconds.values()), 3),
         seconds_by_phase=dict(seconds),
         rows_per_second=round(new_texts / working, 2) if working else 0.0,
+        controls=controls,
     )
+
+
+def _of_kind(data: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """The means of the texts of one control."""
+    names = [named(KL, RECONSTRUCTION), named(KL, MEAN), TOP1, CHANGE]
+    means = {name: _mean(data[name]) for name in names}
+    return {RECOVERED: _recovered(means, "", RECONSTRUCTION), **means}
 
 
 def _recovered(means: Mapping[str, float | None], prefix: str, variant: str) -> float | None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
+from nla_engine.referee.added import CONTROLS
 from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, PATCH, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.sites import Site
@@ -80,6 +81,10 @@ class Explained:
         if metadata.get("made_by") == PATCH:
             raise RequestError(
                 f"{path}: is the table of patch, which the page does not show: give the table that it was made of"
+            )
+        if metadata.get("made_by") == CONTROLS:
+            raise RequestError(
+                f"{path}: is the table of controls: give it with --controls, and the explanations that it was made of"
             )
         if metadata["run"].get("prefixes"):
             raise RequestError(

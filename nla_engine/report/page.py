@@ -22,8 +22,10 @@ from typing import Any
 
 from nla_engine.errors import RequestError
 from nla_engine.options import check_ending
+from nla_engine.referee.added import Added
 from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import Figure, facts, figures, lead, warnings
+from nla_engine.report.text_only import AREA, area, headline, read_added
 from nla_engine.store import CaptureStore
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.lease import Lease
@@ -85,10 +87,12 @@ def write_report(
     title: str | None = None,
     sections: Sequence[Section] = (),
     overwrite: bool = False,
+    controls: str | os.PathLike[str] | None = None,
 ) -> ReportSummary:
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
+    controls: the table of controls of these explanations: the page then begins with what they add to the text
     Raises RequestError (`out` exists, is the table, or is not named .html; store and table do not belong together; a
     section's id is unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
@@ -105,7 +109,13 @@ def write_report(
         raise RequestError(f"{out}: is the table that the page is made of: choose another name")
     check_ending(out, "the page is HTML", ".html", ".htm")
     check_outside_stores(out)
-    page = render(store, Explained.read(store, explained), title, sections)
+    table = Explained.read(store, explained)
+    added = None if controls is None else read_added(store, table, Path(controls))
+    if added is not None:
+        if out.exists() and out.samefile(Path(controls or "")):
+            raise RequestError(f"{out}: is the table of controls: choose another name")
+        sections = (Section(*AREA, area(added)), *sections)
+    page = render(store, table, title, sections, added)
     with Lease.beside(out):  # two writers of one page would share a temporary file
         write_file_atomically(out, page.html)
     return ReportSummary(
@@ -129,9 +139,16 @@ class RenderedPage:
 
 
 def render(
-    store: CaptureStore, table: Explained, title: str | None = None, sections: Sequence[Section] = ()
+    store: CaptureStore,
+    table: Explained,
+    title: str | None = None,
+    sections: Sequence[Section] = (),
+    added: Added | None = None,
 ) -> RenderedPage:
-    """The page of a store and its explained rows. RequestError if a section's id is unfit or taken."""
+    """The page of a store and its explained rows. RequestError if a section's id is unfit or taken.
+
+    added: what these add to the text, if that was measured
+    """
     taken = list(AREAS)
     for section in sections:
         if not _SECTION_ID.fullmatch(section.id) or section.id in taken:
@@ -141,7 +158,8 @@ def render(
         taken.append(section.id)
     data, caveats = page_data(store, table), warnings(store, table)
     title = title or f"{store.path.name}: {table.site.label} in words"
-    html = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
+    shown = figures(table) if added is None else [headline(added), *figures(table)]
+    html = _assemble(store, table, data, title, caveats, sections, shown).encode("utf-8", "replace")
     return RenderedPage(html, data, caveats)
 
 
@@ -152,8 +170,9 @@ def _assemble(
     title: str,
     caveats: Sequence[str],
     sections: Sequence[Section],
+    shown: Sequence[Figure],
 ) -> str:
-    script, shown = _joined(SCRIPTS), figures(table)
+    script = _joined(SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "title": escape(title),

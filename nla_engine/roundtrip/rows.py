@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.config import AskOptions, LensOptions, PatchOptions, WritingOptions
+from nla_engine.config import AskOptions, ControlsOptions, LensOptions, PatchOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
 from nla_engine.store.objects import place
@@ -55,7 +55,9 @@ def spread(count: int, kept: int) -> np.ndarray:
     return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
-def nothing_selected(options: WritingOptions | AskOptions | LensOptions | PatchOptions) -> StoreError:
+def nothing_selected(
+    options: WritingOptions | AskOptions | LensOptions | PatchOptions | ControlsOptions,
+) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"

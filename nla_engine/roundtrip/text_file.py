@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -102,6 +102,10 @@ class TextFile:
     def text(self, place: int) -> str:
         """One text, by its place."""
         return str(self._table["explanation"][place].as_py())
+
+    def tokens(self, place: int) -> int | None:
+        """The tokens of one text, by its place; None if that is not known."""
+        return cast(int | None, self._table["n_tokens"][place].as_py())
 
     def row_of(self, text: int) -> int:
         """The row of a text, by the text's place."""

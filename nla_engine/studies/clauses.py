@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from nla_engine.referee.intervals import Bootstrap, Estimate
 from nla_engine.studies.findings import ALL
-from nla_engine.studies.intervals import Bootstrap, Estimate
 
 #: The table by clause number leaves out numbers of clauses that a smaller share of explanations has.
 RAREST = 0.05

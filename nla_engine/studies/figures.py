@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_engine.studies.intervals import Estimate
+from nla_engine.referee.intervals import Estimate
 
 #: Most panels side by side.
 COLUMNS = 3

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nla_engine.studies.intervals import UNKNOWN, Bootstrap, Estimate, constant
+from nla_engine.referee.intervals import UNKNOWN, Bootstrap, Estimate, constant
 from nla_engine.studies.reread import WITH_TEXT
 
 #: All rows of interest together; and the place of all other rows.

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from nla_engine.referee.intervals import FEWEST_CLUSTERS, Estimate
 from nla_engine.studies.clauses import Clause
 from nla_engine.studies.findings import ALL, Finding
-from nla_engine.studies.intervals import FEWEST_CLUSTERS, Estimate
 from nla_engine.studies.tables import decimal, show
 
 #: Two kinds of explanation whose FVE differs by less look alike to a reader of one explanation.

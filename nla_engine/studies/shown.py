@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nla_engine.referee.intervals import Estimate
 from nla_engine.studies.clauses import Clause
 from nla_engine.studies.figures import GREY, SHARE, Figure, Panel, Series, own, shuffled
 from nla_engine.studies.findings import ALL, Finding
-from nla_engine.studies.intervals import Estimate
 from nla_engine.studies.tables import Cell, Table
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nla_engine.studies.intervals import Estimate
+from nla_engine.referee.intervals import Estimate
 
 Cell = str | int | float | Estimate | None
 

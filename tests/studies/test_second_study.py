@@ -12,9 +12,9 @@ import pytest
 from commands import contents
 
 from nla_engine.errors import RequestError
+from nla_engine.referee.intervals import Bootstrap, interval_note
 from nla_engine.studies.directory import EXPLAINED, REREAD, StudyDirectory
 from nla_engine.studies.findings import Finding, load_scored, score_findings
-from nla_engine.studies.intervals import Bootstrap, interval_note
 from nla_engine.studies.models import Models
 from nla_engine.studies.reread import explained_rows, plan
 from nla_engine.studies.sentences import Words

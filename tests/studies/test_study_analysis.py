@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nla_engine.demo.claims import read_claims
+from nla_engine.referee.intervals import Bootstrap
 from nla_engine.studies.clauses import clause_losses
 from nla_engine.studies.findings import ALL
-from nla_engine.studies.intervals import Bootstrap
 from nla_engine.studies.multiplication.agreement import agreement
 from nla_engine.studies.multiplication.analysis import (
     Rows,

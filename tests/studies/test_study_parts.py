@@ -13,8 +13,8 @@ import pytest
 from nla_engine.demo.problems import TIMES_KEYS, held_out_pairs
 from nla_engine.engine.request import Finish
 from nla_engine.errors import RequestError
+from nla_engine.referee.intervals import UNKNOWN, Estimate
 from nla_engine.store.sequences import StoredSequence, Vocabulary
-from nla_engine.studies.intervals import UNKNOWN, Estimate
 from nla_engine.studies.multiplication.answers import _read, digit_split, glued
 from nla_engine.studies.multiplication.naming import kind_of
 from nla_engine.studies.multiplication.problems import draw_problems, parse_phrasings, parse_range

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.axes import Axes
 
+from nla_engine.referee.intervals import Estimate
 from nla_engine.studies.clauses import Clause
 from nla_engine.studies.figures import Figure, Panel, draw, own, shuffled
 from nla_engine.studies.findings import ALL, Contrast, Finding
-from nla_engine.studies.intervals import Estimate
 from nla_engine.studies.models import Models
 from nla_engine.studies.multiplication.analysis import Origin
 from nla_engine.studies.multiplication.figures import figures_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nla_engine.demo.claims import read_claims
-from nla_engine.studies.intervals import FEWEST_CLUSTERS, Bootstrap, proportion, wilson
+from nla_engine.referee.intervals import FEWEST_CLUSTERS, Bootstrap, proportion, wilson
 from nla_engine.studies.multiplication.naming import MEASURES, Facts, TextIndex, chance, named_flags
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nla_engine.demo.claims import Named, read_claims
+from nla_engine.referee.intervals import Bootstrap, Estimate
 from nla_engine.studies.findings import ALL
-from nla_engine.studies.intervals import Bootstrap, Estimate
 from nla_engine.studies.multiplication.answers import PLACES, Reply
 
 Pair = tuple[int, int]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nla_engine.demo.claims import Named, read_claims
+from nla_engine.referee.intervals import Bootstrap, Estimate, proportion
 from nla_engine.studies.findings import (
     ALL,
     FEWEST,
@@ -23,7 +24,6 @@ from nla_engine.studies.findings import (
     load_scored,
     score_findings,
 )
-from nla_engine.studies.intervals import Bootstrap, Estimate, proportion
 from nla_engine.studies.multiplication.answers import (
     PLACES,
     Reply,

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from nla_engine.referee.intervals import Bootstrap, Estimate
 from nla_engine.roundtrip.results import ranked_among, read_metadata
 from nla_engine.studies.clauses import Clause, clause_losses
 from nla_engine.studies.findings import Contrast, Finding
-from nla_engine.studies.intervals import Bootstrap, Estimate
 from nla_engine.studies.models import Models
 from nla_engine.studies.multiplication.agreement import Agreement, agreement
 from nla_engine.studies.multiplication.analysis import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from nla_engine.referee.intervals import interval_note
 from nla_engine.studies.findings import ALL, SCORES
-from nla_engine.studies.intervals import interval_note
 from nla_engine.studies.multiplication.answers import PLACES
 from nla_engine.studies.multiplication.figures import figures_of
 from nla_engine.studies.multiplication.naming import MEASURES
