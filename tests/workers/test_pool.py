@@ -142,8 +142,12 @@ def test_what_is_unfinished(tmp_path: Path) -> None:
     assert left and not set(left) & set(done)
 
 
-def test_killed_at_random(tmp_path: Path, rng: np.random.Generator) -> None:
-    """A process is killed at a random time, twice, so that no item can be lost three times."""
+@pytest.mark.parametrize("number", range(int(os.environ.get("NLA_KILL_ROUNDS", "2"))))
+def test_killed_at_random(number: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    """A process is killed at a random time, twice, so that no item can be lost three times.
+
+    NLA_KILL_ROUNDS: how often this is done.
+    """
     delays, victims = rng.uniform(0, 0.8, 2), rng.integers(3, size=2)
     got: dict[int, int] = {}
     lines: list[str] = []
