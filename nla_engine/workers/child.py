@@ -22,6 +22,7 @@ from typing import Any
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.workers.job import Job, Stopped, Told, unfinished_of
+from nla_engine.workers.outgoing import Outgoing
 from nla_engine.workers.wire import Wire
 
 #: Seconds between two reports of how far the worker is.
@@ -37,6 +38,7 @@ class Line:
         self._stopped = threading.Event()
         self._reported = 0.0
         self._last: Callable[[], Any] | None = None
+        self.results: Outgoing | None = None
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
     def _read(self) -> None:
@@ -111,7 +113,7 @@ class Items:
             self._unfinished += len(more[0])
 
     def end(self) -> None:
-        """A result has been sent."""
+        """A result is on its way."""
         self._unfinished -= 1
 
     def check(self) -> None:
@@ -127,7 +129,11 @@ def main() -> None:
     line = Line(Wire(socket.socket(fileno=int(sys.argv[-1]))))
     code = 0
     try:
-        _work(line)
+        try:
+            _work(line)
+        finally:
+            if line.results is not None:
+                line.results.flush()
         line.wire.send(("bye",))
     except OSError as error:
         if not isinstance(error, BrokenPipeError | ConnectionError):
@@ -151,6 +157,7 @@ def _work(line: Line) -> None:
                 break
             importlib.import_module(more[0])  # what the job will need, while the run still prepares
         job: Job = more[0]
+        line.results = results = Outgoing(line.wire, more[2])
         worker = job.open(more[1], line)
     except Stopped:
         return
@@ -158,7 +165,7 @@ def _work(line: Line) -> None:
     items = Items(line)
     try:
         for item, result in worker.run(items):
-            line.wire.send(("result", item, result))
+            results.put(("result", item, result))
             items.end()
         items.check()
         line.report()

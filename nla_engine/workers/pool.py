@@ -24,6 +24,8 @@ from nla_engine.workers.process import WorkerProcess
 
 #: Bytes of results that may wait in memory.
 _WAITING_BYTES = 1 << 28
+#: Most bytes of results that wait in a worker to be sent.
+_OUTGOING_BYTES = 1 << 26
 #: Seconds that workers have to take their leave once all results are there.
 _LEAVE_SECONDS = 20.0
 
@@ -43,7 +45,8 @@ class Pool:
 
     imports: a module that the job will need
     announce: called with lines of workers, and of the pool; unit: what items are, for these lines
-    waiting_bytes: of results that were received and not taken; workers wait while there are more
+    waiting_bytes: of results that were received and not taken; workers wait while there are more. In all workers
+        together at most half as many wait to be sent
     A context manager: leaving it ends the processes.
     """
 
@@ -59,6 +62,7 @@ class Pool:
         self.devices = tuple(devices)
         self._imports, self._announce, self._unit = imports, announce, unit
         self._most = waiting_bytes
+        self._outgoing = min(waiting_bytes // (2 * len(devices)), _OUTGOING_BYTES)
         self._threads = max(_cores() // len(devices), 1)
         self._lock = threading.Condition()
         self._handing = Handing([], 1)
@@ -116,7 +120,7 @@ class Pool:
             self._handing = Handing(items, len(self._workers), together)
             self._told, self._job = told, job
             for worker in self._workers.values():
-                worker.send("work", job, worker.device)
+                worker.send("work", job, worker.device, self._outgoing)
             self._lock.notify_all()
         while True:
             with self._lock:
@@ -206,7 +210,7 @@ class Pool:
             self._readers.append((thread, worker))
             worker.send("import", self._imports)
             if self._job is not None:
-                worker.send("work", self._job, device)
+                worker.send("work", self._job, device, self._outgoing)
         thread.start()
 
     def _receive(self, worker: WorkerProcess) -> None:

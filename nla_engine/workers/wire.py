@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,16 @@ _SMALL = 1 << 15
 _HEAD = struct.Struct("<QQ")
 
 
-class Wire:
-    """One end. Any thread may send; one thread receives."""
+@dataclass(frozen=True)
+class Packed:
+    """A message ready to be sent; its large arrays are not copied."""
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = end
-        self._sending = threading.Lock()
+    head: bytes
+    large: tuple[memoryview, ...]
 
-    def send(self, message: Any) -> None:
-        """OSError if the other end is closed."""
+    @classmethod
+    def of(cls, message: Any) -> Packed:
+        """Of anything that can be pickled."""
         large: list[memoryview] = []
 
         def inside(buffer: pickle.PickleBuffer) -> bool:
@@ -41,9 +43,30 @@ class Wire:
 
         pickled = pickle.dumps(message, protocol=5, buffer_callback=inside)
         sizes = struct.pack(f"<{len(large)}Q", *(raw.nbytes for raw in large))
+        return cls(_HEAD.pack(len(pickled), len(large)) + sizes + pickled, tuple(large))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return len(self.head) + sum(raw.nbytes for raw in self.large)
+
+
+class Wire:
+    """One end. Any thread may send; one thread receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._sending = threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """OSError if the other end is closed."""
+        self.send_packed(Packed.of(message))
+
+    def send_packed(self, message: Packed) -> None:
+        """The same, of a message that is packed already."""
         with self._sending:
-            self._socket.sendall(_HEAD.pack(len(pickled), len(large)) + sizes + pickled)
-            for raw in large:
+            self._socket.sendall(message.head)
+            for raw in message.large:
                 self._socket.sendall(raw)
 
     def receive(self, reserve: Callable[[int], None] = lambda size: None) -> tuple[Any, int]:
