@@ -21,6 +21,7 @@ SUITES = (
     "roundtrip",
     "store",
     "scaling",
+    "parallel",
     "codec",
     "prompts",
     "real",

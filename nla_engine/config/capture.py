@@ -180,6 +180,8 @@ class CaptureOptions(Options):
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
     tensor_parallel: int = fields.tensor_parallel("the model")
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")

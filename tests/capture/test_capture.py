@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model, write_prompts
 
-from nla_engine.capture import appender
+from nla_engine.capture import appender, setup
 from nla_engine.capture import run as stage
 from nla_engine.capture.run import run_capture
 from nla_engine.codec.rows import bf16_bits, bf16_values
@@ -172,7 +172,7 @@ def test_corpus_mode_reads_text_and_stops_early(tmp_path: Path) -> None:
 
 
 def test_long_prompts_are_read_in_chunks(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(stage.MAX_PREFILL_TOKENS, "cpu", 7)
+    monkeypatch.setitem(setup.MAX_PREFILL_TOKENS, "cpu", 7)
     lm = language_model()
     run_capture(options(tmp_path, positions="all"), lm=lm)
     check_store(lm, tmp_path / "run.zarr", "all", (1, 3), limit=2**-8)

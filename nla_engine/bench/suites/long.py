@@ -132,12 +132,12 @@ class _GivenLengths(CaptureJob):
     #: Bytes of rows on the device.
     staging = 0
 
-    def _try_generator(self, *given: Any) -> AnyGenerator:
-        generator = super()._try_generator(*given)
+    def _from_here(self, generator: AnyGenerator | None, *given: Any) -> Any:
+        assert generator is not None
         tap = generator.runner.tap
         assert isinstance(tap, RowTap)
         self.staging = tap.staging.nbytes
-        return generator
+        return super()._from_here(generator, *given)
 
     def _requests(self, *given: Any) -> Iterator[Request]:
         for request in super()._requests(*given):
