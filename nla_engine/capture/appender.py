@@ -30,11 +30,16 @@ class Appender:
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences, by number. Raises WriteError, or EngineError if one lacks rows.
 
-        Then those before it are appended. A commit that is due because a shard filled comes first: the full shards of
+        Some that together fill the last shards come first, if there are such: a store that is joined with others shares
+        its files with the result up to such a place (`store.exchange.link`).
+
+        A commit that is due because a shard filled comes first: the full shards of
         earlier calls are on disk by now. An overdue commit comes last, to include these sequences: the next ones may
         take long.
         """
         ended = sorted(ended, key=lambda completion: completion.request.id)
+        first = filling([len(each.positions) for each in ended], self._writer.room)
+        ended = [ended[i] for i in sorted(first)] + [each for i, each in enumerate(ended) if i not in first]
         overdue = self._writer.is_overdue
         if not overdue:
             self._writer.commit_if_due()
@@ -56,6 +61,25 @@ class Appender:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
         self.tokens_generated += sum(len(completion.generated) for completion in ended)
+
+
+def filling(sizes: Sequence[int], room: int) -> set[int]:
+    """Places of some of these sizes whose sum is `room`, which is not 0; none if there are no such."""
+    if not 0 < room <= sum(sizes):
+        return set()
+    mask, sums = (1 << (room + 1)) - 1, [1]  # bit s: some of the sizes so far have the sum s
+    for size in sizes:
+        sums.append((sums[-1] | sums[-1] << size) & mask)
+        if sums[-1] >> room & 1:
+            break
+    else:
+        return set()
+    chosen = set()
+    for place in range(len(sums) - 2, -1, -1):
+        if not sums[place] >> room & 1:
+            chosen.add(place)
+            room -= sizes[place]
+    return chosen
 
 
 def portion_of(host_memory: int) -> Portion:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
+
+import numpy as np
 
 from nla_engine.capture.reply_limits import longest_prompt
 from nla_engine.config import CaptureOptions
@@ -69,6 +72,17 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     return lm, prompts
 
 
+def prompts_without_model(options: CaptureOptions) -> PromptSet | None:
+    """The prompts, as the tokenizer and the configuration alone give them; None if these cannot be loaded."""
+    source = find_source(
+        options.model, options.revision, base=options.base, remote_code=options.trust_remote_code
+    )
+    if not (told := _told(options, source)):
+        return None
+    sources = PromptSources.find(options.prompts, options.prompt_format)
+    return _read(options, sources, *told, _first_clock(options))
+
+
 def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:
     """What the model reads first, for people: the text of its tokens, special ones included."""
     ids = prompts.token_ids(0)
@@ -83,6 +97,14 @@ def chosen_layers(options: CaptureOptions, lm: LanguageModel) -> tuple[int, ...]
     for layer in options.layer:
         lm.check_layer(layer)
     return options.layer
+
+
+def chosen_numbers(options: CaptureOptions, prompts: PromptSet) -> np.ndarray:
+    """int64, ascending: the numbers of the prompts that this job does. Replies to a prompt, and windows of a document,
+    stay together."""
+    if options.part is None:
+        return np.arange(len(prompts))
+    return np.flatnonzero(options.part.takes(prompts.owners() // options.replies))
 
 
 def chosen_sites(options: CaptureOptions, lm: LanguageModel) -> tuple[Site, ...]:
@@ -131,11 +153,20 @@ def _read(
 
 
 def _first_clock(options: CaptureOptions) -> datetime | None:
-    """If a store is resumed, the time that its first run gave the chat template: prompts must render the same."""
-    if not (options.resume and exists(place(options.out))):
+    """If a store is resumed, the time that its first run gave the chat template: prompts must render the same.
+
+    Of a new part of a run, the time of the first part, if that is there.
+    """
+    if not options.continues:
         return None
-    told = CaptureStore.open(options.out).provenance.get(CLOCK)
-    return datetime.fromisoformat(told) if told else None
+    for name in (
+        options.target,
+        *([replace(options.part, part=1).name(options.out)] if options.part else []),
+    ):
+        if exists(place(name)):
+            told = CaptureStore.open(name).provenance.get(CLOCK)
+            return datetime.fromisoformat(told) if told else None
+    return None
 
 
 def _told(options: CaptureOptions, source: Source) -> tuple[Any, Limits] | None:

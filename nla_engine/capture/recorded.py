@@ -39,18 +39,20 @@ _ADDED: dict[str, Any] = {
     "skip_sinks": False,
     "next_token": None,
     "sites": [RESID_POST],
+    "shard": None,
 }
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Of one run. described: the model, by `LanguageModel.describe`."""
+    """Of one run. described: the model, by `LanguageModel.describe`; asked: how many sequences the run is to have."""
 
     options: CaptureOptions
     lm: LanguageModel
     prompts: PromptSet
     layers: tuple[int, ...]
     described: Mapping[str, Any]
+    asked: int
 
     def unchanging(self) -> dict[str, Any]:
         """Options and fingerprints that must be the same when a store is resumed."""
@@ -80,5 +82,5 @@ class Recorded:
             "sampling": str(sampling_of(options)),
             "options": options.to_dict() | {"layer": list(self.layers)},
             "skipped_prompts": len(prompts.skipped),
-            "sequences_asked": len(prompts),
+            "sequences_asked": self.asked,
         }

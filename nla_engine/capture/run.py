@@ -18,8 +18,10 @@ import torch
 from nla_engine.capture.appender import Appender, portion_of
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
+from nla_engine.capture.finished import finished_part
 from nla_engine.capture.load import (
     chosen_layers,
+    chosen_numbers,
     chosen_sites,
     first_prompt,
     load_inputs,
@@ -51,7 +53,7 @@ from nla_engine.ops.backends import Kernels, shortfall
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.progress import Phases, Progress
 from nla_engine.sites import Site
-from nla_engine.store import CaptureStore, RowFlag, StoreWriter
+from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
@@ -80,10 +82,14 @@ def run_capture(
     """Run stage 1. Raises the errors of `nla_engine.errors`.
 
     progress: called with (sequences done, sequences in all), or told the phases too; lm: the model, if it is loaded
+    A part that is finished already is left as it is.
     """
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: call `nla_engine.capture.estimate.estimate_capture`")
     check_out(options)
+    if done := finished_part(options):
+        announce(f"{done.store}: part {options.shard} is finished: nothing to do")
+        return done
     if (Path(options.model) / SIDECAR).is_file():
         announce(
             f"{options.model} is an AV or AR (it has {SIDECAR}); such a pair explains the rows of its base model"
@@ -98,15 +104,15 @@ def run_capture(
 
 def check_out(options: CaptureOptions) -> None:
     """StoreError if `out` holds something that may be neither resumed nor replaced."""
-    out = place(options.out)
+    out = place(options.target)
     there = exists(out)
-    if there and not (options.resume or options.overwrite):
-        raise StoreError(already_there(options.out))
-    if not (there and options.resume):
+    if there and not (options.continues or options.overwrite):
+        raise StoreError(already_there(options.target))
+    if not (there and options.continues):
         check_place(out, options.overwrite)
     if options.keep_partial:
-        partial = place(partial_name(options.out))
-        if exists(partial) and not (options.resume or options.overwrite):
+        partial = place(partial_name(options.target))
+        if exists(partial) and not (options.continues or options.overwrite):
             raise StoreError(already_there(str(partial)))
         check_place(partial, overwrite=True)
 
@@ -143,15 +149,16 @@ class CaptureJob:
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.stop = self._stop() if options.max_new_tokens else None
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
-        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe())
+        self.numbers = chosen_numbers(options, prompts)
+        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe(), len(self.numbers))
 
     def run(self) -> CaptureSummary:
         """Calibrate, plan, generate and write. A new store is created only after every check has passed."""
         with ExitStack() as opened:
             writer = calibration = None
-            if self.options.resume and exists(place(self.options.out)):
+            if self.options.continues and exists(place(self.options.target)):
                 writer = opened.enter_context(
-                    StoreWriter.resume(self.options.out, options=self.recorded.unchanging())
+                    StoreWriter.resume(self.options.target, options=self.recorded.unchanging())
                 )
                 codec, sink_norm = writer.codec, writer.sink_norm
             else:
@@ -159,10 +166,13 @@ class CaptureJob:
                 self.phases.phase(CALIBRATING, "tokens")
                 calibration = self._calibrate(codec)
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
-            count = len(self.prompts)
-            todo = writer.missing(count) if writer else np.arange(count)
+            todo = self.numbers
+            if writer:
+                todo = np.intersect1d(todo, writer.missing(len(self.prompts)), assume_unique=True)
             self.phases.phase(PREPARING)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
+            plan = plan_capture(
+                self.options, self.lm, self.prompts, self.choice, self.limits, todo, len(self.numbers)
+            )
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             generator = None
@@ -200,7 +210,7 @@ class CaptureJob:
     ) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
-            self.options.out,
+            self.options.target,
             layers=self.sites,
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
@@ -246,7 +256,9 @@ class CaptureJob:
             choose=None if self.choice.takes_all else self.choice.positions,
             skip_sinks=options.skip_sinks,
             reference=self.kernels.reference,
-            keeper=RowKeeper.beside(place(options.out), codec, len(self.sites), options.host_memory * 2**30),
+            keeper=RowKeeper.beside(
+                place(options.target), codec, len(self.sites), options.host_memory * 2**30
+            ),
         )
         return open_generator(
             lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
@@ -271,7 +283,7 @@ class CaptureJob:
         self, writer: StoreWriter, plan: CapturePlan, generator: AnyGenerator | None, todo: np.ndarray
     ) -> CaptureSummary:
         """Generate and write the sequences of the prompts `todo`. generator: None if none remain."""
-        rows_before, all_ = writer.rows, len(self.prompts)
+        rows_before, all_ = writer.rows, len(self.numbers)
         appender = Appender(writer, self.prompts)
         name = GENERATING if self.options.max_new_tokens else READING
         self.phases.phase(name, "sequences")
@@ -296,7 +308,7 @@ class CaptureJob:
 
     def _keep_partial(self, writer: StoreWriter, generator: Generator) -> None:
         """Write what is unfinished beside the store. A failure is announced: the error that stopped the run counts."""
-        name = partial_name(self.options.out)
+        name = partial_name(self.options.target)
         try:
             sequences, rows = write_partial(
                 writer,
@@ -338,7 +350,7 @@ class CaptureJob:
                 self.tally = at = tally()  # goes on counting
                 self.phases(
                     plan.already_done + at.ended,
-                    len(self.prompts),
+                    plan.sequences,
                     tokens=at.tokens if new else at.read,
                     part=forecast.part(at),
                     least=bool(new) and not at.ended,
@@ -359,22 +371,12 @@ class CaptureJob:
         self, writer: StoreWriter, rows_before: int, generated: int, filling: float
     ) -> CaptureSummary:
         """filling: seconds of the last phase."""
-        store = CaptureStore.open(self.options.out)
-        flags, by_phase = store.column("flags"), self.phases.seconds()
-        return CaptureSummary(
-            store=str(self.options.out),
-            layers=[site.key for site in self.sites],
-            codec=self.options.codec,
-            codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
-            sequences=writer.sequences,
-            rows=writer.rows,
+        return CaptureSummary.of_store(
+            CaptureStore.open(self.options.target),
             skipped=len(self.prompts.skipped),
-            sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
-            nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
-            tokens_generated=generated,
+            rows_before=rows_before,
+            generated=generated,
             stepped_back=self.tally.stepped_back,
-            seconds=round(sum(by_phase.values()), 3),
-            seconds_by_phase=by_phase,
-            rows_per_second=round((writer.rows - rows_before) / filling, 1),
-            tokens_per_second=round(generated / filling, 1),
+            filling=filling,
+            by_phase=self.phases.seconds(),
         )

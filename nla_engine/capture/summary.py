@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+
+from nla_engine.store import CaptureStore, RowFlag
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,42 @@ class CaptureSummary:
     seconds_by_phase: dict[str, float]
     rows_per_second: float
     tokens_per_second: float
+
+    @classmethod
+    def of_store(
+        cls,
+        store: CaptureStore,
+        *,
+        skipped: int,
+        rows_before: int | None = None,
+        generated: int = 0,
+        stepped_back: int = 0,
+        filling: float = 0.0,
+        by_phase: Mapping[str, float] | None = None,
+    ) -> CaptureSummary:
+        """What the store holds, and what this run did.
+
+        rows_before: rows that were there before it, None: all; filling: seconds of its last phase; by_phase: of each
+        """
+        flags, spent = store.column("flags"), dict(by_phase or {})
+        new = 0 if rows_before is None else store.rows - rows_before
+        return cls(
+            store=str(store.path),
+            layers=[site.key for site in store.sites],
+            codec=store.codec.name,
+            codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
+            sequences=store.sequences,
+            rows=store.rows,
+            skipped=skipped,
+            sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
+            nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
+            tokens_generated=generated,
+            stepped_back=stepped_back,
+            seconds=round(sum(spent.values()), 3),
+            seconds_by_phase=spent,
+            rows_per_second=round(new / filling, 1) if filling else 0.0,
+            tokens_per_second=round(generated / filling, 1) if filling else 0.0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

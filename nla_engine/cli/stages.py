@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import Json, finish, results, say
+from nla_engine.cli.output import Json, finish, print_json, results, say
 from nla_engine.cli.progress import progress_bar
 from nla_engine.config import (
     AskOptions,
@@ -60,6 +60,10 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
     with progress_bar("sequences") as progress:
         summary = run_capture(options, announce=say, progress=progress)
     facts = summary.to_dict()
+    if not summary.seconds_by_phase:  # a part that was finished before: one line has said so
+        if as_json:
+            print_json(facts)
+        return
     told = {("codec_error (relative L2)" if key == "codec_error" else key): facts[key] for key in facts}
     finish("captured", facts, as_json, told=told)
 

@@ -27,6 +27,7 @@ from nla_engine.options import (
     texts,
     whole_number_or_max,
 )
+from nla_engine.shard import Shard
 from nla_engine.sites import RESID_POST, part_names
 
 POSITIONS = ("generated", "prompt", "all", "last")
@@ -183,6 +184,12 @@ class CaptureOptions(Options):
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
+    shard: str | None = option(
+        "Do one part of the run, such as 3/8, the third of 8: every eighth prompt, with all its replies and windows, "
+        "into a store of its own, run.3-of-8.zarr for run.zarr. A part that is there is resumed, or left as it is if "
+        "it is finished. merge makes one store of all parts.",
+        None,
+    )
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
     keep_partial: bool = option(
@@ -233,15 +240,34 @@ class CaptureOptions(Options):
             )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
+        if self.shard is not None:
+            object.__setattr__(self, "shard", str(Shard.parse(str(self.shard))))
         object.__setattr__(self, "layer", block_numbers("layer", self.layer))
         object.__setattr__(self, "sites", part_names("sites", self.sites))
         super().__post_init__()
+        if self.part:
+            self.part.name(self.out)
         check_pattern("tokens", self.tokens)
         check_cuts(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
             raise RequestError(
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
             )
+
+    @property
+    def part(self) -> Shard | None:
+        """The part of the run that this job does; None: all of it."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    @property
+    def target(self) -> str:
+        """The store that this job writes."""
+        return self.part.name(self.out) if self.part else self.out
+
+    @property
+    def continues(self) -> bool:
+        """Whether the job goes on with a store that is there. A part does: a batch system starts its jobs again."""
+        return self.resume or (self.part is not None and not self.overwrite)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
