@@ -134,7 +134,7 @@ def test_numbers_that_go_on_are_written_anew(tmp_path: Path, rng: np.random.Gene
     assert given == list(rows_by_number(tmp_path / "out.zarr"))
     files = shared(tmp_path / "out.zarr")
     first, both = (
-        sum(map(lambda path: CaptureStore.open(path).rows // NARROW, some)) for some in (paths[:1], paths)
+        sum(CaptureStore.open(path).rows // NARROW for path in some) for some in (paths[:1], paths)
     )
     assert len([file for file in files if file.startswith("rows/flags/c/")]) == both
     assert len([file for file in files if file.startswith("rows/sequence/c/")]) == first
