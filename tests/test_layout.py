@@ -28,6 +28,7 @@ ORDER = (
     {"store.views"},
     {"store.care", "store.exchange"},
     {"capture", "roundtrip"},
+    {"cluster"},
     {"referee"},
     {"report"},
     {"demo"},

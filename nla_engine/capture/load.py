@@ -38,15 +38,19 @@ from nla_engine.store.swap import exists
 CLOCK = "chat_template_clock"
 
 
-def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tuple[LanguageModel, PromptSet]:
+def load_inputs(
+    options: CaptureOptions, lm: LanguageModel | None = None, clock: datetime | None = None
+) -> tuple[LanguageModel, PromptSet]:
     """Read the prompts, load the model, unless it is given, and check the layers.
 
     Prompts are read before the weights: a tokenizer and a configuration are enough for that, and what is wrong with a
     prompt is said at once. If the loaded model has other limits than its configuration said, they are read again.
+    clock: the time that a chat template is given; None: as a resumed run needs it.
     Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order,
     and RequestError if the model cannot say what --next-token asks for.
     """
-    clock, sources = _first_clock(options), PromptSources.find(options.prompts, options.prompt_format)
+    clock = clock or _first_clock(options)
+    sources = PromptSources.find(options.prompts, options.prompt_format)
     limits, prompts = None, None
     if lm is None:  # cheap checks come before a possible download
         device = pick_device(options.device)

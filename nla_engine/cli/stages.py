@@ -55,10 +55,13 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 
         finish("dry run: nothing was written", estimate_capture(options, announce=say).to_dict(), as_json)
         return
-    from nla_engine.capture.run import run_capture
+    if options.ray:
+        from nla_engine.cluster.ray_run import run_on_ray as run
+    else:
+        from nla_engine.capture.run import run_capture as run
 
     with progress_bar("sequences") as progress:
-        summary = run_capture(options, announce=say, progress=progress)
+        summary = run(options, announce=say, progress=progress)
     facts = summary.to_dict()
     if not summary.seconds_by_phase:  # a part that was finished before: one line has said so
         if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,22 @@ class CaptureOptions(Options):
         "it is finished. merge makes one store of all parts.",
         None,
     )
+    ray: str | None = option(
+        "Run on a Ray cluster, with a worker on each of its GPUs: the address of its head, host:6379, or auto for the "
+        "one on this machine, which is started if there is none.",
+        None,
+        excludes="shard",
+    )
+    ray_workers: int | None = option(
+        "Workers on the Ray cluster. [default: one for each GPU; without GPUs, one for each CPU]",
+        None,
+        must=AT_LEAST_1,
+    )
+    ray_units: int | None = option(
+        "How many units the prompts are divided into for the workers. [default: 4 for each worker]",
+        None,
+        must=AT_LEAST_1,
+    )
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
     keep_partial: bool = option(
@@ -247,6 +264,7 @@ class CaptureOptions(Options):
         super().__post_init__()
         if self.part:
             self.part.name(self.out)
+        check_ray(self)
         check_pattern("tokens", self.tokens)
         check_cuts(self)
         if self.max_new_tokens == 0 and self.positions == "generated":
@@ -271,3 +289,23 @@ class CaptureOptions(Options):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
+
+
+def check_ray(options: CaptureOptions) -> None:
+    """RequestError if options do not go with --ray, or need it."""
+    if options.ray is None:
+        if options.ray_workers or options.ray_units:
+            raise RequestError(
+                "--ray-workers and --ray-units are for a Ray cluster: give --ray, or leave them out"
+            )
+        return
+    if options.dry_run or options.keep_partial:
+        raise RequestError(
+            "--dry-run and --keep-partial do not work on a Ray cluster: leave them or --ray out"
+        )
+    if Path("-") in options.prompts:
+        raise RequestError(
+            "--ray: other machines cannot read this one's standard input: give a file on a shared disk"
+        )
+    if options.ray != "auto" and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", options.ray):
+        raise RequestError(f"--ray is {options.ray!r}: it must be host:port of the cluster's head, or auto")

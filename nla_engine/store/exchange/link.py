@@ -21,7 +21,7 @@ from nla_engine.store.format import ArraySpec
 from nla_engine.store.manifest import METADATA_NAME
 from nla_engine.store.objects import Place
 from nla_engine.store.sequences import TABLE_COLUMNS
-from nla_engine.store.shards import fsync_directory, writing
+from nla_engine.store.shards import fsync_directory, sync_file_system, writing
 from nla_engine.store.views.capture_store import CaptureStore
 from nla_engine.store.writer import StoreWriter
 
@@ -79,18 +79,21 @@ def append_linked(store: CaptureStore, writer: StoreWriter, cut: Cut, first_numb
 
 
 def _link_shards(source: Path, target: Path, spec: ArraySpec, count: int, first: int) -> None:
-    """The first `count` shards of an array, as those from number `first` on of another store. Raises WriteError."""
-    made: set[Path] = {target / spec.path / "c"}
+    """The first `count` shards of an array, as those from number `first` on of another store, durably. Raises
+    WriteError."""
     for shard in range(count):
         path = target / spec.shard_path(first + shard)
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)
             os.link(source / spec.shard_path(shard), path)
-        made.add(path.parent)
-    for directory in sorted(made):
-        with writing(directory):
-            fsync_directory(directory)
+    directory = target / spec.path / "c"
+    with writing(directory):
+        if count and not sync_file_system(directory):
+            for made in {(target / spec.shard_path(first + shard)).parent for shard in range(count)} | {
+                directory
+            }:
+                fsync_directory(made)
 
 
 def _exact(store: CaptureStore, site: Site, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
