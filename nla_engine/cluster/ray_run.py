@@ -98,7 +98,13 @@ def _work(
         of = found[0].of if found else options.ray_units or UNITS_PER_WORKER * workers
         if options.ray_units not in (None, of):
             raise RequestError(f"--ray-units is {options.ray_units}: the run that is resumed has {of}")
-        alone = {"ray": None, "ray_workers": None, "ray_units": None, "resume": False, "overwrite": False}
+        alone: dict[str, Any] = {
+            "ray": None,
+            "ray_workers": None,
+            "ray_units": None,
+            "resume": False,
+            "overwrite": False,
+        }
         of_units = replace(options, out=f"{parts}/run.zarr", **alone)
         clock = _clock([shard.name(of_units.out) for shard in found])
         announce(f"Ray: {workers} workers, each with {'a GPU' if gpus else 'a CPU'}; {of} units in {parts}")
