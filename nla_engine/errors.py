@@ -54,6 +54,10 @@ class StoreError(RequestError):
     """A store is missing, foreign, damaged, or does not fit the request."""
 
 
+class HeldError(StoreError):
+    """Another process is writing there."""
+
+
 class DamageError(StoreError):
     """A store's bytes are not those that were written: `nla-engine verify` gives details (exit code 1)."""
 

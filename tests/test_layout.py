@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: rooms on earlier lines, never from others on its own line or a later one.
 ORDER = (
     {"errors", "provenance", "extension", "once", "progress"},
-    {"codec", "options", "sites"},
+    {"codec", "options", "shard", "sites"},
     {"fields"},
     {"config"},
     {"ops", "workers"},
@@ -28,6 +28,7 @@ ORDER = (
     {"store.views"},
     {"store.care", "store.exchange"},
     {"capture", "roundtrip"},
+    {"cluster"},
     {"referee"},
     {"report"},
     {"demo"},

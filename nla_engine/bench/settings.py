@@ -20,6 +20,7 @@ SUITES = (
     "patch",
     "roundtrip",
     "store",
+    "join",
     "scaling",
     "parallel",
     "codec",
@@ -44,6 +45,7 @@ class Sizes:
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
     kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
     long_requests, long_prompt, long_mean, long_most: of the replies of different lengths: mean and longest, in tokens
+    join_rows: rows of parts that are joined
     slots, av_slots: sequences that capture and the AV run at once, at most
     """
 
@@ -62,6 +64,7 @@ class Sizes:
     ar_prompt: int
     kernel_rows: tuple[int, ...]
     store_rows: int
+    join_rows: tuple[int, ...]
     codec_rows: int
     long_requests: int
     long_prompt: int
@@ -87,6 +90,7 @@ _GPU = Sizes(
     ar_prompt=140,
     kernel_rows=(65_536, 4096, 256),
     store_rows=65_536,
+    join_rows=(100_000, 1_000_000, 10_000_000),
     codec_rows=16_384,
     long_requests=1024,
     long_prompt=200,
@@ -111,6 +115,7 @@ _CPU = Sizes(
     ar_prompt=140,
     kernel_rows=(1024, 64),
     store_rows=16_384,
+    join_rows=(100_000, 1_000_000),
     codec_rows=4096,
     long_requests=8,
     long_prompt=12,

@@ -33,7 +33,10 @@ class Appender:
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences, by number. Raises WriteError, or EngineError if one lacks rows.
 
-        Then those before it are appended. A commit that is due because a shard filled comes first: the full shards of
+        Some that together fill the last shards come first, if there are such: a store that is joined with others shares
+        its files with the result up to such a place (`store.exchange.link`).
+
+        A commit that is due because a shard filled comes first: the full shards of
         earlier calls are on disk by now. An overdue commit comes last, to include these sequences: the next ones may
         take long.
         """
@@ -41,11 +44,17 @@ class Appender:
         def rows(completion: Completion) -> SequenceRows:
             return sequence_rows(self._prompts[completion.request.id], completion, self._writer.sink_norm)
 
-        self._add(sorted(ended, key=lambda completion: completion.request.id), rows)
+        ended = sorted(ended, key=lambda completion: completion.request.id)
+        self._add(self._filling_first(ended, [len(each.positions) for each in ended]), rows)
 
     def add_rows(self, ended: Sequence[SequenceRows]) -> None:
         """The same, of sequences that are rows already."""
-        self._add(sorted(ended, key=lambda rows: rows.number or 0), lambda rows: rows)
+        ended = sorted(ended, key=lambda rows: rows.number or 0)
+        self._add(self._filling_first(ended, [len(each.position) for each in ended]), lambda rows: rows)
+
+    def _filling_first(self, ended: Sequence[_T], sizes: Sequence[int]) -> list[_T]:
+        first = filling(sizes, self._writer.room)
+        return [ended[i] for i in sorted(first)] + [each for i, each in enumerate(ended) if i not in first]
 
     def _add(self, ended: Sequence[_T], rows: Callable[[_T], SequenceRows]) -> None:
         overdue = self._writer.is_overdue
@@ -68,6 +77,25 @@ class Appender:
         self.sequences += len(sequences)
         self.rows += sum(len(each.position) for each in sequences)
         self.tokens_generated += sum(len(each.tokens) - each.prompt_size for each in sequences)
+
+
+def filling(sizes: Sequence[int], room: int) -> set[int]:
+    """Places of some of these sizes whose sum is `room`, which is not 0; none if there are no such."""
+    if not 0 < room <= sum(sizes):
+        return set()
+    mask, sums = (1 << (room + 1)) - 1, [1]  # bit s: some of the sizes so far have the sum s
+    for size in sizes:
+        sums.append((sums[-1] | sums[-1] << size) & mask)
+        if sums[-1] >> room & 1:
+            break
+    else:
+        return set()
+    chosen = set()
+    for place in range(len(sums) - 2, -1, -1):
+        if not sums[place] >> room & 1:
+            chosen.add(place)
+            room -= sizes[place]
+    return chosen
 
 
 def portion_of(host_memory: int) -> Portion:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.choice import RowChoice
-from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
+from nla_engine.capture.load import chosen_numbers, chosen_sites, first_prompt, load_inputs
 from nla_engine.capture.plan import by_device, plan_capture
 from nla_engine.capture.reply_limits import reply_limits
 from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out, devices_of
@@ -97,13 +97,13 @@ def _estimate(
     load_seconds = time.perf_counter() - started
     for message in prompts.messages():
         announce(message)
-    todo = np.arange(len(prompts))
-    if options.resume and exists(place(options.out)):
-        todo = np.setdiff1d(todo, CaptureStore.open(options.out).numbers)
+    numbers = todo = chosen_numbers(options, prompts)
+    if options.continues and exists(place(options.target)):
+        todo = np.setdiff1d(todo, CaptureStore.open(options.target).numbers)
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
     limits = reply_limits(options, lm, prompts.sizes)
-    plan = plan_capture(options, lm, prompts, choice, limits, todo, workers)
+    plan = plan_capture(options, lm, prompts, choice, limits, todo, len(numbers), workers)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
     for line in by_device(plan, lm) if lm.ranks is not None else ():
@@ -126,6 +126,7 @@ def _estimate(
                 out=str(Path(directory) / "sample.zarr"),
                 dry_run=False,
                 keep_partial=False,
+                shard=None,
                 resume=False,
                 overwrite=False,
                 per_document=None,

@@ -6,9 +6,11 @@ import hashlib
 import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import torch
 
 from nla_engine.capture.partial import partial_name
@@ -45,17 +47,22 @@ CLOCK = "chat_template_clock"
 
 
 def load_inputs(
-    options: CaptureOptions, lm: LanguageModel | None = None, opened: ExitStack | None = None
+    options: CaptureOptions,
+    lm: LanguageModel | None = None,
+    opened: ExitStack | None = None,
+    clock: datetime | None = None,
 ) -> tuple[LanguageModel, PromptSet]:
     """Read the prompts, load the model, unless it is given, and check the layers.
 
     Prompts are read before the weights: a tokenizer and a configuration are enough for that, and what is wrong with a
     prompt is said at once. If the loaded model has other limits than its configuration said, they are read again.
+    clock: the time that a chat template is given; None: as a resumed run needs it.
     Raises what `PromptSources.find`, `find_source`, `read_prompts`, `load_model`, `check_layer` raise, in this order,
     and RequestError if the model cannot say what --next-token asks for.
     opened: what ends the processes of --tensor-parallel
     """
-    clock, sources = _first_clock(options), PromptSources.find(options.prompts, options.prompt_format)
+    clock = clock or _first_clock(options)
+    sources = PromptSources.find(options.prompts, options.prompt_format)
     limits, prompts = None, None
     if lm is None:  # cheap checks come before a possible download
         device = pick_device(options.device)
@@ -115,17 +122,28 @@ def devices_of(options: CaptureOptions, lm: LanguageModel | None) -> tuple[str, 
 
 def check_out(options: CaptureOptions) -> None:
     """StoreError if `out` holds something that may be neither resumed nor replaced."""
-    out = place(options.out)
+    out = place(options.target)
     there = exists(out)
-    if there and not (options.resume or options.overwrite):
-        raise StoreError(already_there(options.out))
-    if not (there and options.resume):
+    if there and not (options.continues or options.overwrite):
+        raise StoreError(already_there(options.target))
+    if not (there and options.continues):
         check_place(out, options.overwrite)
     if options.keep_partial:
-        partial = place(partial_name(options.out))
-        if exists(partial) and not (options.resume or options.overwrite):
+        partial = place(partial_name(options.target))
+        if exists(partial) and not (options.continues or options.overwrite):
             raise StoreError(already_there(str(partial)))
         check_place(partial, overwrite=True)
+
+
+def prompts_without_model(options: CaptureOptions) -> PromptSet | None:
+    """The prompts, as the tokenizer and the configuration alone give them; None if these cannot be loaded."""
+    source = find_source(
+        options.model, options.revision, base=options.base, remote_code=options.trust_remote_code
+    )
+    if not (told := _told(options, source)):
+        return None
+    sources = PromptSources.find(options.prompts, options.prompt_format)
+    return _read(options, sources, *told, _first_clock(options))
 
 
 def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:
@@ -142,6 +160,14 @@ def chosen_layers(options: CaptureOptions, lm: LanguageModel) -> tuple[int, ...]
     for layer in options.layer:
         lm.check_layer(layer)
     return options.layer
+
+
+def chosen_numbers(options: CaptureOptions, prompts: PromptSet) -> np.ndarray:
+    """int64, ascending: the numbers of the prompts that this job does. Replies to a prompt, and windows of a document,
+    stay together."""
+    if options.part is None:
+        return np.arange(len(prompts))
+    return np.flatnonzero(options.part.takes(prompts.owners() // options.replies))
 
 
 def chosen_sites(options: CaptureOptions, lm: LanguageModel) -> tuple[Site, ...]:
@@ -190,11 +216,20 @@ def _read(
 
 
 def _first_clock(options: CaptureOptions) -> datetime | None:
-    """If a store is resumed, the time that its first run gave the chat template: prompts must render the same."""
-    if not (options.resume and exists(place(options.out))):
+    """If a store is resumed, the time that its first run gave the chat template: prompts must render the same.
+
+    Of a new part of a run, the time of the first part, if that is there.
+    """
+    if not options.continues:
         return None
-    told = CaptureStore.open(options.out).provenance.get(CLOCK)
-    return datetime.fromisoformat(told) if told else None
+    for name in (
+        options.target,
+        *([replace(options.part, part=1).name(options.out)] if options.part else []),
+    ):
+        if exists(place(name)):
+            told = CaptureStore.open(name).provenance.get(CLOCK)
+            return datetime.fromisoformat(told) if told else None
+    return None
 
 
 def _told(options: CaptureOptions, source: Source) -> tuple[Any, Limits] | None:

@@ -5,24 +5,20 @@ The run's own store never has such sequences, so that a resumed run generates th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nla_engine.errors import RequestError, first_line
+from nla_engine.errors import first_line
+from nla_engine.shard import name_beside
 from nla_engine.store import SequenceRows, StoreWriter
 
-#: Key of what `--resume` compares, so that no run takes such a store for its own.
+#: Part of its name, and key of what `--resume` compares, so that no run takes such a store for its own.
 PARTIAL = "partial"
 
 
 def partial_name(out: str) -> str:
     """run.partial.zarr for run.zarr. RequestError for a whole bucket, which has nothing beside it."""
-    directory, name = os.path.split(out.rstrip("/"))
-    if "://" in out and directory.endswith(":"):
-        raise RequestError(f"--keep-partial: beside {out} there is no place: give a name in the bucket")
-    stem, ending = os.path.splitext(name)
-    return os.path.join(directory, f"{stem}.partial{ending}")
+    return name_beside(out, PARTIAL, "--keep-partial")
 
 
 def write_partial(

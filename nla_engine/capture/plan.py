@@ -105,17 +105,18 @@ def plan_capture(
     choice: RowChoice,
     limits: np.ndarray,
     todo: np.ndarray,
+    asked: int,
     workers: int = 1,
 ) -> CapturePlan:
     """Plan the run: slots from the batch size or the free memory, rows from the lengths.
 
     limits: most new tokens of each prompt, int64 [all]
-    todo: int64 [n], ascending: the numbers of the prompts that are not done
-    RequestError if it would have no rows.
+    todo: int64 [n], ascending: the numbers of the prompts that are not done; asked: how many prompts the job has
+    RequestError if all prompts together would have no rows.
     """
     keep = choice.keep
     new = int(limits[todo].max(initial=0))
-    sizes, done = prompts.sizes[todo], len(prompts) - len(todo)
+    sizes, done = prompts.sizes[todo], asked - len(todo)
     prefix = prompts.common_prefix() if len(todo) > 1 else 0
     if prefix < SHORTEST_PREFIX or keep.first(prefix + 1) < prefix:
         prefix = 0  # its rows would be computed once, but every sequence needs them
@@ -123,16 +124,16 @@ def plan_capture(
     known, first = np.unique(sizes, return_index=True)
     pairs = zip(known.tolist(), limits[todo][first].tolist(), strict=True)  # of one size, all have one limit
     slot_rows = max((keep.count(size, size + most) for size, most in pairs), default=0)
-    asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
-    held = asked * slot_rows
+    told = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
+    held = told * slot_rows
     room = _room(options, lm, longest, prefix, new, held, -(-len(todo) // workers))
     rows = choice.most_rows(todo, limits)
-    if not rows and not done:
+    if not rows and not choice.most_rows(np.arange(len(prompts)), limits):
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
     row_bytes = Codec.named(options.codec, lm.d_model).row_bytes * len(chosen_sites(options, lm))
-    row_bytes += asked
+    row_bytes += told
     return CapturePlan(
-        sequences=len(prompts),
+        sequences=asked,
         already_done=done,
         rows=rows,
         bytes=rows * row_bytes,

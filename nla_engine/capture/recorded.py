@@ -37,12 +37,14 @@ _ADDED: dict[str, Any] = {
     "skip_sinks": False,
     "next_token": None,
     "sites": [RESID_POST],
+    "shard": None,
 }
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Of one run. described: the model, by `LanguageModel.describe`; devices: where it runs, in words."""
+    """Of one run. described: the model, by `LanguageModel.describe`; devices: where it runs, in words; asked: how many
+    sequences the run is to have."""
 
     options: CaptureOptions
     lm: LanguageModel
@@ -50,6 +52,7 @@ class Recorded:
     layers: tuple[int, ...]
     described: Mapping[str, Any]
     devices: str
+    asked: int
 
     def unchanging(self) -> dict[str, Any]:
         """Options and fingerprints that must be the same when a store is resumed."""
@@ -80,5 +83,5 @@ class Recorded:
             "sampling": str(sampling_of(options)),
             "options": options.to_dict() | {"layer": list(self.layers)},
             "skipped_prompts": len(prompts.skipped),
-            "sequences_asked": len(prompts),
+            "sequences_asked": self.asked,
         }

@@ -19,9 +19,11 @@ import torch
 from nla_engine.capture.appender import Appender, portion_of, unfinished_rows
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
+from nla_engine.capture.finished import finished_part
 from nla_engine.capture.load import (
     check_out,
     chosen_layers,
+    chosen_numbers,
     chosen_sites,
     devices_of,
     first_prompt,
@@ -49,7 +51,7 @@ from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
 from nla_engine.progress import Phases, Progress
 from nla_engine.sites import Site
-from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter
+from nla_engine.store import CaptureStore, SequenceRows, StoreWriter
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
 from nla_engine.workers.pool import Lost, Pool
@@ -78,6 +80,9 @@ def run_capture(
     """
     if options.dry_run:
         raise RequestError("--dry-run writes nothing: call `nla_engine.capture.estimate.estimate_capture`")
+    if done := finished_part(options):
+        announce(f"{done.store}: part {options.shard} is finished: nothing to do")
+        return done
     check_out(options)
     if (Path(options.model) / SIDECAR).is_file():
         announce(
@@ -134,15 +139,16 @@ class CaptureJob:
         self.stop = stop_of(options, self.vocabulary, lm.eos_ids)
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
         devices = ", ".join(pool.devices) if pool is not None else str(lm.device)
-        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe(), devices)
+        self.numbers = chosen_numbers(options, prompts)
+        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe(), devices, len(self.numbers))
 
     def run(self) -> CaptureSummary:
         """Calibrate, plan, generate and write. A new store is created only after every check has passed."""
         with ExitStack() as opened:
             writer = calibration = None
-            if self.options.resume and exists(place(self.options.out)):
+            if self.options.continues and exists(place(self.options.target)):
                 writer = opened.enter_context(
-                    StoreWriter.resume(self.options.out, options=self.recorded.unchanging())
+                    StoreWriter.resume(self.options.target, options=self.recorded.unchanging())
                 )
                 codec, sink_norm = writer.codec, writer.sink_norm
             else:
@@ -150,11 +156,15 @@ class CaptureJob:
                 self.phases.phase(CALIBRATING, "tokens")
                 calibration = self._calibrate(codec)
                 sink_norm = {layer: entry.sink_norm for layer, entry in calibration.items()}
-            count = len(self.prompts)
-            todo = writer.missing(count) if writer else np.arange(count)
+            todo = self.numbers
+            if writer:
+                todo = np.intersect1d(todo, writer.missing(len(self.prompts)), assume_unique=True)
             self.phases.phase(PREPARING)
             workers = 1 if self.pool is None else len(self.pool.devices)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo, workers)
+            asked = len(self.numbers)
+            plan = plan_capture(
+                self.options, self.lm, self.prompts, self.choice, self.limits, todo, asked, workers
+            )
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
             for line in by_device(plan, self.lm) if self.lm.ranks is not None else ():
@@ -216,7 +226,7 @@ class CaptureJob:
     ) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
-            self.options.out,
+            self.options.target,
             layers=self.sites,
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
@@ -296,7 +306,7 @@ class CaptureJob:
         """The last phase begins."""
         self.phases.phase(self._last_phase, "sequences")
         if len(todo):
-            self.phases(len(self.prompts) - len(todo), len(self.prompts), part=0.0)
+            self.phases(len(self.numbers) - len(todo), len(self.numbers), part=0.0)
 
     @property
     def _last_phase(self) -> str:
@@ -310,14 +320,14 @@ class CaptureJob:
             raise EngineError(f"{len(todo)} sequences were asked for, {appender.sequences} ended")
         writer.close(complete=True)
         if len(todo):
-            all_ = len(self.prompts)
+            all_ = len(self.numbers)
             self.phases(all_, all_, tokens=self._work(appender.tokens_generated, todo), part=1.0)
         return self._summary(writer, appender, plan)
 
     def _keep_partial(self, writer: StoreWriter, unfinished: Iterable[SequenceRows]) -> None:
         keep_partial(
             writer,
-            self.options.out,
+            self.options.target,
             unfinished,
             self.announce,
             vocabulary=self.vocabulary,
@@ -354,7 +364,7 @@ class CaptureJob:
                 self.tally = at = tally()  # goes on counting
                 self.phases(
                     plan.already_done + at.ended,
-                    len(self.prompts),
+                    plan.sequences,
                     tokens=at.tokens if new else at.read,
                     part=forecast.part(at),
                     least=bool(new) and not at.ended,
@@ -372,26 +382,15 @@ class CaptureJob:
             before = shared
 
     def _summary(self, writer: StoreWriter, appender: Appender, plan: CapturePlan) -> CaptureSummary:
-        generated, lost = appender.tokens_generated, Lost() if self.pool is None else self.pool.lost
-        store = CaptureStore.open(self.options.out)
-        flags, by_phase = store.column("flags"), self.phases.seconds()
-        filling = by_phase[self._last_phase]
-        return CaptureSummary(
-            store=str(self.options.out),
-            layers=[site.key for site in self.sites],
-            codec=self.options.codec,
-            codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
-            sequences=writer.sequences,
-            rows=writer.rows,
+        by_phase, lost = self.phases.seconds(), Lost() if self.pool is None else self.pool.lost
+        return CaptureSummary.of_store(
+            CaptureStore.open(self.options.target),
             skipped=len(self.prompts.skipped),
-            sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
-            nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
-            tokens_generated=generated,
+            new_rows=appender.rows,
+            generated=appender.tokens_generated,
             stepped_back=self.tally.stepped_back,
-            seconds=round(sum(by_phase.values()), 3),
-            seconds_by_phase=by_phase,
-            rows_per_second=round(appender.rows / filling, 1),
-            tokens_per_second=round(generated / filling, 1),
+            filling=by_phase[self._last_phase],
+            by_phase=by_phase,
             workers=plan.workers,
             workers_lost=lost.workers,
             sequences_again=lost.items,

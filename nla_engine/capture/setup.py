@@ -91,7 +91,7 @@ class Setup:
             choose=self.choose,
             skip_sinks=options.skip_sinks,
             reference=kernels.reference,
-            keeper=RowKeeper.beside(place(options.out), self.codec, len(self.sites), self.host_bytes),
+            keeper=RowKeeper.beside(place(options.target), self.codec, len(self.sites), self.host_bytes),
         )
         return open_generator(
             lm if new or following else lm.truncated(max(site.layer for site in self.sites)),

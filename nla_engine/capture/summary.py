@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+
+from nla_engine.store import CaptureStore, RowFlag
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,47 @@ class CaptureSummary:
     workers: int = 1
     workers_lost: int = 0
     sequences_again: int = 0
+
+    @classmethod
+    def of_store(
+        cls,
+        store: CaptureStore,
+        *,
+        skipped: int,
+        new_rows: int = 0,
+        generated: int = 0,
+        stepped_back: int = 0,
+        filling: float = 0.0,
+        by_phase: Mapping[str, float] | None = None,
+        workers: int = 1,
+        workers_lost: int = 0,
+        sequences_again: int = 0,
+    ) -> CaptureSummary:
+        """What the store holds, and what this run did.
+
+        new_rows: of this run; filling: seconds of its last phase; by_phase: of each
+        """
+        flags, spent = store.column("flags"), dict(by_phase or {})
+        return cls(
+            store=str(store.path),
+            layers=[site.key for site in store.sites],
+            codec=store.codec.name,
+            codec_error={str(k): round(v["mean"], 6) for k, v in store.codec_error.items() if v},
+            sequences=store.sequences,
+            rows=store.rows,
+            skipped=skipped,
+            sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
+            nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
+            tokens_generated=generated,
+            stepped_back=stepped_back,
+            seconds=round(sum(spent.values()), 3),
+            seconds_by_phase=spent,
+            rows_per_second=round(new_rows / filling, 1) if filling else 0.0,
+            tokens_per_second=round(generated / filling, 1) if filling else 0.0,
+            workers=workers,
+            workers_lost=workers_lost,
+            sequences_again=sequences_again,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

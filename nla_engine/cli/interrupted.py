@@ -35,7 +35,7 @@ def what_is_left(options: Options) -> Iterator[None]:
 
 
 def _left(options: Options) -> str:
-    out = Path(getattr(options, "out"))  # noqa: B009
+    out = Path(options.target if isinstance(options, CaptureOptions) else getattr(options, "out"))  # noqa: B009
     if isinstance(options, CaptureOptions):
         from nla_engine.store import CaptureStore
 

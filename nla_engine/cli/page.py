@@ -68,6 +68,7 @@ _GIVEN = (
     "every",
     "skip_first",
     "skip_sinks",
+    "shard",
 )
 _ELSEWHERE = ("options", "python", "versions", "d_model", "merged_from", "sequences_asked")
 

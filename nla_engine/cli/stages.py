@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from nla_engine.cli.app import app, command
-from nla_engine.cli.output import Json, finish, results, say
+from nla_engine.cli.output import Json, finish, print_json, results, say
 from nla_engine.cli.progress import progress_bar
 from nla_engine.config import (
     AskOptions,
@@ -56,11 +56,18 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
 
         finish("dry run: nothing was written", estimate_capture(options, announce=say).to_dict(), as_json)
         return
-    from nla_engine.capture.run import run_capture
+    if options.ray:
+        from nla_engine.cluster.ray_run import run_on_ray as run
+    else:
+        from nla_engine.capture.run import run_capture as run
 
     with progress_bar("sequences") as progress:
-        summary = run_capture(options, announce=say, progress=progress)
+        summary = run(options, announce=say, progress=progress)
     facts = summary.to_dict()
+    if not summary.seconds_by_phase:  # a part that was finished before: one line has said so
+        if as_json:
+            print_json(facts)
+        return
     alone = ("workers", "workers_lost", "sequences_again") if summary.workers == 1 else ()
     words = {"codec_error": "codec_error (relative L2)"}
     told = {words.get(key, key): facts[key] for key in facts if key not in alone}

@@ -195,19 +195,21 @@ def import_(
 
 @app.command()
 def merge(
-    stores: Annotated[list[Path], typer.Argument(help="Two or more stores.", metavar="STORE...")],
-    out: Annotated[Path, typer.Option("--out", help="The Zarr store to write.")],
+    stores: Annotated[
+        list[str],
+        typer.Argument(help="Two or more stores, or all parts of a run, in any order.", metavar="STORE..."),
+    ],
+    out: Annotated[str, typer.Option("--out", help="The Zarr store to write, or s3://...")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Join stores with the same run parameters, one after the other. Rows are copied bit for bit."""
+    """Join stores with the same run parameters, one after the other, or the parts that capture --shard made."""
     from nla_engine.store.exchange.merge import merge as run_merge
 
-    check_local(*stores, out)
     with progress_bar("sequences") as progress:
         merged = run_merge(stores, out, overwrite=overwrite, progress=progress)
     facts = {
-        "store": str(out),
+        "store": out,
         "complete": merged.complete,
         "rows": merged.rows,
         "sequences": merged.sequences,

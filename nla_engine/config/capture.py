@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nla_engine.options import (
     texts,
     whole_number_or_max,
 )
+from nla_engine.shard import Shard
 from nla_engine.sites import RESID_POST, part_names
 
 POSITIONS = ("generated", "prompt", "all", "last")
@@ -186,6 +188,28 @@ class CaptureOptions(Options):
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")
     skip_bad: bool = option("Skip unusable prompt records and count them, instead of stopping.", False)
+    shard: str | None = option(
+        "Do one part of the run, such as 3/8, the third of 8: every eighth prompt, with all its replies and windows, "
+        "into a store of its own, run.3-of-8.zarr for run.zarr. A part that is there is resumed, or left as it is if "
+        "it is finished. merge makes one store of all parts.",
+        None,
+    )
+    ray: str | None = option(
+        "Run on a Ray cluster, with a worker on each of its GPUs: the address of its head, host:6379, or auto for the "
+        "one on this machine, which is started if there is none.",
+        None,
+        excludes="shard",
+    )
+    ray_workers: int | None = option(
+        "Workers on the Ray cluster. [default: one for each GPU; without GPUs, one for each CPU]",
+        None,
+        must=AT_LEAST_1,
+    )
+    ray_units: int | None = option(
+        "How many units the prompts are divided into for the workers. [default: 4 for each worker]",
+        None,
+        must=AT_LEAST_1,
+    )
     resume: bool = fields.resume("capture")
     overwrite: bool = option("Replace a store that exists.", False)
     keep_partial: bool = option(
@@ -236,9 +260,14 @@ class CaptureOptions(Options):
             )
         if self.positions is None:
             object.__setattr__(self, "positions", "all" if self.corpus else "generated")
+        if self.shard is not None:
+            object.__setattr__(self, "shard", str(Shard.parse(str(self.shard))))
         object.__setattr__(self, "layer", block_numbers("layer", self.layer))
         object.__setattr__(self, "sites", part_names("sites", self.sites))
         super().__post_init__()
+        if self.part:
+            self.part.name(self.out)
+        check_ray(self)
         check_pattern("tokens", self.tokens)
         check_cuts(self)
         check_split(self)
@@ -247,5 +276,44 @@ class CaptureOptions(Options):
                 "--positions generated keeps nothing when nothing is generated: use all, prompt or last"
             )
 
+    @property
+    def part(self) -> Shard | None:
+        """The part of the run that this job does; None: all of it."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    @property
+    def target(self) -> str:
+        """The store that this job writes."""
+        return self.part.name(self.out) if self.part else self.out
+
+    @property
+    def continues(self) -> bool:
+        """Whether the job goes on with a store that is there. A part does: a batch system starts its jobs again."""
+        return self.resume or (self.part is not None and not self.overwrite)
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "prompts": ", ".join(map(str, self.prompts))}
+
+
+def check_ray(options: CaptureOptions) -> None:
+    """RequestError if options do not go with --ray, or need it."""
+    if options.ray is None:
+        if options.ray_workers or options.ray_units:
+            raise RequestError(
+                "--ray-workers and --ray-units are for a Ray cluster: give --ray, or leave them out"
+            )
+        return
+    if options.dry_run or options.keep_partial:
+        raise RequestError(
+            "--dry-run and --keep-partial do not work on a Ray cluster: leave them or --ray out"
+        )
+    if options.gpus or options.workers > 1 or options.tensor_parallel > 1:
+        raise RequestError(
+            "--ray places its own workers, one to a GPU: leave out --gpus, --workers and --tensor-parallel"
+        )
+    if Path("-") in options.prompts:
+        raise RequestError(
+            "--ray: other machines cannot read this one's standard input: give a file on a shared disk"
+        )
+    if options.ray != "auto" and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", options.ray):
+        raise RequestError(f"--ray is {options.ray!r}: it must be host:port of the cluster's head, or auto")

@@ -141,6 +141,12 @@ class ArrayLog:
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
         self._tail.put(pieces)
 
+    def adopt(self, rows: int) -> None:
+        """Count rows that lie in whole shard files, which are in place already as the next shards."""
+        assert not self.length % self.spec.shard_rows and not rows % self.spec.shard_rows
+        self.length += rows
+        self._flushed = self.length
+
     def wait_until_copied(self) -> None:
         """Wait until everything appended has been copied. Copies that no thread has begun are made here."""
         for copy in self._copying:

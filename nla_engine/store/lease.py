@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from nla_engine.errors import StoreError, WriteError
+from nla_engine.errors import HeldError, StoreError, WriteError
 from nla_engine.store.objects import CHECK_SECONDS, LOCK_NAME
 
 #: A holder touches its file this often.
@@ -184,7 +184,7 @@ class Lease:
     def _held_by(self, found: bytes) -> StoreError:
         holder = _parsed(found)
         who = f" (process {holder['process']} on {holder['host']})" if holder else ""
-        return StoreError(f"{self._file.parent}: another process is writing here{who}: wait for it or end it")
+        return HeldError(f"{self._file.parent}: another process is writing here{who}: wait for it or end it")
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

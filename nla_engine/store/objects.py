@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nla_engine.errors import StoreError, WriteError, first_line
+from nla_engine.errors import HeldError, StoreError, WriteError, first_line
 
 if TYPE_CHECKING:  # a store on a disk is read without importing zarr
     from zarr.abc.store import Store
@@ -164,7 +164,7 @@ class ObjectLock:
         self._checked = time.monotonic()
         self._held = self._object.create(self._data)
         if not self._held:
-            raise StoreError(
+            raise HeldError(
                 f"{root}: another process is writing this store, or was killed: {self._object} names "
                 f"{self._object.read_bytes().decode(errors='replace')}: wait for it; delete that object if it is dead"
             )

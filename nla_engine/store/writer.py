@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,13 @@ from nla_engine.codec.rows import Codec
 from nla_engine.errors import DamageError, StoreError, WriteError
 from nla_engine.provenance import now
 from nla_engine.sites import Site, listed
-from nla_engine.store.arrays import ArrayLog, ArrayReader
+from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.directory import emptied, staged
 from nla_engine.store.empty import numbered, write_empty
-from nla_engine.store.format import NUMBER, default_narrow_shard_rows, default_shard_rows, layer_group
+from nla_engine.store.format import NUMBER, default_narrow_shard_rows, default_shard_rows
 from nla_engine.store.interrupt import interrupt_held
 from nla_engine.store.lease import Lease
+from nla_engine.store.logs import Link, StoreLogs
 from nla_engine.store.manifest import (
     METADATA_NAME,
     Commit,
@@ -78,11 +79,7 @@ class StoreWriter:
             if len(np.unique(held)) < len(held):
                 raise DamageError(f"{path}: damaged: two sequences have one number: run `nla-engine verify`")
             self._numbers.add(held)
-            self._logs = {
-                name: ArrayLog.resume(path, spec, lengths[spec.unit], self._queue)
-                for name, spec in specs.items()
-                if not name.startswith("vocabulary/")
-            }
+            self._logs = StoreLogs(path, manifest, self._queue)
         except BaseException:
             self._release()
             raise
@@ -226,16 +223,9 @@ class StoreWriter:
     def _append(self, batch: SequenceBatch, wait: bool) -> None:
         self._numbers.check(batch.number)
         self._check_lock(sometimes=True)
-        logs, columns = self._logs, self._columns(batch)
         with self._write_errors():
             try:
-                for layer in self.layers:  # the largest first: the disk is busy while the rest is made
-                    group, rows = layer_group(layer), [layers[layer] for layers in batch.rows]
-                    for name in ("codes", "scales", "exact"):
-                        if name != "scales" or self.codec.scale_width:
-                            logs[f"{group}/{name}"].append(*(getattr(each, name) for each in rows))
-                for name, values in columns.items():
-                    logs[name].append(values)
+                self._logs.append(batch)
                 self._numbers.add(batch.number)
             finally:
                 if wait:
@@ -243,13 +233,47 @@ class StoreWriter:
         if wait:
             self.commit_if_due()
 
+    @property
+    def narrow_shard_rows(self) -> int:
+        """Rows per shard of every array with one entry per row, except `codes`."""
+        return self._manifest.narrow_shard_rows
+
+    @property
+    def room(self) -> int:
+        """How many more rows fill the last shards of all arrays with one entry per row; 0: they are full."""
+        return self._logs.room
+
+    def append_linked(
+        self,
+        tables: Iterable[Mapping[str, np.ndarray]],
+        exact: Mapping[Site, Iterable[tuple[np.ndarray, np.ndarray]]],
+        rows: int,
+        link: Link,
+    ) -> None:
+        """Add sequences whose rows lie in whole shard files of another store, as `StoreLogs.append_linked` does.
+
+        Raises what `append_many` raises.
+        """
+        self._check_lock()
+
+        def checked() -> Iterator[Mapping[str, np.ndarray]]:
+            for table in tables:
+                self._numbers.check(table["number"])
+                yield table
+                self._numbers.add(table["number"])
+
+        with self._write_errors():
+            self._logs.append_linked(checked(), exact, rows, link)
+            self._logs.wait_until_copied()
+        self.commit_if_due()
+
     def commit_if_due(self) -> None:
         """Commit if `commit_seconds` have passed, or a thirtieth of it and a shard of codes is full. Raises WriteError.
 
         Some time after an `append_many` that did not wait this is quick: full shards are on disk by then.
         """
         shard_rows = self._manifest.shard_rows
-        filled = self._logs["rows/token_id"].length // shard_rows != self.rows // shard_rows
+        filled = self._logs.rows // shard_rows != self.rows // shard_rows
         if self.is_overdue or (filled and self._passed(FILLED_COMMIT_PART)):
             self.commit()
 
@@ -263,38 +287,12 @@ class StoreWriter:
 
     def wait_until_copied(self) -> None:
         """Wait until the arrays of every appended sequence may be reused."""
-        for log in self._logs.values():
-            log.wait_until_copied()
-
-    def _columns(self, batch: SequenceBatch) -> dict[str, np.ndarray]:
-        """The values of the arrays with one value per row, sequence, token or byte, by the array's path."""
-        logs = self._logs
-        columns = {
-            f"rows/{name}": getattr(batch, name)
-            for name in ("token_id", "next_token_id", "position", "flags")
-        }
-        columns |= {f"rows/{name}": values for name, values in batch.next_tokens.items()}
-        columns["rows/sequence"] = batch.number[batch.owner]
-        for name in ("number", "prompt_size", "finish", "tokens", "source"):
-            columns[f"sequences/{name}"] = getattr(batch, name)
-        for name, counted in (
-            ("row", "rows/token_id"),
-            ("token", "sequences/tokens"),
-            ("source", "sequences/source"),
-        ):
-            size = getattr(batch, f"{name}_size")
-            columns[f"sequences/{name}_start"] = logs[counted].length + np.cumsum(size) - size
-            columns[f"sequences/{name}_size"] = size
-        row = logs["rows/token_id"].length
-        for layer in self.layers:
-            columns[f"{layer_group(layer)}/norm"] = batch.norm[layer]
-            columns[f"{layer_group(layer)}/exact_row"] = batch.exact_row[layer] + row
-        return columns
+        self._logs.wait_until_copied()
 
     @property
     def _appended(self) -> int:
         """Sequences, committed or not."""
-        return self._logs["sequences/row_start"].length
+        return self._logs.sequences
 
     def commit(self) -> None:
         """Make every appended sequence readable and durable. Raises WriteError."""
@@ -339,18 +337,12 @@ class StoreWriter:
         self._lock.release()
 
     def _write_commit(self, complete: bool, epoch: int | None = None) -> None:
-        logs = self._logs
         self._check_lock()
         with self._write_errors():
-            for log in logs.values():
-                log.flush()
+            self._logs.flush()
             self._queue.join()
             committed = Commit(
-                rows=logs["rows/token_id"].length,
-                sequences=self._appended,
-                tokens=logs["sequences/tokens"].length,
-                source_bytes=logs["sequences/source"].length,
-                exact={layer: logs[f"{layer_group(layer)}/exact_row"].length for layer in self.layers},
+                **self._logs.counts(),
                 epoch=epoch or self._manifest.commit.epoch,
                 complete=complete,
                 time=now(),
@@ -359,8 +351,7 @@ class StoreWriter:
             self._check_lock()
             manifest.write(self.path)
             self._manifest = manifest
-            for log in logs.values():
-                log.describe()
+            self._logs.describe()
             self._queue.join()
 
     def _check_lock(self, sometimes: bool = False) -> None:

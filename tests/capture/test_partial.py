@@ -183,7 +183,7 @@ def test_what_cannot_be_kept_does_not_hide_the_first_error(
     def full(*_: Any, **__: Any) -> None:
         raise WriteError("no space left")
 
-    monkeypatch.setattr(stage, "write_partial", full)
+    monkeypatch.setattr("nla_engine.capture.partial.write_partial", full)
     said = stopped(options(tmp_path), lm, monkeypatch, 20, RuntimeError("of the device"))
     assert any("could not be kept: no space left" in line for line in said)
 

@@ -170,7 +170,7 @@ def test_resume_and_overwrite(url: str) -> None:
     # A writer that dies after its shards and before its commit.
     dying = StoreWriter.resume(url, options=OPTIONS, commit_seconds=1e9)
     dying.append_many(sequences[2:3])
-    for log in dying._logs.values():
+    for log in dying._logs._logs.values():
         log.flush()
     dying._queue.join()
     dying._lock.release()
