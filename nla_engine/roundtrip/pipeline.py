@@ -129,6 +129,7 @@ class Pipeline:
         read = self.pair.ar.reconstruct_layers(
             [e.text for e, s in zip(written, sound.tolist(), strict=True) if s]
         )
+        sequence, position = (self.store.column(name)[rows] for name in ("sequence", "position"))
         columns: dict[str, Any] = {}
         for site, controls in self.controls.items():
             own = site == self.layer
@@ -141,7 +142,7 @@ class Pipeline:
             scores = {
                 "cos": nullable(cos),
                 "mse_nrm": nullable(score.mse_nrm(cos)),
-                "cos_shuffled": nullable(controls.shuffled(rows, self.store.column("sequence")[rows], r)),
+                "cos_shuffled": nullable(controls.shuffled(sequence, position, r)),
                 "retrieval_rank": nullable(controls.rank(v, r), int),
             }
             columns |= {name if own else of_layer(name, site): scores[name] for name in scores}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from nla_engine.roundtrip.results import (
     check_table,
     with_layers,
 )
-from nla_engine.roundtrip.rows import follow_rows, nothing_selected, open_store, select_rows
+from nla_engine.roundtrip.rows import draws_of, follow_rows, nothing_selected, open_store, select_rows
 from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.slots import Slots
 from nla_engine.roundtrip.summary import (
@@ -75,7 +76,7 @@ def run_roundtrip(
 ) -> RoundtripSummary:
     """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
 
-    rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
+    rows: int64 [n] row numbers, in any order, instead of what `where` and `limit` select.
     """
     _check_wet(options)
     phases = Phases(progress)
@@ -138,7 +139,7 @@ def prepare_run(
     pair = load_pair(options, announce, verbalizer, reconstructor)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    written, controls = _written(options, pair), {}
+    written, controls = _written(store, options, pair), {}
     if isinstance(options, RoundtripOptions):
         controls = controls_of(store, layer, chosen.sample, options, pair, announce)
     return Run(options, store, layer, pair, chosen, written, controls)
@@ -170,7 +171,8 @@ def _prepare_score(
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows to explain. segments: int64 arrays, which follow a store that grows; sample: those of the controls.
+    """Rows to explain, by sequence and position. segments: int64 arrays, those of a store that grows as they come;
+    sample: those of the controls.
 
     rows: all of them, int64 [n]; None if they are not known yet
     """
@@ -299,6 +301,7 @@ class Run:
             "layer": self.layer.key,
             "base": store.provenance.get("weights"),
             "store": store.attributes["store_id"],
+            "drawn_by": "sequence and position",  # older versions: the place in the store
         }
         if chosen.rows is not None:
             same["rows"] = len(chosen.rows)
@@ -339,7 +342,9 @@ def _choose(
 
     if slots is not None:
         slots.check(store)
-    if rows is None and not options.follow:
+    if rows is not None:
+        rows = store.in_order(rows)
+    elif not options.follow:
         rows = select_rows(store, options, keep)
     segments = follow_rows(store, options.where, announce, keep) if rows is None else iter([rows])
     if left_out:
@@ -370,13 +375,13 @@ def _control_sample(
     return again(), sample
 
 
-def _written(options: WritingOptions, pair: Pair) -> Written:
+def _written(store: CaptureStore, options: WritingOptions, pair: Pair) -> Written:
     """What the AV will write. RequestError if it has no room for so many tokens."""
     if options.max_new_tokens > (room := pair.av.room):
         raise RequestError(
             f"--max-new-tokens is {options.max_new_tokens}: {options.av} has room for {room}: lower it"
         )
-    return Written(options, pair.av, pair.device)
+    return Written(options, pair.av, pair.device, partial(draws_of, store))
 
 
 def _slots(options: StageTwoOptions) -> Slots | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Protocol
@@ -73,16 +73,24 @@ class Written:
 
     unit = "explanations"
 
-    def __init__(self, options: WritingOptions, verbalizer: Verbalizer, device: torch.device) -> None:
-        self.options, self.verbalizer, self.device = options, verbalizer, device
+    def __init__(
+        self,
+        options: WritingOptions,
+        verbalizer: Verbalizer,
+        device: torch.device,
+        draws: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """draws: for rows int64 [n], what names the random numbers of each one's texts, int64 [n]"""
+        self.options, self.verbalizer, self.device, self.draws = options, verbalizer, device, draws
         self.watch: Watch = lambda tally: None  # told how far the AV is
 
     def of_rows(
         self, reader: Vectors, rows: np.ndarray, first: int
     ) -> Generator[list[Explanation], None, None]:
-        """See `Texts`. The places name the random numbers: neither segments nor resuming change a sampled text."""
+        """See `Texts`. Neither the other rows, nor the store, nor resuming change a sampled text."""
         options, samples = self.options, self.options.samples
         without = without_direction(reader.norm_at(rows))
+        draws = self.draws(rows).tolist()
         written = self.verbalizer.explain(
             self._vectors(reader, rows, np.flatnonzero([status is None for status in without]), first),
             samples=samples,
@@ -90,6 +98,7 @@ class Written:
             sampling=sampling_of(options),
             batch_size=options.batch_size,
             watch=self.watch,
+            draws=lambda place: draws[place - first],
         )
         with closing(written):
             for place, status in enumerate(without):

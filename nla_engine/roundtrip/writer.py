@@ -24,6 +24,7 @@ from nla_engine.models.map_files import Maps
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
+from nla_engine.roundtrip.draws import of_sample
 
 #: Finished texts that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
@@ -37,12 +38,13 @@ _MOST_SLOTS = 1024
 class Asked:
     """A prompt, and the vectors that enter it in their order: float32 [n, d], finite and not zero, before any map.
 
-    id: unique; those of its texts follow from it and seed their random numbers
+    id: unique; those of its texts follow from it. draw: names their random numbers, with the sample; None: its id
     """
 
     id: int
     prompt: Prompt
     vectors: np.ndarray | torch.Tensor
+    draw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class Writer:
                     while order.is_full:
                         yield None
                     id_ = each.id * samples + sample
-                    yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, sample > 0))
+                    draw = of_sample(each.id if each.draw is None else each.draw, sample)
+                    again = sample > 0
+                    yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, again, draw))
 
         generator = open_generator(
             lm,
