@@ -1,0 +1,55 @@
+"""Which devices the workers of a run have, from what was asked for."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from nla_engine.errors import RequestError
+
+ALL = "all"
+
+
+def worker_devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, ...]:
+    """The device of each worker, such as ("cuda:0", "cuda:2") or ("cpu", "cpu"); empty: no workers, one process.
+
+    gpus: "all", how many, or numbers joined by commas; None: none asked for. workers: processes on the CPU
+    device: as --device has it. RequestError if they do not exist, or the options contradict each other.
+    """
+    if gpus is None:
+        on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
+        if workers > 1 and on_gpu:
+            raise RequestError("--workers is for a CPU: give --gpus for several GPUs, or --device cpu")
+        return ("cpu",) * workers if workers > 1 else ()
+    if workers > 1:
+        raise RequestError("--gpus and --workers exclude each other: leave one of them out")
+    if device is not None:
+        raise RequestError(f"--gpus and --device {device} exclude each other: leave one of them out")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise RequestError(f"--gpus is {gpus}: torch finds no CUDA GPU: leave it out, or give --workers")
+    numbers = _numbers(gpus, there)
+    if more := [number for number in numbers if number >= there]:
+        raise RequestError(
+            f"--gpus is {gpus}: there is no GPU {more[0]}: torch finds {there}, counted from 0"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise RequestError(f"--gpus is {gpus}: a GPU is named twice: name each once")
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
+def _numbers(gpus: str, there: int) -> list[int]:
+    if gpus == ALL:
+        return list(range(there))
+    if "," in gpus:
+        return [int(word) for word in gpus.split(",")]
+    count = int(gpus)
+    if count > there:
+        raise RequestError(f"--gpus is {gpus}: torch finds {there}: lower it, or give all")
+    return list(range(count))
+
+
+def is_gpus(value: str) -> bool:
+    """Whether a text can be the value of --gpus."""
+    return value == ALL or re.fullmatch(r"[1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+", value) is not None

@@ -1,0 +1,79 @@
+"""Which worker has which items: handed out in small ranges, taken back from workers that die, each done once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from nla_engine.errors import EngineError
+
+#: Most items of a range, and the part of a worker's share that one range is at most: so none has too many at the end.
+_RANGE, _PART = 32, 4
+#: An item that was with so many workers when they died is not tried again.
+MOST_DEATHS = 3
+
+
+class Handing:
+    """items: ascending, each once; together: items with the same number // together are best done by one worker.
+
+    done: items with a result; again: items that were taken back from a worker that died, each time they were
+    One thread at a time may use it.
+    """
+
+    def __init__(self, items: Sequence[int] | np.ndarray, workers: int, together: int = 1) -> None:
+        self._items, self._at, self._together = items, 0, together
+        self._back: deque[int] = deque()
+        self._with: dict[int, set[int]] = {}
+        self._deaths: Counter[int] = Counter()
+        self.workers = workers
+        self.done = self.again = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every item has its result."""
+        return self.done == len(self._items)
+
+    def take(self, worker: int) -> list[int]:
+        """The next items for a worker; none if nothing waits, or the others have too few."""
+        mine = self._with.setdefault(worker, set())
+        share = math.ceil((len(self._items) - self.done) / max(self.workers, 1))
+        room = max(share, 1) - len(mine)
+        most = min(max(share // _PART, 1), _RANGE, room)
+        taken: list[int] = []
+        while len(taken) < room and (item := self._next()) is not None:
+            if len(taken) >= most and item // self._together != taken[-1] // self._together:
+                break
+            self._step()
+            taken.append(item)
+        mine.update(taken)
+        return taken
+
+    def _next(self) -> int | None:
+        """The item that comes next, those taken back first."""
+        if self._back:
+            return self._back[0]
+        return int(self._items[self._at]) if self._at < len(self._items) else None
+
+    def _step(self) -> None:
+        if self._back:
+            self._back.popleft()
+        else:
+            self._at += 1
+
+    def end(self, worker: int, item: int) -> None:
+        """A worker has the result of an item. EngineError if it did not have the item."""
+        if item not in self._with.get(worker, ()):
+            raise EngineError(f"a worker returned {item}, which it did not have")
+        self._with[worker].remove(item)
+        self.done += 1
+
+    def died(self, worker: int) -> tuple[list[int], list[int]]:
+        """Take a worker's items back. Returns them, ascending, and those that were lost too often."""
+        lost = sorted(self._with.pop(worker, ()))
+        self._deaths.update(lost)
+        self.again += len(lost)
+        self._back = deque(sorted([*lost, *self._back]))
+        return lost, [item for item in lost if self._deaths[item] >= MOST_DEATHS]
