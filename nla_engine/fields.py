@@ -96,6 +96,21 @@ def device() -> Any:
     return option("cuda, cuda:N or cpu. [default: cuda if available]", None)
 
 
+def gpus() -> Any:
+    """Several GPUs, with a process each."""
+    return option(
+        "Run on several GPUs of this machine, a process each: all, how many, or their numbers as 0,2 "
+        "(docs/several_gpus.md).",
+        None,
+        must=Must(is_gpus, "all, a number from 1 on, or numbers joined by commas, as 0,2"),
+    )
+
+
+def workers() -> Any:
+    """Several processes on a CPU."""
+    return option("On a CPU: so many processes, which share its cores.", 1, must=AT_LEAST_1)
+
+
 def kernels() -> Any:
     """The implementation of the blocks."""
     return option(
@@ -320,6 +335,11 @@ def whitening() -> Any:
         "[default: whitening.safetensors beside the weights, if the sidecar says norm: whitened_zca]",
         None,
     )
+
+
+def is_gpus(value: str) -> bool:
+    """Whether a text names GPUs: all, how many, or their numbers."""
+    return value == "all" or re.fullmatch(r"[1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+", value) is not None
 
 
 def is_scale(value: str) -> bool:

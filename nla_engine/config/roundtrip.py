@@ -59,6 +59,8 @@ class RoundtripOptions(Options):
     precision: str = fields.precision("AV and AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
@@ -69,6 +71,7 @@ class RoundtripOptions(Options):
         super().__post_init__()
         check_table(self)
         _check_words(self)
+        _check_processes(self, self.follow)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class ExplainOptions(Options):
     precision: str = fields.precision("the AV")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -116,6 +121,7 @@ class ExplainOptions(Options):
         super().__post_init__()
         check_table(self)
         _check_words(self)
+        _check_processes(self, self.follow)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class ScoreOptions(Options):
     precision: str = fields.precision("the AR")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -157,6 +165,7 @@ class ScoreOptions(Options):
         super().__post_init__()
         check_table(self)
         check_local(self.texts)
+        _check_processes(self)
 
 
 #: Options of the commands of stage 2: of those that write texts, of those that score them, of all.
@@ -176,3 +185,13 @@ def _check_words(options: WritingOptions) -> None:
         )
     check_samples(options)
     check_cuts(options)
+
+
+def _check_processes(options: StageTwoOptions, follow: bool = False) -> None:
+    for name, given in (("--gpus", options.gpus is not None), ("--workers", options.workers > 1)):
+        if given and follow:
+            raise RequestError(
+                f"{name} shares known rows out, and --follow waits for rows: leave one of the two out"
+            )
+        if given and options.dry_run:
+            raise RequestError(f"{name} and --dry-run exclude each other: it measures on one GPU, or the CPU")

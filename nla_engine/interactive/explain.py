@@ -47,6 +47,8 @@ _ELSEWHERE = (
     "resume",
     "overwrite",
     "dry_run",
+    "gpus",
+    "workers",
     "texts",
     "av",
     "ar",

@@ -109,7 +109,7 @@ class Verbalizer:
 
     def explain(
         self,
-        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]],
+        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor] | None],
         *,
         samples: int = 1,
         max_new_tokens: int = 200,
@@ -127,8 +127,10 @@ class Verbalizer:
         prompt = self.prompt
         for text in self.writer.write(
             (
-                Asked(id_, prompt, vector[None] if vector.ndim == 1 else vector, draws(id_))
-                for id_, vector in vectors
+                None
+                if each is None
+                else Asked(each[0], prompt, each[1][None] if each[1].ndim == 1 else each[1], draws(each[0]))
+                for each in vectors
             ),
             Limits.of([prompt]),
             samples=samples,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from nla_engine.errors import RequestError
@@ -14,8 +12,8 @@ ALL = "all"
 def worker_devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, ...]:
     """The device of each worker, such as ("cuda:0", "cuda:2") or ("cpu", "cpu"); empty: no workers, one process.
 
-    gpus: "all", how many, or numbers joined by commas; None: none asked for. workers: processes on the CPU
-    device: as --device has it. RequestError if they do not exist, or the options contradict each other.
+    gpus: as `fields.is_gpus` takes it; None: none asked for. workers: processes on the CPU; device: as --device has it
+    RequestError if they do not exist, or the options contradict each other.
     """
     if gpus is None:
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
@@ -48,8 +46,3 @@ def _numbers(gpus: str, there: int) -> list[int]:
     if count > there:
         raise RequestError(f"--gpus is {gpus}: torch finds {there}: lower it, or give all")
     return list(range(count))
-
-
-def is_gpus(value: str) -> bool:
-    """Whether a text can be the value of --gpus."""
-    return value == ALL or re.fullmatch(r"[1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+", value) is not None

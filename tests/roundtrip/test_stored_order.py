@@ -21,8 +21,7 @@ from nla_engine.config import (
     RoundtripOptions,
     ScoreOptions,
 )
-from nla_engine.demo.problems import held_out_problems
-from nla_engine.demo.problems import prompt_record
+from nla_engine.demo.problems import held_out_problems, prompt_record
 from nla_engine.demo.run import LAYER, TRIO
 from nla_engine.referee.run import run_patch
 from nla_engine.roundtrip.ask import run_ask

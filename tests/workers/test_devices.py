@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nla_engine.errors import RequestError
-from nla_engine.workers.devices import is_gpus, worker_devices
+from nla_engine.fields import is_gpus
+from nla_engine.workers.devices import worker_devices
 
 
 @pytest.fixture
