@@ -13,7 +13,7 @@ import numpy as np
 from nla_engine.bench.session import expect
 from nla_engine.capture.next_token import NextTokenTap
 from nla_engine.capture.row_range import RowRange
-from nla_engine.capture.run import MAX_PREFILL_TOKENS
+from nla_engine.capture.setup import MAX_PREFILL_TOKENS
 from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.engine import choose

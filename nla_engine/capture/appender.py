@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from nla_engine.engine.generator import Portion
+from nla_engine.engine.generator import Generator, Portion
 from nla_engine.engine.request import Completion
 from nla_engine.errors import EngineError
 from nla_engine.models.prompt_set import Prompt
@@ -19,13 +20,15 @@ _FETCHED_PART = 1 / 4
 #: Sequences per batch. A large batch is checked at once; a small one lets threads write while the next is prepared.
 _TOGETHER = 64
 
+_T = TypeVar("_T")
+
 
 class Appender:
     """Appends the sequences of a run to a store as they end, and counts them. prompts: by request id."""
 
     def __init__(self, writer: StoreWriter, prompts: Sequence[Prompt]) -> None:
         self._writer, self._prompts = writer, prompts
-        self.sequences = self.tokens_generated = 0
+        self.sequences = self.rows = self.tokens_generated = 0
 
     def add(self, ended: Sequence[Completion]) -> None:
         """Append these sequences, by number. Raises WriteError, or EngineError if one lacks rows.
@@ -34,28 +37,37 @@ class Appender:
         earlier calls are on disk by now. An overdue commit comes last, to include these sequences: the next ones may
         take long.
         """
-        ended = sorted(ended, key=lambda completion: completion.request.id)
+
+        def rows(completion: Completion) -> SequenceRows:
+            return sequence_rows(self._prompts[completion.request.id], completion, self._writer.sink_norm)
+
+        self._add(sorted(ended, key=lambda completion: completion.request.id), rows)
+
+    def add_rows(self, ended: Sequence[SequenceRows]) -> None:
+        """The same, of sequences that are rows already."""
+        self._add(sorted(ended, key=lambda rows: rows.number or 0), lambda rows: rows)
+
+    def _add(self, ended: Sequence[_T], rows: Callable[[_T], SequenceRows]) -> None:
         overdue = self._writer.is_overdue
         if not overdue:
             self._writer.commit_if_due()
         try:
             for at in range(0, len(ended), _TOGETHER):
-                self._append(ended[at : at + _TOGETHER])
+                self._append(ended[at : at + _TOGETHER], rows)
         finally:
             self._writer.wait_until_copied()
         if overdue:
             self._writer.commit()
 
-    def _append(self, ended: Sequence[Completion]) -> None:
+    def _append(self, ended: Sequence[_T], rows: Callable[[_T], SequenceRows]) -> None:
         sequences: list[SequenceRows] = []
         try:
-            for completion in ended:
-                prompt = self._prompts[completion.request.id]
-                sequences.append(sequence_rows(prompt, completion, self._writer.sink_norm))
+            sequences.extend(map(rows, ended))
         finally:
             self._writer.append_many(sequences, wait=False)
         self.sequences += len(sequences)
-        self.tokens_generated += sum(len(completion.generated) for completion in ended)
+        self.rows += sum(len(each.position) for each in sequences)
+        self.tokens_generated += sum(len(each.tokens) - each.prompt_size for each in sequences)
 
 
 def portion_of(host_memory: int) -> Portion:
@@ -104,3 +116,12 @@ def sequence_rows(prompt: Prompt, completion: Completion, sink_norm: Mapping[Sit
         next_tokens=completion.next_tokens,
         number=completion.request.id,
     )
+
+
+def unfinished_rows(
+    generator: Generator, prompts: Mapping[int, Prompt] | Sequence[Prompt], sink_norm: Mapping[Site, float]
+) -> Iterator[SequenceRows]:
+    """Of a generator that was stopped, the sequences that have rows and have not ended. prompts: by request id."""
+    for each in generator.unfinished():
+        if len(each.positions):
+            yield sequence_rows(prompts[each.request.id], each, sink_norm)

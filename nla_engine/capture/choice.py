@@ -7,6 +7,7 @@ options alone, never on batches, order or an interruption. Does not know the row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -21,16 +22,30 @@ from nla_engine.models.tokens import matching_tokens, special_tokens
 _DRAW = 0x6472_6177 << 64
 
 
+class Documents(Protocol):
+    """What positions of a prompt depend on. A `PromptSet` is one."""
+
+    def token_ids(self, index: int) -> np.ndarray:
+        """int32 [t]: the ids of one prompt."""
+
+    def document(self, index: int) -> int:
+        """The number of the document that a prompt is of."""
+
+    def of_document(self, number: int) -> range:
+        """The prompts of one document."""
+
+
 class RowChoice:
     """Chooses rows of the sequences of a run.
 
+    prompts: those of the run; a process that has some of them can choose positions, and not count rows
     keep: the range of the tap; every: of its positions, those that this number divides
     tokens: bool [V], tokens whose rows may be stored; None: all
     """
 
     def __init__(
         self,
-        prompts: PromptSet,
+        prompts: Documents,
         keep: RowRange,
         *,
         per_document: int | None = None,
@@ -46,7 +61,7 @@ class RowChoice:
 
     @classmethod
     def of(
-        cls, options: CaptureOptions, lm: LanguageModel, prompts: PromptSet, vocabulary: Sequence[bytes]
+        cls, options: CaptureOptions, lm: LanguageModel, prompts: Documents, vocabulary: Sequence[bytes]
     ) -> RowChoice:
         """The choice that the options ask for. RequestError if no token is left.
 
@@ -122,14 +137,16 @@ class RowChoice:
         share: part of the new tokens that `tokens` allows. If 1, an upper bound; exact if nothing is generated
         """
         given, generated = self._counts(new)
+        prompts = cast(PromptSet, self._prompts)
         rows = given[todo] + generated[todo] * share
         if self._per_document is not None:
-            rows = np.minimum(np.bincount(self._prompts.owners()[todo], rows), self._per_document)
+            rows = np.minimum(np.bincount(prompts.owners()[todo], rows), self._per_document)
         return round(float(rows.sum()))
 
     def _counts(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Eligible positions of each prompt, and of its `new` tokens (int64 [n]): int64 [n], int64 [n]."""
-        sizes = self._prompts.sizes
+        prompts = cast(PromptSet, self._prompts)
+        sizes = prompts.sizes
         known, which = np.unique(sizes, return_inverse=True)
         begin = np.array([self.keep.first(int(size)) for size in known], np.int64)[which]
         begin = np.maximum(begin, self._min_position)
@@ -139,7 +156,7 @@ class RowChoice:
         generated = self._multiples(np.maximum(begin, sizes), end)
         if self.tokens is not None:
             done = 0
-            for ids, size in self._prompts.blocks():
+            for ids, size in prompts.blocks():
                 here = slice(done, done + len(size))
                 owner = np.repeat(np.arange(len(size)), size)
                 position = np.arange(len(ids)) - (np.cumsum(size) - size)[owner]

@@ -19,7 +19,7 @@ from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import chosen_sites, first_prompt, load_inputs
 from nla_engine.capture.plan import plan_capture
 from nla_engine.capture.reply_limits import reply_limits
-from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out
+from nla_engine.capture.run import GENERATING, READING, CaptureJob, Enough, check_out, devices_of
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.models.load import LanguageModel
@@ -73,6 +73,14 @@ def estimate_capture(
     """Plan a capture and time its first prompts. Raises what `load_inputs` and `check_out` raise. Whether a store can
     be resumed with these options is checked only by the run itself."""
     check_out(options)
+    devices = devices_of(options, lm)
+    workers = max(len(devices), 1)
+    if devices:
+        options = replace(options, device=devices[0], gpus=None, workers=1)
+    if workers > 1:
+        announce(
+            f"measured in one process on {devices[0]}; {workers} are taken to be {workers} times as fast"
+        )
     started = time.perf_counter()
     lm, prompts = load_inputs(options, lm)
     load_seconds = time.perf_counter() - started
@@ -84,11 +92,13 @@ def estimate_capture(
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
     limits = reply_limits(options, lm, prompts.sizes)
-    plan = plan_capture(options, lm, prompts, choice, limits, todo)
+    plan = plan_capture(options, lm, prompts, choice, limits, todo, workers)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))
     sizes, new = prompts.sizes[todo], plan.new
-    forecast = Forecast(len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, lm.device.type)
+    forecast = Forecast(
+        len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots * workers, lm.device.type
+    )
     count, short = min(len(sizes), SAMPLE[0]), min(new, SAMPLE[1])
     if options.max_new_tokens == MAX:
         short = new  # only replies that end tell how long replies are

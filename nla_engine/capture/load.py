@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from nla_engine.capture.partial import partial_name
 from nla_engine.capture.reply_limits import longest_prompt
 from nla_engine.config import CaptureOptions
-from nla_engine.errors import RequestError
+from nla_engine.errors import RequestError, StoreError, already_there
 from nla_engine.models.chat import Reading
 from nla_engine.models.documents import Longest
 from nla_engine.models.load import (
@@ -28,8 +29,10 @@ from nla_engine.models.source import Source, find_source
 from nla_engine.models.tokens import excerpt
 from nla_engine.sites import Site, crossed
 from nla_engine.store import CaptureStore
+from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
+from nla_engine.workers.devices import worker_devices
 
 #: Key of provenance: the time that the chat template was given, if it asked for one.
 CLOCK = "chat_template_clock"
@@ -67,6 +70,31 @@ def load_inputs(options: CaptureOptions, lm: LanguageModel | None = None) -> tup
     if prompts is None or limits != loaded:
         prompts = _read(options, sources, lm.tokenizer, loaded, clock)
     return lm, prompts
+
+
+def devices_of(options: CaptureOptions, lm: LanguageModel | None) -> tuple[str, ...]:
+    """The devices of --gpus or --workers; empty: that of --device. RequestError if they cannot be had."""
+    devices = worker_devices(options.gpus, options.workers, options.device)
+    if devices and lm is not None:
+        raise RequestError(
+            "--gpus and --workers: each process loads the model itself: give its directory or Hub id"
+        )
+    return devices
+
+
+def check_out(options: CaptureOptions) -> None:
+    """StoreError if `out` holds something that may be neither resumed nor replaced."""
+    out = place(options.out)
+    there = exists(out)
+    if there and not (options.resume or options.overwrite):
+        raise StoreError(already_there(options.out))
+    if not (there and options.resume):
+        check_place(out, options.overwrite)
+    if options.keep_partial:
+        partial = place(partial_name(options.out))
+        if exists(partial) and not (options.resume or options.overwrite):
+            raise StoreError(already_there(str(partial)))
+        check_place(partial, overwrite=True)
 
 
 def first_prompt(prompts: PromptSet, vocabulary: Sequence[bytes]) -> str:

@@ -6,14 +6,11 @@ The run's own store never has such sequences, so that a resumed run generates th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nla_engine.capture.appender import sequence_rows
-from nla_engine.engine.request import Completion
-from nla_engine.errors import RequestError
-from nla_engine.models.prompt_set import Prompt
-from nla_engine.store import StoreWriter
+from nla_engine.errors import RequestError, first_line
+from nla_engine.store import SequenceRows, StoreWriter
 
 #: Key of what `--resume` compares, so that no run takes such a store for its own.
 PARTIAL = "partial"
@@ -31,24 +28,19 @@ def partial_name(out: str) -> str:
 def write_partial(
     writer: StoreWriter,
     name: str,
-    unfinished: Iterable[Completion],
-    prompts: Sequence[Prompt],
+    unfinished: Iterable[SequenceRows],
     *,
     vocabulary: Sequence[bytes],
     provenance: Mapping[str, Any],
     options: Mapping[str, Any],
     next_token: int | None,
 ) -> tuple[int, int]:
-    """Write the unfinished sequences that have rows to a store of this name, in place of one that an earlier run left.
+    """Write unfinished sequences, each with rows, to a store of this name, in place of one that an earlier run left.
     Returns how many these are, and their rows: with none nothing is written. Raises StoreError or WriteError.
 
-    writer: of the run's store; prompts: by request id; the others: as `StoreWriter.create` takes them
+    writer: of the run's store; the others: as `StoreWriter.create` takes them
     """
-    made = (
-        sequence_rows(prompts[each.request.id], each, writer.sink_norm)
-        for each in unfinished
-        if len(each.positions)
-    )
+    made = iter(unfinished)
     first = next(made, None)
     if first is None:
         return 0, 0
@@ -70,3 +62,24 @@ def write_partial(
             partial.append(sequence)
         partial.commit()
         return partial.sequences, partial.rows
+
+
+def keep_partial(
+    writer: StoreWriter,
+    out: str,
+    unfinished: Iterable[SequenceRows],
+    announce: Callable[[str], None],
+    **about: Any,
+) -> None:
+    """`write_partial` beside the store `out`, and say so. A failure is said too: the error that stopped the run counts.
+
+    about: what `write_partial` takes
+    """
+    name = partial_name(out)
+    try:
+        sequences, rows = write_partial(writer, name, unfinished, **about)
+    except Exception as error:
+        announce(f"{name}: what is unfinished could not be kept: {first_line(error)}")
+    else:
+        kept = f"{sequences:,} unfinished sequences with {rows:,} rows are kept in {name}"
+        announce(kept if sequences else "no unfinished sequence has rows to keep")

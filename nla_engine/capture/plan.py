@@ -29,6 +29,7 @@ class CapturePlan:
     """What a run will do. rows, bytes: upper bounds, since replies may end early; row_bytes: of one, in all layers.
 
     length: most tokens of a sequence; new: most that it generates; slot_rows: most rows of it
+    held: bytes that a slot needs besides keys and values; workers: processes that do this at once, each with its room
     """
 
     sequences: int
@@ -43,6 +44,8 @@ class CapturePlan:
     slot_rows: int
     prefix: int
     whole: bool
+    held: int = 0
+    workers: int = 1
 
     @property
     def slots(self) -> int:
@@ -67,16 +70,31 @@ class CapturePlan:
     def __str__(self) -> str:
         done = f" ({self.already_done:,} already there)" if self.already_done else ""
         shared = f", {self.prefix} prompt tokens shared" if self.prefix else ""
+        each = f" in each of {self.workers} workers" if self.workers > 1 else ""
         whole = "; the whole model runs, for the next tokens" if self.whole else ""
         return (
             f"{self.sequences:,} sequences{done}: at most {self.rows:,} rows, {_size(self.bytes)} as {self.codec}; "
-            f"{self.slots} at once, of at most {self.length:,} tokens{self._together()}{shared}{whole}"
+            f"{self.slots} at once{each}, of at most {self.length:,} tokens{self._together()}{shared}{whole}"
         )
 
 
 def _size(size: int) -> str:
     """Bytes in words."""
     return f"{size / 2**30:,.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def room_for(options: CaptureOptions, lm: LanguageModel, plan: CapturePlan, sequences: int) -> Room:
+    """What a process has room for on the model's device, if it runs so many sequences of the plan."""
+    return _room(options, lm, plan.length, plan.prefix, plan.new, plan.held, sequences)
+
+
+def _room(
+    options: CaptureOptions, lm: LanguageModel, length: int, prefix: int, new: int, held: int, sequences: int
+) -> Room:
+    at_once = options.batch_size or (DECODING_SLOTS if new else READING_SLOTS)
+    at_once = max(min(at_once, sequences), 1)
+    given = at_once if options.batch_size else None
+    return default_room(lm, length, prefix, most=at_once, held=held, slots=given)
 
 
 def plan_capture(
@@ -86,6 +104,7 @@ def plan_capture(
     choice: RowChoice,
     limits: np.ndarray,
     todo: np.ndarray,
+    workers: int = 1,
 ) -> CapturePlan:
     """Plan the run: slots from the batch size or the free memory, rows from the lengths.
 
@@ -105,10 +124,7 @@ def plan_capture(
     slot_rows = max((keep.count(size, size + most) for size, most in pairs), default=0)
     asked = 0 if options.next_token is None else 4 + 8 * options.next_token  # bytes of a row
     held = asked * slot_rows
-    at_once = options.batch_size or (DECODING_SLOTS if new else READING_SLOTS)
-    at_once = max(min(at_once, len(todo)), 1)
-    given = at_once if options.batch_size else None
-    room = default_room(lm, longest, prefix, most=at_once, held=held, slots=given)
+    room = _room(options, lm, longest, prefix, new, held, -(-len(todo) // workers))
     rows = choice.most_rows(todo, limits)
     if not rows and not done:
         raise RequestError(f"no row would be left of any prompt: change {_narrowing(options)}")
@@ -127,6 +143,8 @@ def plan_capture(
         slot_rows=max(slot_rows, 1),
         prefix=prefix,
         whole=not new and options.next_token is not None,
+        held=held,
+        workers=workers,
     )
 
 

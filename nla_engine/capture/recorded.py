@@ -9,8 +9,6 @@ from typing import Any
 from nla_engine.capture.load import CLOCK, prompts_rendering
 from nla_engine.capture.reply_limits import context_size
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.choose import AnyGenerator
-from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
 from nla_engine.ops.sampling import sampling_of
@@ -44,13 +42,14 @@ _ADDED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """Of one run. described: the model, by `LanguageModel.describe`."""
+    """Of one run. described: the model, by `LanguageModel.describe`; devices: where it runs, in words."""
 
     options: CaptureOptions
     lm: LanguageModel
     prompts: PromptSet
     layers: tuple[int, ...]
     described: Mapping[str, Any]
+    devices: str
 
     def unchanging(self) -> dict[str, Any]:
         """Options and fingerprints that must be the same when a store is resumed."""
@@ -64,17 +63,18 @@ class Recorded:
         same["prompts"] = self.prompts.fingerprint()
         return same | {key: self.described[key] for key in ("weights", "tokenizer", "dtype")}
 
-    def provenance(self, generator: AnyGenerator | None) -> dict[str, Any]:
-        """What a new store records of the model and of the run that made it."""
+    def provenance(self, library: str | None) -> dict[str, Any]:
+        """What a new store records of the model and of the run that made it. library: the attention of transformers'
+        own generation, if that runs it."""
         options, prompts = self.options, self.prompts
         attention = "nla_engine slot attention, softmax in float32"
-        if isinstance(generator, LibraryGenerator):
-            attention = f"transformers' own generation, {generator.runner.attention} attention"
+        if library is not None:
+            attention = f"transformers' own generation, {library} attention"
         return {
             **self.described,
             **describe_run(),
             "attention": attention,
-            "device": str(self.lm.device),
+            "device": self.devices,
             "chat_template": prompts_rendering(options, self.lm),
             **({CLOCK: prompts.clock.isoformat()} if prompts.clock else {}),
             "sampling": str(sampling_of(options)),

@@ -1,11 +1,14 @@
-"""How many tokens each sequence of a capture may generate: the number asked for, or as many as its context holds."""
+"""What ends the sequences of a capture: how many tokens each may generate, and the texts after which it ends."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.runner import rotation_limit
+from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.options import MAX
@@ -32,3 +35,15 @@ def reply_limits(options: CaptureOptions, lm: LanguageModel, sizes: np.ndarray) 
     if isinstance(options.max_new_tokens, str):
         return context_size(lm) - sizes
     return np.full(len(sizes), options.max_new_tokens, np.int64)
+
+
+def stop_of(
+    options: CaptureOptions, vocabulary: Sequence[bytes], eos_ids: tuple[int, ...]
+) -> StopAutomaton | None:
+    """What ends a reply, by its tokens; None if nothing is generated. RequestError for texts that are too long."""
+    if not options.max_new_tokens:
+        return None
+    try:
+        return StopAutomaton(vocabulary, eos_ids, [text.encode() for text in options.stop])
+    except ValueError as error:
+        raise RequestError(f"--stop: {error}: give shorter ones") from error

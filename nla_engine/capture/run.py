@@ -8,66 +8,61 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nla_engine.capture.appender import Appender, portion_of
+from nla_engine.capture.appender import Appender, portion_of, unfinished_rows
 from nla_engine.capture.calibrate import LayerCalibration, calibrate
 from nla_engine.capture.choice import RowChoice
 from nla_engine.capture.load import (
+    check_out,
     chosen_layers,
     chosen_sites,
+    devices_of,
     first_prompt,
     load_inputs,
 )
-from nla_engine.capture.next_token import following_of
-from nla_engine.capture.partial import partial_name, write_partial
+from nla_engine.capture.partial import keep_partial
 from nla_engine.capture.plan import CapturePlan, plan_capture
 from nla_engine.capture.recorded import Recorded
-from nla_engine.capture.reply_limits import reply_limits
+from nla_engine.capture.reply_limits import reply_limits, stop_of
 from nla_engine.capture.row_range import RowRange
-from nla_engine.capture.spill import RUNNING_PART, RowKeeper
+from nla_engine.capture.setup import Setup, library_attention
+from nla_engine.capture.spill import RUNNING_PART
 from nla_engine.capture.summary import CaptureSummary
-from nla_engine.capture.tap import RowTap
+from nla_engine.capture.workers import WORKERS_PART, CaptureWork, combined, teller
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.choose import AnyGenerator, open_generator
-from nla_engine.engine.families import why_unfused
+from nla_engine.engine.choose import AnyGenerator
 from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.engine.generator import Generator, Watch
-from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.request import Request
-from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.errors import EngineError, RequestError, StoreError, already_there, first_line
+from nla_engine.errors import EngineError, RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.prompt_set import PromptSet
 from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.tokens import token_bytes
-from nla_engine.ops.backends import Kernels, shortfall
-from nla_engine.ops.sampling import sampling_of
 from nla_engine.progress import Phases, Progress
 from nla_engine.sites import Site
-from nla_engine.store import CaptureStore, RowFlag, StoreWriter
-from nla_engine.store.directory import check_place
+from nla_engine.store import CaptureStore, RowFlag, SequenceRows, StoreWriter
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
-
-MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+from nla_engine.workers.pool import Lost, Pool
 
 #: Phases of a run. Generating, or reading, includes writing to the store.
-LOADING, CALIBRATING, PREPARING, GENERATING, READING = (
-    "loading",
-    "calibrating",
-    "preparing",
-    "generating",
-    "reading",
-)
+LOADING, CALIBRATING, PREPARING, STARTING = "loading", "calibrating", "preparing", "starting"
+GENERATING, READING = "generating", "reading"
 #: Seconds between two estimates of how far a run is.
 _LOOK_SECONDS = 1.0
+#: Seconds that workers have to return what is unfinished, if the run stops.
+_LEFT_SECONDS = 60.0
+#: The module of what they do.
+WORK = "nla_engine.capture.workers"
 
 
 def run_capture(
@@ -88,27 +83,20 @@ def run_capture(
         announce(
             f"{options.model} is an AV or AR (it has {SIDECAR}); such a pair explains the rows of its base model"
         )
+    devices = devices_of(options, lm)
     phases = Phases(progress)
     phases.phase(LOADING)
-    lm, prompts = load_inputs(options, lm)
-    for message in prompts.messages():
-        announce(message)
-    return CaptureJob(options, lm, prompts, announce, phases).run()
-
-
-def check_out(options: CaptureOptions) -> None:
-    """StoreError if `out` holds something that may be neither resumed nor replaced."""
-    out = place(options.out)
-    there = exists(out)
-    if there and not (options.resume or options.overwrite):
-        raise StoreError(already_there(options.out))
-    if not (there and options.resume):
-        check_place(out, options.overwrite)
-    if options.keep_partial:
-        partial = place(partial_name(options.out))
-        if exists(partial) and not (options.resume or options.overwrite):
-            raise StoreError(already_there(str(partial)))
-        check_place(partial, overwrite=True)
+    with ExitStack() as opened:
+        pool = None
+        if len(devices) > 1:  # they load their modules meanwhile
+            waiting = int(options.host_memory * 2**30 * (1 - WORKERS_PART) / 4)
+            pool = opened.enter_context(
+                Pool(devices, imports=WORK, announce=announce, unit="sequences", waiting_bytes=waiting)
+            )
+        lm, prompts = load_inputs(replace(options, device=devices[0]) if devices else options, lm)
+        for message in prompts.messages():
+            announce(message)
+        return CaptureJob(options, lm, prompts, announce, phases, pool=pool).run()
 
 
 class Enough(Exception):
@@ -120,6 +108,7 @@ class CaptureJob:
 
     most_seconds: of the last phase; then Enough is raised. tally: what that phase did
     most_new: fewer new tokens of each prompt than the options ask for
+    pool: runs the model in other processes; then it is given up here once that is all that is left to do
     """
 
     def __init__(
@@ -131,19 +120,21 @@ class CaptureJob:
         progress: Progress = Progress(),
         most_seconds: float = math.inf,
         most_new: int | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.most_seconds, self.tally = most_seconds, Tally()
         self.options, self.lm, self.prompts = options, lm, prompts
         self.announce, self.phases = announce, Phases.of(progress)
-        self.kernels = Kernels(options.kernels)
+        self.pool, self.device = pool, lm.device
         limits = reply_limits(options, lm, prompts.sizes)
         self.limits = limits if most_new is None else np.minimum(limits, most_new)
         self.keep = RowRange.parse(str(options.positions))
         self.layers, self.sites = chosen_layers(options, lm), chosen_sites(options, lm)
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
-        self.stop = self._stop() if options.max_new_tokens else None
+        self.stop = stop_of(options, self.vocabulary, lm.eos_ids)
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
-        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe())
+        devices = ", ".join(pool.devices) if pool is not None else str(lm.device)
+        self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe(), devices)
 
     def run(self) -> CaptureSummary:
         """Calibrate, plan, generate and write. A new store is created only after every check has passed."""
@@ -162,29 +153,53 @@ class CaptureJob:
             count = len(self.prompts)
             todo = writer.missing(count) if writer else np.arange(count)
             self.phases.phase(PREPARING)
-            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo)
+            workers = 1 if self.pool is None else len(self.pool.devices)
+            plan = plan_capture(self.options, self.lm, self.prompts, self.choice, self.limits, todo, workers)
             self.announce(first_prompt(self.prompts, self.vocabulary))
             self.announce(str(plan))
-            generator = None
-            if len(todo):
-                generator = self._generator(plan, codec, sink_norm)
-                opened.enter_context(generator.runner)
-                if self.options.keep_partial and isinstance(generator, LibraryGenerator):
-                    raise RequestError(
-                        f"--keep-partial: {self.lm.name} runs by transformers' generation, which does not offer it: "
-                        "leave it out"
-                    )
-            if calibration is not None:
-                writer = opened.enter_context(self._create_store(codec, calibration, generator))
-            assert writer is not None
-            return self._fill(writer, plan, generator, todo)
 
-    def _stop(self) -> StopAutomaton:
-        texts = [text.encode() for text in self.options.stop]
-        try:
-            return StopAutomaton(self.vocabulary, self.lm.eos_ids, texts)
-        except ValueError as error:
-            raise RequestError(f"--stop: {error}: give shorter ones") from error
+            prefix = tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist())
+            generator = None
+            if len(todo) and self.pool is None:
+                generator = self._setup(codec, sink_norm, prefix).generator(plan)
+                opened.enter_context(generator.runner)
+
+            def store(library: str | None) -> StoreWriter:
+                """The store, which is created only now: every check has passed."""
+                if writer is not None:
+                    return writer
+                assert calibration is not None
+                return opened.enter_context(self._create_store(codec, calibration, library))
+
+            if self.pool is not None and len(todo):
+                work = CaptureWork(
+                    options=self.options,
+                    revision=self.lm.revision or self.options.revision,
+                    weights=self.recorded.described["weights"],
+                    plan=plan,
+                    codec=codec.name,
+                    sink_norm=sink_norm,
+                    prefix=prefix,
+                    workers=workers,
+                    sequences=-(-len(todo) // workers),
+                )
+                return self._finish(*self._from_workers(self.pool, work, store, todo), plan, todo)
+            return self._finish(*self._from_here(generator, store, plan, todo), plan, todo)
+
+    def _setup(self, codec: Codec, sink_norm: Mapping[Site, float], prefix: tuple[int, ...]) -> Setup:
+        return Setup(
+            options=self.options,
+            lm=self.lm,
+            sites=self.sites,
+            keep=self.keep,
+            stop=self.stop,
+            choose=None if self.choice.takes_all else self.choice.positions,
+            codec=codec,
+            sink_norm=sink_norm,
+            prefix=prefix,
+            host_bytes=self.options.host_memory * 2**30,
+            announce=self.announce,
+        )
 
     def _calibrate(self, codec: Codec) -> dict[Site, LayerCalibration]:
         try:
@@ -196,7 +211,7 @@ class CaptureJob:
             ) from error
 
     def _create_store(
-        self, codec: Codec, calibration: Mapping[Site, LayerCalibration], generator: AnyGenerator | None
+        self, codec: Codec, calibration: Mapping[Site, LayerCalibration], library: str | None
     ) -> StoreWriter:
         """A new store, with its calibration."""
         writer = StoreWriter.create(
@@ -205,7 +220,7 @@ class CaptureJob:
             codec=codec,
             sink_norm={layer: entry.sink_norm for layer, entry in calibration.items()},
             vocabulary=self.vocabulary,
-            provenance=self.recorded.provenance(generator),
+            provenance=self.recorded.provenance(library),
             options=self.recorded.unchanging(),
             next_token=self.options.next_token,
             overwrite=self.options.overwrite,
@@ -214,69 +229,18 @@ class CaptureJob:
             writer.record_codec_error(layer, entry.error)
         return writer
 
-    def _generator(self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]) -> AnyGenerator:
-        """The generator of the plan. Its slots are halved until they fit the GPU's memory."""
-        for line in shortfall(self.lm.device):
-            self.announce(line)
-        if not self.kernels.plain(self.lm.device) and (reason := why_unfused(self.lm.blocks)):
-            self.announce(f"{self.lm.name}: {reason}")
-        while True:
-            try:
-                return self._try_generator(plan, codec, sink_norm)
-            except torch.cuda.OutOfMemoryError as error:
-                if plan.slots == 1:
-                    message = f"{self.lm.name}: one sequence of {plan.length} tokens does not fit the free GPU memory"
-                    raise EngineError(message) from error
-            torch.cuda.empty_cache()
-            plan = plan.half()
-            self.announce(f"out of GPU memory while setting up: trying {plan.slots} sequences at once")
-
-    def _try_generator(
-        self, plan: CapturePlan, codec: Codec, sink_norm: Mapping[Site, float]
-    ) -> AnyGenerator:
-        options, lm, new = self.options, self.lm, plan.new
-        following = following_of(options, self.keep, plan.slot_rows, lm.device, self.kernels.reference)
-        tap = RowTap(
-            self.sites,
-            codec,
-            self.keep,
-            rows_per_slot=max(self.keep.end(1, 1 + new) - 1, 1),
-            sink_norm=sink_norm,
-            device=lm.device,
-            choose=None if self.choice.takes_all else self.choice.positions,
-            skip_sinks=options.skip_sinks,
-            reference=self.kernels.reference,
-            keeper=RowKeeper.beside(place(options.out), codec, len(self.sites), options.host_memory * 2**30),
-        )
-        return open_generator(
-            lm if new or following else lm.truncated(max(site.layer for site in self.sites)),
-            slots=plan.slots,
-            blocks=plan.room.blocks,
-            length=plan.length,
-            prefix=tuple(self.prompts.token_ids(-1)[: plan.prefix].tolist()),
-            tap=tap,
-            kernels=self.kernels,
-            announce=self.announce,
-            how={
-                "max_new_tokens": new,
-                "stop": self.stop,
-                "sampling": sampling_of(options),
-                "read_last": "generated" in self.keep.names or "all" in self.keep.names,
-                "max_prefill_tokens": MAX_PREFILL_TOKENS[lm.device.type],
-                "following": following,
-            },
-        )
-
-    def _fill(
-        self, writer: StoreWriter, plan: CapturePlan, generator: AnyGenerator | None, todo: np.ndarray
-    ) -> CaptureSummary:
+    def _from_here(
+        self,
+        generator: AnyGenerator | None,
+        store: Callable[[str | None], StoreWriter],
+        plan: CapturePlan,
+        todo: np.ndarray,
+    ) -> tuple[StoreWriter, Appender]:
         """Generate and write the sequences of the prompts `todo`. generator: None if none remain."""
-        rows_before, all_ = writer.rows, len(self.prompts)
+        writer = store(library_attention(generator))
         appender = Appender(writer, self.prompts)
-        name = GENERATING if self.options.max_new_tokens else READING
-        self.phases.phase(name, "sequences")
+        self._begin(todo)
         if generator is not None:
-            self.phases(all_ - len(todo), all_, part=0.0)
             portion = portion_of(int(self.options.host_memory * 2**30 * (1 - RUNNING_PART)))
             watch = self._watch(plan, todo)
             try:
@@ -285,34 +249,81 @@ class CaptureJob:
                     del group  # frees its memory before the next is fetched
             except BaseException:
                 if self.options.keep_partial and isinstance(generator, Generator):
-                    self._keep_partial(writer, generator)
+                    self._keep_partial(writer, unfinished_rows(generator, self.prompts, writer.sink_norm))
                 raise
+        return writer, appender
+
+    def _from_workers(
+        self, pool: Pool, work: CaptureWork, store: Callable[[str | None], StoreWriter], todo: np.ndarray
+    ) -> tuple[StoreWriter, Appender]:
+        """The same in the processes of the pool: the model here is given up, to leave its memory to them."""
+        self.lm.move(torch.device("meta"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        watch, began = self._watch(work.plan, todo), False
+        appender: Appender | None = None
+        self.phases.phase(STARTING)
+        told = teller(self.options, self.prompts, self.choice, self.limits)
+
+        def begin() -> None:
+            nonlocal began
+            if not began:
+                began = True
+                self._begin(todo)
+
+        def watching(now: list[Tally], before: list[Tally]) -> None:
+            begin()
+            self.tally = combined(now, before, work.workers)
+            watch(lambda: self.tally)
+
+        try:
+            for group in pool.run(work, todo, told=told, together=self.options.replies, watch=watching):
+                begin()
+                if appender is None:
+                    writer = store(group[0][1].attention)
+                    appender = Appender(writer, self.prompts)
+                appender.add_rows([captured.rows for _, captured in group])
+                del group  # frees its memory before the next is taken
+        except BaseException:
+            if self.options.keep_partial and appender is not None:
+                self._keep_partial(writer, pool.unfinished(_LEFT_SECONDS))
+            raise
+        assert appender is not None
+        return writer, appender
+
+    def _begin(self, todo: np.ndarray) -> None:
+        """The last phase begins."""
+        self.phases.phase(self._last_phase, "sequences")
+        if len(todo):
+            self.phases(len(self.prompts) - len(todo), len(self.prompts), part=0.0)
+
+    @property
+    def _last_phase(self) -> str:
+        return GENERATING if self.options.max_new_tokens else READING
+
+    def _finish(
+        self, writer: StoreWriter, appender: Appender, plan: CapturePlan, todo: np.ndarray
+    ) -> CaptureSummary:
+        """Close the store, which is complete."""
         if appender.sequences != len(todo):
             raise EngineError(f"{len(todo)} sequences were asked for, {appender.sequences} ended")
         writer.close(complete=True)
-        if generator is not None:
+        if len(todo):
+            all_ = len(self.prompts)
             self.phases(all_, all_, tokens=self._work(appender.tokens_generated, todo), part=1.0)
-        return self._summary(writer, rows_before, appender.tokens_generated, self.phases.seconds()[name])
+        return self._summary(writer, appender, plan)
 
-    def _keep_partial(self, writer: StoreWriter, generator: Generator) -> None:
-        """Write what is unfinished beside the store. A failure is announced: the error that stopped the run counts."""
-        name = partial_name(self.options.out)
-        try:
-            sequences, rows = write_partial(
-                writer,
-                name,
-                generator.unfinished(),
-                self.prompts,
-                vocabulary=self.vocabulary,
-                provenance=self.recorded.provenance(generator),
-                options=self.recorded.unchanging(),
-                next_token=self.options.next_token,
-            )
-        except Exception as error:
-            self.announce(f"{name}: what is unfinished could not be kept: {first_line(error)}")
-        else:
-            kept = f"{sequences:,} unfinished sequences with {rows:,} rows are kept in {name}"
-            self.announce(kept if sequences else "no unfinished sequence has rows to keep")
+    def _keep_partial(self, writer: StoreWriter, unfinished: Iterable[SequenceRows]) -> None:
+        keep_partial(
+            writer,
+            self.options.out,
+            unfinished,
+            self.announce,
+            vocabulary=self.vocabulary,
+            provenance=self.recorded.provenance(None),
+            options=self.recorded.unchanging(),
+            next_token=self.options.next_token,
+        )
 
     def _work(self, generated: int, todo: np.ndarray) -> int:
         """The tokens that a run counts: generated ones, or read ones where nothing is generated."""
@@ -322,7 +333,11 @@ class CaptureJob:
         """Tells how far the run is, from time to time."""
         sizes, new = self.prompts.sizes[todo], plan.new
         forecast = Forecast(
-            len(sizes), int((sizes - plan.prefix).sum()), new, plan.slots, self.lm.device.type
+            len(sizes),
+            int((sizes - plan.prefix).sum()),
+            new,
+            plan.slots * plan.workers,
+            self.device.type,
         )
         last, began = 0.0, time.monotonic()
 
@@ -355,12 +370,11 @@ class CaptureJob:
             yield Request(id_, ids, int(self.limits[id_]), again=again)
             before = shared
 
-    def _summary(
-        self, writer: StoreWriter, rows_before: int, generated: int, filling: float
-    ) -> CaptureSummary:
-        """filling: seconds of the last phase."""
+    def _summary(self, writer: StoreWriter, appender: Appender, plan: CapturePlan) -> CaptureSummary:
+        generated, lost = appender.tokens_generated, Lost() if self.pool is None else self.pool.lost
         store = CaptureStore.open(self.options.out)
         flags, by_phase = store.column("flags"), self.phases.seconds()
+        filling = by_phase[self._last_phase]
         return CaptureSummary(
             store=str(self.options.out),
             layers=[site.key for site in self.sites],
@@ -375,6 +389,9 @@ class CaptureJob:
             stepped_back=self.tally.stepped_back,
             seconds=round(sum(by_phase.values()), 3),
             seconds_by_phase=by_phase,
-            rows_per_second=round((writer.rows - rows_before) / filling, 1),
+            rows_per_second=round(appender.rows / filling, 1),
             tokens_per_second=round(generated / filling, 1),
+            workers=plan.workers,
+            workers_lost=lost.workers,
+            sequences_again=lost.items,
         )

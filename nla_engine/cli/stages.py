@@ -60,7 +60,9 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
     with progress_bar("sequences") as progress:
         summary = run_capture(options, announce=say, progress=progress)
     facts = summary.to_dict()
-    told = {("codec_error (relative L2)" if key == "codec_error" else key): facts[key] for key in facts}
+    alone = ("workers", "workers_lost", "sequences_again") if summary.workers == 1 else ()
+    words = {"codec_error": "codec_error (relative L2)"}
+    told = {words.get(key, key): facts[key] for key in facts if key not in alone}
     finish("captured", facts, as_json, told=told)
 
 

@@ -179,6 +179,8 @@ class CaptureOptions(Options):
     )
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     revision: str | None = option("Revision of a Hub model.", None)
     base: str | None = fields.base("MODEL")

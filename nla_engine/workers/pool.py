@@ -56,6 +56,7 @@ class Pool:
         unit: str = "items",
         waiting_bytes: int = _WAITING_BYTES,
     ) -> None:
+        self.devices = tuple(devices)
         self._imports, self._announce, self._unit = imports, announce, unit
         self._most = waiting_bytes
         self._threads = max(_cores() // len(devices), 1)

@@ -42,7 +42,7 @@ def test_what_the_length_rules_out_is_refused_before_a_store_is_made(tmp_path: P
     def no_room(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("nla_engine.capture.run.CaptureJob._try_generator", no_room)
+    monkeypatch.setattr("nla_engine.capture.setup.Setup._try", no_room)
     elsewhere = replace(given, out=str(tmp_path / "other.zarr"), batch_size=1)
     with pytest.raises(EngineError, match="does not fit the free GPU memory"):
         run_capture(elsewhere, lm=lm)

@@ -165,7 +165,7 @@ def test_a_corpus_runs_the_whole_model(
 ) -> None:
     """Logits of some tokens at a time, and documents that are read in several passes."""
     monkeypatch.setattr("nla_engine.capture.next_token._LOGIT_BYTES", bytes_)
-    monkeypatch.setattr("nla_engine.capture.run.MAX_PREFILL_TOKENS", {"cpu": most})
+    monkeypatch.setattr("nla_engine.capture.setup.MAX_PREFILL_TOKENS", {"cpu": most})
     lm, said = tiny("gemma3_text"), []
     out = tmp_path / "s.zarr"
     how = {"layer": "1", "corpus": True, "next_token": K, "device": "cpu"}

@@ -14,7 +14,8 @@ from nla_engine.bench.report import Line
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import open_generator, prompt_file, ragged_lengths, requests, run_all
-from nla_engine.capture.run import GENERATING, MAX_PREFILL_TOKENS, run_capture
+from nla_engine.capture.run import GENERATING, run_capture
+from nla_engine.capture.setup import MAX_PREFILL_TOKENS
 from nla_engine.config import CaptureOptions
 from nla_engine.sites import PARTS, RESID_POST, Site, crossed
 

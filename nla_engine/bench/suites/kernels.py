@@ -10,7 +10,7 @@ import torch
 
 from nla_engine.bench.session import Prepared, Session, WrongWork
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.capture.run import MAX_PREFILL_TOKENS
+from nla_engine.capture.setup import MAX_PREFILL_TOKENS
 from nla_engine.codec.rows import CODEC_NAMES, Codec
 from nla_engine.ops.encode import RowStage, backend, decode_rows, encode_rows
 from nla_engine.ops.gated_linear import gated_linear, has_kernel, tried_tiles
