@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -186,21 +186,9 @@ def _without_texts(waiting: deque[tuple[int, str | None]], samples: int) -> Iter
         yield [Explanation(place * samples + sample, "", status, 0) for sample in range(samples)]
 
 
-@overload
-def read_ahead(
-    reader: Vectors, blocks: Iterable[np.ndarray], device: torch.device
-) -> Generator[torch.Tensor, None, None]: ...
-
-
-@overload
 def read_ahead(
     reader: Vectors, blocks: Iterable[np.ndarray | None], device: torch.device
-) -> Generator[torch.Tensor | None, None, None]: ...
-
-
-def read_ahead(
-    reader: Vectors, blocks: Iterable[np.ndarray | None], device: torch.device
-) -> Generator[torch.Tensor | None, None, None]:
+) -> Generator[Any, None, None]:  # of tensors, and of None if a block is None
     """The vectors of each block of rows, float32 [n, d] on the device; the next block is read meanwhile.
 
     None, for nothing just now, is passed on behind the blocks that came before.
