@@ -60,6 +60,8 @@ class RoundtripOptions(Options):
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
     tensor_parallel: int = fields.tensor_parallel("AV and AR")
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("round trip")
     overwrite: bool = fields.replace()
@@ -71,6 +73,7 @@ class RoundtripOptions(Options):
         check_table(self)
         check_split(self)
         _check_words(self)
+        _check_processes(self, self.follow)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class ExplainOptions(Options):
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
     tensor_parallel: int = fields.tensor_parallel("the AV")
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -120,6 +125,7 @@ class ExplainOptions(Options):
         check_table(self)
         check_split(self)
         _check_words(self)
+        _check_processes(self, self.follow)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class ScoreOptions(Options):
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
     tensor_parallel: int = fields.tensor_parallel("the AR")
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
@@ -163,6 +171,7 @@ class ScoreOptions(Options):
         check_table(self)
         check_split(self)
         check_local(self.texts)
+        _check_processes(self)
 
 
 #: Options of the commands of stage 2: of those that write texts, of those that score them, of all.
@@ -182,3 +191,13 @@ def _check_words(options: WritingOptions) -> None:
         )
     check_samples(options)
     check_cuts(options)
+
+
+def _check_processes(options: StageTwoOptions, follow: bool = False) -> None:
+    for name, given in (("--gpus", options.gpus is not None), ("--workers", options.workers > 1)):
+        if given and follow:
+            raise RequestError(
+                f"{name} shares known rows out, and --follow waits for rows: leave one of the two out"
+            )
+        if given and options.dry_run:
+            raise RequestError(f"{name} and --dry-run exclude each other: it measures on one GPU, or the CPU")

@@ -227,7 +227,7 @@ class Generator:
             np.array(
                 [
                     slots,
-                    [a.request.id for a in entered],
+                    [a.request.draws for a in entered],
                     limits,
                     # Reading the last of these tokens gives the next.
                     [size + count - 1 for size, count in zip(sizes, counts, strict=True)],

@@ -155,7 +155,7 @@ class LibraryGenerator:
         state, tap, slots = self.state, self.runner.tap, batch.slots.tolist()
         at = batch.slots
         columns = to_device(
-            np.array([[request.id for request in batch.requests], batch.limits, batch.sizes]),
+            np.array([[request.draws for request in batch.requests], batch.limits, batch.sizes]),
             self.runner.device,
         )
         state.sequence[at], state.limit[at] = columns[0], columns[1]

@@ -30,12 +30,13 @@ class Finish(IntEnum):
 class Request:
     """One sequence to run.
 
-    id: unique and >= 0; selects the sequence's random numbers. token_ids: the prompt after the shared prefix, at
+    id: unique and >= 0. token_ids: the prompt after the shared prefix, at
     least one token. max_new_tokens: 0 = only read the prompt.
     vectors: what enters at the tokens `places` of these (ascending): [n, d] at scale, of any float dtype, best on the
     model's device.
     again: token_ids and vectors equal those of the request before, so the prompt need not be read again. Such a request
     has no rows of its prompt for a tap.
+    draw: selects the sequence's random numbers, int64; None: its id does
     """
 
     id: int
@@ -44,6 +45,12 @@ class Request:
     vectors: torch.Tensor | None = None
     places: tuple[int, ...] = ()
     again: bool = False
+    draw: int | None = None
+
+    @property
+    def draws(self) -> int:
+        """What selects its random numbers."""
+        return self.id if self.draw is None else self.draw
 
     def check(self, *, shared: int, room: int, where: str, new: int, vectors: int) -> None:
         """EngineError if it cannot run with `shared` tokens before its prompt and `room` for all its tokens, where at

@@ -24,6 +24,7 @@ from nla_engine.interactive.vectors import ArrayRows, Scores, as_vectors
 from nla_engine.interactive.words import in_python, python_words
 from nla_engine.progress import Progress
 from nla_engine.provenance import describe_run
+from nla_engine.roundtrip.draws import of_rows
 from nla_engine.roundtrip.pair import Pair, load_pair
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.score import DirectionVariance
@@ -46,6 +47,8 @@ _ELSEWHERE = (
     "resume",
     "overwrite",
     "dry_run",
+    "gpus",
+    "workers",
     "texts",
     "av",
     "ar",
@@ -102,7 +105,9 @@ def explain(
         statuses=[each.status for each in said],
         n_tokens=np.array([each.n_tokens for each in said]),
         reconstructions=read,
-        scores=None if read is None else Scores.of(array[number], number, number, read, asked.seed),
+        scores=None
+        if read is None
+        else Scores.of(array[number], number, np.zeros_like(number), read, asked.seed),
         variance=var,
         variance_rows=var_rows,
         layer=layer,
@@ -186,7 +191,7 @@ def _written(
     """The texts of every vector, in order."""
     pair.verbalize_next()
     said: list[Explanation] = []
-    texts = Written(asked, pair.av, pair.device)
+    texts = Written(asked, pair.av, pair.device, lambda rows: of_rows(rows, np.zeros_like(rows)))
     with closing(texts.of_rows(ArrayRows(array), np.arange(len(array)), 0)) as written:
         for each in written:
             said += each

@@ -118,9 +118,9 @@ def _table(store: CaptureStore, layer: LayerReader, explained: Explanations, row
         columns["best"] = np.zeros(len(of), bool)
     else:
         seed = int(explained.about["run"]["seed"])
-        sequences = store.column("sequence")[of]
+        sequence, position = (store.column(name)[of].astype(np.int64) for name in ("sequence", "position"))
         scores = Scores.of(
-            explained.vectors[explained.vector], of, sequences, explained.reconstructions, seed
+            explained.vectors[explained.vector], sequence, position, explained.reconstructions, seed
         )
         for name in ("cos", "cos_shuffled", "retrieval_rank", "best"):
             columns[name] = getattr(scores, name)[order]

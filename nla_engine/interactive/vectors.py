@@ -78,23 +78,24 @@ class Scores:
 
     @classmethod
     def of(
-        cls, vectors: np.ndarray, rows: np.ndarray, sequences: np.ndarray, read: np.ndarray, seed: int
+        cls, vectors: np.ndarray, sequences: np.ndarray, positions: np.ndarray, read: np.ndarray, seed: int
     ) -> Scores:
         """vectors, read: float32 [m, d], each text's vector and its reconstruction (NaN: none).
 
-        rows: int64 [m], equal for the texts of one vector; sequences: int64 [m], the origin of each: a vector is
-        held against one of another origin
+        sequences, positions: int64 [m], together equal for the texts of one vector; a vector is held against one of
+        another sequence, if there is one
         """
-        known, first = np.unique(rows, return_index=True)
-        sample = draw_rows(known, CONTROL_ROWS, seed)
-        place = first[np.searchsorted(known, sample)]
-        controls = Controls.of(sample, sequences[place], torch.from_numpy(vectors[place]), seed)
+        places = np.stack([sequences, positions], 1)
+        _, first, rows = np.unique(places, axis=0, return_index=True, return_inverse=True)  # in their order
+        place = draw_rows(first, CONTROL_ROWS, seed)
+        vectors_of = torch.from_numpy(vectors[place])
+        controls = Controls.of(sequences[place], positions[place], vectors_of, seed)
         v, r = torch.from_numpy(vectors), torch.from_numpy(read)
         cos = score.cosine(v, r)
         return cls(
             cos,
-            controls.shuffled(rows, sequences, r),
+            controls.shuffled(sequences, positions, r),
             controls.rank(v, r),
-            score.best_of(rows, cos),
+            score.best_of(rows.ravel(), cos),
             len(controls.distinct),
         )

@@ -44,7 +44,7 @@ def selected_texts(options: PatchOptions | ControlsOptions, store: CaptureStore)
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
     if options.where is not None:
-        rows = np.intersect1d(rows, store.where(options.where))
+        rows = rows[np.isin(rows, store.where(options.where))]
     if not len(rows):
         raise nothing_selected(options)
     if options.limit is not None and options.limit < len(rows):

@@ -136,7 +136,7 @@ class _Run:
         if not mean.rows:
             raise RequestError(f"{self.options.store}: layer {self.layer} has no row with a direction")
         variants = Variants(self.options.norm, mean.mean, self._sample(), self.options.seed)
-        if len(variants.rows) < 2:
+        if len(variants.controls) < 2:
             raise RequestError(
                 f"--ar {self.pair.ar.lm.name}: gives no two vectors with a direction, so there is no control"
             )
@@ -145,7 +145,7 @@ class _Run:
             table.append(self._columns(reader, variants, start, end))
             phases(table.done, total)
         phases.phase(FINISHING)
-        about = {"mean_rows": mean.rows, "control_rows": len(variants.rows)}
+        about = {"mean_rows": mean.rows, "control_rows": len(variants.controls)}
         table.finish(self._metadata() | about, store=self.store)
 
     def identity(self) -> dict[str, Any]:
@@ -159,15 +159,16 @@ class _Run:
             "selection": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
             "texts": self.texts.fingerprint(),
             "ar": self.pair.ar.fingerprint(),
+            "drawn_by": "sequence and position",  # older versions: the place in the store
         }
 
     def _sample(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Rows, their sequences, and the reconstructions of their first texts."""
-        texts = self.texts
-        rows = draw_rows(texts.selected, CONTROL_ROWS, self.options.seed)
-        places = np.searchsorted(texts.selected, rows)
+        """The sequences and positions of some rows, and the reconstructions of their first texts."""
+        texts, store = self.texts, self.store
+        places = draw_rows(np.arange(len(texts.selected)), CONTROL_ROWS, self.options.seed)
+        rows = texts.selected[places]
         words = [texts.text(texts.up_to_row(int(place))) for place in places]
-        return rows, self.store.column("sequence")[rows], self.pair.ar.reconstruct(words)
+        return store.column("sequence")[rows], store.column("position")[rows], self.pair.ar.reconstruct(words)
 
     def _check(self, reader: LayerReader, first: int) -> None:
         """The patcher against transformers on the text of the next row, and its sequence's rows."""
@@ -218,8 +219,8 @@ class _Run:
             kept, texts = np.unique(of[sound], return_inverse=True)
             vectors = stored[torch.from_numpy(kept).to(stored.device)]
             own = read[torch.from_numpy(sound).to(stored.device)]
-            sequences, norms = store.column("sequence")[rows[kept]], reader.norm_at(rows[kept])
-            lanes = variants.of(rows[kept], sequences, norms, vectors, texts, own)
+            sequences, positions = (store.column(name)[rows[kept]] for name in ("sequence", "position"))
+            lanes = variants.of(sequences, positions, reader.norm_at(rows[kept]), vectors, texts, own)
             tried = try_lanes(self.patcher, self._places(rows[kept]), lanes, self.options.horizon)
             self._check_rows(vectors, tried.own)
             for lane, measured in zip(lanes, tried.measured, strict=True):

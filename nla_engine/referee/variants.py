@@ -30,11 +30,13 @@ class Lane:
 
 
 class Variants:
-    """Makes the vectors of any rows; those of a row depend on the row, the seed and the sample alone.
+    """Makes the vectors of any rows; those of a row depend on its sequence and position, the seed and
+    the sample alone.
 
     norm: of reconstructions, as the option gives it. The mean direction gets the same norm; with raw, that of the row.
     mean: float32 [d], the mean of the layer's directions, at any length
-    sample: rows int64 [m] and sequences of reconstructions, float32 [m, d], that stand for those of other rows
+    sample: sequences and positions, int64 [m], of reconstructions, float32 [m, d], that stand for those of other rows
+    controls: the sample without those that have no direction
     """
 
     def __init__(
@@ -44,21 +46,16 @@ class Variants:
         sample: tuple[np.ndarray, np.ndarray, torch.Tensor],
         seed: int,
     ) -> None:
-        rows, sequences, vectors = sample
+        sequences, positions, vectors = sample
         sound = unit(vectors).isfinite().all(1)
         kept = sound.cpu().numpy()
         self.norm, self.mean, self._vectors = norm, unit(mean[None]), vectors[sound]
-        self._controls = Controls.of(rows[kept], sequences[kept], self._vectors, seed)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The rows of the sample, without those whose reconstruction has no direction; ascending."""
-        return self._controls.rows
+        self.controls = Controls.of(sequences[kept], positions[kept], self._vectors, seed)
 
     def of(
         self,
-        rows: np.ndarray,
         sequences: np.ndarray,
+        positions: np.ndarray,
         norms: np.ndarray,
         stored: torch.Tensor,
         texts: np.ndarray,
@@ -66,15 +63,15 @@ class Variants:
     ) -> list[Lane]:
         """Every variant, those of the texts first.
 
-        rows, sequences: int64 [R]; norms: float32 [R]; stored: float32 [R, d]
+        sequences, positions: int64 [R], of the rows; norms: float32 [R]; stored: float32 [R, d]
         texts: int64 [t], which of the rows each text belongs to; reconstructed: float32 [t, d]
         """
-        partner = self._controls.partners(rows[texts], sequences[texts])
+        partner = self.controls.partners(sequences[texts], positions[texts])
         others = self._vectors[torch.from_numpy(partner).to(stored.device)]
         of_rows = torch.from_numpy(norms).to(stored.device)[:, None]
         fixed = of_rows if self.norm in (ROW, RAW) else torch.full_like(of_rows, float(self.norm))
         of_texts = fixed[torch.from_numpy(texts).to(stored.device)]
-        each, numbers = np.arange(len(texts)), np.arange(len(rows))
+        each, numbers = np.arange(len(texts)), np.arange(len(sequences))
         return [
             Lane(RECONSTRUCTION, texts, self._scaled(reconstructed, of_texts), each),
             Lane(SHUFFLED, texts, self._scaled(others, of_texts), each),

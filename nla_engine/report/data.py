@@ -105,14 +105,15 @@ class Explained:
             columns[name] = columns[name].astype(np.float64)
         columns["best"] = columns["best"].astype(bool)  # null without scores
         row = columns["row"]
-        if not len(row) or np.any(np.diff(row) < 0) or row[0] < 0 or row[-1] >= store.rows:
-            raise RequestError(f"{path}: its rows are not those of {store.path} in order: make it again")
+        if not len(row) or row.min() < 0 or row.max() >= store.rows:
+            raise RequestError(f"{path}: its rows are not those of {store.path}: make it again")
         return cls.of(store, metadata, columns)
 
     @classmethod
     def of(cls, store: CaptureStore, metadata: dict[str, Any], columns: dict[str, np.ndarray]) -> Explained:
-        """The same from columns in the order of the rows: they are put in the order of the sequences' numbers."""
-        order = np.argsort(store.column("sequence")[columns["row"]], kind="stable")
+        """The same from columns in any order: here they are by sequence and position, those of a row in their order."""
+        sequence, position = (store.column(name)[columns["row"]] for name in ("sequence", "position"))
+        order = np.lexsort((position, sequence))
         columns = {name: values[order] for name, values in columns.items()}
         first = np.flatnonzero(np.diff(columns["row"], prepend=-1))
         return cls(metadata, columns["row"][first], np.append(first, len(order)), columns)

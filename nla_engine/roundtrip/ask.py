@@ -148,6 +148,7 @@ class _Run:
             **self.writer.injection.to_dict(),
             "questions": self.questions.fingerprint(),
             "prompts": fingerprint,
+            "drawn_by": "sequence and position",  # older versions: the place in the store
             "oracle": self.writer.lm.fingerprint(),
         }
 
@@ -167,7 +168,7 @@ class _Run:
                     group, since = [], time.monotonic()
 
     def _answers(self, first: int) -> Generator[Answer, None, None]:
-        """All answers from prompt `first` on, in order. A prompt's number names its random numbers."""
+        """All answers from prompt `first` on, in order."""
         options, questions, samples = self.options, self.questions, self.options.samples
         reader = self.store.layer(self.layer)
         without = self._without_direction(reader)[questions.group[first:]]
@@ -201,7 +202,7 @@ class _Run:
 
     def _asked(self, reader: LayerReader, prompts: np.ndarray) -> Iterator[Asked]:
         """These prompts with their vectors on the device, which are read one block ahead."""
-        questions = self.questions
+        questions, draws = self.questions, self.questions.draws(self.store)
         blocks = _blocks(questions, prompts)
         rows = (np.concatenate([questions.rows_of(p) for p in _of_groups(questions, b)]) for b in blocks)
         with closing(read_ahead(reader, rows, self.writer.lm.device)) as read:
@@ -211,7 +212,7 @@ class _Run:
                 parts = vectors.split(np.diff(ends, prepend=0).tolist())
                 for prompt, group in zip(block.tolist(), place.tolist(), strict=True):
                     asked = self.prompts.of(questions.question_of(prompt), len(parts[group]))
-                    yield Asked(prompt, asked, parts[group])
+                    yield Asked(prompt, asked, parts[group], int(draws[prompt]))
 
     def _columns(self, answers: list[Answer]) -> dict[str, Any]:
         store, questions = self.store, self.questions

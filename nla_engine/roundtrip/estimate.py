@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from nla_engine.progress import Phases, Progress
 from nla_engine.roundtrip.far import AT_ONCE
 from nla_engine.roundtrip.pipeline import Explained
 from nla_engine.roundtrip.results import ResultTable
-from nla_engine.roundtrip.rows import spread
+from nla_engine.roundtrip.rows import draws_of, spread
 from nla_engine.roundtrip.run import Run, prepare_run
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import Written
@@ -166,7 +167,7 @@ def _write(
 ) -> tuple[list[list[Explanation]], float, float | None, float]:
     """The AV's texts of these rows, as far as the time reaches; its seconds; those of `left` rows; tokens per text."""
     av, new = run.pair.av, options.max_new_tokens
-    written = Written(options, av, run.pair.device)
+    written = Written(options, av, run.pair.device, partial(draws_of, run.store))
     tail = len(av.prompt.token_ids) - len(av.prompt.shared)
     device = run.pair.device.type
     slots = options.batch_size or AT_ONCE[device]

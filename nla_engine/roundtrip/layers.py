@@ -32,7 +32,7 @@ def controls_of(
 
     sample: int64 [m], the rows that they are made of
     """
-    sequences = store.column("sequence")[sample]
+    sequences, positions = (store.column(name)[sample] for name in ("sequence", "position"))
     further = [number for number in pair.ar.further if number in store.layers]
     if missing := sorted(set(pair.ar.further) - set(further)):
         announce(f"the AR also gives layer {', '.join(map(str, missing))}, which the store lacks: not scored")
@@ -41,7 +41,7 @@ def controls_of(
             f"--variance is that of one layer, and the AR also gives layer {', '.join(map(str, further))}: leave it out"
         )
     return {
-        site: Controls.of(sample, sequences, store.layer(site).torch(sample, pair.device), options.seed)
+        site: Controls.of(sequences, positions, store.layer(site).torch(sample, pair.device), options.seed)
         for site in (layer, *map(Site, further))
     }
 
@@ -57,7 +57,7 @@ def measured_of(
     return {
         "variance": variance,
         "variance_rows": rows,
-        "control_rows": len(controls.rows),
+        "control_rows": len(controls),
         "control_vectors": len(controls.distinct),
     }
 

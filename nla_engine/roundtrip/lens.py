@@ -118,7 +118,7 @@ def run_lens(
 
 @dataclass(frozen=True)
 class _Run:
-    """One run. layers: ascending; rows: int64 [n], ascending."""
+    """One run. layers: ascending; rows: int64 [n], by sequence and position."""
 
     options: LensOptions
     store: CaptureStore

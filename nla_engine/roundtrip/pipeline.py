@@ -6,9 +6,11 @@ Either may be missing: without an AR nothing is scored, without an AV the texts 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from nla_engine.roundtrip.results import nullable, of_layer
 from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.slots import Slots
-from nla_engine.roundtrip.texts import NONFINITE, ZERO, Texts, Vectors
+from nla_engine.roundtrip.texts import NONFINITE, ZERO, Block, Texts, Vectors, Written
 from nla_engine.roundtrip.verbalize import Explanation
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, LayerReader
@@ -40,6 +42,16 @@ class Explained:
 
     rows: np.ndarray
     written: list[Explanation]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of the rows that one process works on. rows: int64 [n], at least one; first: place of the first one among
+    all selected rows."""
+
+    number: int
+    rows: np.ndarray
+    first: int
 
 
 class Pipeline:
@@ -90,6 +102,72 @@ class Pipeline:
         """What the AR works in."""
         return Background(self._stream) if self.pair.ranks is None else AtOnce()
 
+    def stream(self, items: Iterator[Item | None]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Explain and score items; (number, columns) of each. Writes nothing, and keeps the models full between items.
+
+        items: read when there is room for more; None: nothing just now. Some may be left when it ends.
+        """
+        self._vectors = self.vectors()
+        in_turns = self.pair.in_turns
+        most = max(self.texts.rows_of(TURN), 1) if in_turns else None
+        taken: deque[Item] = deque()
+
+        def blocks() -> Iterator[Block | None]:
+            rows = 0
+            while (most is None or rows < most) and (item := next(items, ...)) is not ...:
+                if item is not None:
+                    rows += len(item.rows)
+                    taken.append(item)
+                yield None if item is None else (item.rows, item.first)
+
+        def scored() -> Iterator[tuple[int, dict[str, Any]]]:
+            while not ready.empty():
+                yield ready.get()
+
+        self.pair.verbalize_next()
+        if not in_turns:
+            self._prepare_ar()
+        ready: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
+        held: list[tuple[int, Explained]] = []
+        with (
+            Background(self._stream) as background,
+            closing(self._of_blocks(blocks())) as texts,
+        ):
+
+            def submit(number: int, chunk: Explained) -> None:
+                background.submit(lambda: ready.put((number, self.columns(chunk))))
+
+            group: list[list[Explanation]] = []
+            for said in texts:
+                group.append(said)
+                if len(group) < len(taken[0].rows):
+                    continue
+                item = taken.popleft()
+                owners = np.repeat(item.rows, [len(each) for each in group])
+                chunk = Explained(owners, [text for each in group for text in each])
+                group = []
+                if in_turns:
+                    held.append((item.number, chunk))
+                else:
+                    submit(item.number, chunk)
+                    yield from scored()
+            if in_turns:
+                self.pair.reconstruct_next()
+                for number, chunk in held:
+                    submit(number, chunk)
+                    yield from scored()
+        yield from scored()
+
+    def _of_blocks(self, blocks: Iterator[Block | None]) -> Generator[list[Explanation], None, None]:
+        """The texts of each row of the blocks. It may end before these do, once all texts so far have left."""
+        if isinstance(self.texts, Written):
+            yield from self.texts.of_blocks(self._vectors, blocks)
+            return
+        for block in blocks:
+            if block is None:
+                return
+            yield from self.texts.of_rows(self._vectors, *block)
+
     def vectors(self) -> Vectors:
         """What enters the AV, by row. Opens the layer anew: a followed store has grown."""
         self._reader = self.store.layer(self.layer)
@@ -133,6 +211,7 @@ class Pipeline:
         read = self.pair.ar.reconstruct_layers(
             [e.text for e, s in zip(written, sound.tolist(), strict=True) if s]
         )
+        sequence, position = (self.store.column(name)[rows] for name in ("sequence", "position"))
         columns: dict[str, Any] = {}
         for site, controls in self.controls.items():
             own = site == self.layer
@@ -145,7 +224,7 @@ class Pipeline:
             scores = {
                 "cos": nullable(cos),
                 "mse_nrm": nullable(score.mse_nrm(cos)),
-                "cos_shuffled": nullable(controls.shuffled(rows, self.store.column("sequence")[rows], r)),
+                "cos_shuffled": nullable(controls.shuffled(sequence, position, r)),
                 "retrieval_rank": nullable(controls.rank(v, r), int),
             }
             columns |= {name if own else of_layer(name, site): scores[name] for name in scores}

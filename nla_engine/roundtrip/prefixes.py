@@ -38,7 +38,8 @@ def with_prefixes(table: pa.Table) -> pa.Table:
     whole = np.zeros(len(lines), bool)
     whole[ends - 1] = True
     row = made["row"].to_numpy()
-    first = np.searchsorted(row, row)
+    begins = np.flatnonzero(np.diff(row, prepend=-1))
+    first = np.repeat(begins, np.diff(np.append(begins, len(row))))
     tokens = [
         told if kept else None
         for told, kept in zip(made["n_tokens"].to_pylist(), whole.tolist(), strict=True)

@@ -14,7 +14,8 @@ from nla_engine.config import AskOptions
 from nla_engine.config.ask import question_fault
 from nla_engine.errors import PromptError, RequestError
 from nla_engine.models.prompt_files import read_records
-from nla_engine.roundtrip.rows import nothing_selected, spread
+from nla_engine.roundtrip.draws import of_turn
+from nla_engine.roundtrip.rows import draws_of, nothing_selected, spread
 from nla_engine.store import CaptureStore
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -22,7 +23,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Questions:
-    """P prompts about G groups of rows, sorted by the first row of the group.
+    """P prompts about G groups of rows, by sequence and position of the group's first row.
 
     rows: int64 [R]; start: int64 [G + 1], group g is rows[start[g]:start[g + 1]] in the order of its vectors
     texts: the questions; group, question: int64 [P], those of each prompt
@@ -42,7 +43,7 @@ class Questions:
         """Those that the options ask for. RequestError and StoreError say what is wrong with them."""
         if options.questions is not None:
             return cls.read(options.questions, store)
-        rows = np.arange(store.rows) if options.where is None else store.where(options.where)
+        rows = store.in_order(np.arange(store.rows) if options.where is None else store.where(options.where))
         if not len(rows):
             raise nothing_selected(options)
         rows, start = grouped(rows, store.column("sequence")[rows], options.rows_per_prompt)
@@ -79,7 +80,8 @@ class Questions:
             asked.append(numbers.setdefault(text, len(numbers)))
         if not groups:
             raise RequestError(f"{path}: holds no questions: there is nothing to ask")
-        order = np.argsort([rows[0] for rows in groups], kind="stable")
+        first = np.array([rows[0] for rows in groups])
+        order = np.lexsort((store.column("position")[first], store.column("sequence")[first]))
         sizes = [len(groups[i]) for i in order]
         return cls(
             np.array([row for i in order for row in groups[i]], np.int64),
@@ -93,6 +95,14 @@ class Questions:
         """int64 [n]: the rows whose vectors enter this prompt."""
         group = self.group[prompt]
         return self.rows[self.start[group] : self.start[group + 1]]
+
+    def draws(self, store: CaptureStore) -> np.ndarray:
+        """int64 [P]: what names the random numbers of each prompt's answers."""
+        first = self.rows[self.start[self.group]]
+        new = np.flatnonzero(np.diff(first, prepend=-1))
+        turn = np.arange(len(self)) - np.repeat(new, np.diff(np.append(new, len(self))))
+        pairs = zip(draws_of(store, first).tolist(), turn.tolist(), strict=True)
+        return np.array([of_turn(draw, each) for draw, each in pairs], np.int64)
 
     def question_of(self, prompt: int) -> str:
         """The question of this prompt."""
@@ -120,7 +130,7 @@ class Questions:
 def grouped(rows: np.ndarray, sequence: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows in groups of at most `size` of one sequence, in their order: (rows, start int64 [G + 1]).
 
-    rows: int64 [R], ascending; sequence: of each
+    rows: int64 [R], by sequence and position; sequence: of each
     """
     changes = np.flatnonzero(np.append(True, np.diff(sequence) != 0))
     within = np.arange(len(rows)) - np.repeat(changes, np.diff(np.append(changes, len(rows))))

@@ -226,7 +226,7 @@ class ResultTable:
 
         WriteError if another process has taken the table.
         """
-        table = pa.table(columns, schema=_but_last(self._schema))
+        table = pa.table(columns, schema=but_last(self._schema))
         path = self._parts / f"part-{self._next_part:06d}.parquet"
         lease = self._own()
         lease.check()
@@ -262,7 +262,7 @@ class ResultTable:
         with replacing(self.out) as temporary:
             with pq.ParquetWriter(temporary, schema) as writer:
                 for path in files:
-                    part = pq.read_table(path, schema=_but_last(self._schema))
+                    part = pq.read_table(path, schema=but_last(self._schema))
                     columns = dict(zip(part.column_names, part.columns, strict=True))
                     if of_records is not None:
                         made = of_records.arrays(part["sequence"].to_numpy())
@@ -331,7 +331,8 @@ def ranked_among(metadata: Mapping[str, Any]) -> int:
     return int(metadata.get("control_vectors", metadata["control_rows"]))
 
 
-def _but_last(schema: pa.Schema) -> pa.Schema:
+def but_last(schema: pa.Schema) -> pa.Schema:
+    """Without the columns that are computed at the end."""
     return pa.schema([field for field in schema if field.name.partition("_L")[0] not in _LAST])
 
 

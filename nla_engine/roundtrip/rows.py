@@ -11,6 +11,7 @@ import numpy as np
 
 from nla_engine.config import AskOptions, ControlsOptions, LensOptions, PatchOptions, WritingOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
+from nla_engine.roundtrip import draws
 from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
 from nla_engine.store.objects import place
 
@@ -33,16 +34,21 @@ def row_columns(store: CaptureStore, layer: LayerReader, rows: np.ndarray) -> di
     }
 
 
+def draws_of(store: CaptureStore, rows: np.ndarray) -> np.ndarray:
+    """int64 [n]: what names the random numbers of the texts about each of these rows, int64 [n]."""
+    return draws.of_rows(store.column("sequence")[rows], store.column("position")[rows])
+
+
 def select_rows(
     store: CaptureStore,
     options: WritingOptions | LensOptions,
     keep: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> np.ndarray:
-    """int64 [n]: the row numbers that `where` and `limit` select, ascending. StoreError if there are none.
+    """int64 [n]: the rows that `where` and `limit` select, by sequence and position. StoreError if there are none.
 
     keep: gives those of some rows that can be explained
     """
-    rows = keep(_matching(store, options.where, 0))
+    rows = store.in_order(keep(_matching(store, options.where, 0)))
     if not len(rows):
         raise nothing_selected(options)
     if options.limit is not None and options.limit < len(rows):
@@ -96,6 +102,8 @@ def follow_rows(
 ) -> Iterator[np.ndarray]:
     """The selected rows of each commit that the writer makes, int64 [n], until it has finished; shows `store` anew.
 
+    Those of a commit are in order of sequence and position.
+
     EngineError if the writer has gone without finishing. The store is on a local disk.
     """
     assert isinstance(store.path, Path)
@@ -103,7 +111,7 @@ def follow_rows(
     while True:
         store.refresh()
         try:
-            rows, seen = keep(_matching(store, where, seen)), store.rows
+            rows, seen = store.in_order(keep(_matching(store, where, seen))), store.rows
         except WhereRecordError:  # a later prompt may have what these lack
             if store.complete:
                 raise

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from nla_engine.config import (
 from nla_engine.errors import RequestError
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
+from nla_engine.roundtrip import parallel
+from nla_engine.roundtrip.chosen import Chosen, choose, slots_of
 from nla_engine.roundtrip.far import Watcher
 from nla_engine.roundtrip.layers import controls_of, explained_variance, measured_of
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
@@ -31,12 +34,12 @@ from nla_engine.roundtrip.results import (
     SCHEMA,
     WITHOUT_SCORES,
     ResultTable,
+    but_last,
     check_table,
     with_layers,
 )
-from nla_engine.roundtrip.rows import follow_rows, nothing_selected, open_store, select_rows
+from nla_engine.roundtrip.rows import draws_of, open_store
 from nla_engine.roundtrip.score import Controls
-from nla_engine.roundtrip.slots import Slots
 from nla_engine.roundtrip.summary import (
     EXPLAINING,
     FINISHING,
@@ -54,6 +57,8 @@ from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
+from nla_engine.workers.devices import worker_devices
+from nla_engine.workers.pool import Pool
 
 #: Rows in the sample of the controls, at most.
 CONTROL_ROWS = 1024
@@ -75,13 +80,10 @@ def run_roundtrip(
 ) -> RoundtripSummary:
     """Run stage 2. `verbalizer`, `reconstructor`: if they are loaded. Raises the errors of `nla_engine.errors`.
 
-    rows: int64 [n] ascending row numbers, instead of what `where` and `limit` select.
+    rows: int64 [n] row numbers, in any order, instead of what `where` and `limit` select.
     """
-    _check_wet(options)
-    phases = Phases(progress)
-    with ExitStack() as opened:
-        run = prepare_run(options, announce, phases, verbalizer, reconstructor, rows, opened)
-        return summarise(options, *run.finish(announce, phases))
+    done = _run(options, announce, progress, verbalizer, reconstructor, rows)
+    return replace(summarise(options, done.seconds, done.rows), **done.processes)
 
 
 def run_explain(
@@ -93,11 +95,8 @@ def run_explain(
     rows: np.ndarray | None = None,
 ) -> ExplainSummary:
     """The first half of a round trip: the texts, and no scores. Arguments and errors as for `run_roundtrip`."""
-    _check_wet(options)
-    phases = Phases(progress)
-    with ExitStack() as opened:
-        run = prepare_run(options, announce, phases, verbalizer, rows=rows, opened=opened)
-        return summarise_texts(options, *run.finish(announce, phases))
+    done = _run(options, announce, progress, verbalizer, rows=rows)
+    return replace(summarise_texts(options, done.seconds, done.rows), **done.processes)
 
 
 def run_score(
@@ -108,18 +107,50 @@ def run_score(
     reconstructor: Reconstructor | None = None,
 ) -> RoundtripSummary:
     """The second half of a round trip: scores of the texts of a file. Arguments and errors as for `run_roundtrip`."""
-    _check_wet(options)
-    phases = Phases(progress)
-    with ExitStack() as opened:
-        run = prepare_run(options, announce, phases, reconstructor=reconstructor, opened=opened)
-        return summarise(options, *run.finish(announce, phases))
+    done = _run(options, announce, progress, reconstructor=reconstructor)
+    return replace(summarise(options, done.seconds, done.rows), **done.processes)
 
 
-def _check_wet(options: StageTwoOptions) -> None:
+@dataclass(frozen=True)
+class _Done:
+    """seconds: by phase; rows: that are new; processes: what the summary says of these, if there were several"""
+
+    seconds: dict[str, float]
+    rows: float
+    processes: dict[str, Any] = field(default_factory=dict)
+
+
+def _run(
+    options: StageTwoOptions,
+    announce: Announce,
+    progress: Heard,
+    verbalizer: Verbalizer | None = None,
+    reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
+) -> _Done:
+    """In this process, or shared out to several."""
     if options.dry_run:
         raise RequestError(
             "--dry-run writes nothing: call `nla_engine.roundtrip.estimate.estimate_stage_two`"
         )
+    phases = Phases(progress)
+    models = (verbalizer, reconstructor)
+    devices = worker_devices(options.gpus, options.workers, options.device)
+    if not devices:
+        with ExitStack() as opened:
+            run = prepare_run(options, announce, phases, *models, rows, opened)
+            return _Done(*run.finish(announce, phases))
+    if options.tensor_parallel > 1:
+        raise RequestError("--tensor-parallel splits one model: leave out --gpus and --workers")
+    if models != (None, None):
+        raise RequestError(
+            "--gpus and --workers: each process loads its models itself: give their directories"
+        )
+    with Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool:
+        run = prepare_run(replace(options, device=devices[0]), announce, phases, rows=rows)
+        seconds, new = run.finish(announce, phases, pool)
+        lost = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
+        return _Done(seconds, new, {"workers": len(devices), **lost})
 
 
 def prepare_run(
@@ -141,11 +172,11 @@ def prepare_run(
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     store = open_store(options, announce)
     scored = isinstance(options, RoundtripOptions)
-    chosen = _choose(store, options, rows, CONTROL_ROWS if scored else 1, announce)
+    chosen = choose(store, options, rows, CONTROL_ROWS if scored else 1, announce)
     pair = load_pair(options, announce, verbalizer, reconstructor, opened=opened)
     phases.phase(PREPARING)
     layer = choose_layer(store, options, pair)
-    written, controls = _written(options, pair), {}
+    written, controls = _written(store, options, pair), {}
     if isinstance(options, RoundtripOptions):
         controls = controls_of(store, layer, chosen.sample, options, pair, announce)
     return Run(options, store, layer, pair, chosen, written, controls)
@@ -180,18 +211,6 @@ def _prepare_score(
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Rows to explain. segments: int64 arrays, which follow a store that grows; sample: those of the controls.
-
-    rows: all of them, int64 [n]; None if they are not known yet
-    """
-
-    segments: Iterator[np.ndarray]
-    sample: np.ndarray
-    rows: np.ndarray | None
-
-
-@dataclass(frozen=True)
 class Run:
     """One run of stage 2, ready to start. controls: by layer, the run's own first; empty if nothing is scored."""
 
@@ -203,8 +222,13 @@ class Run:
     texts: Texts
     controls: Mapping[Site, Controls]
 
-    def finish(self, announce: Announce, phases: Phases) -> tuple[dict[str, float], float]:
-        """Write the table, or what is missing of it. Returns the seconds by phase, and the rows that are new."""
+    def finish(
+        self, announce: Announce, phases: Phases, pool: Pool | None = None
+    ) -> tuple[dict[str, float], float]:
+        """Write the table, or what is missing of it. Returns the seconds by phase, and the rows that are new.
+
+        pool: of processes that the rows are shared out to; the models here are given up then
+        """
         options, texts = self.options, self.texts
         table = ResultTable.open(
             options.out,
@@ -216,7 +240,11 @@ class Run:
         before = table.done
         with table:
             if not table.finished:
-                self._fill(table, announce, phases)
+                (
+                    self._fill(table, announce, phases)
+                    if pool is None
+                    else self._share(table, announce, phases, pool)
+                )
         return phases.seconds(), texts.rows_of(table.done) - texts.rows_of(before)
 
     def _fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
@@ -254,16 +282,49 @@ class Run:
                 if there < len(part):
                     pipeline.run(part[there:], first + there)
             phases(table.done, texts.up_to_row(known), part=1.0)
-            phases.phase(FINISHING)
-            if not self.controls or not isinstance(options, ScoringOptions):
-                table.finish(self._metadata(), store=self.store)
-                return
-            measured = {
-                number: measured_of(options, self.store, number, controls, self.pair.device)
-                for number, controls in self.controls.items()
-            }
+            self._end(table, self._metadata(), phases)
+
+    def _share(self, table: ResultTable, announce: Announce, phases: Phases, pool: Pool) -> None:
+        """As `_fill`, in the processes of a pool."""
+        texts, rows, pair, options = self.texts, self.chosen.rows, self.pair, self.options
+        assert rows is not None  # --follow is refused
+        done = texts.rows_of(table.done)
+        announce(
+            f"{len(rows):,} rows of {self.layer.label}, {texts.each(len(rows))}"
+            + (f" ({table.done:,} already there)" if done else "")
+        )
+        metadata = self._metadata()
+        work = parallel.StageTwoWork(
+            options=options,
+            layer=self.layer,
+            told=texts.layer.layer if isinstance(texts, TextFile) and texts.layer is not None else None,
+            sample=self.chosen.sample if self.controls else None,
+            schema=but_last(self.schema()),
+            models=parallel.fingerprints(pair.verbalizer, pair.reconstructor),
+        )
+        with closing(pair):
+            pair.verbalizer = pair.reconstructor = None
+        if isinstance(texts, Written):
+            texts.give_up()
+        parallel.free_memory()
+        phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
+        phases(table.done, texts.up_to_row(len(rows)))
+        parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases)
+        self._end(table, metadata, phases)
+
+    def _end(self, table: ResultTable, metadata: dict[str, Any], phases: Phases) -> None:
+        """Measure what is measured over all rows, and join the table."""
+        layer = self.layer
+        phases.phase(FINISHING)
+        if not self.controls or not isinstance(self.options, ScoringOptions):
+            table.finish(metadata, store=self.store)
+            return
+        measured = {
+            number: measured_of(self.options, self.store, number, controls, self.pair.device)
+            for number, controls in self.controls.items()
+        }
         variances = {number: float(about["variance"]) for number, about in measured.items()}
-        metadata = self._metadata() | measured.pop(layer)
+        metadata = metadata | measured.pop(layer)
         if measured:
             metadata["further_layers"] = {str(number): about for number, about in measured.items()}
         table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
@@ -272,7 +333,7 @@ class Run:
         self, texts: Texts, write: Callable[[dict[str, Any]], None], longest: int | None = None
     ) -> Pipeline:
         """The way of the rows through the models. longest: tokens of the longest text that the AV may write."""
-        slots = _slots(self.options)
+        slots = slots_of(self.options)
         return Pipeline(self.store, self.layer, self.pair, texts, self.controls, write, longest, slots)
 
     def schema(self) -> pa.Schema:
@@ -310,6 +371,7 @@ class Run:
             "layer": self.layer.key,
             "base": store.provenance.get("weights"),
             "store": store.attributes["store_id"],
+            "drawn_by": "sequence and position",  # older versions: the place in the store
         }
         if chosen.rows is not None:
             same["rows"] = len(chosen.rows)
@@ -334,63 +396,10 @@ class Run:
         return {**describe_run(), "run": self.options.to_dict(), **models, "layer": self.layer.key}
 
 
-def _choose(
-    store: CaptureStore, options: WritingOptions, rows: np.ndarray | None, wanted: int, announce: Announce
-) -> Chosen:
-    """The given rows, or those that the options select. wanted: most rows in the sample of the controls."""
-    slots, left_out = _slots(options), 0
-
-    def keep(found: np.ndarray) -> np.ndarray:
-        nonlocal left_out
-        if slots is None:
-            return found
-        kept = slots.complete(store, found)
-        left_out += len(found) - len(kept)
-        return kept
-
-    if slots is not None:
-        slots.check(store)
-    if rows is None and not options.follow:
-        rows = select_rows(store, options, keep)
-    segments = follow_rows(store, options.where, announce, keep) if rows is None else iter([rows])
-    if left_out:
-        announce(f"{left_out:,} rows are left out: the store lacks a vector that --slots names for them")
-    segments, sample = _control_sample(segments, options, wanted)
-    if not len(sample):
-        raise nothing_selected(options)
-    return Chosen(segments, sample, rows)
-
-
-def _control_sample(
-    segments: Iterator[np.ndarray], options: WritingOptions, wanted: int
-) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """The segments again, and the rows of the controls: at random of all, or the first ones of a store that grows."""
-    held: list[np.ndarray] = []
-    for rows in segments:
-        held.append(rows)
-        if sum(map(len, held)) >= wanted:
-            break
-    rows = np.concatenate(held) if held else np.zeros(0, np.int64)
-    sample = rows[:wanted] if options.follow else draw_rows(rows, wanted, options.seed)
-
-    def again() -> Iterator[np.ndarray]:
-        if len(rows):
-            yield rows
-        yield from segments
-
-    return again(), sample
-
-
-def _written(options: WritingOptions, pair: Pair) -> Written:
+def _written(store: CaptureStore, options: WritingOptions, pair: Pair) -> Written:
     """What the AV will write. RequestError if it has no room for so many tokens."""
     if options.max_new_tokens > (room := pair.av.room):
         raise RequestError(
             f"--max-new-tokens is {options.max_new_tokens}: {options.av} has room for {room}: lower it"
         )
-    return Written(options, pair.av, pair.device)
-
-
-def _slots(options: StageTwoOptions) -> Slots | None:
-    """The vectors that enter one prompt, None if a row's own does."""
-    given = options.slots if isinstance(options, WritingOptions) else None
-    return None if given is None else Slots.parse(given)
+    return Written(options, pair.av, pair.device, partial(draws_of, store))

@@ -96,46 +96,52 @@ def fve_meannorm(mse: np.ndarray, variance: float) -> np.ndarray:
 class Controls:
     """A fixed sample of rows that reconstructions are compared with.
 
-    rows: int64 [m] row numbers; sequences: int64 [m]; directions: float32 [m, d] unit rows, all finite, on any device.
+    sequences, positions: int64 [m] of the rows; directions: float32 [m, d] unit rows, all finite, on any device.
     distinct: float64 [k, d], k <= m: the directions of the sample, coinciding ones once.
-    Both controls of a row depend on the row, the seed and this sample alone, never on batches.
+    Both controls of a row depend on its sequence and position, the seed and this sample, in its order, alone: never on
+    batches, nor on where rows lie in a store.
     """
 
-    rows: np.ndarray
     sequences: np.ndarray
+    positions: np.ndarray
     directions: torch.Tensor
     distinct: torch.Tensor
     seed: int
 
     @classmethod
-    def of(cls, rows: np.ndarray, sequences: np.ndarray, vectors: torch.Tensor, seed: int) -> Controls:
+    def of(cls, sequences: np.ndarray, positions: np.ndarray, vectors: torch.Tensor, seed: int) -> Controls:
         directions = _directions(vectors)
         sound = directions.isfinite().all(1)
         kept, directions = sound.cpu().numpy(), directions[sound]
-        return cls(rows[kept], sequences[kept], directions.float(), _distinct(directions), seed)
+        return cls(sequences[kept], positions[kept], directions.float(), _distinct(directions), seed)
 
-    def shuffled(self, rows: np.ndarray, sequences: np.ndarray, r: torch.Tensor) -> np.ndarray:
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def shuffled(self, sequences: np.ndarray, positions: np.ndarray, r: torch.Tensor) -> np.ndarray:
         """float64 [n]: cos of each reconstruction r [n, d] with another row's vector, of another sequence if any."""
-        partner = self.partners(rows, sequences)
-        if not len(self.rows):
-            return np.full(len(rows), np.nan)
+        partner = self.partners(sequences, positions)
+        if not len(self):
+            return np.full(len(sequences), np.nan)
         out = cosine(self.directions[torch.from_numpy(partner).to(r.device)], r)
         out[partner < 0] = np.nan
         return out
 
-    def partners(self, rows: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    def partners(self, sequences: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: place in the sample of another row for each, of another sequence if any; -1 if there is none."""
-        pairs = zip(rows, sequences, strict=True)
-        return np.array([self._partner(int(a), int(s)) for a, s in pairs], np.int64)
+        pairs = zip(sequences.tolist(), positions.tolist(), strict=True)
+        return np.array([self._partner(sequence, position) for sequence, position in pairs], np.int64)
 
-    def _partner(self, row: int, sequence: int) -> int:
+    def _partner(self, sequence: int, position: int) -> int:
         """Place in the sample of the row's partner, or -1 if the sample holds no other row."""
-        count = len(self.rows)
+        count = len(self)
         if not count:
             return -1
-        start = int(np.random.Generator(np.random.Philox(key=self.seed, counter=row)).integers(count))
+        counter = sequence << 128 | position << 64  # the lowest 64 bits count the draws
+        start = int(np.random.Generator(np.random.Philox(key=self.seed, counter=counter)).integers(count))
         order = (start + np.arange(count)) % count
-        for candidates in (self.sequences[order] != sequence, self.rows[order] != row):
+        other = self.sequences[order] != sequence
+        for candidates in (other, other | (self.positions[order] != position)):
             if candidates.any():
                 return int(order[candidates.argmax()])
         return -1

@@ -26,7 +26,7 @@ LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "finishing",
 )
 #: Of a summary: left out if there is nothing to say.
-_RARE = ("further_layers", "fve_by_sentences")
+_RARE = ("further_layers", "fve_by_sentences", "workers", "workers_lost", "parts_again")
 _NO_SECONDS: Mapping[str, float] = {}
 
 
@@ -38,6 +38,8 @@ class RoundtripSummary:
     further_layers: of the others that the AR gives from the same text: their means.
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
+    workers: processes that had the models, if there were several; workers_lost: how many died; parts_again: parts of
+    the rows that these had, which were done again.
     """
 
     out: str
@@ -67,6 +69,9 @@ class RoundtripSummary:
     rows_per_second: float
     further_layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
     fve_by_sentences: dict[str, float] = field(default_factory=dict)
+    workers: int = 0
+    workers_lost: int = 0
+    parts_again: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
@@ -87,9 +92,12 @@ class ExplainSummary:
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
+    workers: int = 0
+    workers_lost: int = 0
+    parts_again: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
 
 
 @dataclass(frozen=True)

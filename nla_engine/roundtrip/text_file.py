@@ -36,9 +36,9 @@ _BLOCK = 1 << 20
 
 
 class TextFile:
-    """The texts of a file, sorted by row: a `Texts`.
+    """The texts of a file, by sequence and position of their rows: a `Texts`.
 
-    selected: int64 [R], the rows that have a text, ascending; metadata: of the run whose table it is, or None
+    selected: int64 [R], the rows that have a text, in that order; metadata: of the run whose table it is, or None
     more: the schema of the further fields; layer: whose vectors the texts are about, if the file says it
     """
 
@@ -47,10 +47,11 @@ class TextFile:
     def __init__(
         self, path: Path, table: pa.Table, metadata: dict[str, Any] | None, layer: Site | None = None
     ) -> None:
-        """table: row, sample, explanation, status, n_tokens, and further fields; sorted by row and sample."""
+        """table: row, sample, explanation, status, n_tokens, and further fields; those of a row together, by sample."""
         self.path, self._table, self.metadata, self.layer = path, table, metadata, layer
-        self.selected, first = np.unique(table["row"].to_numpy(), return_index=True)
-        self._start = np.append(first, len(table))
+        row = table["row"].to_numpy()
+        first = np.flatnonzero(np.diff(row, prepend=-1))
+        self.selected, self._start = row[first], np.append(first, len(table))
         self.more = pa.schema([field for field in table.schema if field.name not in SCHEMA.names])
 
     @classmethod
@@ -82,7 +83,8 @@ class TextFile:
         columns |= _from_run(path, table, rows) if metadata is not None else _from_anywhere(rows)
         columns |= {name: table[name] for name in further}
         made = pa.table(columns)
-        order = np.lexsort((made["sample"].to_numpy(), rows))
+        sequence, position = (store.column(name)[rows] for name in ("sequence", "position"))
+        order = np.lexsort((made["sample"].to_numpy(), position, sequence))
         if not np.array_equal(order, np.arange(len(order))):
             made = made.take(pa.array(order))
         _check_writable(path, made.select(further).schema)

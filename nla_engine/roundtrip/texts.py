@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Protocol
@@ -23,6 +23,10 @@ READ_AHEAD = 1024
 ZERO, NONFINITE = "zero_vector", "nonfinite_vector"
 #: Status of a text that no AV of a run wrote.
 GIVEN = "given"
+
+
+#: Rows, int64 [n], and the place of the first one among all selected rows.
+Block = tuple[np.ndarray, int]
 
 
 class Vectors(Protocol):
@@ -73,31 +77,84 @@ class Written:
 
     unit = "explanations"
 
-    def __init__(self, options: WritingOptions, verbalizer: Verbalizer, device: torch.device) -> None:
-        self.options, self.verbalizer, self.device = options, verbalizer, device
+    def __init__(
+        self,
+        options: WritingOptions,
+        verbalizer: Verbalizer,
+        device: torch.device,
+        draws: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """draws: for rows int64 [n], what names the random numbers of each one's texts, int64 [n]"""
+        self.options, self.verbalizer, self.device, self.draws = options, verbalizer, device, draws
         self.watch: Watch = lambda tally: None  # told how far the AV is
+
+    def give_up(self) -> None:
+        """Let go of the AV, where other processes have their own."""
+        del self.verbalizer
 
     def of_rows(
         self, reader: Vectors, rows: np.ndarray, first: int
     ) -> Generator[list[Explanation], None, None]:
-        """See `Texts`. The places name the random numbers: neither segments nor resuming change a sampled text."""
+        """See `Texts`. Neither the other rows, nor the store, nor resuming change a sampled text."""
+        starts = range(0, len(rows), READ_AHEAD)
+        return self.of_blocks(reader, ((rows[start : start + READ_AHEAD], first + start) for start in starts))
+
+    def of_blocks(
+        self, reader: Vectors, blocks: Iterable[Block | None]
+    ) -> Generator[list[Explanation], None, None]:
+        """The same for blocks of rows, each read when there is room for more; None: nothing just now.
+
+        It ends before the blocks do if None comes when nothing is being written.
+        """
         options, samples = self.options, self.options.samples
-        without = without_direction(reader.norm_at(rows))
+        waiting: deque[tuple[int, str | None]] = deque()  # place and status of rows whose texts have not left
+        draws: dict[int, int] = {}  # by place
+        places: deque[int] = deque()  # of the vectors that are being read
+
+        def sound() -> Iterator[np.ndarray | None]:
+            """Of each block the rows that have a direction."""
+            for block in blocks:
+                if block is None:
+                    if not any(status is None for _, status in waiting):
+                        return
+                    yield None
+                    continue
+                rows, first = block
+                statuses = without_direction(reader.norm_at(rows))
+                waiting.extend(enumerate(statuses, first))
+                kept = np.flatnonzero([status is None for status in statuses])
+                draws.update(zip((kept + first).tolist(), self.draws(rows[kept]).tolist(), strict=True))
+                places.extend((kept + first).tolist())
+                if len(kept):
+                    yield rows[kept]
+
+        def vectors() -> Iterator[tuple[int, torch.Tensor] | None]:
+            with closing(read_ahead(reader, sound(), self.device)) as read:
+                for block in read:
+                    if block is None:
+                        yield None
+                        continue
+                    for vector in block:
+                        yield places.popleft(), vector
+
         written = self.verbalizer.explain(
-            self._vectors(reader, rows, np.flatnonzero([status is None for status in without]), first),
+            vectors(),
             samples=samples,
             max_new_tokens=options.max_new_tokens,
             sampling=sampling_of(options),
             batch_size=options.batch_size,
             watch=self.watch,
+            draws=lambda place: draws.pop(place),
         )
         with closing(written):
-            for place, status in enumerate(without):
-                start = (first + place) * samples
-                yield [
-                    next(written) if status is None else Explanation(start + sample, "", status, 0)
-                    for sample in range(samples)
-                ]
+            for text in written:
+                yield from _without_texts(waiting, samples)
+                place, _ = waiting[0]
+                said = [text, *(next(written) for _ in range(samples - 1))]
+                assert said[0].id == place * samples
+                waiting.popleft()
+                yield said
+            yield from _without_texts(waiting, samples)
 
     def columns(self, texts: list[Explanation]) -> dict[str, Any]:
         """See `Texts`."""
@@ -121,23 +178,29 @@ class Written:
         samples = self.options.samples
         return "one explanation per row" if samples == 1 else f"{samples} explanations per row"
 
-    def _vectors(
-        self, reader: Vectors, rows: np.ndarray, places: np.ndarray, first: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(place among all selected rows, float32 [d] on the device) for rows[places], read one block ahead."""
-        blocks = [places[start : start + READ_AHEAD] for start in range(0, len(places), READ_AHEAD)]
-        with closing(read_ahead(reader, (rows[block] for block in blocks), self.device)) as read:
-            for block, vectors in zip(blocks, read, strict=True):
-                yield from zip((block + first).tolist(), vectors, strict=True)
+
+def _without_texts(waiting: deque[tuple[int, str | None]], samples: int) -> Iterator[list[Explanation]]:
+    """What stands for the texts of the first rows, as long as these have no direction."""
+    while waiting and (status := waiting[0][1]) is not None:
+        place, _ = waiting.popleft()
+        yield [Explanation(place * samples + sample, "", status, 0) for sample in range(samples)]
 
 
 def read_ahead(
-    reader: Vectors, blocks: Iterable[np.ndarray], device: torch.device
-) -> Generator[torch.Tensor, None, None]:
-    """The vectors of each block of rows, float32 [n, d] on the device; the next block is read meanwhile."""
+    reader: Vectors, blocks: Iterable[np.ndarray | None], device: torch.device
+) -> Generator[Any, None, None]:  # of tensors, and of None if a block is None
+    """The vectors of each block of rows, float32 [n, d] on the device; the next block is read meanwhile.
+
+    None, for nothing just now, is passed on behind the blocks that came before.
+    """
     with ThreadPoolExecutor(1, "read-ahead", enter_device, (device,)) as pool:
         ahead: deque[Future[torch.Tensor]] = deque()
         for rows in blocks:
+            if rows is None:
+                while ahead:
+                    yield ahead.popleft().result()
+                yield None
+                continue
             ahead.append(pool.submit(reader.torch, rows, device))
             if len(ahead) > 1:
                 yield ahead.popleft().result()

@@ -40,7 +40,8 @@ class VectorVariance:
 
 def layer_variance(layer: LayerReader, seed: int, device: torch.device) -> DirectionVariance:
     """Var of the rows of a layer, or of VARIANCE_ROWS of them that the seed draws."""
-    rows, variance = draw_rows(np.arange(len(layer)), VARIANCE_ROWS, seed), DirectionVariance()
+    rows = draw_rows(layer.in_order(np.arange(len(layer))), VARIANCE_ROWS, seed)
+    variance = DirectionVariance()
     for start in range(0, len(rows), _BLOCK):
         variance.add(layer.torch(rows[start : start + _BLOCK], device))
     return variance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,22 +113,29 @@ class Verbalizer:
 
     def explain(
         self,
-        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor]],
+        vectors: Iterable[tuple[int, np.ndarray | torch.Tensor] | None],
         *,
         samples: int = 1,
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),
         batch_size: int | None = None,
         watch: Watch = lambda tally: None,
+        draws: Callable[[int], int] = lambda id_: id_,
     ) -> collections.abc.Generator[Explanation, None, None]:
         """Explain (id, float32 [d]) pairs, [slots, d] if there are several; `samples` explanations of each come
         together, in the same order.
 
         Vectors must be finite and not zero. For ids, scaling, reading ahead and `watch` see `Writer.write`.
+        draws: what names the random numbers of an id's texts
         """
         prompt = self.prompt
         for text in self.writer.write(
-            (Asked(id_, prompt, vector[None] if vector.ndim == 1 else vector) for id_, vector in vectors),
+            (
+                None
+                if each is None
+                else Asked(each[0], prompt, each[1][None] if each[1].ndim == 1 else each[1], draws(each[0]))
+                for each in vectors
+            ),
             Limits.of([prompt]),
             samples=samples,
             max_new_tokens=max_new_tokens,

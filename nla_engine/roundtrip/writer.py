@@ -24,6 +24,7 @@ from nla_engine.models.map_files import Maps
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling
+from nla_engine.roundtrip.draws import of_sample
 
 #: Finished texts that may wait for an earlier one, in bytes (a text is small).
 _WAITING_BYTES = 1 << 28
@@ -37,12 +38,13 @@ _MOST_SLOTS = 1024
 class Asked:
     """A prompt, and the vectors that enter it in their order: float32 [n, d], finite and not zero, before any map.
 
-    id: unique; those of its texts follow from it and seed their random numbers
+    id: unique; those of its texts follow from it. draw: names their random numbers, with the sample; None: its id
     """
 
     id: int
     prompt: Prompt
     vectors: np.ndarray | torch.Tensor
+    draw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Writer:
 
     def write(
         self,
-        asked: Iterable[Asked],
+        asked: Iterable[Asked | None],
         limits: Limits,
         *,
         samples: int = 1,
@@ -131,6 +133,7 @@ class Writer:
         """`samples` texts of each together, in the same order, with ids id * samples, id * samples + 1 and so on.
 
         The prompt is read once for all of them. Vectors are scaled here, and read lazily, some ahead of free slots.
+        None means that there is nothing just now; it may come only while texts of what came before are missing.
         """
         lm, kernels, shared = self.lm, self.kernels, limits.shared
         length = limits.longest + max_new_tokens
@@ -139,14 +142,20 @@ class Writer:
         order = InOrder(_WAITING_BYTES)
 
         def requests() -> Iterator[Request | None]:
-            for each, vectors in self._at_scale(asked):
+            for scaled in self._at_scale(asked):
+                if scaled is None:
+                    yield None
+                    continue
+                each, vectors = scaled
                 tail = each.prompt.token_ids[len(shared) :]
                 places = tuple(place - len(shared) for place in each.prompt.places)
                 for sample in range(samples):
                     while order.is_full:
                         yield None
                     id_ = each.id * samples + sample
-                    yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, sample > 0))
+                    draw = of_sample(each.id if each.draw is None else each.draw, sample)
+                    again = sample > 0
+                    yield order.asked(Request(id_, tail, max_new_tokens, vectors, places, again, draw))
 
         generator = open_generator(
             lm,
@@ -169,23 +178,32 @@ class Writer:
         ids = ended.generated[:-1] if ended.finish is Finish.EOS else ended.generated
         return str(self.lm.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
-    def _at_scale(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, torch.Tensor]]:
+    def _at_scale(self, asked: Iterable[Asked | None]) -> Iterator[tuple[Asked, torch.Tensor] | None]:
         """Each with what enters at its places, mapped and scaled, on the model's device, in blocks."""
         maps, d_model = self.maps.to(self.lm.device), self.lm.d_model
         prefix = () if maps.prefix is None else (maps.prefix,)
         each_gives = maps.count(d_model)
         for group in _groups(asked):
+            if group is None:
+                yield None
+                continue
             block = torch.cat([torch.as_tensor(each.vectors) for each in group]).to(self.lm.device)
             scaled = at_scale(maps.before(block, d_model).flatten(0, 1), self.injection)
             parts = scaled.split([len(each.vectors) * each_gives for each in group])
             yield from ((each, torch.cat((*prefix, part))) for each, part in zip(group, parts, strict=True))
 
 
-def _groups(asked: Iterable[Asked]) -> Iterator[list[Asked]]:
-    """Some at a time: as many as have _SCALED_AT_ONCE vectors together, at least one."""
+def _groups(asked: Iterable[Asked | None]) -> Iterator[list[Asked] | None]:
+    """Some at a time: as many as have _SCALED_AT_ONCE vectors together, at least one. None is passed on."""
     group: list[Asked] = []
     size = 0
     for each in asked:
+        if each is None:
+            if group:
+                yield group
+                group, size = [], 0
+            yield None
+            continue
         if group and size + len(each.vectors) > _SCALED_AT_ONCE:
             yield group
             group, size = [], 0

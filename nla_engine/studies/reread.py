@@ -201,12 +201,12 @@ def _read_rest(
 ) -> None:
     """Read the texts that the table does not hold yet, and finish it."""
     vectors, device = store.layer(layer), reconstructor.lm.device
-    sequence = store.column("sequence")
+    sequence, position = store.column("sequence"), store.column("position")
     controls: dict[str, Controls] = {}
     for place in {reading.place for reading in readings}:
-        rows = np.unique([reading.row for reading in readings if reading.place == place])
-        rows = draw_rows(rows, CONTROL_ROWS, seed)
-        controls[place] = Controls.of(rows, sequence[rows], vectors.torch(rows, device), seed)
+        found = np.unique([reading.row for reading in readings if reading.place == place])
+        rows = draw_rows(store.in_order(found), CONTROL_ROWS, seed)
+        controls[place] = Controls.of(sequence[rows], position[rows], vectors.torch(rows, device), seed)
     with closing(reconstructor):
         for chunk in _chunks(readings[table.done :]):
             rows = np.array([reading.row for reading in chunk])

@@ -86,7 +86,7 @@ class Stages:
         max_new_tokens: int,
         variance: float | None = None,
     ) -> float:
-        """One greedy explanation of each row (int64 [n], ascending). variance: Var of FVE, if given.
+        """One greedy explanation of each row (int64 [n]). variance: Var of FVE, if given.
 
         Returns the Var that was used.
         """

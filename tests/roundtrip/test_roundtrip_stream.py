@@ -24,6 +24,7 @@ from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
 from nla_engine.ops.sampling import Sampling
 from nla_engine.roundtrip import pipeline, rows, run
 from nla_engine.roundtrip.background import Background
+from nla_engine.roundtrip.draws import of_sample
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.verbalize import Verbalizer
@@ -102,6 +103,7 @@ def test_samples_that_share_a_prompt_are_those_that_do_not(pair: Path, batch: in
         max_new_tokens=10,
         sampling=sampling,
         batch_size=15,
+        draws=lambda id_: of_sample(id_ // 3, id_ % 3),
     )
     together = list(shared)
     assert together == list(alone)

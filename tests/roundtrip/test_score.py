@@ -57,20 +57,20 @@ def test_one_direction_has_no_variance_to_explain() -> None:
 
 def test_controls(rng) -> None:
     vectors = torch.from_numpy(rng.standard_normal((40, 16)).astype(np.float32))
-    rows, sequences = np.arange(40) * 3, np.arange(40) // 4
-    controls = Controls.of(rows, sequences, vectors, seed=1)
+    positions, sequences = np.arange(40) * 3, np.arange(40) // 4
+    controls = Controls.of(sequences, positions, vectors, seed=1)
     r = vectors + 0.05 * torch.from_numpy(rng.standard_normal(vectors.shape).astype(np.float32))
     cos = score.cosine(vectors, r)
     assert (controls.rank(vectors, r) == 1).all()
     closer = (score.unit(-r) @ score.unit(vectors).T).numpy() > score.cosine(vectors, -r)[:, None]
     brute = 1 + (closer & ~np.eye(40, dtype=bool)).sum(1)
     assert controls.rank(vectors, -r).tolist() == brute.tolist()
-    shuffled = controls.shuffled(rows, sequences, r)
+    shuffled = controls.shuffled(sequences, positions, r)
     assert np.abs(shuffled).mean() < 0.5 < cos.mean()
     for i in range(40):  # the partner is another sequence's row, and does not depend on the batch
-        partner = controls._partner(int(rows[i]), int(sequences[i]))
+        partner = controls._partner(int(sequences[i]), int(positions[i]))
         assert sequences[partner] != sequences[i]
-        assert controls.shuffled(rows[i : i + 1], sequences[i : i + 1], r[i : i + 1])[0] == shuffled[i]
+        assert controls.shuffled(sequences[i : i + 1], positions[i : i + 1], r[i : i + 1])[0] == shuffled[i]
 
 
 def test_controls_of_a_sample_with_nothing_else_in_it() -> None:

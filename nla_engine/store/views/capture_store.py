@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nla_engine.codec.rows import Codec
 from nla_engine.errors import FieldError
 from nla_engine.sites import Site, listed
+from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.format import group_site, next_token_arrays
 from nla_engine.store.layer import StoredLayer
 from nla_engine.store.reader import StoreReader
 from nla_engine.store.shown import facts_html, plural
+from nla_engine.store.views.draw import in_order
 from nla_engine.store.views.fields import Labels, field_names, record_names, row_field
 from nla_engine.store.views.frames import pandas_frame, polars_frame
 from nla_engine.store.views.indexing import split_index
@@ -40,6 +43,13 @@ class LayerReader(StoredLayer):
 
     ndim = 2
     dtype = np.dtype(np.float32)
+
+    def __init__(
+        self, codec: Codec, arrays: Mapping[str, ArrayReader], in_order: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        """in_order: row numbers, int64 [n], by the number of their sequence and their position"""
+        super().__init__(codec, arrays)
+        self.in_order = in_order
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, place, channels = split_index(index, len(self))
@@ -146,7 +156,7 @@ class CaptureStore(StoreReader):
 
         site: resid_post (None), resid_mid, attn_out, mlp_out; or embeddings, which any number finds
         """
-        return LayerReader(self.codec, super().layer(number, site).arrays)
+        return LayerReader(self.codec, super().layer(number, site).arrays, self.in_order)
 
     @property
     def fields(self) -> list[str]:
@@ -176,6 +186,13 @@ class CaptureStore(StoreReader):
     def where(self, expression: str, first: int = 0) -> np.ndarray:
         """int64, ascending: the rows from number `first` on for which an expression holds. Raises WhereError."""
         return select_rows(self, expression, first)
+
+    def in_order(self, rows: np.ndarray) -> np.ndarray:
+        """Row numbers, int64 [n], by the number of their sequence and their position.
+
+        That is how the tables of stage 2 list rows. Stores have them in the order in which their sequences ended.
+        """
+        return in_order(self, rows)
 
     def to_pandas(self, columns: Sequence[str] | None = None, rows: Any = None) -> pandas.DataFrame:
         """A row of the frame per row of the store; its index is the row's number. Only these columns are read.
