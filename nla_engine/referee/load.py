@@ -1,4 +1,4 @@
-"""What patch starts from: the texts, the AR that reads them, and the captured model, each checked against the store."""
+"""What patch and clauses start from: texts, AR and captured model, each checked against the store."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.config import PatchOptions, ScoreOptions
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.config import ClaimsOptions, ClausesOptions, PatchOptions, ScoreOptions
+from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import DTYPES, LanguageModel
+from nla_engine.roundtrip.pair import Pair, load_pair
 from nla_engine.roundtrip.rows import nothing_selected, spread
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
@@ -38,7 +39,7 @@ def check_captured(store: CaptureStore) -> None:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 
 
-def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
+def selected_texts(options: PatchOptions | ClausesOptions | ClaimsOptions, store: CaptureStore) -> TextFile:
     """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
@@ -51,7 +52,7 @@ def selected_texts(options: PatchOptions, store: CaptureStore) -> TextFile:
     return texts.only(rows)
 
 
-def reading_options(options: PatchOptions, texts: TextFile) -> ScoreOptions:
+def reading_options(options: PatchOptions | ClausesOptions, texts: TextFile) -> ScoreOptions:
     """The options with which `score` would read the texts. RequestError if no AR is named."""
     given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
     ar = options.ar
@@ -68,7 +69,21 @@ def reading_options(options: PatchOptions, texts: TextFile) -> ScoreOptions:
     )
 
 
-def check_revision(options: PatchOptions, texts: TextFile, revision: str | None) -> None:
+def load_reader(
+    options: PatchOptions | ClausesOptions, reading: ScoreOptions, announce: Callable[[str], None]
+) -> Pair:
+    """The AR. An error names the table if that is where its name comes from."""
+    try:
+        return load_pair(reading, announce)
+    except CheckpointError as error:
+        if options.ar is not None:
+            raise
+        raise CheckpointError(
+            f"{options.explained}: names the AR {reading.ar}, which cannot be read: {error}: give it with --ar"
+        ) from error
+
+
+def check_revision(options: PatchOptions | ClausesOptions, texts: TextFile, revision: str | None) -> None:
     """RequestError if the AR that the table names was fetched in another revision than the one that made the table."""
     made = texts.metadata or {}
     if options.ar is None and revision != made.get("ar_revision"):
@@ -79,13 +94,14 @@ def check_revision(options: PatchOptions, texts: TextFile, revision: str | None)
 
 
 def load_checked(
-    options: PatchOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
+    options: PatchOptions | ClausesOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, str]:
     """The captured model on the device in this dtype, and the fingerprint of its weights in that of the capture.
 
     RequestError if the weights are others.
     """
     made, name = store.provenance, options.model
+    assert name is not None, "no model was asked for"
     load = partial(
         load_captured, name, made, device, base=options.base, remote_code=options.trust_remote_code
     )

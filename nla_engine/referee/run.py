@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nla_engine.config import PatchOptions, ScoreOptions
-from nla_engine.errors import CheckpointError, EngineError, RequestError
+from nla_engine.config import PatchOptions
+from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
@@ -21,6 +21,7 @@ from nla_engine.referee.load import (
     check_captured,
     check_revision,
     load_checked,
+    load_reader,
     reading_options,
     selected_texts,
 )
@@ -29,7 +30,7 @@ from nla_engine.referee.patcher import Patcher
 from nla_engine.referee.table import PatchSummary, columns_of, schema_of, summarise
 from nla_engine.referee.trial import Places, try_lanes
 from nla_engine.referee.variants import VARIANTS, Variants
-from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
+from nla_engine.roundtrip.pair import Pair, choose_layer
 from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullable
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
@@ -46,8 +47,6 @@ PATCHING = "patching"
 #: Texts patched and committed together, and tokens of the sequences that are read for them, padding included.
 _TEXTS = {"cpu": 256, "cuda": 2048}
 _TOKENS = {"cpu": 4096, "cuda": 32768}
-#: Largest median distance of stored rows from those that the model computes, relative L2. int4 makes 0.1.
-_APART = 0.5
 #: Rows whose reconstructions stand for those of other rows, at most.
 CONTROL_ROWS = 256
 
@@ -78,7 +77,7 @@ def run_patch(
             f"{options.explained}: one row has no control, which is the reconstruction of another: select two or more"
         )
     reading = reading_options(options, texts)
-    pair = _read_by(options, reading, announce)
+    pair = load_reader(options, reading, announce)
     check_revision(options, texts, pair.ar.lm.revision)
     site = choose_layer(store, reading, pair)
     check_layer(texts, site, reading.ar)
@@ -104,18 +103,6 @@ def run_patch(
     seconds = phases.seconds()
     working = sum(seconds.get(phase, 0.0) for phase in (PATCHING, FINISHING))
     return summarise(options.out, seconds, table.done - before, working)
-
-
-def _read_by(options: PatchOptions, reading: ScoreOptions, announce: Announce) -> Pair:
-    """The AR. An error names the table if that is where its name comes from."""
-    try:
-        return load_pair(reading, announce)
-    except CheckpointError as error:
-        if options.ar is not None:
-            raise
-        raise CheckpointError(
-            f"{options.explained}: names the AR {reading.ar}, which cannot be read: {error}: give it with --ar"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -230,8 +217,8 @@ class _Run:
             own = read[torch.from_numpy(sound).to(stored.device)]
             sequences, norms = store.column("sequence")[rows[kept]], reader.norm_at(rows[kept])
             lanes = variants.of(rows[kept], sequences, norms, vectors, texts, own)
-            tried = try_lanes(self.patcher, self._places(rows[kept]), lanes, self.options.horizon)
-            self._check_rows(vectors, tried.own)
+            tried = try_lanes(self.patcher, Places.of(store, rows[kept]), lanes, self.options.horizon)
+            tried.check(vectors, self.lm.name, store)
             for lane, measured in zip(lanes, tried.measured, strict=True):
                 for name, values in vars(measured).items():
                     getattr(found[lane.variant], name)[sound] = values[lane.of_text]
@@ -259,26 +246,11 @@ class _Run:
             out[torch.tensor(sound, device=out.device)] = self.pair.ar.reconstruct(words)
         return out
 
-    def _places(self, rows: np.ndarray) -> Places:
-        sequences, number = np.unique(self.store.column("sequence")[rows], return_inverse=True)
-        tokens = [self.store.sequence(int(sequence)).tokens for sequence in sequences]
-        return Places(tokens, number, self.store.column("position")[rows].astype(np.int64))
-
     def _later(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n]: how many positions of the horizon there are behind each row."""
         sequences, number = np.unique(self.store.column("sequence")[rows], return_inverse=True)
         sizes = np.array([len(self.store.sequence(int(sequence)).tokens) for sequence in sequences])
         return np.minimum(sizes[number] - 1 - self.store.column("position")[rows], self.options.horizon)
-
-    def _check_rows(self, stored: torch.Tensor, own: torch.Tensor) -> None:
-        """EngineError if stored rows are not those that the model computes."""
-        apart = (stored - own).norm(dim=1) / own.norm(dim=1)
-        apart = apart[apart.isfinite()]
-        if len(apart) and (error := float(apart.median())) > _APART:
-            raise EngineError(
-                f"{self.lm.name}: computes other rows than {self.options.store} holds (median difference {error:.2g}): "
-                "`nla-engine verify --model` tells more"
-            )
 
     def _metadata(self) -> dict[str, Any]:
         return {

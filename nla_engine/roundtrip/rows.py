@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.config import AskOptions, LensOptions, PatchOptions, WritingOptions
+from nla_engine.config import (
+    AskOptions,
+    ClaimsOptions,
+    ClausesOptions,
+    LensOptions,
+    PatchOptions,
+    WritingOptions,
+)
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
 from nla_engine.store.objects import place
@@ -55,7 +62,9 @@ def spread(count: int, kept: int) -> np.ndarray:
     return np.linspace(0, count - 1, kept).round().astype(np.int64)
 
 
-def nothing_selected(options: WritingOptions | AskOptions | LensOptions | PatchOptions) -> StoreError:
+def nothing_selected(
+    options: WritingOptions | AskOptions | LensOptions | PatchOptions | ClausesOptions | ClaimsOptions,
+) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (
         "holds no rows: nothing to explain"

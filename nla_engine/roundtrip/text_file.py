@@ -107,6 +107,10 @@ class TextFile:
         """The row of a text, by the text's place."""
         return int(self._table["row"][text].as_py())
 
+    def samples(self, texts: list[int]) -> list[int]:
+        """The numbers of some texts, by their places, among those of their row."""
+        return list(self._table["sample"].take(pa.array(texts, pa.int64())).to_pylist())
+
     def written_by(self) -> dict[str, Any]:
         """For the metadata of the result: the AV that wrote the texts, and its run; nothing if that is not known."""
         made = self.metadata or {}
