@@ -125,9 +125,10 @@ def _of_strings(text: str) -> Iterator[Claim]:
                 .strip("…")
             )
         lead = re.split(r"[.!?;\n]", text[max(done, start - _LEAD) : start])[-1]
-        if not (done and AND.fullmatch(lead)):  # 'followed by "7" or "8"': as before
-            coming = COMING.search(lead) or COMING_AFTER.match(text, end)
-            kind = NEXT if coming else READ if _READ.search(lead) else QUOTE
+        if COMING_AFTER.match(text, end):
+            kind = NEXT
+        elif not (done and AND.fullmatch(lead)):  # 'followed by "7" or "8"': as before
+            kind = NEXT if COMING.search(lead) else READ if _READ.search(lead) else QUOTE
         done = end
         if words and not (label and kind == QUOTE):
             yield Claim(kind, words, start, end, label)

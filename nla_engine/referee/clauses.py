@@ -76,10 +76,9 @@ def clause_spans(text: str) -> list[tuple[int, int]]:
     for match in [*_CUT.finditer(text), None]:
         at, behind = (len(text), len(text)) if match is None else match.span()
         if match is not None:
+            at += len(match[0]) - len(match[0].lstrip("\"')]”’»"))  # what closes belongs to the sentence
             if any(a < at < b for a, b in quoted):
                 continue
-            closing = len(match[0]) - len(match[0].lstrip("\"')]”’»"))
-            at += closing  # what closes behind a stop belongs to the sentence
         part = text[start:at]
         if part.strip():
             lead = len(part) - len(part.lstrip())
