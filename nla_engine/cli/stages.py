@@ -17,6 +17,7 @@ from nla_engine.config import (
     CaptureOptions,
     ClaimsOptions,
     ClausesOptions,
+    ControlsOptions,
     ExplainOptions,
     LensOptions,
     PatchOptions,
@@ -146,6 +147,16 @@ def claims_command(options: ClaimsOptions, as_json: bool) -> None:
     with progress_bar("texts") as progress:
         summary = run_claims(options, announce=say, progress=progress)
     finish("claims", summary.to_dict(), as_json)
+
+
+@command(ControlsOptions)
+def controls_command(options: ControlsOptions, as_json: bool) -> None:
+    """What explanations add to the text: their scores over those of texts that never saw the vector."""
+    from nla_engine.referee.controls import run_controls
+
+    with progress_bar("texts") as progress:
+        summary = run_controls(options, announce=say, progress=progress)
+    finish("controls", summary.to_dict(), as_json, told=summary.told())
 
 
 @command(LensOptions)

@@ -3,6 +3,7 @@
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
 from nla_engine.config.claims import ClaimsOptions, ClausesOptions
+from nla_engine.config.controls import ControlsOptions
 from nla_engine.config.lens import LensOptions
 from nla_engine.config.patch import PatchOptions
 from nla_engine.config.roundtrip import (
@@ -19,6 +20,7 @@ __all__ = [
     "CaptureOptions",
     "ClaimsOptions",
     "ClausesOptions",
+    "ControlsOptions",
     "ExplainOptions",
     "LensOptions",
     "PatchOptions",

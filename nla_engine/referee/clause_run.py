@@ -23,7 +23,7 @@ from nla_engine.referee.load import (
     check_captured,
     check_revision,
     load_checked,
-    load_reader,
+    read_by,
     reading_options,
     selected_texts,
 )
@@ -77,7 +77,7 @@ def run_clauses(
             f"{options.explained}: one row has no control, which is the text of another: select two or more"
         )
     reading = reading_options(options, texts)
-    pair = load_reader(options, reading, announce)
+    pair = read_by(options, reading, announce)
     check_revision(options, texts, pair.ar.lm.revision)
     site = choose_layer(store, reading, pair)
     check_layer(texts, site, reading.ar)

@@ -126,6 +126,26 @@ class Bootstrap:
             return Estimate(out.value, own.low - other.high, own.high - other.low, out.rows, out.clusters)
         return out
 
+    def least(self, values: np.ndarray, clusters: np.ndarray) -> Estimate:
+        """The least of the means of values [m, n] (NaN: not measured), chosen anew in every resample; clusters [n]."""
+        known = np.isfinite(values)
+        some = known.any(0)
+        if not known.any(1).all():
+            return UNKNOWN
+        _, index = np.unique(np.asarray(clusters)[some], return_inverse=True)
+        size, values, known = int(index.max()) + 1, values[:, some], known[:, some]
+        sums = np.stack([np.bincount(index[k], v[k], size) for v, k in zip(values, known, strict=True)])
+        counts = np.stack([np.bincount(index[k], minlength=size) for k in known]).astype(float)
+        value, rows = float((sums.sum(1) / counts.sum(1)).min()), int(some.sum())
+        if size < FEWEST_CLUSTERS:
+            return Estimate(value, math.nan, math.nan, rows, size)
+        weights = self._weights(size)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = (weights @ sums.T) / (weights @ counts.T)
+        drawn = np.where(np.isfinite(means), means, np.inf).min(1)
+        low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
+        return Estimate(value, float(low), float(high), rows, size)
+
     def difference(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
         """Mean of values where bool `group` [n] is true, minus the mean of the others. A cluster may lie in both."""
         values, group, index = _finite(values, group, clusters)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.config import ClaimsOptions, ClausesOptions, PatchOptions, ScoreOptions
+from nla_engine.config import ClaimsOptions, ClausesOptions, ControlsOptions, PatchOptions, ScoreOptions
 from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import DTYPES, LanguageModel
@@ -20,8 +20,10 @@ from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 
+#: Options of a run that has texts read by an AR.
+ReferOptions = PatchOptions | ControlsOptions | ClausesOptions
 #: Options of a run that say how its AR was loaded, apart from its name; and each as an option, from its form in JSON.
-_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
+AR_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
     "ar_map": Path,
     "whitening": Path,
     "ar_base": str,
@@ -39,7 +41,7 @@ def check_captured(store: CaptureStore) -> None:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 
 
-def selected_texts(options: PatchOptions | ClausesOptions | ClaimsOptions, store: CaptureStore) -> TextFile:
+def selected_texts(options: ReferOptions | ClaimsOptions, store: CaptureStore) -> TextFile:
     """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
@@ -52,26 +54,25 @@ def selected_texts(options: PatchOptions | ClausesOptions | ClaimsOptions, store
     return texts.only(rows)
 
 
-def reading_options(options: PatchOptions | ClausesOptions, texts: TextFile) -> ScoreOptions:
+def reading_options(options: ReferOptions, texts: TextFile) -> ScoreOptions:
     """The options with which `score` would read the texts. RequestError if no AR is named."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
+    given: dict[str, Any] = {name: getattr(options, name) for name in AR_AS_GIVEN}
     ar = options.ar
     if ar is None:
         made = texts.metadata or {}
         if (ar := made.get("ar")) is None:
             raise RequestError(f"{texts.path}: does not name an AR, since none has scored it: give --ar")
         for name, told in made["run"].items():
-            if name in _AS_GIVEN and told and not given[name]:
-                given[name] = _AS_GIVEN[name](told)
+            if name in AR_AS_GIVEN and told and not given[name]:
+                given[name] = AR_AS_GIVEN[name](told)
+    given |= {"variance": options.variance} if isinstance(options, ControlsOptions) else {}
     same = ("store", "out", "layer", "seed", "precision", "dtype", "device", "kernels", "trust_remote_code")
     return ScoreOptions(
         ar=ar, texts=options.explained, **{name: getattr(options, name) for name in same}, **given
     )
 
 
-def load_reader(
-    options: PatchOptions | ClausesOptions, reading: ScoreOptions, announce: Callable[[str], None]
-) -> Pair:
+def read_by(options: ReferOptions, reading: ScoreOptions, announce: Callable[[str], None]) -> Pair:
     """The AR. An error names the table if that is where its name comes from."""
     try:
         return load_pair(reading, announce)
@@ -83,7 +84,7 @@ def load_reader(
         ) from error
 
 
-def check_revision(options: PatchOptions | ClausesOptions, texts: TextFile, revision: str | None) -> None:
+def check_revision(options: ReferOptions, texts: TextFile, revision: str | None) -> None:
     """RequestError if the AR that the table names was fetched in another revision than the one that made the table."""
     made = texts.metadata or {}
     if options.ar is None and revision != made.get("ar_revision"):

@@ -13,6 +13,7 @@ from nla_engine.config import (
     AskOptions,
     ClaimsOptions,
     ClausesOptions,
+    ControlsOptions,
     LensOptions,
     PatchOptions,
     WritingOptions,
@@ -63,7 +64,13 @@ def spread(count: int, kept: int) -> np.ndarray:
 
 
 def nothing_selected(
-    options: WritingOptions | AskOptions | LensOptions | PatchOptions | ClausesOptions | ClaimsOptions,
+    options: WritingOptions
+    | AskOptions
+    | LensOptions
+    | PatchOptions
+    | ControlsOptions
+    | ClausesOptions
+    | ClaimsOptions,
 ) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (

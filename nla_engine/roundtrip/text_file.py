@@ -103,6 +103,11 @@ class TextFile:
         """One text, by its place."""
         return str(self._table["explanation"][place].as_py())
 
+    def tokens(self, place: int) -> int | None:
+        """The tokens of one text, by its place; None if that is not known."""
+        found = self._table["n_tokens"][place].as_py()
+        return None if found is None else int(found)
+
     def row_of(self, text: int) -> int:
         """The row of a text, by the text's place."""
         return int(self._table["row"][text].as_py())
