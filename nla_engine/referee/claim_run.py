@@ -270,7 +270,7 @@ class _Run:
             "next_token": store.token_text(store.column("next_token_id")[rows]),
             "generated": (flags & RowFlag.GENERATED) != 0,
             "early": (flags & RowFlag.EARLY) != 0,
-            "sample": self.texts.samples(texts),
+            "sample": [text - self.texts.up_to_row(int(at)) for text, at in zip(texts, places, strict=True)],
             **{name: [getattr(line, name) for line in lines] for name in names},
             "partner": partners,
             "holds" + CONTROL: [line.holds_control for line in lines],

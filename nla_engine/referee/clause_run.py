@@ -261,7 +261,6 @@ class _Run:
             added = np.where(whole, np.nan, kl - kl[base])
             scores |= {"kl": nullable(kl), "kl_added": nullable(added)}
         flags = store.column("flags")[rows]
-        samples = self.texts.samples([each.text for each in chunk])
         return {
             "row": rows,
             "sequence": store.column("sequence")[rows],
@@ -271,7 +270,7 @@ class _Run:
             "generated": (flags & RowFlag.GENERATED) != 0,
             "early": (flags & RowFlag.EARLY) != 0,
             "norm": reader.norm_at(rows),
-            "sample": samples,
+            "sample": [each.text - self.texts.up_to_row(each.place) for each in chunk],
             "variant": [each.changed.variant for each in chunk],
             "unit": [None if each.changed.unit < 0 else each.changed.unit for each in chunk],
             "units": [each.units for each in chunk],

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -105,16 +105,11 @@ class TextFile:
 
     def tokens(self, place: int) -> int | None:
         """The tokens of one text, by its place; None if that is not known."""
-        found = self._table["n_tokens"][place].as_py()
-        return None if found is None else int(found)
+        return cast(int | None, self._table["n_tokens"][place].as_py())
 
     def row_of(self, text: int) -> int:
         """The row of a text, by the text's place."""
         return int(self._table["row"][text].as_py())
-
-    def samples(self, texts: list[int]) -> list[int]:
-        """The numbers of some texts, by their places, among those of their row."""
-        return list(self._table["sample"].take(pa.array(texts, pa.int64())).to_pylist())
 
     def written_by(self) -> dict[str, Any]:
         """For the metadata of the result: the AV that wrote the texts, and its run; nothing if that is not known."""
