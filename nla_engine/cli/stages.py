@@ -1,4 +1,4 @@
-"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, patch, controls, demo."""
+"""Commands that run models: capture, roundtrip and its halves explain and score, ask, lens, the referee's, demo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from nla_engine.cli.progress import progress_bar
 from nla_engine.config import (
     AskOptions,
     CaptureOptions,
+    ClaimsOptions,
+    ClausesOptions,
     ControlsOptions,
     ExplainOptions,
     LensOptions,
@@ -134,6 +136,26 @@ def patch_command(options: PatchOptions, as_json: bool) -> None:
     with progress_bar("texts") as progress:
         summary = run_patch(options, announce=say, progress=progress)
     finish("patched", summary.to_dict(), as_json)
+
+
+@command(ClausesOptions)
+def clauses_command(options: ClausesOptions, as_json: bool) -> None:
+    """Leave out, swap and negate each clause of explanations, and measure what their vectors lose."""
+    from nla_engine.referee.clause_run import run_clauses
+
+    with progress_bar("texts") as progress:
+        summary = run_clauses(options, announce=say, progress=progress)
+    finish("clauses", summary.to_dict(), as_json)
+
+
+@command(ClaimsOptions)
+def claims_command(options: ClaimsOptions, as_json: bool) -> None:
+    """Compare what explanations say with the text that the model had read, by rules or with a judge."""
+    from nla_engine.referee.claim_run import run_claims
+
+    with progress_bar("texts") as progress:
+        summary = run_claims(options, announce=say, progress=progress)
+    finish("claims", summary.to_dict(), as_json)
 
 
 @command(ControlsOptions)

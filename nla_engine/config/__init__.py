@@ -2,6 +2,7 @@
 
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.claims import ClaimsOptions, ClausesOptions
 from nla_engine.config.controls import ControlsOptions
 from nla_engine.config.lens import LensOptions
 from nla_engine.config.patch import PatchOptions
@@ -17,6 +18,8 @@ from nla_engine.config.roundtrip import (
 __all__ = [
     "AskOptions",
     "CaptureOptions",
+    "ClaimsOptions",
+    "ClausesOptions",
     "ControlsOptions",
     "ExplainOptions",
     "LensOptions",

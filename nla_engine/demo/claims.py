@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from nla_engine.referee.claims import AND, COMING, COMING_AFTER, COUNTERS
+
 # [0-9], not \d, which also matches other scripts' digits. A letter beside a number makes it a name ("v2", "2nd"), but x
 # may be a sign. Decimals are not integers.
 _INTEGER = (
@@ -20,24 +22,11 @@ _INTEGER = (
 _TIMES = r"×|·|⋅|∗|\*(?!\*)|\\times|\\cdot|[xX](?=\s?[0-9])|times\b|multiplied by\b|boxes of\b"
 _OPERATOR = rf"(?:{_TIMES}|\+|[-−–](?=\s?[0-9])|plus\b|minus\b|and\b|by\b)"
 _OPERANDS = re.compile(rf"{_INTEGER}\s*{_OPERATOR}\s*{_INTEGER}")
-# "digit 2 of 4" and "a 4-digit number" count; they name no number of the problem.
-_COUNTERS = re.compile(
-    r"\b(?:digit|token|step|position|part|line|paragraph|place|column|turn)s?\s+[0-9]{1,6}\s+(?:out )?of\s+[0-9]{1,6}\b"
-    r"|\b[0-9]{1,6}[-\s](?:digit|token|step|word|line|sentence|character)s?\b"
-)
 _QUOTES = "\"'`“”‘’«»"
 _TOKEN = re.compile(
     rf"[{_QUOTES}]\s?([0-9]{{1,15}})[.,]?\s?[{_QUOTES}]"
     r"|\b(?:token|digit)s?(?: read)?(?:\s?:| is| was)? ([0-9]{1,15})(?![0-9])(?!,[0-9])(?!\.[0-9])(?! (?:out )?of\b)"
 )
-_COMING = re.compile(
-    r"next|follow|about to|upcoming|\bcom(?:e|es|ing)\b|predict|expect|anticipat|continu|will be",
-    re.IGNORECASE,
-)
-_COMING_AFTER = re.compile(
-    r"\s*(?:is |are |should |will |to )?(?:be |come )?(?:comes? |coming )?(?:next|follow|expected|predicted)"
-)
-_AND = re.compile(r"\s*(?:,|or|and|, or|, and)\s*")
 _CLAIM = re.compile(
     r"(?:=|≈|\b(?:is|are|equals?|gives?|makes?|get)\b|boxed\{|:|^(?!\s*[0-9]+[.)]\s+\S))"
     rf"[\s*_$\\(\[{{]{{0,8}}(-?{_INTEGER})(?!\s*{_OPERATOR})"
@@ -71,7 +60,7 @@ def read_claims(text: str) -> Named:
 
 def numbers_in(text: str) -> frozenset[int]:
     """The whole numbers that a text names: 1,702 is one; decimals, "v2" and "digit 2 of 4" are not."""
-    return frozenset(_value(match[1]) for match in re.finditer(_INTEGER, _COUNTERS.sub(" ", text)))
+    return frozenset(_value(match[1]) for match in re.finditer(_INTEGER, COUNTERS.sub(" ", text)))
 
 
 def operands_named(text: str) -> tuple[int, int] | None:
@@ -111,8 +100,8 @@ def _tokens_claimed(text: str) -> tuple[frozenset[str], frozenset[str], str]:
         digits = match[1] or match[2]
         lead = re.split(r"[.!?;\n]", text[max(done, match.start() - 120) : match.start()])[-1]
         clause = lead if match[1] else lead + match[0]
-        if not (done and _AND.fullmatch(lead)):  # 'followed by "7" or "8"': like the claim before
-            coming = bool(_COMING.search(clause) or _COMING_AFTER.match(text, match.end()))
+        if not (done and AND.fullmatch(lead)):  # 'followed by "7" or "8"': like the claim before
+            coming = bool(COMING.search(clause) or COMING_AFTER.match(text, match.end()))
         (nexts if coming else reads).add(digits)
         kept.append(text[done : match.start()])
         # "17" may also be a number. " ; " keeps the text around a claim from joining into one expression.

@@ -1,4 +1,4 @@
-"""What patch starts from: the texts, the AR that reads them, and the captured model, each checked against the store."""
+"""What patch and clauses start from: texts, AR and captured model, each checked against the store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.config import ControlsOptions, PatchOptions, ScoreOptions
+from nla_engine.config import ClaimsOptions, ClausesOptions, ControlsOptions, PatchOptions, ScoreOptions
 from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import DTYPES, LanguageModel
@@ -20,6 +20,8 @@ from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 
+#: Options of a run that has texts read by an AR.
+ReferOptions = PatchOptions | ControlsOptions | ClausesOptions
 #: Options of a run that say how its AR was loaded, apart from its name; and each as an option, from its form in JSON.
 AR_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
     "ar_map": Path,
@@ -39,7 +41,7 @@ def check_captured(store: CaptureStore) -> None:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 
 
-def selected_texts(options: PatchOptions | ControlsOptions, store: CaptureStore) -> TextFile:
+def selected_texts(options: ReferOptions | ClaimsOptions, store: CaptureStore) -> TextFile:
     """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
@@ -52,7 +54,7 @@ def selected_texts(options: PatchOptions | ControlsOptions, store: CaptureStore)
     return texts.only(rows)
 
 
-def reading_options(options: PatchOptions | ControlsOptions, texts: TextFile) -> ScoreOptions:
+def reading_options(options: ReferOptions, texts: TextFile) -> ScoreOptions:
     """The options with which `score` would read the texts. RequestError if no AR is named."""
     given: dict[str, Any] = {name: getattr(options, name) for name in AR_AS_GIVEN}
     ar = options.ar
@@ -71,9 +73,7 @@ def reading_options(options: PatchOptions | ControlsOptions, texts: TextFile) ->
     )
 
 
-def read_by(
-    options: PatchOptions | ControlsOptions, reading: ScoreOptions, announce: Callable[[str], None]
-) -> Pair:
+def read_by(options: ReferOptions, reading: ScoreOptions, announce: Callable[[str], None]) -> Pair:
     """The AR. An error names the table if that is where its name comes from."""
     try:
         return load_pair(reading, announce)
@@ -85,7 +85,7 @@ def read_by(
         ) from error
 
 
-def check_revision(options: PatchOptions | ControlsOptions, texts: TextFile, revision: str | None) -> None:
+def check_revision(options: ReferOptions, texts: TextFile, revision: str | None) -> None:
     """RequestError if the AR that the table names was fetched in another revision than the one that made the table."""
     made = texts.metadata or {}
     if options.ar is None and revision != made.get("ar_revision"):
@@ -96,13 +96,14 @@ def check_revision(options: PatchOptions | ControlsOptions, texts: TextFile, rev
 
 
 def load_checked(
-    options: PatchOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
+    options: PatchOptions | ClausesOptions, store: CaptureStore, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, str]:
     """The captured model on the device in this dtype, and the fingerprint of its weights in that of the capture.
 
     RequestError if the weights are others.
     """
     made, name = store.provenance, options.model
+    assert name is not None, "no model was asked for"
     load = partial(
         load_captured, name, made, device, base=options.base, remote_code=options.trust_remote_code
     )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from nla_engine.config import PatchOptions
-from nla_engine.errors import EngineError, RequestError
+from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
@@ -48,8 +48,6 @@ PATCHING = "patching"
 #: Texts patched and committed together, and tokens of the sequences that are read for them, padding included.
 _TEXTS = {"cpu": 256, "cuda": 2048}
 _TOKENS = {"cpu": 4096, "cuda": 32768}
-#: Largest median distance of stored rows from those that the model computes, relative L2. int4 makes 0.1.
-_APART = 0.5
 #: Rows whose reconstructions stand for those of other rows, at most.
 CONTROL_ROWS = 256
 
@@ -221,8 +219,8 @@ class _Run:
             own = read[torch.from_numpy(sound).to(stored.device)]
             sequences, positions = (store.column(name)[rows[kept]] for name in ("sequence", "position"))
             lanes = variants.of(sequences, positions, reader.norm_at(rows[kept]), vectors, texts, own)
-            tried = try_lanes(self.patcher, self._places(rows[kept]), lanes, self.options.horizon)
-            self._check_rows(vectors, tried.own)
+            tried = try_lanes(self.patcher, Places.of(store, rows[kept]), lanes, self.options.horizon)
+            tried.check(vectors, self.lm.name, store)
             for lane, measured in zip(lanes, tried.measured, strict=True):
                 for name, values in vars(measured).items():
                     getattr(found[lane.variant], name)[sound] = values[lane.of_text]
@@ -250,26 +248,11 @@ class _Run:
             out[torch.tensor(sound, device=out.device)] = self.pair.ar.reconstruct(words)
         return out
 
-    def _places(self, rows: np.ndarray) -> Places:
-        sequences, number = np.unique(self.store.column("sequence")[rows], return_inverse=True)
-        tokens = [self.store.sequence(int(sequence)).tokens for sequence in sequences]
-        return Places(tokens, number, self.store.column("position")[rows].astype(np.int64))
-
     def _later(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n]: how many positions of the horizon there are behind each row."""
         sequences, number = np.unique(self.store.column("sequence")[rows], return_inverse=True)
         sizes = np.array([len(self.store.sequence(int(sequence)).tokens) for sequence in sequences])
         return np.minimum(sizes[number] - 1 - self.store.column("position")[rows], self.options.horizon)
-
-    def _check_rows(self, stored: torch.Tensor, own: torch.Tensor) -> None:
-        """EngineError if stored rows are not those that the model computes."""
-        apart = (stored - own).norm(dim=1) / own.norm(dim=1)
-        apart = apart[apart.isfinite()]
-        if len(apart) and (error := float(apart.median())) > _APART:
-            raise EngineError(
-                f"{self.lm.name}: computes other rows than {self.options.store} holds (median difference {error:.2g}): "
-                "`nla-engine verify --model` tells more"
-            )
 
     def _metadata(self) -> dict[str, Any]:
         return {

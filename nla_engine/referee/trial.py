@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nla_engine.errors import EngineError
 from nla_engine.referee.measures import Measured, measure
 from nla_engine.referee.patcher import Patcher
 from nla_engine.referee.variants import Lane
+from nla_engine.store import CaptureStore
+
+#: Largest median distance of stored rows from those that the model computes, relative L2. int4 makes 0.1.
+_APART = 0.5
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,13 @@ class Places:
     tokens: Sequence[np.ndarray]
     sequence: np.ndarray
     position: np.ndarray
+
+    @classmethod
+    def of(cls, store: CaptureStore, rows: np.ndarray) -> Places:
+        """Those of rows of a store, int64 [R], ascending."""
+        sequences, number = np.unique(store.column("sequence")[rows], return_inverse=True)
+        tokens = [store.sequence(int(sequence)).tokens for sequence in sequences]
+        return cls(tokens, number, store.column("position")[rows].astype(np.int64))
 
     def following(self, count: int) -> np.ndarray:
         """int64 [R, count]: the tokens behind each row, -1 behind the end of its sequence."""
@@ -44,6 +56,16 @@ class Tried:
 
     measured: list[Measured]
     own: torch.Tensor
+
+    def check(self, stored: torch.Tensor, model: str, store: CaptureStore) -> None:
+        """EngineError if stored rows, float32 [R, d], are not those that the model computes."""
+        apart = (stored - self.own).norm(dim=1) / self.own.norm(dim=1)
+        apart = apart[apart.isfinite()]
+        if len(apart) and (error := float(apart.median())) > _APART:
+            raise EngineError(
+                f"{model}: computes other rows than {store.path} holds (median difference {error:.2g}): "
+                "`nla-engine verify --model` tells more"
+            )
 
 
 def try_lanes(patcher: Patcher, places: Places, lanes: Sequence[Lane], horizon: int) -> Tried:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
 from nla_engine.referee.added import CONTROLS
-from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, PATCH, SCHEMA, ranked_among, read_metadata
+from nla_engine.roundtrip.results import ANSWERS, PARTS_SUFFIX, SCHEMA, ranked_among, read_metadata
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, StoredSequence
@@ -78,13 +78,13 @@ class Explained:
             )
         if metadata.get("options", {}).get("store") != store.attributes["store_id"]:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
-        if metadata.get("made_by") == PATCH:
-            raise RequestError(
-                f"{path}: is the table of patch, which the page does not show: give the table that it was made of"
-            )
         if metadata.get("made_by") == CONTROLS:
             raise RequestError(
                 f"{path}: is the table of controls: give it with --controls, and the explanations that it was made of"
+            )
+        if (made_by := metadata.get("made_by")) is not None:
+            raise RequestError(
+                f"{path}: is the table of {made_by}, which the page does not show: give the table that it was made of"
             )
         if metadata["run"].get("prefixes"):
             raise RequestError(

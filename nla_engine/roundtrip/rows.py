@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from nla_engine.config import AskOptions, ControlsOptions, LensOptions, PatchOptions, WritingOptions
+from nla_engine.config import (
+    AskOptions,
+    ClaimsOptions,
+    ClausesOptions,
+    ControlsOptions,
+    LensOptions,
+    PatchOptions,
+    WritingOptions,
+)
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.roundtrip import draws
 from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
@@ -62,7 +70,13 @@ def spread(count: int, kept: int) -> np.ndarray:
 
 
 def nothing_selected(
-    options: WritingOptions | AskOptions | LensOptions | PatchOptions | ControlsOptions,
+    options: WritingOptions
+    | AskOptions
+    | LensOptions
+    | PatchOptions
+    | ControlsOptions
+    | ClausesOptions
+    | ClaimsOptions,
 ) -> StoreError:
     """The error for a store, or a selection, without rows."""
     what = (

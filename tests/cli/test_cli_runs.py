@@ -24,7 +24,15 @@ from tiny import write_prompts
 from nla_engine.capture import appender
 from nla_engine.capture import run as capture_stage
 from nla_engine.capture.summary import CaptureSummary
-from nla_engine.config import CaptureOptions, ExplainOptions, PatchOptions, RoundtripOptions, ScoreOptions
+from nla_engine.config import (
+    CaptureOptions,
+    ClaimsOptions,
+    ClausesOptions,
+    ExplainOptions,
+    PatchOptions,
+    RoundtripOptions,
+    ScoreOptions,
+)
 from nla_engine.roundtrip import results
 from nla_engine.roundtrip.summary import RoundtripSummary
 from nla_engine.store import CaptureStore, shards, writer
@@ -94,6 +102,8 @@ COMMANDS = {
     "explain": ExplainOptions,
     "score": ScoreOptions,
     "patch": PatchOptions,
+    "clauses": ClausesOptions,
+    "claims": ClaimsOptions,
 }
 
 
