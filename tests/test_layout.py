@@ -32,7 +32,7 @@ ORDER = (
     {"report"},
     {"demo"},
     {"studies"},
-    {"studies.multiplication"},
+    {"studies.multiplication", "comparison"},
     {"bench", "cli"},
     {"interactive"},
     {"__main__"},

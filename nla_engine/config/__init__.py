@@ -2,6 +2,7 @@
 
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
+from nla_engine.config.compare import CardOptions, CompareOptions, CrossplayOptions
 from nla_engine.config.lens import LensOptions
 from nla_engine.config.patch import PatchOptions
 from nla_engine.config.roundtrip import (
@@ -16,6 +17,9 @@ from nla_engine.config.roundtrip import (
 __all__ = [
     "AskOptions",
     "CaptureOptions",
+    "CardOptions",
+    "CompareOptions",
+    "CrossplayOptions",
     "ExplainOptions",
     "LensOptions",
     "PatchOptions",

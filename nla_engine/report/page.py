@@ -32,6 +32,7 @@ from nla_engine.store.shards import write_file_atomically
 #: Parts of the page in the order in which they are joined.
 STYLES = ("page.css", "text.css", "hits.css", "charts.css")
 SCRIPTS = (
+    "tools.js",
     "data.js",
     "marks.js",
     "filter.js",
@@ -153,13 +154,9 @@ def _assemble(
     caveats: Sequence[str],
     sections: Sequence[Section],
 ) -> str:
-    script, shown = _joined(SCRIPTS), figures(table)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = figures(table)
     parts = {
         "title": escape(title),
-        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'",
-        "style": _joined(STYLES),
         "brief": _brief(shown, caveats),
         "lead": escape(lead(store, table)),
         "search": "Search answers and questions" if table.asked else "Search the explanations",
@@ -185,11 +182,33 @@ def _assemble(
             + "</dl></section>"
             for heading, pairs in facts(store, table).items()
         ),
+    }
+    return assemble("page.html", STYLES, SCRIPTS, parts, data)
+
+
+def assemble(
+    template: str,
+    styles: Sequence[str],
+    scripts: Sequence[str],
+    parts: Mapping[str, str],
+    data: Mapping[str, Any],
+) -> str:
+    """A page from files of `static/`. parts: markup for the template's other holes, escaped by its maker.
+
+    The policy lets the page run its own script alone and load nothing.
+    """
+    script = _joined(scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'",
+        "style": _joined(styles),
         "data": packed(data),
         "script": script,
     }
+    whole = {**parts, **own}
     # One pass: inserted text is not searched for holes again.
-    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], _joined(["page.html"]))
+    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: whole[match[1]], _joined([template]))
 
 
 def packed(data: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from nla_engine.config import (
     ExplainOptions,
@@ -210,7 +211,7 @@ class Run:
 
     def _fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Explain and score the rows that the table does not hold yet, and finish it."""
-        options, texts, layer, known = self.options, self.texts, self.layer, 0
+        options, texts, layer, known, done = self.options, self.texts, self.layer, 0, table.done
 
         phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
 
@@ -245,17 +246,24 @@ class Run:
             phases(table.done, texts.up_to_row(known), part=1.0)
             phases.phase(FINISHING)
             if not self.controls or not isinstance(options, ScoringOptions):
-                table.finish(self._metadata(), store=self.store)
+                table.finish(self._metadata() | self._speed(phases, table.done - done), store=self.store)
                 return
             measured = {
                 number: measured_of(options, self.store, number, controls, self.pair.device)
                 for number, controls in self.controls.items()
             }
         variances = {number: float(about["variance"]) for number, about in measured.items()}
-        metadata = self._metadata() | measured.pop(layer)
+        metadata = self._metadata() | self._speed(phases, table.done - done) | measured.pop(layer)
         if measured:
             metadata["further_layers"] = {str(number): about for number, about in measured.items()}
         table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
+
+    def _speed(self, phases: Phases, new: int) -> dict[str, Any]:
+        """Rows per second of this run, which added `new` rows of the table, and on what."""
+        seconds = sum(phases.seconds().get(phase, 0.0) for phase in (EXPLAINING, SCORING))
+        device, rate = self.pair.device, self.texts.rows_of(new) / seconds if seconds else 0.0
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"speed": {"rows_per_second": round(rate, 2), "device": name}}
 
     def pipeline(
         self, texts: Texts, write: Callable[[dict[str, Any]], None], longest: int | None = None
