@@ -84,7 +84,7 @@ def render_comparison(
     store: CaptureStore | None,
 ) -> bytes:
     """The page in UTF-8. directory: where the figures lie; most: rows that it holds; store: for the text around."""
-    title = title or " and ".join(compared.names) + ", side by side"
+    title = title or ", ".join(compared.names[:-1]) + f" and {compared.names[-1]}, side by side"
     data = page_data(compared, most, store)
     shown = len(data["rows"]["token"])
     parts = {

@@ -22,6 +22,8 @@ from typing import Any
 
 from nla_engine.errors import RequestError
 from nla_engine.options import check_ending
+from nla_engine.referee.evidence import Evidence
+from nla_engine.referee.reading import Finding, findings
 from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import Figure, facts, figures, lead, warnings
 from nla_engine.store import CaptureStore
@@ -73,6 +75,7 @@ class ReportSummary:
     explanations: int
     sections: tuple[str, ...]
     warnings: tuple[str, ...]
+    reading: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
@@ -85,11 +88,13 @@ def write_report(
     *,
     title: str | None = None,
     sections: Sequence[Section] = (),
+    also: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> ReportSummary:
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
+    also: tables of patch, controls and claims about the same texts, for what the page says of the run
     Raises RequestError (`out` exists, is the table, or is not named .html; store and table do not belong together; a
     section's id is unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
@@ -106,7 +111,16 @@ def write_report(
         raise RequestError(f"{out}: is the table that the page is made of: choose another name")
     check_ending(out, "the page is HTML", ".html", ".htm")
     check_outside_stores(out)
-    page = render(store, Explained.read(store, explained), title, sections)
+    table = Explained.read(store, explained)
+    if table.asked and also:
+        raise RequestError(
+            f"{explained}: holds answers of an oracle, which no other table measures: leave --also out"
+        )
+    reading: list[Finding] = []
+    if not table.asked:
+        evidence = Evidence.read([explained, *map(Path, also)], explained.stem)
+        reading = findings(evidence.quantities, evidence.rows["sequence"])
+    page = render(store, table, title, sections, reading)
     with Lease.beside(out):  # two writers of one page would share a temporary file
         write_file_atomically(out, page.html)
     return ReportSummary(
@@ -117,6 +131,7 @@ def write_report(
         explanations=len(page.data["explanations"]["text"]),
         sections=tuple(section.id for section in sections),
         warnings=tuple(page.warnings),
+        reading=tuple(finding.says for finding in reading),
     )
 
 
@@ -130,9 +145,16 @@ class RenderedPage:
 
 
 def render(
-    store: CaptureStore, table: Explained, title: str | None = None, sections: Sequence[Section] = ()
+    store: CaptureStore,
+    table: Explained,
+    title: str | None = None,
+    sections: Sequence[Section] = (),
+    reading: Sequence[Finding] = (),
 ) -> RenderedPage:
-    """The page of a store and its explained rows. RequestError if a section's id is unfit or taken."""
+    """The page of a store and its explained rows. RequestError if a section's id is unfit or taken.
+
+    reading: what the run's numbers show, in words
+    """
     taken = list(AREAS)
     for section in sections:
         if not _SECTION_ID.fullmatch(section.id) or section.id in taken:
@@ -142,7 +164,7 @@ def render(
         taken.append(section.id)
     data, caveats = page_data(store, table), warnings(store, table)
     title = title or f"{store.path.name}: {table.site.label} in words"
-    html = _assemble(store, table, data, title, caveats, sections).encode("utf-8", "replace")
+    html = _assemble(store, table, data, title, caveats, sections, reading).encode("utf-8", "replace")
     return RenderedPage(html, data, caveats)
 
 
@@ -153,6 +175,7 @@ def _assemble(
     title: str,
     caveats: Sequence[str],
     sections: Sequence[Section],
+    reading: Sequence[Finding],
 ) -> str:
     shown = figures(table)
     parts = {
@@ -166,6 +189,7 @@ def _assemble(
             + "</dd></div>"
             for f in shown
         ),
+        "reading": _reading(reading),
         "caveats": _caveats(caveats),
         "tabs": "".join(
             f'<button role="tab" id="tab-{s.id}" aria-controls="area-{s.id}">{escape(s.title)}</button>'
@@ -223,6 +247,12 @@ def _brief(shown: Sequence[Figure], caveats: Sequence[str]) -> str:
     names = "; ".join(escape(text.partition(":")[0]) for text in caveats)
     care = f'<p class="care"><b>Read with care:</b> {names}</p>' if names else ""
     return f'<p class="numbers">{numbers}<span class="open"></span></p>{care}'
+
+
+def _reading(found: Sequence[Finding]) -> str:
+    """The answers to the four questions about a run, each with its numbers."""
+    items = "".join(f"<li><b>{escape(each.question)}</b> {escape(each.says)}</li>" for each in found)
+    return f'<div class="caveats"><h2>What the numbers show</h2><ul>{items}</ul></div>' if found else ""
 
 
 def _caveats(texts: Sequence[str]) -> str:
