@@ -63,18 +63,23 @@ def write_comparison(
 
 
 def values_table(compared: Compared) -> Table:
-    """Measures down; each side with its control beside it."""
-    rows: list[tuple[Cell, ...]] = []
-    for line in compared.lines:
-        cells: list[Cell] = [line.measure.label, line.values[0].rows]
-        for value, control in zip(line.values, line.controls, strict=True):
-            cells += [value, control]
-        rows.append((*cells, line.measure.says, line.measure.control or "none needed"))
-    columns = [part for name in compared.names for part in (name, f"{name}, control")]
+    """A line for each measure and side, with its control beside it."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            line.measure.label,
+            name,
+            value.rows,
+            value,
+            control,
+            line.measure.says,
+            line.measure.control or "none needed",
+        )
+        for line in compared.lines
+        for name, value, control in zip(compared.names, line.values, line.controls, strict=True)
+    ]
     note = f"On the {compared.size:,} rows of {compared.sequences:,} sequences that all have. {_INTERVALS}"
-    return Table(
-        VALUES, "Measures", note, ("measure", "rows", *columns, "meaning", "what the control is"), rows
-    )
+    columns = ("measure", "side", "rows", "value", "control", "meaning", "what the control is")
+    return Table(VALUES, "Measures", note, columns, rows)
 
 
 def differences_table(compared: Compared) -> Table:
