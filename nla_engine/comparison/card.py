@@ -75,7 +75,7 @@ def make_card(pair: Evidence, seed: int = 0) -> dict[str, Any]:
         entry: dict[str, Any] = {**_numbers(own)}
         if MEASURES[key].control and quantity.control is not None:
             control = _numbers(draw.ratio(*quantity.control, sequence))
-            name = f"{MEASURES[key].control}, {quantity.of}" if quantity.of else MEASURES[key].control
+            name = f"{MEASURES[key].control}: {quantity.of}" if quantity.of else MEASURES[key].control
             entry["control"] = {"is": name, **control}
         measures[key] = entry
     speed = made.get("speed") or {}

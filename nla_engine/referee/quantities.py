@@ -38,7 +38,13 @@ _ALL = (
     Measure("cos", "cos", "between vector and reconstruction", 1, _SHUFFLED),
     Measure("retrieval_top1", "top-1", "own vector is the nearest to the reconstruction", 1, "chance", True),
     Measure("reciprocal_rank", "1 / rank", "mean of 1 / rank of the own vector", 1, "chance"),
-    Measure("fve_over_text", "FVE over text", "FVE minus that of the best text-only control", 1, "FVE of it"),
+    Measure(
+        "fve_over_text",
+        "FVE over text",
+        "FVE minus that of the best text-only control",
+        1,
+        "the best control",
+    ),
     Measure("kl", "KL", "nats by which the next-token distribution moves", -1, _OTHER),
     Measure("loss_recovered", "loss recovered", "1 - KL / KL of the mean vector", 1, _OTHER),
     Measure("top1_same", "same next token", "the likeliest next token stays", 1, _OTHER, True),
@@ -137,13 +143,19 @@ def of_patches(column: Column, names: set[str], row: np.ndarray, size: int) -> d
 def of_controls(
     column: Column, metadata: Mapping[str, Any], row: np.ndarray, size: int
 ) -> dict[str, Quantity]:
-    """FVE over the text-only control that leaves the least of it, on the rows that have both."""
+    """FVE over the text-only control that leaves the least of it, on the rows that have both.
+
+    The mean vector, whose FVE is 0, is one of them: a control that is read badly does not make the explanations good.
+    """
     control, fve = column("control"), _fve(column("cos"), float(metadata["variance"]))
     means = {
         name: _means(fve[control == name], row[control == name], size)
         for name in dict.fromkeys(control.tolist())
     }
     own = means.pop("explained", np.full(size, np.nan))
+    if not means:
+        return {}
+    means["mean vector"] = np.zeros(size)
     over = {name: own - other for name, other in means.items() if np.isfinite(own - other).any()}
     if not over:
         return {}

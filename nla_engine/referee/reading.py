@@ -112,7 +112,7 @@ def findings(quantities: Mapping[str, Quantity], sequence: np.ndarray, seed: int
         verdict = _verdict(own, over, asked.bar)
         words = "Too few sequences to decide" if verdict == "undecided" else asked.words[verdict]
         measure = MEASURES[asked.key]
-        of = f"{measure.control}, {known[asked.key].of}" if known[asked.key].of else measure.control
+        of = f"{measure.control} ({known[asked.key].of})" if known[asked.key].of else measure.control
         says = f"{words}: {measure.label} {shown(own)}; {of}: {shown(control)}"
         if asked.key == "loss_recovered" and "top1_same" in known:
             own, control, _ = estimates(known["top1_same"], sequence, draw)

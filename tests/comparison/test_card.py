@@ -24,7 +24,7 @@ def test_a_full_card_by_hand(tmp_path: Path, rng: np.random.Generator) -> None:
     tables = [
         a,
         patched(a, tmp_path / "p.parquet", kl, mean, other),
-        controls(a, tmp_path / "c.parquet", last_1=cos - 0.2, other_place=cos - 0.3),
+        controls(a, tmp_path / "c.parquet", last_1=cos - 0.02, other_place=cos - 0.3),
         claims(a, tmp_path / "t.parquet", 2, holds, chance),
     ]
     assert call("card", *tables, "--out", tmp_path / "card.json").code == 0
@@ -32,7 +32,7 @@ def test_a_full_card_by_hand(tmp_path: Path, rng: np.random.Generator) -> None:
     measures = card["measures"]
     expected = {
         "fve": (1 - 2 * (1 - cos) / VARIANCE).mean(),
-        "fve_over_text": 0.4 / VARIANCE,
+        "fve_over_text": 0.04 / VARIANCE,
         "loss_recovered": 1 - kl.sum() / mean.sum(),
         "top1_same": 1.0,
         "claims_true": holds.mean(),

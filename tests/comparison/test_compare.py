@@ -80,7 +80,7 @@ def test_measures_of_further_tables_are_ratios_of_sums(tmp_path: Path, rng: np.r
     kl, mean, other = rng.uniform(0, 1, size), rng.uniform(2, 3, size), rng.uniform(1, 4, size)
     holds, chance = rng.random((size, 3)) < 0.7, rng.random((size, 3)) < 0.2
     p = patched(a, tmp_path / "p.parquet", kl, mean, other)
-    c = controls(a, tmp_path / "c.parquet", last_5=cos - 0.3, reader=cos - 0.1)
+    c = controls(a, tmp_path / "c.parquet", last_5=cos - 0.3, reader=cos - 0.02)
     t = claims(a, tmp_path / "t.parquet", 3, holds, chance)
     found = compare(f"one={a},{p},{c},{t}", f"two={a}")
     assert set(found.absent) >= {"loss_recovered", "fve_over_text", "claims_true"}
@@ -88,7 +88,7 @@ def test_measures_of_further_tables_are_ratios_of_sums(tmp_path: Path, rng: np.r
     expected = {
         "loss_recovered": (1 - kl.sum() / mean.sum(), 1 - other.sum() / mean.sum()),
         "kl": (kl.mean(), other.mean()),
-        "fve_over_text": (0.2 / VARIANCE, (1 - 2 * (1 - cos + 0.1) / VARIANCE).mean()),
+        "fve_over_text": (0.04 / VARIANCE, (1 - 2 * (1 - cos + 0.02) / VARIANCE).mean()),
         "claims_true": (holds.mean(), chance.mean()),
         "facts_named": (1.0, 1.0),
     }
@@ -156,6 +156,25 @@ def test_layers_need_leave_and_lose_cos(tmp_path: Path, rng: np.random.Generator
     assert line.values[1].value == pytest.approx((1 - 2 * (1 - column(a, "cos")) / 0.5).mean(), abs=1e-12)
 
 
+def of_other_texts(table: Path, directory: Path) -> Path:
+    """The table of patch of other explanations of the same rows."""
+    size = len(column(table, "cos"))
+    other = changed(table, directory / "b.parquet", explanation=["x"] * size)
+    return patched(other, directory / "p.parquet", *np.ones((3, size)))
+
+
+def test_controls_that_are_read_badly_do_not_make_explanations_good(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The best control is at least the mean vector, whose FVE is 0."""
+    a = planted_run(tmp_path / "a", rng)
+    cos = column(a, "cos")
+    c = controls(a, tmp_path / "c.parquet", last_1=cos - 1.2, last_5=cos - 1.3)
+    line = compare(f"x={a},{c}", f"y={a},{c}").line("fve_over_text")
+    assert line is not None and line.controls[0] is not None and line.controls[0].value == 0
+    assert line.values[0].value == pytest.approx((1 - 2 * (1 - cos) / VARIANCE).mean(), abs=1e-12)
+
+
 FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "one side": (lambda a, d: [a], "compare takes two sides or more"),
     "no file": (lambda a, d: [a, d / "none.parquet"], "none.parquet: no such file"),
@@ -169,10 +188,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     ),
     "two tables of a kind": (lambda a, d: [f"{a},{a}", a], "two of its tables are of roundtrip or score"),
     "other texts": (
-        lambda a, d: [
-            f"{a},{patched(changed(a, d / 'b.parquet', explanation=['x'] * len(column(a, 'cos'))), d / 'p.parquet', *np.ones((3, len(column(a, 'cos')))))}",
-            a,
-        ],
+        lambda a, d: [f"{a},{of_other_texts(a, d)}", a],
         "has another text than",
     ),
     "one name twice": (lambda a, d: [f"x={a}", f"x={a}"], "two sides are named x"),
@@ -187,7 +203,7 @@ def test_what_is_wrong_is_refused(fault: str, tmp_path: Path) -> None:
     a = planted_run(tmp_path / "a", np.random.default_rng(0), 6)
     arguments, words = FAULTS[fault]
     given = arguments(a, tmp_path)
-    before = contents(tmp_path)
+    before = contents(tmp_path)  # after the tables of the fault were made
     check_refused(call("compare", *given, "--out", tmp_path / "out"), words)
     assert contents(tmp_path) == before
 
