@@ -33,7 +33,7 @@ ORDER = (
     {"report"},
     {"demo"},
     {"studies"},
-    {"studies.multiplication"},
+    {"studies.multiplication", "comparison"},
     {"bench", "cli"},
     {"interactive"},
     {"__main__"},

@@ -3,7 +3,7 @@
 Holds no logic of a stage.
 """
 
-from nla_engine.cli import pages, stages, stores, studies
+from nla_engine.cli import comparisons, pages, stages, stores, studies
 from nla_engine.cli.app import main
 
-__all__ = ["main", "pages", "stages", "stores", "studies"]
+__all__ = ["comparisons", "main", "pages", "stages", "stores", "studies"]

@@ -29,6 +29,14 @@ def report(
             help="The table of controls of these explanations: the page begins with what they add to the text.",
         ),
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--also",
+            help="A table of patch or claims about the same texts, for what the page says of the run. "
+            "Repeat for several.",
+        ),
+    ] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading. [default: store and layer]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     as_json: Json = False,
@@ -38,14 +46,23 @@ def report(
     from nla_engine.store import CaptureStore
 
     summary = write_report(
-        CaptureStore.open(store), explained, out, title=title, overwrite=overwrite, controls=controls
+        CaptureStore.open(store),
+        explained,
+        out,
+        title=title,
+        controls=controls,
+        also=also or (),
+        overwrite=overwrite,
     )
+    for sentence in summary.reading:
+        say(sentence)
     if summary.warnings:
         say(f"the page warns of {len(summary.warnings)} thing{'s' * (len(summary.warnings) > 1)}:")
     for warning in summary.warnings:
         say(f"- {warning}")
     facts = summary.to_dict()
-    told = {name: value for name, value in facts.items() if name not in ("warnings", "sections") or value}
+    told = {name: value for name, value in facts.items() if name != "reading"}
+    told = {name: value for name, value in told.items() if name not in ("warnings", "sections") or value}
     show_facts("report: open it in a browser", told | {"warnings": len(summary.warnings)}, as_json)
     if as_json:
         print_json(facts)

@@ -3,6 +3,7 @@
 from nla_engine.config.ask import AskOptions
 from nla_engine.config.capture import CaptureOptions
 from nla_engine.config.claims import ClaimsOptions, ClausesOptions
+from nla_engine.config.compare import CardOptions, CompareOptions, CrossplayOptions
 from nla_engine.config.controls import ControlsOptions
 from nla_engine.config.lens import LensOptions
 from nla_engine.config.patch import PatchOptions
@@ -18,9 +19,12 @@ from nla_engine.config.roundtrip import (
 __all__ = [
     "AskOptions",
     "CaptureOptions",
+    "CardOptions",
     "ClaimsOptions",
     "ClausesOptions",
+    "CompareOptions",
     "ControlsOptions",
+    "CrossplayOptions",
     "ExplainOptions",
     "LensOptions",
     "PatchOptions",

@@ -36,7 +36,8 @@ from nla_engine.roundtrip.results import ResultTable, check_table, nullable
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine, fve_nrm, mse_nrm, unit
 from nla_engine.roundtrip.summary import FINISHING, LOADING, PREPARING
-from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
+from nla_engine.roundtrip.text_checks import check_layer, check_lengths
+from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.store import CaptureStore, LayerReader, RowFlag
 

@@ -24,7 +24,8 @@ from nla_engine.roundtrip.pair import choose_layer
 from nla_engine.roundtrip.results import check_table, read_metadata
 from nla_engine.roundtrip.run import CONTROL_ROWS, Announce, Chosen, Heard, Run
 from nla_engine.roundtrip.summary import LOADING, PREPARING
-from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
+from nla_engine.roundtrip.text_checks import check_layer, check_lengths
+from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 from nla_engine.store.views.draw import draw_rows

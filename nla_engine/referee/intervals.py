@@ -7,6 +7,7 @@ bootstrap draws whole clusters, not rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,6 +147,37 @@ class Bootstrap:
         low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
         return Estimate(value, float(low), float(high), rows, size)
 
+    def ratio(
+        self,
+        top: np.ndarray,
+        bottom: np.ndarray,
+        clusters: np.ndarray,
+        minus: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Estimate:
+        """Sum of `top` over sum of `bottom`, [n] each; or that minus the same of another pair, `minus`.
+
+        Rows where one of them is NaN are left out. Both pairs see the same resamples, so the difference of two equal
+        pairs is exactly 0, with its interval. NaN where the sum below is 0, NaN bounds for few clusters or where a
+        resample's sum below is 0.
+        """
+        pairs = [(top, bottom), *([] if minus is None else [minus])]
+        parts = np.array([part for pair in pairs for part in pair], np.float64)
+        keep = np.isfinite(parts).all(0)
+        parts = parts[:, keep]
+        if not parts.shape[1]:
+            return UNKNOWN
+        names, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+        sums = np.array([np.bincount(index, part, len(names)) for part in parts])
+        value = _minus(_quotient(*sums[place : place + 2].sum(1)) for place in range(0, len(sums), 2))
+        if len(names) < FEWEST_CLUSTERS:
+            return Estimate(float(value), math.nan, math.nan, parts.shape[1], len(names))
+        drawn = self._weights(len(names)) @ sums.T
+        resampled = _minus(
+            _quotient(drawn[:, place], drawn[:, place + 1]) for place in range(0, len(sums), 2)
+        )
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Estimate(float(value), float(low), float(high), parts.shape[1], len(names))
+
     def difference(self, values: np.ndarray, clusters: np.ndarray, group: np.ndarray) -> Estimate:
         """Mean of values where bool `group` [n] is true, minus the mean of the others. A cluster may lie in both."""
         values, group, index = _finite(values, group, clusters)
@@ -191,6 +223,17 @@ class Bootstrap:
             shares = np.full(clusters, 1 / clusters)
             self._last = rng.multinomial(clusters, shares, self.resamples).astype(np.float64)
         return self._last
+
+
+def _quotient(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """Element by element; NaN where `bottom` is 0."""
+    return np.asarray(top) / np.where(np.asarray(bottom) == 0, np.nan, bottom)
+
+
+def _minus(values: Iterable[np.ndarray]) -> np.ndarray:
+    """The first, or the first minus the second."""
+    first, *second = values
+    return first - second[0] if second else first
 
 
 def _measured(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

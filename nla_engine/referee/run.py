@@ -36,7 +36,8 @@ from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullab
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
 from nla_engine.roundtrip.summary import FINISHING, LOADING, PREPARING
-from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
+from nla_engine.roundtrip.text_checks import check_layer, check_lengths
+from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import NONFINITE, ZERO
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Explanation

@@ -23,6 +23,8 @@ from typing import Any
 from nla_engine.errors import RequestError
 from nla_engine.options import check_ending
 from nla_engine.referee.added import Added
+from nla_engine.referee.evidence import Evidence
+from nla_engine.referee.reading import Finding, findings
 from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import Figure, facts, figures, lead, warnings
 from nla_engine.report.text_only import AREA, area, headline, read_added
@@ -34,6 +36,7 @@ from nla_engine.store.shards import write_file_atomically
 #: Parts of the page in the order in which they are joined.
 STYLES = ("page.css", "text.css", "hits.css", "charts.css")
 SCRIPTS = (
+    "tools.js",
     "data.js",
     "marks.js",
     "filter.js",
@@ -74,6 +77,7 @@ class ReportSummary:
     explanations: int
     sections: tuple[str, ...]
     warnings: tuple[str, ...]
+    reading: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
@@ -86,6 +90,7 @@ def write_report(
     *,
     title: str | None = None,
     sections: Sequence[Section] = (),
+    also: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     controls: str | os.PathLike[str] | None = None,
 ) -> ReportSummary:
@@ -93,6 +98,7 @@ def write_report(
 
     title: None for one that names the store; sections: further areas, after the distributions
     controls: the table of controls of these explanations: the page then begins with what they add to the text
+    also: tables of patch and claims about the same texts, for what the page says of the run
     Raises RequestError (`out` exists, is the table, or is not named .html; store and table do not belong together; a
     section's id is unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
@@ -115,7 +121,16 @@ def write_report(
         if out.exists() and out.samefile(Path(controls or "")):
             raise RequestError(f"{out}: is the table of controls: choose another name")
         sections = (Section(*AREA, area(added)), *sections)
-    page = render(store, table, title, sections, added)
+    if table.asked and also:
+        raise RequestError(
+            f"{explained}: holds answers of an oracle, which no other table measures: leave --also out"
+        )
+    reading: list[Finding] = []
+    if not table.asked:
+        others = [*map(Path, also), *([] if controls is None else [Path(controls)])]
+        evidence = Evidence.read([explained, *others], explained.stem)
+        reading = findings(evidence.quantities, evidence.rows["sequence"])
+    page = render(store, table, title, sections, added, reading)
     with Lease.beside(out):  # two writers of one page would share a temporary file
         write_file_atomically(out, page.html)
     return ReportSummary(
@@ -126,6 +141,7 @@ def write_report(
         explanations=len(page.data["explanations"]["text"]),
         sections=tuple(section.id for section in sections),
         warnings=tuple(page.warnings),
+        reading=tuple(finding.says for finding in reading),
     )
 
 
@@ -144,10 +160,11 @@ def render(
     title: str | None = None,
     sections: Sequence[Section] = (),
     added: Added | None = None,
+    reading: Sequence[Finding] = (),
 ) -> RenderedPage:
     """The page of a store and its explained rows. RequestError if a section's id is unfit or taken.
 
-    added: what these add to the text, if that was measured
+    added: what these add to the text, if that was measured; reading: what the run's numbers show, in words
     """
     taken = list(AREAS)
     for section in sections:
@@ -159,8 +176,8 @@ def render(
     data, caveats = page_data(store, table), warnings(store, table)
     title = title or f"{store.path.name}: {table.site.label} in words"
     shown = figures(table) if added is None else [headline(added), *figures(table)]
-    html = _assemble(store, table, data, title, caveats, sections, shown).encode("utf-8", "replace")
-    return RenderedPage(html, data, caveats)
+    html = _assemble(store, table, data, title, caveats, sections, shown, reading)
+    return RenderedPage(html.encode("utf-8", "replace"), data, caveats)
 
 
 def _assemble(
@@ -171,14 +188,10 @@ def _assemble(
     caveats: Sequence[str],
     sections: Sequence[Section],
     shown: Sequence[Figure],
+    reading: Sequence[Finding],
 ) -> str:
-    script = _joined(SCRIPTS)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "title": escape(title),
-        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'",
-        "style": _joined(STYLES),
         "brief": _brief(shown, caveats),
         "lead": escape(lead(store, table)),
         "search": "Search answers and questions" if table.asked else "Search the explanations",
@@ -188,6 +201,7 @@ def _assemble(
             + "</dd></div>"
             for f in shown
         ),
+        "reading": _reading(reading),
         "caveats": _caveats(caveats),
         "tabs": "".join(
             f'<button role="tab" id="tab-{s.id}" aria-controls="area-{s.id}">{escape(s.title)}</button>'
@@ -204,11 +218,33 @@ def _assemble(
             + "</dl></section>"
             for heading, pairs in facts(store, table).items()
         ),
+    }
+    return assemble("page.html", STYLES, SCRIPTS, parts, data)
+
+
+def assemble(
+    template: str,
+    styles: Sequence[str],
+    scripts: Sequence[str],
+    parts: Mapping[str, str],
+    data: Mapping[str, Any],
+) -> str:
+    """A page from files of `static/`. parts: markup for the template's other holes, escaped by its maker.
+
+    The policy lets the page run its own script alone and load nothing.
+    """
+    script = _joined(scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'",
+        "style": _joined(styles),
         "data": packed(data),
         "script": script,
     }
+    whole = {**parts, **own}
     # One pass: inserted text is not searched for holes again.
-    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: parts[match[1]], _joined(["page.html"]))
+    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: whole[match[1]], _joined([template]))
 
 
 def packed(data: Mapping[str, Any]) -> str:
@@ -223,6 +259,12 @@ def _brief(shown: Sequence[Figure], caveats: Sequence[str]) -> str:
     names = "; ".join(escape(text.partition(":")[0]) for text in caveats)
     care = f'<p class="care"><b>Read with care:</b> {names}</p>' if names else ""
     return f'<p class="numbers">{numbers}<span class="open"></span></p>{care}'
+
+
+def _reading(found: Sequence[Finding]) -> str:
+    """The answers to the four questions about a run, each with its numbers."""
+    items = "".join(f"<li><b>{escape(each.question)}</b> {escape(each.says)}</li>" for each in found)
+    return f'<div class="caveats"><h2>What the numbers show</h2><ul>{items}</ul></div>' if found else ""
 
 
 def _caveats(texts: Sequence[str]) -> str:

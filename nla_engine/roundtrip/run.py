@@ -16,7 +16,6 @@ from nla_engine.config import (
     ExplainOptions,
     RoundtripOptions,
     ScoreOptions,
-    ScoringOptions,
     StageTwoOptions,
     WritingOptions,
 )
@@ -26,7 +25,8 @@ from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import parallel
 from nla_engine.roundtrip.chosen import Chosen, choose, slots_of
 from nla_engine.roundtrip.far import Watcher
-from nla_engine.roundtrip.layers import controls_of, explained_variance, measured_of
+from nla_engine.roundtrip.finish import finish_table, speed_of
+from nla_engine.roundtrip.layers import controls_of
 from nla_engine.roundtrip.pair import Pair, choose_layer, load_pair
 from nla_engine.roundtrip.pipeline import Pipeline
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -51,7 +51,8 @@ from nla_engine.roundtrip.summary import (
     summarise,
     summarise_texts,
 )
-from nla_engine.roundtrip.text_file import TextFile, check_layer, check_lengths
+from nla_engine.roundtrip.text_checks import check_layer, check_lengths
+from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import Texts, Written
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.sites import Site
@@ -249,7 +250,7 @@ class Run:
 
     def _fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Explain and score the rows that the table does not hold yet, and finish it."""
-        options, texts, layer, known = self.options, self.texts, self.layer, 0
+        options, texts, layer, known, done = self.options, self.texts, self.layer, 0, table.done
 
         phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
 
@@ -282,13 +283,13 @@ class Run:
                 if there < len(part):
                     pipeline.run(part[there:], first + there)
             phases(table.done, texts.up_to_row(known), part=1.0)
-            self._end(table, self._metadata(), phases)
+            self._end(table, self._metadata(), phases, table.done - done)
 
     def _share(self, table: ResultTable, announce: Announce, phases: Phases, pool: Pool) -> None:
         """As `_fill`, in the processes of a pool."""
         texts, rows, pair, options = self.texts, self.chosen.rows, self.pair, self.options
         assert rows is not None  # --follow is refused
-        done = texts.rows_of(table.done)
+        before, done = table.done, texts.rows_of(table.done)
         announce(
             f"{len(rows):,} rows of {self.layer.label}, {texts.each(len(rows))}"
             + (f" ({table.done:,} already there)" if done else "")
@@ -310,24 +311,15 @@ class Run:
         phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
         phases(table.done, texts.up_to_row(len(rows)))
         parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases)
-        self._end(table, metadata, phases)
+        self._end(table, metadata, phases, table.done - before)
 
-    def _end(self, table: ResultTable, metadata: dict[str, Any], phases: Phases) -> None:
-        """Measure what is measured over all rows, and join the table."""
-        layer = self.layer
+    def _end(self, table: ResultTable, metadata: dict[str, Any], phases: Phases, new: int) -> None:
+        """Measure what is measured over all rows, and join the table, which has `new` lines of this run."""
         phases.phase(FINISHING)
-        if not self.controls or not isinstance(self.options, ScoringOptions):
-            table.finish(metadata, store=self.store)
-            return
-        measured = {
-            number: measured_of(self.options, self.store, number, controls, self.pair.device)
-            for number, controls in self.controls.items()
-        }
-        variances = {number: float(about["variance"]) for number, about in measured.items()}
-        metadata = metadata | measured.pop(layer)
-        if measured:
-            metadata["further_layers"] = {str(number): about for number, about in measured.items()}
-        table.finish(metadata, lambda part: explained_variance(part, layer, variances), self.store)
+        speed = speed_of(phases, self.texts.rows_of(new), self.pair.device)
+        finish_table(
+            table, metadata | speed, self.options, self.store, self.layer, self.controls, self.pair.device
+        )
 
     def pipeline(
         self, texts: Texts, write: Callable[[dict[str, Any]], None], longest: int | None = None

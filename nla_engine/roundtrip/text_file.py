@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from nla_engine.errors import PromptError, ReadError, RequestError, first_line, is_failure
 from nla_engine.models.prompt_files import read_records
 from nla_engine.roundtrip.prefixes import COLUMNS, with_prefixes
-from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import METADATA_KEY, SCHEMA, further_scores
 from nla_engine.roundtrip.texts import GIVEN, Vectors, without_direction
 from nla_engine.roundtrip.verbalize import Explanation
@@ -29,8 +28,6 @@ from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 
 SUFFIXES = (".parquet", ".jsonl")
-#: Tokens of a prompt that are no part of its text, at most.
-_SPECIAL_TOKENS = 16
 #: Bytes of a file that are hashed at once.
 _BLOCK = 1 << 20
 
@@ -165,31 +162,6 @@ class TextFile:
         """See `Texts`."""
         count = self.up_to_row(rows)
         return f"{count:,} text{'' if count == 1 else 's'}"
-
-
-def check_layer(texts: TextFile, layer: Site, ar: str) -> None:
-    """RequestError for texts of another site than the one that the AR gives. ar: its name."""
-    if texts.layer not in (None, layer):
-        assert texts.layer is not None
-        mend = "an AR of that layer" if texts.layer.layer != layer.layer else f"--site {texts.layer.part}"
-        raise RequestError(
-            f"{texts.path}: explains layer {texts.layer}, --ar {ar} gives layer {layer}: give {mend}"
-        )
-
-
-def check_lengths(texts: TextFile, reconstructor: Reconstructor) -> None:
-    """RequestError for a text that is longer than the AR can read."""
-    limit = reconstructor.lm.max_length
-    # A token has at least one byte, so that most texts need not be encoded for this.
-    around = len("".join(reconstructor.sidecar.template).encode()) + _SPECIAL_TOKENS
-    places = [place for place, text in enumerate(texts.all()) if len(text.encode()) + around > limit]
-    for place in places:
-        (size,) = reconstructor.prompt_sizes([texts.text(place)])
-        if size > limit:
-            raise RequestError(
-                f"{texts.path}: row {texts.row_of(place)}: text and prompt are {size:,} tokens, the AR reads at most "
-                f"{limit:,}: shorten the text"
-            )
 
 
 def _load(path: Path) -> tuple[pa.Table, Sequence[str] | None]:
