@@ -18,6 +18,8 @@ import time
 from typing import Any
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+#: Most new tokens of a request of the warm-up.
+WARM_UP_TOKENS = 64
 
 
 def prompts(job: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
@@ -29,7 +31,8 @@ def prompts(job: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
 
 
 def main(job_file: str, seconds_file: str) -> None:
-    """Write the seconds of each repeat, after a warm-up with other prompts. Exits if vLLM did different work."""
+    """Write the seconds of each repeat, after a warm-up with other prompts and short replies. Exits if vLLM did
+    different work."""
     import vllm
 
     with open(job_file, encoding="utf-8") as file:
@@ -44,18 +47,19 @@ def main(job_file: str, seconds_file: str) -> None:
         enable_prefix_caching=job["prefix_caching"],
         seed=0,
     )
-    sampling = [
-        vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-        for new in job["new"]
-    ]
     seconds = []
     for repeat in range(job["repeats"] + 1):
         work = prompts(job, repeat + 1)
+        wanted = job["new"] if repeat else [min(new, WARM_UP_TOKENS) for new in job["new"]]
+        sampling = [
+            vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+            for new in wanted
+        ]
         start = time.perf_counter()
         done = engine.generate(work, sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
         lengths = [len(request.outputs[0].token_ids) for request in done]
-        if lengths != job["new"]:
+        if lengths != wanted:
             sys.exit(f"vLLM gave {sum(lengths)} tokens to {len(lengths)} requests, not what was asked for")
     with open(seconds_file, "w", encoding="utf-8") as file:
         json.dump(seconds[1:], file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -26,6 +27,8 @@ from nla_engine.errors import RequestError, first_line
 
 _VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
 _VERSION_SECONDS = 60
+#: An error as a traceback ends with it.
+_NAMED = re.compile(r"(^|\s)[\w.]+(Error|Exception): ")
 #: Seconds that killed processes may take to free the device's memory.
 _END_SECONDS = 10
 
@@ -125,7 +128,7 @@ def _model(session: Session) -> tuple[str, int]:
 
 
 def _run(directory: Path, python: str, device: torch.device, job: dict[str, Any]) -> list[float]:
-    """The seconds of each repeat of a job. RuntimeError with the last line that vLLM wrote if it fails."""
+    """The seconds of each repeat of a job. RuntimeError with what vLLM wrote of the cause if it fails."""
     job_file, result, log = (directory / f"vllm-{name}" for name in ("job.json", "seconds.json", "log"))
     job_file.write_text(json.dumps(job), encoding="utf-8")
     result.unlink(missing_ok=True)
@@ -144,9 +147,16 @@ def _run(directory: Path, python: str, device: torch.device, job: dict[str, Any]
         finally:  # processes that it started end with it
             _end(process)
     if code or not result.exists():
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-        raise RuntimeError(f"vLLM ended with {code}: {lines[-1]}")
+        raise RuntimeError(f"vLLM ended with {code}: {_cause(log.read_text(errors='replace'))}")
     return list(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _cause(log: str) -> str:
+    """The last line that names an error, but for the one that says that another process of vLLM had one; else the last
+    line."""
+    lines = log.strip().splitlines() or ["it printed nothing"]
+    named = [line for line in lines if _NAMED.search(line) and "See root cause above" not in line]
+    return (named or lines)[-1].strip()
 
 
 def _visible(device: torch.device) -> str:

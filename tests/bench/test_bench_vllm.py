@@ -27,6 +27,9 @@ class LLM:
     def __init__(self, model, **options):
         if os.environ.get("STAND_IN") == "fails":
             raise ValueError("no room\\nfor the cache")
+        if os.environ.get("STAND_IN") == "has another process that fails":
+            print("(EngineCore pid=7) ERROR [core.py:9] ModuleNotFoundError: No module named 'sampler'")
+            raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
         config = json.loads(pathlib.Path(model, "config.json").read_text())
         note(visible=os.environ["CUDA_VISIBLE_DEVICES"], config=config, **options)
 
@@ -111,10 +114,12 @@ def test_each_long_reply_has_its_own_length(
     assert peer["case"].startswith("vLLM 9.8.7 3 x 12+") and len(ours) == 4
     assert all((line["baseline"] == peer["case"]) == ("to disk" in line["case"]) for line in ours)
     seen = [json.loads(line) for line in (tmp_path / "site" / "vllm" / "seen.jsonl").read_text().splitlines()]
-    for entry in (entry for entry in seen if "prompts" in entry):
+    warm_up, *repeats = (entry for entry in seen if "prompts" in entry)
+    for entry in repeats:
         lengths = [each["max_tokens"] for each in entry["sampling"]]
         assert len(set(lengths)) == 3 and round(sum(lengths) / 3) == 40
-        assert [len(ids) for ids in entry["prompts"]] == [12] * 3
+    assert [each["max_tokens"] for each in warm_up["sampling"]] == [min(new, 64) for new in lengths]
+    assert all([len(ids) for ids in entry["prompts"]] == [12] * 3 for entry in (warm_up, *repeats))
     (engine,) = (entry for entry in seen if "config" in entry)
     assert engine["max_model_len"] == 12 + max(lengths)
 
@@ -122,7 +127,8 @@ def test_each_long_reply_has_its_own_length(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("fails", "RuntimeError: vLLM ended with 1: for the cache"),
+        ("fails", "RuntimeError: vLLM ended with 1: ValueError: no room"),
+        ("has another process that fails", "ModuleNotFoundError: No module named 'sampler'"),
         ("stops early", "vLLM gave 9 tokens to 3 requests"),
     ],
 )
