@@ -223,7 +223,10 @@ def _for_bench(model: Any, name: str) -> LanguageModel:
 
 
 def twin(lm: LanguageModel) -> LanguageModel:
-    """The same weights in other modules, since two runners cannot use one module at the same time."""
+    """The same weights in other modules, since two runners cannot use one module at the same time. A model over several
+    ranks is given back: its runners come one after the other."""
+    if lm.ranks is not None:
+        return lm
     shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     return wrap_model(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name)
 
