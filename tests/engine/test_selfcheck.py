@@ -61,8 +61,8 @@ def on_blocks(change: Callable[[FusedBlock], None]) -> Callable[[pytest.MonkeyPa
     def plant(patch: pytest.MonkeyPatch) -> None:
         make = FusedBlock.__init__
 
-        def changed(self: FusedBlock, block: Any) -> None:
-            make(self, block)
+        def changed(self: FusedBlock, *given: Any) -> None:
+            make(self, *given)
             change(self)
 
         patch.setattr(FusedBlock, "__init__", changed)
