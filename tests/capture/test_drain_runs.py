@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model, write_records
 
-from nla_engine.capture import calibrate, outbox, run, spill, staging
+from nla_engine.capture import calibrate, outbox, spill, staging
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
 from nla_engine.capture.spill import RowKeeper
@@ -190,7 +190,7 @@ def keepers(monkeypatch: pytest.MonkeyPatch) -> list[RowKeeper]:
         return made[-1]
 
     monkeypatch.setattr(staging, "RING_BYTES", 0)
-    monkeypatch.setattr(run.RowKeeper, "beside", beside)
+    monkeypatch.setattr(RowKeeper, "beside", beside)
     return made
 
 
@@ -225,8 +225,8 @@ def test_memory_for_rows_is_bounded_and_the_rest_is_in_files(
     run_capture(options(tmp_path, "whole.zarr", **given), lm=lm)
     assert keepers[0].peak > limit / 4 and not keepers[0].spilled
     run_capture(options(tmp_path, "little.zarr", host_memory=limit / 2**30, **given), lm=lm)
-    real = run.RowKeeper.beside
-    monkeypatch.setattr(run.RowKeeper, "beside", lambda *of_run: real(*of_run[:-1], limit))
+    real = RowKeeper.beside
+    monkeypatch.setattr(RowKeeper, "beside", lambda *of_run: real(*of_run[:-1], limit))
     run_capture(options(tmp_path, "spilled.zarr", **given), lm=lm)  # little for running sequences only
     for keeper, out in zip(keepers[1:], ("little.zarr", "spilled.zarr"), strict=True):
         assert 0 < keeper.peak <= limit / 4 and keeper.spilled > limit

@@ -380,7 +380,6 @@ def test_a_truncated_base_model(root: Path, tmp_path: Path) -> None:
     "command",
     [
         ("import", "rows.npy", "--layer", 1, "--out", "s3://bucket/x.zarr"),
-        ("merge", "s3://bucket/a.zarr", "b.zarr", "--out", "c.zarr"),
         ("export", "a.zarr", "--to", "npy", "--out", "s3://bucket/x.npy"),
     ],
     ids=lambda command: command[0],

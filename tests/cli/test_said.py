@@ -163,7 +163,9 @@ def test_the_report_lists_what_the_page_warns_of(root: Path, tmp_path: Path) -> 
     ran = call(
         "report", root / "run.zarr", "--explained", root / "explained.parquet", "--out", tmp_path / "x.html"
     )
-    told = ran.err.splitlines()
+    said = ran.err.splitlines()
+    assert said[0].startswith("It is ")  # what the run shows
+    told = said[[line.startswith("the page warns") for line in said].index(True) :]
     assert ran.out.startswith("report: open it in a browser")
     assert re.fullmatch(r"the page warns of \d+ things?:", told[0]) and told[1].startswith("- ")
     assert len([line for line in told if line.startswith("- ")]) == int(told[0].split()[4])
