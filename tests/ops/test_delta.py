@@ -102,7 +102,7 @@ def test_the_rule_is_that_of_transformers(rng, shape: DeltaShape) -> None:
     x = own.causal_conv1d_fn(row.T[None], weight, None, activation="silu")[0].T
     keys = shape.key_heads * shape.key_size
     q, k, v = x[None].split([keys, keys, heads * shape.value_size], -1)
-    each = heads // shape.key_heads  # older releases leave it to the caller to repeat them
+    each = heads // shape.key_heads
     q, k = (part.unflatten(-1, (-1, shape.key_size)).repeat_interleave(each, 2) for part in (q, k))
     v = v.unflatten(-1, (-1, shape.value_size))
     g = -a_log.exp() * torch.nn.functional.softplus(a + dt_bias)

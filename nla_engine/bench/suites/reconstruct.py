@@ -79,8 +79,10 @@ def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> 
         right_id=None,
         suffix_ids=(),
     )
+    # Of a model over several GPUs no other runner is open, and a copy here would be unknown to the other ranks.
+    own = twin(lm) if lm.ranks is None else lm
     return Reconstructor(
-        twin(lm).truncated(layer), sidecar, _head(lm.d_model), kernels=Kernels(precision=precision)
+        own.truncated(layer), sidecar, _head(lm.d_model), kernels=Kernels(precision=precision)
     )
 
 
