@@ -103,7 +103,12 @@ class Items:
         return None
 
     def _ask(self) -> None:
-        """With nothing to do, the answer may take long: it waits for work of others that die, or for the end."""
+        """With nothing to do, the answer may take long: it waits for work of others that die, or for the end.
+
+        Then the results go first: the run gives no more to a worker that seems to have enough.
+        """
+        if not self._unfinished and self._line.results is not None:
+            self._line.results.flush()
         self._line.wire.send(("ask", not self._unfinished))
         kind, *more = self._line.receive()
         if kind == "end":

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pool_jobs import Squares
 
 from nla_engine.errors import EngineError
+from nla_engine.workers.child import Items
 from nla_engine.workers.pool import Lost, Pool
 
 
@@ -75,6 +77,24 @@ def test_large_arrays_and_little_room(tmp_path: Path) -> None:
             time.sleep(0.01)
     assert sorted(item for item, _ in got) == items
     assert all((result[1] == item).all() and result[1].flags.writeable for item, result in got)
+
+
+def test_a_worker_that_waits_for_items_has_sent_its_results() -> None:
+    """Else the run takes it to have enough, gives it none, and nobody asks again. One that has work need not wait."""
+    said: list[object] = []
+    line = SimpleNamespace(
+        wire=SimpleNamespace(send=said.append),
+        results=SimpleNamespace(flush=lambda: said.append("flushed")),
+        receive=lambda: ("items", [len(said)]) if len(said) < 4 else ("end",),
+    )
+    items = Items(line)  # type: ignore[arg-type]
+    assert next(items) == 2 and said == ["flushed", ("ask", True)]
+    assert next(items) == 3 and said[2:] == [("ask", False)]
+    items.end()
+    items.end()
+    with pytest.raises(StopIteration):
+        next(items)
+    assert said[3:] == ["flushed", ("ask", True)]
 
 
 def test_no_items(tmp_path: Path) -> None:
