@@ -78,7 +78,7 @@ def controls(path: Path, out: Path, **cos: np.ndarray) -> Path:
 
 def claims(path: Path, out: Path, each: int, holds: np.ndarray, control: np.ndarray) -> Path:
     """A table of claims with `each` claims per line, bool [lines, each], and one fact that is named."""
-    table = pq.read_table(path).drop_columns(["explanation"])
+    table = pq.read_table(path).drop_columns(["explanation", "norm", "status", "n_tokens"])
     size = len(table)
     index = np.repeat(np.arange(size), each + 1)
     side = np.tile(["claim"] * each + ["fact"], size)

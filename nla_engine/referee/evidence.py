@@ -61,7 +61,9 @@ class Table:
                 f"{path}: is a table of {kind}, which is not read here: give those of roundtrip or score, patch, "
                 "controls and claims"
             )
-        needed = {*_ROW, "sample"} | ({"explanation", "status", "n_tokens"} if kind != "claims" else set())
+        needed = {*_PLACE, "sample"}
+        if kind != "claims":
+            needed |= {*_ROW, "explanation", "status", "n_tokens"}
         if missing := sorted(needed - names):
             raise RequestError(f"{path}: has no column {missing[0]}: give a table of roundtrip or score")
         if "store" not in metadata.get("options", {}) or "layer" not in metadata:
