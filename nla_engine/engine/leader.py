@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -275,5 +276,7 @@ class _Pickler(ForkingPickler):
         if isinstance(value, torch.device) and value == self._device:
             return own_device, ()
         if isinstance(value, Request):  # vectors enter on rank 0, and what they change is passed on
-            return Request, (value.id, value.token_ids, value.max_new_tokens, None, value.places, value.again)
+            return Request, tuple(
+                None if each.name == "vectors" else getattr(value, each.name) for each in fields(Request)
+            )
         return NotImplemented

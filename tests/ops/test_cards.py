@@ -14,7 +14,7 @@ import torch
 from commands import call
 
 from nla_engine import extension
-from nla_engine.capture import run as capture
+from nla_engine.capture import setup
 from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import RequestError
@@ -367,7 +367,7 @@ def test_a_card_that_torch_is_not_compiled_for_is_refused(stand, monkeypatch: py
 def test_a_run_starts_with_what_it_goes_without(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in (capture, pair):
+    for stage in (setup, pair):
         monkeypatch.setattr(stage, "shortfall", lambda device: [f"on this {device.type} nothing is fast"])
     for arguments in (
         commands.capture(root, tmp_path / "run.zarr"),
