@@ -8,9 +8,9 @@ only in how queries are cut into tiles. G: query heads per key/value head, any n
 Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135; blocks after Kwon et al., arXiv:2309.06180.
 Every query sees the prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial
 result (Juravsky et al., arXiv:2402.05099). A head's sink is a score without a value: a softmax over it and the keys
-gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). Where sequences may be long, a decode
-step gives each part of a sequence a program of its own, and joins their partial results (Dao et al., "Flash-Decoding",
-2023): one long sequence must not hold up the step.
+gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). Where sequences may be long, or are
+few, a decode step gives each part of a sequence a program of its own, and joins their partial results (Dao et al.,
+"Flash-Decoding", 2023): one long sequence must not hold up the step, nor leave the card idle.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ import torch
 from nla_engine.ops.attention_kernels import attend_kernel, join_kernel, prefix_kernel
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.key_values import KeyValues
-from nla_engine.ops.tile_sizes import PREFIX_ROWS, card_or_interpreter, cut_for, head_width
+from nla_engine.ops.tile_sizes import (
+    PREFIX_ROWS,
+    card_or_interpreter,
+    cut_for,
+    head_width,
+    part_for,
+)
 from nla_engine.ops.triton_module import triton
-
-#: Places of a sequence that one program reads in a decode step, and the length from which sequences are divided so.
-PART, DIVIDED_FROM = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -178,16 +181,18 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             num_stages=cut.stages,
             **options,
         )
-    cut = cut_for(size, itemsize, tiles.rows, card)
+    places = tiles.longest - kv.prefix_size
+    seen = min(places, shape.window or places)  # a window holds few places, wherever it is
+    part = part_for(seen, tokens * groups, kv.size, card) if len(tiles.token) == tokens else 0
+    cut = cut_for(size, itemsize, tiles.rows, card, part)
+    if tiles.rows > cut.rows:  # several programs share a tile
+        part = 0
     if kv.size % cut.keys:
         raise ValueError(f"blocks of {kv.size} places: the kernel reads {cut.keys} at once")
-    # A window holds few places, wherever it is.
-    seen = min(tiles.longest, shape.window or tiles.longest)
-    alone = len(tiles.token) == tokens and tiles.rows == cut.rows
-    parts = triton.cdiv(tiles.longest - kv.prefix_size, PART) if alone and seen > DIVIDED_FROM else 1
-    ends = (parts, tokens, heads) if parts > 1 else (1, 0, 0)
+    parts = triton.cdiv(places, part) if part else 0
+    ends = (parts, tokens, heads) if part else (1, 0, 0)
     part_sums, part_state = (torch.empty(each, device=query.device) for each in ((*ends, size), (2, *ends)))
-    attend_kernel[(len(tiles.token), groups, parts if parts > 1 else tiles.rows // cut.rows)](
+    attend_kernel[(len(tiles.token), groups, parts or tiles.rows // cut.rows)](
         query,
         kv.keys,
         kv.values,
@@ -216,7 +221,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         shape.softcap,
         PREFIX=kv.prefix_size > 0,
         SHARED=tiles.rows > cut.rows,
-        PART=PART if parts > 1 else 0,
+        PART=part,
         SIZE=kv.size,
         BLOCK_M=cut.rows,
         BLOCK_N=cut.keys,
@@ -224,7 +229,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         num_stages=cut.stages,
         **options,
     )
-    if parts > 1:
+    if part:
+        many = tokens * groups >= card.processors  # most of them have one part or two
         join_kernel[(tokens, heads)](
             out,
             part_sums,
@@ -236,7 +242,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             HEAD=size,
             BLOCK_H=head_width(size),
             WINDOW=shape.window > 0,
-            PART=PART,
-            num_warps=1,
+            PART=part,
+            BLOCK_P=min(triton.next_power_of_2(parts), 4 if many else 32),
+            num_warps=1 if many else 4,
         )
     return out

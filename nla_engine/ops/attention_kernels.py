@@ -204,6 +204,7 @@ def join_kernel(
     BLOCK_H: tl.constexpr,
     WINDOW: tl.constexpr,
     PART: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # parts read at once
 ):
     """Joins the parts of one query and head, unless there is only one, which has written its result."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -218,16 +219,23 @@ def join_kernel(
     real = channel < HEAD
     flat = token * tl.num_programs(1) + head
     all_ = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    biggest = tl.load(part_biggests + first_part * all_ + flat)
-    for part in range(first_part + 1, last_part + 1):
-        biggest = tl.maximum(biggest, tl.load(part_biggests + part * all_ + flat))
+    biggest = -float("inf")
     total = 0.0
     acc = tl.zeros([BLOCK_H], tl.float32)
-    for part in range(first_part, last_part + 1):
-        at = part * all_ + flat
-        shrink = tl.exp(tl.load(part_biggests + at) - biggest)
-        total += tl.load(part_totals + at) * shrink
-        acc += tl.load(part_sums + at * HEAD + channel, mask=real, other=0.0) * shrink
+    for begin in range(first_part, last_part + 1, BLOCK_P):
+        part = begin + tl.arange(0, BLOCK_P)
+        there = part <= last_part
+        at = part.to(tl.int64) * all_ + flat
+        biggests = tl.load(part_biggests + at, mask=there, other=-float("inf"))
+        largest = tl.maximum(biggest, tl.max(biggests, 0))
+        weight = tl.exp(biggests - largest)
+        shrink = tl.exp(biggest - largest)
+        totals = tl.load(part_totals + at, mask=there, other=0.0)
+        sums_at = part_sums + at[:, None] * HEAD + channel[None]
+        sums = tl.load(sums_at, mask=there[:, None] & real[None], other=0.0)
+        total = total * shrink + tl.sum(totals * weight, 0)
+        acc = acc * shrink + tl.sum(sums * weight[:, None], 0)
+        biggest = largest
     tl.store(out + flat * HEAD + channel, (acc / total).to(out.dtype.element_ty), mask=real)
 
 

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,12 +35,14 @@ _CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 @dataclass(frozen=True)
 class Card:
-    """number: torch's; capability: (0, 0) for another maker's card; shared_bytes: shared memory per block."""
+    """number: torch's; capability: (0, 0) for another maker's card; shared_bytes: shared memory per block; processors:
+    its multiprocessors."""
 
     number: int
     name: str
     capability: tuple[int, int]
     shared_bytes: int
+    processors: int = 1
 
     def __str__(self) -> str:
         major, minor = self.capability
@@ -68,7 +70,9 @@ def _card(number: int) -> Card:
     properties = torch.cuda.get_device_properties(number)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     own = (0, 0) if torch.version.hip else (properties.major, properties.minor)
-    return _assumed(Card(number, properties.name, own, shared), os.environ.get(ASSUMED))
+    return _assumed(
+        Card(number, properties.name, own, shared, properties.multi_processor_count), os.environ.get(ASSUMED)
+    )
 
 
 def _assumed(card: Card, capability: str | None) -> Card:
@@ -81,7 +85,8 @@ def _assumed(card: Card, capability: str | None) -> Card:
         raise RequestError(
             f"{ASSUMED} is '{capability}': it must be a compute capability such as 8.6, no higher than that of {card}"
         )
-    return Card(card.number, card.name, lower, min(card.shared_bytes, 1024 * SHARED_KIB.get(lower, 48)))
+    shared = min(card.shared_bytes, 1024 * SHARED_KIB.get(lower, 48))
+    return replace(card, capability=lower, shared_bytes=shared)
 
 
 def runs(capability: tuple[int, int], code: Iterable[str]) -> bool:

@@ -7,7 +7,6 @@ Reference: `ops.linear.linear` and `ops.gate.gate`, which also compute whatever 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -40,7 +39,9 @@ def gated_linear(x: torch.Tensor, w: torch.Tensor, activation: str, tiles: tuple
     """
     if not tiles or not _fits(x):
         return gated_linear_reference(x, w, activation)
-    return gated_linear_cuda(x, w, activation, choose_tile(tiles, len(x), len(w) // 2, _processors(x.device)))
+    return gated_linear_cuda(
+        x, w, activation, choose_tile(tiles, len(x), len(w) // 2, card_of(x.device).processors)
+    )
 
 
 def gated_linear_reference(x: torch.Tensor, w: torch.Tensor, activation: str) -> torch.Tensor:
@@ -145,8 +146,3 @@ def _fits(tensor: torch.Tensor) -> bool:
         and tensor.numel() > 0
         and tensor.data_ptr() % _ALIGNMENT == 0
     )
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

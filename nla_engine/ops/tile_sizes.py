@@ -12,6 +12,11 @@ from nla_engine.ops.triton_module import triton
 
 #: Query rows of a program that reads the shared prefix; half as many for wide heads.
 PREFIX_ROWS = 64
+#: Places of a long sequence that one program reads in a decode step, and the length from which sequences are divided.
+LONG_PART, DIVIDED_FROM = 1024, 4096
+#: Fewest places of a part. If there are few sequences, parts are as small as it takes to give every multiprocessor this
+#: many programs.
+LEAST_PART, PROGRAMS = 128, 1
 _INTERPRETED = Card(0, "Triton's interpreter", HOPPER, 1024 * SHARED_KIB[HOPPER])
 
 
@@ -34,13 +39,14 @@ class Cut:
 
 
 @functools.cache
-def cut_for(size: int, itemsize: int, rows: int, card: Card) -> Cut:
+def cut_for(size: int, itemsize: int, rows: int, card: Card, part: int = 0) -> Cut:
     """The cut for `rows` query rows of heads of `size` channels: the fastest known, reduced until it fits the card.
 
-    Its rows are `rows` divided by a power of two. ValueError if nothing fits.
+    Its rows are `rows` divided by a power of two. part: places that a program reads of a sequence that has several
+    programs; 0: it has one. ValueError if nothing fits.
     """
     small = size <= 128 and itemsize < 4
-    if small and rows == 16:
+    if small and rows == 16 and not part:
         cut = Cut(rows, 32, 1, 2)  # a decode step only streams keys and values: many programs at once
     else:
         cut = Cut(rows, 64 if size <= 128 else 32, 4, 3 if small else 2)
@@ -54,6 +60,20 @@ def cut_for(size: int, itemsize: int, rows: int, card: Card) -> Cut:
         else:
             raise ValueError(f"heads of {size} channels do not fit the shared memory of {card}")
     return cut
+
+
+def part_for(places: int, programs: int, block: int, card: Card) -> int:
+    """Places of a sequence that one program reads in a decode step, a multiple of `block`; 0: all `places` of it.
+
+    programs: how many there are if sequences are not divided. Few would leave the card idle, and one long sequence
+    would hold up the others.
+    """
+    part, room = LONG_PART, PROGRAMS * card.processors
+    while part > max(LEAST_PART, block) and programs * places < room * part:
+        part //= 2
+    if part % block or part >= places or not (part < LONG_PART or places > DIVIDED_FROM):
+        return 0
+    return part
 
 
 def card_or_interpreter(device: torch.device) -> Card:

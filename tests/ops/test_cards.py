@@ -308,7 +308,13 @@ def test_the_product_in_fp8_is_tried_once(stand, monkeypatch, fault: str) -> Non
 
 
 def properties(**given: object) -> SimpleNamespace:
-    known = {"name": "NVIDIA H100", "major": 9, "minor": 0, "shared_memory_per_block": 49152}
+    known = {
+        "name": "NVIDIA H100",
+        "major": 9,
+        "minor": 0,
+        "shared_memory_per_block": 49152,
+        "multi_processor_count": 132,
+    }
     return SimpleNamespace(**{**known, **given})
 
 
@@ -319,7 +325,7 @@ def test_a_card_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) 
         torch.cuda, "get_device_properties", lambda number: properties(shared_memory_per_block_optin=9)
     )
     assert (
-        ask(3) == Card(3, "NVIDIA H100", (9, 0), 9)
+        ask(3) == Card(3, "NVIDIA H100", (9, 0), 9, 132)
         and str(ask(3)) == "GPU 3 (NVIDIA H100, compute capability 9.0)"
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties())
@@ -341,7 +347,7 @@ def test_an_older_card_can_be_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("9.0", HOPPER, 227),
     ):
         monkeypatch.setenv(cards.ASSUMED, name)
-        assert cards._card.__wrapped__(0) == Card(0, "NVIDIA H100", capability, kib << 10)
+        assert cards._card.__wrapped__(0) == Card(0, "NVIDIA H100", capability, kib << 10, 132)
     for name in ("9.1", "12.0", "hopper", "86", "0.0"):
         monkeypatch.setenv(cards.ASSUMED, name)
         with pytest.raises(

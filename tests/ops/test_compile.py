@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from nla_engine.ops import attention, delta, fp8, gate, norm, places, rotary, sampling, truncation
 from nla_engine.ops.cards import SHARED_KIB, Card
-from nla_engine.ops.tile_sizes import PREFIX_ROWS, cut_for, head_width
+from nla_engine.ops.tile_sizes import LONG_PART, PREFIX_ROWS, cut_for, head_width
 
 INT, LONG, BYTE, HALF, FLOAT, CODE = "i32", "*i64", "*u8", "*bf16", "fp32", "*fp8e4nv"
 BEST = {
@@ -177,8 +177,8 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
     kernels = (
         (attention.prefix_kernel, {}),
         (attention.attend_kernel, {"SHARED": True, "PART": 0}),
-        (attention.attend_kernel, {"SHARED": False, "PART": attention.PART}),
-        (attention.join_kernel, {"PART": attention.PART}),
+        (attention.attend_kernel, {"SHARED": False, "PART": LONG_PART}),
+        (attention.join_kernel, {"PART": LONG_PART, "BLOCK_P": 32}),
     )
     for kernel, how in kernels:
         cut = cut_for(size, itemsize, PREFIX_ROWS, card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from nla_engine.ops import attention, gate, norm, places, rotary
+from nla_engine.ops import attention, gate, norm, places, rotary, tile_sizes
 from nla_engine.ops.cards import Card
 from nla_engine.ops.key_values import KeyValues
 
@@ -89,11 +90,12 @@ def test_attention_in_small_parts(
 
 
 @runs_kernels
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(7, 1, 64), (28, 4, 128), (6, 2, 24)])
 @pytest.mark.parametrize(
     ("prefix", "window", "softcap", "sunk"),
-    [(0, 0, 0.0, False), (13, 0, 0.0, True), (0, 80, 20.0, False), (70, 40, 0.0, True)],
+    [(0, 0, 0.0, False), (13, 0, 0.0, True), (0, 80, 20.0, False), (70, 70, 0.0, True)],
 )
 def test_attention_over_divided_sequences(
     rng,
@@ -106,10 +108,17 @@ def test_attention_over_divided_sequences(
     window: int,
     softcap: float,
     sunk: bool,
+    few: bool,
 ) -> None:
-    """Sequences of up to 112 places in parts of 64: one part, two, and two of which a window sees one."""
-    monkeypatch.setattr(attention, "PART", 64)
-    monkeypatch.setattr(attention, "DIVIDED_FROM", 30)
+    """Sequences of up to 112 places in parts of 64, as they are long or few: one part, two, and two of which a window
+    sees one."""
+    if few:
+        card = replace(attention.card_or_interpreter(torch.device("cpu")), processors=10 * groups)
+        monkeypatch.setattr(attention, "card_or_interpreter", lambda device: card)
+        monkeypatch.setattr(tile_sizes, "LEAST_PART", 64)
+    else:
+        monkeypatch.setattr(tile_sizes, "LONG_PART", 64)
+        monkeypatch.setattr(tile_sizes, "DIVIDED_FROM", 30)
     joined: list[tuple[int, ...]] = []
     monkeypatch.setattr(attention, "join_kernel", _Counted(attention.join_kernel, joined))
     sinks = randn(rng, heads, dtype=dtype) * 3 if sunk else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nla_engine.ops.cards import HOPPER, SHARED_KIB, Card
-from nla_engine.ops.tile_sizes import Cut, card_or_interpreter, cut_for
+from nla_engine.ops.tile_sizes import Cut, card_or_interpreter, cut_for, part_for
 
 CARDS = [Card(0, "card", capability, 1024 * kib) for capability, kib in SHARED_KIB.items()]
 
@@ -42,3 +42,24 @@ def test_every_cut_fits_its_card(card: Card) -> None:
 
 def test_the_interpreter_has_a_card() -> None:
     assert card_or_interpreter(torch.device("cpu")).capability == HOPPER
+
+
+@pytest.mark.parametrize(
+    ("places", "programs", "part"),
+    [
+        (4096, 2048, 0),
+        (4097, 2048, 1024),  # one long sequence would hold up the step
+        (192, 4, 128),  # one sequence of a 7B model
+        (128, 4, 0),
+        (16_384, 4, 256),
+        (16_384, 32, 1024),
+        (1024, 32, 128),
+        (1024, 128, 512),
+        (1024, 256, 0),
+    ],
+)
+def test_a_sequence_is_divided_if_it_is_long_or_the_card_would_be_idle(
+    places: int, programs: int, part: int
+) -> None:
+    card = Card(0, "H100", HOPPER, 232_448, processors=132)
+    assert part_for(places, programs, 64, card) == part
