@@ -177,7 +177,8 @@ def _check_directory(flag: str, path: Path | None) -> None:
 
 
 def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
-    """Run the suites in turn; the results of each are written before the next begins. Returns the JSON object.
+    """Run the suites in turn. The JSON file is written after each case, the CSV file after each suite, when its cases
+    have been compared. Returns the JSON object.
 
     Ctrl-C ends the running suite and skips the others. What was measured is kept.
     """
@@ -189,8 +190,26 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
         from nla_engine.bench.vllm_peer import measure_vllm
 
         measure_vllm(session, settings.vllm)
-    result: dict[str, Any] = {}
     written, interrupted = 0, False
+
+    def result() -> dict[str, Any]:
+        return to_json(
+            session.machine,
+            session.lines,
+            model=settings.model or settings.shape,
+            dtype=str(settings.dtype).removeprefix("torch."),
+            hardware={"copy_bytes_per_second": session.hardware.copy, "flops": session.hardware.flops},
+            seconds=round(time.monotonic() - session.started, 1),
+            interrupted=interrupted,
+            skipped=session.skipped,
+            failed=session.failed,
+        )
+
+    def write() -> None:
+        if settings.json is not None:
+            settings.json.write_text(json.dumps(result(), indent=1) + "\n", encoding="utf-8")
+
+    session.recorded = write
     for name in settings.suites:
         if interrupted:
             session.skipped.append(name)
@@ -203,23 +222,11 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
         if settings.csv is not None:
             append_csv(settings.csv, session.machine, session.model_name, session.lines[written:])
         written = len(session.lines)
-        result = to_json(
-            session.machine,
-            session.lines,
-            model=settings.model or settings.shape,
-            dtype=str(settings.dtype).removeprefix("torch."),
-            hardware={"copy_bytes_per_second": session.hardware.copy, "flops": session.hardware.flops},
-            seconds=round(time.monotonic() - session.started, 1),
-            interrupted=interrupted,
-            skipped=session.skipped,
-            failed=session.failed,
-        )
-        if settings.json is not None:
-            settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write()
     console.print(table(session.machine, session.lines))
     if settings.plot is not None and "generate" in settings.suites:
         plot_batches(settings.plot, session.machine, session.lines, session.size, session.hardware)
-    return result
+    return result()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,7 +43,7 @@ class WrongWork(Exception):
 
 @dataclass
 class Session:
-    """What suites are given. directory: where they may write files."""
+    """What suites are given. directory: where they may write files; recorded: called after each case."""
 
     settings: Settings
     machine: Machine
@@ -54,6 +54,7 @@ class Session:
     skipped: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    recorded: Callable[[], None] = lambda: None
 
     @classmethod
     def start(cls, settings: Settings, directory: Path, console: Console) -> Session:
@@ -180,6 +181,7 @@ class Session:
             highlight=False,
             soft_wrap=True,
         )
+        self.recorded()
 
     def find(self, suite: str, start: str) -> Line | None:
         """The first line of a suite whose case begins with `start`."""
