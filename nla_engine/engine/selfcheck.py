@@ -29,7 +29,8 @@ from nla_engine.models.places import Place
 from nla_engine.ops.attention import Shape
 from nla_engine.sites import MLP_OUT, Site
 
-#: The engine's error (relative L2, see `Sample.size`) may be this many times transformers' own ...
+#: The engine's error of many tokens (relative L2, see `Sample.size`) may be this many times transformers' own, that of
+#: one token twice as many times ...
 RATIO = 2.0
 #: ... plus this much, for sums in another order.
 FLOOR = {torch.float32: 3e-4, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -329,8 +330,9 @@ class Finding:
 def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> Finding:
     """The finding with the largest share of its limit. Synchronises once for all parts of a pass.
 
-    The error allowed for n tokens of a lane follows from the noise of its n noisiest tokens: the rounding of one token
-    is a matter of luck, that of many is not. In `routed` parts rounding may send a token to other experts, so only one
+    The error allowed for n tokens of a lane follows from the noise of its n noisiest tokens, times RATIO (1 + 1 / n): the
+    rounding of one token is a matter of luck, that of many is not. A few tokens of a real model are ten times as noisy
+    as the others, and which ones they are differs from one order of sums to the next. In `routed` parts rounding may send a token to other experts, so only one
     token is judged there: the one with the median share of its limit.
     """
     found = torch.stack(
@@ -341,7 +343,8 @@ def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> F
         for error, noise, count in zip(errors, noises, counts, strict=True):
             if count:
                 error = math.inf if error > _INFINITE / 1e6 else error
-                findings.append(Finding(each.part, error, RATIO * noise + floor, noise))
+                limit = RATIO * (1 + 1 / count) * noise + floor
+                findings.append(Finding(each.part, error, limit, noise))
     if not findings:
         raise EngineError(
             "transformers' own states of a short text are not finite, so this model cannot be checked"

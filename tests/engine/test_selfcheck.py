@@ -16,10 +16,10 @@ from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 
 from nla_engine.engine import attention, fused, selfcheck
 from nla_engine.engine.attention import Pass
-from nla_engine.engine.expected import SCALES, take_sample
+from nla_engine.engine.expected import SCALES, Sample, take_sample
 from nla_engine.engine.fused import FusedBlock
 from nla_engine.engine.runner import Runner
-from nla_engine.engine.selfcheck import SelfCheck
+from nla_engine.engine.selfcheck import Seen, SelfCheck, judge
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.ops.attention import Shape
@@ -377,3 +377,15 @@ def test_a_planted_fault_is_refused_on_a_gpu(
     plant(monkeypatch)
     with pytest.raises(EngineError, match=r"block \d of the engine .* transformers' own"):
         check(lm)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(1, 3.0 / 4), (2, 3.0 / 3), (16, 3.0 / 2.125)])
+def test_one_token_may_be_noisier_than_many(tokens: int, share: float) -> None:
+    """Every token of the engine is three times as far off as transformers' own."""
+    size = torch.full((1, 16), 2.0)
+    sample = Sample(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, 1))
+    sample.wide, sample.size, sample.noise = [torch.zeros(1, 16, 1)], [size], [size * 0.05]
+    at = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
+    states = torch.full((tokens, 1), 3 * 0.1 * 2.0)
+    finding = judge(sample, [Seen(0, states, states, *at)], 0.0, set())
+    assert finding.error / finding.limit == pytest.approx(share)
