@@ -330,10 +330,10 @@ class Finding:
 def judge(sample: Sample, seen: list[Seen], floor: float, routed: set[int]) -> Finding:
     """The finding with the largest share of its limit. Synchronises once for all parts of a pass.
 
-    The error allowed for n tokens of a lane follows from the noise of its n noisiest tokens, times RATIO (1 + 1 / n): the
-    rounding of one token is a matter of luck, that of many is not. A few tokens of a real model are ten times as noisy
-    as the others, and which ones they are differs from one order of sums to the next. In `routed` parts rounding may send a token to other experts, so only one
-    token is judged there: the one with the median share of its limit.
+    The error allowed for n tokens of a lane follows from the noise of its n noisiest tokens, times RATIO (1 + 1 / n):
+    the rounding of one token is a matter of luck, that of many is not. A few tokens of a real model are ten times as
+    noisy as the others, and which ones they are differs from one order of sums to the next. In `routed` parts rounding
+    may send a token to other experts, so only one token is judged there: the one with the median share of its limit.
     """
     found = torch.stack(
         [_medians(sample, each, floor) if each.part in routed else _by_lane(sample, each) for each in seen]

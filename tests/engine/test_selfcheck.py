@@ -383,8 +383,8 @@ def test_a_planted_fault_is_refused_on_a_gpu(
 def test_one_token_may_be_noisier_than_many(tokens: int, share: float) -> None:
     """Every token of the engine is three times as far off as transformers' own."""
     size = torch.full((1, 16), 2.0)
-    sample = Sample(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, 1))
-    sample.wide, sample.size, sample.noise = [torch.zeros(1, 16, 1)], [size], [size * 0.05]
+    nothing = torch.zeros(1, 16, 1)
+    sample = Sample(nothing[..., 0].long(), nothing, [nothing], [nothing], [size], [size * 0.05])
     at = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
     states = torch.full((tokens, 1), 3 * 0.1 * 2.0)
     finding = judge(sample, [Seen(0, states, states, *at)], 0.0, set())
