@@ -370,7 +370,8 @@ def _by_lane(sample: Sample, seen: Seen) -> torch.Tensor:
     last = (count - 1).clamp(min=0)
     noisiest = torch.where(finite, noise, 0.0).square().sort(1, descending=True).values.cumsum(1)
     allowed = noisiest.gather(1, last[:, None])[:, 0] / (last + 1)
-    return torch.stack([_errors(sample, seen).square() @ mine.float() / (last + 1), allowed, count]).sqrt()
+    squares = _errors(sample, seen).square() @ mine.float() / (last + 1)
+    return torch.stack([squares.sqrt(), allowed.sqrt(), count.float()])
 
 
 def _medians(sample: Sample, seen: Seen, floor: float) -> torch.Tensor:
