@@ -5,18 +5,16 @@ Knows where each row is, not which rows are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-import torch
 
 from nla_engine.capture.outbox import Outbox
 from nla_engine.capture.spill import HeldRows, HostRows
 from nla_engine.capture.staging import UNWRITTEN, Staging
 from nla_engine.codec.rows import Codec, exact_rows
-from nla_engine.engine.transfer import to_device, to_host
+from nla_engine.engine.tap import Collected
 from nla_engine.errors import EngineError
 from nla_engine.sites import Site
 from nla_engine.store import LayerRows
@@ -69,71 +67,61 @@ class Collector:
     outbox: Outbox
     sink_norm: Mapping[Site, float]
     skip_sinks: bool
-    device: torch.device
 
     @property
     def layers(self) -> tuple[Site, ...]:
         return self.staging.layers
 
-    def collect(self, endings: Sequence[Ending]) -> list[tuple[np.ndarray, dict[Site, LayerRows]]]:
-        """Of each sequence its positions, and their rows by layer. EngineError if a row was never written.
-
-        Sinks are known by the norms, which come first.
+    def collect(self, endings: Sequence[Ending]) -> Callable[[], Collected]:
+        """Of each sequence its positions, and their rows by layer, which the function returned waits for: they are put
+        together by the outbox's thread. EngineError if a row was never written.
         """
-        at = self._on_device(endings)
-        norms = to_host(self.staging.norms(at)).reshape(len(self.layers), -1)
+        index = self.staging.by_layer(np.concatenate([ending.place for ending in endings]))
+        sent = []
+        for ending in endings:
+            each = ending.sequence
+            sent.append((each.held, each.sent))
+            each.held, each.sent, each.in_pass = None, 0, (0, 0, 0)
+        rows = self.staging.rows(index.ravel())
+        return self.outbox.fetch(rows, lambda arrays: self._put_together(endings, sent, arrays)).result
+
+    def _put_together(
+        self,
+        endings: Sequence[Ending],
+        sent: Sequence[tuple[HeldRows | None, int]],
+        arrays: Sequence[np.ndarray],
+    ) -> Collected:
+        """sent: of each sequence what the keeper holds, and how many rows that is; arrays: the rows that were on the
+        device, of all sequences, layer by layer."""
+        shape = (len(self.layers), sum(len(ending.place) for ending in endings))
+        codes, scales, norms = (array.reshape(*shape, *array.shape[1:]) for array in arrays)
         for layer, missing in zip(self.layers, (norms == UNWRITTEN).sum(1).tolist(), strict=True):
             if missing:
                 raise EngineError(f"{layer.label}: {missing} rows of sequences that ended were never written")
-        if self.skip_sinks:
-            endings, norms = self._without_sinks(endings, norms)
-            at = self._on_device(endings)
-        collected = []
-        for ending, tail in zip(endings, self._tails(endings, norms, at), strict=True):
-            each, rows = ending.sequence, tail
-            if each.held is not None:
-                index = ending.held if len(ending.held) < each.sent else None
-                rows = self.outbox.call(self.outbox.keeper.take, each.held, index, tail).result()
-            each.held, each.sent, each.in_pass = None, 0, (0, 0, 0)
+        collected, start = [], 0
+        for whole, (held, count) in zip(endings, sent, strict=True):
+            ending, end = whole, start + len(whole.place)
+            rows = HostRows(codes[:, start:end], scales[:, start:end], norms[:, start:end])
+            if self.skip_sinks:
+                norm = rows.norm
+                if held is not None:
+                    norm = np.concatenate([self.outbox.keeper.norms(held)[:, ending.held], norm], axis=1)
+                kept = ~self._sinks(norm)
+                rows = rows.chosen(np.flatnonzero(kept[len(ending.held) :]))
+                ending = ending.only(kept)
+            if held is not None:
+                index = ending.held if len(ending.held) < count else None
+                rows = self.outbox.keeper.take(held, index, rows)
             layers = {layer: self._layer_rows(i, ending, rows) for i, layer in enumerate(self.layers)}
             collected.append((ending.position, layers))
-        return collected
-
-    def _on_device(self, endings: Sequence[Ending]) -> torch.Tensor:
-        """Indices of the rows that are on the device, one sequence after the other, for each layer: int64 [L * n]."""
-        index = self.staging.by_layer(np.concatenate([ending.place for ending in endings]))
-        return to_device(index.ravel(), self.device)
-
-    def _without_sinks(self, endings: Sequence[Ending], norms: np.ndarray) -> tuple[list[Ending], np.ndarray]:
-        """The sequences without their sinks, and the norms of what is left of them on the device."""
-        left, start = [], 0
-        stays = []
-        for ending in endings:
-            end = start + len(ending.place)
-            norm = norms[:, start:end]
-            if ending.sequence.held is not None:
-                held = self.outbox.call(self.outbox.keeper.norms, ending.sequence.held).result()
-                norm = np.concatenate([held[:, ending.held], norm], axis=1)
-            kept = ~self._sinks(norm)
-            left.append(ending.only(kept))
-            stays.append(kept[len(ending.held) :])
             start = end
-        return left, norms[:, np.concatenate(stays)]
+        return collected
 
     def _sinks(self, norms: np.ndarray) -> np.ndarray:
         """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [L, n]."""
         limit = np.array([self.sink_norm[layer] for layer in self.layers])[:, None]
         sinks: np.ndarray = (norms > limit).any(0) & np.isfinite(norms).all(0)
         return sinks
-
-    def _tails(self, endings: Sequence[Ending], norms: np.ndarray, at: torch.Tensor) -> list[HostRows]:
-        """Of each sequence the rows that are on the device, fetched together. norms: theirs, float32 [L, n]"""
-        codes, scales = (
-            to_host(tensor).reshape(*norms.shape, tensor.shape[1]) for tensor in self.staging.encoded(at)
-        )
-        codes = codes.view(self.codec.code_dtype)
-        border = np.cumsum([0, *(len(ending.place) for ending in endings)])
-        return [HostRows(codes[:, a:b], scales[:, a:b], norms[:, a:b]) for a, b in pairwise(border)]
 
     def _layer_rows(self, number: int, ending: Ending, rows: HostRows) -> LayerRows:
         """The rows of a layer, with those kept exactly. EngineError if one of these was not fetched."""

@@ -58,16 +58,25 @@ class Outbox:
             done, its_size = self._underway.popleft()
             self._bytes -= its_size
             done.result()
-        copied = None
-        if rows.norm.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(self._device))
-        self._underway.append((self._submit(self._receive, rows, pieces, copied), size))
+        self._underway.append((self._submit(self._receive, rows, pieces, self._now(rows)), size))
         self._bytes += size
+
+    def fetch(self, rows: Rows, use: Callable[[list[np.ndarray]], _T]) -> Future[_T]:
+        """Bring these to the host, as arrays of their own, and call `use` with codes, scales and norms once all
+        that was sent before has arrived."""
+        return self._submit(self._fetch, rows, use, self._now(rows))
 
     def call(self, function: Callable[..., _T], *given: Any) -> Future[_T]:
         """Call a method of the keeper once all that was sent has arrived."""
         return self._submit(function, *given)
+
+    def _now(self, rows: Rows) -> torch.cuda.Event | None:
+        """This point of the device's queue, at which the rows are there; None on a CPU."""
+        if not rows.norm.is_cuda:
+            return None
+        now = torch.cuda.Event()
+        now.record(torch.cuda.current_stream(self._device))
+        return now
 
     def _new_thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "rows-leave", lambda: enter_device(self._device))
@@ -93,7 +102,13 @@ class Outbox:
             raise
 
     def _receive(self, rows: Rows, pieces: Sequence[Piece], copied: torch.cuda.Event | None) -> None:
-        arrays = self._on_host(rows, copied)
+        if copied is not None and not self._pinned:
+            room = self.most * len(self._layers)
+            self._pinned = tuple(
+                torch.empty((room, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+                for tensor in rows.tensors
+            )
+        arrays = self._on_host(rows, copied, self._pinned)
         norm, start = arrays[2], 0
         for piece in pieces:
             end = start + len(self._layers) * piece.size
@@ -104,29 +119,34 @@ class Outbox:
             self.keeper.add(piece.held, piece.start, HostRows(*shaped))
             start = end
 
+    def _fetch(
+        self, rows: Rows, use: Callable[[list[np.ndarray]], _T], copied: torch.cuda.Event | None
+    ) -> _T:
+        own: Sequence[torch.Tensor] = ()
+        if copied is not None:
+            own = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in rows.tensors]
+        return use(self._on_host(rows, copied, own))
+
     def _check(self, norm: np.ndarray) -> None:
         """EngineError if a row of a piece was never written. norm: [L, size]."""
         for layer, missing in zip(self._layers, (norm == UNWRITTEN).sum(1), strict=True):
             if missing:
                 raise EngineError(f"{layer.label}: {missing} rows that left the device were never written")
 
-    def _on_host(self, rows: Rows, copied: torch.cuda.Event | None) -> list[np.ndarray]:
-        """The rows in pinned memory, until the next call. They stay alive, and so are not used again, until then."""
+    def _on_host(
+        self, rows: Rows, copied: torch.cuda.Event | None, pinned: Sequence[torch.Tensor]
+    ) -> list[np.ndarray]:
+        """The rows in this pinned memory; on a CPU, where they are. They stay alive, and so are not used again, until
+        they have been copied."""
         if copied is None:
             return self._in_codec(rows.tensors)
-        if not self._pinned:
-            room = self.most * len(self._layers)
-            self._pinned = tuple(
-                torch.empty((room, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
-                for tensor in rows.tensors
-            )
         stream = side_stream(self._device)
         stream.wait_event(copied)
         with torch.inference_mode(), torch.cuda.stream(stream):
-            for pinned, tensor in zip(self._pinned, rows.tensors, strict=True):
-                pinned[: len(tensor)].copy_(tensor, non_blocking=True)
+            for host, tensor in zip(pinned, rows.tensors, strict=True):
+                host[: len(tensor)].copy_(tensor, non_blocking=True)
         stream.synchronize()
-        return self._in_codec([pinned[: len(rows.norm)] for pinned in self._pinned])
+        return self._in_codec([host[: len(rows.norm)] for host in pinned])
 
     def _in_codec(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """Codes, scales and norms as arrays, the codes in the codec's dtype."""

@@ -129,13 +129,10 @@ class Staging:
         self.all.norm.index_fill_(0, at, UNWRITTEN)
         return rows
 
-    def norms(self, at: torch.Tensor) -> torch.Tensor:
-        """Copies of the norms at these indices, int64 [n]."""
-        return self.all.norm[at]
-
-    def encoded(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the codes and scales at these indices, int64 [n]."""
-        return self.all.codes[at], self.all.scales[at]
+    def rows(self, index: np.ndarray) -> Rows:
+        """Copies of the rows at these indices, int64 [n]."""
+        at = to_device(index, self._norm.device)
+        return Rows(*(tensor[at] for tensor in self.all.tensors))
 
     def look(self) -> None:
         """Queue a read of how many rows were kept exactly."""

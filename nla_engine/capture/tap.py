@@ -19,13 +19,12 @@ from nla_engine.capture.spill import HeldRows, RowKeeper
 from nla_engine.capture.staging import Staging
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.attention import counted
-from nla_engine.engine.tap import KeptRows
+from nla_engine.engine.tap import Collected, KeptRows
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.ops.encode import encode_rows
 from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.sites import Site
-from nla_engine.store import LayerRows
 from nla_engine.store.interrupt import interrupt_held
 
 #: Most bytes of pinned host memory to allocate before the run.
@@ -91,9 +90,7 @@ class RowTap:
             given=given,
             device=self._device,
         )
-        self._collector = Collector(
-            self.codec, self.staging, self._outbox, self.sink_norm, self.skip_sinks, self._device
-        )
+        self._collector = Collector(self.codec, self.staging, self._outbox, self.sink_norm, self.skip_sinks)
         self._steps = steps
         self._first = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._end = torch.zeros_like(self._first)
@@ -297,8 +294,9 @@ class RowTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[Site, LayerRows]]]:
-        """Of each ended sequence the positions chosen, and their rows by site. EngineError if one was never written.
+    ) -> Callable[[], Collected]:
+        """Of each ended sequence the positions chosen, and their rows (LayerRows) by site. The function returned raises
+        EngineError if one was never written.
 
         Of rows still on the device only these leave it.
         """

@@ -114,26 +114,26 @@ class Generator:
             check=self._check,
         )
         self._queue = queue
-        ready: list[Completion] = []
+        ready: Callable[[], list[Completion]] | None = None
         while True:
             step = queue.schedule()
             if step is None:
-                if ready:  # once the caller has these, it may stop holding requests back
-                    yield ready
-                    ready = []  # freed before the next group is fetched
+                if ready is not None:  # once the caller has these, it may stop holding requests back
+                    yield ready()
+                    ready = None  # freed before the next group is fetched
                 elif not queue.finished:
                     if queue.held_back:
                         raise EngineError("requests were held back although nothing is running")
                     return
-                elif not (ready := self._fetch(queue, portion)):
+                elif (ready := self._fetch(queue, portion)) is None:
                     raise EngineError("no sequence was chosen although all have ended")
                 continue
             for admitted, kept in self._step_back(step.stepped_back):
                 queue.put_back(admitted, kept)
             self._take(step)
-            if ready:
-                yield ready  # the device works meanwhile, so the caller's work costs no time
-                ready = []
+            if ready is not None:
+                yield ready()  # the device works meanwhile, so waiting for rows and the caller's work cost no time
+                ready = None
             ended = queue.ended(self._active.read() if step.slots else None)
             if self.ranks is not None:
                 self.ranks.check()
@@ -153,7 +153,7 @@ class Generator:
             generated = self.state.generated[each.slot, : size - given].to(torch.int32).cpu().numpy()
             with suppress(EngineError):
                 kept = self.runner.tap.settle([each.slot], [size])
-                [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)])
+                [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)])()
                 [told] = self.following.collect([each.slot], [positions])
                 if told is not None:
                     told.next_logprob[positions == size - 1] = (
@@ -362,12 +362,12 @@ class Generator:
         kept = [replace(k, nbytes=k.nbytes + k.size * self.following.row_bytes) for k in kept]
         return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
 
-    def _fetch(self, queue: Scheduler, portion: Portion) -> list[Completion]:
-        """Fetch the ended sequences that `portion` chooses, and free their slots."""
+    def _fetch(self, queue: Scheduler, portion: Portion) -> Callable[[], list[Completion]] | None:
+        """Fetch the ended sequences that `portion` chooses, and free their slots. None: it chooses none."""
         if not queue.finished:
-            return []
+            return None
         chosen = queue.release(portion({id_: a.nbytes for id_, a in queue.finished.items()}))
-        return self._complete(chosen) if chosen else []
+        return self._complete(chosen) if chosen else None
 
-    def _complete(self, ended: list[Ended]) -> list[Completion]:
+    def _complete(self, ended: list[Ended]) -> Callable[[], list[Completion]]:
         return completions(ended, self.state, self.stop, self.runner.tap, self.following)

@@ -100,7 +100,7 @@ class LibraryGenerator:
                 ]
                 if not chosen:
                     raise EngineError("no sequence was chosen although all have ended")
-                yield completions(chosen, self.state, self.stop, self.runner.tap, NotAsked())
+                yield completions(chosen, self.state, self.stop, self.runner.tap, NotAsked())()
 
     def _check(self, request: Request) -> None:
         request.check(

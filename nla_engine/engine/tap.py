@@ -7,7 +7,7 @@ that ended. `collect` takes what `settle` returned, so the two cannot be called 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from nla_engine.sites import Site
+
+#: Of each ended sequence the positions that have rows, int64 [k], ascending, and these rows by site.
+Collected = list[tuple[np.ndarray, dict[Site, Any]]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class Tap(Protocol):
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[Site, Any]]]:
-        """Of each of these sequences the positions that have rows, int64 [k], ascending, and these rows by site.
+    ) -> Callable[[], Collected]:
+        """Fetch the rows of these sequences, without waiting for them: the function returned waits. Call it when the
+        device has other work.
 
         replies: of each, the id of its request and what it generated, int32 [n]. Their slots may be opened again.
         """
@@ -121,9 +125,9 @@ class NoTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> list[tuple[np.ndarray, dict[Site, Any]]]:
+    ) -> Callable[[], Collected]:
         """Each sequence has rows of no site."""
-        return [(np.zeros(0, np.int64), {}) for _ in ended]
+        return lambda: [(np.zeros(0, np.int64), {}) for _ in ended]
 
     def close(self) -> None:
         """Nothing to do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
         made, ended = row_tap(
             sizes, hidden, choose=lambda id_, _: np.array(chosen[id_], np.int64), skip_sinks=skip
         )
-        collected = made.collect(ended, replies)
+        collected = made.collect(ended, replies)()
         left = {0: [0, 3, 4], 1: [], 2: [0, 1]} if skip else chosen
         assert [positions.tolist() for positions, _ in collected] == list(left.values())
         for (positions, rows), start in zip(collected, (0, 5, 8), strict=True):
@@ -65,15 +66,15 @@ def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
                 ).max(initial=1)
     made, ended = row_tap(sizes, hidden, choose=lambda id_, _: np.array([0, 3]))
     with pytest.raises(EngineError, match="request 1: a row was chosen outside of positions 0 to 2"):
-        made.collect(ended, replies)
+        made.collect(ended, replies)()
     for choice in (lambda id_, _: np.array([1, 2]), None):
         made, ended = row_tap(sizes, hidden, choose=choice)
         made.staging.reading[2].norm[made.staging.given + 4] = -1.0
         if choice is None:
             with pytest.raises(EngineError, match="layer 2: 1 rows of .* that ended were never written"):
-                made.collect(ended, replies)
+                made.collect(ended, replies)()
         else:
-            made.collect(ended, replies)
+            made.collect(ended, replies)()
 
 
 def test_rows_kept_exactly_find_their_sequence(rng) -> None:
@@ -92,7 +93,7 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     tap.look(decoded=False)
     ended = tap.settle([2, 0, 1], [4, 4, 3])
     nothing = [(id_, np.zeros(0, np.int32)) for id_ in (2, 0, 1)]
-    collected = [rows[1] for _, rows in tap.collect(ended, nothing)]
+    collected = [rows[1] for _, rows in tap.collect(ended, nothing)()]
     assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
     assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
     for rows, start in zip(collected, (7, 0, 4), strict=True):
@@ -100,4 +101,26 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
         assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
     del tap._slots[2].exact[1]
     with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect(ended, nothing)
+        tap.collect(ended, nothing)()
+
+
+def test_a_slot_can_be_opened_again_before_its_rows_have_come(rng: np.random.Generator) -> None:
+    """The rows are those of the sequence that ended, whatever the slot holds when they are put together."""
+    sizes = [5, 3, 4]
+    hidden = rng.standard_normal((12, 64)).astype(np.float32)
+    made, ended = row_tap(sizes, hidden)
+    goes_on = threading.Event()
+    made._outbox.call(goes_on.wait)
+    collected = made.collect(ended, [(id_, np.zeros(0, np.int32)) for id_ in range(3)])
+    made.open([0, 1, 2], [3, 4, 5], sizes, sizes)
+    made.drain()
+    made.reads([(slot, 0, size) for slot, size in enumerate(sizes)])
+    for tensor in made.staging.all.tensors:
+        tensor.fill_(-1 if tensor is made.staging.all.norm else 7)
+    goes_on.set()
+    for (positions, rows), size, start in zip(collected(), sizes, (0, 5, 8), strict=True):
+        assert positions.tolist() == list(range(size))
+        for layer, held in ((1, hidden), (2, hidden[::-1])):
+            true = held[start : start + size]
+            np.testing.assert_allclose(rows[layer].norm, np.linalg.norm(true, axis=1), rtol=1e-2)
+            np.testing.assert_allclose(rows[layer].decode(made.codec), true, atol=0.05 * np.abs(true).max())
