@@ -78,6 +78,7 @@ IDS = {
 #: What a family needs besides, by its configuration.
 MORE: dict[str, dict[str, Any]] = {
     "AfmoeConfig": {"global_attn_every_n_layers": 2},
+    "GPTBigCodeConfig": {"num_key_value_heads": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "OpenAIGPTConfig": {},
     "Mamba2Config": {"num_heads": 8},

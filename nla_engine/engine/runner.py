@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.engine import attention
+from nla_engine.engine import attention, own_attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.own_attention import knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
@@ -27,6 +28,7 @@ from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
 from nla_engine.models.decoder import block_output, values
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
@@ -99,6 +101,7 @@ class Runner:
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._delta: list[Any] = []  # the same of gated delta nets within blocks
+        self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -122,7 +125,11 @@ class Runner:
         check = SelfCheck(
             self, length, places
         )  # before anything is installed: it runs transformers' own attention
-        self.lm.model.set_attn_implementation(attention.NAME)
+        if knows_attention(self.lm.blocks):
+            attend_by(self.lm.model, own_attention.NAME)
+            self._own = take_attention(self.lm.blocks)
+        else:
+            attend_by(self.lm.model, attention.NAME)
         for module in filter(None, map(delta_module, self.lm.blocks)):
             module.forward = EngineDelta(module)
             self._delta.append(module)
@@ -175,12 +182,13 @@ class Runner:
         self.at_close.clear()
         for hook in self._hooks:
             hook.remove()
-        for module in (*self._fused, *self._delta, *self._lone):
+        for module in (*self._fused, *self._delta, *self._own, *self._lone):
             del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._delta, self._lone, self._norm = [], [], [], [], None
-        self.lm.model.set_attn_implementation("eager")
+        self._hooks, self._fused, self._delta, self._own, self._lone = [], [], [], [], []
+        self._norm = None
+        attend_by(self.lm.model, "eager")
 
     @property
     def graphable(self) -> bool:
@@ -345,7 +353,8 @@ def check_shape(lm: LanguageModel) -> None:
     mixes = any(
         delta_module(block) is not None for block in lm.blocks
     )  # its other blocks attend through ours too
-    if not mixes and not getattr(lm.model, "_supports_attention_backend", False):
+    pluggable = type(lm.model)._can_set_attn_implementation() or knows_attention(lm.blocks)
+    if not mixes and not pluggable:
         why = "has no pluggable attention"
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         found = values(lm.config, key)

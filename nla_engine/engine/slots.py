@@ -141,6 +141,10 @@ def kv_shape(config: Any) -> tuple[int, int]:
         for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     )
     queries = queries or 1  # where nothing attends
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's names
+        keys = config.num_kv_heads
+    elif getattr(config, "multi_query", False):
+        keys = 1
     return keys or queries, sizes or width // queries
 
 

@@ -17,6 +17,7 @@ from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
@@ -40,7 +41,7 @@ class Patcher:
         lm.check_layer(layer)
         self.lm, self.layer = lm, layer
         self._tuples = False  # whether blocks return tuples
-        lm.model.set_attn_implementation(NAME)
+        attend_by(lm.model, NAME)
 
     def __enter__(self) -> Patcher:
         return self
@@ -50,7 +51,7 @@ class Patcher:
 
     def close(self) -> None:
         """Give the model back."""
-        self.lm.model.set_attn_implementation("eager")
+        attend_by(self.lm.model, "eager")
 
     @torch.inference_mode()
     def read(self, sequences: Sequence[np.ndarray]) -> Reading:
@@ -134,7 +135,7 @@ class Patcher:
                 "this architecture is not supported"
             ) from error
         finally:
-            self.lm.model.set_attn_implementation(NAME)
+            attend_by(self.lm.model, NAME)
 
     def _compare(self, read: Reading, positions: np.ndarray, norms: np.ndarray) -> None:
         drawn = torch.randn(len(positions), self.lm.d_model, generator=torch.Generator().manual_seed(0))
