@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers.masking_utils import AttentionMaskInterface
 
-from nla_engine.engine.attention import current_pass
+from nla_engine.engine.attention import NAME, current_pass
 from nla_engine.errors import UnsupportedModel
 from nla_engine.ops.attention import Shape, Slopes
 
-#: The name of attention under which decoders with such modules make their masks, which nothing reads.
-NAME = "nla_engine_own"
+#: The name of attention where a decoder uses its mask before the modules do, so that there must be one.
+_MASKED = "nla_engine_masked"
 
 #: Queries [T, H, h], keys and values [T, KV, h].
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -28,10 +28,11 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class OwnAttention:
     """Called like the module it replaces, inside a pass of the runner: hidden states [1, T, d], and other arguments.
 
-    place: where the module is in its block
+    place: where the module is in its block; implementation: what its decoder is told that it attends by
     """
 
     place = "self_attention"
+    implementation = NAME
 
     def __init__(self, module: Any, layer: int) -> None:
         self.module, self.layer = module, layer
@@ -88,8 +89,8 @@ class _Falcon(OwnAttention):
             return Shape(scale)
         if math.frexp(scale)[0] != 0.5:
             raise UnsupportedModel(
-                f"FalconAttention: biases over heads of {self.module.head_dim} channels are rounded twice, and the engine "
-                "rounds them once: this architecture is not supported"
+                f"FalconAttention: biases over heads of {self.module.head_dim} channels are rounded twice, and the "
+                "engine rounds them once: this architecture is not supported"
             )
         return Shape(scale, slopes=Slopes(_slopes(self) * scale, torch.bfloat16, coarse=True))
 
@@ -110,6 +111,7 @@ class _Falcon(OwnAttention):
 
 class _Mpt(OwnAttention):
     place = "attn"
+    implementation = _MASKED
 
     def asked(self) -> Shape:
         module = self.module
@@ -135,7 +137,10 @@ class _GPTNeo(OwnAttention):
 
     def heads(self, x: torch.Tensor, given: dict[str, Any]) -> Heads:
         module = self.module
-        made = [layer(x).view(len(x), module.num_heads, -1) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+        made = [
+            layer(x).view(len(x), module.num_heads, -1)
+            for layer in (module.q_proj, module.k_proj, module.v_proj)
+        ]
         return made[0], made[1], made[2]
 
     def give(self, attended: torch.Tensor, given: tuple[Any, ...]) -> Any:
@@ -157,7 +162,8 @@ class _GPTNeoXJapanese(OwnAttention):
         query, key, value = rows.unbind(2)
         rotated = _rotated(self, query[..., :turned], key[..., :turned], *given["position_embeddings"])
         query, key = (
-            torch.cat([front, whole[..., turned:]], -1) for front, whole in zip(rotated, (query, key), strict=True)
+            torch.cat([front, whole[..., turned:]], -1)
+            for front, whole in zip(rotated, (query, key), strict=True)
         )
         return query, key, value
 
@@ -201,15 +207,20 @@ def knows_attention(blocks: Iterable[Any]) -> bool:
     return all(_kind(block) is not None for block in blocks)
 
 
+def implementation(blocks: Iterable[Any]) -> str:
+    """The name of attention for a model with these blocks while the engine holds it."""
+    kinds = {_kind(block) for block in blocks}
+    return next((kind.implementation for kind in kinds if kind is not None), NAME)
+
+
 def take_attention(blocks: Iterable[Any]) -> list[Any]:
-    """Replace the forward of the attention of blocks that `knows_attention`. The modules: the caller restores them."""
+    """Replace the forward of what `knows_attention`, in every block. The modules: the caller restores them."""
     modules = []
     for layer, block in enumerate(blocks):
-        kind = _kind(block)
-        assert kind is not None
-        module = block.get_submodule(kind.place)
-        module.forward = kind(module, layer)
-        modules.append(module)
+        if kind := _kind(block):
+            module = block.get_submodule(kind.place)
+            module.forward = kind(module, layer)
+            modules.append(module)
     return modules
 
 
@@ -239,4 +250,4 @@ def _no_mask(*_: object, device: Any = None, **__: object) -> torch.Tensor:
     return torch.zeros((), device=device)
 
 
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(_MASKED, _no_mask)

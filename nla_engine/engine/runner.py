@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.engine import attention, own_attention
+from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
-from nla_engine.engine.own_attention import knows_attention, take_attention
+from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
@@ -125,11 +125,8 @@ class Runner:
         check = SelfCheck(
             self, length, places
         )  # before anything is installed: it runs transformers' own attention
-        if knows_attention(self.lm.blocks):
-            attend_by(self.lm.model, own_attention.NAME)
-            self._own = take_attention(self.lm.blocks)
-        else:
-            attend_by(self.lm.model, attention.NAME)
+        attend_by(self.lm.model, implementation(self.lm.blocks))
+        self._own = take_attention(self.lm.blocks)
         for module in filter(None, map(delta_module, self.lm.blocks)):
             module.forward = EngineDelta(module)
             self._delta.append(module)

@@ -8,8 +8,8 @@ from typing import Any
 def attend_by(model: Any, name: str) -> None:
     """Let the modules of a model attend by this implementation; "eager" is the one that the others are judged by.
 
-    Classes that don't call pluggable attention read the name all the same, to make their masks. Of these Falcon adds its
-    ALiBi twice where it is eager, in the mask and in the scores, so there "eager" is "sdpa".
+    Classes that don't call pluggable attention read the name all the same, to make their masks. Of these Falcon adds
+    its ALiBi twice where it is eager, in the mask and in the scores, so there "eager" is "sdpa".
     """
     if type(model)._can_set_attn_implementation():
         model.set_attn_implementation(name)

@@ -1,8 +1,8 @@
 """Attention of packed queries on a CPU: torch's fused kernel, over views of the cache wherever a view will do, which is
 where one block holds all that is seen of a slot.
 
-The formula, and the slow reference, are in `ops.attention`. Four cases go to that reference: a soft cap, sinks
-and slopes, which the fused kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times
+The formula, and the slow reference, are in `ops.attention`. Four cases go to that reference: a soft cap, sinks and
+slopes, which the fused kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times
 another sequence's NaN is NaN; the reference leaves such values out.
 """
 

@@ -17,8 +17,11 @@ KINDS = {
     "OPTConfig": "fast",  # learned positions with an offset
     "Gemma2Config": "fast",  # sliding windows, soft caps
     "MixtralConfig": "fast",  # experts
-    "BloomConfig": "library",  # ALiBi
-    "FalconConfig": "library",  # one key/value head
+    "BloomConfig": "fast",  # ALiBi
+    "FalconConfig": "fast",  # one key/value head, parallel blocks
+    "GPTNeoConfig": "fast",  # windows that only its attention knows
+    "StableLmConfig": "fast",  # no attention backend, by its own account
+    "XGLMConfig": "library",  # attention that is not pluggable
     "DeepseekV3Config": "library",  # compressed keys (MLA)
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone

@@ -56,7 +56,9 @@ def test_attention_with_sinks(
     check_attention(rng, dtype, heads, groups, size, prefix, window, 0.0, sinks)
 
 
-def some_slopes(rng, heads: int, rounded: torch.dtype | None = None, coarse: bool = False) -> attention.Slopes:
+def some_slopes(
+    rng, heads: int, rounded: torch.dtype | None = None, coarse: bool = False
+) -> attention.Slopes:
     """Of both signs."""
     return attention.Slopes(randn(rng, heads) * 0.5, rounded, coarse)
 
@@ -65,9 +67,19 @@ def some_slopes(rng, heads: int, rounded: torch.dtype | None = None, coarse: boo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 32), (7, 1, 64)])
 @pytest.mark.parametrize(("prefix", "window"), [(0, 0), (310, 0), (70, 9)])
-@pytest.mark.parametrize(("rounded", "coarse"), [(None, False), *((each, c) for each in ROUNDED for c in (False, True))])
+@pytest.mark.parametrize(
+    ("rounded", "coarse"), [(None, False), *((each, c) for each in ROUNDED for c in (False, True))]
+)
 def test_attention_with_slopes(
-    rng, dtype, heads: int, groups: int, size: int, prefix: int, window: int, rounded: torch.dtype | None, coarse: bool
+    rng,
+    dtype,
+    heads: int,
+    groups: int,
+    size: int,
+    prefix: int,
+    window: int,
+    rounded: torch.dtype | None,
+    coarse: bool,
 ) -> None:
     slopes = some_slopes(rng, heads, rounded, coarse)
     check_attention(rng, dtype, heads, groups, size, prefix, window, 0.0, slopes=slopes)
