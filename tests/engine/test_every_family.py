@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 from small_families import configurations
-from sweep import PAGE, REFUSED, UNBUILT, family_outcome, model_type
+from sweep import PAGE, REFUSED, UNBUILT, family_outcome, model_type, page, rows_of_page
 
 #: One of each kind: what runs it, and what is peculiar to it.
 KINDS = {
@@ -52,6 +52,15 @@ def test_exceptions_name_families_that_there_are() -> None:
     names = {config.__name__ for config in configurations()}
     missing = (set(REFUSED) | set(UNBUILT)) - names
     assert not missing or transformers.__version__ not in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_is_made_of_its_rows() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}," not in text:
+        with pytest.raises(ValueError, match="is not of transformers"):
+            rows_of_page()
+    else:
+        assert page(rows_of_page()) == text
 
 
 def test_the_page_says_what_the_sweep_found() -> None:

@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "GPT-1": ("OpenAIGPTConfig", {"n_head": 4}, 4),
     "GPT-BigCode": ("GPTBigCodeConfig", {"n_head": 4}, 1),
     "GPT-BigCode, all keys": ("GPTBigCodeConfig", {"n_head": 4, "multi_query": False}, 4),
+    "BioGPT": ("BioGptConfig", {"num_attention_heads": 4}, 4),
     "StableLM": (
         "StableLmConfig",
         {
@@ -90,10 +91,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
         4,
     ),
 }
-#: What the engine replaces the forward of.
-OWN = [
-    name for name, (config, _, _) in MODELS.items() if config not in ("GPTBigCodeConfig", "StableLmConfig")
-]
 
 
 def model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
