@@ -111,6 +111,7 @@ MORE: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     },
     "RwkvConfig": {"attention_hidden_size": 64},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,

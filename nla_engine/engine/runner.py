@@ -22,8 +22,9 @@ from nla_engine.engine.injection import Injector
 from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
+from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
-from nla_engine.engine.states import delta_module
+from nla_engine.engine.states import conv_module, delta_module, kept_shape
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
@@ -100,7 +101,7 @@ class Runner:
             None  # called instead, while it is checked
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._delta: list[Any] = []  # the same of gated delta nets within blocks
+        self._mixers: list[Any] = []  # the same of what keeps states, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
@@ -127,9 +128,10 @@ class Runner:
         )  # before anything is installed: it runs transformers' own attention
         attend_by(self.lm.model, implementation(self.lm.blocks))
         self._own = take_attention(self.lm.blocks)
-        for module in filter(None, map(delta_module, self.lm.blocks)):
-            module.forward = EngineDelta(module)
-            self._delta.append(module)
+        for find, kind in ((delta_module, EngineDelta), (conv_module, EngineShortConv)):
+            for module in filter(None, map(find, self.lm.blocks)):
+                module.forward = kind(module)
+                self._mixers.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
@@ -179,11 +181,11 @@ class Runner:
         self.at_close.clear()
         for hook in self._hooks:
             hook.remove()
-        for module in (*self._fused, *self._delta, *self._own, *self._lone):
+        for module in (*self._fused, *self._mixers, *self._own, *self._lone):
             del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._delta, self._own, self._lone = [], [], [], [], []
+        self._hooks, self._fused, self._mixers, self._own, self._lone = [], [], [], [], []
         self._norm = None
         attend_by(self.lm.model, "eager")
 
@@ -348,7 +350,7 @@ def check_shape(lm: LanguageModel) -> None:
     """UnsupportedModel unless every block attends, in heads of one number and size, through an attention of ours."""
     why = None
     mixes = any(
-        delta_module(block) is not None for block in lm.blocks
+        kept_shape(block) is not None for block in lm.blocks
     )  # its other blocks attend through ours too
     pluggable = type(lm.model)._can_set_attn_implementation() or knows_attention(lm.blocks)
     if not mixes and not pluggable:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad, silu, softplus
 
+from nla_engine.ops import short_conv
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.triton_module import tl, triton
 
@@ -84,29 +85,14 @@ def convolve_step_reference(
     row: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, slot: torch.Tensor, position: torch.Tensor
 ) -> torch.Tensor:
     """`convolve_step` in plain torch."""
-    before = weight.shape[1] - 1
-    at = position[:, None] + torch.arange(-before, 0, device=row.device)
-    past = kept[slot[:, None], at % before].masked_fill((at < 0)[..., None], 0.0)
-    kept[slot, position % before] = row
-    read = torch.cat([past, row[:, None]], 1).float()
-    return silu((read * weight.float().T).sum(1)).to(row.dtype)
+    return silu(short_conv.step(row, weight, kept, slot, position)).to(row.dtype)
 
 
 def convolve_run(
     row: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, slot: int, start: int
 ) -> torch.Tensor:
     """Consecutive tokens [T, C] of one slot from position `start` on -> x [T, C]. Otherwise as `convolve_step`."""
-    before = weight.shape[1] - 1
-    at = torch.arange(start - before, start, device=row.device)
-    past = kept[slot, at % before].masked_fill((at < 0)[:, None], 0.0)
-    read = torch.cat([past, row])
-    count = min(before, len(row))
-    last = torch.arange(start + len(row) - count, start + len(row), device=row.device)
-    kept[slot, last % before] = row[-count:]
-    wide = weight.float()
-    total = sum(read[j : j + len(row)].float() * wide[:, j] for j in range(before + 1))
-    assert isinstance(total, torch.Tensor)
-    return silu(total).to(row.dtype)
+    return silu(short_conv.run(row, weight, kept, slot, start)).to(row.dtype)
 
 
 def delta_reference(

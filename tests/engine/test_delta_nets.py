@@ -1,5 +1,5 @@
-"""Hybrids of gated delta nets and attention in the engine, against plain transformers, one sequence at a time: states
-of slots that are refilled, shared, copied and lost, and prompts that are read in several passes."""
+"""Hybrids of attention and gated delta nets or short convolutions in the engine, against plain transformers, one
+sequence at a time: states of slots that are refilled, shared, copied and lost, and prompts read in several passes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from family_runs import check_rows, drawn, family_model, in_slots
+from small_families import shrunk
+from tiny import byte_tokenizer
 
 from nla_engine.engine.delta import EngineDelta, of_like_length
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
+from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_shapes
-from nla_engine.models.load import LanguageModel
+from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.ops.backends import Kernels
 
-FAMILIES = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+DELTA = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+FAMILIES = [*DELTA, "Lfm2Config", "Lfm3Config"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -28,7 +33,9 @@ def model(name: str) -> LanguageModel:
 
 
 def held(runner: Runner) -> None:
-    assert isinstance(runner.lm.blocks[0].linear_attn.forward, EngineDelta)
+    first = runner.lm.blocks[0]
+    mixer = first.linear_attn if hasattr(first, "linear_attn") else first.conv
+    assert isinstance(mixer.forward, EngineDelta | EngineShortConv)
 
 
 run = partial(in_slots, inside=held)
@@ -42,6 +49,20 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
     found, _ = run(lm, asked, passed=passed, prefix=prefix)
     assert len(found) == len(asked)
     check_rows(lm, found, prefix)
+
+
+def test_a_convolution_with_a_bias(rng: np.random.Generator) -> None:
+    config = shrunk(transformers.Lfm2Config)
+    config.conv_bias = True
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in whole.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    lm = wrap_model(whole, byte_tokenizer(), name="LFM2")
+    assert lm.blocks[0].conv.conv.bias is not None
+    found, _ = run(lm, drawn(rng, (1, 9, 3, 17), (5, 4, 8, 3)), passed=5)
+    check_rows(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -60,7 +81,7 @@ def test_samples_of_one_prompt_go_on_from_its_state(name: str, rng: np.random.Ge
     check_rows(lm, found)
 
 
-@pytest.mark.parametrize("name", FAMILIES[:2])
+@pytest.mark.parametrize("name", [*DELTA[:2], "Lfm2Config"])
 def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Generator) -> None:
     lm = model(name)
     asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
@@ -69,7 +90,7 @@ def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Gener
     check_rows(lm, found)
 
 
-@pytest.mark.parametrize("name", FAMILIES[:1])
+@pytest.mark.parametrize("name", DELTA[:1])
 def test_states_count_as_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model(name)
     shapes = state_shapes(lm)

@@ -65,10 +65,17 @@ def some_slopes(
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 32), (7, 1, 64)])
-@pytest.mark.parametrize(("prefix", "window"), [(0, 0), (310, 0), (70, 9)])
 @pytest.mark.parametrize(
-    ("rounded", "coarse"), [(None, False), *((each, c) for each in ROUNDED for c in (False, True))]
+    ("heads", "groups", "size", "prefix", "window", "rounded", "coarse"),
+    [
+        (4, 4, 32, 0, 0, None, False),
+        (7, 1, 64, 310, 9, None, False),
+        *(
+            (*shape, rounded, coarse)
+            for rounded in ROUNDED
+            for shape, coarse in (((7, 1, 64, 310, 0), False), ((4, 4, 32, 70, 0), True))
+        ),
+    ],
 )
 def test_attention_with_slopes(
     rng,
@@ -150,10 +157,9 @@ def test_attention_in_small_parts(
     ("prefix", "window", "softcap", "sunk", "sloped"),
     [
         (0, 0, 0.0, False, False),
-        (13, 0, 0.0, True, False),
+        (13, 0, 0.0, True, True),
         (0, 80, 20.0, False, True),
         (70, 40, 0.0, True, False),
-        (13, 0, 0.0, False, True),
     ],
 )
 def test_attention_over_divided_sequences(
