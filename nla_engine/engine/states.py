@@ -1,5 +1,5 @@
 """What blocks keep of a sequence besides keys and values, for every slot: the state of a gated delta rule (Qwen3-Next,
-Qwen3.5), and the last rows of the convolution before it, or of one that stands alone (LFM2)."""
+Qwen3.5, OLMo-Hybrid), and the last rows of the convolution before it, or of one that stands alone (LFM2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import torch
 from nla_engine.ops.delta import DeltaShape
 
 #: Classes of modules whose arithmetic is that of `ops.delta`.
-_KNOWN = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+_KNOWN = (
+    "Qwen3NextGatedDeltaNet",
+    "Qwen3_5GatedDeltaNet",
+    "Qwen3_5MoeGatedDeltaNet",
+    "OlmoHybridGatedDeltaNet",
+)
 
 
 def delta_module(block: Any) -> Any:
@@ -20,8 +25,13 @@ def delta_module(block: Any) -> Any:
     if type(module).__name__ not in _KNOWN:
         return None
     known = module.conv1d.bias is None and module.activation == "silu" and module.conv_kernel_size > 1
-    known &= hasattr(module.norm, "variance_epsilon")
+    known &= hasattr(delta_ends(module)[0], "variance_epsilon")
     return module if known else None
+
+
+def delta_ends(module: Any) -> tuple[Any, Any]:
+    """The gated norm and the last product of a module that mixes tokens by a gated delta rule."""
+    return (module.o_norm, module.o_proj) if hasattr(module, "o_norm") else (module.norm, module.out_proj)
 
 
 def delta_shape(module: Any) -> DeltaShape:
@@ -32,6 +42,7 @@ def delta_shape(module: Any) -> DeltaShape:
         module.head_k_dim,
         module.head_v_dim,
         module.conv_kernel_size,
+        2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
     )
 
 

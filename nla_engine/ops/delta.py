@@ -3,7 +3,7 @@
     x_t = silu(sum_j w[j] row_{t - k + 1 + j})        row at negative positions is 0; per channel
     q, k, v = split(x);  q, k = q / |q|, k / |k| per head;  q = q / sqrt(dk)
     S_t = exp(g_t) S_{t-1};  S_t += k_t (beta_t (v_t - k_t S_t))^T;  o_t = q_t S_t
-    g = -exp(A_log) softplus(a + dt_bias),  beta = sigmoid(b)
+    g = -exp(A_log) softplus(a + dt_bias),  beta = most sigmoid(b)
 
 A state S is float32 [dk, dv] per value head; a key head serves Hv / Hk value heads. Of the convolution the last k - 1
 rows of each slot are kept, that of position p at p % (k - 1). float32 inside, rounded once. Yang, Kautz and
@@ -30,13 +30,14 @@ _CHANNELS = 512
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Hk key heads of dk channels, Hv value heads of dv; taps of the convolution."""
+    """Hk key heads of dk channels, Hv value heads of dv; taps of the convolution; most: what beta stays below."""
 
     key_heads: int
     value_heads: int
     key_size: int
     value_size: int
     taps: int
+    most: float = 1.0
 
     @property
     def channels(self) -> int:
@@ -64,10 +65,10 @@ class DeltaShape:
 
 
 def gates(
-    a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor, most: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """g and beta of a, b [..., Hv] and a_log, dt_bias [Hv], in float32."""
-    return -a_log.float().exp() * softplus(a.float() + dt_bias.float()), b.float().sigmoid()
+    return -a_log.float().exp() * softplus(a.float() + dt_bias.float()), b.float().sigmoid() * most
 
 
 def convolve_step(
@@ -176,7 +177,7 @@ def delta_step_reference(
     shape: DeltaShape,
 ) -> torch.Tensor:
     """`delta_step` in plain torch."""
-    g, beta = gates(a, b, a_log, dt_bias)
+    g, beta = gates(a, b, a_log, dt_bias, shape.most)
     q, k, v = shape.split(x[:, None])
     out, new = delta_reference(q, k, v, g[:, None], beta[:, None], states[slot])
     states[slot] = new
@@ -238,6 +239,7 @@ def delta_step_triton(
         BLOCK_K=triton.next_power_of_2(shape.key_size),
         BLOCK_V=block,
         EPS=_EPS,
+        MOST=shape.most,
         num_warps=4,
     )
     return out
@@ -293,6 +295,7 @@ def _delta_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     EPS: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """One program: a token, a value head and some of its channels."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -315,6 +318,8 @@ def _delta_kernel(
     step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))  # softplus
     decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * step)
     beta = 1.0 / (1.0 + tl.exp(-tl.load(b + token * b_token + head).to(tl.float32)))
+    if MOST != 1.0:
+        beta *= MOST
 
     state = state * decay
     new = (v - tl.sum(state * k[:, None], 0)) * beta

@@ -21,7 +21,7 @@ from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_sha
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.ops.backends import Kernels
 
-DELTA = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+DELTA = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "OlmoHybridConfig"]
 FAMILIES = [*DELTA, "Lfm2Config", "Lfm3Config"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 

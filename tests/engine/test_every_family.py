@@ -26,6 +26,7 @@ KINDS = {
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone
     "Qwen3_5TextConfig": "fast",  # a hybrid of gated DeltaNet and attention
+    "OlmoHybridConfig": "fast",  # the same, which may flip its state
     "Lfm2Config": "fast",  # a hybrid of short convolutions and attention
     "Gemma4TextConfig": "library",  # head sizes by block
     "RecurrentGemmaConfig": "library",  # a hybrid with windows

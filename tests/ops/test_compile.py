@@ -95,6 +95,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             "BLOCK_K": 128,
             "BLOCK_V": 32,
             "EPS": 1e-6,
+            "MOST": 2.0,
         },
         4,
     ),
