@@ -51,6 +51,16 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
     check_rows(lm, found, prefix)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_gpu(name: str, rng: np.random.Generator) -> None:
+    """With decode steps in graphs."""
+    lm, prefix = model(name), tuple(rng.integers(3, 250, 7).tolist())
+    lm.move(torch.device("cuda", 0))
+    found, _ = run(lm, drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1)), prefix=prefix)
+    check_rows(lm, found, prefix)
+
+
 def test_a_convolution_with_a_bias(rng: np.random.Generator) -> None:
     config = shrunk(transformers.Lfm2Config)
     config.conv_bias = True

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from nla_engine.engine.choose import open_runner
 from nla_engine.engine.library import Library
 from nla_engine.engine.runner import Runner
 from nla_engine.errors import UnsupportedModel
-from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.implementation import attend_by
+from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.ops.attention import attend_torch
 from nla_engine.ops.backends import Kernels
 
@@ -124,6 +126,19 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
     check_rows(lm, found, prefix)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name: str, rng: np.random.Generator) -> None:
+    """With decode steps in graphs."""
+    lm, prefix = model(name), tuple(rng.integers(3, 250, 7).tolist())
+    lm.move(torch.device("cuda", 0))
+    graphable: list[bool] = []
+    asked = drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1))
+    found, _ = in_slots(lm, asked, prefix=prefix, inside=lambda runner: graphable.append(runner.graphable))
+    assert graphable == [True]
+    check_rows(lm, found, prefix)
+
+
 @pytest.mark.parametrize("name", ["Falcon-RW", "BLOOM", "MPT", "GPT-Neo"])
 def test_far_from_the_beginning(name: str, rng: np.random.Generator) -> None:
     """Where Falcon's biases, which it rounds to bfloat16, are not linear."""
@@ -139,6 +154,22 @@ def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Gener
     found, stepped_back = in_slots(lm, asked, slots=4, blocks=12, block=4, kernels=Kernels("fused"))
     assert stepped_back > 0 and len(found) == 4
     check_rows(lm, found)
+
+
+@torch.inference_mode()
+def test_a_checkpoint_of_falcon_adds_its_biases_once(tmp_path: Path) -> None:
+    """As transformers does by default; its eager attention adds them in the mask and in the scores."""
+    model("Falcon-RW").model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.arange(3, 43)[None]
+    lm = load_model(tmp_path, device="cpu", dtype="float32")
+    attend_by(lm.model, "eager")
+    default, eager = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how)(ids).logits
+        for how in ({}, {"attn_implementation": "eager"})
+    )
+    torch.testing.assert_close(lm.model(ids).logits, default)
+    assert not torch.allclose(eager, default, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
