@@ -114,6 +114,11 @@ class Patcher:
 
         ids: int [t]; positions: int64 [n], where random vectors of these norms enter; longest: sequence of the run
         """
+        if not type(self.lm.model)._can_set_attn_implementation():
+            raise EngineError(
+                f"{self.lm.name}: {type(self.lm.model).__name__} computes its attention itself, so its sequences "
+                "cannot be patched: this architecture is not supported"
+            )
         kept = np.flatnonzero(positions < _CHECKED_TOKENS)
         kept = (
             kept[np.unique(np.linspace(0, len(kept) - 1, _CHECKED).round().astype(int))]
