@@ -29,7 +29,7 @@ from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
 from nla_engine.models.decoder import block_output, values
-from nla_engine.models.implementation import attend_by
+from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
@@ -352,7 +352,7 @@ def check_shape(lm: LanguageModel) -> None:
     mixes = any(
         kept_shape(block) is not None for block in lm.blocks
     )  # its other blocks attend through ours too
-    pluggable = type(lm.model)._can_set_attn_implementation() or knows_attention(lm.blocks)
+    pluggable = is_pluggable(lm.model) or knows_attention(lm.blocks)
     if not mixes and not pluggable:
         why = "has no pluggable attention"
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):

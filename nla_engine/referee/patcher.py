@@ -17,7 +17,7 @@ from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
-from nla_engine.models.implementation import attend_by
+from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.load import LanguageModel
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
@@ -114,7 +114,7 @@ class Patcher:
 
         ids: int [t]; positions: int64 [n], where random vectors of these norms enter; longest: sequence of the run
         """
-        if not type(self.lm.model)._can_set_attn_implementation():
+        if not is_pluggable(self.lm.model):
             raise EngineError(
                 f"{self.lm.name}: {type(self.lm.model).__name__} computes its attention itself, so its sequences "
                 "cannot be patched: this architecture is not supported"

@@ -21,6 +21,7 @@ KINDS = {
     "FalconConfig": "fast",  # one key/value head, parallel blocks
     "GPTNeoConfig": "fast",  # windows that only its attention knows
     "StableLmConfig": "fast",  # no attention backend, by its own account
+    "GotOcr2Config": "fast",  # only what sees its images has attention that is not pluggable
     "XGLMConfig": "library",  # attention that is not pluggable
     "DeepseekV3Config": "library",  # compressed keys (MLA)
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
