@@ -23,7 +23,7 @@ from nla_engine.engine.attention import Pass
 from nla_engine.engine.choose import open_runner
 from nla_engine.engine.library import Library
 from nla_engine.engine.runner import Runner
-from nla_engine.errors import UnsupportedModel
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel, load_model, wrap_model
 from nla_engine.ops.attention import attend_torch
@@ -282,3 +282,10 @@ def test_a_decode_step_reads_nothing_on_the_host(name: str, monkeypatch: pytest.
         three = torch.arange(3)
         with _ReadsNothing():
             runner.decode(three + 9, three, three * 0 + 3, 4)
+
+
+def test_a_stated_length_is_kept() -> None:
+    """MPT's own forward has no biases behind it; BLOOM's has them everywhere."""
+    assert model("MPT").max_length == 512 and not model("BLOOM").states_length
+    with pytest.raises(EngineError, match="longer than its 512 positions"):
+        Runner(model("MPT"), slots=1, length=513)
