@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import yaml
 from tiny import MARKER, byte_tokenizer
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 
@@ -49,7 +50,8 @@ def plain_state(weights: Path, prompt: str, layer: int) -> np.ndarray:
     """float32 [d]: the residual stream behind block `layer` at the last token of a prompt."""
     model = AutoModel.from_pretrained(weights, dtype=torch.float32)
     last: list[torch.Tensor] = []
-    model.layers[layer].register_forward_hook(
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks[layer].register_forward_hook(
         lambda _m, _i, output: last.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.no_grad():

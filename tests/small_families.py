@@ -78,6 +78,7 @@ IDS = {
 #: What a family needs besides, by its configuration.
 MORE: dict[str, dict[str, Any]] = {
     "AfmoeConfig": {"global_attn_every_n_layers": 2},
+    "GPTBigCodeConfig": {"num_key_value_heads": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "OpenAIGPTConfig": {},
     "Mamba2Config": {"num_heads": 8},
@@ -110,6 +111,7 @@ MORE: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     },
     "RwkvConfig": {"attention_hidden_size": 64},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,

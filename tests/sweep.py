@@ -1,11 +1,12 @@
 """Run a small model of every family of causal language models in transformers, and write docs/models.md.
 
-`make sweep`, or with names of configurations, which are run alone and not written. Ends with 1 if a family is refused
-that is not in REFUSED, runs although it is, gives an error of Python, or is wrong.
+`make sweep`, or with names of configurations, whose rows alone are made anew, if the page is of this transformers. Ends
+with 1 if a family is refused that is not in REFUSED, runs although it is, gives an error of Python, or is wrong.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import traceback
@@ -125,6 +126,19 @@ def page(found: dict[str, tuple[str, str]]) -> str:
     )
 
 
+def rows_of_page() -> dict[str, tuple[str, str]]:
+    """What `page` was given. ValueError if that was of another transformers."""
+    text = PAGE.read_text(encoding="utf-8")
+    if f"in transformers {transformers.__version__}, " not in text:
+        raise ValueError(
+            f"{PAGE.name} is not of transformers {transformers.__version__}: sweep over all families"
+        )
+    return {
+        name: (way, why)
+        for name, way, why in re.findall(r"^\| `(.+?)` \| (.+?) \| (.*) \|$", text, re.MULTILINE)
+    }
+
+
 def main(names: list[str]) -> int:
     """Sweep over the named configurations, or all."""
     warnings.filterwarnings("ignore")
@@ -146,8 +160,8 @@ def main(names: list[str]) -> int:
         print(f"{config.__name__:32s} {time.monotonic() - began:5.1f} s  {way} {why}", flush=True)
     if failed:
         print(f"{failed} families are not as they should be; docs/models.md was not written", file=sys.stderr)
-    elif not names:
-        PAGE.write_text(page(found), encoding="utf-8")
+    else:
+        PAGE.write_text(page(rows_of_page() | found if names else found), encoding="utf-8")
     return int(failed > 0)
 
 

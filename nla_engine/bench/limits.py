@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.engine.slots import state_shapes
+from nla_engine.engine.slots import kv_shape, state_shapes
 from nla_engine.models.load import LanguageModel
 
 
@@ -55,8 +55,7 @@ class ModelSize:
     def of(cls, lm: LanguageModel) -> ModelSize:
         """Counted from the model's parameters. The embedding is left out, since it is a look-up; a tied head is not."""
         config = lm.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, head_size = kv_shape(config)
         blocks, states = len(lm.blocks), state_shapes(lm)
         token = 2 * heads * head_size * lm.dtype.itemsize  # of one block
         kinds = getattr(config, "layer_types", None) or ()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nla_engine.errors import StoreError
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
 from nla_engine.ops.likelihood import likelihood
@@ -164,7 +165,7 @@ def _compare(
     sequence = store.sequence(number)
     if sequence.rows.stop == sequence.rows.start:
         return
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None].to(lm.device)
     position = torch.from_numpy(store.column("position")[sequence.rows].astype(np.int64)).to(lm.device)
     outputs, final = _read(lm, places, ids)

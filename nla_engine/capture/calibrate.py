@@ -14,6 +14,7 @@ import torch
 
 from nla_engine.codec.rows import SINK_FACTOR, Codec, bf16_values, describe_errors, relative_errors
 from nla_engine.errors import EngineError
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import find_places
 from nla_engine.models.prompt_set import PromptSet
@@ -97,7 +98,7 @@ def _read(
     rows: dict[Site, list[np.ndarray]] = {layer: [] for layer in layers}
     places = find_places(lm, layers)
     cut = lm.truncated(max(site.layer for site in layers))
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     done, total = 0, sum(map(len, sample))
 
     def keep(layer: Site) -> Callable[[torch.Tensor], None]:

@@ -1,5 +1,5 @@
-"""The forward of a gated delta net (Qwen3-Next, Qwen3.5) while the engine runs it: prompts in chunks, decode steps by
-the recurrence, with a state per slot.
+"""The forward of a gated delta net (Qwen3-Next, Qwen3.5, OLMo-Hybrid) while the engine runs it: prompts in chunks,
+decode steps by the recurrence, with a state per slot.
 
 A sequence's first tokens, which follow the shared prefix, always come in a prompt. There its state begins.
 """
@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nla_engine.engine.attention import Pass, current_pass
-from nla_engine.engine.states import States, delta_shape
+from nla_engine.engine.states import States, delta_ends, delta_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.ops import delta
 from nla_engine.ops.attention import Shape
@@ -36,10 +36,10 @@ class EngineDelta:
         row, z, a, b = self._project(hidden_states)
         states = work.cache.states[self.layer]
         out = (self._step if work.runs is None else self._read)(work, states, row, a, b)
-        norm, gate = module.norm, z.reshape(-1, self.shape.value_size)
+        (norm, last), gate = delta_ends(module), z.reshape(-1, self.shape.value_size)
         run = gated_rms_norm_reference if work.reference else gated_rms_norm
         normed = run(out.flatten(0, 1), gate, norm.weight, norm.variance_epsilon)
-        result: torch.Tensor = module.out_proj(normed.view(1, len(row), -1))
+        result: torch.Tensor = last(normed.view(1, len(row), -1))
         return result
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,6 +49,10 @@ class EngineDelta:
             parts = module.in_proj_qkvz(hidden), module.in_proj_ba(hidden)
             q, k, v, z, b, a = (part[0] for part in module.fix_query_key_value_ordering(*parts))
             return torch.cat([part.flatten(1) for part in (q, k, v)], -1), z.flatten(1), a, b
+        if hasattr(module, "g_proj"):  # OLMo-Hybrid, every one by itself
+            names = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
+            q, k, v, z, a, b = (getattr(module, name)(hidden)[0] for name in names)
+            return torch.cat([q, k, v], -1), z, a, b
         layers = (module.in_proj_qkv, module.in_proj_z, module.in_proj_a, module.in_proj_b)
         row, z, a, b = (layer(hidden)[0] for layer in layers)
         return row, z, a, b
@@ -77,7 +81,7 @@ class EngineDelta:
                 for token, count, slot, position in work.runs
             ]
         )
-        parts = (*self.shape.split(x), *delta.gates(a, b, module.A_log, module.dt_bias))
+        parts = (*self.shape.split(x), *delta.gates(a, b, module.A_log, module.dt_bias, self.shape.most))
         out = torch.empty((len(row), *self.shape.state[::2]), dtype=row.dtype, device=row.device)
         for runs in of_like_length(work.runs):
             slots = to_device(np.array([slot for _, _, slot, _ in runs]), row.device)

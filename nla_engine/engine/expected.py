@@ -19,6 +19,7 @@ from torch.func import functional_call
 from nla_engine.engine.families import can_fuse_norm
 from nla_engine.errors import UnsupportedModel
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place
 from nla_engine.sites import EMBEDDINGS, RESID_POST, Site
@@ -84,7 +85,7 @@ def take_sample(lm: LanguageModel, places: Mapping[Site, Place]) -> Sample:
 
     places: of the sites that will be tapped
     """
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     ids = sample_ids(lm)
     calls = _library_calls(lm, ids)
     sample = Sample(ids, calls[0][0])

@@ -32,6 +32,7 @@ from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, UnsupportedModel, first_line
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Take, find_places
@@ -143,7 +144,7 @@ class Library:
 
     def attend(self, implementation: str) -> None:
         """Use this one of transformers' implementations of attention."""
-        self.lm.model.set_attn_implementation(implementation)
+        attend_by(self.lm.model, implementation)
         self.attention = implementation
 
     def __enter__(self) -> Library:
@@ -158,7 +159,7 @@ class Library:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.lm.model.set_attn_implementation("eager")
+        attend_by(self.lm.model, "eager")
 
     @torch.inference_mode()
     def read(self, batch: Batch) -> torch.Tensor:

@@ -18,6 +18,7 @@ from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap
 from nla_engine.errors import EngineError, UnsupportedModel, first_line
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.sites import Site
 
@@ -102,7 +103,7 @@ def _alone(lm: LanguageModel, ids: Sequence[int], *, moved: bool = False) -> lis
         drawn = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)).to(embedded.device)
         return (embedded.float() * (1 + torch.finfo(embedded.dtype).eps / 2 * drawn)).to(embedded.dtype)
 
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     hooks = [
         block.register_forward_hook(lambda _m, _i, out, k=k: outputs.update({k: block_output(out)}))
         for k, block in enumerate(lm.blocks)

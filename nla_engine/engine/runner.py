@@ -19,14 +19,17 @@ from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
+from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
-from nla_engine.engine.states import delta_module
+from nla_engine.engine.states import conv_module, delta_module, kept_shape
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
 from nla_engine.models.decoder import block_output, values
+from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
@@ -98,7 +101,8 @@ class Runner:
             None  # called instead, while it is checked
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._delta: list[Any] = []  # the same of gated delta nets within blocks
+        self._mixers: list[Any] = []  # the same of what keeps states, within blocks
+        self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -122,10 +126,12 @@ class Runner:
         check = SelfCheck(
             self, length, places
         )  # before anything is installed: it runs transformers' own attention
-        self.lm.model.set_attn_implementation(attention.NAME)
-        for module in filter(None, map(delta_module, self.lm.blocks)):
-            module.forward = EngineDelta(module)
-            self._delta.append(module)
+        attend_by(self.lm.model, implementation(self.lm.blocks))
+        self._own = take_attention(self.lm.blocks)
+        for find, kind in ((delta_module, EngineDelta), (conv_module, EngineShortConv)):
+            for module in filter(None, map(find, self.lm.blocks)):
+                module.forward = kind(module)
+                self._mixers.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
@@ -175,12 +181,13 @@ class Runner:
         self.at_close.clear()
         for hook in self._hooks:
             hook.remove()
-        for module in (*self._fused, *self._delta, *self._lone):
+        for module in (*self._fused, *self._mixers, *self._own, *self._lone):
             del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._delta, self._lone, self._norm = [], [], [], [], None
-        self.lm.model.set_attn_implementation("eager")
+        self._hooks, self._fused, self._mixers, self._own, self._lone = [], [], [], [], []
+        self._norm = None
+        attend_by(self.lm.model, "eager")
 
     @property
     def graphable(self) -> bool:
@@ -343,9 +350,10 @@ def check_shape(lm: LanguageModel) -> None:
     """UnsupportedModel unless every block attends, in heads of one number and size, through an attention of ours."""
     why = None
     mixes = any(
-        delta_module(block) is not None for block in lm.blocks
+        kept_shape(block) is not None for block in lm.blocks
     )  # its other blocks attend through ours too
-    if not mixes and not getattr(lm.model, "_supports_attention_backend", False):
+    pluggable = is_pluggable(lm.model) or knows_attention(lm.blocks)
+    if not mixes and not pluggable:
         why = "has no pluggable attention"
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         found = values(lm.config, key)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nla_engine.engine.blocks import Blocks
-from nla_engine.engine.states import States, delta_module, delta_shape
+from nla_engine.engine.states import ConvShape, States, kept_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
 from nla_engine.models.decoder import values
@@ -141,13 +141,17 @@ def kv_shape(config: Any) -> tuple[int, int]:
         for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     )
     queries = queries or 1  # where nothing attends
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's names
+        keys = config.num_kv_heads
+    elif getattr(config, "multi_query", False):
+        keys = 1
     return keys or queries, sizes or width // queries
 
 
-def state_shapes(lm: LanguageModel) -> dict[int, DeltaShape]:
+def state_shapes(lm: LanguageModel) -> dict[int, DeltaShape | ConvShape]:
     """By block, of those that keep a state and no keys and values."""
-    found = {layer: delta_module(block) for layer, block in enumerate(lm.blocks)}
-    return {layer: delta_shape(module) for layer, module in found.items() if module is not None}
+    found = {layer: kept_shape(block) for layer, block in enumerate(lm.blocks)}
+    return {layer: shape for layer, shape in found.items() if shape is not None}
 
 
 class SlotCache:

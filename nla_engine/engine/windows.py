@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from nla_engine.engine.expected import split_call
+from nla_engine.engine.own_attention import knows_attention, own_mask
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.attention import Shape
 
@@ -26,17 +28,19 @@ def masks_of_the_library(lm: LanguageModel, length: int) -> list[torch.Tensor | 
     it makes no mask. The blocks themselves do not run."""
     seen: list[torch.Tensor | None] = []
 
-    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        block = lm.blocks[len(seen)]
+        own = own_mask(block, length)
         hidden, _, kwargs = split_call(args, kwargs)
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask") if own is None else None
         if mask is not None:
             mask = mask[0, 0, -1, :length]
             mask = mask if mask.dtype == torch.bool else mask == 0
-        seen.append(mask)
-        return hidden
+        seen.append(mask if own is None else own)
+        return (hidden,) if knows_attention([block]) else hidden  # these blocks return tuples
 
     implementation = lm.config._attn_implementation
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     for block in lm.blocks:
         block.forward = skip
     try:
@@ -44,5 +48,5 @@ def masks_of_the_library(lm: LanguageModel, length: int) -> list[torch.Tensor | 
     finally:
         for block in lm.blocks:
             del block.forward
-        lm.model.set_attn_implementation(implementation)
+        attend_by(lm.model, implementation)
     return seen

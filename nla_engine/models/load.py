@@ -97,7 +97,8 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Longest sequence that the positions of the model allow, in tokens."""
-        longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        named = (getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        longest = int(next(filter(None, named), 0))
         return longest if longest > 0 else NO_LENGTH
 
     @property

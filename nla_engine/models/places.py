@@ -20,6 +20,7 @@ from torch import nn
 
 from nla_engine.errors import RequestError
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 from nla_engine.sites import ATTN_OUT, EMBEDDINGS, MLP_OUT, RESID_MID, RESID_POST, Site
 
@@ -94,7 +95,7 @@ class _Ran:
 @torch.inference_mode()
 def _inside(lm: LanguageModel, layers: list[int]) -> dict[Site, Place]:
     """The sites inside these blocks, as far as they are there."""
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
     cut = lm.truncated(layers[-1])
     watches = {layer: _Watch(lm.blocks[layer]) for layer in layers}
     ids = torch.arange(min(_TOKENS, lm.max_length), device=lm.device) * 7 % lm.vocab_size

@@ -31,6 +31,7 @@ from nla_engine.models.checkpoint import (
     weight_paths,
 )
 from nla_engine.models.cut import is_behind
+from nla_engine.models.implementation import attend_by
 
 #: Patterns in the names of tensors that have no place in the model, and what they mean.
 _STRAYS = (
@@ -79,6 +80,7 @@ def read_model(
                 **({} if cut is None else {"config": cut}),
             )
         model.to(device)  # buffers, and whatever the hook did not see
+        attend_by(model, "eager")
     except Exception as error:  # the library raises many types for one fault
         raise _explain(directory, device, error) from error
     finally:

@@ -8,9 +8,10 @@ only in how queries are cut into tiles. G: query heads per key/value head, any n
 Gimelshein, arXiv:1805.02867; tiling after Dao et al., arXiv:2205.14135; blocks after Kwon et al., arXiv:2309.06180.
 Every query sees the prefix, so tiles that cross sequences attend to it; a slot's softmax continues from that partial
 result (Juravsky et al., arXiv:2402.05099). A head's sink is a score without a value: a softmax over it and the keys
-gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). Where sequences may be long, or are
-few, a decode step gives each part of a sequence a program of its own, and joins their partial results (Dao et al.,
-"Flash-Decoding", 2023): one long sequence must not hold up the step, nor leave the card idle.
+gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). A head's slope biases its scores by
+the key's position (ALiBi; Press et al., arXiv:2108.12409). Where sequences may be long, or are few, a decode step gives
+each part of a sequence a program of its own, and joins their partial results (Dao et al., "Flash-Decoding", 2023): one
+long sequence must not hold up the step, nor leave the card idle.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nla_engine.ops.tile_sizes import (
     head_width,
     part_for,
 )
-from nla_engine.ops.triton_module import triton
+from nla_engine.ops.triton_module import tl, triton
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,42 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """Biases of scores that grow with the position p of a key, bias = values[h] * p; values: float32 [H], contiguous.
+
+    rounded: the dtype that biases are rounded to, or None; coarse: p is rounded to it as well. A model that rounds them
+    has learned so: from position 256 on, bfloat16 does not tell every key from the next.
+    """
+
+    values: torch.Tensor = field(compare=False, repr=False)
+    rounded: torch.dtype | None = None
+    coarse: bool = False
+
+    def biases(self, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of keys at positions `at`, int64 [L] -> [H, L] in `dtype`, float32 or float64."""
+        if self.rounded is None:
+            return self.values[:, None].to(dtype) * at
+        place = at.to(self.rounded if self.coarse else torch.float32).float()
+        return (self.values[:, None] * place).to(self.rounded).to(dtype)
+
+
+@dataclass(frozen=True)
 class Shape:
     """scale of the scores; window: positions that a query sees, 0 = all; softcap of the scores, 0 = none; sinks: float
-    [H], contiguous, or None. Shapes that differ in the values of their sinks alone are equal."""
+    [H], contiguous, or None; slopes: biases of the scores, or None. Shapes that differ in the values of their sinks or
+    slopes alone are equal."""
 
     scale: float
     window: int = 0
     softcap: float = 0.0
     sinks: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    slopes: Slopes | None = None
     sunk: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sunk", self.sinks is not None)
+        if self.sunk and self.slopes is not None:  # a sink's score is not shifted with the biases of the keys
+            raise ValueError("attention with sinks and slopes: no model is known that has both")
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
@@ -89,7 +114,7 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
         at = torch.arange(end, device=query.device)
         own = at[position:, None]
         seen = (at <= own) & (at > own - shape.window if shape.window else at >= 0)
-        out[rows] = _attend(query[None, rows], keys[None], values[None], seen[None], shape)[0]
+        out[rows] = _attend(query[None, rows], keys[None], values[None], seen[None], shape, at)[0]
     return out
 
 
@@ -106,22 +131,31 @@ def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sha
         seen &= at > tiles.position[:, None] - shape.window
     # A weight of 0 would not remove another sequence's NaN.
     values = values.masked_fill(~seen[:, :, None, None], 0.0)
-    return _attend(query[:, None], keys, values, seen[:, None], shape)[:, 0]
+    return _attend(query[:, None], keys, values, seen[:, None], shape, at)[:, 0]
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, shape: Shape
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    shape: Shape,
+    at: torch.Tensor,
 ) -> torch.Tensor:
-    """query [B, T, H, h], keys and values [B, L, KV, h], seen bool [B, T, L] -> [B, T, H, h]."""
+    """query [B, T, H, h], keys and values [B, L, KV, h] at positions `at` int64 [L], seen bool [B, T, L] ->
+    [B, T, H, h]."""
     batch, length, heads, size = query.shape
     groups = keys.shape[2]
     grouped = query.reshape(batch, length, groups, heads // groups, size)
-    scores = torch.einsum("btkgh,blkh->bkgtl", grouped, keys).float() * shape.scale
+    scores = torch.einsum("btkgh,blkh->bkgtl", grouped, keys)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * shape.scale
     if shape.softcap:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
+    if shape.slopes is not None:
+        scores += shape.slopes.biases(at, scores.dtype).view(groups, -1, 1, len(at))
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)
     if shape.sinks is not None:
-        sinks = shape.sinks.float().view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = shape.sinks.to(scores.dtype).view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1).to(values.dtype)[..., : keys.shape[1]]
     return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, size)
@@ -141,6 +175,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     for tensor in (kv.keys, kv.values, kv.prefix_keys, kv.prefix_values):
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError("keys and values: the channels of a head are not contiguous")
+    rounded = None if shape.slopes is None else shape.slopes.rounded
     options = {
         "GROUP": heads // groups,
         "HEAD": size,
@@ -148,6 +183,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         "WINDOW": shape.window > 0,
         "SOFTCAP": shape.softcap > 0,
         "SINKS": shape.sunk,
+        "ROUND": None if rounded is None else getattr(tl, str(rounded).removeprefix("torch.")),
+        "COARSE": shape.slopes is not None and shape.slopes.coarse,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     itemsize = query.dtype.itemsize
@@ -165,6 +202,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             state[0],
             state[1],
             sinks,
+            shape.slopes and shape.slopes.values,
             tiles.own,
             query.stride(0),
             query.stride(1),
@@ -201,6 +239,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         state[0],
         state[1],
         sinks,
+        shape.slopes and shape.slopes.values,
         part_sums,
         part_state[0],
         part_state[1],

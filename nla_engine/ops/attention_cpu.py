@@ -1,8 +1,8 @@
 """Attention of packed queries on a CPU: torch's fused kernel, over views of the cache wherever a view will do, which is
 where one block holds all that is seen of a slot.
 
-The formula, and the slow reference, are in `ops.attention`. Three cases go to that reference: a soft cap and
-sinks, which the fused kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times
+The formula, and the slow reference, are in `ops.attention`. Four cases go to that reference: a soft cap, sinks and
+slopes, which the fused kernel does not know, and a result that is not finite. A masked key has weight 0, but 0 times
 another sequence's NaN is NaN; the reference leaves such values out.
 """
 
@@ -24,7 +24,7 @@ _IDLE = 2
 
 def attend_cpu(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """query [T, H, h], in float32 or bfloat16 -> [T, H, h]."""
-    if shape.softcap or shape.sunk:
+    if shape.softcap or shape.sunk or shape.slopes:
         return attend_torch(query, kv, tiles, shape)
     out = (_decode if len(tiles.token) == len(query) else _prefill)(query, kv, tiles, shape)
     return out if bool(out.sum().isfinite()) else attend_torch(query, kv, tiles, shape)

@@ -17,6 +17,7 @@ def prefix_kernel(
     sums,  # float32 [T, H]: the sum of weights so far
     biggests,  # float32 [T, H]: the score that weights are relative to
     sinks,  # float [H]; not read unless SINKS
+    slopes,  # float32 [H]; None: the scores have no biases
     positions,  # int64 [T]
     q_token,
     q_head,
@@ -35,6 +36,8 @@ def prefix_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    ROUND: tl.constexpr,  # see `_biases`
+    COARSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What the queries of BLOCK_M rows see of the shared prefix."""
@@ -49,6 +52,7 @@ def prefix_kernel(
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
     own = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
 
+    slope = None if slopes is None else tl.load(slopes + head, mask=mine, other=0.0)
     biggest, total = _begin(sinks, head, mine, BLOCK_M, SINKS)
     acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     k_base = prefix_keys + group * prefix_head
@@ -62,8 +66,9 @@ def prefix_kernel(
         seen = there[None] & mine[:, None]
         if WINDOW:
             seen = seen & (at[None] > own[:, None] - window)
+        biases = None if slopes is None else _biases(slope, at, own, ROUND, COARSE)
         acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
+            block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
         )
 
     flat = token * (tl.num_programs(1) * GROUP) + head
@@ -82,6 +87,7 @@ def attend_kernel(
     sums,  # float32 [T, H]: the same
     biggests,  # float32 [T, H]: the same
     sinks,  # float [H]; not read unless SINKS
+    slopes,  # float32 [H]; None: the scores have no biases
     part_sums,  # float32 [parts, T, H, h], contiguous: what the parts of long sequences give; unused without PART
     part_totals,  # float32 [parts, T, H]: the same
     part_biggests,  # float32 [parts, T, H]: the same
@@ -112,6 +118,8 @@ def attend_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    ROUND: tl.constexpr,  # see `_biases`
+    COARSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What the queries of a tile, or of some of its rows, see of their slot; with PART, of a part of it."""
@@ -141,6 +149,7 @@ def attend_kernel(
     head = group * GROUP + row % GROUP
     q_at = (token + row // GROUP) * q_token + head * q_head
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
+    slope = None if slopes is None else tl.load(slopes + head, mask=mine, other=0.0)
 
     flat = (token + row // GROUP) * (tl.num_programs(1) * GROUP) + head
     out_at = flat[:, None] * HEAD + channel[None]
@@ -174,8 +183,9 @@ def attend_kernel(
         seen = there[None] & (at[None] + prefix_size <= own[:, None])
         if WINDOW:
             seen = seen & (at[None] + prefix_size > own[:, None] - window)
+        biases = None if slopes is None else _biases(slope, at + prefix_size, own, ROUND, COARSE)
         acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP, PRECISION
+            block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
         )
 
     stored = mine
@@ -249,14 +259,31 @@ def _begin(sinks, head, mine, ROWS: tl.constexpr, SINKS: tl.constexpr):
 
 
 @triton.jit
+def _biases(slope, at, own, ROUND: tl.constexpr, COARSE: tl.constexpr):
+    """ALiBi, [M, N]: slope [M] times position `at` [N] of the keys; own: positions [M] of the queries.
+
+    ROUND: the dtype that products are rounded to; COARSE: so are positions. None: neither. A softmax then sees the
+    same from the query, where the numbers are small.
+    """
+    if ROUND is None:
+        return slope[:, None] * (at[None] - own[:, None]).to(tl.float32)
+    place = at.to(tl.float32)
+    if COARSE:
+        place = place.to(ROUND).to(tl.float32)
+    return (slope[:, None] * place[None]).to(ROUND).to(tl.float32)
+
+
+@triton.jit
 def _fold(
-    q, k, v, seen, acc, total, biggest, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+    q, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Add one block of keys [N, h] and values [N, h] to the running softmax of q [M, h]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if SOFTCAP:
         ratio = scores / softcap
         scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * ratio)) - 1.0)  # tanh
+    if biases is not None:
+        scores += biases
     scores = tl.where(seen, scores, -float("inf"))
     largest = tl.maximum(biggest, tl.max(scores, 1))
     safe = tl.where(largest == -float("inf"), 0.0, largest)  # nothing seen yet

@@ -3,7 +3,7 @@
     x_t = silu(sum_j w[j] row_{t - k + 1 + j})        row at negative positions is 0; per channel
     q, k, v = split(x);  q, k = q / |q|, k / |k| per head;  q = q / sqrt(dk)
     S_t = exp(g_t) S_{t-1};  S_t += k_t (beta_t (v_t - k_t S_t))^T;  o_t = q_t S_t
-    g = -exp(A_log) softplus(a + dt_bias),  beta = sigmoid(b)
+    g = -exp(A_log) softplus(a + dt_bias),  beta = most sigmoid(b)
 
 A state S is float32 [dk, dv] per value head; a key head serves Hv / Hk value heads. Of the convolution the last k - 1
 rows of each slot are kept, that of position p at p % (k - 1). float32 inside, rounded once. Yang, Kautz and
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad, silu, softplus
 
+from nla_engine.ops import short_conv
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.triton_module import tl, triton
 
@@ -29,13 +30,14 @@ _CHANNELS = 512
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Hk key heads of dk channels, Hv value heads of dv; taps of the convolution."""
+    """Hk key heads of dk channels, Hv value heads of dv; taps of the convolution; most: what beta stays below."""
 
     key_heads: int
     value_heads: int
     key_size: int
     value_size: int
     taps: int
+    most: float = 1.0
 
     @property
     def channels(self) -> int:
@@ -63,10 +65,10 @@ class DeltaShape:
 
 
 def gates(
-    a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor, most: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """g and beta of a, b [..., Hv] and a_log, dt_bias [Hv], in float32."""
-    return -a_log.float().exp() * softplus(a.float() + dt_bias.float()), b.float().sigmoid()
+    return -a_log.float().exp() * softplus(a.float() + dt_bias.float()), b.float().sigmoid() * most
 
 
 def convolve_step(
@@ -84,29 +86,14 @@ def convolve_step_reference(
     row: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, slot: torch.Tensor, position: torch.Tensor
 ) -> torch.Tensor:
     """`convolve_step` in plain torch."""
-    before = weight.shape[1] - 1
-    at = position[:, None] + torch.arange(-before, 0, device=row.device)
-    past = kept[slot[:, None], at % before].masked_fill((at < 0)[..., None], 0.0)
-    kept[slot, position % before] = row
-    read = torch.cat([past, row[:, None]], 1).float()
-    return silu((read * weight.float().T).sum(1)).to(row.dtype)
+    return silu(short_conv.step(row, weight, kept, slot, position)).to(row.dtype)
 
 
 def convolve_run(
     row: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, slot: int, start: int
 ) -> torch.Tensor:
     """Consecutive tokens [T, C] of one slot from position `start` on -> x [T, C]. Otherwise as `convolve_step`."""
-    before = weight.shape[1] - 1
-    at = torch.arange(start - before, start, device=row.device)
-    past = kept[slot, at % before].masked_fill((at < 0)[:, None], 0.0)
-    read = torch.cat([past, row])
-    count = min(before, len(row))
-    last = torch.arange(start + len(row) - count, start + len(row), device=row.device)
-    kept[slot, last % before] = row[-count:]
-    wide = weight.float()
-    total = sum(read[j : j + len(row)].float() * wide[:, j] for j in range(before + 1))
-    assert isinstance(total, torch.Tensor)
-    return silu(total).to(row.dtype)
+    return silu(short_conv.run(row, weight, kept, slot, start)).to(row.dtype)
 
 
 def delta_reference(
@@ -190,7 +177,7 @@ def delta_step_reference(
     shape: DeltaShape,
 ) -> torch.Tensor:
     """`delta_step` in plain torch."""
-    g, beta = gates(a, b, a_log, dt_bias)
+    g, beta = gates(a, b, a_log, dt_bias, shape.most)
     q, k, v = shape.split(x[:, None])
     out, new = delta_reference(q, k, v, g[:, None], beta[:, None], states[slot])
     states[slot] = new
@@ -252,6 +239,7 @@ def delta_step_triton(
         BLOCK_K=triton.next_power_of_2(shape.key_size),
         BLOCK_V=block,
         EPS=_EPS,
+        MOST=shape.most,
         num_warps=4,
     )
     return out
@@ -307,6 +295,7 @@ def _delta_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     EPS: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """One program: a token, a value head and some of its channels."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -329,6 +318,8 @@ def _delta_kernel(
     step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))  # softplus
     decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * step)
     beta = 1.0 / (1.0 + tl.exp(-tl.load(b + token * b_token + head).to(tl.float32)))
+    if MOST != 1.0:
+        beta *= MOST
 
     state = state * decay
     new = (v - tl.sum(state * k[:, None], 0)) * beta

@@ -17,6 +17,7 @@ from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.load import LanguageModel
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
@@ -40,7 +41,7 @@ class Patcher:
         lm.check_layer(layer)
         self.lm, self.layer = lm, layer
         self._tuples = False  # whether blocks return tuples
-        lm.model.set_attn_implementation(NAME)
+        attend_by(lm.model, NAME)
 
     def __enter__(self) -> Patcher:
         return self
@@ -50,7 +51,7 @@ class Patcher:
 
     def close(self) -> None:
         """Give the model back."""
-        self.lm.model.set_attn_implementation("eager")
+        attend_by(self.lm.model, "eager")
 
     @torch.inference_mode()
     def read(self, sequences: Sequence[np.ndarray]) -> Reading:
@@ -113,6 +114,11 @@ class Patcher:
 
         ids: int [t]; positions: int64 [n], where random vectors of these norms enter; longest: sequence of the run
         """
+        if not is_pluggable(self.lm.model):
+            raise EngineError(
+                f"{self.lm.name}: {type(self.lm.model).__name__} computes its attention itself, so its sequences "
+                "cannot be patched: this architecture is not supported"
+            )
         kept = np.flatnonzero(positions < _CHECKED_TOKENS)
         kept = (
             kept[np.unique(np.linspace(0, len(kept) - 1, _CHECKED).round().astype(int))]
@@ -134,7 +140,7 @@ class Patcher:
                 "this architecture is not supported"
             ) from error
         finally:
-            self.lm.model.set_attn_implementation(NAME)
+            attend_by(self.lm.model, NAME)
 
     def _compare(self, read: Reading, positions: np.ndarray, norms: np.ndarray) -> None:
         drawn = torch.randn(len(positions), self.lm.d_model, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.load import LanguageModel
 
 
@@ -18,7 +19,7 @@ def patched_states(
 
     vector: None leaves the sequence as it is. Attention is transformers' eager one, which the model has afterwards.
     """
-    lm.model.set_attn_implementation("eager")
+    attend_by(lm.model, "eager")
 
     def replace(_module: object, _inputs: object, output: Any) -> Any:
         hidden = block_output(output).clone()

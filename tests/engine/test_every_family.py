@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 from small_families import configurations
-from sweep import PAGE, REFUSED, UNBUILT, family_outcome, model_type
+from sweep import PAGE, REFUSED, UNBUILT, family_outcome, model_type, page, rows_of_page
 
 #: One of each kind: what runs it, and what is peculiar to it.
 KINDS = {
@@ -17,12 +17,18 @@ KINDS = {
     "OPTConfig": "fast",  # learned positions with an offset
     "Gemma2Config": "fast",  # sliding windows, soft caps
     "MixtralConfig": "fast",  # experts
-    "BloomConfig": "library",  # ALiBi
-    "FalconConfig": "library",  # one key/value head
+    "BloomConfig": "fast",  # ALiBi
+    "FalconConfig": "fast",  # one key/value head, parallel blocks
+    "GPTNeoConfig": "fast",  # windows that only its attention knows
+    "StableLmConfig": "fast",  # no attention backend, by its own account
+    "GotOcr2Config": "fast",  # only what sees its images has attention that is not pluggable
+    "XGLMConfig": "library",  # attention that is not pluggable
     "DeepseekV3Config": "library",  # compressed keys (MLA)
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone
     "Qwen3_5TextConfig": "fast",  # a hybrid of gated DeltaNet and attention
+    "OlmoHybridConfig": "fast",  # the same, which may flip its state
+    "Lfm2Config": "fast",  # a hybrid of short convolutions and attention
     "Gemma4TextConfig": "library",  # head sizes by block
     "RecurrentGemmaConfig": "library",  # a hybrid with windows
     "Inkling2LoopTextConfig": "not",  # some blocks run several times
@@ -49,6 +55,15 @@ def test_exceptions_name_families_that_there_are() -> None:
     names = {config.__name__ for config in configurations()}
     missing = (set(REFUSED) | set(UNBUILT)) - names
     assert not missing or transformers.__version__ not in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_is_made_of_its_rows() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}," not in text:
+        with pytest.raises(ValueError, match="is not of transformers"):
+            rows_of_page()
+    else:
+        assert page(rows_of_page()) == text
 
 
 def test_the_page_says_what_the_sweep_found() -> None:

@@ -183,12 +183,12 @@ def test_what_is_read_alone_is_read_in_one_pass(rng: np.random.Generator) -> Non
 
 
 def test_it_is_chosen_where_the_engine_cannot_run_and_said_in_one_line() -> None:
-    lm, said = model("BloomConfig"), list[str]()
+    lm, said = model("XGLMConfig"), list[str]()
     with open_runner(lm, slots=2, length=40, announce=said.append) as runner:
         assert isinstance(runner, Library)
     (line,) = said
     assert line.startswith(
-        "BloomConfig: BloomForCausalLM has no pluggable attention: it runs by transformers' own"
+        "XGLMConfig: XGLMForCausalLM has no pluggable attention: it runs by transformers' own"
     )
     assert "slower" in line and "\n" not in line
     for kernels in ("reference", "fused"):

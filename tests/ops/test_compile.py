@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,6 +95,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             "BLOCK_K": 128,
             "BLOCK_V": 32,
             "EPS": 1e-6,
+            "MOST": 2.0,
         },
         4,
     ),
@@ -178,6 +180,8 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         (attention.prefix_kernel, {}),
         (attention.attend_kernel, {"SHARED": True, "PART": 0}),
         (attention.attend_kernel, {"SHARED": False, "PART": LONG_PART}),
+        (attention.prefix_kernel, {"ROUND": tl.bfloat16, "COARSE": True}),
+        (attention.attend_kernel, {"SHARED": True, "PART": 0, "ROUND": tl.bfloat16}),
         (attention.join_kernel, {"PART": LONG_PART, "BLOCK_P": 32}),
     )
     for kernel, how in kernels:
@@ -185,14 +189,16 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
             "SOFTCAP": False, "SINKS": True, "PRECISION": "tf32" if itemsize == 2 else "ieee",
-            "WINDOW": True, "PREFIX": True, "SIZE": 64, **how,
+            "WINDOW": True, "PREFIX": True, "SIZE": 64, "ROUND": None, "COARSE": False, **how,
         }  # fmt: skip
+        if constants["ROUND"] is None:
+            constants["slopes"] = None  # and with it the biases
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = dict.fromkeys(kernel.arg_names, INT)
         for name in kernel.arg_names:
             if name in ("q", "keys", "values", "prefix_keys", "prefix_values", "out", "sinks"):
                 arguments[name] = f"*{dtype}"
-            elif name in ("partial", "sums", "biggests") or name.startswith("part_"):
+            elif name in ("slopes", "partial", "sums", "biggests") or name.startswith("part_"):
                 arguments[name] = "*fp32"
             elif name.startswith("tile_") or name == "positions":
                 arguments[name] = LONG

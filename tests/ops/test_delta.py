@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 SHAPES = [
     DeltaShape(2, 4, 16, 16, 4),
     DeltaShape(1, 3, 24, 40, 3),
-    DeltaShape(2, 2, 8, 64, 2),
+    DeltaShape(2, 2, 8, 64, 2, 2.0),
     DeltaShape(4, 12, 128, 128, 4),
 ]
 LIMIT = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -76,7 +76,7 @@ def test_chunks_equal_the_recurrence(rng, length: int) -> None:
     k = k / k.norm(dim=-1, keepdim=True)
     v = torch.from_numpy(rng.standard_normal((2, length, 3, 5)))
     g = -torch.from_numpy(rng.exponential(0.5, (2, length, 3)))
-    beta = torch.from_numpy(rng.random((2, length, 3)))
+    beta = 2 * torch.from_numpy(rng.random((2, length, 3)))
     state = torch.from_numpy(rng.standard_normal((2, 3, 8, 5)))
     out, new = delta.delta_chunked(q, k, v, g, beta, state)
     wanted, after = delta.delta_reference(q, k, v, g, beta, state)
@@ -107,13 +107,19 @@ def test_the_rule_is_that_of_transformers(rng, shape: DeltaShape) -> None:
     v = v.unflatten(-1, (-1, shape.value_size))
     g = -a_log.exp() * torch.nn.functional.softplus(a + dt_bias)
     wanted, state = own.torch_recurrent_gated_delta_rule(
-        q, k, v, g=g[None], beta=b.sigmoid()[None], output_final_state=True, use_qk_l2norm_in_kernel=True
+        q,
+        k,
+        v,
+        g=g[None],
+        beta=shape.most * b.sigmoid()[None],
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
     )
     kept, states = torch.full((2, shape.taps - 1, shape.channels), 7.0), torch.zeros(2, *shape.state)
     out, slot = [], torch.tensor([1])
     for start, end in ((0, 2), (2, 3), (3, 17)):
         mixed = delta.convolve_run(row[start:end], weight, kept, 1, start)
-        given = (*shape.split(mixed), *delta.gates(a[start:end], b[start:end], a_log, dt_bias))
+        given = (*shape.split(mixed), *delta.gates(a[start:end], b[start:end], a_log, dt_bias, shape.most))
         part, states[slot] = delta.delta_chunked(*(each[None] for each in given), states[slot])
         out.append(part[0])
     for at in range(17, length):

@@ -16,6 +16,8 @@ from nla_engine.ops.key_values import KeyValues
 
 #: The interpreter multiplies bfloat16 operands of a dot as raw bits, so bfloat16 is for GPUs only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+#: The interpreter cuts off where a GPU rounds to bfloat16.
+ROUNDED = DTYPES[1:]
 
 
 def randn(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,6 +57,66 @@ def test_attention_with_sinks(
     check_attention(rng, dtype, heads, groups, size, prefix, window, 0.0, sinks)
 
 
+def some_slopes(
+    rng, heads: int, rounded: torch.dtype | None = None, coarse: bool = False
+) -> attention.Slopes:
+    """Of both signs."""
+    return attention.Slopes(randn(rng, heads) * 0.5, rounded, coarse)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "prefix", "window", "rounded", "coarse"),
+    [
+        (4, 4, 32, 0, 0, None, False),
+        (7, 1, 64, 310, 9, None, False),
+        *(
+            (*shape, rounded, coarse)
+            for rounded in ROUNDED
+            for shape, coarse in (((7, 1, 64, 310, 0), False), ((4, 4, 32, 70, 0), True))
+        ),
+    ],
+)
+def test_attention_with_slopes(
+    rng,
+    dtype,
+    heads: int,
+    groups: int,
+    size: int,
+    prefix: int,
+    window: int,
+    rounded: torch.dtype | None,
+    coarse: bool,
+) -> None:
+    slopes = some_slopes(rng, heads, rounded, coarse)
+    check_attention(rng, dtype, heads, groups, size, prefix, window, 0.0, slopes=slopes)
+
+
+def test_a_slope_biases_scores_by_the_key_s_position(rng) -> None:
+    """By numpy in float64; rounded biases are those of the table that transformers makes."""
+    keys, values = rng.standard_normal((2, 400, 2, 8))
+    query, slopes = rng.standard_normal((1, 4, 8)), rng.uniform(0.05, 0.9, 4).astype(np.float32)
+    kv, empty = [torch.from_numpy(held)[None] for held in (keys, values)], torch.zeros(0, 2, 8).double()
+    held = KeyValues(*kv, empty, empty, torch.zeros(1, 2, dtype=torch.int32))
+    one, last = torch.tensor([1]), torch.tensor([399])
+    tiles = attention.Tiles(one - 1, one, one - 1, last, last, 16, 400)
+    given, at = torch.from_numpy(slopes), torch.arange(400)
+    tables = {
+        (None, False): given[:, None].double() * at,
+        (torch.bfloat16, False): (given[:, None] * at).bfloat16(),
+        (torch.bfloat16, True): given.bfloat16()[:, None] * at,
+    }
+    for (rounded, coarse), table in tables.items():
+        own = attention.Slopes(given.bfloat16().float() if coarse else given, rounded, coarse)
+        scores = np.einsum("khc,hc->hk", np.repeat(keys, 2, 1), query[0]) * 0.3 + table.double().numpy()
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        wanted = np.einsum("hk,khc->hc", weights / weights.sum(1, keepdims=True), np.repeat(values, 2, 1))
+        for run in (attention.attend_one_each, attention.attend_reference):
+            found = run(torch.from_numpy(query), held, tiles, attention.Shape(0.3, slopes=own))
+            np.testing.assert_allclose(found[0].numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sink_takes_its_part_of_the_weight(rng) -> None:
     """By numpy in float64: the values' weights are exp(score) / (exp(sink) + sum of exp(scores))."""
     keys, values = rng.standard_normal((2, 6, 2, 8))
@@ -89,13 +151,24 @@ def test_attention_in_small_parts(
     check_attention(rng, dtype, heads, groups, 128, prefix, window, 0.0)
 
 
+def test_sinks_and_slopes_are_refused_together() -> None:
+    slopes = attention.Slopes(torch.ones(4), None, False)
+    with pytest.raises(ValueError, match="sinks and slopes"):
+        attention.Shape(0.3, sinks=torch.zeros(4), slopes=slopes)
+
+
 @runs_kernels
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(7, 1, 64), (28, 4, 128), (6, 2, 24)])
 @pytest.mark.parametrize(
-    ("prefix", "window", "softcap", "sunk"),
-    [(0, 0, 0.0, False), (13, 0, 0.0, True), (0, 80, 20.0, False), (70, 70, 0.0, True)],
+    ("prefix", "window", "softcap", "sunk", "sloped"),
+    [
+        (0, 0, 0.0, False, False),
+        (13, 0, 0.0, True, False),
+        (0, 80, 20.0, False, True),
+        (70, 70, 0.0, True, False),
+    ],
 )
 def test_attention_over_divided_sequences(
     rng,
@@ -108,6 +181,7 @@ def test_attention_over_divided_sequences(
     window: int,
     softcap: float,
     sunk: bool,
+    sloped: bool,
     few: bool,
 ) -> None:
     """Sequences of up to 112 places in parts of 64, as they are long or few: one part, two, and two of which a window
@@ -122,7 +196,8 @@ def test_attention_over_divided_sequences(
     joined: list[tuple[int, ...]] = []
     monkeypatch.setattr(attention, "join_kernel", _Counted(attention.join_kernel, joined))
     sinks = randn(rng, heads, dtype=dtype) * 3 if sunk else None
-    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap, sinks)
+    slopes = some_slopes(rng, heads) if sloped else None
+    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap, sinks, slopes)
     assert joined == [(4, heads)]  # where each tile has one query
 
 
@@ -162,13 +237,14 @@ def check_attention(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None = None,
+    slopes: attention.Slopes | None = None,
 ) -> None:
     slots, room = 5, 192
     kv = [randn(rng, *shape, groups, size, dtype=dtype) for shape in ((slots, room),) * 2 + ((prefix,),) * 2]
     kv[0][:, 120:] = float("nan")  # what no query may see
     kv[1][:, 120:] = float("nan")
     kv[0], kv[1], table = paged(rng, 64, kv[0], kv[1])
-    shape = attention.Shape(size**-0.5, window, softcap, sinks)
+    shape = attention.Shape(size**-0.5, window, softcap, sinks, slopes)
     runs = [
         (0, prefix + 0, 3),
         (3, prefix + 110, 1),

@@ -140,6 +140,21 @@ def test_another_attention_than_that_of_transformers_is_refused(
         patcher.check(ids, positions, norms, 30)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", ["BloomConfig", "GPTNeoConfig", "FalconConfig"])
+def test_attention_that_a_module_computes_itself_is_refused(config: str, rng: np.random.Generator) -> None:
+    """Even where no position could be compared."""
+    more = {"attention_types": [[["global", "local"], 2]]} if config == "GPTNeoConfig" else {}
+    lm = language_model(config, num_hidden_layers=4, **more)
+    ids, none = rng.integers(3, 250, 30), np.zeros(0, np.int64)
+    with (
+        Patcher(lm, 0) as patcher,
+        pytest.raises(EngineError, match="computes its attention itself, .* not supported$"),
+    ):
+        patcher.check(ids, none, np.zeros(0, np.float32), 30)
+    assert lm.config._attn_implementation == "eager"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_on_a_gpu(name: str, rng: np.random.Generator, seed: int) -> None:
