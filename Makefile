@@ -52,7 +52,8 @@ test: $(TOOLS)
 	.ci/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-# A small model of every family in transformers; writes docs/models.md. FAMILIES="GPT2Config ..." makes their rows alone.
+# A small model of every family in transformers; writes docs/models.md. FAMILIES="GPT2Config ..." runs these alone and
+# writes their rows.
 sweep: $(TOOLS)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/sweep.py $(FAMILIES)
 

@@ -1,4 +1,5 @@
-"""Tiny random models of every family of causal language models in transformers. The list is transformers' own.
+"""Tiny random models of every family of causal language models in transformers, and of those that see images. The lists
+are transformers' own.
 
 A configuration's defaults are shrunk by what their names mean. Of a list with an entry per block, entries of every kind
 are kept. Windows are shorter than the prompts of the tests, so that they matter.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 BLOCKS = 4
 VOCABULARY = 259
@@ -67,6 +68,8 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_kv_shared_layers",), 0),
     **dict.fromkeys(("index_topk", "original_max_position_embeddings"), 512),
 }
+#: The same of what sees images, or hears. Of what it computes nothing is used.
+SIGHT = {"depth": 2, "embed_dim": 64, "out_hidden_size": 64, "projection_dim": 64}
 #: Ids of special tokens: within the small vocabulary, and none that a prompt or a reply is likely to hold.
 IDS = {
     "bos_token_id": 1,
@@ -79,6 +82,12 @@ IDS = {
 MORE: dict[str, dict[str, Any]] = {
     "AfmoeConfig": {"global_attn_every_n_layers": 2},
     "GPTBigCodeConfig": {"num_key_value_heads": 1},
+    "Gemma4TextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 32,
+    },
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "OpenAIGPTConfig": {},
     "Mamba2Config": {"num_heads": 8},
@@ -104,11 +113,24 @@ MORE: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"] * 2},
     "HunYuanDenseV1Config": {"head_dim": 16},
     "HunYuanMoEV1Config": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "Llama4TextConfig": {"floor_scale": 4, "attn_scale": 0.5},
     "MinistralConfig": {"head_dim": 16},
     "MoshiConfig": {"sliding_window": 300},
     "NemotronConfig": {"head_dim": 16, "num_key_value_heads": 2},
-    "Qwen2_5_VLTextConfig": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    **{
+        name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+        for name in (
+            *("Glm46VTextConfig", "Glm4vTextConfig", "GlmOcrTextConfig", "GlmgaTextConfig"),
+            *("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5_VLTextConfig"),
+        )
+    },
+    "Glm4vMoeTextConfig": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        }
     },
     "RwkvConfig": {"attention_hidden_size": 64},
     "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 2},
@@ -133,6 +155,12 @@ def configurations() -> list[type[Any]]:
     return [found[name] for name in sorted(found)]
 
 
+def seeing() -> list[type[Any]]:
+    """Every configuration of a model that gives text for images and text, and is not among the first, by name."""
+    found = {config.__name__: config for config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+    return [found[name] for name in sorted(found.keys() - {each.__name__ for each in configurations()})]
+
+
 def shrunk(config: type[Any]) -> Any:
     """A small configuration of this class. Raises what the library raises if these sizes do not go together."""
     with warnings.catch_warnings():
@@ -144,18 +172,18 @@ def shrunk(config: type[Any]) -> Any:
             return config(**_changes(whole))
         small = type(text)(**_changes(text))
         others = {
-            key: type(value)(**_changes(value))
+            key: type(value)(**_changes(value, SIGHT))
             for key, value in vars(whole).items()
             if isinstance(value, transformers.PreTrainedConfig) and value is not text
         }
         return config(**{name: small}, **others)
 
 
-def _changes(config: Any) -> dict[str, Any]:
-    """What to construct a small configuration with, given one of the same class with its defaults."""
-    held = vars(config)
+def _changes(config: Any, more: dict[str, int] | None = None) -> dict[str, Any]:
+    """What to construct a small configuration with, given one of the same class. more: other sizes."""
+    held, sizes = vars(config), SIZES | (more or {})
     changes: dict[str, Any] = {
-        key: size for key, size in SIZES.items() if key in held and held[key] is not None
+        key: size for key, size in sizes.items() if key in held and held[key] is not None
     }
     changes |= {key: id_ for key, id_ in IDS.items() if key in held and held[key] is not None}
     for size in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -172,6 +200,11 @@ def _changes(config: Any) -> dict[str, Any]:
         changes["is_decoder"] = True
     if getattr(config, "is_encoder_decoder", False):
         changes["is_encoder_decoder"] = False
+    rope = held.get("rope_parameters") or {}
+    if "mrope_section" in rope:  # a third of what rotates, or nearly, for each of time, height and width
+        half = int(changes.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
+        section = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+        changes["rope_parameters"] = rope | {"mrope_section": section}
     for key in ("moe_layers", "mlp_only_layers", "hybrid_layer_ids", "cross_attention_layers"):
         if key in held and isinstance(held[key], list):
             changes[key] = [1] if key != "cross_attention_layers" else []
@@ -189,13 +222,13 @@ def small_model(config: type[Any], seed: int = 0) -> Any:
     """A float32 model, in evaluation mode, with weights so large that rounding decides nothing."""
     torch.manual_seed(seed)
     given = shrunk(config)
+    text = config in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
     with torch.device("meta"):
-        size = sum(
-            weight.numel() for weight in transformers.AutoModelForCausalLM.from_config(given).parameters()
-        )
+        size = sum(weight.numel() for weight in kind.from_config(given).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} million parameters: not small")
-    model = transformers.AutoModelForCausalLM.from_config(given).float().eval()
+    model = kind.from_config(given).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:

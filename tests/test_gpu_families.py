@@ -1,4 +1,5 @@
-"""Families with sinks and with gated delta nets on a GPU: kernels and CUDA graphs against plain transformers there."""
+"""Families with sinks, gated delta nets, chunks, experts, and blocks that differ, on a GPU: kernels and CUDA graphs
+against plain transformers there."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from family_runs import fault, natural_ends, requests, run
 from small_families import small_model
 from tiny import byte_tokenizer
 
+from nla_engine.engine.experts import host_experts
 from nla_engine.engine.runner import Runner
 from nla_engine.models.load import LanguageModel, wrap_model
 
@@ -25,7 +27,9 @@ def model(name: str, dtype: torch.dtype) -> LanguageModel:
     return wrap_model(made, byte_tokenizer(), name=name)
 
 
-@pytest.mark.parametrize("name", ["GraniteSWAConfig", "Qwen3_5TextConfig"])
+@pytest.mark.parametrize(
+    "name", ["GraniteSWAConfig", "Qwen3_5TextConfig", "Gemma4TextConfig", "Llama4TextConfig", "MixtralConfig"]
+)
 def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None:
     lm = model(name, torch.float32)
     asked = requests(rng)
@@ -40,7 +44,10 @@ def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["GptOssConfig", "GraniteMoeSWAConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"],
+    [
+        *("GptOssConfig", "GraniteMoeSWAConfig", "Qwen3NextConfig", "Qwen3_5TextConfig"),
+        *("Qwen3_5MoeTextConfig", "Gemma4TextConfig", "Llama4TextConfig"),
+    ],
 )
 def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.random.Generator) -> None:
     """The runner's own check holds every block in prompts, decode steps and a graph against transformers."""
@@ -53,3 +60,25 @@ def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.r
     assert way == "fast" and len(found) == len(asked)
     for id_, done in found.items():
         assert done.generated.tolist() == again[id_].generated.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_holds_experts_where_their_product_is_a_kernel(dtype: torch.dtype) -> None:
+    """By torch itself: elsewhere it reads on the host where each expert's tokens end, so nothing can be captured."""
+    lm = model("MixtralConfig", dtype)
+    rows, weight = (
+        torch.randn(8, 64, device="cuda", dtype=dtype),
+        torch.randn(4, 64, 32, device="cuda").to(dtype),
+    )
+    ends = torch.tensor([2, 2, 7, 8], dtype=torch.int32, device="cuda")
+    torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+        captured = True
+    except RuntimeError:
+        captured = False
+    assert host_experts(lm.blocks) is not captured
+    with Runner(lm, slots=2, length=20) as runner:
+        assert runner.graphable is captured

@@ -8,6 +8,7 @@ norms and sampling are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.engine.slots import kv_shape, state_shapes
+from nla_engine.engine.slots import borrowed, own_shapes, state_shapes
 from nla_engine.models.load import LanguageModel
 
 
@@ -34,7 +35,8 @@ class Hardware:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model costs: parameters of one block and of the head, and bytes of keys and values that a token leaves.
+    """What a model costs: parameters of one block and of the head, and bytes of keys and values of a token that the
+    blocks read, each its own or those that it borrows.
 
     windowed_bytes: those of them in blocks that see `window` tokens. state_bytes: that a sequence keeps whatever its
     length. expert_parameters: of all experts of one block. chosen: the part of the experts that a token takes.
@@ -55,27 +57,30 @@ class ModelSize:
     def of(cls, lm: LanguageModel) -> ModelSize:
         """Counted from the model's parameters. The embedding is left out, since it is a look-up; a tied head is not."""
         config = lm.config
-        heads, head_size = kv_shape(config)
-        blocks, states = len(lm.blocks), state_shapes(lm)
-        token = 2 * heads * head_size * lm.dtype.itemsize  # of one block
-        kinds = getattr(config, "layer_types", None) or ()
+        blocks, states, own, lent = len(lm.blocks), state_shapes(lm), own_shapes(lm), borrowed(lm)
+        shapes = own | {layer: own[source] for layer, source in lent.items()}
+        read = {layer: 2 * math.prod(shape) * lm.dtype.itemsize for layer, shape in shapes.items()}
+        kinds = getattr(config, "layer_types", None) or [""] * blocks
         experts = [
             weight.numel()
             for name, weight in lm.blocks.named_parameters()
             if "experts" in name and "shared" not in name
         ]
-        total = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+        total, chosen = (
+            next((value for name in names if (value := getattr(config, name, None))), 1)
+            for names in (("num_local_experts", "num_experts"), ("num_experts_per_tok", "top_k_experts"))
+        )
         return cls(
             blocks=blocks,
             block_parameters=sum(p.numel() for p in lm.blocks.parameters()) / blocks,
             head_parameters=lm.vocab_size * lm.d_model,
-            kv_bytes=(blocks - len(states)) * token,
+            kv_bytes=sum(read.values()),
             itemsize=lm.dtype.itemsize,
-            windowed_bytes=kinds.count("sliding_attention") * token,
+            windowed_bytes=sum(each for layer, each in read.items() if kinds[layer] == "sliding_attention"),
             window=getattr(config, "sliding_window", None) or 0,
             state_bytes=sum(shape.slot_bytes(lm.dtype.itemsize) for shape in states.values()),
             expert_parameters=sum(experts) / blocks,
-            chosen=config.num_experts_per_tok / total if experts else 1.0,
+            chosen=chosen / total if experts else 1.0,
         )
 
     @property

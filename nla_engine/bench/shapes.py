@@ -93,6 +93,7 @@ def _gpt_oss() -> Any:
         num_local_experts=32,
         num_experts_per_tok=4,
         sliding_window=128,
+        max_position_embeddings=131_072,
         tie_word_embeddings=False,
     )
 
@@ -110,7 +111,7 @@ def _qwen_hybrid() -> Any:
         head_dim=256,
         linear_num_key_heads=16,
         linear_num_value_heads=48,
-        max_position_embeddings=32_768,
+        max_position_embeddings=262_144,
         tie_word_embeddings=False,
     )
 

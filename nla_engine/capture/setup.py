@@ -15,6 +15,7 @@ from nla_engine.capture.tap import Choose, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.choose import AnyGenerator, open_generator
+from nla_engine.engine.experts import why_no_graph
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.stopping import StopAutomaton
@@ -53,8 +54,9 @@ class Setup:
         kernels = Kernels(self.options.kernels)
         for line in shortfall(self.lm.device):
             self.announce(line)
-        if not kernels.plain(self.lm.device) and (reason := why_unfused(self.lm.blocks)):
-            self.announce(f"{self.lm.name}: {reason}")
+        if not kernels.plain(self.lm.device):
+            for reason in filter(None, (why_unfused(self.lm.blocks), why_no_graph(self.lm.blocks))):
+                self.announce(f"{self.lm.name}: {reason}")
         while True:
             try:
                 generator = self._try(plan, kernels)

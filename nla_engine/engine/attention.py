@@ -8,7 +8,7 @@ its slot.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +19,17 @@ from transformers import AttentionInterface
 
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.streams import branch_stream
+from nla_engine.engine.temperature import tempered
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.ops.attention import Shape, Tiles, attend, attend_torch, tile_rows
 from nla_engine.ops.attention_cpu import attend_cpu
 
 NAME = "nla_engine"
+
+
+#: The tiles of a pass for so many query heads per key/value head.
+TilesFor = Callable[[int], Tiles]
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Wanted:
 
     layer: int
     token: torch.Tensor
-    tiles: Tiles
+    tiles: TilesFor
 
 
 @dataclass
@@ -44,15 +49,15 @@ class Pass:
 
     reference: use plain torch on every device. wanted: None if every block computes every token. entering: where
     vectors enter, as `Injector.inject` takes it; None: nowhere. shapes: how each layer attended; each must attend
-    exactly once. runs: of a prefill, of one slot each: first token, how many, slot, position; None: a decode step.
-    branch: the stream of work started in `beside`, until `join`. held: what that work reads, which must
-    not be freed before: the memory would be used again.
+    exactly once. stored: the keys of blocks from which others borrow. runs: of a prefill, of one slot each: first
+    token, how many, slot, position; None: a decode step. branch: the stream of work started in `beside`, until `join`.
+    held: what that work reads, which must not be freed before: the memory would be used again.
     """
 
     cache: SlotCache
     slot: torch.Tensor
     position: torch.Tensor
-    tiles: Tiles
+    tiles: TilesFor
     reference: bool
     wanted: Wanted | None = None
     entering: torch.Tensor | None = None
@@ -61,6 +66,7 @@ class Pass:
     held: list[torch.Tensor] = field(default_factory=list)
     place: torch.Tensor = field(init=False)
     shapes: dict[int, Shape] = field(default_factory=dict)
+    stored: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.place = self.position - self.cache.prefix_size
@@ -107,9 +113,21 @@ class Pass:
             return self.attend(query, layer, shape), x
         return self._attend(query[wanted.token], wanted.tiles, layer, shape), x[wanted.token]
 
-    def _attend(self, query: torch.Tensor, tiles: Tiles, layer: int, shape: Shape) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, tiles: TilesFor, layer: int, shape: Shape) -> torch.Tensor:
         run = attend_cpu if query.device.type == "cpu" else attend_torch if self.reference else attend
-        return run(query, self.cache.layer(layer), tiles, shape)
+        kv = self.cache.layer(layer)
+        return run(query, kv, tiles(query.shape[1] // kv.keys.shape[2]), shape)
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep keys and values [T, KV, h] of a layer. UnsupportedModel if it should borrow them, and has others."""
+        if (source := self.cache.borrowed.get(layer)) is None:
+            self.cache.write(layer, self.slot, self.place, key, value)
+            if layer in self.cache.borrowed.values():
+                self.stored[layer] = key
+        elif source not in self.stored or self.stored[source].data_ptr() != key.data_ptr():
+            raise UnsupportedModel(
+                f"block {layer} attends to other keys than those of block {source}: this architecture is not supported"
+            )
 
 
 def decode_tiles(slot: torch.Tensor, position: torch.Tensor, group: int, longest: int) -> Tiles:
@@ -206,19 +224,29 @@ def slot_attention(
             "this architecture is not supported"
         )
     layer = module.layer_idx
-    wanted, room = key.shape[1::2], work.cache.keys.shape[3:]
+    wanted, room = key.shape[1::2], work.cache.layer(layer).keys.shape[2:]
     if wanted != room or value.shape != key.shape:
         raise UnsupportedModel(
             f"{type(module).__name__}: keys {tuple(wanted)} and values {tuple(value.shape[1::2])} (heads, head size) "
             f"are not the {tuple(room)} of its configuration: this architecture is not supported"
         )
-    if sliding_window is None:
+    window, chunked = _chunk(module) if sliding_window is None else (sliding_window, False)
+    if not window and sliding_window is None:
         _check_no_window(module, work.cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    shape = Shape(scale, sliding_window or 0, softcap or 0.0, s_aux)
+    shape = Shape(scale, window, softcap or 0.0, s_aux, chunked=chunked)
     work.enter(layer, shape)
-    work.cache.write(layer, work.slot, work.place, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    query = tempered(module, query, work.position)
+    work.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     return work.attend(query[0].transpose(0, 1), layer, shape)[None], None
+
+
+def _chunk(module: Any) -> tuple[int, bool]:
+    """The size of a layer's chunks, and True; (0, False): it has none. Only the mask of such a layer knows of them."""
+    kinds = getattr(module.config, "layer_types", None) or ()
+    size = int(getattr(module.config, "attention_chunk_size", None) or 0)
+    chunked = size > 0 and "chunked_attention" in kinds[module.layer_idx : module.layer_idx + 1]
+    return (size, True) if chunked else (0, False)
 
 
 def _check_no_window(module: Any, cache: SlotCache) -> None:

@@ -7,8 +7,10 @@ in text.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +93,7 @@ def take_sample(lm: LanguageModel, places: Mapping[Site, Place]) -> Sample:
     sample = Sample(ids, calls[0][0])
     inside = {site: place for site, place in places.items() if site.part not in (RESID_POST, EMBEDDINGS)}
     shown: dict[Site, list[torch.Tensor]] = {site: [] for site in inside}
+    twins: Twins = {}
     with ExitStack() as hooks:
         for site, place in inside.items():
             hooks.callback(place.watch(_keeper(shown[site], ids)).remove)
@@ -98,7 +101,9 @@ def take_sample(lm: LanguageModel, places: Mapping[Site, Place]) -> Sample:
             read = _rescaled(hidden)
             own = block_output(part(read, *args, **kwargs))
             wide = (
-                own if own.dtype == torch.float32 else block_output(_in_float32(part, (read, *args), kwargs))
+                own
+                if own.dtype == torch.float32
+                else block_output(_in_float32(part, (read, *args), kwargs, twins))
             )
             sample.inputs.append(read)
             sample.judge_by(read, own, wide, wide - read.float())
@@ -175,18 +180,28 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
-def _in_float32(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+#: By the id of a mapping among the arguments of blocks, its twin in float32. There is one for all blocks: a block may
+#: leave keys and values in the mapping that a later block reads.
+Twins = dict[int, Any]
+
+
+def _in_float32(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], twins: Twins) -> Any:
     """part(*args, **kwargs) with weights and arguments in float32."""
-    weights = {name: _to_float32(value) for name, value in [*part.named_parameters(), *part.named_buffers()]}
-    return functional_call(part, weights, _to_float32(args), _to_float32(kwargs))
+    named = [*part.named_parameters(), *part.named_buffers()]
+    weights = {name: _to_float32(value, twins) for name, value in named}
+    return functional_call(part, weights, _to_float32(args, twins), _to_float32(kwargs, twins))
 
 
-def _to_float32(value: Any) -> Any:
+def _to_float32(value: Any, twins: Twins) -> Any:
     """A nested argument with every floating-point tensor in float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple):
-        return tuple(_to_float32(each) for each in value)
-    if isinstance(value, dict):
-        return {key: _to_float32(each) for key, each in value.items()}
+        return tuple(_to_float32(each, twins) for each in value)
+    if isinstance(value, dict | UserDict):
+        if id(value) not in twins:
+            twins[id(value)] = twin = copy(value)
+            for key, each in value.items():
+                twin[key] = _to_float32(each, twins)
+        return twins[id(value)]
     return value

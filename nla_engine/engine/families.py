@@ -65,6 +65,7 @@ NORMS = {
 #: The same of norms that stand in blocks without a record.
 LONE_NORMS = {
     "GptOssRMSNorm": NormClass(),
+    **dict.fromkeys(("Gemma4RMSNorm", "Gemma4UnifiedRMSNorm", "Llama4TextRMSNorm"), NormClass(eps="eps")),
     **dict.fromkeys(
         ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"), NormClass(offset=1.0, eps="eps")
     ),
@@ -146,8 +147,9 @@ def can_fuse_norm(norm: Any) -> bool:
 
 
 def lone_norms(blocks: nn.Module) -> list[Any]:
-    """The norms in some blocks whose class is in LONE_NORMS."""
-    return [module for module in blocks.modules() if type(module).__name__ in LONE_NORMS]
+    """The norms in some blocks whose class is in LONE_NORMS, and that have a weight."""
+    known = (module for module in blocks.modules() if type(module).__name__ in LONE_NORMS)
+    return [module for module in known if hasattr(module, "weight")]
 
 
 def norm_facts(norm: Any) -> NormFacts:

@@ -28,6 +28,7 @@ from transformers import (
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import check_rotation
+from nla_engine.engine.slots import borrowed
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, UnsupportedModel, first_line
@@ -180,6 +181,8 @@ class Library:
             max_new_tokens=steps, do_sample=False, use_cache=True, disable_compile=True
         )
         work = _LockStep(self, batch, state, how, each)
+        # Asked for the logits of the last token as a number, blocks that borrow keys would run for that token alone.
+        last = {"logits_to_keep": torch.tensor([-1], device=self.device)} if borrowed(self.lm) else {}
         # A generation config is completed by the model's own, which may penalise, force or end.
         with (
             self._running(batch, state.active),
@@ -190,6 +193,7 @@ class Library:
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([work]),
                 stopping_criteria=StoppingCriteriaList([_AllEnded(batch, state)]),
+                **last,
             )
 
     @contextmanager

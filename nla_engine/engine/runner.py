@@ -8,14 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from nla_engine.engine import attention
-from nla_engine.engine.attention import Pass, Wanted
+from nla_engine.engine.attention import Pass, TilesFor, Wanted
 from nla_engine.engine.delta import EngineDelta
+from nla_engine.engine.experts import host_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
@@ -26,6 +28,7 @@ from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
 from nla_engine.engine.states import conv_module, delta_module, kept_shape
 from nla_engine.engine.tap import NoTap, Tap
+from nla_engine.engine.temperature import temper, untemper
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
 from nla_engine.models.decoder import block_output, values
@@ -33,7 +36,6 @@ from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
-from nla_engine.ops.attention import Tiles
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
 from nla_engine.sites import EMBEDDINGS, MLP_OUT, RESID_POST, Site
@@ -93,7 +95,6 @@ class Runner:
         self.reference = kernels.plain(lm.device)
         self.cache = SlotCache(lm, slots, length, len(prefix), blocks, block)
         self.injector = Injector(injection, slots, vectors, lm.d_model, lm.device)
-        self.group = int(lm.config.num_attention_heads) // self.cache.keys.shape[3]
         self._pass: Pass | None = None
         self.tap = tap
         self._tapped = False  # until the model has been checked
@@ -104,6 +105,7 @@ class Runner:
         self._mixers: list[Any] = []  # the same of what keeps states, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
+        self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
         self._narrows = False  # whether the last block continues with the wanted tokens only
@@ -128,6 +130,7 @@ class Runner:
         )  # before anything is installed: it runs transformers' own attention
         attend_by(self.lm.model, implementation(self.lm.blocks))
         self._own = take_attention(self.lm.blocks)
+        self._untempered = untemper(self.lm.blocks)
         for find, kind in ((delta_module, EngineDelta), (conv_module, EngineShortConv)):
             for module in filter(None, map(find, self.lm.blocks)):
                 module.forward = kind(module)
@@ -185,14 +188,21 @@ class Runner:
             del module.forward
         if self._norm is not None:
             del self._norm.forward
+        temper(self._untempered)
         self._hooks, self._fused, self._mixers, self._own, self._lone = [], [], [], [], []
-        self._norm = None
+        self._untempered, self._norm = [], None
         attend_by(self.lm.model, "eager")
+
+    @cached_property
+    def _host_experts(self) -> bool:
+        return host_experts(self.lm.blocks)
 
     @property
     def graphable(self) -> bool:
         """Whether a decode step reads nothing on the host, so that a CUDA graph can hold it."""
         if self.device.type != "cuda" or self.reference:
+            return False
+        if self._host_experts:
             return False
         return not any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
 
@@ -282,7 +292,7 @@ class Runner:
         if wanted is not None and not 0 < len(wanted) <= len(ids):
             raise EngineError(f"states of {len(wanted)} tokens are asked for, of a pass of {len(ids)}")
         packed = to_device(np.stack([ids, np.repeat(slot, length), positions]), self.device)
-        tiles = attention.prefill_tiles(runs, self.group, packed[2])
+        tiles = cache(lambda group: attention.prefill_tiles(runs, group, packed[2]))
         token = None if wanted is None else to_device(np.array(wanted, np.int64), self.device)
         vectors = to_device(np.array(entering, np.int64).T.copy(), self.device) if entering else None
         first = np.cumsum(length) - length
@@ -297,7 +307,7 @@ class Runner:
 
         longest: an upper bound on position + 1. A tight one is faster where attention is plain torch.
         """
-        tiles = attention.decode_tiles(slot, position, self.group, longest)
+        tiles = cache(lambda group: attention.decode_tiles(slot, position, group, longest))
         return self._forward(ids, slot, position, tiles)
 
     def _forward(
@@ -305,7 +315,7 @@ class Runner:
         ids: torch.Tensor,
         slot: torch.Tensor,
         position: torch.Tensor,
-        tiles: Tiles,
+        tiles: TilesFor,
         entering: torch.Tensor | None = None,
         token: torch.Tensor | None = None,
         runs: list[tuple[int, int, int, int]] | None = None,
@@ -316,8 +326,12 @@ class Runner:
             raise EngineError("ids, slot and position of a pass are contiguous: kernels read them by number")
         work = Pass(self.cache, slot, position, tiles, self.reference, entering=entering, runs=runs)
         if token is not None and self._narrows:
-            own = attention.decode_tiles(slot[token], position[token], self.group, tiles.longest)
-            work.wanted = Wanted(len(self.lm.blocks) - 1, token, own)
+            own, at = slot[token], position[token]
+            work.wanted = Wanted(
+                len(self.lm.blocks) - 1,
+                token,
+                cache(lambda group: attention.decode_tiles(own, at, group, tiles(group).longest)),
+            )
         embeds = self.lm.embedding(ids)
         if entering is not None and self.injector.injection.block is None:
             self._enter(embeds, entering)
@@ -327,7 +341,10 @@ class Runner:
         try:
             with attention.running(work):
                 hidden: torch.Tensor = self.lm.decoder(
-                    inputs_embeds=embeds[None], position_ids=position[None], use_cache=False
+                    inputs_embeds=embeds[None],
+                    position_ids=position[None],
+                    use_cache=False,
+                    **self.lm.beside(ids[None]),
                 ).last_hidden_state
         finally:
             self._pass = None
@@ -347,8 +364,9 @@ def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
 
 
 def check_shape(lm: LanguageModel) -> None:
-    """UnsupportedModel unless every block attends, in heads of one number and size, through an attention of ours."""
-    why = None
+    """UnsupportedModel unless every block attends, with as many query heads as the others, through an attention of
+    ours."""
+    why, by_block = None, bool(getattr(lm.config, "is_heterogeneous", False))
     mixes = any(
         kept_shape(block) is not None for block in lm.blocks
     )  # its other blocks attend through ours too
@@ -359,7 +377,9 @@ def check_shape(lm: LanguageModel) -> None:
         found = values(lm.config, key)
         if key == "num_attention_heads" and not all(found):
             why = why or "has no num_attention_heads in its configuration"
-        if len(found) > 1 or not isinstance(found[0], int | None):
+        if not all(isinstance(each, int | None) for each in found):
+            why = why or f"has a {key} that is no number"
+        if len(found) > 1 and (key == "num_attention_heads" or not by_block):
             why = why or f"has blocks that differ in {key}"
     if why is not None:
         raise UnsupportedModel(

@@ -100,7 +100,7 @@ class SelfCheck:
         at = torch.arange(length, device=self.lm.device)
         masks = masks_of_the_library(self.lm, length)
         for block, (shape, seen) in enumerate(zip(self._shapes, masks, strict=True)):
-            own = at >= (length - shape.window if shape.window else 0)
+            own = at >= shape.first(length - 1)
             if seen is not None and not torch.equal(seen, own):
                 raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens, and asks the "

@@ -103,9 +103,8 @@ def cache_bytes(lm: LanguageModel, room: Room, length: int, prefix: int = 0) -> 
 
 
 def _place_bytes(lm: LanguageModel) -> int:
-    """Keys and values of one token, in every block that attends."""
-    heads, head_size = kv_shape(lm.config)
-    return 2 * (len(lm.blocks) - len(state_shapes(lm))) * heads * head_size * lm.dtype.itemsize
+    """Keys and values of one token, in every block that keeps its own."""
+    return 2 * sum(heads * size for heads, size in own_shapes(lm).values()) * lm.dtype.itemsize
 
 
 def physical_bytes() -> int:
@@ -148,6 +147,27 @@ def kv_shape(config: Any) -> tuple[int, int]:
     return keys or queries, sizes or width // queries
 
 
+def own_shapes(lm: LanguageModel) -> dict[int, tuple[int, int]]:
+    """By block, of those that keep keys and values of their own: how many heads, and their size."""
+    others = state_shapes(lm).keys() | borrowed(lm).keys()
+    each = getattr(lm.config, "per_layer_config", None) or [lm.config] * len(lm.blocks)
+    return {layer: kv_shape(each[layer]) for layer in range(len(lm.blocks)) if layer not in others}
+
+
+def borrowed(lm: LanguageModel) -> dict[int, int]:
+    """By block, of those that attend to the keys and values of an earlier block (Gemma-4): which block that is."""
+    found: dict[int, int] = {}
+    last: dict[Any, int] = {}
+    for layer, block in enumerate(lm.blocks):
+        attention: Any = getattr(block, "self_attn", None)
+        kind = getattr(attention, "layer_type", None)
+        if getattr(attention, "store_full_length_kv", False):
+            last[kind] = layer
+        elif getattr(attention, "is_kv_shared_layer", False) and kind in last:
+            found[layer] = last[kind]
+    return found
+
+
 def state_shapes(lm: LanguageModel) -> dict[int, DeltaShape | ConvShape]:
     """By block, of those that keep a state and no keys and values."""
     found = {layer: kept_shape(block) for layer, block in enumerate(lm.blocks)}
@@ -155,11 +175,12 @@ def state_shapes(lm: LanguageModel) -> dict[int, DeltaShape | ConvShape]:
 
 
 class SlotCache:
-    """keys, values: [layers, blocks + 1, block size, KV, head_size]; prefix_keys, prefix_values: [layers, prefix, KV,
-    head_size], of the blocks that attend; states: by block, of those that keep a state instead; table: int32
-    [slots + 1, columns], see `KeyValues`.
+    """keys, values: of each block that keeps its own, [blocks + 1, block size, KV, head_size]; prefix_keys,
+    prefix_values: the same of the shared prefix, [prefix, KV, head_size]; states: by block, of those that keep a state
+    instead; table: int32 [slots + 1, columns], see `KeyValues`.
 
-    size: places that a slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
+    borrowed: by block, of those that attend to an earlier block's keys and values: which block's. size: places that a
+    slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
     """
 
     def __init__(
@@ -176,11 +197,10 @@ class SlotCache:
         blocks: in the pool. None: enough for all slots, each of which holds its own until `release_all`
         block: places in one
         """
-        heads, head_size = kv_shape(lm.config)
-        kept = state_shapes(lm)
-        attend = [layer for layer in range(len(lm.blocks)) if layer not in kept]
-        self._number = {layer: number for number, layer in enumerate(attend)}
-        layers = len(attend)
+        kept, own = state_shapes(lm), own_shapes(lm)
+        self.borrowed = borrowed(lm)
+        self._number = {layer: number for number, layer in enumerate(own)}
+        self._number |= {layer: self._number[source] for layer, source in self.borrowed.items()}
         self.states = {
             layer: States(
                 lazy_zeros((slots + 1, *shape.state), torch.float32, lm.device),
@@ -198,20 +218,19 @@ class SlotCache:
                 f"{lm.name}: {count} blocks of {block} tokens do not hold one sequence of {length} tokens"
             )
         self.blocks = Blocks(count, block, slots + 1)
-        shape = (layers, count + 1, block, heads, head_size)
-        self.keys = lazy_zeros(shape, lm.dtype, lm.device)
-        self.values = lazy_zeros(shape, lm.dtype, lm.device)
-        self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))
-        self.prefix_values = self.values.new_empty((layers, 0, heads, head_size))
+        self.keys, self.values = (
+            [lazy_zeros((count + 1, block, *shape), lm.dtype, lm.device) for shape in own.values()]
+            for _ in range(2)
+        )
+        self.prefix_size = 0
+        self.prefix_keys, self.prefix_values = (
+            [held.new_empty((0, *held.shape[2:])) for held in all_] for all_ in (self.keys, self.values)
+        )
         self.table = torch.full((slots + 1, columns + 1), count, dtype=torch.int32, device=lm.device)
         if blocks is None:
             for slot in range(slots + 1):
                 self.blocks.grow(slot, self.size)
             self.update()
-
-    @property
-    def prefix_size(self) -> int:
-        return self.prefix_keys.shape[1]
 
     def update(self) -> None:
         """Tell the device which blocks slots hold now. Passes queued before still see what they held."""
@@ -238,18 +257,16 @@ class SlotCache:
         """Make the first `length` positions of a freshly filled slot the shared prefix."""
         for states in self.states.values():
             states.keep_as_prefix(slot)
-        if not self._number:
-            self.prefix_keys = self.prefix_values = self.keys.new_empty((0, length, *self.keys.shape[3:]))
-            return
-        kept = [self.layer(layer).places(slot, length) for layer in self._number]
-        self.prefix_keys, self.prefix_values = (torch.stack(part) for part in zip(*kept, strict=True))
+        kept = [self._held(number).places(slot, length) for number in range(len(self.keys))]
+        self.prefix_size = length
+        self.prefix_keys, self.prefix_values = ([pair[which] for pair in kept] for which in range(2))
 
     def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
         """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them
         in their last block, and their states. Blocks that both hold are left alone."""
         source, target = list(source), list(target)
         if self.states and source:
-            slots = to_device(np.array([source, target]), self.keys.device)
+            slots = to_device(np.array([source, target]), self.table.device)
             for states in self.states.values():
                 states.copy(*slots)
         pairs = [
@@ -259,7 +276,7 @@ class SlotCache:
             if pair[0] != pair[1]
         ]
         if pairs:
-            at = to_device(np.array(pairs).T.copy(), self.keys.device)
+            at = to_device(np.array(pairs).T.copy(), self.table.device)
             for held in (*self.keys, *self.values):
                 held[at[1]] = held[at[0]]
 
@@ -267,8 +284,10 @@ class SlotCache:
         return self.blocks.held(slot)[: self.blocks.of(length)]
 
     def layer(self, layer: int) -> KeyValues:
-        """Views of one layer, which attends."""
-        number = self._number[layer]
+        """Views of what a layer, which attends, attends to."""
+        return self._held(self._number[layer])
+
+    def _held(self, number: int) -> KeyValues:
         return KeyValues(
             self.keys[number],
             self.values[number],

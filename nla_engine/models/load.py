@@ -77,6 +77,14 @@ class LanguageModel:
         takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return {"use_cache": False} if takes else {}
 
+    def beside(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arguments of the decoder that it reads of ids [B, T] besides their embeddings: what each block of Gemma-4
+        looks up for itself."""
+        whole = getattr(self.decoder, "whole", self.decoder)
+        if not getattr(self.config, "hidden_size_per_layer_input", 0):
+            return {}
+        return {"per_layer_inputs": whole.get_per_layer_inputs(ids, None)}
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids from this one on can stand for vectors."""

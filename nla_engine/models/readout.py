@@ -37,6 +37,9 @@ class Readout:
         try:
             outputs, expected = _whole(lm)
             self._given: list[torch.Tensor] = []
+            self._beside = lambda count: lm.beside(
+                torch.zeros((count, 1), dtype=torch.int64, device=lm.device)
+            )
             model = _without_blocks(lm, outputs, self._given)
             self._decoder = model.get_decoder()
             self._logits = LibraryLogits(model, self._decoder)
@@ -59,7 +62,9 @@ class Readout:
         """Logits, float32 [n, columns], of vectors, float32 [n, d], as if the last block had given them."""
         self._given.append(vectors[:, None])
         try:
-            states = self._decoder(inputs_embeds=self._given[0], use_cache=False).last_hidden_state
+            states = self._decoder(
+                inputs_embeds=self._given[0], use_cache=False, **self._beside(len(vectors))
+            ).last_hidden_state
         finally:
             self._given.clear()
         return self._logits(states[:, 0]).float()
@@ -78,11 +83,17 @@ def _whole(lm: LanguageModel) -> tuple[list[Any], torch.Tensor]:
     return outputs, logits[0]
 
 
+def _tables(lm: LanguageModel) -> list[nn.Module]:
+    """Other embeddings of tokens in the decoder: those of a small Gemma-4 are as large as all the rest."""
+    table = getattr(lm.decoder, "embed_tokens_per_layer", None)
+    return [] if table is None else [table]
+
+
 def _without_blocks(lm: LanguageModel, outputs: list[Any], given: list[torch.Tensor]) -> Any:
-    """A copy of the model, float32, whose blocks return `given`. Embeddings, and what stands beside the decoder in a
-    wrapper (a vision tower), are shared with the model and keep their dtype."""
+    """A copy of the model, float32, whose blocks return `given`. Embeddings of tokens, and what stands beside the
+    decoder in a wrapper (a vision tower), are shared with the model and keep their dtype."""
     holder, *path = next(name for name, module in lm.model.named_modules() if module is lm.decoder).split(".")
-    shared: list[nn.Module] = [lm.embedding]
+    shared: list[nn.Module] = [lm.embedding, *_tables(lm)]
     around = getattr(lm.model, holder)
     for name in path:
         shared += [child for other, child in around.named_children() if other != name]

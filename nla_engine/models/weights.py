@@ -194,12 +194,14 @@ def _check_names(
     """CheckpointError unless the tensors of the files are those of the model, each with the right shape.
 
     transformers has already dropped what it knows to be harmless: buffers that it makes itself, and parts that a class
-    leaves out on purpose. The files of a headless model may also hold the head.
+    leaves out on purpose. The files of a headless model may also hold the head, and those of a language model what a
+    model around it sees images with.
     """
     where = type(model).__name__
     unexpected = {str(key) for key in info["unexpected_keys"]}
-    if unexpected and headless:
-        unexpected = _without_head(directory, model, unexpected, remote_code)
+    if unexpected:
+        without = _without_head if headless else _without_sight
+        unexpected = without(directory, model, unexpected, remote_code)
     if unexpected:
         first = sorted(unexpected)[0]
         why = "config.json is not that of these weights: fetch both again"
@@ -238,6 +240,17 @@ def _without_head(directory: Path, model: Any, names: set[str], remote_code: boo
             found |= {key: tuple(file.get_slice(key).get_shape()) for key in names & set(file.keys())}
     unknown = names - set(whole.state_dict())
     return {name for name in unknown if "layers" in name or found.get(name, ()) not in shapes}
+
+
+def _without_sight(directory: Path, model: Any, names: set[str], remote_code: bool) -> set[str]:
+    """The names without those of the model that sees images, of which `model` is the language model (Llama-4)."""
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
+    _, images = _CAUSAL
+    if type(config) not in images or type(config) is type(model.config):
+        return names
+    with torch.device("meta"):
+        whole = transformers.AutoModelForImageTextToText.from_config(config)
+    return names - set(whole.state_dict())
 
 
 def _explain(directory: Path, device: torch.device, error: Exception) -> NLAError:

@@ -78,19 +78,35 @@ class Slopes:
 class Shape:
     """scale of the scores; window: positions that a query sees, 0 = all; softcap of the scores, 0 = none; sinks: float
     [H], contiguous, or None; slopes: biases of the scores, or None. Shapes that differ in the values of their sinks or
-    slopes alone are equal."""
+    slopes alone are equal.
+
+    chunked: the sequence is cut into chunks of `window` positions, and a query sees what its own chunk holds up to it
+    (Llama-4); else the window moves with the query
+    """
 
     scale: float
     window: int = 0
     softcap: float = 0.0
     sinks: torch.Tensor | None = field(default=None, compare=False, repr=False)
     slopes: Slopes | None = None
+    chunked: bool = False
     sunk: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sunk", self.sinks is not None)
         if self.sunk and self.slopes is not None:  # a sink's score is not shifted with the biases of the keys
             raise ValueError("attention with sinks and slopes: no model is known that has both")
+
+    def first(self, own: Any) -> Any:
+        """The first position that a query at position `own` sees; below 0: all. own: int, or int64 of any shape."""
+        if not self.window:
+            return own * 0
+        return own // self.window * self.window if self.chunked else own - self.window + 1
+
+    @property
+    def window_kind(self) -> int:
+        """What the kernels call WINDOW: 0 without a window, 1 for one that moves, 2 for chunks."""
+        return (self.window > 0) * (1 + self.chunked)
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
@@ -113,7 +129,7 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
         keys, values = torch.cat([kv.prefix_keys[:end], keys]), torch.cat([kv.prefix_values[:end], values])
         at = torch.arange(end, device=query.device)
         own = at[position:, None]
-        seen = (at <= own) & (at > own - shape.window if shape.window else at >= 0)
+        seen = (at <= own) & (at >= shape.first(own))
         out[rows] = _attend(query[None, rows], keys[None], values[None], seen[None], shape, at)[0]
     return out
 
@@ -126,9 +142,8 @@ def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sha
         keys = torch.cat([kv.prefix_keys.expand(lanes, -1, -1, -1), keys], 1)
         values = torch.cat([kv.prefix_values.expand(lanes, -1, -1, -1), values], 1)
     at = torch.arange(tiles.longest, device=query.device)
-    seen = at <= tiles.position[:, None]
-    if shape.window:
-        seen &= at > tiles.position[:, None] - shape.window
+    own = tiles.position[:, None]
+    seen = (at <= own) & (at >= shape.first(own))
     # A weight of 0 would not remove another sequence's NaN.
     values = values.masked_fill(~seen[:, :, None, None], 0.0)
     return _attend(query[:, None], keys, values, seen[:, None], shape, at)[:, 0]
@@ -180,7 +195,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         "GROUP": heads // groups,
         "HEAD": size,
         "BLOCK_H": head_width(size),
-        "WINDOW": shape.window > 0,
+        "WINDOW": shape.window_kind,
         "SOFTCAP": shape.softcap > 0,
         "SINKS": shape.sunk,
         "ROUND": None if rounded is None else getattr(tl, str(rounded).removeprefix("torch.")),
@@ -280,7 +295,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             shape.window,
             HEAD=size,
             BLOCK_H=head_width(size),
-            WINDOW=shape.window > 0,
+            WINDOW=shape.window_kind,
             PART=part,
             BLOCK_P=min(triton.next_power_of_2(parts), 4 if many else 32),
             num_warps=1 if many else 4,

@@ -49,7 +49,7 @@ def _decode(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> t
         query.reshape(-1, groups, heads // groups, size),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=_decode_mask(tiles, shape.window, query.dtype, span, at),
+        attn_mask=_decode_mask(tiles, shape, query.dtype, span, at),
         scale=shape.scale,
     ).reshape(-1, heads, size)
     return out if at is None else out[at]
@@ -72,15 +72,14 @@ def _span(kv: KeyValues, tiles: Tiles) -> tuple[int, int, torch.Tensor | None]:
 
 
 def _decode_mask(
-    tiles: Tiles, window: int, dtype: torch.dtype, span: int, lanes: torch.Tensor | None
+    tiles: Tiles, shape: Shape, dtype: torch.dtype, span: int, lanes: torch.Tensor | None
 ) -> torch.Tensor:
     """What each lane sees, [lanes or span, 1, 1, longest]: 0 or -inf. An idle block sees everything."""
-    key = ("mask", window)
+    key = ("mask", shape.window, shape.chunked)
     if key not in tiles.once:
         at = torch.arange(tiles.longest)
-        hidden = at > tiles.position[:, None]
-        if window:
-            hidden |= at <= tiles.position[:, None] - window
+        own = tiles.position[:, None]
+        hidden = (at > own) | (at < shape.first(own))
         if lanes is not None:
             hidden = hidden.new_zeros((span, len(at))).index_copy_(0, lanes, hidden)
         tiles.once[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[
@@ -101,7 +100,7 @@ def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> 
         for start in range(0, count, count if causal else _CHUNK):
             rows = slice(token + start, token + (count if causal else min(start + _CHUNK, count)))
             first, end = position + start, position + rows.stop - token
-            low = max(first - window + 1, 0) if window else 0
+            low = max(shape.first(first), 0)
             keys, values = (
                 held.transpose(0, 1)[:, None].expand(-1, heads // groups, -1, -1)
                 for held in _places(kv, slot, low, end)
@@ -109,7 +108,7 @@ def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> 
             seen = None
             if not causal:
                 at, own = torch.arange(low, end), torch.arange(first, end)[:, None]
-                seen = (at <= own) & (at > own - window) if window else at <= own
+                seen = (at <= own) & (at >= shape.first(own))
             attended = scaled_dot_product_attention(
                 grouped[rows].permute(1, 2, 0, 3),
                 keys,

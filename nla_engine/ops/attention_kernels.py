@@ -33,7 +33,7 @@ def prefix_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr,  # as `Shape.window_kind` says it
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     ROUND: tl.constexpr,  # see `_biases`
@@ -65,7 +65,7 @@ def prefix_kernel(
         v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
         seen = there[None] & mine[:, None]
         if WINDOW:
-            seen = seen & (at[None] > own[:, None] - window)
+            seen = seen & (at[None] >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at, own, ROUND, COARSE)
         acc, total, biggest = _fold(
             block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
@@ -131,7 +131,7 @@ def attend_kernel(
     end = first + count - prefix_size  # places in the slot
     low = 0
     if WINDOW:
-        low = tl.maximum(first - window + 1 - prefix_size, 0)
+        low = tl.maximum(_first(first, window, WINDOW) - prefix_size, 0)
     if PART:
         part, first_part, last_part = tl.program_id(2), low // PART, (end - 1) // PART
         if (part < first_part) | (part > last_part):
@@ -182,7 +182,7 @@ def attend_kernel(
         v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
         seen = there[None] & (at[None] + prefix_size <= own[:, None])
         if WINDOW:
-            seen = seen & (at[None] + prefix_size > own[:, None] - window)
+            seen = seen & (at[None] + prefix_size >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at + prefix_size, own, ROUND, COARSE)
         acc, total, biggest = _fold(
             block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
@@ -221,7 +221,7 @@ def join_kernel(
     position = tl.load(positions + token).to(tl.int32)
     low = 0
     if WINDOW:
-        low = tl.maximum(position - window + 1 - prefix_size, 0)
+        low = tl.maximum(_first(position, window, WINDOW) - prefix_size, 0)
     first_part, last_part = low // PART, (position - prefix_size) // PART
     if first_part == last_part:
         return
@@ -247,6 +247,15 @@ def join_kernel(
         acc = acc * shrink + tl.sum(sums * weight[:, None], 0)
         biggest = largest
     tl.store(out + flat * HEAD + channel, (acc / total).to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _first(own, window, WINDOW: tl.constexpr):
+    """The first position that a query at position own sees; below 0: all. WINDOW: as `Shape.window_kind` says it."""
+    if WINDOW == 2:
+        return own // window * window
+    else:
+        return own - window + 1
 
 
 @triton.jit

@@ -15,6 +15,8 @@ import torch
 
 from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
+from nla_engine.engine.slots import borrowed
+from nla_engine.engine.temperature import scales
 from nla_engine.errors import EngineError, NLAError
 from nla_engine.models.decoder import block_output
 from nla_engine.models.implementation import attend_by, is_pluggable
@@ -39,6 +41,11 @@ class Patcher:
 
     def __init__(self, lm: LanguageModel, layer: int) -> None:
         lm.check_layer(layer)
+        if scales(lm.blocks):
+            raise EngineError(
+                f"{lm.name}: {type(lm.model).__name__} cannot be patched: it scales queries by their number in a call: "
+                "this architecture is not supported"
+            )
         self.lm, self.layer = lm, layer
         self._tuples = False  # whether blocks return tuples
         attend_by(lm.model, NAME)
@@ -99,15 +106,35 @@ class Patcher:
             own, first = sequence[part], position[part]
             at = np.minimum(first[:, None] + np.arange(tokens), read.sizes[own][:, None] - 1)
             places = torch.from_numpy(at).to(self.lm.device)
-            entering = read.states[torch.from_numpy(own).to(self.lm.device)[:, None], places]
+            lane = torch.from_numpy(own).to(self.lm.device)[:, None]
+            ids = read.ids[lane, places].view(1, -1)
+            beside = self.lm.beside(ids)  # in part made of the embeddings
+            entering = read.states[lane, places]
             entering[:, 0] = vectors[part].to(entering.dtype)
             with (
                 _belonging(Lanes(read, own, first, tokens)),
                 self._entering(entering.flatten(0, 1)[None]) as x,
             ):
-                made = self.lm.decoder(inputs_embeds=x, position_ids=places.view(1, -1), use_cache=False)
+                made = self.lm.decoder(
+                    inputs_embeds=self.lm.embedding(ids) if beside else x,
+                    position_ids=places.view(1, -1),
+                    use_cache=False,
+                    **beside,
+                    **self._lent(read, lane, places),
+                )
             out[part] = made.last_hidden_state[0].view(len(own), tokens, -1)
         return out
+
+    def _lent(self, read: Reading, lane: torch.Tensor, places: torch.Tensor) -> dict[str, Any]:
+        """Keys and values of the tokens at `places` [n, m] of sequences `lane` [n, 1] that later blocks borrow from
+        blocks that do not run."""
+        lent: dict[str, Any] = {}
+        for layer, source in borrowed(self.lm).items():
+            if source <= self.layer < layer:
+                kept = (held[layer][lane, :, places].flatten(0, 1) for held in (read.keys, read.values))
+                block: Any = self.lm.blocks[layer]
+                lent[block.self_attn.layer_type] = tuple(x.transpose(0, 1)[None] for x in kept)
+        return {"shared_kv_states": lent} if lent else {}
 
     def check(self, ids: np.ndarray, positions: np.ndarray, norms: np.ndarray, longest: int) -> None:
         """EngineError unless patched states of a text are those of the reference, and windows those of the masks.

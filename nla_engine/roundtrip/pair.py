@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nla_engine.config import AskOptions, RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
+from nla_engine.engine.experts import why_no_graph
 from nla_engine.engine.families import why_unfused
 from nla_engine.engine.leader import group_devices, open_ranks
 from nla_engine.engine.ranks import Ranks
@@ -113,9 +114,10 @@ def compute_with(
 def announce_unfused(
     lm: LanguageModel, kernels: Kernels, device: torch.device, announce: Callable[[str], None]
 ) -> None:
-    """Say why the blocks of a model are not fused, if they could be asked to."""
-    if not kernels.plain(device) and (reason := why_unfused(lm.blocks)):
-        announce(f"{lm.name}: {reason}")
+    """Say why the blocks of a model are not fused, and its steps no graph, if they could be asked to."""
+    if not kernels.plain(device):
+        for reason in filter(None, (why_unfused(lm.blocks), why_no_graph(lm.blocks))):
+            announce(f"{lm.name}: {reason}")
 
 
 def load_pair(

@@ -100,14 +100,11 @@ def test_architectures_that_would_give_other_states_are_refused(config: str, mor
 
 
 def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:
-    shape = {
-        "head_dim": 16,
-        "sliding_window": 8,
-        "vocab_size_per_layer_input": 259,
-        "num_kv_shared_layers": 0,
-    }
-    lm = language_model("Gemma4TextConfig", **shape, num_hidden_layers=4, hidden_size_per_layer_input=16)
-    with pytest.raises(UnsupportedModel, match=r"Gemma4\w*ForCausalLM has blocks that differ in head_dim"):
+    lm = language_model("LlamaConfig", head_dim=16)
+    lm.config.per_layer_config = {1: {"num_attention_heads": 2}}
+    with pytest.raises(
+        UnsupportedModel, match="LlamaForCausalLM has blocks that differ in num_attention_heads"
+    ):
         Runner(lm, slots=2, length=60)
 
 

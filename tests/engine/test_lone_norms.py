@@ -10,7 +10,10 @@ from family_runs import family_model
 from nla_engine.engine.families import LONE_NORMS, lone_norms
 from nla_engine.engine.fused import FusedNorm
 
-FAMILIES = ["GptOssConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+FAMILIES = [
+    *("GptOssConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "Gemma4TextConfig"),
+    *("Gemma4UnifiedTextConfig", "Llama4TextConfig"),
+]
 
 
 @pytest.mark.filterwarnings("ignore")

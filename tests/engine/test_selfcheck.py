@@ -77,7 +77,7 @@ def on_attention(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], N
         right = Pass._attend
 
         def changed(self: Pass, query: torch.Tensor, tiles: Any, layer: int, shape: Shape) -> torch.Tensor:
-            heads = self.cache.keys.shape[3]
+            heads = self.cache.layer(layer).keys.shape[2]
             return change(lambda q, s: right(self, q, tiles, layer, s), query, shape, heads)
 
         patch.setattr(Pass, "_attend", changed)

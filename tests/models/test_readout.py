@@ -20,6 +20,11 @@ FAMILIES = {
     "multiplied, Cohere": ("CohereConfig", {"logit_scale": 0.0625}),
     "capped, Gemma 2": ("Gemma2Config", {"final_logit_softcapping": 1.5, "head_dim": 16}),
     "capped, Gemma 3": ("Gemma3TextConfig", {"final_logit_softcapping": 1.5, "head_dim": 16}),
+    "tables for each block, Gemma 4": (
+        "Gemma4TextConfig",
+        {"final_logit_softcapping": 1.5, "head_dim": 16, "hidden_size_per_layer_input": 16}
+        | {"vocab_size_per_layer_input": 259, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "around the decoder's owner": (
         "OPTConfig",
         {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},

@@ -17,14 +17,22 @@ from nla_engine.config import CaptureOptions
 from nla_engine.models.load import load_model
 from nla_engine.store import CaptureStore
 
-WRAPPERS = ["Qwen2_5_VLConfig", "Qwen3VLConfig", "Mistral3Config", "Gemma3Config"]
+WRAPPERS = [
+    *("Qwen2_5_VLConfig", "Qwen3VLConfig", "Mistral3Config", "Mistral3Config, Ministral3Config"),
+    *("Gemma3Config", "Gemma4Config", "Llama4Config"),
+]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_text_of_a_vision_family_is_captured(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = shrunk(getattr(transformers, name))
+    wrapper, _, text = name.partition(", ")
+    config = shrunk(getattr(transformers, wrapper))
+    if text:
+        config = type(config)(
+            text_config=shrunk(getattr(transformers, text)), vision_config=config.vision_config
+        )
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     for weight in model.parameters():
         if weight.ndim > 1:

@@ -60,16 +60,16 @@ def close(found: torch.Tensor, kv: KeyValues, query: torch.Tensor, tiles: Tiles,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [0, 3, 90])
+@pytest.mark.parametrize(("window", "chunked"), [(0, False), (3, False), (90, False), (7, True), (90, True)])
 @pytest.mark.parametrize("prefix", [0, 11])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("block", [16, ROOM])
 def test_equals_the_reference(
-    rng, block: int, heads: tuple[int, int, int], prefix: int, window: int, dtype
+    rng, block: int, heads: tuple[int, int, int], prefix: int, window: int, chunked: bool, dtype
 ) -> None:
     count, groups, size = heads
     kv = cached(rng, groups, size, prefix, dtype, block)
-    shape = Shape(size**-0.5, window)
+    shape = Shape(size**-0.5, window, chunked=chunked)
     lanes = [drawn_lanes(rng, prefix, n) for n in (1, 2, SLOTS - 1, SLOTS)]
     for tiles in (*lanes, drawn_runs(rng, prefix, count // groups), drawn_runs(rng, prefix, count // groups)):
         query = torch.from_numpy(rng.normal(size=(len(tiles.own), count, size))).to(dtype)

@@ -122,6 +122,7 @@ HEADS = [
     *(((8, 9), dtype, size) for dtype in ("bf16", "fp32") for size in (128, 256)),
     *(((12, 0), "bf16", size) for size in (128, 256)),
     *((capability, "bf16", 128) for capability in ((8, 0), (9, 0), (10, 0))),
+    *((capability, "bf16", 512) for capability in ((8, 9), (9, 0))),
 ]
 
 

@@ -139,6 +139,35 @@ def test_a_sink_takes_its_part_of_the_weight(rng) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(40, 8, 32), (3, 3, 80)])
+@pytest.mark.parametrize(("prefix", "chunk"), [(0, 61), (0, 62), (13, 8), (70, 65), (13, 500)])
+def test_attention_in_chunks(rng, dtype, heads: int, groups: int, size: int, prefix: int, chunk: int) -> None:
+    """Some runs of three tokens cross from one chunk to the next; some chunks begin in the prefix."""
+    check_attention(rng, dtype, heads, groups, size, prefix, chunk, 0.0, chunked=True)
+
+
+def test_a_query_sees_its_own_chunk_up_to_itself(rng) -> None:
+    """By numpy in float64, position by position."""
+    keys, values, queries = rng.standard_normal((3, 11, 2, 8))
+    kv, empty = [torch.from_numpy(held)[None] for held in (keys, values)], torch.zeros(0, 2, 8).double()
+    held = KeyValues(*kv, empty, empty, torch.zeros(1, 2, dtype=torch.int32))
+    shape, all_ = attention.Shape(0.3, 4, chunked=True), torch.arange(11)
+    one = torch.ones_like(all_)
+    singly = attention.Tiles(all_, one, one - 1, all_, all_, 16, 11)
+    together = attention.Tiles(all_[:1], one[:1] * 11, all_[:1], all_[:1], all_, 32, 11)
+    wanted = np.empty((11, 2, 8))
+    for own in range(11):
+        seen = slice(own // 4 * 4, own + 1)
+        scores = np.exp(np.einsum("khc,hc->hk", keys[seen], queries[own]) * 0.3)
+        wanted[own] = np.einsum("hk,khc->hc", scores / scores.sum(1, keepdims=True), values[seen])
+    for run, tiles in ((attention.attend_one_each, singly), (attention.attend_reference, together)):
+        np.testing.assert_allclose(
+            run(torch.from_numpy(queries), held, tiles, shape).numpy(), wanted, rtol=1e-5, atol=1e-6
+        )
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups"), [(28, 4), (40, 1)])
 @pytest.mark.parametrize(("prefix", "window"), [(0, 0), (70, 9)])
 def test_attention_in_small_parts(
@@ -162,12 +191,14 @@ def test_sinks_and_slopes_are_refused_together() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(7, 1, 64), (28, 4, 128), (6, 2, 24)])
 @pytest.mark.parametrize(
-    ("prefix", "window", "softcap", "sunk", "sloped"),
+    ("prefix", "window", "softcap", "sunk", "sloped", "chunked"),
     [
-        (0, 0, 0.0, False, False),
-        (13, 0, 0.0, True, False),
-        (0, 80, 20.0, False, True),
-        (70, 70, 0.0, True, False),
+        (0, 0, 0.0, False, False, False),
+        (13, 0, 0.0, True, False, False),
+        (0, 80, 20.0, False, True, False),
+        (70, 70, 0.0, True, False, False),
+        (0, 100, 0.0, False, False, True),
+        (13, 70, 0.0, False, False, True),
     ],
 )
 def test_attention_over_divided_sequences(
@@ -182,6 +213,7 @@ def test_attention_over_divided_sequences(
     softcap: float,
     sunk: bool,
     sloped: bool,
+    chunked: bool,
     few: bool,
 ) -> None:
     """Sequences of up to 112 places in parts of 64, as they are long or few: one part, two, and two of which a window
@@ -197,7 +229,7 @@ def test_attention_over_divided_sequences(
     monkeypatch.setattr(attention, "join_kernel", _Counted(attention.join_kernel, joined))
     sinks = randn(rng, heads, dtype=dtype) * 3 if sunk else None
     slopes = some_slopes(rng, heads) if sloped else None
-    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap, sinks, slopes)
+    check_attention(rng, dtype, heads, groups, size, prefix, window, softcap, sinks, slopes, chunked)
     assert joined == [(4, heads)]  # where each tile has one query
 
 
@@ -238,13 +270,14 @@ def check_attention(
     softcap: float,
     sinks: torch.Tensor | None = None,
     slopes: attention.Slopes | None = None,
+    chunked: bool = False,
 ) -> None:
     slots, room = 5, 192
     kv = [randn(rng, *shape, groups, size, dtype=dtype) for shape in ((slots, room),) * 2 + ((prefix,),) * 2]
     kv[0][:, 120:] = float("nan")  # what no query may see
     kv[1][:, 120:] = float("nan")
     kv[0], kv[1], table = paged(rng, 64, kv[0], kv[1])
-    shape = attention.Shape(size**-0.5, window, softcap, sinks, slopes)
+    shape = attention.Shape(size**-0.5, window, softcap, sinks, slopes, chunked)
     runs = [
         (0, prefix + 0, 3),
         (3, prefix + 110, 1),
