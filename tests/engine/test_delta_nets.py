@@ -26,8 +26,10 @@ FAMILIES = [*DELTA, "Lfm2Config", "Lfm3Config"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def run(lm: LanguageModel, asked: list[Request], **more: Any) -> tuple[list[Completion], int]:
-    """`slot_runs.run`, where the engine runs the gated delta nets."""
+def model(name: str) -> LanguageModel:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return family_model(getattr(transformers, name))
 
 
 def held(runner: Runner) -> None:
