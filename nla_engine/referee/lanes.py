@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.ops.attention import Shape
 
 NAME = "nla_engine_patch"
@@ -53,7 +53,7 @@ def patch_attention(
     if work is None:
         raise EngineError("the model was called outside the patcher while the patcher holds it")
     if attention_mask is not None or is_causal is False:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{type(module).__name__} attends by a mask of its own: this architecture is not supported"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -85,7 +85,9 @@ class Reading:
     ) -> torch.Tensor:
         """See `Work`: every token attends to those up to itself."""
         if layer in self.shapes:
-            raise EngineError(f"block {layer} attends twice in one pass: this architecture is not supported")
+            raise UnsupportedModel(
+                f"block {layer} attends twice in one pass: this architecture is not supported"
+            )
         self.shapes[layer] = shape
         if layer > self.layer:
             self.keys[layer], self.values[layer] = key, value

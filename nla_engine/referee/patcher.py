@@ -15,7 +15,7 @@ import torch
 
 from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
-from nla_engine.errors import EngineError, NLAError
+from nla_engine.errors import EngineError, NLAError, UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
@@ -129,7 +129,7 @@ class Patcher:
         except (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # the code of any architecture
-            raise EngineError(
+            raise UnsupportedModel(
                 f"{self.lm.name}: {type(self.lm.model).__name__} cannot be patched ({type(error).__name__}): "
                 "this architecture is not supported"
             ) from error
@@ -149,7 +149,7 @@ class Patcher:
             errors += apart.tolist()
         error, limit = float(np.median(errors)), _LIMIT[self.lm.dtype]
         if not error <= limit:
-            raise EngineError(
+            raise UnsupportedModel(
                 f"{self.lm.name}: its patched states differ from those of transformers by {error:.2g} (limit "
                 f"{limit:.2g}): this architecture is not supported"
             )
@@ -161,7 +161,7 @@ class Patcher:
             window = read.shapes[block].window
             own = at >= (length - window if window else 0)
             if seen is not None and not torch.equal(seen, own):
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens by a mask of its "
                     "own: this architecture is not supported"
                 )
