@@ -98,7 +98,7 @@ def run_clauses(
         patcher, weights = None, None
         if options.model is not None:
             lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
-            patcher = open_.enter_context(Patcher(lm, site.layer))
+            patcher = open_.enter_context(Patcher(lm, site.layer, pair.ar.kernels))
         open_.callback(pair.close)
         phases.phase(PREPARING)
         layer = store.layer(site.layer)

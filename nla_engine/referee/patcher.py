@@ -18,6 +18,7 @@ from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.errors import EngineError, NLAError, UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.backends import Kernels
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
 
@@ -33,12 +34,15 @@ _CHECKED_TOKENS, _CHECKED, _CHECKED_LATER = 512, 6, 2
 class Patcher:
     """Holds a model while it is patched behind block `layer`. A context manager: `close` gives the model back.
 
+    plain: whether what it makes is measured in plain torch
+
     While it is open, the model's own forward must not be called. Afterwards it has transformers' eager attention.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int) -> None:
+    def __init__(self, lm: LanguageModel, layer: int, kernels: Kernels = Kernels()) -> None:
         lm.check_layer(layer)
         self.lm, self.layer = lm, layer
+        self.plain = kernels.plain(lm.device)
         self._tuples = False  # whether blocks return tuples
         lm.model.set_attn_implementation(NAME)
 

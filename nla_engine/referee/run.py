@@ -96,7 +96,7 @@ def run_patch(
     lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
     phases.phase(PREPARING)
     layer = site.layer  # its output: `reading` names no other site
-    with Patcher(lm, layer) as patcher, closing(pair):
+    with Patcher(lm, layer, pair.ar.kernels) as patcher, closing(pair):
         run = _Run(
             options,
             store,
