@@ -115,6 +115,8 @@ def _clause(
     columns: Sequence[str],
     bootstrap: Bootstrap,
 ) -> Clause:
+    rows = list(dict.fromkeys(entry["row"] for entry in entries))
+    of_rows = np.array([cluster_of[row] for row in rows])
     cluster = np.array([cluster_of[entry["row"]] for entry in entries])
 
     def cost(column: str, change: str) -> Cost:
@@ -134,11 +136,9 @@ def _clause(
         place,
         name,
         Counter(entry["kind"] for entry in entries).most_common(1)[0][0],
-        len({entry["row"] for entry in entries}),
+        len(rows),
         {
-            column: bootstrap.mean(
-                floats([whole[entry["row"]][_MEASURE[column]] for entry in entries]), cluster
-            )
+            column: bootstrap.mean(floats([whole[row][_MEASURE[column]] for row in rows]), of_rows)
             for column in columns
         },
         {(column, change): cost(column, change) for column in columns for change in CHANGES},

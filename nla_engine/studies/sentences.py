@@ -127,9 +127,10 @@ class Words:
                 f" The likeliest next token stays in {span(same)} of cases (another problem's explanation: "
                 f"{span(same, 'shuffled')})."
             )
-        if open_ := [f for f in found if f not in above]:
+        alike = [f for f in found if f not in above and f.own.above(0) and f.shuffled.above(MOST)]
+        if open_ := [f for f in found if f not in above + alike]:
             text += f" At {self.named(open_)} no difference from these could be shown."
-        if alike := [f for f in found if f.shuffled.above(MOST)]:
+        if alike:
             text += (
                 f" At {self.named(alike)} another problem's explanation recovers as much: what comes next does not "
                 "depend on the problem there."
