@@ -36,6 +36,7 @@ KEYS = (
     "claims_true",
     *(f"claims_true_{kind}" for kind in KIND_WORDS),
     "facts_named",
+    "samples_agree",
     "judged_true",
     "closed",
 )
@@ -68,7 +69,7 @@ def make_card(pair: Evidence, seed: int = 0) -> dict[str, Any]:
     measures: dict[str, Any] = {}
     for key in KEYS:
         if (quantity := known.get(key)) is None:
-            if not key.startswith("claims_true_"):  # there is no line for kinds of claims that no text makes
+            if key != "samples_agree" and not key.startswith("claims_true_"):  # not every run can have these
                 measures[key] = None
             continue
         if MEASURES[key].share:

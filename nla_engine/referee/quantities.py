@@ -81,6 +81,13 @@ _ALL = (
         for kind, words in KIND_WORDS.items()
     ),
     Measure("facts_named", "facts named", "facts that the text names (recall)", 1, "by another row's text"),
+    Measure(
+        "samples_agree",
+        "samples agree",
+        "other samples that make the same claim",
+        1,
+        "another row's samples",
+    ),
     Measure("judged_true", "judged true", "clauses that the judge calls true", 1, _CONTEXT),
     Measure("closed", "closed", "explanations that were written to their end", 1, "", True),
     Measure("n_tokens", "tokens", "length of an explanation", 0),
@@ -243,6 +250,8 @@ def of_claims(column: Column, names: set[str], row: np.ndarray, size: int) -> di
         **{f"claims_true_{each}": ((side == "claim") & (kind == each), holds, other) for each in KIND_WORDS},
         "facts_named": (side == "fact", holds, other),
     }
+    if {"agree", "agree_control"} <= names:
+        found["samples_agree"] = (side == "claim", column("agree"), column("agree_control"))
     if {"judged", "judged_control"} <= names:
         asked = kind == "clause"
         verdict, against = (

@@ -81,6 +81,23 @@ def test_patched_controls_count_as_controls(tmp_path: Path, rng: np.random.Gener
     assert "loss recovered over text is" in card["reading"][1]["says"]
 
 
+def test_samples_that_agree_stand_beside_another_row(tmp_path: Path, rng: np.random.Generator) -> None:
+    a = planted_run(tmp_path / "a", rng)
+    flags = np.ones((len(column(a, "cos")), 2), bool)
+    t = claims(a, tmp_path / "t.parquet", 2, flags, flags)
+    claimed = column(t, "side") == "claim"
+    shares = [np.where(claimed, rng.random(len(claimed)), np.nan) for _ in range(2)]
+    own, other = ([None if np.isnan(v) else v for v in values] for values in shares)
+    t = changed(t, t, agree=own, agree_control=other)
+    agree = Evidence.read([a, t], "x").quantities["samples_agree"]
+    assert agree.top.sum() / agree.bottom.sum() == pytest.approx(np.nanmean(shares[0]))
+    assert agree.control is not None
+    assert agree.control[0].sum() / agree.control[1].sum() == pytest.approx(np.nanmean(shares[1]))
+    assert call("card", a, t, "--out", tmp_path / "card.json").code == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["measures"]["samples_agree"]["value"] == pytest.approx(np.nanmean(shares[0]), abs=2e-6)
+
+
 def test_what_was_not_measured_is_null_and_said(tmp_path: Path, rng: np.random.Generator) -> None:
     a = planted_run(tmp_path / "a", rng)
     assert call("card", a, "--out", tmp_path / "card.json").code == 0
