@@ -76,6 +76,14 @@ def controls(path: Path, out: Path, **cos: np.ndarray) -> Path:
     )
 
 
+def patched_controls(path: Path, out: Path, mean: np.ndarray, **kl: np.ndarray) -> Path:
+    """A table of patch on controls: KL of the explanations (`explained`) and of each control, line by line."""
+    others = {name: column(path, "cos") for name in kl if name != "explained"}
+    values = np.concatenate([kl["explained"], *(kl[name] for name in others)])
+    wide = np.tile(mean, len(kl))
+    return patched(controls(path, out, **others), out, values, wide, wide + 1)
+
+
 def claims(path: Path, out: Path, each: int, holds: np.ndarray, control: np.ndarray) -> Path:
     """A table of claims with `each` claims per line, bool [lines, each], and one fact that is named."""
     table = pq.read_table(path).drop_columns(["explanation", "norm", "status", "n_tokens"])

@@ -22,18 +22,12 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
-    controls: Annotated[
-        Path | None,
-        typer.Option(
-            "--controls",
-            help="The table of controls of these explanations: the page begins with what they add to the text.",
-        ),
-    ] = None,
     also: Annotated[
         list[Path] | None,
         typer.Option(
             "--also",
-            help="A table of patch or claims about the same texts, for what the page says of the run. "
+            help="A table of controls, patch or claims about the same texts, for what the page says of the run; which "
+            "of them it is, its columns say. With controls the page begins with what the explanations add to the text. "
             "Repeat for several.",
         ),
     ] = None,
@@ -50,7 +44,6 @@ def report(
         explained,
         out,
         title=title,
-        controls=controls,
         also=also or (),
         overwrite=overwrite,
     )

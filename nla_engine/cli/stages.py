@@ -135,7 +135,7 @@ def patch_command(options: PatchOptions, as_json: bool) -> None:
 
     with progress_bar("texts") as progress:
         summary = run_patch(options, announce=say, progress=progress)
-    finish("patched", summary.to_dict(), as_json)
+    finish("patched", summary.to_dict(), as_json, told=summary.told())
 
 
 @command(ClausesOptions)

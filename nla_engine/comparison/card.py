@@ -16,7 +16,7 @@ from nla_engine.errors import RequestError
 from nla_engine.provenance import describe_run
 from nla_engine.referee.evidence import Evidence
 from nla_engine.referee.intervals import Bootstrap, Estimate
-from nla_engine.referee.quantities import MEASURES, controlled
+from nla_engine.referee.quantities import KIND_WORDS, MEASURES, controlled
 from nla_engine.referee.reading import NOT_MEASURED, findings
 from nla_engine.report.models import short_name
 from nla_engine.store.directory import check_outside_stores
@@ -30,10 +30,13 @@ KEYS = (
     "cos",
     "fve_over_text",
     "loss_recovered",
+    "loss_over_text",
     "top1_same",
     "retrieval_top1",
     "claims_true",
+    *(f"claims_true_{kind}" for kind in KIND_WORDS),
     "facts_named",
+    "samples_agree",
     "judged_true",
     "closed",
 )
@@ -66,24 +69,20 @@ def make_card(pair: Evidence, seed: int = 0) -> dict[str, Any]:
     measures: dict[str, Any] = {}
     for key in KEYS:
         if (quantity := known.get(key)) is None:
-            measures[key] = None
+            if key != "samples_agree" and not key.startswith("claims_true_"):  # not every run can have these
+                measures[key] = None
             continue
         if MEASURES[key].share:
             own = draw.mean(quantity.values, sequence, binary=True)
         else:
             own = draw.ratio(quantity.top, quantity.bottom, sequence)
-        entry: dict[str, Any] = {**_numbers(own)}
+        entry: dict[str, Any] = {**_numbers(own), "rows": own.rows}
         if MEASURES[key].control and quantity.control is not None:
             control = _numbers(draw.ratio(*quantity.control, sequence))
             name = f"{MEASURES[key].control}: {quantity.of}" if quantity.of else MEASURES[key].control
             entry["control"] = {"is": name, **control}
         measures[key] = entry
-    speed = made.get("speed") or {}
-    measures[_SPEED] = (
-        {"value": speed["rows_per_second"], "device": speed["device"]}
-        if speed.get("rows_per_second")
-        else None
-    )
+    measures[_SPEED] = _speed(pair.given.get("scores") or {})
     reading = findings(pair.quantities, sequence, seed)
     return {
         "format": FORMAT,
@@ -99,7 +98,7 @@ def make_card(pair: Evidence, seed: int = 0) -> dict[str, Any]:
             for role in ("av", "ar")
         },
         "captured_model": {
-            "name": (pair.given.get("patch") or {}).get("model") and short_name(pair.given["patch"]["model"]),
+            "name": (pair.patch or {}).get("model") and short_name((pair.patch or {})["model"]),
             "weights": identity.get("base"),
         },
         "layer": pair.site.key,
@@ -151,20 +150,31 @@ def markdown(card: dict[str, Any]) -> str:
         f"- computed in {_text(card['computed']['dtype'], 'the dtype of the device')}, precision "
         f"{_text(card['computed']['precision'], 'full')}",
         "",
-        "| measure | value | control |",
-        "|---|---:|---|",
+        "| measure | value | control | rows |",
+        "|---|---:|---|---:|",
     ]
     for key, entry in card["measures"].items():
         control = (entry or {}).get("control")
         beside = "" if control is None else f"{_value(control)} ({control['is']})"
         if key == _SPEED and entry:
-            beside = f"on {_text(entry['device'])}"
-        lines.append(f"| {_label(key)} | {_value(entry)} | {beside} |")
+            beside = f"{entry['of']} on {_text(entry['device'])}"
+        count = f"{entry['rows']:,}" if entry and "rows" in entry else ""
+        lines.append(f"| {_label(key)} | {_value(entry)} | {beside} | {count} |")
     lines += ["", "In brackets: 95% intervals by a bootstrap over sequences.", "", "## Reading", ""]
     lines += [f"- **{finding['question']}** {finding['says']}" for finding in card["reading"]]
     versions = ", ".join(f"{name} {number}" for name, number in card["versions"].items())
     lines += ["", f"Made {card['started']} with {versions}.", ""]
     return "\n".join(lines)
+
+
+def _speed(made: dict[str, Any]) -> dict[str, Any] | None:
+    """Vectors per second of a round trip, or of one half of it, and on what."""
+    speed, models = made.get("speed") or {}, made.get("options", {})
+    if not speed.get("rows_per_second"):
+        return None
+    halves = {"av": "AV", "ar": "AR"}
+    ran = " and ".join(name for role, name in halves.items() if models.get(role)) or "AR"
+    return {"value": speed["rows_per_second"], "device": speed["device"], "of": ran}
 
 
 def _numbers(estimate: Estimate) -> dict[str, float | None]:
@@ -177,6 +187,8 @@ def _label(key: str) -> str:
 
 
 def _shown(entry: dict[str, Any] | None) -> str:
+    if entry is not None and "device" in entry:
+        return f"{_value(entry)}   {entry['of']} on {entry['device']}"
     if entry is None or "control" not in entry:
         return _value(entry)
     return f"{_value(entry)}   control: {_value(entry['control'])} ({entry['control']['is']})"

@@ -145,7 +145,7 @@ def _unlike(sides: Sequence[Evidence]) -> dict[str, str]:
         told = ", ".join(f"{count:,}" for count in sorted(ranks))
         for key in ("retrieval_top1", "reciprocal_rank"):
             out[key] = f"ranked among different numbers of vectors ({told}): score again on the same rows"
-    patches = [side.given["patch"] for side in sides if "patch" in side.given]
+    patches = [patch for side in sides if (patch := side.patch) is not None]
     for what, differ in (
         ("the weights of the captured model", {str(each.get("weights")) for each in patches}),
         ("--norm", {str(each["run"].get("norm")) for each in patches}),
@@ -154,7 +154,7 @@ def _unlike(sides: Sequence[Evidence]) -> dict[str, str]:
         if len(differ) > 1:
             keys = [key for key in MEASURES if key.startswith("later_")]
             if what != "--horizon":
-                keys += ["kl", "loss_recovered", "top1_same", "logprob_change"]
+                keys += ["kl", "loss_recovered", "loss_over_text", "top1_same", "logprob_change"]
             for key in keys:
                 out.setdefault(key, f"patched with another value of {what}: patch again alike")
     return out

@@ -1,1 +1,1 @@
-"""The referee: can the words be believed, and by what measure? So far: what the model does with a reconstruction."""
+"""The referee: can the words be believed? By the model itself, beside the text, clause by clause, claim by claim."""

@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import RequestError
-from nla_engine.referee.control_texts import EXPLAINED
 from nla_engine.referee.intervals import FEWEST_CLUSTERS, Bootstrap, Estimate
+from nla_engine.referee.quantities import EXPLAINED, LEAST_SHARE
 from nla_engine.roundtrip.results import batches, read_metadata
 
 #: In the metadata of a table, under made_by.
 CONTROLS = "controls"
 #: Stands for the mean vector where no control does better. It needs no text.
 MEAN = "mean"
-#: A control counts for the best one if at least this share of the rows has it.
-LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)

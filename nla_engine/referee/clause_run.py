@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -27,11 +27,12 @@ from nla_engine.referee.load import (
     reading_options,
     selected_texts,
 )
-from nla_engine.referee.others import other_texts
+from nla_engine.referee.others import named_others, other_texts
 from nla_engine.referee.patcher import Patcher
 from nla_engine.referee.trial import Places, try_lanes
 from nla_engine.referee.variants import RECONSTRUCTION, Lane
 from nla_engine.roundtrip.pair import Pair, choose_layer
+from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import ResultTable, check_table, nullable
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine, fve_nrm, mse_nrm, unit
@@ -61,9 +62,19 @@ class Reading:
 
 
 def run_clauses(
-    options: ClausesOptions, *, announce: Announce = lambda text: None, progress: Heard = Progress()
+    options: ClausesOptions,
+    *,
+    announce: Announce = lambda text: None,
+    progress: Heard = Progress(),
+    reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
+    others: Mapping[int, int] | None = None,
 ) -> ClausesSummary:
-    """Read every changed text, and write the table. Raises the errors of `nla_engine.errors`."""
+    """Read every changed text, and write the table. Raises the errors of `nla_engine.errors`.
+
+    reconstructor: the AR, if it is loaded; rows: int64 [n], only these; others: for rows the row, one of them too,
+    from whose first text foreign clauses are; without one there are none. None: they are drawn
+    """
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
@@ -72,13 +83,13 @@ def run_clauses(
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     if options.model is not None:
         check_captured(store)
-    texts = selected_texts(options, store)
+    texts = selected_texts(options, store, rows)
     if len(texts.selected) < 2:
         raise RequestError(
             f"{options.explained}: one row has no control, which is the text of another: select two or more"
         )
     reading = reading_options(options, texts)
-    pair = read_by(options, reading, announce)
+    pair = read_by(options, reading, announce, reconstructor)
     check_revision(options, texts, pair.ar.lm.revision)
     site = choose_layer(store, reading, pair)
     check_layer(texts, site, reading.ar)
@@ -87,7 +98,7 @@ def run_clauses(
         patcher, weights = None, None
         if options.model is not None:
             lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
-            patcher = open_.enter_context(Patcher(lm, site.layer))
+            patcher = open_.enter_context(Patcher(lm, site.layer, pair.ar.kernels))
         open_.callback(pair.close)
         phases.phase(PREPARING)
         layer = store.layer(site.layer)
@@ -102,7 +113,7 @@ def run_clauses(
             "variance": variance,
             "variance_rows": 0 if measured is None else measured.rows,
         }
-        run = _Run(options, store, layer, texts, pair, patcher, variance)
+        run = _Run(options, store, layer, texts, pair, patcher, variance, others)
         table = ResultTable.open(
             options.out,
             options=run.identity(weights) | {"layer": site.layer},
@@ -127,7 +138,7 @@ def run_clauses(
 
 @dataclass(frozen=True)
 class _Run:
-    """One run, ready to start. patcher: None without the captured model."""
+    """One run, ready to start. patcher: None without the captured model; others: see `run_clauses`."""
 
     options: ClausesOptions
     store: CaptureStore
@@ -136,6 +147,7 @@ class _Run:
     pair: Pair
     patcher: Patcher | None
     variance: float
+    others: Mapping[int, int] | None
 
     def fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Read what the table does not hold yet."""
@@ -168,6 +180,7 @@ class _Run:
             "selection": hashlib.sha256(self.texts.selected.tobytes()).hexdigest()[:16],
             "texts": self.texts.fingerprint(),
             "ar": self.pair.ar.fingerprint(),
+            **named_others(self.others),
         }
 
     def metadata(self, weights: str | None) -> dict[str, Any]:
@@ -192,7 +205,12 @@ class _Run:
             self.store.column(name)[rows[place]].astype(np.int64) for name in ("sequence", "position")
         )
         units = np.array([len(parts) for parts in clauses], np.int64)
-        partner = other_texts(rows[place], sequence, position, self.options.seed, units)
+        if self.others is None:
+            partner = other_texts(rows[place], sequence, position, self.options.seed, units)
+        else:
+            first_text = {int(row): self.texts.up_to_row(at) for at, row in enumerate(rows)}
+            named = [self.others.get(int(row), -1) for row in rows[place]]
+            partner = np.array([first_text[row] if row >= 0 else -1 for row in named], np.int64)
         norms = self.reader.norm_at(rows)
         first = np.searchsorted(place, place)
         for text, whole in enumerate(words):

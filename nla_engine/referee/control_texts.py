@@ -11,6 +11,7 @@ import numpy as np
 from nla_engine.config import ControlsOptions
 from nla_engine.config.controls import NO_READER
 from nla_engine.referee.partners import drawn_sequences, partners
+from nla_engine.referee.quantities import EXPLAINED
 from nla_engine.referee.reader import EXAMPLE_CONTEXT, Example, Reader
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import GIVEN, Vectors
@@ -21,8 +22,8 @@ from nla_engine.store import CaptureStore
 CONTROL = "control"
 #: In the metadata of such tables: that they are.
 OF_CONTROLS = "of_controls"
-#: Names in the column `control`; `last_k` for each k.
-EXPLAINED, READER, OTHER_PLACE, OTHER_TEXT = "explained", "reader", "other_place", "other_text"
+#: Names in the column `control`, besides EXPLAINED and, for each k, `last_k`.
+READER, OTHER_PLACE, OTHER_TEXT = "reader", "other_place", "other_text"
 
 
 def of_controls(metadata: Mapping[str, Any]) -> bool:

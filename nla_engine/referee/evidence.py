@@ -16,25 +16,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.errors import RequestError
-from nla_engine.referee.quantities import Quantity, of_claims, of_controls, of_patches, of_scores, of_texts
+from nla_engine.referee.quantities import (
+    EXPLAINED,
+    Quantity,
+    of_claims,
+    of_controls,
+    of_patched_controls,
+    of_patches,
+    of_scores,
+    of_texts,
+)
 from nla_engine.roundtrip.results import read_metadata
 from nla_engine.sites import Site
 
-#: What a table is told by: columns that it alone has, by the command that wrote it.
+PATCH, CONTROLS, PATCHED_CONTROLS, CLAIMS = "patch", "controls", "patch of controls", "claims"
+#: What a table is told by: columns that it alone has, by the command that wrote it. The first that fits.
 _TOLD_BY = {
-    "patch": {"kl", "loss_recovered"},
-    "controls": {"control", "of_row"},
-    "claims": {"side", "kind", "holds"},
+    PATCHED_CONTROLS: {"kl", "loss_recovered", "control", "of_row"},
+    PATCH: {"kl", "loss_recovered"},
+    CONTROLS: {"control", "of_row"},
+    CLAIMS: {"side", "kind", "holds"},
     "clauses": {"variant", "unit", "units"},
     "ask": {"question", "answer"},
     "score --prefixes": {"of_text", "whole"},
 }
+#: The order in which tables count: the first one with a measure, or with the explanations, gives it.
+_ORDER = ("", PATCH, CONTROLS, PATCHED_CONTROLS, CLAIMS)
 #: Tables that hold no explanations of their own, or nothing that is read here.
 _NOT_READ = ("clauses", "ask", "score --prefixes")
 _PLACE = ("sequence", "position")
 _ROW = (*_PLACE, "token", "next_token", "generated", "norm")
-#: In a table of controls: the lines of the explanations themselves.
-EXPLAINED = "explained"
 
 
 @dataclass(frozen=True)
@@ -55,14 +66,14 @@ class Table:
             )
         metadata = read_metadata(path)
         names = set(pq.read_schema(path).names)
-        kind = next((kind for kind, columns in _TOLD_BY.items() if columns <= names), "")
+        kind = _kind(names)
         if kind in _NOT_READ:
             raise RequestError(
                 f"{path}: is a table of {kind}, which is not read here: give those of roundtrip or score, patch, "
                 "controls and claims"
             )
         needed = {*_PLACE, "sample"}
-        if kind != "claims":
+        if kind != CLAIMS:
             needed |= {*_ROW, "explanation", "status", "n_tokens"}
         if missing := sorted(needed - names):
             raise RequestError(f"{path}: has no column {missing[0]}: give a table of roundtrip or score")
@@ -88,6 +99,11 @@ class Table:
         if pa.types.is_integer(values.type) and not values.null_count:
             return np.asarray(values.to_numpy())
         return np.array([np.nan if v is None else v for v in values.to_pylist()], np.float64)
+
+    @property
+    def with_controls(self) -> bool:
+        """Whether it has lines of other texts than the explanations."""
+        return self.kind in (CONTROLS, PATCHED_CONTROLS)
 
     @property
     def store(self) -> str:
@@ -123,6 +139,11 @@ class Evidence:
         return len(self.texts)
 
     @property
+    def patch(self) -> dict[str, Any] | None:
+        """The metadata of the table of patch, or of the patched controls."""
+        return self.given.get(PATCH) or self.given.get(PATCHED_CONTROLS)
+
+    @property
     def places(self) -> list[tuple[int, int]]:
         """(sequence, position) of each row."""
         return list(zip(self.rows["sequence"].tolist(), self.rows["position"].tolist(), strict=True))
@@ -134,15 +155,15 @@ class Evidence:
         sample: of each row, the one of this number alone
         RequestError if one cannot be read, or if they are of other stores, layers or texts than the first.
         """
-        tables = [Table.read(path) for path in paths]
+        tables = sorted((Table.read(path) for path in paths), key=lambda table: _ORDER.index(table.kind))
         if sample is not None:
             tables = [table.only(table.column("sample") == sample) for table in tables]
         kinds = [table.kind for table in tables]
         if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
             what = min(twice) or "roundtrip or score"
             raise RequestError(f"{name}: two of its tables are of {what}: give one, or compare the two")
-        whole = min(tables, key=lambda table: ("", "patch", "controls", "claims").index(table.kind))
-        if whole.kind == "claims":
+        whole = tables[0]
+        if whole.kind == CLAIMS:
             raise RequestError(f"{whole.path}: holds no explanations: also give the table that it is about")
         lines = _own(whole)
         places = np.stack([lines.column(each) for each in _PLACE], 1).astype(np.int64)
@@ -158,15 +179,22 @@ class Evidence:
             of = np.array(at, np.int64)
             known = table.only(of >= 0)
             of = of[of >= 0]
-            if table.kind in ("", "controls"):
-                own = known.column("control") == EXPLAINED if table.kind else np.ones(len(of), bool)
-                quantities = of_scores(known.only(own).column, known.metadata, of[own], size) | quantities
-            if table.kind == "patch":
-                quantities |= of_patches(known.column, set(known.data.column_names), of, size)
-            if table.kind == "controls":
-                quantities |= of_controls(known.column, known.metadata, of, size)
-            if table.kind == "claims":
-                quantities |= of_claims(known.column, set(known.data.column_names), of, size)
+            names = set(known.data.column_names)
+            mine = np.ones(len(of), bool)
+            if table.with_controls:
+                mine = known.column("control") == EXPLAINED
+            own, found = known.only(mine), dict[str, Quantity]()
+            if table.kind in ("", CONTROLS):
+                found |= of_scores(own.column, known.metadata, of[mine], size)
+            if table.kind in (PATCH, PATCHED_CONTROLS):
+                found |= of_patches(own.column, names, of[mine], size)
+            if table.kind == CONTROLS:
+                found |= of_controls(known.column, known.metadata, of, size)
+            if table.kind == PATCHED_CONTROLS:
+                found |= of_patched_controls(known.column, of, size)
+            if table.kind == CLAIMS:
+                found |= of_claims(known.column, names, of, size)
+            quantities = found | quantities
         quantities |= of_texts(lines.column, row, size)
         texts: list[list[str]] = [[] for _ in range(size)]
         for place, text in zip(row.tolist(), lines.column("explanation").tolist(), strict=True):
@@ -184,6 +212,18 @@ class Evidence:
         )
 
 
+def kind_of(path: Path) -> str:
+    """The command that wrote a table; "" for roundtrip, explain or score, and for a file that cannot be read."""
+    try:
+        return _kind(set(pq.read_schema(path).names))
+    except (OSError, pa.ArrowException):
+        return ""
+
+
+def _kind(names: set[str]) -> str:
+    return next((kind for kind, columns in _TOLD_BY.items() if columns <= names), "")
+
+
 def samples_of(path: Path) -> list[int]:
     """The numbers of the samples in a table, ascending."""
     return sorted(set(_own(Table.read(path)).column("sample").astype(int).tolist()))
@@ -191,7 +231,7 @@ def samples_of(path: Path) -> list[int]:
 
 def _own(table: Table) -> Table:
     """The lines of the explanations themselves."""
-    return table.only(table.column("control") == EXPLAINED) if table.kind == "controls" else table
+    return table.only(table.column("control") == EXPLAINED) if table.with_controls else table
 
 
 def _places(table: Table) -> list[tuple[int, int]]:
@@ -216,7 +256,7 @@ def _check_belongs(table: Table, whole: Table, said: Mapping[tuple[int, int, int
         raise RequestError(
             f"{table.path}: is about {table.site.label}, {whole.path} about {whole.site.label}: give tables of one"
         )
-    if table is whole or table.kind == "claims":
+    if table is whole or table.kind == CLAIMS:
         return
     for key, text in _said(_own(table)).items():
         if said.get(key, text) != text:

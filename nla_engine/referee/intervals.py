@@ -127,17 +127,22 @@ class Bootstrap:
             return Estimate(out.value, own.low - other.high, own.high - other.low, out.rows, out.clusters)
         return out
 
-    def least(self, values: np.ndarray, clusters: np.ndarray) -> Estimate:
-        """The least of the means of values [m, n] (NaN: not measured), chosen anew in every resample; clusters [n]."""
-        known = np.isfinite(values)
+    def least(self, values: np.ndarray, clusters: np.ndarray, bottom: np.ndarray | None = None) -> Estimate:
+        """The least of the means of values [m, n] (NaN: not measured), chosen anew in every resample; clusters [n].
+
+        bottom: [m, n]: of the sums of values over these
+        """
+        values = np.asarray(values, np.float64)
+        below = np.where(np.isfinite(values), 1.0, np.nan) if bottom is None else bottom
+        known = np.isfinite(values) & np.isfinite(below)
         some = known.any(0)
         if not known.any(1).all():
             return UNKNOWN
         _, index = np.unique(np.asarray(clusters)[some], return_inverse=True)
-        size, values, known = int(index.max()) + 1, values[:, some], known[:, some]
+        size, values, known, below = int(index.max()) + 1, values[:, some], known[:, some], below[:, some]
         sums = np.stack([np.bincount(index[k], v[k], size) for v, k in zip(values, known, strict=True)])
-        counts = np.stack([np.bincount(index[k], minlength=size) for k in known]).astype(float)
-        value, rows = float((sums.sum(1) / counts.sum(1)).min()), int(some.sum())
+        counts = np.stack([np.bincount(index[k], b[k], size) for b, k in zip(below, known, strict=True)])
+        value, rows = float(_quotient(sums.sum(1), counts.sum(1)).min()), int(some.sum())
         if size < FEWEST_CLUSTERS:
             return Estimate(value, math.nan, math.nan, rows, size)
         weights = self._weights(size)

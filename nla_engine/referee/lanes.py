@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from nla_engine.errors import EngineError
+from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.ops.attention import Shape
 
 NAME = "nla_engine_patch"
@@ -53,7 +53,7 @@ def patch_attention(
     if work is None:
         raise EngineError("the model was called outside the patcher while the patcher holds it")
     if attention_mask is not None or is_causal is False:
-        raise EngineError(
+        raise UnsupportedModel(
             f"{type(module).__name__} attends by a mask of its own: this architecture is not supported"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -85,7 +85,9 @@ class Reading:
     ) -> torch.Tensor:
         """See `Work`: every token attends to those up to itself."""
         if layer in self.shapes:
-            raise EngineError(f"block {layer} attends twice in one pass: this architecture is not supported")
+            raise UnsupportedModel(
+                f"block {layer} attends twice in one pass: this architecture is not supported"
+            )
         self.shapes[layer] = shape
         if layer > self.layer:
             self.keys[layer], self.values[layer] = key, value
@@ -94,7 +96,7 @@ class Reading:
         at = torch.arange(query.shape[2], device=query.device)
         seen = _seen(at[:, None], at, shape.window)
         if shape.softcap:
-            weights = _capped(query @ key.transpose(-1, -2), shape).masked_fill(~seen, -math.inf).softmax(-1)
+            weights = _scores(query * shape.scale, key, shape).masked_fill(~seen, -math.inf).softmax(-1)
             out = weights.to(value.dtype) @ value
         else:
             mask = seen if shape.window else None
@@ -131,15 +133,15 @@ class Lanes:
         group = heads // groups
         # By sequence: queries [S, KV, G, N, m, h], the lanes' own keys and values [S, KV, 1, N, m, h].
         q = self._padded(_lanes(query, tokens)).view(sequences, lanes, tokens, groups, group, size)
-        q = q.permute(0, 3, 4, 1, 2, 5).contiguous()
+        q = (q * shape.scale).permute(0, 3, 4, 1, 2, 5).contiguous()
         own_key, own_value = (
             self._padded(_lanes(x, tokens)).permute(0, 3, 1, 2, 4)[:, :, None] for x in (key, value)
         )
         keys = self.read.keys[layer][self._chosen, :, :past]
         values = self.read.values[layer][self._chosen, :, :past]
-        before = q.view(sequences, groups, group * lanes * tokens, size) @ keys.transpose(-1, -2)
+        before = _scores(q.view(sequences, groups, group * lanes * tokens, size), keys, shape)
         before = before.view(sequences, groups, group, lanes, tokens, past)
-        scores = torch.cat([_capped(before, shape), _capped(q @ own_key.transpose(-1, -2), shape)], -1)
+        scores = torch.cat([before, _scores(q, own_key, shape)], -1)
         weights = scores.masked_fill_(~self._seen(shape.window), -math.inf).softmax(-1).to(value.dtype)
         read = weights[..., :past].reshape(sequences, groups, group * lanes * tokens, past) @ values
         out = read.view(*q.shape[:-1], width) + weights[..., past:] @ own_value
@@ -174,7 +176,7 @@ def _seen(own: torch.Tensor, at: torch.Tensor, window: int) -> torch.Tensor:
     return (at <= own) & (at > own - window) if window else at <= own
 
 
-def _capped(scores: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Scaled scores in float32, capped if the model caps them."""
-    scores = scores.float() * shape.scale
-    return torch.tanh(scores / shape.softcap) * shape.softcap if shape.softcap else scores
+def _scores(query: torch.Tensor, key: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Of scaled queries; in float32 if the model caps them, else in their dtype, which the softmax widens inside."""
+    scores = query @ key.transpose(-1, -2)
+    return torch.tanh(scores.float() / shape.softcap) * shape.softcap if shape.softcap else scores

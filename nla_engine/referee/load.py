@@ -15,6 +15,7 @@ from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import DTYPES, LanguageModel
 from nla_engine.roundtrip.pair import Pair, load_pair
+from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.rows import nothing_selected, spread
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
@@ -41,10 +42,17 @@ def check_captured(store: CaptureStore) -> None:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 
 
-def selected_texts(options: ReferOptions | ClaimsOptions, store: CaptureStore) -> TextFile:
-    """The texts of the rows that `where` and `limit` select. StoreError if there are none."""
+def selected_texts(
+    options: ReferOptions | ClaimsOptions, store: CaptureStore, chosen: np.ndarray | None = None
+) -> TextFile:
+    """The texts of the rows that `where` and `limit` select. StoreError if there are none.
+
+    chosen: int64 [n]; only these rows
+    """
     texts = TextFile.read(options.explained, store)
     rows = texts.selected
+    if chosen is not None:
+        rows = rows[np.isin(rows, chosen)]
     if options.where is not None:
         rows = rows[np.isin(rows, store.where(options.where))]
     if not len(rows):
@@ -73,10 +81,15 @@ def reading_options(options: ReferOptions, texts: TextFile) -> ScoreOptions:
     )
 
 
-def read_by(options: ReferOptions, reading: ScoreOptions, announce: Callable[[str], None]) -> Pair:
-    """The AR. An error names the table if that is where its name comes from."""
+def read_by(
+    options: ReferOptions,
+    reading: ScoreOptions,
+    announce: Callable[[str], None],
+    reconstructor: Reconstructor | None = None,
+) -> Pair:
+    """The AR, if it is not loaded. An error names the table if that is where its name comes from."""
     try:
-        return load_pair(reading, announce)
+        return load_pair(reading, announce, reconstructor=reconstructor)
     except CheckpointError as error:
         if options.ar is not None:
             raise

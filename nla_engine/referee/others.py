@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from nla_engine.referee.partners import partners
@@ -21,3 +25,10 @@ def other_texts(
         return found
     alike = partners(like, own, position, sequence, seed)
     return np.where(alike >= 0, alike, found)
+
+
+def named_others(others: Mapping[int, int] | None) -> dict[str, Any]:
+    """For the identity of a run: which other rows were named for its rows; nothing if they are drawn."""
+    if others is None:
+        return {}
+    return {"others": hashlib.sha256(repr(sorted(others.items())).encode()).hexdigest()[:16]}

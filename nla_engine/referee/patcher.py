@@ -17,10 +17,11 @@ from nla_engine.engine.runner import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.engine.slots import borrowed
 from nla_engine.engine.temperature import scales
-from nla_engine.errors import EngineError, NLAError
+from nla_engine.errors import EngineError, NLAError, UnsupportedModel
 from nla_engine.models.decoder import block_output
 from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.load import LanguageModel
+from nla_engine.ops.backends import Kernels
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
 
@@ -36,10 +37,12 @@ _CHECKED_TOKENS, _CHECKED, _CHECKED_LATER = 512, 6, 2
 class Patcher:
     """Holds a model while it is patched behind block `layer`. A context manager: `close` gives the model back.
 
+    plain: whether what it makes is measured in plain torch
+
     While it is open, the model's own forward must not be called. Afterwards it has transformers' eager attention.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int) -> None:
+    def __init__(self, lm: LanguageModel, layer: int, kernels: Kernels = Kernels()) -> None:
         lm.check_layer(layer)
         if scales(lm.blocks):
             raise EngineError(
@@ -47,6 +50,7 @@ class Patcher:
                 "this architecture is not supported"
             )
         self.lm, self.layer = lm, layer
+        self.plain = kernels.plain(lm.device)
         self._tuples = False  # whether blocks return tuples
         attend_by(lm.model, NAME)
 
@@ -162,7 +166,7 @@ class Patcher:
         except (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # the code of any architecture
-            raise EngineError(
+            raise UnsupportedModel(
                 f"{self.lm.name}: {type(self.lm.model).__name__} cannot be patched ({type(error).__name__}): "
                 "this architecture is not supported"
             ) from error
@@ -182,7 +186,7 @@ class Patcher:
             errors += apart.tolist()
         error, limit = float(np.median(errors)), _LIMIT[self.lm.dtype]
         if not error <= limit:
-            raise EngineError(
+            raise UnsupportedModel(
                 f"{self.lm.name}: its patched states differ from those of transformers by {error:.2g} (limit "
                 f"{limit:.2g}): this architecture is not supported"
             )
@@ -194,7 +198,7 @@ class Patcher:
             window = read.shapes[block].window
             own = at >= (length - window if window else 0)
             if seen is not None and not torch.equal(seen, own):
-                raise EngineError(
+                raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens by a mask of its "
                     "own: this architecture is not supported"
                 )

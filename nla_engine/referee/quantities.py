@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from nla_engine.referee.claims import NAME, NEXT, NUMBER, QUOTE, READ
 from nla_engine.roundtrip.results import ranked_among
 from nla_engine.roundtrip.score import fve_nrm, mse_nrm
 from nla_engine.roundtrip.texts import GIVEN
 
+#: In a column `control`: the lines of the explanations themselves.
+EXPLAINED = "explained"
+#: Stands beside the controls, and needs no text.
+MEAN_VECTOR = "mean vector"
+#: A control counts for the best one if at least this share of the rows has it.
+LEAST_SHARE = 0.5
 #: column(name): float64 [lines] with NaN for null, or texts
 Column = Callable[[str], np.ndarray]
 
@@ -32,6 +39,15 @@ class Measure:
     share: bool = False
 
 
+#: Kinds of claims in words.
+KIND_WORDS = {
+    QUOTE: "quoted strings",
+    NUMBER: "numbers",
+    NAME: "names",
+    READ: "the token read",
+    NEXT: "the next token",
+}
+_CONTEXT = "in another row's context"
 _SHUFFLED, _OTHER = "against another row's vector", "with another row's reconstruction"
 _ALL = (
     Measure("fve", "FVE", "part of the vectors' variance that came back through the words", 1, _SHUFFLED),
@@ -47,16 +63,32 @@ _ALL = (
     ),
     Measure("kl", "KL", "nats by which the next-token distribution moves", -1, _OTHER),
     Measure("loss_recovered", "loss recovered", "1 - KL / KL of the mean vector", 1, _OTHER),
+    Measure(
+        "loss_over_text",
+        "loss over text",
+        "loss recovered minus that of the best text-only control",
+        1,
+        "the best control",
+    ),
     Measure("top1_same", "same next token", "the likeliest next token stays", 1, _OTHER, True),
     Measure("logprob_change", "log P change", "of the true next token, in nats", 1, _OTHER),
     Measure("later_kl", "later KL", "the same at later positions", -1, _OTHER),
     Measure("later_loss_recovered", "later loss recovered", "the same at later positions", 1, _OTHER),
     Measure("later_top1_same", "later same token", "the same at later positions", 1, _OTHER),
-    Measure(
-        "claims_true", "claims true", "claims that hold by rule (precision)", 1, "in another row's context"
+    Measure("claims_true", "claims true", "claims that hold by rule (precision)", 1, _CONTEXT),
+    *(
+        Measure(f"claims_true_{kind}", f"claims true: {kind}", f"the same of {words}", 1, _CONTEXT)
+        for kind, words in KIND_WORDS.items()
     ),
     Measure("facts_named", "facts named", "facts that the text names (recall)", 1, "by another row's text"),
-    Measure("judged_true", "judged true", "clauses that the judge calls true", 1, "in another row's context"),
+    Measure(
+        "samples_agree",
+        "samples agree",
+        "other samples that make the same claim",
+        1,
+        "another row's samples",
+    ),
+    Measure("judged_true", "judged true", "clauses that the judge calls true", 1, _CONTEXT),
     Measure("closed", "closed", "explanations that were written to their end", 1, "", True),
     Measure("n_tokens", "tokens", "length of an explanation", 0),
 )
@@ -152,11 +184,11 @@ def of_controls(
         name: _means(fve[control == name], row[control == name], size)
         for name in dict.fromkeys(control.tolist())
     }
-    own = means.pop("explained", np.full(size, np.nan))
+    own = means.pop(EXPLAINED, np.full(size, np.nan))
     if not means:
         return {}
-    means["mean vector"] = np.zeros(size)
-    over = {name: own - other for name, other in means.items() if np.isfinite(own - other).any()}
+    means[MEAN_VECTOR] = np.zeros(size)
+    over = {name: own - other for name, other in means.items() if _counts(own - other, own)}
     if not over:
         return {}
     best = min(over, key=lambda name: float(np.nanmean(over[name])))
@@ -164,13 +196,62 @@ def of_controls(
     return {"fve_over_text": Quantity(over[best], one, (means[best] * one, one), best)}
 
 
+def losses_over(
+    control: np.ndarray,
+    kl: np.ndarray,
+    mean: np.ndarray,
+    row: np.ndarray,
+    size: int,
+    least: float = LEAST_SHARE,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(KL of a control minus that of the explanations, KL of the mean vector), float64 [size] each, by the control.
+
+    The mean vector is one of them: what the explanations recover over it is the loss recovered itself.
+    control, kl, mean, row: of each line; several lines of a row count as their mean
+    least: share of the explained rows that must have a control
+    """
+
+    def of(values: np.ndarray, name: str) -> np.ndarray:
+        return _means(values[control == name], row[control == name], size)
+
+    own, below = of(kl, EXPLAINED), of(mean, EXPLAINED)
+    names = [name for name in dict.fromkeys(control.tolist()) if name != EXPLAINED]
+    top = {name: of(kl, name) - own for name in names} | {MEAN_VECTOR: below - own}
+    return {name: (values, below + 0 * values) for name, values in top.items() if _counts(values, own, least)}
+
+
+def of_patched_controls(column: Column, row: np.ndarray, size: int) -> dict[str, Quantity]:
+    """Loss recovered over the text-only control that leaves the least of it, on the rows that have both."""
+    over = losses_over(column("control"), column("kl"), column("kl_mean"), row, size)
+    if set(over) <= {MEAN_VECTOR}:
+        return {}
+    best = min(over, key=lambda name: overall(*over[name]))
+    top, below = over[best]
+    return {"loss_over_text": Quantity(top, below, (over[MEAN_VECTOR][0] - top, below), best)}
+
+
+def overall(top: np.ndarray, bottom: np.ndarray) -> float:
+    """Sum over sum; infinite where there is nothing to divide by, so that it is the least of nothing."""
+    below = float(np.nansum(bottom))
+    return float(np.nansum(top)) / below if below else np.inf
+
+
+def _counts(values: np.ndarray, own: np.ndarray, least: float = LEAST_SHARE) -> bool:
+    """Whether enough of the explained rows have a control, for it to be the best one."""
+    known, both = np.isfinite(own).sum(), np.isfinite(values).sum()
+    return bool(both > 0 and both >= least * known)
+
+
 def of_claims(column: Column, names: set[str], row: np.ndarray, size: int) -> dict[str, Quantity]:
     """Claims that hold, facts that are named, and what a judge called true; a row weighs as its number of them."""
     side, kind, holds, other = (column(name) for name in ("side", "kind", "holds", "holds_control"))
     found = {
         "claims_true": (side == "claim", holds, other),
+        **{f"claims_true_{each}": ((side == "claim") & (kind == each), holds, other) for each in KIND_WORDS},
         "facts_named": (side == "fact", holds, other),
     }
+    if {"agree", "agree_control"} <= names:
+        found["samples_agree"] = (side == "claim", column("agree"), column("agree_control"))
     if {"judged", "judged_control"} <= names:
         asked = kind == "clause"
         verdict, against = (

@@ -114,6 +114,13 @@ def findings(quantities: Mapping[str, Quantity], sequence: np.ndarray, seed: int
         measure = MEASURES[asked.key]
         of = f"{measure.control} ({known[asked.key].of})" if known[asked.key].of else measure.control
         says = f"{words}: {measure.label} {shown(own)}; {of}: {shown(control)}"
+        if asked.key == "fve_over_text" and "loss_over_text" in known:
+            other = known["loss_over_text"]
+            own, control, _ = estimates(other, sequence, draw)
+            says += (
+                f". By what the model makes of it, loss recovered over text is {shown(own)}; the best control "
+                f"({other.of}): {shown(control)}"
+            )
         if asked.key == "loss_recovered" and "top1_same" in known:
             own, control, _ = estimates(known["top1_same"], sequence, draw)
             says += f". The likeliest next token stays in {shown(own)} of cases; {_of('top1_same')}: {shown(control)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +27,13 @@ from nla_engine.referee.load import (
     selected_texts,
 )
 from nla_engine.referee.measures import Measured
+from nla_engine.referee.others import named_others
 from nla_engine.referee.patcher import Patcher
 from nla_engine.referee.table import PatchSummary, columns_of, schema_of, summarise
 from nla_engine.referee.trial import Places, try_lanes
 from nla_engine.referee.variants import VARIANTS, Variants
 from nla_engine.roundtrip.pair import Pair, choose_layer
+from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullable
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
@@ -58,8 +60,15 @@ def run_patch(
     *,
     announce: Announce = lambda text: None,
     progress: Heard = Progress(),
+    reconstructor: Reconstructor | None = None,
+    rows: np.ndarray | None = None,
+    others: Mapping[int, int] | None = None,
 ) -> PatchSummary:
-    """Patch, and write the table. Raises the errors of `nla_engine.errors`."""
+    """Patch, and write the table. Raises the errors of `nla_engine.errors`.
+
+    reconstructor: the AR, if it is loaded; rows: int64 [n], only these; others: for rows the row, one of them too,
+    whose first text is their shuffled control; without one it is drawn
+    """
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
@@ -67,7 +76,7 @@ def run_patch(
         raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
     check_captured(store)
-    texts = selected_texts(options, store)
+    texts = selected_texts(options, store, rows)
     schema = schema_of(options.horizon)
     if clash := [name for name in texts.more.names if name in schema.names]:
         raise RequestError(
@@ -79,7 +88,7 @@ def run_patch(
             f"{options.explained}: one row has no control, which is the reconstruction of another: select two or more"
         )
     reading = reading_options(options, texts)
-    pair = read_by(options, reading, announce)
+    pair = read_by(options, reading, announce, reconstructor)
     check_revision(options, texts, pair.ar.lm.revision)
     site = choose_layer(store, reading, pair)
     check_layer(texts, site, reading.ar)
@@ -87,9 +96,18 @@ def run_patch(
     lm, weights = load_checked(options, store, pair.device, pair.ar.lm.dtype)
     phases.phase(PREPARING)
     layer = site.layer  # its output: `reading` names no other site
-    with Patcher(lm, layer) as patcher, closing(pair):
+    with Patcher(lm, layer, pair.ar.kernels) as patcher, closing(pair):
         run = _Run(
-            options, store, layer, texts, pair, lm, patcher, pa.schema([*schema, *texts.more]), weights
+            options,
+            store,
+            layer,
+            texts,
+            pair,
+            lm,
+            patcher,
+            pa.schema([*schema, *texts.more]),
+            weights,
+            others,
         )
         table = ResultTable.open(
             options.out,
@@ -109,7 +127,7 @@ def run_patch(
 
 @dataclass(frozen=True)
 class _Run:
-    """One run, ready to start. weights: fingerprint of the model, as captured."""
+    """One run, ready to start. weights: fingerprint of the model, as captured; others: see `run_patch`."""
 
     options: PatchOptions
     store: CaptureStore
@@ -120,6 +138,7 @@ class _Run:
     patcher: Patcher
     schema: pa.Schema
     weights: str
+    others: Mapping[int, int] | None
 
     def fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Patch what the table does not hold yet, and finish it."""
@@ -159,6 +178,7 @@ class _Run:
             "texts": self.texts.fingerprint(),
             "ar": self.pair.ar.fingerprint(),
             "drawn_by": "sequence and position",  # older versions: the place in the store
+            **named_others(self.others),
         }
 
     def _sample(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
@@ -219,7 +239,8 @@ class _Run:
             vectors = stored[torch.from_numpy(kept).to(stored.device)]
             own = read[torch.from_numpy(sound).to(stored.device)]
             sequences, positions = (store.column(name)[rows[kept]] for name in ("sequence", "position"))
-            lanes = variants.of(sequences, positions, reader.norm_at(rows[kept]), vectors, texts, own)
+            norms, named = reader.norm_at(rows[kept]), self._named(rows[of[sound]])
+            lanes = variants.of(sequences, positions, norms, vectors, texts, own, named)
             tried = try_lanes(self.patcher, Places.of(store, rows[kept]), lanes, self.options.horizon)
             tried.check(vectors, self.lm.name, store)
             for lane, measured in zip(lanes, tried.measured, strict=True):
@@ -248,6 +269,20 @@ class _Run:
             words = [each.text for each, is_sound in zip(written, sound, strict=True) if is_sound]
             out[torch.tensor(sound, device=out.device)] = self.pair.ar.reconstruct(words)
         return out
+
+    def _named(self, rows: np.ndarray) -> torch.Tensor | None:
+        """float32 [t, d]: the reconstruction of each row's named other one, NaN without; None if none are named."""
+        if self.others is None:
+            return None
+        others = np.array([self.others.get(int(row), -1) for row in rows], np.int64)
+        unique, of = np.unique(others, return_inverse=True)
+        texts, place = self.texts, {int(row): at for at, row in enumerate(self.texts.selected)}
+        out = torch.full((len(unique), self.store.d_model), torch.nan, device=self.pair.device)
+        known = np.flatnonzero(unique >= 0)
+        if len(known):
+            words = [texts.text(texts.up_to_row(place[int(unique[at])])) for at in known]
+            out[torch.from_numpy(known).to(out.device)] = self.pair.ar.reconstruct(words)
+        return out[torch.from_numpy(of).to(out.device)]
 
     def _later(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n]: how many positions of the horizon there are behind each row."""

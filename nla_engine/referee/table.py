@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nla_engine.referee.control_texts import CONTROL, EXPLAINED, of_controls
+from nla_engine.referee.control_texts import CONTROL, of_controls
+from nla_engine.referee.intervals import UNKNOWN, Bootstrap, Estimate
 from nla_engine.referee.measures import Measured
-from nla_engine.referee.variants import MEAN, RECONSTRUCTION, VARIANTS
+from nla_engine.referee.quantities import EXPLAINED, MEAN_VECTOR, losses_over, overall
+from nla_engine.referee.variants import MEAN, RECONSTRUCTION, SHUFFLED, VARIANTS
 from nla_engine.roundtrip.results import SCHEMA, batches, nullable, read_metadata
 
 KL, TOP1, CHANGE, RECOVERED = "kl", "top1_same", "logprob_change", "loss_recovered"
@@ -77,8 +79,10 @@ class PatchSummary:
     """The result in numbers; the keys are those of `--json`. Means over every patched text, each with its controls.
 
     loss_recovered: 1 - mean kl / mean kl_mean; loss_recovered_shuffled: the same of another row's reconstruction.
+    loss_recovered_interval: [low, high]; loss_recovered_margin: [value, low, high] of the one minus the other.
     measures: by column; with a horizon those of the later positions too. rows_per_second: texts, AR included.
-    controls: of a table of controls, whose other means are those of the explanations alone: by name.
+    controls: of a table of controls, whose other means are those of the explanations alone: by name; over_text:
+    what is recovered over the best of them, [value, low, high], and its name. None of other tables.
     """
 
     out: str
@@ -90,22 +94,47 @@ class PatchSummary:
     horizon: int
     cos: float | None
     loss_recovered: float | None
+    loss_recovered_interval: list[float | None]
     loss_recovered_shuffled: float | None
+    loss_recovered_margin: list[float | None]
+    over_text: tuple[list[float | None], str | None] | None
     measures: dict[str, float | None]
     status: dict[str, int]
     seconds: float
     seconds_by_phase: dict[str, float]
     rows_per_second: float
-    controls: dict[str, dict[str, float | None]]
+    controls: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         facts = asdict(self)
-        measures = facts.pop("measures")
-        if not facts["controls"]:
+        measures, over = facts.pop("measures"), facts.pop("over_text")
+        if over is None:
             del facts["controls"]
+        else:
+            measures = {"loss_over_text": over[0], "best_control": over[1]} | measures
         after = list(facts).index("status")
         items = list(facts.items())
         return dict(items[:after]) | measures | dict(items[after:])
+
+    def told(self) -> dict[str, Any]:
+        """For people: a line for each control."""
+        facts = self.to_dict()
+        for name, found in facts.pop("controls", {}).items():
+            over = found.pop("over")
+            facts[name] = found | {"explanations over it": _bounded(over)}
+        for name in ("loss_recovered_margin", "loss_over_text"):
+            if name in facts:
+                facts[name] = _bounded(facts[name])
+        low, high = facts.pop("loss_recovered_interval")
+        facts["loss_recovered"] = _bounded([facts["loss_recovered"], low, high])
+        return facts
+
+
+def _bounded(estimate: list[float | None]) -> str:
+    value, low, high = estimate
+    if value is None:
+        return "-"
+    return f"{value:.4f} " + ("(no interval)" if low is None or high is None else f"[{low:.4f}, {high:.4f}]")
 
 
 def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: float) -> PatchSummary:
@@ -117,15 +146,22 @@ def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: 
         named(m, variant, prefix) for prefix in prefixes for m in (KL, TOP1, CHANGE) for variant in VARIANTS
     ]
     more = [CONTROL] if of_controls(run) else []
-    parts = list(batches(out, ["row", "status", "cos", *names, *more]))
+    parts = list(batches(out, ["row", "sequence", "status", "cos", *names, *more]))
     data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    controls = {}
+    controls: dict[str, dict[str, Any]] = {}
+    draw, over_text = Bootstrap(int(run["run"]["seed"])), None
     if more:
         kinds = data[CONTROL].astype(str)
+        over, over_text = _over(data, kinds, draw)
         for kind in dict.fromkeys(kinds.tolist()):
-            controls[kind] = _of_kind({name: values[kinds == kind] for name, values in data.items()})
+            if kind != EXPLAINED:
+                of = {name: values[kinds == kind] for name, values in data.items()}
+                controls[kind] = _of_kind(of) | {"over": over.get(kind, UNKNOWN).numbers()}
         data = {name: values[kinds == EXPLAINED] for name, values in data.items()}
-        del controls[EXPLAINED]
+    kl, mean, other = (data[named(KL, variant)].astype(np.float64) for variant in ("", MEAN, SHUFFLED))
+    own, shuffled = (mean - kl, mean + 0 * kl), (mean - other, mean + 0 * kl)
+    recovered = draw.ratio(*own, data["sequence"])
+    margin = draw.ratio(*own, data["sequence"], minus=shuffled)
     means = {name: _mean(data[name]) for name in names}
     measures: dict[str, float | None] = {}
     for name in names:
@@ -142,7 +178,10 @@ def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: 
         horizon=horizon,
         cos=_mean(data["cos"]),
         loss_recovered=_recovered(means, "", RECONSTRUCTION),
-        loss_recovered_shuffled=_recovered(means, "", "shuffled"),
+        loss_recovered_interval=recovered.numbers()[1:],
+        loss_recovered_shuffled=_recovered(means, "", SHUFFLED),
+        loss_recovered_margin=margin.numbers(),
+        over_text=over_text,
         measures=measures,
         status=dict(Counter(map(str, data["status"]))),
         seconds=round(sum(seconds.values()), 3),
@@ -150,6 +189,23 @@ def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: 
         rows_per_second=round(new_texts / working, 2) if working else 0.0,
         controls=controls,
     )
+
+
+def _over(
+    data: Mapping[str, np.ndarray], control: np.ndarray, draw: Bootstrap
+) -> tuple[dict[str, Estimate], tuple[list[float | None], str | None]]:
+    """What the explanations recover over each control, by name; the same over the best of them, with its name."""
+    rows, first, row = np.unique(data["row"], return_index=True, return_inverse=True)
+    sequence = data["sequence"][first]
+    kl, mean = (data[named(KL, variant)].astype(np.float64) for variant in ("", MEAN))
+    found = losses_over(control, kl, mean, row.reshape(-1), len(rows), least=0.0)
+    over = {name: draw.ratio(*pair, sequence) for name, pair in found.items()}
+    fit = losses_over(control, kl, mean, row.reshape(-1), len(rows))
+    if set(fit) <= {MEAN_VECTOR}:
+        return over, (UNKNOWN.numbers(), None)
+    top, bottom = (np.stack([pair[part] for pair in fit.values()]) for part in (0, 1))
+    best = min(fit, key=lambda name: overall(*fit[name]))
+    return over, (draw.least(top, sequence, bottom).numbers(), best)
 
 
 def _of_kind(data: Mapping[str, np.ndarray]) -> dict[str, float | None]:

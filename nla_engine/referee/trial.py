@@ -79,11 +79,14 @@ def try_lanes(patcher: Patcher, places: Places, lanes: Sequence[Lane], horizon: 
     order = np.argsort(row, kind="stable")
     vectors = torch.cat([own.float(), *(lane.vectors.float() for lane in lanes)])
     vectors = vectors[torch.from_numpy(order).to(device)]
-    states = patcher.run(read, places.sequence[row[order]], places.position[row[order]], vectors, horizon)
-    back = np.argsort(order)
-    first = torch.from_numpy(back[: len(own)]).to(device)
-    found = measure(patcher.lm, states[first], states, row[order], places.following(1 + horizon))
-    measured, start = [], len(own)
+    row = row[order]
+    states = patcher.run(read, places.sequence[row], places.position[row], vectors, horizon)
+    first, rest = np.flatnonzero(order < len(own)), np.flatnonzero(order >= len(own))
+    of_rows, patched = (states[torch.from_numpy(each).to(device)] for each in (first, rest))
+    following = places.following(1 + horizon)
+    found = measure(patcher.lm, of_rows, patched, row[rest], following, plain=patcher.plain)
+    back = np.argsort(order[rest])
+    measured, start = [], 0
     for lane in lanes:
         part = back[start : start + len(lane.row)]
         measured.append(Measured(found.kl[part], found.top1_same[part], found.logprob_change[part]))

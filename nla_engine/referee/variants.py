@@ -60,14 +60,18 @@ class Variants:
         stored: torch.Tensor,
         texts: np.ndarray,
         reconstructed: torch.Tensor,
+        named: torch.Tensor | None = None,
     ) -> list[Lane]:
         """Every variant, those of the texts first.
 
         sequences, positions: int64 [R], of the rows; norms: float32 [R]; stored: float32 [R, d]
         texts: int64 [t], which of the rows each text belongs to; reconstructed: float32 [t, d]
+        named: float32 [t, d], the other rows' reconstructions; where they have no direction, those of the sample
         """
         partner = self.controls.partners(sequences[texts], positions[texts])
         others = self._vectors[torch.from_numpy(partner).to(stored.device)]
+        if named is not None:
+            others = torch.where(unit(named).isfinite().all(1, keepdim=True), named, others)
         of_rows = torch.from_numpy(norms).to(stored.device)[:, None]
         fixed = of_rows if self.norm in (ROW, RAW) else torch.full_like(of_rows, float(self.norm))
         of_texts = fixed[torch.from_numpy(texts).to(stored.device)]

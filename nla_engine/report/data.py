@@ -80,7 +80,7 @@ class Explained:
             raise RequestError(f"{path}: explains another store than {store.path}: give the two of one run")
         if metadata.get("made_by") == CONTROLS:
             raise RequestError(
-                f"{path}: is the table of controls: give it with --controls, and the explanations that it was made of"
+                f"{path}: is the table of controls: give it with --also, and the explanations that it was made of"
             )
         if (made_by := metadata.get("made_by")) is not None:
             raise RequestError(

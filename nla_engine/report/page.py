@@ -23,11 +23,12 @@ from typing import Any
 from nla_engine.errors import RequestError
 from nla_engine.options import check_ending
 from nla_engine.referee.added import Added
-from nla_engine.referee.evidence import Evidence
+from nla_engine.referee.evidence import CONTROLS, PATCHED_CONTROLS, Evidence, kind_of
 from nla_engine.referee.reading import Finding, findings
+from nla_engine.referee.table import summarise
 from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import Figure, facts, figures, lead, warnings
-from nla_engine.report.text_only import AREA, area, headline, read_added
+from nla_engine.report.text_only import AREA, area, headline
 from nla_engine.store import CaptureStore
 from nla_engine.store.directory import check_outside_stores
 from nla_engine.store.lease import Lease
@@ -92,13 +93,12 @@ def write_report(
     sections: Sequence[Section] = (),
     also: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
-    controls: str | os.PathLike[str] | None = None,
 ) -> ReportSummary:
     """Write the page of a store and the table that `roundtrip` made of it.
 
     title: None for one that names the store; sections: further areas, after the distributions
-    controls: the table of controls of these explanations: the page then begins with what they add to the text
-    also: tables of patch and claims about the same texts, for what the page says of the run
+    also: tables of controls, patch and claims about the same texts, for what the page says of the run. With those of
+    controls it begins with what the explanations add to the text
     Raises RequestError (`out` exists, is the table, or is not named .html; store and table do not belong together; a
     section's id is unfit or taken), StoreError, WriteError. After an error `out` is as it was.
     """
@@ -116,20 +116,25 @@ def write_report(
     check_ending(out, "the page is HTML", ".html", ".htm")
     check_outside_stores(out)
     table = Explained.read(store, explained)
-    added = None if controls is None else read_added(store, table, Path(controls))
-    if added is not None:
-        if out.exists() and out.samefile(Path(controls or "")):
-            raise RequestError(f"{out}: is the table of controls: choose another name")
-        sections = (Section(*AREA, area(added)), *sections)
-    if table.asked and also:
+    others = [Path(path) for path in also]
+    if clash := next(
+        (path for path in others if path.exists() and out.exists() and out.samefile(path)), None
+    ):
+        raise RequestError(f"{out}: is {clash}, of which the page is made: choose another name")
+    if table.asked and others:
         raise RequestError(
             f"{explained}: holds answers of an oracle, which no other table measures: leave --also out"
         )
     reading: list[Finding] = []
     if not table.asked:
-        others = [*map(Path, also), *([] if controls is None else [Path(controls)])]
         evidence = Evidence.read([explained, *others], explained.stem)
         reading = findings(evidence.quantities, evidence.rows["sequence"])
+    kinds = {kind_of(path): path for path in others}
+    added = None
+    if CONTROLS in kinds:
+        added = Added.read(kinds[CONTROLS])
+        losses = None if PATCHED_CONTROLS not in kinds else summarise(kinds[PATCHED_CONTROLS], {}, 0, 0.0)
+        sections = (Section(*AREA, area(added, losses)), *sections)
     page = render(store, table, title, sections, added, reading)
     with Lease.beside(out):  # two writers of one page would share a temporary file
         write_file_atomically(out, page.html)

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
-from nla_engine.errors import RequestError
 from nla_engine.referee.added import MEAN, Added
-from nla_engine.referee.intervals import Estimate
-from nla_engine.report.data import Explained
+from nla_engine.referee.table import PatchSummary
 from nla_engine.report.facts import Figure
-from nla_engine.roundtrip.results import read_metadata
-from nla_engine.store import CaptureStore
 
 #: Id and title of the area.
 AREA = ("text-only", "Text alone")
-
-
-def read_added(store: CaptureStore, explained: Explained, path: Path) -> Added:
-    """From the table of controls. RequestError if it is another table, or of another store, layer or AR."""
-    added, made = Added.read(path), read_metadata(path)
-    if made["options"].get("store") != store.attributes["store_id"]:
-        raise RequestError(
-            f"{path}: has controls of another store than {store.path}: give the two of one run"
-        )
-    if made["layer"] != explained.metadata["layer"]:
-        raise RequestError(
-            f"{path}: has controls of layer {made['layer']}, the explanations are of layer "
-            f"{explained.metadata['layer']}: give the two of one run"
-        )
-    return added
 
 
 def headline(added: Added) -> Figure:
@@ -49,30 +30,33 @@ def headline(added: Added) -> Figure:
     )
 
 
-def area(added: Added) -> str:
-    """Every control with its scores, and what they show and do not, as markup."""
-    head = ("text", "rows", "FVE", "cos", "nearest to its own vector", "explanations over it")
-    lines = [("explanations", added.explained), *added.controls.items()]
-    rows = [
-        (
-            name,
-            f"{found.rows:,}",
-            _number(found.fve_nrm),
-            _number(found.cos),
-            _number(found.retrieval_top1),
-            "" if found.over is None else _estimate(found.over),
-        )
-        for name, found in lines
-    ]
+def area(added: Added, losses: PatchSummary | None = None) -> str:
+    """Every control with its scores, and what they show and do not, as markup. losses: of the texts, if patched."""
+    head = ["text", "rows", "FVE", "cos", "nearest to its own vector", "explanations over it"]
+    rows = []
+    for name, found in [("explanations", added.explained), *added.controls.items()]:
+        numbers = map(_number, (found.fve_nrm, found.cos, found.retrieval_top1))
+        over = "" if found.over is None else _bounded(found.over.numbers())
+        rows.append([name, f"{found.rows:,}", *numbers, over])
+    if losses is not None:
+        head += ["loss recovered", "explanations over it"]
+        of: dict[str, list[str]] = {
+            name: [_number(each["loss_recovered"]), _bounded(each["over"])]
+            for name, each in losses.controls.items()
+        }
+        of["explanations"] = [_bounded([losses.loss_recovered, *losses.loss_recovered_interval]), ""]
+        rows = [[*row, *of.get(row[0], ["", ""])] for row in rows]
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     said = "".join(f"<p>{escape(text)}</p>" for text in added.says())
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     return f"{said}<table><thead><tr>{titles}</tr></thead><tbody>{table}</tbody></table>"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _estimate(found: Estimate) -> str:
-    return _number(found.value) + (f" [{found.low:.3f}, {found.high:.3f}]" if found.bounded else "")
+def _bounded(numbers: Sequence[float | None]) -> str:
+    """Of [value, low, high]."""
+    value, low, high = map(_number, numbers)
+    return value if "-" in (low, high) else f"{value} [{low}, {high}]"

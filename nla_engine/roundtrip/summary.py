@@ -26,7 +26,14 @@ LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "finishing",
 )
 #: Of a summary: left out if there is nothing to say.
-_RARE = ("further_layers", "fve_by_sentences", "workers", "workers_lost", "parts_again")
+_RARE = (
+    "further_layers",
+    "fve_by_sentences",
+    "fve_by_sentences_shuffled",
+    "workers",
+    "workers_lost",
+    "parts_again",
+)
 _NO_SECONDS: Mapping[str, float] = {}
 
 
@@ -34,7 +41,8 @@ _NO_SECONDS: Mapping[str, float] = {}
 class RoundtripSummary:
     """The result in numbers; the keys are those of `--json`. Scores are means over every scored explanation.
 
-    fve_by_sentences: of a table of prefixes; its other means are those of whole texts.
+    fve_by_sentences: of a table of prefixes; its other means are those of whole texts. With it comes its control,
+    against the vector of another row.
     further_layers: of the others that the AR gives from the same text: their means.
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
@@ -69,6 +77,7 @@ class RoundtripSummary:
     rows_per_second: float
     further_layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
     fve_by_sentences: dict[str, float] = field(default_factory=dict)
+    fve_by_sentences_shuffled: dict[str, float] = field(default_factory=dict)
     workers: int = 0
     workers_lost: int = 0
     parts_again: int = 0
@@ -170,7 +179,10 @@ def summarise(
     prefixes = isinstance(options, ScoreOptions) and options.prefixes
     more = ["of_text", "sentences", "whole"] if prefixes else []
     data = _columns(options.out, ["cos", "cos_shuffled", "retrieval_rank", "best", *more])
-    curve = fve_by_sentences(data, float(metadata["variance"])) if prefixes else {}
+    curves: list[dict[str, float]] = [{}, {}]
+    if prefixes:
+        pairs = ({**data, "cos": data[name]} for name in ("cos", "cos_shuffled"))
+        curves = [fve_by_sentences(columns, float(metadata["variance"])) for columns in pairs]
     whole = data["whole"].astype(bool) if prefixes else np.ones(len(data["row"]), bool)
     if prefixes:
         data = {name: column[whole] for name, column in data.items()}
@@ -200,7 +212,8 @@ def summarise(
             layer: _of_layer(options.out, int(layer), float(about["variance"]), whole)
             for layer, about in metadata.get("further_layers", {}).items()
         },
-        fve_by_sentences=curve,
+        fve_by_sentences=curves[0],
+        fve_by_sentences_shuffled=curves[1],
     )
 
 

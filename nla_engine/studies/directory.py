@@ -19,6 +19,8 @@ from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, write_file
 #: What a study writes into its directory, besides its Markdown file. Nothing else there is touched.
 RECORD, PROBLEMS = "study.json", "problems.jsonl"
 STORE, EXPLAINED, SAMPLES, REREAD = "run.zarr", "explained.parquet", "samples.parquet", "reread.parquet"
+PATCHED, CLAUSES, CLAIMS = "patched.parquet", "clauses.parquet", "claims.parquet"
+_TABLES = (EXPLAINED, SAMPLES, REREAD, PATCHED, CLAUSES, CLAIMS)
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
 #: Options that a resumed study may change.
 FREE = {"out", "batch_size", "device", "resume", "overwrite"}
@@ -86,13 +88,13 @@ class StudyDirectory:
     def _empty(self) -> None:
         """Remove all that a study writes except its record, which marks a half-emptied directory as a study's."""
         try:
-            for name in (EXPLAINED, SAMPLES, REREAD, PROBLEMS, self.markdown, PAGE):
+            for name in (*_TABLES, PROBLEMS, self.markdown, PAGE):
                 (self.out / name).unlink(missing_ok=True)
             for name in (
                 STORE,
                 TABLES,
                 FIGURES,
-                *(f"{table}.parts" for table in (EXPLAINED, SAMPLES, REREAD)),
+                *(f"{table}.parts" for table in _TABLES),
             ):
                 if (self.out / name).exists():
                     shutil.rmtree(self.out / name)

@@ -1,13 +1,8 @@
-"""Reads texts again with the AR: whole explanations, another problem's, and explanations with one clause changed.
-
-A clause carries what is lost without it. Removing also changes the text's form, so each clause is also replaced
-by the same clause of another problem's explanation (form kept, facts wrong), and read alone.
-"""
+"""Reads explanations again with the AR: of each row its own, ranked among rows of its place, and another problem's."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -34,10 +29,7 @@ SCHEMA = pa.schema(
         pa.field("row", pa.int64()),
         pa.field("place", pa.string()),
         pa.field("variant", pa.string()),
-        pa.field("unit", pa.int32()),
-        pa.field("units", pa.int32()),
         pa.field("partner", pa.int64()),
-        pa.field("clause", pa.string()),
         pa.field("text", pa.string()),
         pa.field("cos", pa.float64()),
         pa.field("mse_nrm", pa.float64()),
@@ -47,7 +39,8 @@ SCHEMA = pa.schema(
 )
 #: Statuses of explanations that have a text.
 WITH_TEXT = ("ok", "unclosed", "untagged")
-_SENTENCE = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[\"“‘'A-Z0-9])")
+#: Variants: the row's own explanation; another problem's.
+WHOLE, ANOTHER = "whole", "another"
 
 
 @dataclass(frozen=True)
@@ -65,18 +58,14 @@ class Explained:
 class Reading:
     """One text to read again, and the row whose vector it is compared with.
 
-    variant: "whole"; "another" (the whole text of `partner`); "removed", "swapped" or "alone" (clause `unit` of
-    `units`, counted from 0). partner: the row that a foreign text came from, or None. clause: the row's own clause.
+    variant: WHOLE, or ANOTHER for the text of the row `partner`
     """
 
     row: int
     place: str
     variant: str
     text: str
-    unit: int | None = None
-    units: int | None = None
     partner: int | None = None
-    clause: str | None = None
 
 
 def explained_rows(
@@ -93,24 +82,6 @@ def explained_rows(
     return out
 
 
-def clauses(text: str) -> list[str]:
-    """The paragraphs of a text (lines that are not empty); its sentences if it is one paragraph."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) != 1:
-        return lines
-    ends = [match.end() for match in _SENTENCE.finditer(lines[0])]
-    starts = [0, *ends]
-    return [lines[0][a:b].strip() for a, b in zip(starts, [*ends, len(lines[0])], strict=True)]
-
-
-def join(text: str, parts: Sequence[str]) -> str:
-    """Clauses joined as `text` had them: by its own line breaks, or by spaces between sentences."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) == 1:
-        return " ".join(parts)
-    return ("\n\n" if "\n\n" in text else "\n").join(parts)
-
-
 def choose_partners(explained: Sequence[Explained], seed: int) -> dict[int, Explained]:
     """For each row, one of the same place and another cluster: the next one in a seeded order."""
     out: dict[int, Explained] = {}
@@ -125,29 +96,14 @@ def choose_partners(explained: Sequence[Explained], seed: int) -> dict[int, Expl
     return out
 
 
-def plan(explained: Sequence[Explained], ablate: Callable[[Explained], bool], seed: int) -> list[Reading]:
-    """Every text to read, in the order of the rows. ablate: the rows whose clauses are changed one by one."""
+def plan(explained: Sequence[Explained], seed: int) -> list[Reading]:
+    """Every text to read, in the order of the rows."""
     partners = choose_partners(explained, seed)
     out: list[Reading] = []
     for entry in explained:
-        partner = partners.get(entry.row)
-        out.append(Reading(entry.row, entry.place, "whole", entry.text))
-        if partner:
-            out.append(Reading(entry.row, entry.place, "another", partner.text, partner=partner.row))
-        parts = clauses(entry.text)
-        if len(parts) < 2 or not ablate(entry):
-            continue
-        foreign = clauses(partner.text) if partner else []
-        for unit, clause in enumerate(parts):
-            changed = {
-                "removed": join(entry.text, parts[:unit] + parts[unit + 1 :]),
-                "alone": clause,
-            }
-            if unit < len(foreign):
-                changed["swapped"] = join(entry.text, [*parts[:unit], foreign[unit], *parts[unit + 1 :]])
-            for variant, text in changed.items():
-                source = partner.row if partner and variant == "swapped" else None
-                out.append(Reading(entry.row, entry.place, variant, text, unit, len(parts), source, clause))
+        out.append(Reading(entry.row, entry.place, WHOLE, entry.text))
+        if partner := partners.get(entry.row):
+            out.append(Reading(entry.row, entry.place, ANOTHER, partner.text, partner.row))
     return out
 
 
@@ -171,7 +127,7 @@ def run_reread(
     """
     digest = hashlib.sha256()
     for reading in readings:
-        digest.update(repr((reading.row, reading.variant, reading.unit, reading.text)).encode())
+        digest.update(repr((reading.row, reading.variant, reading.text)).encode())
     with ResultTable.open(
         out,
         options={
@@ -233,14 +189,14 @@ def _ranks(
     """float64 [n]: ranks of the whole texts among the rows of their place; NaN elsewhere."""
     out = np.full(len(chunk), np.nan)
     for place, group in controls.items():
-        mine = np.array([reading.place == place and reading.variant == "whole" for reading in chunk])
+        mine = np.array([reading.place == place and reading.variant == WHOLE for reading in chunk])
         if mine.any():
             out[mine] = group.rank(v[mine], r[mine])
     return out
 
 
 def _columns(chunk: list[Reading], cos: np.ndarray, rank: np.ndarray) -> dict[str, Any]:
-    named = ("row", "place", "variant", "unit", "units", "partner", "clause", "text")
+    named = ("row", "place", "variant", "partner", "text")
     return {
         **{name: [getattr(reading, name) for reading in chunk] for name in named},
         "cos": nullable(cos),

@@ -10,13 +10,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from nla_engine.referee.clauses import NEGATED, REMOVED, SWAPPED
 from nla_engine.referee.intervals import FEWEST_CLUSTERS, Estimate
-from nla_engine.studies.clauses import Clause
+from nla_engine.referee.reading import MOST
+from nla_engine.referee.table import RECOVERED, TOP1
+from nla_engine.studies.clauses import Clause, Cost
 from nla_engine.studies.findings import ALL, Finding
 from nla_engine.studies.tables import decimal, show
 
 #: Two kinds of explanation whose FVE differs by less look alike to a reader of one explanation.
 LITTLE = 0.1
+#: A share of the lost KL that is as good as none.
+NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -93,23 +98,68 @@ class Words:
         )
         return text + (f" At {self.named(open_)} this is not above chance." if open_ else "")
 
+    def acts(self, findings: Sequence[Finding]) -> str:
+        """Whether the model goes on from the reconstruction as from its own vector. "" if it was not asked."""
+        found = measured(findings, RECOVERED)
+        if not found:
+            return ""
+        same = measured(findings, TOP1)
+        above = [f for f in found if f.margin.above(NEGLIGIBLE) and f.own.above(0)]
+        if not bounded(found):
+            return (
+                f"Whether the model acts on the reconstruction as on the original cannot be told: {self.few}."
+            )
+        if not above:
+            return (
+                "That the model acts on the reconstruction was not shown at any place: it loses as much as with the "
+                "layer's mean vector, or with the explanation of another problem."
+            )
+        text = (
+            f"With the reconstruction in the row's place the model loses less than with the layer's mean vector, and "
+            f"less than with another problem's explanation, {self.at(above, found)}: loss recovered {span(above)} "
+            f"(another problem's: {span(above, 'shuffled')})."
+        )
+        most = [f for f in found if f.own.above(MOST)]
+        if most:
+            text += f" It acts nearly as on the original {self.at(most, found)}."
+        if same:
+            text += (
+                f" The likeliest next token stays in {span(same)} of cases (another problem's explanation: "
+                f"{span(same, 'shuffled')})."
+            )
+        alike = [f for f in found if f not in above and f.own.above(0) and f.shuffled.above(MOST)]
+        if open_ := [f for f in found if f not in above + alike]:
+            text += f" At {self.named(open_)} no difference from these could be shown."
+        if alike:
+            text += (
+                f" At {self.named(alike)} another problem's explanation recovers as much: what comes next does not "
+                "depend on the problem there."
+            )
+        return text
+
     def clauses(self, by_kind: Sequence[Clause]) -> str:
         """Which clauses carry the vector."""
-        everywhere = [clause for clause in by_kind if clause.place == ALL and clause.swapped.known]
+        everywhere = [clause for clause in by_kind if clause.place == ALL and clause.cost(SWAPPED).own.known]
         if not everywhere:
             return "No explanation has two clauses that could be told apart, so none was left out."
-        ordered = sorted(everywhere, key=lambda clause: -clause.swapped.value)
-        told = join([f"{show(clause.swapped)} for clauses about {self._about(clause)}" for clause in ordered])
-        text = f"With one clause taken from another problem's explanation, FVE falls by {told}."
-        if len(ordered) > 1 and ordered[0].swapped.low > ordered[1].swapped.high:
+        ordered = sorted(everywhere, key=lambda clause: -clause.cost(SWAPPED).own.value)
+        first, *further = (clause.cost(SWAPPED).own for clause in ordered)
+        told = join(
+            [f"{_beside(clause.cost(SWAPPED))} for clauses about {self._about(clause)}" for clause in ordered]
+        )
+        text = (
+            "With one clause taken from another problem's explanation, FVE falls by the following (in parentheses: "
+            f"with that clause in the place of other words): {told}."
+        )
+        if further and first.low > further[0].high:
             text += f" What belongs to the problem stands in the clauses about {self._about(ordered[0])}."
-        elif not ordered[0].swapped.bounded:
+        elif not first.bounded:
             text += f" Whether any of these losses is more than chance cannot be told: {self.few}."
-        elif not ordered[0].swapped.above(0):
+        elif not first.above(0):
             text += (
                 " None of these losses can be told from none: that the clauses hold something was not shown."
             )
-        elif len(ordered) > 1:
+        elif further:
             text += " The intervals of the first two overlap: which carries more cannot be told."
         return text
 
@@ -119,14 +169,16 @@ class Words:
             clause
             for clause in by_kind
             if clause.place == ALL
-            and clause.removed.known
-            and clause.removed.low > clause.swapped.high + LITTLE
+            and clause.cost(REMOVED).own.known
+            and clause.cost(REMOVED).own.low > clause.cost(SWAPPED).own.high + LITTLE
         ]
         if not formal:
             return ""
         told = join(
             [
-                f"clauses about {self._about(clause)} ({show(clause.removed)} left out, {show(clause.swapped)} swapped)"
+                f"clauses about {self._about(clause)} ({show(clause.cost(REMOVED).own)} left out, "
+                f"{show(clause.cost(SWAPPED).own)} swapped, {show(clause.cost(REMOVED).control)} with as many other "
+                "words left out)"
                 for clause in formal
             ]
         )
@@ -135,8 +187,30 @@ class Words:
             "which the AR never saw, and not lost information. The swap is the fairer measure."
         )
 
+    def negation(self, by_kind: Sequence[Clause]) -> str:
+        """Whether the AR reads a negation. "" if no clause could be negated."""
+        found = [clause for clause in by_kind if clause.place == ALL and clause.cost(NEGATED).own.known]
+        if not found:
+            return ""
+        told = join(
+            [f"{_beside(clause.cost(NEGATED))} for clauses about {self._about(clause)}" for clause in found]
+        )
+        text = f"With one clause negated, FVE falls by the following (in parentheses: with a neutral word): {told}."
+        if not any(clause.cost(NEGATED).margin.bounded for clause in found):
+            return f"{text} Whether a negation costs more than a neutral word cannot be told: {self.few}."
+        above = [clause for clause in found if clause.cost(NEGATED).margin.above(0)]
+        if not above:
+            return text + " That the reconstructor reads a negation as one was not shown."
+        about = join([self._about(clause) for clause in above])
+        return text + f" In clauses about {about} a negation costs more than a neutral word."
+
     def _about(self, clause: Clause) -> str:
         return self.kinds.get(clause.clause, clause.clause)
+
+
+def _beside(cost: Cost) -> str:
+    """A loss with its control in parentheses."""
+    return f"{show(cost.own)} ({show(cost.control)})"
 
 
 def measured(findings: Sequence[Finding], measure: str) -> list[Finding]:

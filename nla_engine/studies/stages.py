@@ -1,4 +1,4 @@
-"""The model runs of a study, inside its directory: capture, explanations, samples, and texts that the AR reads again.
+"""The model runs of a study, inside its directory: capture, explanations, samples, and what the referee measures.
 
 Each run resumes where it was interrupted. Calls the stages as any user does.
 """
@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 
 from nla_engine.capture.run import run_capture
-from nla_engine.config import CaptureOptions, RoundtripOptions
+from nla_engine.config import CaptureOptions, ClaimsOptions, ClausesOptions, PatchOptions, RoundtripOptions
+from nla_engine.errors import UnsupportedModel
 from nla_engine.models.load import pick_device, pick_dtype
 from nla_engine.ops.backends import Kernels
+from nla_engine.referee.claim_run import run_claims
+from nla_engine.referee.clause_run import run_clauses
+from nla_engine.referee.run import run_patch
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import read_metadata
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.store import CaptureStore
 from nla_engine.store.shards import write_file_atomically
-from nla_engine.studies.directory import EXPLAINED, PROBLEMS, REREAD, SAMPLES, STORE
+from nla_engine.studies.directory import CLAIMS, CLAUSES, EXPLAINED, PATCHED, PROBLEMS, REREAD, SAMPLES, STORE
 from nla_engine.studies.models import Models
 from nla_engine.studies.reread import Reading, run_reread
 
@@ -117,7 +121,7 @@ class Stages:
         )
 
     def reread(self, readings: Sequence[Reading], ar: Reconstructor, *, variance: float) -> None:
-        """Have the AR read every changed text, and score it. variance: that of `explain`."""
+        """Have the AR read every text, and score it. variance: that of `explain`."""
         with self.progress("texts") as update:
             run_reread(
                 CaptureStore.open(self.out / STORE),
@@ -131,6 +135,74 @@ class Stages:
                 overwrite=False,
                 progress=update,
             )
+
+    def patch(self, rows: np.ndarray, others: Mapping[int, int], ar: Reconstructor) -> bool:
+        """Put the reconstructions of rows (int64 [n]) in their place, and see what the model makes of them.
+
+        others: for rows the row whose explanation is the control. False if this architecture cannot be patched.
+        """
+        options = PatchOptions(
+            **self._texts(PATCHED), model=self.models.base, ar=self.models.ar, layer=self.models.layer
+        )
+        try:
+            with self.progress("texts") as update:
+                run_patch(
+                    options,
+                    announce=self.announce,
+                    progress=update,
+                    reconstructor=ar,
+                    rows=rows,
+                    others=others,
+                )
+        except UnsupportedModel as error:
+            self.announce(f"   not patched: {error}")
+            return False
+        return True
+
+    def clauses(
+        self,
+        rows: np.ndarray,
+        others: Mapping[int, int],
+        ar: Reconstructor,
+        *,
+        variance: float,
+        patched: bool,
+    ) -> None:
+        """Leave out, swap and negate every clause of these rows' explanations. others: from which row clauses come.
+
+        variance: that of `explain`; patched: whether the model can tell the KL
+        """
+        options = ClausesOptions(
+            **self._texts(CLAUSES),
+            ar=self.models.ar,
+            layer=self.models.layer,
+            model=self.models.base if patched else None,
+            variance=variance if variance > 0 else None,
+        )
+        with self.progress("texts") as update:
+            run_clauses(
+                options,
+                announce=self.announce,
+                progress=update,
+                reconstructor=ar,
+                rows=rows,
+                others=others,
+            )
+
+    def claims(self) -> None:
+        """Compare what every explanation says with what was read, by the referee's rules."""
+        with self.progress("texts") as update:
+            run_claims(ClaimsOptions(**self._texts(CLAIMS)), announce=self.announce, progress=update)
+
+    def _texts(self, name: str) -> dict[str, Any]:
+        """Options of a run that reads the explanations."""
+        same = {key: value for key, value in self._common().items() if key != "batch_size"}
+        return {
+            "store": str(self.out / STORE),
+            "explained": self.out / EXPLAINED,
+            "out": self.out / name,
+            **same,
+        }
 
     def _roundtrip(
         self, name: str, rows: np.ndarray, av: Verbalizer, ar: Reconstructor, **changes: Any

@@ -12,7 +12,7 @@ from pathlib import Path
 from nla_engine.errors import WriteError
 from nla_engine.report import ReportSummary, Section, write_report
 from nla_engine.store import CaptureStore
-from nla_engine.studies.directory import EXPLAINED, FIGURES, PAGE, STORE, TABLES
+from nla_engine.studies.directory import CLAIMS, EXPLAINED, FIGURES, PAGE, PATCHED, STORE, TABLES
 from nla_engine.studies.figures import Figure, draw
 from nla_engine.studies.tables import Table
 
@@ -40,7 +40,10 @@ class Writeup:
     figures: list[Figure]
 
     def write(self, out: Path) -> ReportSummary:
-        """Write everything into the directory `out`, replacing files of an earlier run. WriteError if that fails."""
+        """Write everything into the directory `out`, replacing files of an earlier run. WriteError if that fails.
+
+        The page also reads the tables of patch and claims that are there.
+        """
         try:
             for name in (TABLES, FIGURES):
                 shutil.rmtree(out / name, ignore_errors=True)
@@ -59,6 +62,7 @@ class Writeup:
             out / PAGE,
             title=self.page_title,
             sections=[Section(SECTION, self.area, markup)],
+            also=[out / name for name in (PATCHED, CLAIMS) if (out / name).exists()],
             overwrite=True,
         )
 

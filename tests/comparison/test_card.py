@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import call, check_refused
 from report_samples import VARIANCE
-from sides import changed, claims, column, controls, patched, planted_run
+from sides import changed, claims, column, controls, patched, patched_controls, planted_run
 
 from nla_engine.referee.evidence import Evidence
 from nla_engine.referee.reading import NOT_MEASURED, findings
@@ -43,11 +43,59 @@ def test_a_full_card_by_hand(tmp_path: Path, rng: np.random.Generator) -> None:
         assert measures[key]["low"] <= value + 2e-6 and value - 2e-6 <= measures[key]["high"], key
     assert measures["claims_true"]["control"]["value"] == pytest.approx(chance.mean(), abs=2e-6)
     assert measures["fve_over_text"]["control"]["is"].endswith("last_1")
-    assert measures["vectors_per_second"] == {"value": 12.5, "device": "cpu"}
+    assert measures["claims_true_number"]["value"] == measures["claims_true"]["value"]
+    assert "claims_true_name" not in measures and measures["fve"]["rows"] == len(cos)
+    assert measures["vectors_per_second"] == {"value": 12.5, "device": "cpu", "of": "AR"}
     assert measures["judged_true"] is None and card["rows"]["rows"] == len(cos)
     assert [f["verdict"] for f in card["reading"]][1:] == ["part", "most", "part"]
     words = (tmp_path / "card.md").read_text()
-    assert "| judged true | not measured |" in words and "| vectors a second | 12.500 | on cpu |" in words
+    assert "| judged true | not measured |" in words and "| vectors a second | 12.500 | AR on cpu |" in words
+
+
+def test_patched_controls_count_as_controls(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Their lines are no explanations; what is recovered over the best control is a ratio of sums, by hand."""
+    a = planted_run(tmp_path / "a", rng)
+    size = len(column(a, "cos"))
+    kl, mean = rng.uniform(0, 0.1, size), rng.uniform(2, 3, size)
+    near, far = kl + rng.uniform(0.2, 0.4, size), kl + 9
+    both = patched_controls(a, tmp_path / "pc.parquet", mean, explained=kl, last_1=near, reader=far)
+    slow = controls(a, tmp_path / "c.parquet", last_1=column(a, "cos") - 0.1)
+    slow = changed(slow, slow, metadata={"speed": {"rows_per_second": 3.0, "device": "cpu"}})
+    for tables in ([a, both], [both, a], [both], [a, both, slow]):
+        quantities = Evidence.read(tables, "x").quantities
+        recovered, over = quantities["loss_recovered"], quantities["loss_over_text"]
+        assert recovered.top.sum() / recovered.bottom.sum() == pytest.approx(1 - kl.sum() / mean.sum())
+        assert over.top.sum() / over.bottom.sum() == pytest.approx((near - kl).sum() / mean.sum())
+        assert over.of == "last_1"
+    alone = patched(a, tmp_path / "p.parquet", kl / 2, mean, mean + 1)
+    quantities = Evidence.read([both, alone, a], "x").quantities
+    recovered = quantities["loss_recovered"]
+    assert recovered.top.sum() / recovered.bottom.sum() == pytest.approx(1 - kl.sum() / 2 / mean.sum())
+    assert "loss_over_text" in quantities
+    worse = patched_controls(a, tmp_path / "w.parquet", mean, explained=kl, last_1=mean + 1)
+    assert Evidence.read([worse], "x").quantities["loss_over_text"].of == "mean vector"
+    assert call("card", a, both, slow, "--out", tmp_path / "card.json").code == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["measures"]["loss_over_text"]["control"]["is"].endswith("last_1")
+    assert card["measures"]["vectors_per_second"] is None, "a run of controls is no run of the pair"
+    assert "loss recovered over text is" in card["reading"][1]["says"]
+
+
+def test_samples_that_agree_stand_beside_another_row(tmp_path: Path, rng: np.random.Generator) -> None:
+    a = planted_run(tmp_path / "a", rng)
+    flags = np.ones((len(column(a, "cos")), 2), bool)
+    t = claims(a, tmp_path / "t.parquet", 2, flags, flags)
+    claimed = column(t, "side") == "claim"
+    shares = [np.where(claimed, rng.random(len(claimed)), np.nan) for _ in range(2)]
+    own, other = ([None if np.isnan(v) else v for v in values] for values in shares)
+    t = changed(t, t, agree=own, agree_control=other)
+    agree = Evidence.read([a, t], "x").quantities["samples_agree"]
+    assert agree.top.sum() / agree.bottom.sum() == pytest.approx(np.nanmean(shares[0]))
+    assert agree.control is not None
+    assert agree.control[0].sum() / agree.control[1].sum() == pytest.approx(np.nanmean(shares[1]))
+    assert call("card", a, t, "--out", tmp_path / "card.json").code == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["measures"]["samples_agree"]["value"] == pytest.approx(np.nanmean(shares[0]), abs=2e-6)
 
 
 def test_what_was_not_measured_is_null_and_said(tmp_path: Path, rng: np.random.Generator) -> None:

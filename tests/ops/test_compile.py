@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import attention, delta, fp8, gate, norm, places, rotary, sampling, truncation
+from nla_engine.ops import attention, delta, divergence, fp8, gate, norm, places, rotary, sampling, truncation
 from nla_engine.ops.cards import SHARED_KIB, Card
 from nla_engine.ops.tile_sizes import LONG_PART, PREFIX_ROWS, cut_for, head_width
 
@@ -64,6 +64,10 @@ CONVOLVE = dict.fromkeys(("row", "weight", "kept", "out"), HALF) | {
 DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
     **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
 }  # fmt: skip
+DIVERGENCE = {
+    **dict.fromkeys(("x", "y"), HALF), **dict.fromkeys(("row", "token"), LONG), "out": "*fp32",
+    **dict.fromkeys(("x_row", "y_row", "lanes", "vocabulary"), INT),
+}  # fmt: skip
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (sampling._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
@@ -82,6 +86,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
     (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
+    (divergence._divergence_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, 8),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
     (delta._convolve_kernel, CONVOLVE, {"TAPS": 4, "BLOCK": 512}, 4),
     (

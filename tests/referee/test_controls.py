@@ -69,9 +69,23 @@ def test_every_text_is_what_its_name_says(root: Path, tmp_path: Path, rng: np.ra
     assert patched.code == 0, patched.err
     table = pq.read_table(tmp_path / "p.parquet").to_pandas()
     assert patched.json["kl"] == pytest.approx(table[table.control == "explained"].kl.mean(), rel=1e-4)
+    own, over = table[table.control == "explained"].set_index("row"), {}
     for name, measured in patched.json["controls"].items():
         part = table[table.control == name]
+        both = own.loc[part.row]
+        over[name] = (part.kl.to_numpy() - both.kl.to_numpy()).sum() / both.kl_mean.sum()
+        assert measured["over"][0] == pytest.approx(over[name], abs=1e-4)
+        assert measured["over"][1] <= measured["over"][2]
         assert measured["loss_recovered"] == pytest.approx(1 - part.kl.mean() / part.kl_mean.mean(), abs=1e-4)
+    over |= {"mean vector": patched.json["loss_recovered"]}
+    counted = [name for name in over if name not in kinds or kinds[name] >= len(given) / 2]
+    best = min(counted, key=over.__getitem__)
+    assert patched.json["best_control"] == best
+    assert patched.json["loss_over_text"][0] == pytest.approx(over[best], abs=1e-4)
+    apart = own.kl_shuffled.sum() - own.kl.sum()
+    assert patched.json["loss_recovered_margin"][0] == pytest.approx(apart / own.kl_mean.sum(), abs=1e-3)
+    bounds = (*patched.json["loss_recovered_interval"], *patched.json["loss_over_text"][1:])
+    assert bounds[0] <= bounds[1] and bounds[2] <= bounds[3]
 
 
 def test_draws_know_no_order(rng: np.random.Generator) -> None:
@@ -169,6 +183,16 @@ def test_the_best_control_is_chosen_in_every_draw(rng: np.random.Generator) -> N
         w = weights[index]
         least.append(min(np.nansum(w * v) / w[np.isfinite(v)].sum() for v in values))
     np.testing.assert_allclose([found.low, found.high], np.percentile(least, [2.5, 97.5]), rtol=1e-9)
+    below = rng.uniform(1, 2, (3, 200))
+    found = boot.least(values, clusters, below)
+    least = []
+    for weights in (np.ones(len(names)), *boot._weights(len(names))):
+        w = weights[index]
+        least.append(
+            min(np.nansum(w * v) / (w * b)[np.isfinite(v)].sum() for v, b in zip(values, below, strict=True))
+        )
+    bounds = [found.value, found.low, found.high]
+    np.testing.assert_allclose(bounds, [least[0], *np.percentile(least[1:], [2.5, 97.5])], rtol=1e-9)
 
 
 def columns(explained: np.ndarray, control: np.ndarray, sequences: int) -> dict[str, np.ndarray]:
@@ -195,13 +219,17 @@ def test_the_page_begins_with_what_is_added(root: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "c.parquet", tmp_path / "p.html"
     assert call(*controls(root, out)).code == 0
     shown = ["report", root / "run.zarr", "--explained", root / "explained.parquet", "--out", page]
-    assert call(*shown, "--controls", out).code == 0
+    assert call(*shown, "--also", out).code == 0
     html = page.read_text()
     assert html.index("<dt>added</dt>") < html.index("<dt>FVE</dt>") and "other_place" in html
-    other = call(*shown, "--overwrite", "--controls", root / "explained.parquet")
-    check_refused(other, "is not the table of controls")
+    other = call(*shown, "--overwrite", "--also", root / "explained.parquet")
+    check_refused(other, "two of its tables are of roundtrip or score")
+    patched = tmp_path / "patched.parquet"
+    assert call(*patch(root, patched, out)).code == 0
+    assert call(*shown, "--overwrite", "--also", patched, "--also", out).code == 0
+    assert page.read_text().count("<th>explanations over it</th>") == 2
     taken = ["report", root / "run.zarr", "--explained", out, "--out", tmp_path / "x.html"]
-    check_refused(call(*taken), "give it with --controls")
+    check_refused(call(*taken), "give it with --also")
     assert not (tmp_path / "x.html").exists()
 
 

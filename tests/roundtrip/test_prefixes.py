@@ -87,6 +87,9 @@ def test_fve_after_each_sentence(root: Path, tmp_path: Path) -> None:
         after = list({line["row"]: line for line in upto}.values())  # the last one of each row
         curve[str(count)] = np.mean([line["fve_nrm"] for line in after])
     assert ran.json["fve_by_sentences"] == pytest.approx(curve, abs=1e-5)
+    variance, beside = ran.json["variance"], ran.json["fve_by_sentences_shuffled"]
+    last = np.mean([1 - 2 * (1 - line["cos_shuffled"]) / variance for line in own])
+    assert list(beside) == list(curve) and beside[max(beside)] == pytest.approx(last, abs=1e-4)
     assert ran.json["explanations"] == len(records)
     assert ran.json["cos"] == pytest.approx(np.mean([line["cos"] for line in own]), abs=1e-5)
     assert ran.json["fve_nrm"] == pytest.approx(curve[max(curve)], abs=1e-5), (

@@ -55,7 +55,7 @@ def run_sums(options: Options, progress: Progress) -> list[Finding]:
         av, ar = stages.load_pair()
         variance = stages.explain(np.array(sorted(places)), av, ar, max_new_tokens=24)
         explained = explained_rows(out / EXPLAINED, places, clusters)
-        stages.reread(plan(explained, lambda entry: False, 0), ar, variance=variance)
+        stages.reread(plan(explained, 0), ar, variance=variance)
         rows = load_scored(out / EXPLAINED, out / REREAD, places, clusters)
         found = [
             finding

@@ -25,7 +25,7 @@ from nla_engine.studies.multiplication.analysis import (
 )
 from nla_engine.studies.multiplication.answers import PLACES, Reply, Spot
 from nla_engine.studies.multiplication.naming import Facts, kind_of
-from nla_engine.studies.reread import SCHEMA
+from nla_engine.studies.patched import load_patched, patch_findings, patched_means
 
 BOOT = Bootstrap(0, 300)
 
@@ -160,32 +160,75 @@ def test_agreement_of_planted_samples(tmp_path: Path) -> None:
 
 def test_clause_losses_of_planted_scores(tmp_path: Path) -> None:
     """FVE 0.9 whole; each of two clauses costs a different amount; explanations of three are too rare to show."""
-    entries = []
+    entries: list[dict[str, object]] = []
     for row in range(40):
         parts = 3 if row == 0 else 2
-        entries.append(
-            {"row": row, "place": "first", "variant": "whole", "text": "", "cos": 0.9, "fve_nrm": 0.9}
-        )
+        entries.append({"row": row, "variant": "whole", "units": parts, "fve_nrm": 0.9, "kl": 0.5})
         for unit in range(parts):
             clause = "37 × 46 = 1702." if unit == 0 else 'The token is "1".'
-            for variant, fve in (("removed", 0.1 + unit / 10), ("swapped", 0.5 + unit / 10), ("alone", 0.3)):
+            of = {"row": row, "unit": unit, "units": parts, "clause": clause}
+            for variant, lost in (("removed", 0.8 - unit / 10), ("swapped", 0.4), ("negated", 0.1)):
+                if variant == "negated" and row % 2:
+                    continue
                 entries.append(
-                    {"row": row, "place": "first", "variant": variant, "unit": unit, "units": parts}
-                    | {"clause": clause, "text": "", "cos": 0.0, "fve_nrm": None if row == 1 else fve}
+                    of | {"variant": variant, "fve_lost": None if row == 1 else lost, "kl_added": 3 * lost}
                 )
-    pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp_path / "reread.parquet")
-    clusters = {row: str(row) for row in range(40)}
-    by_number, by_kind = clause_losses(tmp_path / "reread.parquet", clusters, PLACES, kind_of, BOOT)
+                entries.append(of | {"variant": f"{variant}_control", "fve_lost": 0.25, "kl_added": 1.0})
+    table = tmp_path / "clauses.parquet"
+    names = {name: None for entry in entries for name in entry}
+    pq.write_table(pa.table({name: [entry.get(name) for entry in entries] for name in names}), table)
+    clusters, places = {row: str(row) for row in range(40)}, dict.fromkeys(range(40), "first")
+    by_number, by_kind = clause_losses(table, places, clusters, PLACES, kind_of, BOOT)
     assert [(c.place, c.clause, c.about) for c in by_number] == [
         (ALL, "1 of 2", "numbers"),
         (ALL, "2 of 2", "tokens"),
         ("first", "1 of 2", "numbers"),
         ("first", "2 of 2", "tokens"),
     ]
-    losses = [(c.removed.value, c.swapped.value, c.alone.value, c.rows) for c in by_number[:2]]
-    assert losses[0] == pytest.approx((0.8, 0.4, 0.3, 39)) and losses[1] == pytest.approx((0.7, 0.3, 0.3, 39))
-    assert by_number[0].removed.rows == 38, "a text without a score is left out"
+    for clause, lost in zip(by_number[:2], (0.8, 0.7), strict=True):
+        removed, negated = clause.cost("removed"), clause.cost("negated")
+        assert (removed.own.value, removed.control.value) == pytest.approx((lost, 0.25))
+        assert removed.margin.value == pytest.approx(lost - 0.25)
+        assert removed.own.rows == removed.control.rows == 38, (
+            "a text without a score is left out, with its control"
+        )
+        assert clause.rows == 39 and negated.own.rows == 19 and negated.margin.value == pytest.approx(-0.15)
+        assert clause.cost("swapped", "kl_added").own.value == pytest.approx(1.2)
+        assert clause.whole["fve_lost"].value == pytest.approx(0.9) and clause.whole["kl_added"].value == 0.5
     assert [c.clause for c in by_kind[:2]] == ["numbers", "tokens"] and by_kind[0].rows == 40
+
+
+def test_what_the_model_makes_of_planted_patches(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Sums and means by hand; rows that were not patched are left out."""
+    rows = rows_of(40, right=1.0, fooled=0.5, names_the_wrong=False)
+    kl = {name: rng.uniform(0, 4, 40) for name in ("kl", "kl_mean", "kl_shuffled", "kl_zero", "kl_stored")}
+    table = {name: values.tolist() for name, values in kl.items()}
+    for variant in ("", "_mean", "_shuffled", "_zero", "_stored"):
+        table["logprob_change" + variant] = [-1.0] * 40
+        table["top1_same" + variant] = [bool(n % 2) if variant else True for n in range(40)]
+    gone = {3, 17}
+    for name, values in table.items():
+        table[name] = [None if n in gone else value for n, value in enumerate(values)]
+    order = rng.permutation([n for n in range(40) if n != 5])  # row 5 is not in the table
+    path = tmp_path / "patched.parquet"
+    pq.write_table(pa.table({"row": order} | {name: [table[name][n] for n in order] for name in table}), path)
+    columns = load_patched(path, rows.row)
+    there = [n for n in range(40) if n not in gone | {5}]
+    sums = {name: values[there].sum() for name, values in kl.items()}
+    found = {finding.measure: finding for finding in patch_findings(rows, columns, "first", BOOT)}
+    assert found["kl"].own.value == pytest.approx(sums["kl"] / 37)
+    assert found["kl"].margin.value == pytest.approx((sums["kl"] - sums["kl_shuffled"]) / 37)
+    own, other = (1 - sums[name] / sums["kl_mean"] for name in ("kl", "kl_shuffled"))
+    recovered = found["loss_recovered"]
+    assert (recovered.own.value, recovered.shuffled.value) == pytest.approx((own, other))
+    assert recovered.margin.value == pytest.approx(own - other)
+    assert recovered.margin.low < own - other < recovered.margin.high
+    assert found["top1_same"].own.value == 1.0
+    assert found["top1_same"].shuffled.value == pytest.approx(sum(n % 2 for n in there) / 37)
+    means = {(p.place, p.measure, p.variant): p.value for p in patched_means(rows, columns, ["first"], BOOT)}
+    assert means[ALL, "kl", "zero"].value == pytest.approx(sums["kl_zero"] / 37)
+    assert means["first", "logprob_change", "stored"].value == -1.0
+    assert patch_findings(rows, {name: np.full(40, np.nan) for name in columns}, "first", BOOT) == []
 
 
 def test_tokenisation_counts() -> None:

@@ -18,7 +18,7 @@ from nla_engine.store.sequences import StoredSequence, Vocabulary
 from nla_engine.studies.multiplication.answers import _read, digit_split, glued
 from nla_engine.studies.multiplication.naming import kind_of
 from nla_engine.studies.multiplication.problems import draw_problems, parse_phrasings, parse_range
-from nla_engine.studies.reread import Explained, choose_partners, clauses, join, plan
+from nla_engine.studies.reread import Explained, choose_partners, plan
 from nla_engine.studies.tables import Table, show
 
 TWO_DIGITS = range(10, 100)
@@ -156,22 +156,6 @@ def test_digit_splits() -> None:
     assert glued((" 170", "2")) and not glued(("1", ",", "702"))
 
 
-TEXTS = {
-    "One.\nTwo.\n\nThree.": ["One.", "Two.", "Three."],
-    "One. Two? “Three!” 4 × 5. v1.5 is one.": ["One.", "Two?", "“Three!”", "4 × 5. v1.5 is one."],
-    "no sentence": ["no sentence"],
-    " \n ": [],
-    "": [],
-}
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_clauses(text: str) -> None:
-    parts = clauses(text)
-    assert [part for part in parts if part] == TEXTS[text]
-    assert "".join(join(text, parts).split()) == "".join(text.split()), "nothing is lost"
-
-
 @pytest.mark.parametrize(
     ("clause", "kind"),
     [
@@ -204,16 +188,16 @@ def test_partners_are_of_the_same_place_and_another_pair() -> None:
     assert choose_partners(explained(same=True), 0) == {}
 
 
-def test_plan_changes_one_clause_at_a_time() -> None:
+def test_every_row_is_read_with_its_own_text_and_anothers() -> None:
     entries = explained()
-    readings = plan(entries, lambda entry: entry.row == 5, 0)
-    assert [r.row for r in readings] == sorted(r.row for r in readings)
-    assert [r.variant for r in readings if r.row == 0] == ["whole", "another"]
-    partner = choose_partners(entries, 0)[5].row
-    texts = {(r.variant, r.unit): r.text for r in readings if r.row == 5}
-    assert texts["whole", None] == "A5.\nB5.\nC5." and texts["another", None] == entries[partner].text
-    assert texts["removed", 1] == "A5.\nC5." and texts["alone", 1] == "B5."
-    assert texts["swapped", 1] == f"A5.\nB{partner}.\nC5." and len(texts) == 2 + 3 * 3
+    partners = choose_partners(entries, 0)
+    readings = plan(entries, 0)
+    assert [(r.row, r.variant) for r in readings] == [(n, v) for n in range(12) for v in ("whole", "another")]
+    for own, other in zip(readings[::2], readings[1::2], strict=True):
+        assert own.text == entries[own.row].text and own.partner is None
+        assert other.partner == partners[own.row].row and other.text == entries[other.partner].text
+    alone = plan(explained(same=True), 0)
+    assert [r.variant for r in alone] == ["whole"] * 12
 
 
 def test_tables_show_and_keep_numbers() -> None:

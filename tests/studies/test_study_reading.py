@@ -13,7 +13,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from nla_engine.referee.intervals import Estimate
-from nla_engine.studies.clauses import Clause
+from nla_engine.studies.clauses import Clause, Cost
 from nla_engine.studies.figures import Figure, Panel, draw, own, shuffled
 from nla_engine.studies.findings import ALL, Contrast, Finding
 from nla_engine.studies.models import Models
@@ -22,6 +22,7 @@ from nla_engine.studies.multiplication.figures import figures_of
 from nla_engine.studies.multiplication.outcome import Outcome, Setup
 from nla_engine.studies.multiplication.present import csv_tables, shown_tables
 from nla_engine.studies.multiplication.reading import read_outcome
+from nla_engine.studies.patched import PATCHES, Patched
 from nla_engine.studies.writeup import TOO_FEW, section_html
 
 
@@ -29,17 +30,27 @@ def at(value: float, half: float = 0.02) -> Estimate:
     return Estimate(value, value - half, value + half, 100, 50)
 
 
+def costs(control: float = 0.3, **own: float) -> dict[tuple[str, str], Cost]:
+    return {
+        (column, change): Cost(at(value), at(control), at(value - control))
+        for column in ("fve_lost", "kl_added")
+        for change, value in own.items()
+    }
+
+
 def outcome(**changes: object) -> Outcome:
     """An outcome in which everything works."""
     score = {"fve": (0.8, -0.5), "top1": (0.9, 0.01), "top1_place": (0.9, 0.02)}
+    score |= {"kl": (0.2, 4.0), "loss_recovered": (0.95, -0.2), "top1_same": (0.9, 0.3)}
     named = {"operands": (0.9, 0.0), "product": (0.7, 0.0), "read": (0.9, 0.1), "coming": (0.8, 0.1)}
     findings = [
         Finding(place, measure, at(own), at(control), at(control), at(own - control, 0.04))
         for place in ("first", "middle", "last", "end")
         for measure, (own, control) in {**score, **named, "other": (0.2, 1.0)}.items()
     ]
+    whole = {"fve_lost": at(0.8), "kl_added": at(0.1)}
     by_kind = [
-        Clause(ALL, kind, kind, 90, at(0.8), at(removed), at(swapped), at(0.1))
+        Clause(ALL, kind, kind, 90, whole, costs(removed=removed, swapped=swapped, negated=0.1))
         for kind, removed, swapped in (("numbers", 1.0, 1.0), ("tokens", 1.0, 0.2))
     ]
     by_number = [replace(entry, clause=f"{i} of 2") for i, entry in enumerate(by_kind, 1)]
@@ -64,6 +75,9 @@ def outcome(**changes: object) -> Outcome:
         agreement=[],
         by_number=by_number,
         by_kind=by_kind,
+        patched=[
+            Patched(place, "kl", variant, at(0.2)) for place in (ALL, "first") for variant in ("", "shuffled")
+        ],
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -74,6 +88,10 @@ def reading(**changes: object) -> str:
 
 def unbounded(estimate: Estimate) -> Estimate:
     return replace(estimate, low=math.nan, high=math.nan)
+
+
+def without_bounds(cost: Cost, value: float) -> Cost:
+    return Cost(unbounded(at(value)), unbounded(cost.control), unbounded(cost.margin))
 
 
 def test_without_intervals_neither_a_difference_nor_its_absence_is_claimed() -> None:
@@ -89,7 +107,8 @@ def test_without_intervals_neither_a_difference_nor_its_absence_is_claimed() -> 
         text = reading(
             findings=findings,
             by_kind=[
-                replace(c, removed=unbounded(at(1.0)), swapped=unbounded(at(swapped))) for c in base.by_kind
+                replace(c, costs={key: without_bounds(cost, swapped) for key, cost in c.costs.items()})
+                for c in base.by_kind
             ],
             detection=[(base.detection[0][0], unbounded(at(0.95)))],
             correctness=[],
@@ -107,9 +126,12 @@ def test_without_intervals_neither_a_difference_nor_its_absence_is_claimed() -> 
             "does not tell",
             "usefully",
             "What belongs",
+            "nearly as on the original",
+            "was not shown",
+            "a negation costs more than a neutral word.",
         ):
             assert claim not in text, claim
-        assert text.count("cannot be told") >= 9
+        assert text.count("cannot be told") >= 11
 
 
 def with_margin(measure: str, value: float, places: tuple[str, ...] = ("first", "middle", "last", "end")):
@@ -199,6 +221,43 @@ READINGS: dict[str, tuple[dict[str, object], str, str]] = {
         "Leaving out costs more than swapping for clauses about tokens",
         "Leaving out costs more than swapping for clauses about numbers",
     ),
+    "the model acts on it": (
+        {},
+        "at every place: loss recovered 0.95 (another problem's: −0.20). It acts nearly as on the original",
+        "recovers as much",
+    ),
+    "the model does not act on it": (
+        {"findings": with_margin("loss_recovered", 0.0)},
+        "That the model acts on the reconstruction was not shown at any place",
+        "nearly as on the original",
+    ),
+    "another problem's serves as well": (
+        {
+            "findings": [
+                replace(f, shuffled=at(0.95), margin=at(0.001, 0.0005))
+                if (f.measure, f.place) == ("loss_recovered", "end")
+                else f
+                for f in outcome().findings
+            ]
+        },
+        "At “end of reply” another problem's explanation recovers as much",
+        "explanation, at every place: loss recovered",
+    ),
+    "not patched": (
+        {"findings": [f for f in outcome().findings if f.measure not in PATCHES], "patched": []},
+        "FVE falls by",
+        "layer's mean vector",
+    ),
+    "negations are not read": ({}, "reads a negation as one was not shown", "costs more than a neutral"),
+    "negations are read": (
+        {
+            "by_kind": [
+                replace(c, costs=costs(removed=1.0, swapped=0.5, negated=0.9)) for c in outcome().by_kind
+            ]
+        },
+        "In clauses about numbers and tokens a negation costs more than a neutral word",
+        "reads a negation as one was not shown",
+    ),
     "early rows": ({"early_rows": 7}, "7 of the 500 rows stand at positions below 50", "At no place"),
     "texts cut": ({"status_ok": 0.5}, "Only 0.50 of the explanations were closed", "At no place"),
 }
@@ -223,10 +282,14 @@ def test_what_is_shown_is_escaped_and_complete() -> None:
         "trust",
         "origin",
         "correctness",
+        "patch",
         "clauses",
+        "clauses_kl",
         "clause_kinds",
+        "clause_kinds_kl",
     ]
-    assert [figure.name for figure in figures_of(outcome())][:4] == ["scores", "naming", "clauses", "trust"]
+    drawn = [figure.name for figure in figures_of(outcome())]
+    assert drawn[:5] == ["scores", "naming", "patch", "clauses", "trust"]
 
 
 def test_a_figure_without_enough_cases_says_so(tmp_path: Path) -> None:
@@ -236,7 +299,7 @@ def test_a_figure_without_enough_cases_says_so(tmp_path: Path) -> None:
     drawn = {name: [path.name for path in draw(figure, tmp_path)] for name, figure in figures.items()}
     assert {name for name, paths in drawn.items() if not paths} == {"clauses", "trust", "agreement"}
     markup = section_html([], [], list(figures.values()), tmp_path)
-    assert markup.count(TOO_FEW) == 3 and markup.count("<img") == 2
+    assert markup.count(TOO_FEW) == 3 and markup.count("<img") == 3
     assert [figure.name for figure in figures_of(outcome(setup=replace(poor.setup, samples=0)))][
         -1
     ] == "trust"

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import Ran, call, check_refused, contents
+from commands import Ran, call, check_refused, contents, json_lines
 
 from nla_engine.demo.run import LAYER, TRIO
 from nla_engine.roundtrip import score
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.store import CaptureStore
 from nla_engine.studies import reread as reread_module
-from nla_engine.studies.directory import EXPLAINED, REREAD, SAMPLES, STORE
+from nla_engine.studies.directory import CLAIMS, CLAUSES, EXPLAINED, PATCHED, REREAD, SAMPLES, STORE
 from nla_engine.studies.models import Models
 from nla_engine.studies.multiplication.answers import read_replies
 from nla_engine.studies.multiplication.naming import MEASURES
@@ -71,7 +71,11 @@ def test_the_numbers_are_those_of_good_models(ran: tuple[Path, dict[str, Any]]) 
     assert set(summary["measures"]) == {"before", "first", "middle", "last", "after", "end"}
     assert "read" not in summary["measures"]["end"] and "coming" not in summary["measures"]["last"]
     assert summary["agreement"]["same_pair"][0] > 0.3
-    assert summary["clauses"]["1 of 3"]["swapped"][0] > 0.2
+    numbers = summary["clauses"]["1 of 4"]
+    assert numbers["fve_lost_swapped"][0] > 0.2 and numbers["kl_added_swapped"][0] > 0.5
+    for place, measures in summary["measures"].items():
+        assert measures["loss_recovered"]["own"][0] > 0.5 and measures["top1_same"]["own"][0] > 0.5, place
+        assert measures["kl"]["own"][0] <= measures["kl"]["shuffled"][0] + 0.05, place
     assert any("cannot be told" in text for text in summary["reading"]), (
         "all products are right: nothing to compare"
     )
@@ -90,10 +94,13 @@ def test_everything_is_written(ran: tuple[Path, dict[str, Any]]) -> None:
         EXPLAINED,
         SAMPLES,
         REREAD,
+        PATCHED,
+        CLAUSES,
+        CLAIMS,
         "multiplication.md",
         "report.html",
     } <= written
-    for name in ("scores", "naming", "clauses", "agreement"):
+    for name in ("scores", "naming", "patch", "clauses", "agreement"):
         assert (out / f"figures/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert "</svg>" in (out / f"figures/{name}.svg").read_text()
     with (out / "tables/measures.csv").open() as file:
@@ -128,7 +135,42 @@ def test_what_was_read_again_is_what_the_reconstructor_gives(ran: tuple[Path, di
             assert entry["cos"] == pytest.approx(first[entry["row"]], abs=1e-4)
         if entry["variant"] == "another":
             assert entry["text"] == texts[entry["partner"]] and entry["partner"] != entry["row"]
-    assert {entry["variant"] for entry in table} == {"whole", "another", "removed", "swapped", "alone"}
+    assert {entry["variant"] for entry in table} == {"whole", "another"}
+
+
+def test_the_referee_reads_the_same_rows_beside_another_problem_at_the_same_place(
+    ran: tuple[Path, dict[str, Any]],
+) -> None:
+    """KL of the control is that of the partner's explanation, as `patch` alone gives it for that text."""
+    out, _ = ran
+    other = {
+        entry["row"]: entry["text"]
+        for entry in pq.read_table(out / REREAD).to_pylist()
+        if entry["variant"] == "another"
+    }
+    table = pq.read_table(out / PATCHED).to_pylist()
+    assert {entry["row"] for entry in table} == set(other)
+    chosen = table[:: max(len(table) // 12, 1)]
+    texts = json_lines(out.parent / "t.jsonl", [{"row": e["row"], "text": other[e["row"]]} for e in chosen])
+    patched = out.parent / "other.parquet"
+    done = call(
+        *("patch", out / STORE, "--model", TRIO / "base", "--ar", TRIO / "ar", "--explained", texts),
+        *("--out", patched, "--device", "cpu"),
+    )
+    assert done.code == 0, done.err
+    kl = {entry["row"]: entry["kl"] for entry in pq.read_table(patched).to_pylist()}
+    for entry in chosen:
+        assert entry["kl_shuffled"] == pytest.approx(kl[entry["row"]], rel=1e-3, abs=1e-5)
+    clauses = pq.read_table(out / CLAUSES).to_pylist()
+    place = {
+        row: spot.place
+        for reply in read_replies(CaptureStore.open(out / STORE))
+        for row, spot in reply.spots.items()
+    }
+    for entry in clauses:
+        if entry["partner"] is not None:
+            assert place[entry["partner"]] == place[entry["row"]] and entry["partner"] != entry["row"]
+    assert len({entry["sequence"] for entry in clauses}) == 3 and clauses[0]["kl"] is not None
 
 
 def results(out: Path) -> dict[str, str]:
@@ -142,7 +184,8 @@ def test_resuming_a_finished_study_changes_nothing_but_the_time(
 ) -> None:
     out = tmp_path / "copy"
     shutil.copytree(ran[0], out)
-    (out / REREAD).unlink()
+    for name in (REREAD, PATCHED, CLAUSES):
+        (out / name).unlink()
     shutil.rmtree(out / "figures")
     before = results(out)
     again = study(out, "--resume")
@@ -176,7 +219,7 @@ def planted(ran: tuple[Path, dict[str, Any]], path: Path, text_of: Any) -> Outco
     texts = [text_of(*spots[row]) for row in table["row"].to_pylist()]
     at = table.schema.get_field_index("explanation")
     pq.write_table(table.set_column(at, "explanation", pa.array(texts)), path)
-    return measure(SETUP, replies, path, ran[0] / REREAD, None)
+    return measure(SETUP, replies, path, ran[0] / REREAD)
 
 
 def test_planted_truth_and_planted_falsehood(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -210,7 +253,7 @@ def test_an_interrupted_rereading_goes_on(
         for r in replies[:4]
         for row, spot in r.spots.items()
     ]
-    readings = plan(entries, lambda entry: entry.sequence < 2, 0)
+    readings = plan(entries, 0)
     ar = Reconstructor.load(str(TRIO / "ar"), device=torch.device("cpu"), dtype=torch.float32)
     monkeypatch.setattr(reread_module, "CHUNK", 16)
     common = {"variance": 0.9, "seed": 0, "overwrite": False}

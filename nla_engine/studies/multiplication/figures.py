@@ -19,7 +19,7 @@ from nla_engine.studies.findings import ALL
 from nla_engine.studies.multiplication.answers import PLACES
 from nla_engine.studies.multiplication.naming import MEASURES
 from nla_engine.studies.multiplication.outcome import Outcome
-from nla_engine.studies.shown import clauses_figure, points, scores_figure
+from nla_engine.studies.shown import clauses_figure, patch_figure, points, scores_figure
 
 
 def figures_of(outcome: Outcome) -> list[Figure]:
@@ -27,6 +27,7 @@ def figures_of(outcome: Outcome) -> list[Figure]:
     figures = [
         scores_figure(outcome.findings, outcome.places, outcome.control_vectors),
         _naming(outcome),
+        patch_figure(outcome.findings, outcome.places),
         clauses_figure(outcome.by_number, outcome.places),
         _detection(outcome),
     ]

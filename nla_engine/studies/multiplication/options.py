@@ -43,7 +43,7 @@ class MultiplicationOptions(Options):
     max_new_tokens: int = option("Longest reply, in tokens.", 128, must=AT_LEAST_1)
     explanation_tokens: int = option("Longest explanation, in tokens.", 200, must=AT_LEAST_1)
     ablated_problems: int = option(
-        "Number of problems whose explanations are read again clause by clause.", 96, must=AT_LEAST_0
+        "Number of problems whose explanations are read again clause by clause.", 48, must=AT_LEAST_0
     )
     samples: int = option(
         "Explanations per row, to measure how far samples agree; 0 skips this.",

@@ -24,8 +24,9 @@ from nla_engine.studies.multiplication.analysis import (
     origins,
     tokenisation,
 )
-from nla_engine.studies.multiplication.answers import PLACES, Reply
+from nla_engine.studies.multiplication.answers import PLACES, Reply, places_of
 from nla_engine.studies.multiplication.naming import kind_of
+from nla_engine.studies.patched import Patched, load_patched, patch_findings, patched_means
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results. A list is empty if the rows do not allow an answer; `agreement` also if it was left out."""
+    """The results. A list is empty if the rows do not allow an answer, or if it was not measured."""
 
     setup: Setup
     problems: int
@@ -65,6 +66,7 @@ class Outcome:
     agreement: list[Agreement]
     by_number: list[Clause]
     by_kind: list[Clause]
+    patched: list[Patched]
 
     @property
     def places(self) -> dict[str, str]:
@@ -79,15 +81,34 @@ class Outcome:
 
 
 def measure(
-    setup: Setup, replies: list[Reply], explained: Path, reread: Path, samples: Path | None
+    setup: Setup,
+    replies: list[Reply],
+    explained: Path,
+    reread: Path,
+    *,
+    samples: Path | None = None,
+    patched: Path | None = None,
+    clauses: Path | None = None,
 ) -> Outcome:
-    """The outcome of a finished study. samples: the table of sampled explanations, if there is one."""
+    """The outcome of a finished study, from its tables. samples, patched, clauses: if there are."""
     bootstrap = Bootstrap(setup.seed)
     rows = load_rows(replies, explained, reread)
     metadata = read_metadata(explained)
     facts = pq.read_table(explained, columns=["early", "status"]).to_pydict()
     clusters = dict(zip(rows.row.tolist(), rows.cluster.tolist(), strict=True))
-    by_number, by_kind = clause_losses(reread, clusters, PLACES, kind_of, bootstrap)
+    by_number, by_kind = (
+        ([], [])
+        if clauses is None
+        else clause_losses(clauses, places_of(replies), clusters, PLACES, kind_of, bootstrap)
+    )
+    found = findings(
+        rows, ranked_among(metadata), read_metadata(reread).get("control_vectors", {}), bootstrap
+    )
+    means: list[Patched] = []
+    if patched is not None:
+        columns, there = load_patched(patched, rows.row), rows.places(PLACES)
+        found += [each for place in there for each in patch_findings(rows, columns, place, bootstrap)]
+        means = patched_means(rows, columns, there, bootstrap)
     return Outcome(
         setup=setup,
         problems=len(replies),
@@ -102,13 +123,12 @@ def measure(
         control_vectors=ranked_among(metadata),
         accuracy=accuracy(replies),
         tokenisation=tokenisation(replies),
-        findings=findings(
-            rows, ranked_among(metadata), read_metadata(reread).get("control_vectors", {}), bootstrap
-        ),
+        findings=found,
         correctness=correctness(rows, bootstrap),
         detection=detection(rows, bootstrap),
         origins=origins(rows, bootstrap),
         agreement=[] if samples is None else agreement(replies, samples, bootstrap),
         by_number=by_number,
         by_kind=by_kind,
+        patched=means,
     )

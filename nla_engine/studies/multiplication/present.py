@@ -11,14 +11,15 @@ from nla_engine.studies.multiplication.figures import figures_of
 from nla_engine.studies.multiplication.naming import MEASURES
 from nla_engine.studies.multiplication.outcome import Outcome
 from nla_engine.studies.multiplication.reading import read_outcome
-from nla_engine.studies.shown import clauses_table, findings_table
+from nla_engine.studies.patched import PATCHES
+from nla_engine.studies.shown import clauses_tables, findings_table, patch_table
 from nla_engine.studies.tables import Table
 from nla_engine.studies.writeup import Writeup
 
 MARKDOWN = "multiplication.md"
 INTERVALS = interval_note("operand pairs")
 _TITLES = {ALL: ALL, **PLACES}
-_MEASURES = {**SCORES, **MEASURES}
+_MEASURES = {**SCORES, **PATCHES, **MEASURES}
 
 
 def writeup_of(outcome: Outcome) -> Writeup:
@@ -72,8 +73,8 @@ def shown_tables(outcome: Outcome) -> list[Table]:
             outcome,
             "measures_shuffled",
             "Control: explanations of other problems at the same place",
-            "The same measures. Naming: mean over every explanation of another operand pair; FVE: one such; "
-            "retrieval: chance.",
+            "The same measures. Naming: mean over every explanation of another operand pair; FVE and what the model "
+            "makes of the vector: one such; retrieval: chance.",
             "shuffled",
         ),
         _wide(
@@ -153,13 +154,14 @@ def shown_tables(outcome: Outcome) -> list[Table]:
                 for entry in outcome.agreement
             ],
         ),
-        clauses_table(outcome.by_number, "clause", PLACES, "clauses", "FVE lost without a clause", INTERVALS),
-        clauses_table(
+        *([patch_table(outcome.patched, outcome.places, INTERVALS)] if outcome.patched else []),
+        *clauses_tables(outcome.by_number, "clause", PLACES, "clauses", "", INTERVALS),
+        *clauses_tables(
             [clause for clause in outcome.by_kind if clause.place == ALL],
             "clauses",
             PLACES,
             "clause_kinds",
-            "FVE lost, by what the clause is about",
+            ", by what it is about",
             INTERVALS,
         ),
     ]

@@ -37,8 +37,10 @@ def read_outcome(outcome: Outcome) -> list[str]:
         _trust,
         _correctness,
         _agreement,
+        lambda outcome: _WORDS.acts(outcome.findings),
         lambda outcome: _WORDS.clauses(outcome.by_kind),
         lambda outcome: _WORDS.form(outcome.by_kind),
+        lambda outcome: _WORDS.negation(outcome.by_kind),
         _limits,
     ]
     return [text for part in parts if (text := part(outcome))]
@@ -232,8 +234,8 @@ def _agreement(outcome: Outcome) -> str:
 
 def _limits(outcome: Outcome) -> str:
     text = (
-        "What the controls do not show: that the model uses what the words say, or that words outside numbers "
-        "are true. Naming is counted by regular expressions on digits; numbers in words are not seen."
+        "What the controls do not show: that words outside numbers are true, or that what the words say of a problem "
+        "is what the model uses. Naming is counted by regular expressions on digits; numbers in words are not seen."
     )
     if outcome.setup.models.bundled:
         text += (

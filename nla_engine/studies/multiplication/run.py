@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 
 from nla_engine.errors import EngineError
+from nla_engine.referee.clauses import CONTROL
 from nla_engine.store import CaptureStore
-from nla_engine.studies.directory import EXPLAINED, REREAD, SAMPLES, STORE, StudyDirectory
+from nla_engine.studies.directory import (
+    CLAUSES,
+    EXPLAINED,
+    PATCHED,
+    REREAD,
+    SAMPLES,
+    STORE,
+    StudyDirectory,
+)
 from nla_engine.studies.findings import ALL
 from nla_engine.studies.models import Models
 from nla_engine.studies.multiplication.answers import Reply, clusters_of, places_of, read_replies
@@ -28,7 +37,7 @@ from nla_engine.studies.multiplication.problems import (
     parse_phrasings,
     parse_range,
 )
-from nla_engine.studies.reread import explained_rows, plan
+from nla_engine.studies.reread import Explained, choose_partners, explained_rows, plan
 from nla_engine.studies.stages import Progress, Stages
 
 
@@ -81,8 +90,9 @@ def run_multiplication(
         replies = _capture(stages, records, options.max_new_tokens)
         _explain(stages, replies, options)
         announce("4  statistics, tables, figures")
-        samples = out / SAMPLES if options.samples else None
-        outcome = measure(setup, replies, out / EXPLAINED, out / REREAD, samples)
+        held = {"samples": SAMPLES, "patched": PATCHED, "clauses": CLAUSES}
+        there = {name: out / file for name, file in held.items() if (out / file).exists()}
+        outcome = measure(setup, replies, out / EXPLAINED, out / REREAD, **there)
         writeup = writeup_of(outcome)
         page = writeup.write(out)
         seconds = time.perf_counter() - started
@@ -126,7 +136,7 @@ def _capture(stages: Stages, records: list[dict[str, object]], max_new_tokens: i
 
 
 def _explain(stages: Stages, replies: list[Reply], options: MultiplicationOptions) -> None:
-    """The greedy explanations, the sampled ones, and everything that the AR reads again."""
+    """The greedy explanations, the sampled ones, and what the referee measures of them."""
     store = CaptureStore.open(stages.out / STORE)
     places, longest = places_of(replies), options.explanation_tokens
     answer_rows = np.array(sorted(places), np.int64)
@@ -147,12 +157,23 @@ def _explain(stages: Stages, replies: list[Reply], options: MultiplicationOption
             temperature=options.temperature,
             variance=variance,
         )
-    stages.announce("3  the reconstructor reads changed texts")
-    ablated = _first_answered(replies, options.ablated_problems)
+    del av
+    stages.announce("3  referee: other problems' texts, vectors in place of the model's, clauses, claims")
     explained = explained_rows(stages.out / EXPLAINED, places, clusters_of(replies))
-    stages.reread(
-        plan(explained, lambda entry: entry.sequence in ablated, options.seed), ar, variance=variance
-    )
+    stages.reread(plan(explained, options.seed), ar, variance=variance)
+    patched = stages.patch(answer_rows, _partners(explained, options.seed), ar)
+    ablated = _first_answered(replies, options.ablated_problems)
+    cut = [entry for entry in explained if entry.sequence in ablated]
+    if len(cut) > 1:
+        chosen = np.array([entry.row for entry in cut], np.int64)
+        others = _partners(cut, options.seed)
+        stages.clauses(chosen, others, ar, variance=variance, patched=patched)
+    stages.claims()
+
+
+def _partners(explained: list[Explained], seed: int) -> dict[int, int]:
+    """For rows the row of another problem at the same place."""
+    return {row: other.row for row, other in choose_partners(explained, seed).items()}
 
 
 def _first_answered(replies: list[Reply], count: int) -> set[int]:
@@ -183,7 +204,11 @@ def _summary(
         measures=measures,
         agreement={name: getattr(everywhere, name).numbers() for name in names} if everywhere else {},
         clauses={
-            clause.clause: {name: getattr(clause, name).numbers() for name in ("removed", "swapped", "alone")}
+            clause.clause: {
+                f"{column}_{change}{end}": getattr(cost, field).numbers()
+                for (column, change), cost in clause.costs.items()
+                for end, field in (("", "own"), (CONTROL, "control"), ("_margin", "margin"))
+            }
             for clause in outcome.by_number
             if clause.place == ALL
         },
