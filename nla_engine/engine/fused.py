@@ -96,17 +96,17 @@ class FusedBlock:
         """x + inner @ weight^T. With a norm, the product is normed before the sum. part: the site of what is added."""
         self._wait_for_taps()
         if part in self.taps:
-            return self._add_shown(x, self._product(inner, weight), norm, part)
-        if norm is None and self.ranks is None:
-            return add_linear_(x, inner, weight)  # in place, to save a copy of x
+            product = linear(inner, weight)
+            product = product if self.ranks is None else self.ranks.sum(product)
+            return self._add_shown(x, product, norm, part)
+        if self.ranks is None:
+            if norm is None:
+                return add_linear_(x, inner, weight)  # in place, to save a copy of x
+            return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+        product = linear(inner, weight, out=self.ranks.part(len(inner), len(weight), inner.dtype))
         if norm is None:
-            return x.add_(self._product(inner, weight))
-        return rms_norm(self._product(inner, weight), norm, self.eps, self.offset, residual=x)
-
-    def _product(self, inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """inner @ weight^T, summed over the ranks."""
-        product = linear(inner, weight)
-        return product if self.ranks is None else self.ranks.sum(product)
+            return self.ranks.add(x, product)
+        return rms_norm(self.ranks.sum(product), norm, self.eps, self.offset, residual=x)
 
     def _add_shown(
         self, x: torch.Tensor, product: torch.Tensor, norm: torch.Tensor | None, part: str

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nla_engine.engine.peers import PeerSums, connect
 from nla_engine.engine.transfer import Glance
 from nla_engine.errors import EngineError
 
@@ -53,6 +54,7 @@ class Ranks:
         self._apart = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._look = Glance(self._apart)
         self._looked = False
+        self.peers: PeerSums | None = connect(self) if on_gpu else None
 
     # ---- the same call on every rank ----
 
@@ -82,17 +84,42 @@ class Ranks:
 
     # ---- collectives: every rank calls them, in the same order ----
 
+    def part(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write a part [rows, width] that is summed next, if that is faster than anywhere."""
+        return None if self.peers is None else self.peers.part(rows, width, dtype)
+
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's tensor, in place; the same bits on all."""
+        if self.peers is not None and self.peers.peers.has(part):
+            return self.peers.sum(part)
+        return self.reduce(part)
+
+    def add(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """x [T, d] + the sum of every rank's part [T, d]; the same bits on all. It takes the place of x."""
+        if self.peers is not None and self.peers.peers.has(part):
+            return self.peers.sum(part, x)
+        return x.add_(self.reduce(part))
+
+    def own(self, states: torch.Tensor) -> torch.Tensor:
+        """The states where the next pass does not change them."""
+        held = self.peers is not None and self.peers.peers.holds(states)
+        return states.clone() if held else states
+
+    def reduce(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's tensor, in place, of any kind."""
         dist.all_reduce(part)
         return part
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The tensor of every rank, in a further first dimension."""
+        every = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
+        _gather(every, part.contiguous())
+        return every.view(self.size, *part.shape)
 
     def columns(self, part: torch.Tensor, width: int) -> torch.Tensor:
         """[n, w] of every rank side by side, cut to [n, width]."""
         n, w = part.shape
-        every = part.new_empty((self.size * n, w))
-        _gather(every, part.contiguous())
-        whole = every.view(self.size, n, w).transpose(0, 1).reshape(n, self.size * w)
+        whole = self.gather(part).transpose(0, 1).reshape(n, self.size * w)
         return whole if width == self.size * w else whole[:, :width].contiguous()
 
     def from_first(self, tensor: torch.Tensor) -> None:
@@ -130,5 +157,6 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group."""
+        self.peers = None
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nla_engine.ops import attention, delta, fp8, gate, norm, places, rotary, sampling, truncation
+from nla_engine.ops import (
+    attention,
+    delta,
+    fp8,
+    gate,
+    norm,
+    peer_sum,
+    places,
+    rotary,
+    sampling,
+    truncation,
+)
 from nla_engine.ops.cards import SHARED_KIB, Card
 from nla_engine.ops.tile_sizes import PREFIX_ROWS, cut_for, head_width
 
@@ -63,6 +75,8 @@ CONVOLVE = dict.fromkeys(("row", "weight", "kept", "out"), HALF) | {
 DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
     **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
 }  # fmt: skip
+PEER_SUM = {"x": HALF, **dict.fromkeys(("parts", "sums", "meetings"), LONG), **dict.fromkeys(("turn", "stop"), "*i32"),
+            **dict.fromkeys(("rank", "size", "tiles"), INT)}  # fmt: skip
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (sampling._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
@@ -99,6 +113,18 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     ),
     (norm._gated_norm_kernel, GATED_NORM, {"BLOCK": 128}, 1),
     (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
+    (
+        peer_sum._peer_sum_kernel,
+        PEER_SUM,
+        {"ADD": True, "RANKS": 4, "SLOTS": 4, "FENCE": True, "BLOCK": 2048},
+        8,
+    ),
+    (
+        peer_sum._peer_sum_kernel,
+        PEER_SUM,
+        {"ADD": False, "RANKS": 3, "SLOTS": 4, "FENCE": True, "BLOCK": 2048, "rank": 1, "tiles": 1},
+        8,
+    ),
     (
         rotary._rotate_kernel,
         ROTATE,
@@ -202,3 +228,24 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
                 arguments[name] = FLOAT
         made = compiled(kernel, arguments, constants, card, num_warps=cut.warps, num_stages=cut.stages)
         assert made.metadata.shared <= cut.shared_bytes(size, itemsize, card)
+
+
+@compiled_here
+def test_a_sum_over_ranks_reads_16_bytes_at_a_time_between_two_meetings() -> None:
+    """Of an H100: what a thread reads and writes, and that a fence stands before and after each wait."""
+    constants = {"ADD": True, "RANKS": 4, "SLOTS": 4, "FENCE": True, "BLOCK": 2048}
+    card = next(card for card in CARDS if card.capability == (9, 0))
+    made = compiled(peer_sum._peer_sum_kernel, PEER_SUM, constants, card, num_warps=8)
+    words = {
+        "fence.acq_rel.sys": "f",
+        "bar.sync": "b",
+        "atom.global.sys": "a",
+        "ld.volatile": "w",
+        "ld.global.v4": "r",
+        "st.global.v4": "s",
+    }
+    found = [
+        letter for line in made.asm["ptx"].splitlines() for word, letter in words.items() if word in line
+    ]
+    meeting = "bfaaaaw+fb"
+    assert re.fullmatch(f"{meeting}r{{5}}s{{4}}{meeting}", "".join(found)), "".join(found)

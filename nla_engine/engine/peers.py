@@ -1,0 +1,224 @@
+"""Lets the GPUs of a group write each other's memory, and finds out for which sizes that sums faster than NCCL.
+
+Asked once, when a group opens. Wherever the GPUs cannot, or it sums wrongly, every rank goes on with NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+from nla_engine.ops.backends import has_triton
+from nla_engine.ops.peer_sum import Peers
+
+#: Bytes of the largest tensor that is summed so.
+ROOM = 64 << 20
+#: Bytes of the tensors that are timed, and the programs of a launch that are tried for each.
+_TIMED, _PROGRAMS = tuple(1 << power for power in range(17, 27)), (32, 64, 128)
+#: One timing: launches, and cycles of the device that let the host get ahead of it.
+_LAUNCHES, _HOLD_CYCLES, _ROUNDS = 16, 3_000_000, 3
+#: It must be this much faster than NCCL.
+_GAIN = 1.02
+#: Largest difference from NCCL's sum, relative: bfloat16 rounds to 2^-9, several times.
+_DIFFERENCE = 2**-7
+#: Seconds of a first sum; one that takes longer never ends.
+_TRIAL_SECONDS = 30.0
+#: Bytes of what a rank says of its memory.
+_SAID = 2048
+
+
+class Group(Protocol):
+    """What is needed of a rank: see `ranks.Ranks`."""
+
+    rank: int
+    size: int
+    device: torch.device
+    devices: tuple[torch.device, ...]
+
+    def each(self, number: int) -> list[int]:
+        """The number of every rank."""
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The tensor of every rank, in a further first dimension."""
+
+    def reduce(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's tensor, in place."""
+
+
+class PeerSums:
+    """Sums tensors of a group, where that is faster than NCCL. ways: see `_measured`."""
+
+    def __init__(self, peers: Peers, ways: dict[int, int], others: list[torch.UntypedStorage]) -> None:
+        self.peers, self.ways, self._others = peers, ways, others
+
+    def part(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write a part that is to be summed so; None: NCCL is faster."""
+        return self.peers.part(rows, width, dtype) if self._programs(rows * width * dtype.itemsize) else None
+
+    def sum(self, part: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Peers.sum`."""
+        return self.peers.sum(part, x, self._programs(part.nbytes))
+
+    def _programs(self, size: int) -> int:
+        """Programs of a launch for so many bytes; 0: NCCL is faster, or there is no room."""
+        if not 0 < size <= ROOM:
+            return 0
+        return self.ways[min(self.ways, key=lambda timed: max(timed, size) / min(timed, size))]
+
+    def stop(self) -> None:
+        """Let no launch wait for another rank any more."""
+        self.peers.stop.fill_(1)
+
+
+def connect(group: Group) -> PeerSums | None:
+    """Every rank calls it at the same time. None, on all of them: they use NCCL."""
+    peers, others = None, list[torch.UntypedStorage]()
+    said = _try(lambda: _shared(group)) if _reachable(group) else None
+    told = _exchange(group, "" if said is None else said[1])
+    if said is not None and all(told):
+        opened = _try(lambda: _opened(group, said[0], told))
+        if opened is not None:
+            peers, others = opened
+    if min(group.each(peers is not None)) == 0:
+        return None
+    assert peers is not None
+    try:
+        sound = _sums_rightly(group, peers)
+    except RuntimeError:
+        sound = False
+    if min(group.each(sound)) == 0:
+        peers.stop.fill_(1)
+        return None
+    return PeerSums(peers, _measured(group, peers), others)
+
+
+def _reachable(group: Group) -> bool:
+    others = [device.index for device in group.devices if device != group.device]
+    return has_triton(group.device) and all(
+        torch.cuda.can_device_access_peer(group.device.index, other) for other in others
+    )
+
+
+def _try(make: Callable[[], Any]) -> Any:
+    """What it makes; None if the system or the driver does not allow it."""
+    try:
+        return make()
+    except (RuntimeError, OSError):
+        return None
+
+
+def _shared(group: Group) -> tuple[torch.Tensor, str]:
+    """The memory of this rank, and how others open it."""
+    own = torch.zeros(Peers.bytes(ROOM), dtype=torch.uint8, device=group.device)
+    torch.cuda.synchronize(group.device)
+    _, *how = own.untyped_storage()._share_cuda_()
+    return own, json.dumps([each.hex() if isinstance(each, bytes) else each for each in how])
+
+
+def _exchange(group: Group, said: str) -> list[str]:
+    """What every rank says, in ASCII."""
+    line = torch.frombuffer(bytearray(said.encode().ljust(_SAID)), dtype=torch.uint8)
+    every = group.gather(line.to(group.device)).cpu()
+    return [bytes(each.tolist()).decode().strip() for each in every]
+
+
+def _opened(group: Group, own: torch.Tensor, told: list[str]) -> tuple[Peers, list[torch.UntypedStorage]]:
+    """The memory of every rank in the address space of this one's device. The storages keep it open."""
+    addresses, others = [], []
+    for rank, text in enumerate(told):
+        if rank == group.rank:
+            addresses.append(own.data_ptr())
+            continue
+        handle, size, offset, counter, place, event, _ = json.loads(text)
+        storage = torch.UntypedStorage._new_shared_cuda(
+            group.device.index,  # the device that reaches it, not that on which it lies
+            bytes.fromhex(handle),
+            size,
+            offset,
+            bytes.fromhex(counter),
+            place,
+            bytes.fromhex(event),
+            False,
+        )
+        others.append(storage)
+        addresses.append(storage.data_ptr())
+    stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    return Peers(group.rank, own, addresses, stop), others
+
+
+def _sums_rightly(group: Group, peers: Peers) -> bool:
+    """Whether sums are those of NCCL, several in a row. A first one that does not end is ended."""
+    draw = torch.Generator(group.device).manual_seed(group.rank)
+    same = torch.Generator(group.device).manual_seed(group.size)
+    right = True
+    for rows, width in ((1, 8), (37, 1000), (256, 8192)):
+        mine = torch.randn(rows, width, device=group.device, generator=draw).bfloat16()
+        x = torch.randn(rows, width, device=group.device, generator=same).bfloat16()
+        part = peers.part(rows, width, mine.dtype)
+        assert part is not None
+        sums = []
+        for residual in (None, x):
+            part.copy_(mine)
+            sums.append(peers.sum(part, residual).float().clone())
+        passed = torch.cuda.Event()
+        passed.record()
+        end = time.monotonic() + _TRIAL_SECONDS
+        while not passed.query():
+            if time.monotonic() > end:
+                peers.stop.fill_(1)
+                return False
+            time.sleep(0.001)
+        wanted = group.reduce(mine.float())
+        for found, truth in zip(sums, (wanted, wanted + x.float()), strict=True):
+            right &= bool((found - truth).norm() <= _DIFFERENCE * truth.norm())
+    return right
+
+
+def _measured(group: Group, peers: Peers) -> dict[int, int]:
+    """The programs of the fastest launch for tensors of so many bytes, 0 if NCCL's sum and an addition are faster.
+
+    The slowest rank decides, so all ranks find the same.
+    """
+    width, dtype = 1024, torch.bfloat16
+    ways = {}
+    for size in _TIMED:
+        rows = size // (width * dtype.itemsize)
+        x = torch.zeros(rows, width, dtype=dtype, device=group.device)
+        own = torch.zeros_like(x)
+        part = peers.part(rows, width, dtype)
+        assert part is not None
+        part.zero_()
+
+        def by_nccl(x: torch.Tensor = x, own: torch.Tensor = own) -> object:
+            return x.add_(group.reduce(own))
+
+        def by_peers(programs: int, x: torch.Tensor = x, part: torch.Tensor = part) -> Callable[[], object]:
+            return lambda: peers.sum(part, x, programs)
+
+        took = {0: _microseconds(group, by_nccl)}
+        took |= {programs: _microseconds(group, by_peers(programs)) for programs in _PROGRAMS}
+        best = min(_PROGRAMS, key=took.__getitem__)
+        ways[size] = best if took[0] > _GAIN * took[best] else 0
+    return ways
+
+
+def _microseconds(group: Group, launch: Callable[[], object]) -> int:
+    """Of a launch, on the slowest rank."""
+    rounds = []
+    for _ in range(_ROUNDS):
+        group.each(0)  # start together
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_HOLD_CYCLES)
+        launch()
+        start.record()
+        for _ in range(_LAUNCHES):
+            launch()
+        end.record()
+        end.synchronize()
+        rounds.append(start.elapsed_time(end) * 1e3 / _LAUNCHES)
+    return max(group.each(round(100 * median(rounds))))
