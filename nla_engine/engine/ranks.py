@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nla_engine.engine.peers import PeerSums, connect
+from nla_engine.engine.pulse import Pulse
 from nla_engine.engine.transfer import Glance
 from nla_engine.errors import EngineError
 
@@ -38,6 +39,7 @@ class Ranks:
             )
         self.rank, self.devices, self.size = rank, tuple(devices), len(devices)
         self.device = self.devices[rank]
+        self.pulse = Pulse(folder, rank, self.size)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -107,11 +109,13 @@ class Ranks:
 
     def reduce(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's tensor, in place, of any kind."""
+        self.pulse.beat()
         dist.all_reduce(part)
         return part
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """The tensor of every rank, in a further first dimension."""
+        self.pulse.beat()
         every = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
         _gather(every, part.contiguous())
         return every.view(self.size, *part.shape)
@@ -124,13 +128,13 @@ class Ranks:
 
     def from_first(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by that of rank 0."""
+        self.pulse.beat()
         dist.broadcast(tensor, 0)
 
     def each(self, number: int) -> list[int]:
         """The number of every rank."""
-        every = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        _gather(every, torch.tensor([number], dtype=torch.int64, device=self.device))
-        return [int(value) for value in every.tolist()]
+        every = self.gather(torch.tensor([number], dtype=torch.int64, device=self.device))
+        return [int(value) for value in every.flatten().tolist()]
 
     # ---- whether they are in step ----
 
@@ -141,9 +145,7 @@ class Ranks:
 
     def look(self) -> None:
         """Queue a comparison of the notes of all ranks. No synchronisation."""
-        every = self._note.new_empty(self.size)
-        _gather(every, self._note)
-        self._apart.copy_((every != self._note).any(0, keepdim=True))
+        self._apart.copy_((self.gather(self._note) != self._note).any(0))
         self._look.take()
         self._looked = True
 
@@ -158,5 +160,7 @@ class Ranks:
     def close(self) -> None:
         """Leave the group."""
         self.peers = None
+        if hasattr(self, "pulse"):
+            self.pulse.close()
         if dist.is_initialized():
             dist.destroy_process_group()
