@@ -35,6 +35,8 @@ from nla_engine.engine.pulse import Hangs, counts_of, make_pulse
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.request import Request
 from nla_engine.errors import EngineError, NLAError, RequestError
+from nla_engine.models.load import pick_device
+from nla_engine.workers.devices import AND
 
 _T = TypeVar("_T")
 #: Seconds: until every process has started; for a collective, which may wait for another rank to read its weights;
@@ -52,8 +54,22 @@ _NEWS_SECONDS = 3.0
 _OTHERS_SECONDS = 0.3
 
 
-def group_devices(device: torch.device, size: int) -> tuple[torch.device, ...]:
-    """The devices of a group of `size` ranks, from `device` on. RequestError if there are not as many GPUs."""
+def first_device(name: str | None, size: int) -> str | None:
+    """The device of rank 0 of a group of `size` ranks, if --device is `name`."""
+    return name if name is None or size == 1 else name.split(AND)[0]
+
+
+def group_devices(device: torch.device, size: int, name: str | None = None) -> tuple[torch.device, ...]:
+    """The devices of a group of `size` ranks: from `device` on, or those that `name` joins, as cuda:0+cuda:2.
+
+    RequestError if there are not as many GPUs, or the name has another number of them.
+    """
+    if name is not None and AND in name:
+        devices = tuple(pick_device(each) for each in name.split(AND))
+        pick_device(str(device))  # it is torch's current one
+        if len(devices) != size or (device.type == "cuda" and len(set(devices)) < size):
+            raise RequestError(f"--device is {name}: --tensor-parallel {size} needs {size} different ones")
+        return devices
     if device.type == "cpu":
         return (device,) * size
     first, there = device.index or 0, torch.cuda.device_count()
@@ -81,6 +97,17 @@ def open_ranks(devices: Sequence[torch.device]) -> Iterator[Ranks | None]:
         raise cause from error
     finally:
         leader.close()
+
+
+@contextmanager
+def ending_alone(ranks: Ranks | None) -> Iterator[None]:
+    """Inside, the failure of another rank is a RuntimeError, which ends a worker of a pool but not the run."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(ranks, Leader) and (fault := str(ranks.explained(error))) and ranks.fault is not None:
+            raise RuntimeError(fault) from error
+        raise
 
 
 class _Follower:

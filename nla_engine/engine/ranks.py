@@ -6,7 +6,7 @@ Every pass notes what it reads, and the notes are compared: ranks that fall out 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,6 +101,24 @@ class Ranks:
         if self.peers is not None and self.peers.peers.has(part):
             return self.peers.sum(part, x)
         return x.add_(self.reduce(part))
+
+    def in_turn(
+        self,
+        parts: Iterable[tuple[slice, torch.Tensor]],
+        summed: Callable[[slice, torch.Tensor], object],
+    ) -> None:
+        """Call summed(rows, sum) for each (rows, part). While one is summed, the device computes the next part."""
+        before = None
+        for rows, part in parts:
+            self.pulse.beat()
+            after = (rows, part, dist.all_reduce(part, async_op=True))
+            if before is not None:
+                before[2].wait()
+                summed(*before[:2])
+            before = after
+        if before is not None:
+            before[2].wait()
+            summed(*before[:2])
 
     def own(self, states: torch.Tensor) -> torch.Tensor:
         """The states where the next pass does not change them."""

@@ -17,6 +17,7 @@ from tiny import save_ar, save_av, save_model, write_prompts
 from nla_engine.capture.estimate import estimate_capture
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.engine import fused
 from nla_engine.engine.leader import Leader, open_ranks
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.runner import Runner
@@ -230,6 +231,30 @@ def test_sums_in_memory_of_their_own(
         kept = first.clone()
         runner.read([(1, 0, [9, 8, 7, 6])])
         assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_a_long_pass_is_summed_in_pieces(
+    ranks: Leader, tmp_path: Path, architecture: str, rng: np.random.Generator
+) -> None:
+    base = save_model(tmp_path / "base", architecture)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = rng.integers(0, 250, 23).tolist()
+    expected = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+    lm = split(ranks, base).truncated(LAYER)
+    with ranks.make(Runner, lm, slots=1, length=30, kernels=Kernels("fused")) as runner:
+        ranks.together(cut_pieces, 5)
+        try:
+            states = runner.read([(0, 0, ids)])
+            ranks.check()
+        finally:
+            ranks.together(cut_pieces, 8192)
+    assert apart(states, expected) < CLOSE
+
+
+def cut_pieces(rows: int) -> None:
+    fused.PIECE_ROWS = rows
 
 
 @pytest.mark.parametrize(
