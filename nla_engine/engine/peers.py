@@ -6,16 +6,21 @@ Asked once, when a group opens. Wherever the GPUs cannot, or it sums wrongly, ev
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from nla_engine.errors import first_line
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.peer_sum import Peers
 
+#: Environment variable: 0 leaves every sum to NCCL.
+SWITCH = "NLA_PEER_SUMS"
 #: Bytes of the largest tensor that is summed so.
 ROOM = 64 << 20
 #: Bytes of the tensors that are timed, and the programs of a launch that are tried for each.
@@ -51,10 +56,20 @@ class Group(Protocol):
 
 
 class PeerSums:
-    """Sums tensors of a group, where that is faster than NCCL. ways: see `_measured`."""
+    """Sums tensors of a group, where that is faster than NCCL.
 
-    def __init__(self, peers: Peers, ways: dict[int, int], others: list[torch.UntypedStorage]) -> None:
-        self.peers, self.ways, self._others = peers, ways, others
+    took: by bytes of a tensor, hundredths of a microsecond of a sum with a residual, by programs of a launch; 0: NCCL
+        and an addition. Those of the slowest rank, so the same on all.
+    """
+
+    def __init__(
+        self, peers: Peers, took: dict[int, dict[int, int]], others: list[torch.UntypedStorage]
+    ) -> None:
+        self.peers, self.took, self._others = peers, took, others
+        best = {size: min(_PROGRAMS, key=way.__getitem__) for size, way in took.items()}
+        self._ways = {
+            size: best[size] if way[0] > _GAIN * way[best[size]] else 0 for size, way in took.items()
+        }
 
     def part(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Where to write a part that is to be summed so; None: NCCL is faster."""
@@ -68,48 +83,48 @@ class PeerSums:
         """Programs of a launch for so many bytes; 0: NCCL is faster, or there is no room."""
         if not 0 < size <= ROOM:
             return 0
-        return self.ways[min(self.ways, key=lambda timed: max(timed, size) / min(timed, size))]
+        return self._ways[min(self._ways, key=lambda timed: max(timed, size) / min(timed, size))]
 
     def stop(self) -> None:
         """Let no launch wait for another rank any more."""
         self.peers.stop.fill_(1)
 
 
-def connect(group: Group) -> PeerSums | None:
-    """Every rank calls it at the same time. None, on all of them: they use NCCL."""
+def connect(group: Group) -> PeerSums | str:
+    """Every rank calls it at the same time. All get the sums, or each why they use NCCL."""
+    own, why = None, _unreachable(group)
+    said = ""
+    if not why:
+        try:
+            own, said = _shared(group)
+        except (RuntimeError, OSError) as error:
+            why = f"the driver does not share memory ({first_line(error)})"
+    told = _exchange(group, said)
     peers, others = None, list[torch.UntypedStorage]()
-    said = _try(lambda: _shared(group)) if _reachable(group) else None
-    told = _exchange(group, "" if said is None else said[1])
-    if said is not None and all(told):
-        opened = _try(lambda: _opened(group, said[0], told))
-        if opened is not None:
-            peers, others = opened
+    if own is not None and all(told):
+        try:
+            peers, others = _opened(group, own, told)
+        except (RuntimeError, OSError) as error:
+            why = f"the driver does not open shared memory ({first_line(error)})"
     if min(group.each(peers is not None)) == 0:
-        return None
+        return why or "another rank cannot"
     assert peers is not None
-    try:
-        sound = _sums_rightly(group, peers)
-    except RuntimeError:
-        sound = False
-    if min(group.each(sound)) == 0:
+    if why := _fault(group, peers):
         peers.stop.fill_(1)
-        return None
+        return why
     return PeerSums(peers, _measured(group, peers), others)
 
 
-def _reachable(group: Group) -> bool:
+def _unreachable(group: Group) -> str:
+    """Why this rank cannot reach the others' memory; empty if the driver says that it can."""
+    here = group.device.index
     others = [device.index for device in group.devices if device != group.device]
-    return has_triton(group.device) and all(
-        torch.cuda.can_device_access_peer(group.device.index, other) for other in others
-    )
-
-
-def _try(make: Callable[[], Any]) -> Any:
-    """What it makes; None if the system or the driver does not allow it."""
-    try:
-        return make()
-    except (RuntimeError, OSError):
-        return None
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    if not has_triton(group.device):
+        return "Triton does not run"
+    far = [other for other in others if not torch.cuda.can_device_access_peer(here, other)]
+    return f"cuda:{here} cannot access cuda:{far[0]}" if far else ""
 
 
 def _shared(group: Group) -> tuple[torch.Tensor, str]:
@@ -151,41 +166,42 @@ def _opened(group: Group, own: torch.Tensor, told: list[str]) -> tuple[Peers, li
     return Peers(group.rank, own, addresses, stop), others
 
 
-def _sums_rightly(group: Group, peers: Peers) -> bool:
-    """Whether sums are those of NCCL, several in a row. A first one that does not end is ended."""
+def _fault(group: Group, peers: Peers) -> str:
+    """What is wrong with several sums in a row, on any rank; empty: nothing. One that does not end is ended."""
     draw = torch.Generator(group.device).manual_seed(group.rank)
     same = torch.Generator(group.device).manual_seed(group.size)
-    right = True
+    mine, x, sums = [], [], []
     for rows, width in ((1, 8), (37, 1000), (256, 8192)):
-        mine = torch.randn(rows, width, device=group.device, generator=draw).bfloat16()
-        x = torch.randn(rows, width, device=group.device, generator=same).bfloat16()
-        part = peers.part(rows, width, mine.dtype)
+        mine.append(torch.randn(rows, width, device=group.device, generator=draw).bfloat16())
+        x.append(torch.randn(rows, width, device=group.device, generator=same).bfloat16())
+        part = peers.part(rows, width, torch.bfloat16)
         assert part is not None
-        sums = []
-        for residual in (None, x):
-            part.copy_(mine)
+        for residual in (None, x[-1]):
+            part.copy_(mine[-1])
             sums.append(peers.sum(part, residual).float().clone())
-        passed = torch.cuda.Event()
-        passed.record()
-        end = time.monotonic() + _TRIAL_SECONDS
-        while not passed.query():
-            if time.monotonic() > end:
-                peers.stop.fill_(1)
-                return False
-            time.sleep(0.001)
-        wanted = group.reduce(mine.float())
-        for found, truth in zip(sums, (wanted, wanted + x.float()), strict=True):
-            right &= bool((found - truth).norm() <= _DIFFERENCE * truth.norm())
-    return right
+    passed = torch.cuda.Event()
+    passed.record()
+    end = time.monotonic() + _TRIAL_SECONDS
+    while not passed.query() and time.monotonic() < end:
+        time.sleep(0.001)
+    ended = passed.query()
+    if not ended:
+        peers.stop.fill_(1)
+    if min(group.each(ended)) == 0:
+        return f"a first sum did not end in {_TRIAL_SECONDS:.0f} s"
+    wanted = [truth for own in mine for truth in [group.reduce(own.float())] * 2]
+    for number, residual in enumerate(x):
+        wanted[2 * number + 1] = wanted[2 * number] + residual.float()
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(sums, wanted, strict=True)]
+    worst = max(min(each, 1e3) if math.isfinite(each) else 1e3 for each in apart)
+    wrong = max(group.each(round(worst * 1e6))) / 1e6
+    return "" if wrong <= _DIFFERENCE else f"a first sum is off by {wrong:.2g}"
 
 
-def _measured(group: Group, peers: Peers) -> dict[int, int]:
-    """The programs of the fastest launch for tensors of so many bytes, 0 if NCCL's sum and an addition are faster.
-
-    The slowest rank decides, so all ranks find the same.
-    """
+def _measured(group: Group, peers: Peers) -> dict[int, dict[int, int]]:
+    """See `PeerSums`."""
     width, dtype = 1024, torch.bfloat16
-    ways = {}
+    every = {}
     for size in _TIMED:
         rows = size // (width * dtype.itemsize)
         x = torch.zeros(rows, width, dtype=dtype, device=group.device)
@@ -202,13 +218,12 @@ def _measured(group: Group, peers: Peers) -> dict[int, int]:
 
         took = {0: _microseconds(group, by_nccl)}
         took |= {programs: _microseconds(group, by_peers(programs)) for programs in _PROGRAMS}
-        best = min(_PROGRAMS, key=took.__getitem__)
-        ways[size] = best if took[0] > _GAIN * took[best] else 0
-    return ways
+        every[size] = took
+    return every
 
 
 def _microseconds(group: Group, launch: Callable[[], object]) -> int:
-    """Of a launch, on the slowest rank."""
+    """Hundredths, of a launch, on the slowest rank."""
     rounds = []
     for _ in range(_ROUNDS):
         group.each(0)  # start together

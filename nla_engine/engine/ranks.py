@@ -56,7 +56,10 @@ class Ranks:
         self._apart = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._look = Glance(self._apart)
         self._looked = False
-        self.peers: PeerSums | None = connect(self) if on_gpu else None
+        found = connect(self) if on_gpu else "it has no GPU"
+        self.peers: PeerSums | None = None if isinstance(found, str) else found
+        #: Why sums go through NCCL; empty if they need not.
+        self.without_peers = found if isinstance(found, str) else ""
 
     # ---- the same call on every rank ----
 

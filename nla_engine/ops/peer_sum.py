@@ -147,7 +147,7 @@ def _meet(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "tiles"])
 def _peer_sum_kernel(
     x,  # [size]; not read unless ADD
     parts,  # int64 [RANKS]: addresses of every rank's part [size], of x's dtype

@@ -122,7 +122,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         peer_sum._peer_sum_kernel,
         PEER_SUM,
-        {"ADD": False, "RANKS": 3, "SLOTS": 4, "FENCE": True, "BLOCK": 2048, "rank": 1, "tiles": 1},
+        {"ADD": False, "RANKS": 3, "SLOTS": 4, "FENCE": True, "BLOCK": 2048},
         8,
     ),
     (

@@ -66,6 +66,7 @@ def run(session: Session) -> None:
         session.size = whole_size(session.settings.shape, session.settings.dtype)
         session.hardware = hardware.times(size)
         try:
+            _sums(session, ranks)
             _decode(session, size)
             _verbalize(session, size)
             _reconstruct(session, size)
@@ -112,6 +113,19 @@ def whole_size(shape: str, dtype: torch.dtype) -> ModelSize:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(find_shape(shape).config(), dtype=dtype)
     return ModelSize.of(wrap_model(model, None, name=shape))
+
+
+def _sums(session: Session, ranks: Ranks) -> None:
+    """A sum over all GPUs with the residual, as it was measured when the group opened, and by NCCL and an addition."""
+    if ranks.peers is None:
+        session.console.print(f"{_SUITE}: sums by NCCL: {ranks.without_peers}", highlight=False)
+        return
+    for number, took in ranks.peers.took.items():
+        if number.bit_length() % 2:  # every second one: 256 KiB, 1 MiB, 4 MiB, ...
+            programs, best = min((each for each in took.items() if each[0]), key=lambda each: each[1])
+            line = Line(_SUITE, f"{ranks.size} GPUs sum {number >> 10} KiB + residual", "us", [best / 100])
+            line.detail = f"{programs} programs; NCCL and an addition {took[0] / 100:.1f} us"
+            session.record(line)
 
 
 def _decode(session: Session, size: int) -> None:
