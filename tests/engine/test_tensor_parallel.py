@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +234,25 @@ def test_sums_in_memory_of_their_own(
         kept = first.clone()
         runner.read([(1, 0, [9, 8, 7, 6])])
         assert torch.equal(first, kept)
+
+
+def test_interpreted_kernels_sum_in_memory_that_processes_share(tmp_path: Path) -> None:
+    """What GPUs do that write each other's memory, against plain transformers."""
+    for architecture in ("gemma3_text", "llama"):
+        save_model(tmp_path / architecture, architecture)
+    tests = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "shared_peers.py"), str(tmp_path), "2"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in told] == ["gemma3_text", "llama"]
+    assert all(float(apart) < CLOSE for _, apart, _ in told), told
+    assert 20 < int(told[0][2]) < int(told[1][2]), "each pass has two sums a block"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
