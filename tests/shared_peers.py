@@ -6,12 +6,14 @@ Run as a program: DIRECTORY RANKS. Compares states of split models in DIRECTORY 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
-from nla_engine.engine.peers import PeerSums
+from nla_engine.engine import peers
 from nla_engine.engine.ranks import Ranks
 from nla_engine.ops.peer_sum import Peers
 
@@ -30,13 +32,45 @@ def mapped(directory: Path, size: int) -> list[torch.Tensor]:
     ]
 
 
+class Passed:
+    """Stands for an event of a device."""
+
+    def record(self) -> None:
+        """Nothing is queued here."""
+
+    def query(self) -> bool:
+        return True
+
+
 def share(ranks: Ranks, directory: str) -> None:
-    """On every rank: sum so from now on."""
+    """On every rank: `connect`, with files in the place of memory of GPUs. Launches of few programs are said to be the
+    fastest for small tensors, NCCL for large ones."""
     every = mapped(Path(directory), ranks.size)
-    stop = torch.zeros(1, dtype=torch.int32)
-    peers = Peers(ranks.rank, every[ranks.rank], [each.data_ptr() for each in every], stop)
-    timed = {1 << 12: {0: 300, 32: 200, 64: 100, 128: 200}, 1 << 18: {0: 100, 32: 200, 64: 200, 128: 200}}
-    ranks.peers = PeerSums(peers, timed, [])
+
+    def opened(group: Ranks, own: torch.Tensor, told: list[str]) -> tuple[Peers, list[torch.UntypedStorage]]:
+        assert told == [f"rank {rank}" for rank in range(group.size)]
+        stop = torch.zeros(1, dtype=torch.int32)
+        return Peers(group.rank, own, [each.data_ptr() for each in every], stop), []
+
+    def measured(group: Ranks, launch: Callable[[], object]) -> int:
+        launch()
+        return next(said)
+
+    said = iter([300, 100, 200, 200, 100, 200, 200, 200])
+    changed = {
+        "ROOM": ROOM,
+        "_TRIED": ((1, 8), (37, 100)),
+        "_TIMED": (1 << 12, 1 << 16),
+        "_unreachable": lambda group: "",
+        "_shared": lambda group: (every[group.rank], f"rank {group.rank}"),
+        "_opened": opened,
+        "_microseconds": measured,
+    }
+    with mock.patch.multiple(peers, **changed), mock.patch.object(torch.cuda, "Event", Passed):
+        found = peers.connect(ranks)
+    assert isinstance(found, peers.PeerSums), found
+    assert found.part(4, 64, torch.float32) is not None and found.part(16, 1024, torch.float32) is None
+    ranks.peers = found
     ranks.kept = every  # type: ignore[attr-defined]
 
 

@@ -293,6 +293,7 @@ class Leader(Ranks):
             return
         if main_thread_waits(_HEAR_SECONDS, self._done):
             self._interrupted = True
+            self.fault = self.fault or "--tensor-parallel: interrupted while one rank waited for another"
             self._abort()
             if main_thread_waits(GRACE_SECONDS, self._done):
                 print(

@@ -23,6 +23,8 @@ from nla_engine.ops.peer_sum import Peers
 SWITCH = "NLA_PEER_SUMS"
 #: Bytes of the largest tensor that is summed so.
 ROOM = 64 << 20
+#: Rows and width of the tensors whose sums are compared with NCCL's.
+_TRIED = ((1, 8), (37, 1000), (256, 8192))
 #: Bytes of the tensors that are timed, and the programs of a launch that are tried for each.
 _TIMED, _PROGRAMS = tuple(1 << power for power in range(17, 27)), (32, 64, 128)
 #: One timing: launches, and cycles of the device that let the host get ahead of it.
@@ -170,25 +172,25 @@ def _fault(group: Group, peers: Peers) -> str:
     """What is wrong with several sums in a row, on any rank; empty: nothing. One that does not end is ended."""
     draw = torch.Generator(group.device).manual_seed(group.rank)
     same = torch.Generator(group.device).manual_seed(group.size)
-    mine, x, sums = [], [], []
-    for rows, width in ((1, 8), (37, 1000), (256, 8192)):
-        mine.append(torch.randn(rows, width, device=group.device, generator=draw).bfloat16())
-        x.append(torch.randn(rows, width, device=group.device, generator=same).bfloat16())
-        part = peers.part(rows, width, torch.bfloat16)
-        assert part is not None
-        for residual in (None, x[-1]):
-            part.copy_(mine[-1])
-            sums.append(peers.sum(part, residual).float().clone())
+    mine, x = (
+        [torch.randn(*size, device=group.device, generator=each).bfloat16() for size in _TRIED]
+        for each in (draw, same)
+    )
+    try:
+        sums, why = _tried(peers, mine, x), ""
+    except Exception as error:  # Triton raises many types
+        sums, why = [], f"a first sum failed ({first_line(error)})"
     passed = torch.cuda.Event()
     passed.record()
     end = time.monotonic() + _TRIAL_SECONDS
-    while not passed.query() and time.monotonic() < end:
+    while not passed.query() and not why:
+        if time.monotonic() > end:
+            why = f"a first sum did not end in {_TRIAL_SECONDS:.0f} s"
         time.sleep(0.001)
-    ended = passed.query()
-    if not ended:
+    if why:
         peers.stop.fill_(1)
-    if min(group.each(ended)) == 0:
-        return f"a first sum did not end in {_TRIAL_SECONDS:.0f} s"
+    if min(group.each(not why)) == 0:
+        return why or "another rank cannot sum so"
     wanted = [truth for own in mine for truth in [group.reduce(own.float())] * 2]
     for number, residual in enumerate(x):
         wanted[2 * number + 1] = wanted[2 * number] + residual.float()
@@ -196,6 +198,17 @@ def _fault(group: Group, peers: Peers) -> str:
     worst = max(min(each, 1e3) if math.isfinite(each) else 1e3 for each in apart)
     wrong = max(group.each(round(worst * 1e6))) / 1e6
     return "" if wrong <= _DIFFERENCE else f"a first sum is off by {wrong:.2g}"
+
+
+def _tried(peers: Peers, mine: list[torch.Tensor], x: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sum of every tensor over the ranks, without its x and with it, float32."""
+    sums = []
+    for own, residual in zip(mine, x, strict=True):
+        for each in (None, residual):
+            part = peers.part(len(own), own.shape[1], own.dtype)
+            assert part is not None
+            sums.append(peers.sum(part.copy_(own), each).float().clone())
+    return sums
 
 
 def _measured(group: Group, peers: Peers) -> dict[int, dict[int, int]]:
