@@ -18,8 +18,9 @@ from nla_engine.ops.triton_module import tl, triton
 
 #: Most programs of a launch.
 PROGRAMS = 128
-#: Elements that a program sums at a time, 16 bytes of bfloat16 for each of its threads.
-_BLOCK = 2048
+#: Elements that a program sums at a time, and its warps: four elements a thread. With more, ptxas saves registers by
+#: waiting for one rank's before it asks for the next one's.
+_BLOCK, _WARPS = 2048, 16
 #: The memory of a rank: where programs meet, then the parts, then the sums.
 _MEETING_BYTES = 1 << 16
 
@@ -35,13 +36,8 @@ class Peers:
     def __init__(self, rank: int, own: torch.Tensor, addresses: Sequence[int], stop: torch.Tensor) -> None:
         self.rank, self.size, self.own, self.stop = rank, len(addresses), own, stop
         self.room = (own.numel() - _MEETING_BYTES) // 2
-
-        def table(start: int) -> torch.Tensor:
-            return torch.tensor([address + start for address in addresses], dtype=torch.int64).to(own.device)
-
         self._parts, self._sums = (own[_MEETING_BYTES:].view(2, self.room)[number] for number in range(2))
-        self._meetings = table(0)
-        self._at = {id(self._parts): table(_MEETING_BYTES), id(self._sums): table(_MEETING_BYTES + self.room)}
+        self._addresses = tuple(addresses)
         self._turn = torch.zeros(PROGRAMS, dtype=torch.int32, device=own.device)
 
     @staticmethod
@@ -81,20 +77,20 @@ class Peers:
         tiles = triton.cdiv(elements, _BLOCK * self.size)
         _peer_sum_kernel[(min(tiles, programs),)](
             read,
-            self._at[id(self._parts)],
-            self._at[id(target)],
-            self._meetings,
+            self._addresses,
+            part.data_ptr() - self.own.data_ptr(),
+            y.data_ptr() - self.own.data_ptr(),
             self._turn,
             self.stop,
-            self.rank,
             elements,
             tiles,
+            RANK=self.rank,
             ADD=x is not None,
             RANKS=self.size,
             SLOTS=triton.next_power_of_2(self.size),
             FENCE=part.is_cuda,
             BLOCK=_BLOCK,
-            num_warps=8,
+            num_warps=_WARPS,
         )
         return y
 
@@ -113,30 +109,30 @@ def peer_sum_reference(parts: Sequence[torch.Tensor], x: torch.Tensor | None = N
 
 @triton.jit
 def _meet(
-    meetings,  # int64 [RANKS]: addresses of every rank's int32 [PROGRAMS, SLOTS]: the last meeting of each rank
+    memories,  # RANKS addresses of every rank's int32 [PROGRAMS, SLOTS]: the last meeting of each rank
     stop,  # int32 [1]
-    rank,
     meeting,  # the number of this one
+    RANK: tl.constexpr,
     RANKS: tl.constexpr,
     SLOTS: tl.constexpr,
     FENCE: tl.constexpr,
 ):
     """Wait until this program is here on every rank. What any of them wrote before, all see after it."""
-    program = tl.program_id(0)
+    row = tl.program_id(0) * SLOTS
+    slot = tl.arange(0, SLOTS)
     tl.debug_barrier()
     if FENCE:
         tl.inline_asm_elementwise(
             "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
         )
+    own = memories[RANK].to(tl.pointer_type(tl.int32)) + row
     for peer in tl.static_range(RANKS):
-        place = tl.load(meetings + peer).to(tl.pointer_type(tl.int32)) + program * SLOTS + rank
-        tl.atomic_xchg(place, meeting, sem="relaxed", scope="sys")
-    slot = tl.arange(0, SLOTS)
-    own = tl.load(meetings + rank).to(tl.pointer_type(tl.int32)) + program * SLOTS + slot
-    missing = tl.min(tl.load(own, mask=slot < RANKS, other=meeting, volatile=True) - meeting, 0)
+        place = memories[peer].to(tl.pointer_type(tl.int32)) + row
+        tl.atomic_xchg(place + RANK, meeting, sem="relaxed", scope="sys")
+    missing = tl.min(tl.load(own + slot, mask=slot < RANKS, other=meeting, volatile=True) - meeting, 0)
     looks = 0
     while missing < 0:  # a difference, as the numbers wrap around
-        missing = tl.min(tl.load(own, mask=slot < RANKS, other=meeting, volatile=True) - meeting, 0)
+        missing = tl.min(tl.load(own + slot, mask=slot < RANKS, other=meeting, volatile=True) - meeting, 0)
         looks += 1
         if looks % 1024 == 0:  # it is in the host's memory, which is far
             missing = tl.where(tl.load(stop, volatile=True) != 0, 0, missing)
@@ -147,17 +143,17 @@ def _meet(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rank", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def _peer_sum_kernel(
     x,  # [size]; not read unless ADD
-    parts,  # int64 [RANKS]: addresses of every rank's part [size], of x's dtype
-    sums,  # int64 [RANKS]: addresses of where every rank gets the sum [size]; may be those of the parts, or of x
-    meetings,  # see _meet
+    memories,  # RANKS addresses: every rank's memory, where programs meet first, see _meet
+    parts,  # bytes from there to the rank's part [size], of x's dtype
+    sums,  # bytes from there to where it gets the sum [size]; may be those of the part, or of x
     turn,  # int32 [PROGRAMS]: meetings that each program of this rank has had
     stop,  # int32 [1]
-    rank,
     size,
     tiles,  # of a rank's share
+    RANK: tl.constexpr,
     ADD: tl.constexpr,
     RANKS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -166,19 +162,19 @@ def _peer_sum_kernel(
 ):
     program = tl.program_id(0)
     met = tl.load(turn + program)
-    _meet(meetings, stop, rank, met + 1, RANKS, SLOTS, FENCE)  # every part is there, every sum has been read
+    _meet(memories, stop, met + 1, RANK, RANKS, SLOTS, FENCE)  # every part is there, every sum has been read
     for tile in range(program, tiles, tl.num_programs(0)):
-        at = (rank * tiles + tile).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = (RANK * tiles + tile).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = at < size
         total = tl.zeros((BLOCK,), tl.float32)
         if ADD:
             total = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
         for peer in tl.static_range(RANKS):
-            part = tl.multiple_of(tl.load(parts + peer).to(x.dtype), 16)
+            part = tl.multiple_of((memories[peer] + parts).to(x.dtype), 16)
             total += tl.load(part + at, mask=real, other=0.0).to(tl.float32)
         y = total.to(x.dtype.element_ty)
         for peer in tl.static_range(RANKS):
-            to = tl.multiple_of(tl.load(sums + peer).to(x.dtype), 16)
+            to = tl.multiple_of((memories[peer] + sums).to(x.dtype), 16)
             tl.store(to + at, y, mask=real)
-    _meet(meetings, stop, rank, met + 2, RANKS, SLOTS, FENCE)  # every sum is there, every part has been read
+    _meet(memories, stop, met + 2, RANK, RANKS, SLOTS, FENCE)  # every sum is there, every part has been read
     tl.store(turn + program, met + 2)

@@ -75,8 +75,11 @@ CONVOLVE = dict.fromkeys(("row", "weight", "kept", "out"), HALF) | {
 DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
     **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
 }  # fmt: skip
-PEER_SUM = {"x": HALF, **dict.fromkeys(("parts", "sums", "meetings"), LONG), **dict.fromkeys(("turn", "stop"), "*i32"),
-            **dict.fromkeys(("rank", "size", "tiles"), INT)}  # fmt: skip
+PEER_SUM: dict[str, Any] = {
+    "x": HALF, "memories": ("i64",) * 4, **dict.fromkeys(("turn", "stop"), "*i32"),
+    **dict.fromkeys(("parts", "sums", "size", "tiles"), INT),
+}  # fmt: skip
+SUMMED = {"RANK": 1, "ADD": True, "RANKS": 4, "SLOTS": 4, "FENCE": True, "BLOCK": peer_sum._BLOCK}
 #: kernel, its arguments, its constants (an argument that is 1 is one), warps
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (sampling._best_kernel, BEST, {"SAMPLE": False, "BLOCK": 4096}, 8),
@@ -113,17 +116,12 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     ),
     (norm._gated_norm_kernel, GATED_NORM, {"BLOCK": 128}, 1),
     (norm._rms_norm_kernel, RMS_NORM, {"ADD": True, "BLOCK": 8192}, 16),
+    (peer_sum._peer_sum_kernel, PEER_SUM, SUMMED, peer_sum._WARPS),
     (
         peer_sum._peer_sum_kernel,
-        PEER_SUM,
-        {"ADD": True, "RANKS": 4, "SLOTS": 4, "FENCE": True, "BLOCK": 2048},
-        8,
-    ),
-    (
-        peer_sum._peer_sum_kernel,
-        PEER_SUM,
-        {"ADD": False, "RANKS": 3, "SLOTS": 4, "FENCE": True, "BLOCK": 2048},
-        8,
+        PEER_SUM | {"memories": ("i64",) * 3},
+        SUMMED | {"ADD": False, "RANKS": 3, "RANK": 0},
+        peer_sum._WARPS,
     ),
     (
         rotary._rotate_kernel,
@@ -231,18 +229,17 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
 
 
 @compiled_here
-def test_a_sum_over_ranks_reads_16_bytes_at_a_time_between_two_meetings() -> None:
+def test_a_sum_over_ranks_reads_all_of_them_between_two_meetings() -> None:
     """Of an H100: what a thread reads and writes, and that a fence stands before and after each wait."""
-    constants = {"ADD": True, "RANKS": 4, "SLOTS": 4, "FENCE": True, "BLOCK": 2048}
     card = next(card for card in CARDS if card.capability == (9, 0))
-    made = compiled(peer_sum._peer_sum_kernel, PEER_SUM, constants, card, num_warps=8)
+    made = compiled(peer_sum._peer_sum_kernel, PEER_SUM, SUMMED, card, num_warps=peer_sum._WARPS)
     words = {
         "fence.acq_rel.sys": "f",
         "bar.sync": "b",
         "atom.global.sys": "a",
         "ld.volatile": "w",
-        "ld.global.v4": "r",
-        "st.global.v4": "s",
+        "ld.global.v2": "r",
+        "st.global.v2": "s",
     }
     found = [
         letter for line in made.asm["ptx"].splitlines() for word, letter in words.items() if word in line
