@@ -100,7 +100,7 @@ def tensor_parallel(models: str) -> Any:
     """Over how many GPUs the weights of one model are split."""
     return option(
         f"GPUs over which the weights of {models} are split, for a model that one GPU does not hold; from --device on. "
-        "On a CPU, processes.",
+        "With --gpus, those of each worker. On a CPU, processes.",
         1,
         must=AT_LEAST_1,
     )

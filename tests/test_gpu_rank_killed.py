@@ -6,13 +6,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from stuck_ranks import only_sum, sleep_and_sum, sleep_and_sum_by_peers, stop_and_sum
 from tiny import save_model, write_prompts
 
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.engine import leader
 from nla_engine.engine.leader import Leader, open_ranks
 from nla_engine.engine.split_load import load_split
 from nla_engine.errors import EngineError
@@ -23,6 +26,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 LAYER = 2
+#: For a rank that hangs, and seconds until it is named.
+_HANGS = [(stop_and_sum, "rank 1 has not responded for 5 s"), (sleep_and_sum, "rank 1 hangs")]
 DEVICES = (torch.device("cuda", 0), torch.device("cuda", 1))
 
 
@@ -53,3 +58,34 @@ def test_a_rank_that_is_killed_stops_the_run(tmp_path: Path) -> None:
             run_capture(options, lm=lm, progress=kill)
         assert "killed by signal 9" in str(group.explained(failed.value))
     assert time.monotonic() - started[0] < 40
+
+
+@pytest.mark.parametrize(("hang", "words"), _HANGS, ids=["stopped", "asleep"])
+def test_a_rank_that_hangs_is_named(hang: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU waits for it, and is let go."""
+    with open_ranks(DEVICES) as group:
+        assert isinstance(group, Leader)
+        group.together(only_sum, group)
+        monkeypatch.setattr(leader, "HANG_SECONDS", 5)
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match=words):
+            _together(group, hang)
+    assert time.monotonic() - begin < 40
+
+
+def test_a_sum_in_the_memory_of_a_rank_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of rank 0 waits for a launch of rank 1 that never comes."""
+    with open_ranks(DEVICES) as group:
+        assert isinstance(group, Leader)
+        if group.peers is None:
+            pytest.skip(f"sums by NCCL: {group.without_peers}")
+        group.together(only_sum, group)
+        monkeypatch.setattr(leader, "HANG_SECONDS", 5)
+        with pytest.raises(EngineError, match="rank 1 hangs"):
+            _together(group, sleep_and_sum_by_peers)
+
+
+def _together(group: Leader, hang: Any) -> None:
+    """Once the device has been let go, the fault is told by whoever asks next."""
+    group.together(hang, group)
+    group.check_alive()

@@ -1,6 +1,4 @@
-"""Runs under torchrun: `generate` of transformers with tp_plan="auto" on random weights, timed by its decode steps.
-
-    torchrun --nproc-per-node=N hf_split.py DIRECTORY RATES.json
+"""`generate` of transformers with tp_plan="auto" on random weights, timed by its decode steps, in processes of its own.
 
 DIRECTORY holds a checkpoint and job.json: batch, prompt, new, device. Needs nothing of this package.
 """
@@ -10,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,10 +48,44 @@ def write_empty_checkpoint(directory: Path, config: Any, dtype: torch.dtype) -> 
 def last_error(text: str) -> str:
     """The last line of a log that names an error."""
     lines = [line.strip() for line in text.splitlines() if "Error" in line]
-    named = [
-        line for line in lines if "ChildFailedError" not in line and "torch.distributed.elastic" not in line
-    ]
-    return (named or lines or text.strip().splitlines() or ["nothing said"])[-1]
+    return (lines or text.strip().splitlines() or ["nothing said"])[-1]
+
+
+def run(directory: Path, rates: Path, size: int, seconds: float) -> None:
+    """Start `size` processes of this file and wait for them. RuntimeError says why one failed, or that time is up."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running, logs = [], [directory / f"rank-{rank}.log" for rank in range(size)]
+    end = time.monotonic() + seconds
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("wb") as said:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, str(directory), str(rates)],
+                        env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=said,
+                        stderr=said,
+                    )
+                )
+        while any(process.poll() is None for process in running):
+            if failed := [number for number, process in enumerate(running) if process.poll()]:
+                raise RuntimeError(
+                    f"transformers' own failed: {last_error(logs[failed[0]].read_text(errors='replace'))}"
+                )
+            if time.monotonic() > end:
+                raise RuntimeError(f"transformers' own was not done after {seconds:.0f} s")
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if failed := [number for number, process in enumerate(running) if process.returncode]:
+        raise RuntimeError(
+            f"transformers' own failed: {last_error(logs[failed[0]].read_text(errors='replace'))}"
+        )
 
 
 @torch.inference_mode()

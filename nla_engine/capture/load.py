@@ -16,7 +16,7 @@ import torch
 from nla_engine.capture.partial import partial_name
 from nla_engine.capture.reply_limits import longest_prompt
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.leader import group_devices, open_ranks
+from nla_engine.engine.leader import first_device, group_devices, open_ranks
 from nla_engine.engine.split_load import check_split, load_split
 from nla_engine.errors import RequestError, StoreError, already_there
 from nla_engine.models.chat import Reading
@@ -40,7 +40,7 @@ from nla_engine.store import CaptureStore
 from nla_engine.store.directory import check_place
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
-from nla_engine.workers.devices import worker_devices
+from nla_engine.workers.devices import grouped, worker_devices
 
 #: Key of provenance: the time that the chat template was given, if it asked for one.
 CLOCK = "chat_template_clock"
@@ -65,7 +65,7 @@ def load_inputs(
     sources = PromptSources.find(options.prompts, options.prompt_format)
     limits, prompts = None, None
     if lm is None:  # cheap checks come before a possible download
-        device = pick_device(options.device)
+        device = pick_device(first_device(options.device, options.tensor_parallel))
         dtype = pick_dtype(options.dtype, device)
         source = find_source(
             options.model, options.revision, base=options.base, remote_code=options.trust_remote_code
@@ -100,7 +100,7 @@ def _load_split(
     options: CaptureOptions, source: Source, device: torch.device, dtype: torch.dtype, opened: ExitStack
 ) -> LanguageModel:
     """The model over several ranks. What is wrong with the request is said before they start."""
-    devices = group_devices(device, options.tensor_parallel)
+    devices = group_devices(device, options.tensor_parallel, options.device)
     how: dict[str, Any] = {"dtype": dtype, "remote_code": options.trust_remote_code}
     check_split(source, len(devices), **how)
     ranks = opened.enter_context(open_ranks(devices))
@@ -109,10 +109,9 @@ def _load_split(
 
 
 def devices_of(options: CaptureOptions, lm: LanguageModel | None) -> tuple[str, ...]:
-    """The devices of --gpus or --workers; empty: that of --device. RequestError if they cannot be had."""
-    devices = worker_devices(options.gpus, options.workers, options.device)
-    if devices and options.tensor_parallel > 1:
-        raise RequestError("--tensor-parallel splits one model: leave out --gpus and --workers")
+    """The devices of --gpus or --workers, a group of them for each worker with --tensor-parallel; empty: that of
+    --device. RequestError if they cannot be had."""
+    devices = grouped(worker_devices(options.gpus, options.workers, options.device), options.tensor_parallel)
     if devices and lm is not None:
         raise RequestError(
             "--gpus and --workers: each process loads the model itself: give its directory or Hub id"

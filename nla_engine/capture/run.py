@@ -269,6 +269,8 @@ class CaptureJob:
     ) -> tuple[StoreWriter, Appender]:
         """The same in the processes of the pool: the model here is given up, to leave its memory to them."""
         self.lm.move(torch.device("meta"))
+        if self.lm.ranks is not None:
+            self.lm.ranks.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         watch, began = self._watch(work.plan, todo), False

@@ -6,7 +6,7 @@ A worker is told the prompts it is to run, one by one, so it needs neither the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -25,10 +25,14 @@ from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generator
+from nla_engine.engine.leader import ending_alone, first_device, group_devices, open_ranks
+from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.request import Request
+from nla_engine.engine.split_load import load_on
 from nla_engine.errors import EngineError
-from nla_engine.models.load import load_model
+from nla_engine.models.load import LanguageModel, pick_device, pick_dtype
 from nla_engine.models.prompt_set import Prompt, PromptSet
+from nla_engine.models.source import find_source
 from nla_engine.models.tokens import token_bytes
 from nla_engine.sites import Site
 from nla_engine.store import SequenceRows
@@ -86,14 +90,8 @@ class CaptureWorker:
     def __init__(self, work: CaptureWork, device: str, parent: Parent) -> None:
         options, plan = work.options, work.plan
         self.parent, self.prefix = parent, work.prefix
-        lm = load_model(
-            options.model,
-            device=device,
-            dtype=options.dtype,
-            revision=work.revision,
-            base=options.base,
-            remote_code=options.trust_remote_code,
-        )
+        self.opened = ExitStack()
+        self.ranks, lm = self._load(replace(options, device=device, revision=work.revision))
         if lm.fingerprint() != work.weights:
             raise EngineError(f"{options.model}: its weights changed after the run began: start it again")
         self.given: dict[int, Given] = {}
@@ -118,8 +116,28 @@ class CaptureWorker:
         self.generator = setup.generator(replace(plan, room=room_for(options, lm, plan, work.sequences)))
         self.attention = library_attention(self.generator)
 
+    def _load(self, options: CaptureOptions) -> tuple[Ranks | None, LanguageModel]:
+        """The model, and the group that it is split over, on the devices of the options."""
+        size, remote_code = options.tensor_parallel, options.trust_remote_code
+        device = pick_device(first_device(options.device, size))
+        ranks = None
+        if size > 1:
+            ranks = self.opened.enter_context(open_ranks(group_devices(device, size, options.device)))
+        lm = load_on(
+            ranks,
+            find_source(options.model, options.revision, base=options.base, remote_code=remote_code),
+            device=device,
+            dtype=pick_dtype(options.dtype, device),
+            remote_code=remote_code,
+        )
+        return ranks, lm
+
     def run(self, items: Iterator[Given | None]) -> Iterator[tuple[int, Captured]]:
         """Generate, or read, each prompt; its rows."""
+        with ending_alone(self.ranks), self.opened:
+            yield from self._run(items)
+
+    def _run(self, items: Iterator[Given | None]) -> Iterator[tuple[int, Captured]]:
         portion = portion_of(int(self.host_bytes * (1 - RUNNING_PART)))
         self.tally: Callable[[], Tally] = Tally
         with closing(self.generator.groups(self._requests(items), portion, self._watch)) as groups:

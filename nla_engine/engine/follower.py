@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +19,9 @@ import torch
 
 from nla_engine.engine.ranks import Ranks
 from nla_engine.errors import NLAError, first_line
+
+#: PR_SET_PDEATHSIG in linux/prctl.h.
+_SIGNAL_AT_PARENTS_END = 1
 
 
 class Follower(Ranks):
@@ -55,6 +60,7 @@ def follow(channel: Connection) -> None:
         if (call := channel.recv()) is None:
             ranks.close()
             return
+        ranks.pulse.beat()
         dropped, function, args, more = call
         for number in dropped:
             ranks.objects.pop(number, None)
@@ -74,9 +80,16 @@ def _end_with_the_leader() -> None:
     os._exit(0)
 
 
+def _end_at_once_with_the_leader() -> None:
+    """The same on Linux, also of a process that is stopped. It ends with the thread that made the leader."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
+
+
 def main() -> None:
     """Run as a process of `Leader`."""
     channel = Connection(int(sys.argv[1]))
+    _end_at_once_with_the_leader()
     threading.Thread(target=_end_with_the_leader, daemon=True).start()
     try:
         follow(channel)

@@ -23,6 +23,9 @@ from nla_engine.ops.norm import rms_norm
 from nla_engine.ops.rotary import rotate_and_store
 from nla_engine.sites import ATTN_OUT, MLP_OUT, RESID_MID
 
+#: Rows of a piece of a long pass whose products are summed over ranks: large enough for a product at full speed.
+PIECE_ROWS = 8192
+
 
 class FusedNorm:
     """Called like the norm it replaces: states [..., d] -> [..., d]."""
@@ -96,17 +99,36 @@ class FusedBlock:
         """x + inner @ weight^T. With a norm, the product is normed before the sum. part: the site of what is added."""
         self._wait_for_taps()
         if part in self.taps:
-            return self._add_shown(x, self._product(inner, weight), norm, part)
-        if norm is None and self.ranks is None:
-            return add_linear_(x, inner, weight)  # in place, to save a copy of x
+            product = linear(inner, weight)
+            product = product if self.ranks is None else self.ranks.sum(product)
+            return self._add_shown(x, product, norm, part)
+        if self.ranks is None:
+            if norm is None:
+                return add_linear_(x, inner, weight)  # in place, to save a copy of x
+            return rms_norm(linear(inner, weight), norm, self.eps, self.offset, residual=x)
+        room = self.ranks.part(len(inner), len(weight), inner.dtype)
+        if room is None and len(inner) > PIECE_ROWS:
+            return self._add_in_pieces(x, inner, weight, norm)
+        product = linear(inner, weight, out=room)
         if norm is None:
-            return x.add_(self._product(inner, weight))
-        return rms_norm(self._product(inner, weight), norm, self.eps, self.offset, residual=x)
+            return self.ranks.add(x, product)
+        return rms_norm(self.ranks.sum(product), norm, self.eps, self.offset, residual=x)
 
-    def _product(self, inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """inner @ weight^T, summed over the ranks."""
-        product = linear(inner, weight)
-        return product if self.ranks is None else self.ranks.sum(product)
+    def _add_in_pieces(
+        self, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`_add` of a long pass over ranks: a piece of its rows is summed while the next one is computed."""
+        assert self.ranks is not None
+        pieces = [slice(start, start + PIECE_ROWS) for start in range(0, len(inner), PIECE_ROWS)]
+
+        def summed(rows: slice, product: torch.Tensor) -> None:
+            if norm is None:
+                x[rows].add_(product)
+            else:
+                x[rows].copy_(rms_norm(product, norm, self.eps, self.offset, residual=x[rows]))
+
+        self.ranks.in_turn(((rows, linear(inner[rows], weight)) for rows in pieces), summed)
+        return x
 
     def _add_shown(
         self, x: torch.Tensor, product: torch.Tensor, norm: torch.Tensor | None, part: str

@@ -144,7 +144,11 @@ class Generator:
     @torch.inference_mode()
     def unfinished(self) -> Generate[Completion]:
         """After `groups` has been stopped early: its running sequences, as if each had ended with the last token that
-        was read. One whose rows are not complete, because the stop came between two steps of the work, is left out."""
+        was read. One whose rows are not complete, because the stop came between two steps of the work, is left out.
+
+        EngineError if another rank has failed: what was computed since then means nothing."""
+        if self.ranks is not None:
+            self.ranks.check()
         position = self.state.position.tolist()
         for each in self._queue.running() if self._queue is not None else []:
             size, given = position[each.slot], self.runner.cache.prefix_size + len(each.request.token_ids)

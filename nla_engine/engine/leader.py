@@ -30,14 +30,23 @@ from typing import Any, TypeVar
 import torch
 
 from nla_engine.engine.follower import counterpart, own_device
+from nla_engine.engine.interrupts import Interrupts, main_thread_waits
+from nla_engine.engine.pulse import Hangs, counts_of, make_pulse
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.request import Request
 from nla_engine.errors import EngineError, NLAError, RequestError
+from nla_engine.models.load import pick_device
+from nla_engine.workers.devices import AND
 
 _T = TypeVar("_T")
 #: Seconds: until every process has started; for a collective, which may wait for another rank to read its weights;
 #: until a failure must have ended the run, else the process ends itself; for a process to end when told to.
 START_SECONDS, COLLECTIVE_SECONDS, GRACE_SECONDS, END_SECONDS = 300.0, 1800.0, 30.0, 5.0
+#: Seconds that the others wait for a rank that does nothing, until it is said to hang. One that compiles, or reads a
+#: large weight, does nothing else.
+HANG_SECONDS = 300
+#: Seconds that an interrupt may take to end what the main thread waits in.
+_HEAR_SECONDS = 3.0
 #: What the process of another rank runs.
 _PROGRAM = "from nla_engine.engine.follower import main; main()"
 #: How long an error waits for the news that another rank has failed, which may be its cause.
@@ -45,8 +54,22 @@ _NEWS_SECONDS = 3.0
 _OTHERS_SECONDS = 0.3
 
 
-def group_devices(device: torch.device, size: int) -> tuple[torch.device, ...]:
-    """The devices of a group of `size` ranks, from `device` on. RequestError if there are not as many GPUs."""
+def first_device(name: str | None, size: int) -> str | None:
+    """The device of rank 0 of a group of `size` ranks, if --device is `name`."""
+    return name if name is None or size == 1 else name.split(AND)[0]
+
+
+def group_devices(device: torch.device, size: int, name: str | None = None) -> tuple[torch.device, ...]:
+    """The devices of a group of `size` ranks: from `device` on, or those that `name` joins, as cuda:0+cuda:2.
+
+    RequestError if there are not as many GPUs, or the name has another number of them.
+    """
+    if name is not None and AND in name:
+        devices = tuple(pick_device(each) for each in name.split(AND))
+        pick_device(str(device))  # it is torch's current one
+        if len(devices) != size or (device.type == "cuda" and len(set(devices)) < size):
+            raise RequestError(f"--device is {name}: --tensor-parallel {size} needs {size} different ones")
+        return devices
     if device.type == "cpu":
         return (device,) * size
     first, there = device.index or 0, torch.cuda.device_count()
@@ -76,6 +99,17 @@ def open_ranks(devices: Sequence[torch.device]) -> Iterator[Ranks | None]:
         leader.close()
 
 
+@contextmanager
+def ending_alone(ranks: Ranks | None) -> Iterator[None]:
+    """Inside, the failure of another rank is a RuntimeError, which ends a worker of a pool but not the run."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(ranks, Leader) and (fault := str(ranks.explained(error))) and ranks.fault is not None:
+            raise RuntimeError(fault) from error
+        raise
+
+
 class _Follower:
     """The process of another rank. `channel` carries calls to it, and news from it."""
 
@@ -93,16 +127,12 @@ class _Follower:
             )
         self.channel = Connection(ours.detach())
 
-    def end(self) -> None:
-        """Wait for the process to leave, or end it."""
+    def end(self, seconds: float) -> None:
+        """Wait so long for the process to leave, or end it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
-        self.process.terminate()
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.process.wait(max(seconds, 0.0))
+        self.process.kill()
+        self.process.wait()
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.channel.close()
@@ -116,11 +146,15 @@ class Leader(Ranks):
         self._told = threading.Event()  # a fault was found
         self._done = threading.Event()  # the group is closed
         self._inside = False
+        self._interrupted = False
         self._numbers: dict[int, int] = {}  # of objects, by id
         self._dropped: list[int] = []
         self._folder = Path(tempfile.mkdtemp(prefix="nla-ranks-"))
         self._followers: list[_Follower] = []
+        self.device, self.peers, self._looked = devices[0], None, False
+        self._interrupts = Interrupts(self._hear)
         try:
+            make_pulse(self._folder, len(devices))
             threads = max(torch.get_num_threads() // len(devices), 1)
             for rank in range(1, len(devices)):
                 self._followers.append(_Follower(rank))
@@ -166,6 +200,7 @@ class Leader(Ranks):
                 self._tell(function, args, {})
 
     def _tell(self, function: Callable[..., object], args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        self.pulse.beat()
         dropped, self._dropped = self._dropped, []
         call = io.BytesIO()
         _Pickler(call, self._numbers, self.device).dump((dropped, function, args, more))
@@ -218,31 +253,70 @@ class Leader(Ranks):
     def _watch(self) -> None:
         """Wait for the first failure of another rank, and end what waits for it."""
         by_channel: dict[Any, _Follower] = {each.channel: each for each in self._followers}
+        counts = counts_of(self._folder, 1 + len(self._followers))
+        hangs, unfinished = Hangs(counts), 0
         while not self._done.is_set():
             try:
                 ready = wait(list(by_channel), timeout=1.0)
             except OSError:  # closed while it was waited for
                 return
-            if ready and not self._done.is_set():
+            if self._done.is_set():
+                return
+            if ready:
                 time.sleep(_OTHERS_SECONDS)  # one that fails because another one is gone may be heard first
                 ready = wait(list(by_channel), timeout=0.0)
                 killed = [each for each in ready if (by_channel[each].process.poll() or 0) < 0]
-                self.fault = f"--tensor-parallel: {self._news(by_channel[(killed or ready)[0]])}"
-                self._told.set()
-                self._abort()
-                if not self._done.wait(GRACE_SECONDS):  # the run waits for a device that never ends
-                    print(f"error: {self.fault}", file=sys.stderr, flush=True)
-                    os._exit(1)
+                self._fail(self._news(by_channel[(killed or ready)[0]]))
+                return
+            unfinished = unfinished + 1 if self._looked and not self._look.passed else 0
+            if unfinished >= HANG_SECONDS:
+                self._fail(f"the GPUs have not finished in {HANG_SECONDS} s what every process has queued")
+                return
+            if hung := hangs.look(HANG_SECONDS):
+                self._fail(hung)
                 return
 
+    def _fail(self, why: str) -> None:
+        """End what waits for another rank, and this process if that does not help."""
+        if not self._interrupted:
+            self.fault = f"--tensor-parallel: {why}"
+            self._told.set()
+        self._abort()
+        if not self._done.wait(GRACE_SECONDS) and not self._interrupted:  # the run waits for a device
+            print(f"error: {self.fault}", file=sys.stderr, flush=True)
+            self._kill()
+            os._exit(1)
+
+    def _hear(self, number: int) -> None:
+        """A signal came. If the main thread cannot hear it, end what it waits in, then the process."""
+        if signal.getsignal(number) is not signal.default_int_handler:
+            return
+        if main_thread_waits(_HEAR_SECONDS, self._done):
+            self._interrupted = True
+            self.fault = self.fault or "--tensor-parallel: interrupted while one rank waited for another"
+            self._abort()
+            if main_thread_waits(GRACE_SECONDS, self._done):
+                print(
+                    "interrupted while it waits for a GPU that does not answer", file=sys.stderr, flush=True
+                )
+                self._kill()
+                os._exit(128 + number)
+
     def _abort(self) -> None:
-        """End collectives that wait for a rank that is gone. On a CPU they end by themselves."""
+        """End the other ranks, and collectives that wait for them. On a CPU these end by themselves."""
+        self._kill()
         if self.device.type == "cuda":
             import torch.distributed as dist
 
+            if (peers := self.peers) is not None:
+                peers.stop()
             group: Any = dist.group.WORLD
             with contextlib.suppress(Exception):
                 threading.Thread(target=group._get_backend(self.device).abort, daemon=True).start()
+
+    def _kill(self) -> None:
+        for each in self._followers:
+            each.process.kill()
 
     def close(self) -> None:
         """End the other ranks and leave the group."""
@@ -255,8 +329,10 @@ class Leader(Ranks):
         leaving.join(END_SECONDS)  # it does not end where another rank waits for this one
         if leaving.is_alive():  # nor may the end of this process wait for it
             atexit.register(signal.alarm, int(GRACE_SECONDS))
+        end = time.monotonic() + 1.0
         for each in self._followers:
-            each.end()
+            each.end(end - time.monotonic())
+        self._interrupts.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

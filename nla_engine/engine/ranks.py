@@ -6,7 +6,7 @@ Every pass notes what it reads, and the notes are compared: ranks that fall out 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nla_engine.engine.peers import PeerSums, connect
+from nla_engine.engine.pulse import Pulse
 from nla_engine.engine.transfer import Glance
 from nla_engine.errors import EngineError
 
@@ -37,6 +39,7 @@ class Ranks:
             )
         self.rank, self.devices, self.size = rank, tuple(devices), len(devices)
         self.device = self.devices[rank]
+        self.pulse = Pulse(folder, rank, self.size)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -53,6 +56,10 @@ class Ranks:
         self._apart = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._look = Glance(self._apart)
         self._looked = False
+        found = connect(self) if on_gpu else "it has no GPU"
+        self.peers: PeerSums | None = None if isinstance(found, str) else found
+        #: Why sums go through NCCL; empty if they need not.
+        self.without_peers = found if isinstance(found, str) else ""
 
     # ---- the same call on every rank ----
 
@@ -82,28 +89,73 @@ class Ranks:
 
     # ---- collectives: every rank calls them, in the same order ----
 
+    def part(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write a part [rows, width] that is summed next, if that is faster than anywhere."""
+        return None if self.peers is None else self.peers.part(rows, width, dtype)
+
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's tensor, in place; the same bits on all."""
+        if self.peers is not None and self.peers.peers.has(part):
+            return self.peers.sum(part)
+        return self.reduce(part)
+
+    def add(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """x [T, d] + the sum of every rank's part [T, d]; the same bits on all. It takes the place of x."""
+        if self.peers is not None and self.peers.peers.has(part):
+            return self.peers.sum(part, x)
+        return x.add_(self.reduce(part))
+
+    def in_turn(
+        self,
+        parts: Iterable[tuple[slice, torch.Tensor]],
+        summed: Callable[[slice, torch.Tensor], object],
+    ) -> None:
+        """Call summed(rows, sum) for each (rows, part). While one is summed, the device computes the next part."""
+        before = None
+        for rows, part in parts:
+            self.pulse.beat()
+            after = (rows, part, dist.all_reduce(part, async_op=True))
+            if before is not None:
+                before[2].wait()
+                summed(*before[:2])
+            before = after
+        if before is not None:
+            before[2].wait()
+            summed(*before[:2])
+
+    def own(self, states: torch.Tensor) -> torch.Tensor:
+        """The states where the next pass does not change them."""
+        held = self.peers is not None and self.peers.peers.holds(states)
+        return states.clone() if held else states
+
+    def reduce(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's tensor, in place, of any kind."""
+        self.pulse.beat()
         dist.all_reduce(part)
         return part
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The tensor of every rank, in a further first dimension."""
+        self.pulse.beat()
+        every = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
+        _gather(every, part.contiguous())
+        return every.view(self.size, *part.shape)
 
     def columns(self, part: torch.Tensor, width: int) -> torch.Tensor:
         """[n, w] of every rank side by side, cut to [n, width]."""
         n, w = part.shape
-        every = part.new_empty((self.size * n, w))
-        _gather(every, part.contiguous())
-        whole = every.view(self.size, n, w).transpose(0, 1).reshape(n, self.size * w)
+        whole = self.gather(part).transpose(0, 1).reshape(n, self.size * w)
         return whole if width == self.size * w else whole[:, :width].contiguous()
 
     def from_first(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by that of rank 0."""
+        self.pulse.beat()
         dist.broadcast(tensor, 0)
 
     def each(self, number: int) -> list[int]:
         """The number of every rank."""
-        every = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        _gather(every, torch.tensor([number], dtype=torch.int64, device=self.device))
-        return [int(value) for value in every.tolist()]
+        every = self.gather(torch.tensor([number], dtype=torch.int64, device=self.device))
+        return [int(value) for value in every.flatten().tolist()]
 
     # ---- whether they are in step ----
 
@@ -114,9 +166,7 @@ class Ranks:
 
     def look(self) -> None:
         """Queue a comparison of the notes of all ranks. No synchronisation."""
-        every = self._note.new_empty(self.size)
-        _gather(every, self._note)
-        self._apart.copy_((every != self._note).any(0, keepdim=True))
+        self._apart.copy_((self.gather(self._note) != self._note).any(0))
         self._look.take()
         self._looked = True
 
@@ -130,5 +180,8 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group."""
+        self.peers = None
+        if hasattr(self, "pulse"):
+            self.pulse.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -354,7 +354,8 @@ class Runner:
                 f"{self.lm.name}: blocks {missing} did not attend through the engine: this architecture is not "
                 "supported"
             )
-        return hidden[0] if token is None or self._narrows else hidden[0, token]
+        states = hidden[0] if token is None or self._narrows else hidden[0, token]
+        return states if self.ranks is None else self.ranks.own(states)
 
 
 def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:

@@ -284,6 +284,7 @@ class Watch:
 def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
     """Inside, slot i of a pass is lane i. Every part reads the sample's input, and its output is kept."""
     watch, last_lane = Watch(), len(sample.ids) - 1
+    own = (lambda states: states) if lm.ranks is None else lm.ranks.own
 
     def hook(number: int, part: nn.Module) -> tuple[Any, Any]:
         arrived: list[torch.Tensor] = []
@@ -291,13 +292,13 @@ def given_inputs(lm: LanguageModel, sample: Sample) -> Iterator[Watch]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             watch.work = current_pass()
             hidden, args, kwargs = split_call(args, kwargs)
-            arrived[:] = [hidden[0]]
+            arrived[:] = [own(hidden[0])]
             slot, position = _places(watch.work, hidden.shape[1])
             # A graph is captured on the spare slot, which is not a lane.
             return (sample.inputs[number][slot.clamp(max=last_lane), position][None], *args), kwargs
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            states = block_output(output)[0]
+            states = own(block_output(output)[0])
             watch.seen.append(Seen(number, arrived[0], states, *_places(watch.work, len(states))))
 
         return part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)

@@ -273,6 +273,7 @@ def _read(ranks: Ranks, files: _Files, whole: Any, slices: dict[str, Slice], dty
     sums = torch.zeros(len(state), 2, dtype=torch.int64)
     text = {short(name) for name, _ in whole.get_decoder().named_parameters()} | {"lm_head.weight"}
     for number, (key, file, name) in enumerate(_in_order(state, places)):
+        ranks.pulse.beat()
         mine = number % ranks.size == ranks.rank
         if file is None:
             continue

@@ -39,6 +39,11 @@ class Glance:
         if self._passed is not None:
             self._passed.record(torch.cuda.current_stream(self._tensor.device))
 
+    @property
+    def passed(self) -> bool:
+        """Whether the device has come to the last look."""
+        return self._passed is None or bool(self._passed.query())
+
     def read(self) -> list[Any]:
         """What the last look saw; zeros before the first."""
         if self._passed is not None:

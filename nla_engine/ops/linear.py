@@ -64,12 +64,18 @@ class _Algorithm:
 _tuned: dict[_Key, _Algorithm | None] = {}
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [m, k], w [n, k], bias [n] or None -> x w^T + bias [m, n]."""
+def linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [m, k], w [n, k], bias [n] or None -> x w^T + bias [m, n], in `out` if that is given."""
     best = _tuned.get(_key(x, w, bias, add=False))
-    if best is None or not _fit(x, w, bias):
-        return torch.nn.functional.linear(x, w, bias)
-    out = x.new_empty((len(x), len(w)))
+    if best is None or not _fit(x, w, bias, out):
+        if out is None:
+            return torch.nn.functional.linear(x, w, bias)
+        _multiply_by_torch(x, w, bias, out)
+        return out
+    if out is None:
+        out = x.new_empty((len(x), len(w)))
     best(x, w, bias, out)
     return out
 

@@ -16,7 +16,7 @@ import torch
 from nla_engine.config import AskOptions, RoundtripOptions, ScoringOptions, StageTwoOptions, WritingOptions
 from nla_engine.engine.experts import why_no_graph
 from nla_engine.engine.families import why_unfused
-from nla_engine.engine.leader import group_devices, open_ranks
+from nla_engine.engine.leader import first_device, group_devices, open_ranks
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.slots import free_bytes, free_each
 from nla_engine.engine.split_load import check_split
@@ -102,7 +102,7 @@ def compute_with(
     options: StageTwoOptions | AskOptions, announce: Callable[[str], None]
 ) -> tuple[torch.device, torch.dtype, Kernels]:
     """What models are run on and with. Announces what is missing. RequestError if it cannot be had."""
-    device = pick_device(options.device)
+    device = pick_device(first_device(options.device, getattr(options, "tensor_parallel", 1)))
     dtype = pick_dtype(options.dtype, device)
     if options.precision == "fp8":
         check_fp8(device)
@@ -224,7 +224,10 @@ def _group(
 
     sources: of the AV and the AR
     """
-    devices, remote_code = group_devices(device, options.tensor_parallel), options.trust_remote_code
+    devices, remote_code = (
+        group_devices(device, options.tensor_parallel, options.device),
+        options.trust_remote_code,
+    )
     needed = sum(
         check_split(source, len(devices), dtype, headless=headless, remote_code=remote_code)[1]
         for source, headless in zip(sources, (False, True), strict=True)

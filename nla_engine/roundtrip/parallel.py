@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from nla_engine.config import ScoringOptions, StageTwoOptions, WritingOptions
 from nla_engine.engine.forecast import Tally
+from nla_engine.engine.leader import ending_alone
 from nla_engine.errors import EngineError
 from nla_engine.progress import Progress
 from nla_engine.roundtrip.chosen import slots_of
@@ -64,7 +66,8 @@ class StageTwoWorker:
     def __init__(self, work: StageTwoWork, device: str, parent: Parent) -> None:
         options = replace(work.options, device=device, gpus=None, workers=1)
         store = CaptureStore.open(options.store)
-        pair = load_pair(options, parent.announce, layer=work.told)
+        self.opened = ExitStack()
+        pair = load_pair(options, parent.announce, layer=work.told, opened=self.opened)
         if fingerprints(pair.verbalizer, pair.reconstructor) != work.models:
             raise EngineError("AV or AR changed after the run began: start it again")
         texts: Texts
@@ -85,9 +88,10 @@ class StageTwoWorker:
 
     def run(self, items: Iterator[Item | None]) -> Iterator[tuple[int, pa.Table]]:
         """The lines of each item."""
-        while (item := next(items, ...)) is not ...:
-            for number, columns in self.pipeline.stream(chain([item], items)):
-                yield number, pa.table(columns, schema=self.schema)
+        with ending_alone(self.pipeline.pair.ranks), self.opened:
+            while (item := next(items, ...)) is not ...:
+                for number, columns in self.pipeline.stream(chain([item], items)):
+                    yield number, pa.table(columns, schema=self.schema)
 
     def _watch(self, tally: Callable[[], Tally]) -> None:
         def state() -> tuple[int, int]:

@@ -130,7 +130,7 @@ class Pipeline:
         ready: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
         held: list[tuple[int, Explained]] = []
         with (
-            Background(self._stream) as background,
+            self._worker() as background,
             closing(self._of_blocks(blocks())) as texts,
         ):
 

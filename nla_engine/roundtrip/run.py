@@ -58,7 +58,7 @@ from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
-from nla_engine.workers.devices import worker_devices
+from nla_engine.workers.devices import grouped, worker_devices
 from nla_engine.workers.pool import Pool
 
 #: Rows in the sample of the controls, at most.
@@ -136,19 +136,20 @@ def _run(
         )
     phases = Phases(progress)
     models = (verbalizer, reconstructor)
-    devices = worker_devices(options.gpus, options.workers, options.device)
+    devices = grouped(worker_devices(options.gpus, options.workers, options.device), options.tensor_parallel)
     if not devices:
         with ExitStack() as opened:
             run = prepare_run(options, announce, phases, *models, rows, opened)
             return _Done(*run.finish(announce, phases))
-    if options.tensor_parallel > 1:
-        raise RequestError("--tensor-parallel splits one model: leave out --gpus and --workers")
     if models != (None, None):
         raise RequestError(
             "--gpus and --workers: each process loads its models itself: give their directories"
         )
-    with Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool:
-        run = prepare_run(replace(options, device=devices[0]), announce, phases, rows=rows)
+    with (
+        ExitStack() as opened,
+        Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool,
+    ):
+        run = prepare_run(replace(options, device=devices[0]), announce, phases, rows=rows, opened=opened)
         seconds, new = run.finish(announce, phases, pool)
         lost = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
         return _Done(seconds, new, {"workers": len(devices), **lost})
@@ -307,6 +308,8 @@ class Run:
             pair.verbalizer = pair.reconstructor = None
         if isinstance(texts, Written):
             texts.give_up()
+        if pair.ranks is not None:
+            pair.ranks.close()
         parallel.free_memory()
         phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
         phases(table.done, texts.up_to_row(len(rows)))

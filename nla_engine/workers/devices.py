@@ -7,6 +7,8 @@ import torch
 from nla_engine.errors import RequestError
 
 ALL = "all"
+#: Joins the devices of a worker that splits its model over several.
+AND = "+"
 
 
 def worker_devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, ...]:
@@ -35,6 +37,22 @@ def worker_devices(gpus: str | None, workers: int, device: str | None) -> tuple[
     if len(set(numbers)) < len(numbers):
         raise RequestError(f"--gpus is {gpus}: a GPU is named twice: name each once")
     return tuple(f"cuda:{number}" for number in numbers)
+
+
+def grouped(devices: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """What workers have that split their model over `size` GPUs each, such as ("cuda:0+cuda:1", "cuda:2+cuda:3").
+
+    devices: from `worker_devices`. On a CPU each worker has as many processes. RequestError if some GPUs are left over
+    """
+    if size == 1 or not devices:
+        return devices
+    if devices[0] == "cpu":
+        return (AND.join(["cpu"] * size),) * len(devices)
+    if len(devices) % size:
+        raise RequestError(
+            f"--gpus gives {len(devices)} GPUs, and --tensor-parallel {size} does not divide them: change one of them"
+        )
+    return tuple(AND.join(devices[first : first + size]) for first in range(0, len(devices), size))
 
 
 def _numbers(gpus: str, there: int) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from nla_engine.bench import hf_split
 from nla_engine.bench.__main__ import main
 from nla_engine.bench.hf_split import last_error, write_empty_checkpoint
 from nla_engine.bench.limits import Hardware, decode_step_seconds
@@ -71,6 +73,13 @@ def test_the_checkpoint_for_transformers_has_no_data_but_is_whole(tmp_path) -> N
 
 
 def test_the_error_of_a_job_is_its_own() -> None:
-    log = "x\n[rank1]: ValueError: why\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
-    assert last_error(log) == "[rank1]: ValueError: why"
+    assert last_error("x\n[rank1]: ValueError: why\nmore\n") == "[rank1]: ValueError: why"
     assert last_error("") == "nothing said"
+
+
+def test_a_baseline_that_fails_is_reported_with_its_reason(tmp_path: Path) -> None:
+    """Here of a directory without a job; its processes have ended."""
+    with pytest.raises(RuntimeError, match=r"transformers' own failed: FileNotFoundError.*job\.json"):
+        hf_split.run(tmp_path, tmp_path / "rates.json", 2, 100.0)
+    with pytest.raises(RuntimeError, match="was not done after 0 s"):
+        hf_split.run(tmp_path, tmp_path / "rates.json", 1, 0.0)

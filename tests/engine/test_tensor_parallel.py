@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from tiny import save_ar, save_av, save_model, write_prompts
 from nla_engine.capture.estimate import estimate_capture
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
+from nla_engine.engine import fused
 from nla_engine.engine.leader import Leader, open_ranks
+from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.split_load import load_split
 from nla_engine.models.load import LanguageModel, load_model
@@ -152,10 +157,143 @@ def test_a_dry_run_says_what_lies_where(ranks: Leader, tmp_path: Path) -> None:
     assert ["rows" in line for line in places] == [True, False]
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
-def test_av_and_ar_are_those_of_one_process(
+class SharedSums:
+    """Stands for `engine.peers.PeerSums` on a CPU: every sum lies in the same memory, and a part is gone once it is
+    summed."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.peers = ranks, self
+        self.memory = torch.full((2, 1 << 20), torch.nan)
+        self.sums = 0
+
+    def part(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.memory[0, : rows * width].view(rows, width)
+
+    def has(self, part: torch.Tensor) -> bool:
+        return part.data_ptr() == self.memory[0].data_ptr()
+
+    def holds(self, states: torch.Tensor) -> bool:
+        return states.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr()
+
+    def sum(self, part: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        self.sums += 1
+        total = self.ranks.reduce(part.clone())
+        if x is None:
+            return part.copy_(total)
+        total += x
+        self.memory[0].fill_(torch.nan)
+        return self.memory[1, : part.numel()].view(part.shape).copy_(total)
+
+
+def share_sums(ranks: Ranks) -> None:
+    ranks.peers = SharedSums(ranks)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def shared_sums(ranks: Leader) -> Iterator[SharedSums]:
+    """Sums in memory of their own, as on GPUs that can write each other's, on every rank."""
+    ranks.together(share_sums, ranks)
+    shared: Any = ranks.peers
+    yield shared
+    assert shared.sums > 50
+    ranks.together(setattr, ranks, "peers", None)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_sums_in_memory_of_their_own(
+    ranks: Leader, shared_sums: SharedSums, tmp_path: Path, architecture: str, seed: int
+) -> None:
+    """What is kept of a pass does not change with the next sum: rows of prompts and replies, states that are read."""
+    base = save_model(tmp_path / "base", architecture, seed=seed % 1000)
+    prompts, stores = write_prompts(tmp_path / "p.jsonl", 5), []
+    for lm in (whole(base), split(ranks, base)):
+        size = 1 if lm.ranks is None else 2
+        options = CaptureOptions(
+            model=str(base),
+            prompts=(prompts,),
+            layer=tuple(range(len(lm.blocks))),
+            sites=("resid_post", "resid_mid"),
+            positions="all",
+            out=str(tmp_path / f"{size}.zarr"),
+            max_new_tokens=7,
+            batch_size=3,
+            codec="bf16",
+            kernels="fused",
+            tensor_parallel=size,
+        )
+        run_capture(options, lm=lm)
+        stores.append(CaptureStore.open(options.out))
+    one, two = stores
+    assert np.array_equal(one.column("token_id"), two.column("token_id"))
+    for site in one.sites:
+        assert apart(two.layer(site).norm(), one.layer(site).norm()) < CLOSE, site.label
+        assert apart(two.layer(site)[:], one.layer(site)[:]) < 2**-7, site.label
+    lm = split(ranks, base).truncated(LAYER)
+    with ranks.make(Runner, lm, slots=2, length=20, kernels=Kernels("fused")) as runner:
+        first = runner.read([(0, 0, [5, 6, 7])])
+        kept = first.clone()
+        runner.read([(1, 0, [9, 8, 7, 6])])
+        assert torch.equal(first, kept)
+
+
+def test_interpreted_kernels_sum_in_memory_that_processes_share(tmp_path: Path) -> None:
+    """What GPUs do that write each other's memory, against plain transformers."""
+    for architecture in ("gemma3_text", "llama"):
+        save_model(tmp_path / architecture, architecture)
+    tests = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "shared_peers.py"), str(tmp_path), "2"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in told] == ["gemma3_text", "llama"]
+    assert all(float(apart) < CLOSE for _, apart, _ in told), told
+    assert 20 < int(told[0][2]) < int(told[1][2]), "each pass has two sums a block"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_a_long_pass_is_summed_in_pieces(
     ranks: Leader, tmp_path: Path, architecture: str, rng: np.random.Generator
 ) -> None:
+    base = save_model(tmp_path / "base", architecture)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = rng.integers(0, 250, 23).tolist()
+    expected = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+    lm = split(ranks, base).truncated(LAYER)
+    with ranks.make(Runner, lm, slots=1, length=30, kernels=Kernels("fused")) as runner:
+        ranks.together(cut_pieces, 5)
+        try:
+            states = runner.read([(0, 0, ids)])
+            ranks.check()
+        finally:
+            ranks.together(cut_pieces, 8192)
+    assert apart(states, expected) < CLOSE
+
+
+def cut_pieces(rows: int) -> None:
+    fused.PIECE_ROWS = rows
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shares"),
+    [("qwen2", False), ("qwen2", True), ("gemma3_text", False)],
+    ids=["qwen2", "qwen2-shared-sums", "gemma3_text"],
+)
+def test_av_and_ar_are_those_of_one_process(
+    ranks: Leader,
+    tmp_path: Path,
+    architecture: str,
+    shares: bool,
+    rng: np.random.Generator,
+    request: pytest.FixtureRequest,
+) -> None:
+    if shares:
+        request.getfixturevalue("shared_sums")
     av, ar = save_av(tmp_path / "av", LAYER, architecture), save_ar(tmp_path / "ar", LAYER, architecture)
     vectors = [(number, rng.standard_normal(64).astype(np.float32)) for number in range(5)]
     how: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "kernels": Kernels("fused")}

@@ -15,12 +15,14 @@ import pytest
 import torch
 from adapters import save_adapter
 from commands import call
+from stuck_ranks import only_sum, sleep_and_sum, stop_and_sum
 from tiny import byte_tokenizer, language_model, save_ar, save_av, save_model, tiny_model, write_prompts
 
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.engine import leader
 from nla_engine.engine.leader import Leader, group_devices, open_ranks
+from nla_engine.engine.pulse import Hangs, Pulse, counts_of, make_pulse
 from nla_engine.engine.split import Split
 from nla_engine.engine.split_load import load_split
 from nla_engine.errors import EngineError, RequestError
@@ -149,26 +151,91 @@ def test_a_rank_that_is_killed_stops_the_run(options: CaptureOptions) -> None:
     assert run_capture(alone).sequences == 12
 
 
+# ---- a rank that hangs ----
+
+
+@pytest.mark.parametrize(
+    ("hang", "words"),
+    [
+        (stop_and_sum, "rank 1 has not responded for 3 s"),
+        (sleep_and_sum, "rank 1 hangs: the others have waited 3 s"),
+    ],
+)
+def test_a_rank_that_hangs_is_named(hang: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_ranks((CPU, CPU)) as group:
+        assert isinstance(group, Leader)
+        process = group._followers[0].process
+        group.together(only_sum, group)
+        monkeypatch.setattr(leader, "HANG_SECONDS", 3)
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError) as failed:
+            group.together(hang, group)
+        assert words in str(group.explained(failed.value))
+    assert time.monotonic() - begin < 20
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_a_rank_that_works_does_not_hang(tmp_path: Path) -> None:
+    """It is behind the others and moves, or has done as much and waits."""
+    make_pulse(tmp_path, 3)
+    pulses = [Pulse(tmp_path, rank, 3) for rank in range(3)]
+    hangs = Hangs(counts_of(tmp_path, 3))
+    for pulse in pulses:
+        pulse.close()
+    for look in range(6):
+        for pulse in pulses:
+            pulse._own[1] += 1
+        pulses[0].beat() if look == 0 else None
+        pulses[2].beat() if look == 3 else None
+        pulses[1].beat() if look < 3 else None
+        assert hangs.look(2) == ("rank 2 hangs: the others have waited 2 s for it" if look in (1, 2) else "")
+
+
 _ALONE = """
 import sys, time, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
 from nla_engine.engine.leader import open_ranks
+from stuck_ranks import stop_and_sum
 with open_ranks((torch.device("cpu"),) * 2) as ranks:
-    print(ranks._followers[0].process.pid, flush=True)
-    while True:
+    print(ranks._folder, ranks._followers[0].process.pid, flush=True)
+    while {healthy}:
         time.sleep(0.05)
+    ranks.together(stop_and_sum, ranks)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_is_left_when_the_first_ends(sent: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("sent", "healthy"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGKILL, False),
+        (signal.SIGTERM, False),
+        (signal.SIGINT, False),
+    ],
+    ids=["interrupted", "killed-while-another-hangs", "ended-so", "interrupted-so"],
+)
+def test_no_process_is_left_when_the_first_ends(sent: signal.Signals, healthy: bool) -> None:
+    """Within seconds, though the first waits for the other, which is stopped and hears nothing."""
+    program = _ALONE.format(tests=str(Path(__file__).parent.parent), healthy=healthy)
     with subprocess.Popen(
-        [sys.executable, "-c", _ALONE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as run:
         assert run.stdout is not None
-        other = int(run.stdout.readline())
+        line = run.stdout.readline().split()
+        folder, other = Path(os.fsdecode(line[0])), int(line[1])
+        while not healthy and "T" not in Path(f"/proc/{other}/stat").read_text().split()[2]:
+            time.sleep(0.05)
+        if not healthy:
+            time.sleep(0.5)  # now the first waits in the sum
         run.send_signal(sent)
-        run.wait(30)
+        begin = time.monotonic()
+        _, said = run.communicate(timeout=30)
+        assert run.returncode == -sent, said
+        assert time.monotonic() - begin < 15
     deadline = time.monotonic() + 20
     while Path(f"/proc/{other}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{other}").exists()
+    if sent == signal.SIGINT:
+        assert not folder.exists()

@@ -59,6 +59,17 @@ def check_same(one: Path, other: Path) -> None:
             assert a == b, name
 
 
+@pytest.mark.slow
+def test_the_table_of_workers_that_split_their_models(store: Path, tmp_path: Path) -> None:
+    """Two workers of two ranks each."""
+    run_roundtrip(roundtrip(store, tmp_path / "one.parquet"))
+    shared = run_roundtrip(
+        roundtrip(store, tmp_path / "two.parquet", workers=2, tensor_parallel=2, batch_size=7)
+    )
+    check_same(tmp_path / "one.parquet", tmp_path / "two.parquet")
+    assert shared.to_dict()["workers"] == 2
+
+
 def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
     samples = 2
     how = {"samples": samples, "temperature": 1.0}

@@ -5,7 +5,7 @@ import torch
 
 from nla_engine.errors import RequestError
 from nla_engine.fields import is_gpus
-from nla_engine.workers.devices import worker_devices
+from nla_engine.workers.devices import grouped, worker_devices
 
 
 @pytest.fixture
@@ -69,3 +69,14 @@ def test_refused(given: tuple[str | None, int, str | None], message: str) -> Non
 @pytest.mark.usefixtures("gpus")
 def test_workers(given: tuple[str | None, int, str | None], devices: tuple[str, ...]) -> None:
     assert worker_devices(*given) == devices
+
+
+def test_groups_of_devices() -> None:
+    four = tuple(f"cuda:{number}" for number in (0, 2, 3, 1))
+    assert grouped(four, 1) == four and grouped((), 2) == ()
+    assert grouped(four, 2) == ("cuda:0+cuda:2", "cuda:3+cuda:1")
+    assert grouped(("cpu", "cpu"), 3) == ("cpu+cpu+cpu",) * 2
+    with pytest.raises(
+        RequestError, match="--gpus gives 4 GPUs, and --tensor-parallel 3 does not divide them"
+    ):
+        grouped(four, 3)
