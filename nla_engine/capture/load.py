@@ -110,14 +110,8 @@ def _load_split(
 
 def devices_of(options: CaptureOptions, lm: LanguageModel | None) -> tuple[str, ...]:
     """The devices of --gpus or --workers; empty: that of --device. RequestError if they cannot be had."""
-    devices = worker_devices(options.gpus, options.workers, options.device)
-    if devices and options.tensor_parallel > 1:
-        raise RequestError("--tensor-parallel splits one model: leave out --gpus and --workers")
-    if devices and lm is not None:
-        raise RequestError(
-            "--gpus and --workers: each process loads the model itself: give its directory or Hub id"
-        )
-    return devices
+    split = options.tensor_parallel > 1
+    return worker_devices(options.gpus, options.workers, options.device, split=split, loaded=lm is not None)
 
 
 def check_out(options: CaptureOptions) -> None:

@@ -136,19 +136,16 @@ def _run(
         )
     phases = Phases(progress)
     models = (verbalizer, reconstructor)
-    devices = worker_devices(options.gpus, options.workers, options.device)
-    if not devices:
+    split, loaded = options.tensor_parallel > 1, models != (None, None)
+    devices = worker_devices(options.gpus, options.workers, options.device, split=split, loaded=loaded)
+    if devices:
+        options = replace(options, device=devices[0])
+    if len(devices) < 2:
         with ExitStack() as opened:
             run = prepare_run(options, announce, phases, *models, rows, opened)
             return _Done(*run.finish(announce, phases))
-    if options.tensor_parallel > 1:
-        raise RequestError("--tensor-parallel splits one model: leave out --gpus and --workers")
-    if models != (None, None):
-        raise RequestError(
-            "--gpus and --workers: each process loads its models itself: give their directories"
-        )
     with Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool:
-        run = prepare_run(replace(options, device=devices[0]), announce, phases, rows=rows)
+        run = prepare_run(options, announce, phases, rows=rows)
         seconds, new = run.finish(announce, phases, pool)
         lost = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
         return _Done(seconds, new, {"workers": len(devices), **lost})

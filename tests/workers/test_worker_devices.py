@@ -56,6 +56,19 @@ def test_refused(given: tuple[str | None, int, str | None], message: str) -> Non
         worker_devices(*given)
 
 
+@pytest.mark.parametrize("gpus", [2], indirect=True)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"split": True}, "--tensor-parallel splits"), ({"loaded": True}, "loads its models")],
+)
+@pytest.mark.usefixtures("gpus")
+def test_models_that_workers_cannot_have(given: dict[str, bool], message: str) -> None:
+    for asked in (("all", 1, None), ("1", 1, None), (None, 2, "cpu")):
+        with pytest.raises(RequestError, match=message):
+            worker_devices(*asked, **given)
+    assert worker_devices(None, 1, None, **given) == ()
+
+
 @pytest.mark.parametrize(
     ("gpus", "given", "devices"),
     [
