@@ -21,7 +21,7 @@ RECORD, PROBLEMS = "study.json", "problems.jsonl"
 STORE, EXPLAINED, SAMPLES, REREAD = "run.zarr", "explained.parquet", "samples.parquet", "reread.parquet"
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
 #: Options that a resumed study may change.
-FREE = {"out", "batch_size", "device", "resume", "overwrite"}
+FREE = {"out", "batch_size", "device", "gpus", "workers", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)

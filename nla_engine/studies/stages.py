@@ -27,6 +27,7 @@ from nla_engine.store.shards import write_file_atomically
 from nla_engine.studies.directory import EXPLAINED, PROBLEMS, REREAD, SAMPLES, STORE
 from nla_engine.studies.models import Models
 from nla_engine.studies.reread import Reading, run_reread
+from nla_engine.workers.devices import worker_devices
 
 #: progress(what is counted): a context that gives a function (done, in all)
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -34,7 +35,10 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Stages:
-    """The runs in the directory `out`. `StudyDirectory` has checked that the same options made what is there."""
+    """The runs in the directory `out`. `StudyDirectory` has checked that the same options made what is there.
+
+    gpus, workers: as `workers.devices.worker_devices` takes them; with several, each run has processes of its own
+    """
 
     out: Path
     models: Models
@@ -44,6 +48,8 @@ class Stages:
     batch_size: int | None = None
     dtype: str | None = None
     device: str | None = None
+    gpus: str | None = None
+    workers: int = 1
     kernels: str = "auto"
     trust_remote_code: bool = False
 
@@ -66,22 +72,33 @@ class Stages:
             run_capture(options, announce=self.announce, progress=update)
         return CaptureStore.open(self.out / STORE)
 
-    def load_pair(self) -> tuple[Verbalizer, Reconstructor]:
-        """AV and AR, for the runs that follow."""
-        device = pick_device(self.device)
-        how: dict[str, Any] = {
+    def load_pair(self) -> tuple[Verbalizer | None, Reconstructor | None]:
+        """AV and AR, for the runs that follow; None if these have processes of their own, which load them."""
+        if len(self._devices) > 1:
+            return None, None
+        return Verbalizer.load(self.models.av, **self._how()), self._load_ar()
+
+    def _load_ar(self) -> Reconstructor:
+        return Reconstructor.load(self.models.ar, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        device = pick_device(self._devices[0] if self._devices else self.device)
+        return {
             "device": device,
             "dtype": pick_dtype(self.dtype, device),
             "remote_code": self.trust_remote_code,
             "kernels": Kernels(self.kernels),
         }
-        return Verbalizer.load(self.models.av, **how), Reconstructor.load(self.models.ar, **how)
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return worker_devices(self.gpus, self.workers, self.device)
 
     def explain(
         self,
         rows: np.ndarray,
-        av: Verbalizer,
-        ar: Reconstructor,
+        av: Verbalizer | None,
+        ar: Reconstructor | None,
         *,
         max_new_tokens: int,
         variance: float | None = None,
@@ -96,8 +113,8 @@ class Stages:
     def sample(
         self,
         rows: np.ndarray,
-        av: Verbalizer,
-        ar: Reconstructor,
+        av: Verbalizer | None,
+        ar: Reconstructor | None,
         *,
         max_new_tokens: int,
         samples: int,
@@ -116,14 +133,17 @@ class Stages:
             variance=variance if variance > 0 else None,
         )
 
-    def reread(self, readings: Sequence[Reading], ar: Reconstructor, *, variance: float) -> None:
-        """Have the AR read every changed text, and score it. variance: that of `explain`."""
+    def reread(self, readings: Sequence[Reading], ar: Reconstructor | None, *, variance: float) -> None:
+        """Have the AR read every changed text, and score it, in this process. variance: that of `explain`.
+
+        ar: as `load_pair` returned it
+        """
         with self.progress("texts") as update:
             run_reread(
                 CaptureStore.open(self.out / STORE),
                 self.models.layer,
                 readings,
-                ar,
+                ar or self._load_ar(),
                 self.out / REREAD,
                 variance=variance,
                 seed=self.seed,
@@ -133,7 +153,7 @@ class Stages:
             )
 
     def _roundtrip(
-        self, name: str, rows: np.ndarray, av: Verbalizer, ar: Reconstructor, **changes: Any
+        self, name: str, rows: np.ndarray, av: Verbalizer | None, ar: Reconstructor | None, **changes: Any
     ) -> None:
         options = RoundtripOptions(
             store=str(self.out / STORE),
@@ -155,11 +175,15 @@ class Stages:
             )
 
     def _common(self) -> dict[str, Any]:
+        devices = self._devices
+        where: dict[str, Any] = {"device": devices[0] if devices else self.device}
+        if len(devices) > 1:
+            where = {"device": self.device, "gpus": self.gpus, "workers": self.workers}
         return {
+            **where,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "device": self.device,
             "kernels": self.kernels,
             "trust_remote_code": self.trust_remote_code,
             "resume": True,

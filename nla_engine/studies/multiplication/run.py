@@ -30,6 +30,7 @@ from nla_engine.studies.multiplication.problems import (
 )
 from nla_engine.studies.reread import explained_rows, plan
 from nla_engine.studies.stages import Progress, Stages
+from nla_engine.workers.devices import worker_devices
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def run_multiplication(
     started = time.perf_counter()
     out, setup = options.out, _setup(options)
     records = _problem_records(options, setup)
+    worker_devices(options.gpus, options.workers, options.device)  # refused before anything is written
     directory = StudyDirectory(
         out, MARKDOWN, options.to_dict(), resume=options.resume, overwrite=options.overwrite
     )
@@ -75,6 +77,8 @@ def run_multiplication(
             batch_size=options.batch_size,
             dtype=options.dtype,
             device=options.device,
+            gpus=options.gpus,
+            workers=options.workers,
             kernels=options.kernels,
             trust_remote_code=options.trust_remote_code,
         )
