@@ -172,6 +172,17 @@ def teller(
     return told
 
 
+def waiting_room(host_memory: float, workers: int) -> tuple[int, int]:
+    """The waiting and the outgoing bytes of a capture's pool: half of this process's part of the memory, and half of
+    what each worker has for sequences that have ended. All lanes of all GPUs may end at once.
+
+    host_memory: of the run, in GiB
+    """
+    whole = host_memory * 2**30
+    ended = whole * WORKERS_PART / workers * (1 - RUNNING_PART)
+    return int(whole * (1 - WORKERS_PART) / 2), int(ended / 2)
+
+
 class _Told:
     """The prompts that a worker has, as RowChoice reads them. Each is a document of its own: the rows of a document of
     several prompts are chosen before it is handed out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -147,8 +147,9 @@ def _run(
     with Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool:
         run = prepare_run(options, announce, phases, rows=rows)
         seconds, new = run.finish(announce, phases, pool)
-        lost = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
-        return _Done(seconds, new, {"workers": len(devices), **lost})
+        told: dict[str, Any] = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
+        told["workers_waited"] = asdict(pool.waited)
+        return _Done(seconds, new, {"workers": len(devices), **told})
 
 
 def prepare_run(

@@ -26,7 +26,7 @@ LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "finishing",
 )
 #: Of a summary: left out if there is nothing to say.
-_RARE = ("further_layers", "fve_by_sentences", "workers", "workers_lost", "parts_again")
+_RARE = ("further_layers", "fve_by_sentences", "workers", "workers_lost", "parts_again", "workers_waited")
 _NO_SECONDS: Mapping[str, float] = {}
 
 
@@ -39,7 +39,8 @@ class RoundtripSummary:
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
     workers: processes that had the models, if there were several; workers_lost: how many died; parts_again: parts of
-    the rows that these had, which were done again.
+    the rows that these had, which were done again; workers_waited: mean seconds that they stood still, by why
+    (`workers.job.Waited`).
     """
 
     out: str
@@ -72,6 +73,7 @@ class RoundtripSummary:
     workers: int = 0
     workers_lost: int = 0
     parts_again: int = 0
+    workers_waited: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
@@ -95,6 +97,7 @@ class ExplainSummary:
     workers: int = 0
     workers_lost: int = 0
     parts_again: int = 0
+    workers_waited: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _RARE or value}

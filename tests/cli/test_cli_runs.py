@@ -38,7 +38,14 @@ from nla_engine.roundtrip.summary import RoundtripSummary
 from nla_engine.store import CaptureStore, shards, writer
 
 #: Keys of the summary of a round trip of several layers, of prefixes, or in several processes.
-OF_SOME_RUNS = {"further_layers", "fve_by_sentences", "workers", "workers_lost", "parts_again"}
+OF_SOME_RUNS = {
+    "further_layers",
+    "fve_by_sentences",
+    "workers",
+    "workers_lost",
+    "parts_again",
+    "workers_waited",
+}
 
 
 def keys(summary: type) -> set[str]:
