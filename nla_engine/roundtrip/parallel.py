@@ -108,10 +108,11 @@ def fill_table(
     up_to_row: Callable[[int], int],
     table: ResultTable,
     progress: Progress,
+    phase: tuple[str, str],
 ) -> None:
     """Write the lines of the rows, int64 [n], from number `done` on, in their order.
 
-    up_to_row: how many texts the first so many rows have
+    up_to_row: how many texts the first so many rows have; phase: which begins with the first worker, and its unit
     """
     total, before = up_to_row(len(rows)), table.done
     item_texts = ITEM["cpu" if work.options.gpus is None else "cuda"]
@@ -119,12 +120,16 @@ def fill_table(
     starts = range(done, len(rows), size)
     arrived: dict[int, pa.Table] = {}  # of items whose turn has not come
     held: list[pa.Table] = []
-    following, ended, since = 0, before, time.monotonic()
+    following, ended, since, begun = 0, before, time.monotonic(), False
 
     def told(number: int) -> Item:
         return Item(number, rows[starts[number] : starts[number] + size], starts[number])
 
     def watch(now: list[Any], lost: list[Any]) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            progress.phase(*phase)
         texts, tokens = _sum([*now, *lost])
         progress(min(max(before + texts, ended), total), total, tokens=tokens)
 

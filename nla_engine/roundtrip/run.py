@@ -46,6 +46,7 @@ from nla_engine.roundtrip.summary import (
     LOADING,
     PREPARING,
     SCORING,
+    STARTING,
     ExplainSummary,
     RoundtripSummary,
     summarise,
@@ -306,9 +307,9 @@ class Run:
         if isinstance(texts, Written):
             texts.give_up()
         parallel.free_memory()
-        phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
-        phases(table.done, texts.up_to_row(len(rows)))
-        parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases)
+        phases.phase(STARTING)
+        counted = (EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
+        parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases, counted)
         self._end(table, metadata, phases, table.done - before)
 
     def _end(self, table: ResultTable, metadata: dict[str, Any], phases: Phases, new: int) -> None:

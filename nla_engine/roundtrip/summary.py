@@ -17,9 +17,10 @@ from nla_engine.roundtrip.results import batches, of_layer, ranked_among, read_m
 from nla_engine.roundtrip.texts import GIVEN
 
 #: Phases of a run. Explaining includes scoring, which runs beside it; finishing measures Var and ends the table.
-LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
+LOADING, PREPARING, STARTING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "loading",
     "preparing",
+    "starting",
     "explaining",
     "scoring",
     "asking",

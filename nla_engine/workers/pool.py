@@ -121,6 +121,7 @@ class Pool:
             while this generator may be suspended
         together: items with the same number // together are best done by one worker
         watch: called with the last state of each worker, and with those of workers that died, whenever one has changed
+            or a worker begins
         Raises the error of a worker if it is one of `nla_engine.errors`, and EngineError if an item was lost too often,
         or no worker is left.
         """
@@ -284,7 +285,7 @@ class Pool:
         elif kind == "left":
             self._left.append(more[0])
         elif kind == "ready":
-            worker.ready = time.monotonic()
+            worker.ready, self._news = time.monotonic(), True
         elif kind == "bye":
             worker.ended, worker.waited = True, more[0]
         elif kind == "crash":
