@@ -37,7 +37,7 @@ from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.setup import Setup, library_attention
 from nla_engine.capture.spill import RUNNING_PART
 from nla_engine.capture.summary import CaptureSummary
-from nla_engine.capture.workers import CaptureWork, combined, teller, waiting_room
+from nla_engine.capture.workers import CaptureWork, combined, open_pool, teller
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.choose import AnyGenerator
@@ -63,8 +63,6 @@ GENERATING, READING = "generating", "reading"
 _LOOK_SECONDS = 1.0
 #: Seconds that workers have to return what is unfinished, if the run stops.
 _LEFT_SECONDS = 60.0
-#: The module of what they do.
-WORK = "nla_engine.capture.workers"
 
 
 def run_capture(
@@ -94,17 +92,7 @@ def run_capture(
     with ExitStack() as opened:
         pool = None
         if len(devices) > 1:  # they load their modules meanwhile
-            waiting, outgoing = waiting_room(options.host_memory, len(devices))
-            pool = opened.enter_context(
-                Pool(
-                    devices,
-                    imports=WORK,
-                    announce=announce,
-                    unit="sequences",
-                    waiting_bytes=waiting,
-                    outgoing_bytes=outgoing,
-                )
-            )
+            pool = opened.enter_context(open_pool(devices, options.host_memory, announce))
         lm, prompts = load_inputs(replace(options, device=devices[0]) if devices else options, lm, opened)
         for message in prompts.messages():
             announce(message)
