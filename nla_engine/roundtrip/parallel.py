@@ -36,6 +36,8 @@ from nla_engine.workers.pool import Pool
 
 #: Texts of an item, about: enough for one pass of an AR, few enough that no process is left idle at the end.
 ITEM = {"cpu": 16, "cuda": 128}
+#: Items that a process gets at once: an AV's batch on a GPU. Lines wait for those of earlier rows, so not many more.
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def fill_table(
         texts, tokens = _sum([*now, *lost])
         progress(min(max(before + texts, ended), total), total, tokens=tokens)
 
-    for results in pool.run(work, range(len(starts)), told=told, watch=watch):
+    for results in pool.run(work, range(len(starts)), told=told, most=_AT_ONCE, watch=watch):
         for number, lines in results:
             arrived[number] = lines
             ended += len(lines)

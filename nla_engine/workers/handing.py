@@ -10,21 +10,25 @@ import numpy as np
 
 from nla_engine.errors import EngineError
 
-#: Most items of a range, and the part of a worker's share that one range is at most: so none has too many at the end.
-_RANGE, _PART = 128, 4
+#: Most items of a range, unless it is said, and the part of a worker's share that one range is at most: so none has too
+#: many at the end.
+RANGE, _PART = 128, 4
 #: An item that was with so many workers when they died is not tried again.
 MOST_DEATHS = 3
 
 
 class Handing:
     """items: ascending, each once; together: items with the same number // together are best done by one worker.
+    most: items of a range
 
     done: items with a result; again: items that were taken back from a worker that died, each time they were
     One thread at a time may use it.
     """
 
-    def __init__(self, items: Sequence[int] | np.ndarray, workers: int, together: int = 1) -> None:
-        self._items, self._at, self._together = items, 0, together
+    def __init__(
+        self, items: Sequence[int] | np.ndarray, workers: int, together: int = 1, most: int = RANGE
+    ) -> None:
+        self._items, self._at, self._together, self._most = items, 0, together, most
         self._back: deque[int] = deque()
         self._with: dict[int, set[int]] = {}  # by worker: items whose results have not arrived
         self._unfinished: dict[int, int] = {}  # how many of them it had not finished when it last asked
@@ -49,7 +53,7 @@ class Handing:
         running = sum(map(self._unfinished_of, self._with))
         share = math.ceil((waiting + running) / max(self.workers, 1))
         room = waiting - running if ahead else max(share, 1) - self._unfinished_of(worker)
-        most = min(max(share // _PART, 1), _RANGE, room)
+        most = min(max(share // _PART, 1), self._most, room)
         taken: list[int] = []
         while len(taken) < room and (item := self._next()) is not None:
             if len(taken) >= most and item // self._together != taken[-1] // self._together:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
-from nla_engine.workers.handing import MOST_DEATHS, Handing
+from nla_engine.workers.handing import MOST_DEATHS, RANGE, Handing
 from nla_engine.workers.job import Job, Waited
 from nla_engine.workers.process import WorkerProcess
 
@@ -113,6 +113,7 @@ class Pool:
         *,
         told: Callable[[int], Any] = lambda item: item,
         together: int = 1,
+        most: int = RANGE,
         watch: Callable[[list[Any], list[Any]], None] = lambda now, before: None,
     ) -> Iterator[Results]:
         """Yield the results of all items, those that have arrived together in one list, each item once. Call it once.
@@ -120,13 +121,14 @@ class Pool:
         items: ascending numbers, each once; told: what a worker is told of an item, called by one thread at a time,
             while this generator may be suspended
         together: items with the same number // together are best done by one worker
+        most: items that a worker gets at once. It asks for more before it has none left
         watch: called with the last state of each worker, and with those of workers that died, whenever one has changed
             or a worker begins
         Raises the error of a worker if it is one of `nla_engine.errors`, and EngineError if an item was lost too often,
         or no worker is left.
         """
         with self._lock:
-            self._handing = Handing(items, len(self._workers), together)
+            self._handing = Handing(items, len(self._workers), together, most)
             self._told, self._job = told, job
             for worker in self._workers.values():
                 worker.send("work", job, worker.device, self._outgoing)

@@ -39,14 +39,15 @@ def test_nobody_takes_more_than_a_share() -> None:
     assert handing.take(1)
 
 
-def test_ranges_shrink_towards_the_end() -> None:
-    handing, sizes = Handing(range(1000), 2), []
+@pytest.mark.parametrize("most", [8, 1000])
+def test_ranges_shrink_towards_the_end(most: int) -> None:
+    handing, sizes = Handing(range(1000), 2, most=most), []
     while not handing.finished:
         got = handing.take(0)
         sizes.append(len(got))
         for item in got:
             handing.end(0, item)
-    assert sizes[0] == 125 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(most, 125) and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
 
 
 def test_results_on_their_way_do_not_count() -> None:

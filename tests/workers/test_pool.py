@@ -190,8 +190,9 @@ def test_what_is_unfinished(tmp_path: Path) -> None:
 def test_killed_at_random(number: int, tmp_path: Path, rng: np.random.Generator) -> None:
     """A process is killed at a random time, twice, so that no item can be lost three times.
 
-    NLA_KILL_ROUNDS: how often this is done.
+    NLA_KILL_ROUNDS: how often this is done. Every other time the results are large, so a bundle of them is cut.
     """
+    size = (3, 40_000)[number % 2]
     delays, victims = rng.uniform(0, 0.8, 2), rng.integers(3, size=2)
     got: dict[int, int] = {}
     lines: list[str] = []
@@ -205,9 +206,9 @@ def test_killed_at_random(number: int, tmp_path: Path, rng: np.random.Generator)
 
         thread = threading.Thread(target=kill)
         thread.start()
-        for group in pool.run(Squares(tmp_path, seconds=0.01, held=8), range(150)):
+        for group in pool.run(Squares(tmp_path, size=size, seconds=0.01, held=8), range(150)):
             for item, result in group:
-                assert item not in got
+                assert item not in got and (result[1] == item).all() and len(result[1]) == size
                 got[item] = result[0]
         thread.join()
     assert got == {n: n * n for n in range(150)}, lines
