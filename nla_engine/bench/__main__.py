@@ -18,7 +18,7 @@ from rich.console import Console
 from nla_engine.bench.plot import plot_batches
 from nla_engine.bench.report import append_csv, check_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
-from nla_engine.bench.settings import OF_A_MODEL, OF_SEVERAL, SUITES, Settings
+from nla_engine.bench.settings import IF_NAMED, OF_A_MODEL, SUITES, Settings
 from nla_engine.bench.shapes import find_shape
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.models.load import pick_device, pick_dtype
@@ -94,7 +94,10 @@ def bench(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs of suite tensor-parallel. [default: all; on a CPU two processes]")
+        int | None,
+        typer.Option(
+            help="GPUs of suites tensor-parallel and parallel. [default: all; on a CPU two processes]"
+        ),
     ] = None,
     debug: Annotated[bool, typer.Option(help="Show a traceback with an error.")] = False,
 ) -> None:
@@ -116,9 +119,7 @@ def bench(
         check_csv(csv)
     settings = Settings(
         suites=tuple(
-            name
-            for name in SUITES
-            if name not in OF_SEVERAL and (name not in OF_A_MODEL or model is not None)
+            name for name in SUITES if name not in IF_NAMED and (name not in OF_A_MODEL or model is not None)
         )
         if "all" in suites
         else tuple(dict.fromkeys(suites)),

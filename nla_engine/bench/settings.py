@@ -23,6 +23,8 @@ SUITES = (
     "join",
     "scaling",
     "parallel",
+    "parallel-roundtrip",
+    "workers",
     "codec",
     "prompts",
     "real",
@@ -31,8 +33,8 @@ SUITES = (
 )
 #: Suites that need the weights and the tokenizer of a real model.
 OF_A_MODEL = ("real", "hooked")
-#: Suites that need several GPUs, and are measured if they are named.
-OF_SEVERAL = ("tensor-parallel",)
+#: Suites that are measured if they are named: of several GPUs, or with little to tell where nothing changed.
+IF_NAMED = ("tensor-parallel", "parallel-roundtrip", "workers")
 BASELINES = ("hf", "none")
 
 

@@ -26,7 +26,8 @@ from nla_engine.ops.backends import Kernels
 from nla_engine.sites import Site
 from nla_engine.store import Finish, LayerRows, SequenceRows, StoreWriter, row_flags
 
-_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+#: What texts are made of: each is one token of the bench's tokenizer.
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 #: Spread of the logarithm of document lengths; common for web text.
 _SIGMA = 0.8
 _SHORTEST = 16
@@ -37,9 +38,9 @@ _ENDED_AT_ONCE = 64
 
 
 def texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
-    """Random letters; each is one token of the bench's tokenizer."""
-    rng = np.random.default_rng(seed)
-    return [rng.choice(_LETTERS, size).tobytes().decode() for size in lengths]
+    """Random letters."""
+    rng, letters = np.random.default_rng(seed), np.frombuffer(LETTERS.encode(), np.uint8)
+    return [rng.choice(letters, size).tobytes().decode() for size in lengths]
 
 
 def prompt_file(path: Path, lengths: Sequence[int]) -> Path:

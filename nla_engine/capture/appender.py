@@ -98,15 +98,20 @@ def filling(sizes: Sequence[int], room: int) -> set[int]:
     return chosen
 
 
-def portion_of(host_memory: int) -> Portion:
-    """Chooses which ended sequences to fetch now: in the order in which they ended, within a part of these bytes.
+def fetched_bytes(host_memory: float) -> int:
+    """Most bytes of rows that are fetched at once. host_memory: for sequences that have ended, in bytes"""
+    return int(host_memory * _FETCHED_PART)
+
+
+def portion_of(host_memory: float) -> Portion:
+    """Chooses which ended sequences to fetch now: in the order in which they ended, at most `fetched_bytes`.
 
     A sequence that is larger than that is fetched alone.
     """
 
     def portion(ended: Mapping[int, int]) -> list[int]:
         chosen: list[int] = []
-        left = host_memory * _FETCHED_PART
+        left = fetched_bytes(host_memory)
         for id_, size in ended.items():
             if chosen and size > left:
                 break

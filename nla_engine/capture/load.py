@@ -111,12 +111,8 @@ def _load_split(
 def devices_of(options: CaptureOptions, lm: LanguageModel | None) -> tuple[str, ...]:
     """The devices of --gpus or --workers, a group of them for each worker with --tensor-parallel; empty: that of
     --device. RequestError if they cannot be had."""
-    devices = grouped(worker_devices(options.gpus, options.workers, options.device), options.tensor_parallel)
-    if devices and lm is not None:
-        raise RequestError(
-            "--gpus and --workers: each process loads the model itself: give its directory or Hub id"
-        )
-    return devices
+    devices = worker_devices(options.gpus, options.workers, options.device, loaded=lm is not None)
+    return grouped(devices, options.tensor_parallel)
 
 
 def check_out(options: CaptureOptions) -> None:

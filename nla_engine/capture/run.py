@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.setup import Setup, library_attention
 from nla_engine.capture.spill import RUNNING_PART
 from nla_engine.capture.summary import CaptureSummary
-from nla_engine.capture.workers import WORKERS_PART, CaptureWork, combined, teller
+from nla_engine.capture.workers import CaptureWork, combined, open_pool, teller
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.choose import AnyGenerator
@@ -63,8 +63,6 @@ GENERATING, READING = "generating", "reading"
 _LOOK_SECONDS = 1.0
 #: Seconds that workers have to return what is unfinished, if the run stops.
 _LEFT_SECONDS = 60.0
-#: The module of what they do.
-WORK = "nla_engine.capture.workers"
 
 
 def run_capture(
@@ -94,10 +92,7 @@ def run_capture(
     with ExitStack() as opened:
         pool = None
         if len(devices) > 1:  # they load their modules meanwhile
-            waiting = int(options.host_memory * 2**30 * (1 - WORKERS_PART) / 4)
-            pool = opened.enter_context(
-                Pool(devices, imports=WORK, announce=announce, unit="sequences", waiting_bytes=waiting)
-            )
+            pool = opened.enter_context(open_pool(devices, options.host_memory, announce))
         lm, prompts = load_inputs(replace(options, device=devices[0]) if devices else options, lm, opened)
         for message in prompts.messages():
             announce(message)
@@ -396,4 +391,5 @@ class CaptureJob:
             workers=plan.workers,
             workers_lost=lost.workers,
             sequences_again=lost.items,
+            workers_waited={} if self.pool is None else asdict(self.pool.waited),
         )

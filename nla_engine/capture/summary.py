@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ class CaptureSummary:
     its keys and values to others, and was read again up to its last token. seconds: all that this run took, from
     loading to the last write; seconds_by_phase: its parts. The rates are those of the last phase, generating or
     reading. workers: processes that ran the model; workers_lost: how many died, and sequences_again: how many sequences
-    these had, which were done again.
+    these had, which were done again; workers_waited: mean seconds that they stood still, by why (`workers.job.Waited`).
     """
 
     store: str
@@ -40,6 +40,7 @@ class CaptureSummary:
     workers: int = 1
     workers_lost: int = 0
     sequences_again: int = 0
+    workers_waited: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_store(
@@ -55,6 +56,7 @@ class CaptureSummary:
         workers: int = 1,
         workers_lost: int = 0,
         sequences_again: int = 0,
+        workers_waited: Mapping[str, float] | None = None,
     ) -> CaptureSummary:
         """What the store holds, and what this run did.
 
@@ -80,6 +82,7 @@ class CaptureSummary:
             workers=workers,
             workers_lost=workers_lost,
             sequences_again=sequences_again,
+            workers_waited=dict(workers_waited or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class RowTap:
     choose: which rows of the range to collect once a sequence has ended; None: all
     skip_sinks: of these, leave out the sinks of any layer, but not rows that are not finite
     reference: use plain torch only
+    fetched: most bytes of rows that are fetched at once, as far as they matter for memory that is allocated beforehand
     keeper: keeps rows that leave while their sequences run; closed with the tap
     Implements `engine.tap.Tap`, which the generator calls.
     """
@@ -61,12 +62,14 @@ class RowTap:
         choose: Choose | None = None,
         skip_sinks: bool = False,
         reference: bool = False,
+        fetched: int = _PINNED_BYTES,
         keeper: RowKeeper | None = None,
     ) -> None:
         self.layers = tuple(map(Site.at, layers))
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.choose, self.skip_sinks = choose, skip_sinks
         self.rows_per_slot = rows_per_slot
+        self._pinned = min(fetched, _PINNED_BYTES)
         self._device = device
         self._row_places = row_places_reference if reference else row_places
         self._backend = "torch" if reference else None
@@ -115,10 +118,10 @@ class RowTap:
             encode_rows(hidden, self._places[1], stage, self.sink_norm[layer], with_backend=self._backend)
 
     def prepare(self) -> None:
-        """Allocate pinned memory for the first large collection."""
+        """Allocate pinned memory for the first large collection: the allocator reuses it for as many bytes only."""
         if not self._first.is_cuda:
             return
-        room, held = _PINNED_BYTES, []
+        room, held = self._pinned, []
         for tensor in self.staging.all.tensors:
             size = min(tensor.nbytes, room)
             held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))

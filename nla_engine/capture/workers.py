@@ -37,6 +37,7 @@ from nla_engine.models.tokens import token_bytes
 from nla_engine.sites import Site
 from nla_engine.store import SequenceRows
 from nla_engine.workers.job import Parent
+from nla_engine.workers.pool import Pool
 
 #: The part of the host memory that all workers have together. The run itself has the rest.
 WORKERS_PART = 1 / 2
@@ -188,6 +189,30 @@ def teller(
         return Given(number, prompts[number], int(limits[number]), positions, number // options.replies)
 
     return told
+
+
+def waiting_room(host_memory: float, workers: int) -> tuple[int, int]:
+    """The waiting and the outgoing bytes of a capture's pool: half of this process's part of the memory, and half of
+    what each worker has for sequences that have ended. All lanes of all GPUs may end at once.
+
+    host_memory: of the run, in GiB
+    """
+    whole = host_memory * 2**30
+    ended = whole * WORKERS_PART / workers * (1 - RUNNING_PART)
+    return int(whole * (1 - WORKERS_PART) / 2), int(ended / 2)
+
+
+def open_pool(devices: Sequence[str], host_memory: float, announce: Callable[[str], None]) -> Pool:
+    """The processes of a capture, which load their modules from now on. host_memory: of the run, in GiB"""
+    waiting, outgoing = waiting_room(host_memory, len(devices))
+    return Pool(
+        devices,
+        imports=__name__,
+        announce=announce,
+        unit="sequences",
+        waiting_bytes=waiting,
+        outgoing_bytes=outgoing,
+    )
 
 
 class _Told:

@@ -70,7 +70,8 @@ def capture_command(options: CaptureOptions, as_json: bool) -> None:
         if as_json:
             print_json(facts)
         return
-    alone = ("workers", "workers_lost", "sequences_again") if summary.workers == 1 else ()
+    of_several = ("workers", "workers_lost", "sequences_again", "workers_waited")
+    alone = of_several if summary.workers == 1 else ()
     words = {"codec_error": "codec_error (relative L2)"}
     told = {words.get(key, key): facts[key] for key in facts if key not in alone}
     finish("captured", facts, as_json, told=told)

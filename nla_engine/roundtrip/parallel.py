@@ -38,6 +38,8 @@ from nla_engine.workers.pool import Pool
 
 #: Texts of an item, about: enough for one pass of an AR, few enough that no process is left idle at the end.
 ITEM = {"cpu": 16, "cuda": 128}
+#: Items that a process gets at once: an AV's batch on a GPU. Lines wait for those of earlier rows, so not many more.
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,11 @@ def fill_table(
     up_to_row: Callable[[int], int],
     table: ResultTable,
     progress: Progress,
+    phase: tuple[str, str],
 ) -> None:
     """Write the lines of the rows, int64 [n], from number `done` on, in their order.
 
-    up_to_row: how many texts the first so many rows have
+    up_to_row: how many texts the first so many rows have; phase: which begins with the first worker, and its unit
     """
     total, before = up_to_row(len(rows)), table.done
     item_texts = ITEM["cpu" if work.options.gpus is None else "cuda"]
@@ -123,16 +126,20 @@ def fill_table(
     starts = range(done, len(rows), size)
     arrived: dict[int, pa.Table] = {}  # of items whose turn has not come
     held: list[pa.Table] = []
-    following, ended, since = 0, before, time.monotonic()
+    following, ended, since, begun = 0, before, time.monotonic(), False
 
     def told(number: int) -> Item:
         return Item(number, rows[starts[number] : starts[number] + size], starts[number])
 
     def watch(now: list[Any], lost: list[Any]) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            progress.phase(*phase)
         texts, tokens = _sum([*now, *lost])
         progress(min(max(before + texts, ended), total), total, tokens=tokens)
 
-    for results in pool.run(work, range(len(starts)), told=told, watch=watch):
+    for results in pool.run(work, range(len(starts)), told=told, most=_AT_ONCE, watch=watch):
         for number, lines in results:
             arrived[number] = lines
             ended += len(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ from nla_engine.roundtrip.summary import (
     LOADING,
     PREPARING,
     SCORING,
+    STARTING,
     ExplainSummary,
     RoundtripSummary,
     summarise,
@@ -136,23 +137,24 @@ def _run(
         )
     phases = Phases(progress)
     models = (verbalizer, reconstructor)
-    devices = grouped(worker_devices(options.gpus, options.workers, options.device), options.tensor_parallel)
-    if not devices:
+    loaded = models != (None, None)
+    devices = worker_devices(options.gpus, options.workers, options.device, loaded=loaded)
+    devices = grouped(devices, options.tensor_parallel)
+    if devices:
+        options = replace(options, device=devices[0])
+    if len(devices) < 2:
         with ExitStack() as opened:
             run = prepare_run(options, announce, phases, *models, rows, opened)
             return _Done(*run.finish(announce, phases))
-    if models != (None, None):
-        raise RequestError(
-            "--gpus and --workers: each process loads its models itself: give their directories"
-        )
     with (
         ExitStack() as opened,
         Pool(devices, imports=parallel.__name__, announce=announce, unit="parts of the rows") as pool,
     ):
-        run = prepare_run(replace(options, device=devices[0]), announce, phases, rows=rows, opened=opened)
+        run = prepare_run(options, announce, phases, rows=rows, opened=opened)
         seconds, new = run.finish(announce, phases, pool)
-        lost = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
-        return _Done(seconds, new, {"workers": len(devices), **lost})
+        told: dict[str, Any] = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
+        told["workers_waited"] = asdict(pool.waited)
+        return _Done(seconds, new, {"workers": len(devices), **told})
 
 
 def prepare_run(
@@ -311,9 +313,9 @@ class Run:
         if pair.ranks is not None:
             pair.ranks.close()
         parallel.free_memory()
-        phases.phase(EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
-        phases(table.done, texts.up_to_row(len(rows)))
-        parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases)
+        phases.phase(STARTING)
+        counted = (EXPLAINING if isinstance(texts, Written) else SCORING, texts.unit)
+        parallel.fill_table(pool, work, rows, done, texts.up_to_row, table, phases, counted)
         self._end(table, metadata, phases, table.done - before)
 
     def _end(self, table: ResultTable, metadata: dict[str, Any], phases: Phases, new: int) -> None:

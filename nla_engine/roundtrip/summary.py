@@ -17,9 +17,10 @@ from nla_engine.roundtrip.results import batches, of_layer, ranked_among, read_m
 from nla_engine.roundtrip.texts import GIVEN
 
 #: Phases of a run. Explaining includes scoring, which runs beside it; finishing measures Var and ends the table.
-LOADING, PREPARING, EXPLAINING, SCORING, ASKING, FINISHING = (
+LOADING, PREPARING, STARTING, EXPLAINING, SCORING, ASKING, FINISHING = (
     "loading",
     "preparing",
+    "starting",
     "explaining",
     "scoring",
     "asking",
@@ -33,6 +34,7 @@ _RARE = (
     "workers",
     "workers_lost",
     "parts_again",
+    "workers_waited",
 )
 _NO_SECONDS: Mapping[str, float] = {}
 
@@ -47,7 +49,8 @@ class RoundtripSummary:
     With several samples per row, the `_best` keys take the best sample of each row by cos. seconds: all that this run
     took, loading included; rows_per_second: of the phases in which rows are explained or scored, and the table ended.
     workers: processes that had the models, if there were several; workers_lost: how many died; parts_again: parts of
-    the rows that these had, which were done again.
+    the rows that these had, which were done again; workers_waited: mean seconds that they stood still, by why
+    (`workers.job.Waited`).
     """
 
     out: str
@@ -81,6 +84,7 @@ class RoundtripSummary:
     workers: int = 0
     workers_lost: int = 0
     parts_again: int = 0
+    workers_waited: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
@@ -104,6 +108,7 @@ class ExplainSummary:
     workers: int = 0
     workers_lost: int = 0
     parts_again: int = 0
+    workers_waited: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _RARE or value}

@@ -23,7 +23,7 @@ PATCHED, CLAUSES, CLAIMS = "patched.parquet", "clauses.parquet", "claims.parquet
 _TABLES = (EXPLAINED, SAMPLES, REREAD, PATCHED, CLAUSES, CLAIMS)
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
 #: Options that a resumed study may change.
-FREE = {"out", "batch_size", "device", "resume", "overwrite"}
+FREE = {"out", "batch_size", "device", "gpus", "workers", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from nla_engine.store.shards import write_file_atomically
 from nla_engine.studies.directory import CLAIMS, CLAUSES, EXPLAINED, PATCHED, PROBLEMS, REREAD, SAMPLES, STORE
 from nla_engine.studies.models import Models
 from nla_engine.studies.reread import Reading, run_reread
+from nla_engine.workers.devices import worker_devices
 
 #: progress(what is counted): a context that gives a function (done, in all)
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -38,7 +39,10 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Stages:
-    """The runs in the directory `out`. `StudyDirectory` has checked that the same options made what is there."""
+    """The runs in the directory `out`. `StudyDirectory` has checked that the same options made what is there.
+
+    gpus, workers: as `workers.devices.worker_devices` takes them; with several, each run has processes of its own
+    """
 
     out: Path
     models: Models
@@ -48,6 +52,8 @@ class Stages:
     batch_size: int | None = None
     dtype: str | None = None
     device: str | None = None
+    gpus: str | None = None
+    workers: int = 1
     kernels: str = "auto"
     trust_remote_code: bool = False
 
@@ -70,22 +76,34 @@ class Stages:
             run_capture(options, announce=self.announce, progress=update)
         return CaptureStore.open(self.out / STORE)
 
-    def load_pair(self) -> tuple[Verbalizer, Reconstructor]:
-        """AV and AR, for the runs that follow."""
-        device = pick_device(self.device)
-        how: dict[str, Any] = {
+    def load_pair(self) -> tuple[Verbalizer | None, Reconstructor | None]:
+        """AV and AR, for the runs that follow; None if these have processes of their own, which load them."""
+        if len(self._devices) > 1:
+            return None, None
+        return Verbalizer.load(self.models.av, **self._how()), self.load_ar()
+
+    def load_ar(self) -> Reconstructor:
+        """The AR in this process."""
+        return Reconstructor.load(self.models.ar, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        device = pick_device(self._devices[0] if self._devices else self.device)
+        return {
             "device": device,
             "dtype": pick_dtype(self.dtype, device),
             "remote_code": self.trust_remote_code,
             "kernels": Kernels(self.kernels),
         }
-        return Verbalizer.load(self.models.av, **how), Reconstructor.load(self.models.ar, **how)
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return worker_devices(self.gpus, self.workers, self.device)
 
     def explain(
         self,
         rows: np.ndarray,
-        av: Verbalizer,
-        ar: Reconstructor,
+        av: Verbalizer | None,
+        ar: Reconstructor | None,
         *,
         max_new_tokens: int,
         variance: float | None = None,
@@ -100,8 +118,8 @@ class Stages:
     def sample(
         self,
         rows: np.ndarray,
-        av: Verbalizer,
-        ar: Reconstructor,
+        av: Verbalizer | None,
+        ar: Reconstructor | None,
         *,
         max_new_tokens: int,
         samples: int,
@@ -196,7 +214,8 @@ class Stages:
 
     def _texts(self, name: str) -> dict[str, Any]:
         """Options of a run that reads the explanations."""
-        same = {key: value for key, value in self._common().items() if key != "batch_size"}
+        left_out = ("batch_size", "gpus", "workers")  # they run in this process
+        same = {key: value for key, value in self._common().items() if key not in left_out}
         return {
             "store": str(self.out / STORE),
             "explained": self.out / EXPLAINED,
@@ -205,7 +224,7 @@ class Stages:
         }
 
     def _roundtrip(
-        self, name: str, rows: np.ndarray, av: Verbalizer, ar: Reconstructor, **changes: Any
+        self, name: str, rows: np.ndarray, av: Verbalizer | None, ar: Reconstructor | None, **changes: Any
     ) -> None:
         options = RoundtripOptions(
             store=str(self.out / STORE),
@@ -227,11 +246,15 @@ class Stages:
             )
 
     def _common(self) -> dict[str, Any]:
+        devices = self._devices
+        where: dict[str, Any] = {"device": devices[0] if devices else self.device}
+        if len(devices) > 1:
+            where = {"device": self.device, "gpus": self.gpus, "workers": self.workers}
         return {
+            **where,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "device": self.device,
             "kernels": self.kernels,
             "trust_remote_code": self.trust_remote_code,
             "resume": True,

@@ -21,7 +21,7 @@ from typing import Any
 
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
-from nla_engine.workers.job import Job, Stopped, Told, unfinished_of
+from nla_engine.workers.job import Job, Stopped, Told, Waited, unfinished_of
 from nla_engine.workers.outgoing import Outgoing
 from nla_engine.workers.wire import Wire
 
@@ -39,21 +39,23 @@ class Line:
         self._reported = 0.0
         self._last: Callable[[], Any] | None = None
         self.results: Outgoing | None = None
+        self.items: Items | None = None
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
     def _read(self) -> None:
         """Reads at all times, so that the end of the run is noticed during any work."""
         while True:
             try:
-                message, _ = self.wire.receive()
+                messages = self.wire.receive()
             except EOFError:
                 os._exit(0)
             except BaseException:  # a message that cannot be read here, such as a job of an unknown module
                 self.wire.send(("crash", *_described(sys.exc_info()[1])))
                 os._exit(1)
-            if message[0] == "stop":
-                self._stopped.set()
-            self._inbox.put(message)
+            for message, _ in messages:
+                if message[0] == "stop":
+                    self._stopped.set()
+                self._inbox.put(message)
 
     def receive(self) -> tuple[Any, ...]:
         """The next message. Stopped if the run is over."""
@@ -76,6 +78,12 @@ class Line:
             self._reported = now
             self.wire.send(("state", make()))
 
+    def waited(self) -> Waited:
+        """The seconds that the work stood still here."""
+        if self.items is None or self.results is None:
+            return Waited()
+        return Waited(0.0, self.items.waited, self.results.waited, self.items.waited_at_end)
+
     def report(self) -> None:
         """The last state, whenever the one before was sent."""
         if self._last is not None:
@@ -83,39 +91,62 @@ class Line:
 
 
 class Items:
-    """What the run hands out to this worker, as `Worker.run` takes it."""
+    """What the run hands out to this worker, as `Worker.run` takes it. It asks for more before there is none left.
+
+    waited: seconds without an item here, and at the end without one anywhere
+    """
 
     def __init__(self, line: Line) -> None:
         self._line, self._here = line, deque[Told]()
-        self._unfinished = 0
-        self._ended = False
+        self._unfinished = self._low = 0
+        self._asked = self._ended = False
+        self.waited = self.waited_at_end = 0.0
 
     def __iter__(self) -> Items:
         return self
 
     def __next__(self) -> Told | None:
         if not self._here and not self._ended:
-            self._ask()
+            self._wait()
         if self._here:
-            return self._here.popleft()
+            item = self._here.popleft()
+            if len(self._here) < self._low and not self._asked:
+                self._ask(ahead=True)
+            return item
         if self._ended:
             raise StopIteration
         return None
 
-    def _ask(self) -> None:
-        """With nothing to do, the answer may take long: it waits for work of others that die, or for the end.
+    def _wait(self) -> None:
+        """For the answer to what was asked before, and if that was empty for another.
 
-        Then the results go first: the run gives no more to a worker that seems to have enough.
+        With nothing to do, that may take long: it waits for work of others that die, or for the end.
         """
-        if not self._unfinished and self._line.results is not None:
-            self._line.results.flush()
-        self._line.wire.send(("ask", not self._unfinished))
+        began = time.monotonic()
+        if self._asked:
+            self._take()
+        if not self._here and not self._ended:
+            self._ask()
+            self._take()
+        if self._ended:
+            self.waited_at_end += time.monotonic() - began
+        else:
+            self.waited += time.monotonic() - began
+
+    def _ask(self, ahead: bool = False) -> None:
+        """The run answers at once, unless there is nothing to do. ahead: there are items here."""
+        self._line.wire.send(("ask", self._unfinished, ahead))  # results on their way do not count
+        self._asked = True
+
+    def _take(self) -> None:
         kind, *more = self._line.receive()
+        self._asked = False
         if kind == "end":
             self._ended = True
         else:
             self._here.extend(more[0])
             self._unfinished += len(more[0])
+            self._low = (len(more[0]) + 1) // 2
 
     def end(self) -> None:
         """A result is on its way."""
@@ -139,7 +170,7 @@ def main() -> None:
         finally:
             if line.results is not None:
                 line.results.flush()
-        line.wire.send(("bye",))
+        line.wire.send(("bye", line.waited()))
     except OSError as error:
         if not isinstance(error, BrokenPipeError | ConnectionError):
             _tell(line, ("crash", *_described(error)))
@@ -167,7 +198,7 @@ def _work(line: Line) -> None:
     except Stopped:
         return
     line.wire.send(("ready",))
-    items = Items(line)
+    items = line.items = Items(line)
     try:
         for item, result in worker.run(items):
             results.put(("result", item, result))

@@ -11,12 +11,25 @@ ALL = "all"
 AND = "+"
 
 
-def worker_devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, ...]:
-    """The device of each worker, such as ("cuda:0", "cuda:2") or ("cpu", "cpu"); empty: no workers, one process.
+def worker_devices(
+    gpus: str | None, workers: int, device: str | None, *, loaded: bool = False
+) -> tuple[str, ...]:
+    """The device of each worker, such as ("cuda:0", "cuda:2") or ("cpu", "cpu"). One: this process runs there, and
+    there are no workers; empty: the same, and `device` says where.
 
     gpus: as `fields.is_gpus` takes it; None: none asked for. workers: processes on the CPU; device: as --device has it
+    loaded: whether a model is loaded already
     RequestError if they do not exist, or the options contradict each other.
     """
+    devices = _devices(gpus, workers, device)
+    if devices and loaded:
+        raise RequestError(
+            "--gpus and --workers: each process loads its models itself: give their directories or Hub ids"
+        )
+    return devices
+
+
+def _devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, ...]:
     if gpus is None:
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
         if workers > 1 and on_gpu:

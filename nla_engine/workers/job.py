@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 #: What a worker's `run` is told of an item; None: nothing just now.
 Told = Any
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Seconds that a worker stood still: it began later than the first one, had no items although others waited to be
+    handed out or were with others, could not hand over results, or had nothing more to do."""
+
+    start: float = 0.0
+    items: float = 0.0
+    results: float = 0.0
+    end: float = 0.0
 
 
 class Stopped(Exception):

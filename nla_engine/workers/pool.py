@@ -11,21 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
-from nla_engine.workers.handing import MOST_DEATHS, Handing
-from nla_engine.workers.job import Job
+from nla_engine.workers.handing import MOST_DEATHS, RANGE, Handing
+from nla_engine.workers.job import Job, Waited
 from nla_engine.workers.process import WorkerProcess
 
 #: Bytes of results that may wait in memory.
 _WAITING_BYTES = 1 << 28
-#: Most bytes of results that wait in a worker to be sent.
-_OUTGOING_BYTES = 1 << 26
 #: Seconds that workers have to take their leave once all results are there.
 _LEAVE_SECONDS = 20.0
 
@@ -45,8 +43,8 @@ class Pool:
 
     imports: a module that the job will need
     announce: called with lines of workers, and of the pool; unit: what items are, for these lines
-    waiting_bytes: of results that were received and not taken; workers wait while there are more. In all workers
-        together at most half as many wait to be sent
+    waiting_bytes: of results that were received and not taken; workers wait while there are more
+    outgoing_bytes: of results that wait in a worker to be sent; None: in all workers together half of waiting_bytes
     A context manager: leaving it ends the processes.
     """
 
@@ -58,11 +56,12 @@ class Pool:
         announce: Callable[[str], None] = lambda text: None,
         unit: str = "items",
         waiting_bytes: int = _WAITING_BYTES,
+        outgoing_bytes: int | None = None,
     ) -> None:
         self.devices = tuple(devices)
         self._imports, self._announce, self._unit = imports, announce, unit
         self._most = waiting_bytes
-        self._outgoing = min(waiting_bytes // (2 * len(devices)), _OUTGOING_BYTES)
+        self._outgoing = outgoing_bytes or waiting_bytes // (2 * len(devices))
         self._threads = max(_cores() // len(devices), 1)
         self._lock = threading.Condition()
         self._handing = Handing([], 1)
@@ -98,6 +97,15 @@ class Pool:
         """What was lost and done again so far."""
         return Lost(self._deaths, self._handing.again)
 
+    @property
+    def waited(self) -> Waited:
+        """How long the workers that are there at the end stood still, on average."""
+        with self._lock:
+            told = [(each.ready, each.waited) for each in self._workers.values() if each.waited is not None]
+        first = min((ready for ready, _ in told), default=0.0)
+        each = [astuple(replace(waited, start=ready - first)) for ready, waited in told]
+        return Waited(*(round(sum(seconds) / len(told), 3) for seconds in zip(*each, strict=True)))
+
     def run(
         self,
         job: Job,
@@ -105,6 +113,7 @@ class Pool:
         *,
         told: Callable[[int], Any] = lambda item: item,
         together: int = 1,
+        most: int = RANGE,
         watch: Callable[[list[Any], list[Any]], None] = lambda now, before: None,
     ) -> Iterator[Results]:
         """Yield the results of all items, those that have arrived together in one list, each item once. Call it once.
@@ -112,12 +121,14 @@ class Pool:
         items: ascending numbers, each once; told: what a worker is told of an item, called by one thread at a time,
             while this generator may be suspended
         together: items with the same number // together are best done by one worker
+        most: items that a worker gets at once. It asks for more before it has none left
         watch: called with the last state of each worker, and with those of workers that died, whenever one has changed
+            or a worker begins
         Raises the error of a worker if it is one of `nla_engine.errors`, and EngineError if an item was lost too often,
         or no worker is left.
         """
         with self._lock:
-            self._handing = Handing(items, len(self._workers), together)
+            self._handing = Handing(items, len(self._workers), together, most)
             self._told, self._job = told, job
             for worker in self._workers.values():
                 worker.send("work", job, worker.device, self._outgoing)
@@ -218,12 +229,14 @@ class Pool:
         failed: Exception | None = None
         try:
             while True:
-                message, size = worker.wire.receive(self._reserve)
+                messages = worker.wire.receive(self._reserve)
                 with self._lock:
-                    if message[0] != "result":
-                        self._bytes -= size
-                    self._took(worker, message, size)
+                    for message, size in messages:
+                        if message[0] != "result":
+                            self._bytes -= size
+                        self._took(worker, message, size)
                     self._lock.notify_all()
+                del messages, message  # what they hold is freed once it is taken
         except EOFError:
             pass
         except Exception as error:
@@ -264,8 +277,9 @@ class Pool:
             if self._handing.finished:
                 self._answer_waiting()
         elif kind == "ask":
-            worker.waits = more[0]
-            self._answer(worker)
+            worker.unfinished, ahead = more
+            worker.waits = not worker.unfinished
+            self._answer(worker, ahead)
         elif kind == "state":
             worker.state, self._news = more[0], True
         elif kind == "say":
@@ -273,9 +287,9 @@ class Pool:
         elif kind == "left":
             self._left.append(more[0])
         elif kind == "ready":
-            worker.ready = True
+            worker.ready, self._news = time.monotonic(), True
         elif kind == "bye":
-            worker.ended = True
+            worker.ended, worker.waited = True, more[0]
         elif kind == "crash":
             worker.cause, worker.trace = more
         elif kind == "error":
@@ -285,13 +299,13 @@ class Pool:
             error.add_note(f"in the worker on {worker.device}:\n{trace}")
             self._fail(error)
 
-    def _answer(self, worker: WorkerProcess) -> None:
+    def _answer(self, worker: WorkerProcess, ahead: bool = False) -> None:
         """Give a worker that asked the next items, or say that there are none. The lock is held."""
         if self._handing.finished:
             worker.waits = False
             worker.send("end")
             return
-        items = self._handing.take(worker.number)
+        items = self._handing.take(worker.number, worker.unfinished, ahead)
         if items or not worker.waits:  # one that waits is answered later
             worker.waits = False
             worker.send("items", [self._told(item) for item in items])

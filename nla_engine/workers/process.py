@@ -11,6 +11,7 @@ import tempfile
 from contextlib import suppress
 from typing import Any
 
+from nla_engine.workers.job import Waited
 from nla_engine.workers.wire import Wire
 
 _PROGRAM = "from nla_engine.workers.child import main; main()"
@@ -22,13 +23,17 @@ class WorkerProcess:
     """A new process. threads: of its computation on the CPU.
 
     It is no fork, and does not run the caller's main module: neither threads nor an open GPU of the caller matter.
-    ready: its job is open; waits: it has nothing to do and asked for more; ended: as it should; cause: why it failed
+    ready: when its job was open, 0 before that; waits: it has nothing to do and asked for more; ended: as it should
+    waited: what it told at its end; cause: why it failed
     """
 
     def __init__(self, number: int, device: str, threads: int) -> None:
         self.number, self.device = number, device
-        self.ready = self.waits = self.ended = self.gone = False
+        self.waits = self.ended = self.gone = False
+        self.ready = 0.0
+        self.waited: Waited | None = None
         self.fruitful = False  # it has returned a result
+        self.unfinished = 0  # items that it had when it last asked for more
         self.state: Any = None
         self.cause, self.trace = "", ""
         mine, its = socket.socketpair()

@@ -259,7 +259,7 @@ def test_refused(
 
 def test_a_loaded_model_is_refused(tmp_path: Path, base: Path, rng: np.random.Generator) -> None:
     write(tmp_path, rng, 2)
-    with pytest.raises(RequestError, match="each process loads the model itself"):
+    with pytest.raises(RequestError, match="each process loads its models itself"):
         run_capture(options(tmp_path, base, "x.zarr", workers=2), lm=load_model(base, device="cpu"))
 
 

@@ -45,6 +45,7 @@ OF_SOME_RUNS = {
     "workers",
     "workers_lost",
     "parts_again",
+    "workers_waited",
 }
 
 

@@ -83,6 +83,9 @@ def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
     assert seen[-1] == (ROWS * samples, ROWS * samples) and all(done <= total for done, total in seen)
     told = shared.to_dict()
     assert told["workers"] == 2 and "workers_lost" not in told and "workers" not in alone.to_dict()
+    assert set(told["workers_waited"]) == {"start", "items", "results", "end"}
+    phases = ["loading", "preparing", "starting", "explaining", "finishing"]
+    assert list(shared.seconds_by_phase) == phases, "loading the models in the processes is not explaining"
     for key, value in alone.to_dict().items():
         if "second" not in key and key != "out":
             assert (

@@ -39,14 +39,44 @@ def test_nobody_takes_more_than_a_share() -> None:
     assert handing.take(1)
 
 
-def test_ranges_shrink_towards_the_end() -> None:
-    handing, sizes = Handing(range(1000), 2), []
+@pytest.mark.parametrize("most", [8, 1000])
+def test_ranges_shrink_towards_the_end(most: int) -> None:
+    handing, sizes = Handing(range(1000), 2, most=most), []
     while not handing.finished:
         got = handing.take(0)
         sizes.append(len(got))
         for item in got:
             handing.end(0, item)
-    assert sizes[0] == 32 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(most, 125) and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_results_on_their_way_do_not_count() -> None:
+    """A worker whose lanes have all ended gets as many again, before its results have arrived."""
+    handing = Handing(range(200), 4)
+    lanes = {worker: [item for _ in range(3) for item in handing.take(worker)] for worker in range(4)}
+    again: list[int] = []
+    while got := handing.take(0, unfinished=len(again)):
+        again += got
+    assert len(again) >= len(lanes[0]) == 36
+    for item in lanes[0]:
+        handing.end(0, item)
+    assert handing.died(0)[0] == sorted(again)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_what_is_asked_for_ahead_leaves_enough(workers: int) -> None:
+    """As long as more than one round of all lanes waits, a worker may have some of it before it needs them."""
+    lanes = 40
+    handing = Handing(range(4 * lanes * workers), workers)
+    have = [0] * workers
+    for worker in range(workers):
+        while have[worker] < lanes:
+            have[worker] += len(handing.take(worker, unfinished=have[worker])[: lanes - have[worker]])
+    ahead = 0
+    while got := handing.take(0, unfinished=lanes + ahead, ahead=True):
+        ahead += len(got)
+    left = len(handing.take(0, unfinished=0))
+    assert ahead and left, "others would have to wait"
 
 
 def test_items_together() -> None:

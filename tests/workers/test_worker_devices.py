@@ -56,6 +56,15 @@ def test_refused(given: tuple[str | None, int, str | None], message: str) -> Non
         worker_devices(*given)
 
 
+@pytest.mark.parametrize("gpus", [2], indirect=True)
+@pytest.mark.usefixtures("gpus")
+def test_a_loaded_model_cannot_be_that_of_workers() -> None:
+    for asked in (("all", 1, None), ("1", 1, None), (None, 2, "cpu")):
+        with pytest.raises(RequestError, match="loads its models"):
+            worker_devices(*asked, loaded=True)
+    assert worker_devices(None, 1, None, loaded=True) == ()
+
+
 @pytest.mark.parametrize(
     ("gpus", "given", "devices"),
     [

@@ -53,7 +53,7 @@ def run(session: Session) -> None:
             "reconstruct",
             f"HF dense B={batch} {prompt} tokens",
             "vectors/s",
-            baselines.reconstructor(session, batch, prompt, _head(session.lm.d_model)),
+            baselines.reconstructor(session, batch, prompt, random_head(session.lm.d_model)),
         )
         if line is not None:
             line.compare(theirs)
@@ -82,11 +82,12 @@ def reconstructor_of(lm: LanguageModel, layer: int, precision: str = "full") -> 
     # Of a model over several GPUs no other runner is open, and a copy here would be unknown to the other ranks.
     own = twin(lm) if lm.ranks is None else lm
     return Reconstructor(
-        own.truncated(layer), sidecar, _head(lm.d_model), kernels=Kernels(precision=precision)
+        own.truncated(layer), sidecar, random_head(lm.d_model), kernels=Kernels(precision=precision)
     )
 
 
-def _head(width: int) -> torch.Tensor:
+def random_head(width: int) -> torch.Tensor:
+    """A value head, float32 [d, d]."""
     return torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
 
 

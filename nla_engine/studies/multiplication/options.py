@@ -62,6 +62,8 @@ class MultiplicationOptions(Options):
     batch_size: int | None = fields.batch_size("Sequences run at once, in both stages.")
     dtype: str | None = fields.dtype()
     device: str | None = fields.device()
+    gpus: str | None = fields.gpus()
+    workers: int = fields.workers()
     kernels: str = fields.kernels()
     resume: bool = fields.resume("study")
     overwrite: bool = option("Replace a study that exists.", False)

@@ -39,6 +39,7 @@ from nla_engine.studies.multiplication.problems import (
 )
 from nla_engine.studies.reread import Explained, choose_partners, explained_rows, plan
 from nla_engine.studies.stages import Progress, Stages
+from nla_engine.workers.devices import worker_devices
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def run_multiplication(
     started = time.perf_counter()
     out, setup = options.out, _setup(options)
     records = _problem_records(options, setup)
+    worker_devices(options.gpus, options.workers, options.device)  # refused before anything is written
     directory = StudyDirectory(
         out, MARKDOWN, options.to_dict(), resume=options.resume, overwrite=options.overwrite
     )
@@ -84,6 +86,8 @@ def run_multiplication(
             batch_size=options.batch_size,
             dtype=options.dtype,
             device=options.device,
+            gpus=options.gpus,
+            workers=options.workers,
             kernels=options.kernels,
             trust_remote_code=options.trust_remote_code,
         )
@@ -160,6 +164,7 @@ def _explain(stages: Stages, replies: list[Reply], options: MultiplicationOption
     del av
     stages.announce("3  referee: other problems' texts, vectors in place of the model's, clauses, claims")
     explained = explained_rows(stages.out / EXPLAINED, places, clusters_of(replies))
+    ar = ar or stages.load_ar()  # what follows runs in this process
     stages.reread(plan(explained, options.seed), ar, variance=variance)
     patched = stages.patch(answer_rows, _partners(explained, options.seed), ar)
     ablated = _first_answered(replies, options.ablated_problems)
