@@ -59,6 +59,7 @@ def check_same(one: Path, other: Path) -> None:
             assert a == b, name
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
     samples = 2
     how = {"samples": samples, "temperature": 1.0}
@@ -82,6 +83,7 @@ def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
 
 
 def test_each_half_alone(store: Path, tmp_path: Path) -> None:
+    """In processes that start as they do for users."""
     how: dict[str, Any] = {"store": str(store), "device": "cpu"}
     for name, workers in (("one", 1), ("two", 2)):
         texts, out = tmp_path / f"{name}.parquet", tmp_path / f"{name}-scored.parquet"
@@ -104,6 +106,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
     return made
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_killed_worker_costs_only_what_it_had(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +128,7 @@ def test_a_killed_worker_costs_only_what_it_had(
     assert any("killed by SIGKILL" in line for line in said)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_interrupted_run_is_resumed_by_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
