@@ -145,6 +145,7 @@ class _Run:
         self._working: dict[Any, tuple[Any, str]] = {}  # worker and unit by the reference of its `do`
         self._free: list[Any] = []
         self._failures: Counter[str] = Counter()
+        self._waits: set[str] = set()  # units that were found held by another process
         self.sequences = self.tokens = self.skipped = 0
         self._all: int | None = None
 
@@ -228,6 +229,9 @@ class _Run:
         """Seconds until the unit is tried again. Raises the cause, if that is the request's or has come too often."""
         cause = _cause(error)
         if isinstance(cause, HeldError):
+            if unit not in self._waits:
+                self._waits.add(unit)
+                self._announce(f"unit {unit} waits: {first_line(cause)}")
             self._free.append(worker)
             return HELD_SECONDS
         if isinstance(cause, RequestError):

@@ -209,6 +209,10 @@ def test_every_unit_counts_once(
     lost = sum(cluster.happened[kind] for kind in ("lost", "after", "cut"))
     assert cluster.happened["kill"] == lost, "a worker that seems lost is ended, and another one started"
     assert sum("is tried again: " in line for line in said) == sum(cluster.faults.values())
+    waited = {line.split()[1] for line in said if " waits: another process is writing here" in line}
+    assert len(waited) == sum(" waits: " in line for line in said) and bool(waited) == bool(
+        cluster.happened["held"]
+    )
     assert not any("more" in line for line in said) and said.count("loaded") == 1
 
 
