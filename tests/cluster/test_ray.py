@@ -207,18 +207,30 @@ def test_the_last_node_vanishes(base: Path, tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_a_node_with_another_version(
-    base: Path, tmp_path: Path, cluster: Any, file: str, text: str | None, message: str
+    base: Path,
+    tmp_path: Path,
+    cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    text: str | None,
+    message: str,
 ) -> None:
+    """It is the only one with room, so that no other can finish the run before it is heard."""
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # Ray's workers look for modules where the run was started, too
     package = Path(ray_run.__file__).parents[1]
     shutil.copytree(package, tmp_path / "nla_engine", ignore=shutil.ignore_patterns("__pycache__", "trio"))
     changed = tmp_path / "nla_engine" / file
     changed.write_text(changed.read_text() + "\nX = 1\n" if text is None else text)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    other = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    alone = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    alone.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
     try:
-        ran = run(base, tmp_path / "run.zarr", ray=cluster.address, ray_workers=3)
+        ran = run(base, tmp_path / "run.zarr", ray=alone.address)
     finally:
-        cluster.remove_node(other)
+        alone.shutdown()
     refused(ran, message)
     assert not list(tmp_path.glob("run.*"))
 
