@@ -1,11 +1,17 @@
 """What every test shares: the GPU skip, quiet threads, a seed that a failure shows, a run, a browser."""
 
+import gc
 import os
+import re
 import shutil
 import signal
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import huggingface_hub
@@ -15,6 +21,7 @@ import torch
 from adapters import save_adapted
 from commands import LAYER, call, capture, roundtrip
 from encoded import IMPLEMENTATIONS
+from fork_server import Forked, Server
 from huggingface_hub import constants
 from stand_in_gpu import StandIn, build, install
 from stand_in_hub import Hub, serve
@@ -24,6 +31,7 @@ from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
 from nla_engine.models.hub import fetch, find
 from nla_engine.ops.backends import cuda_fault
+from nla_engine.workers import process
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -32,6 +40,28 @@ Open = Callable[..., "Page"]
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit an ignored one
 torch.set_num_threads(1)  # tests are many small tensors; threads only get in each other's way
+
+#: A disk in memory, and the bytes that must be free there: stores are synced all the time, and a real disk is slow.
+_MEMORY_DISK, _MEMORY_NEEDED = "/dev/shm", 6 << 30
+
+
+def pytest_configure() -> None:
+    """Temporary files of tests, and of what they start, are in memory if there is room. TMPDIR names another place."""
+    if "TMPDIR" not in os.environ and os.access(_MEMORY_DISK, os.W_OK):
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        memory = int(available[1]) << 10 if available else 0
+        if min(shutil.disk_usage(_MEMORY_DISK).free, memory) >= _MEMORY_NEEDED:
+            os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY_DISK
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so no collection of garbage need look at it: each takes a fifth of a second else."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,6 +131,21 @@ def implementation(
     elif name == "cuda" and (fault := cuda_fault(torch.device(device))):
         pytest.skip(fault)
     return name, device
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def forked_workers(fork_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a pool are forked, which takes no seconds."""
+    popen = SimpleNamespace(**vars(subprocess))
+    popen.Popen = partial(Forked, fork_server)
+    monkeypatch.setattr(process, "subprocess", popen)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
+_can_run = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED,
     reason="needs a GPU or TRITON_INTERPRET=1 (see test_in_the_interpreter)",
 )
@@ -21,10 +22,15 @@ starts_the_interpreter = pytest.mark.skipif(
 )
 
 
+def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that launches Triton kernels."""
+    return pytest.mark.kernels(_can_run(test))
+
+
 def run_in_the_interpreter(file: str) -> None:
     """Every kernel test of a file, in a process of its own where Triton interprets."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "kernels", file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,

@@ -52,6 +52,9 @@ def bench(
     batch_size: Annotated[
         list[int], typer.Option(help="Sequences decoded at once. Repeat for several.")
     ] = [],  # noqa: B006
+    join_rows: Annotated[
+        list[int], typer.Option(help="Rows that suite join joins. Repeat for several.")
+    ] = [],  # noqa: B006
     requests: Annotated[int | None, typer.Option(help="Requests, documents or vectors per case.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Prompt length of suite generate.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate for each request.")] = None,
@@ -128,6 +131,7 @@ def bench(
         model=model,
         shape=shape,
         batch_sizes=tuple(batch_size),
+        join_rows=tuple(join_rows),
         requests=requests,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

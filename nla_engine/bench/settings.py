@@ -138,6 +138,7 @@ class Settings:
     model: str | None = None
     shape: str = "tiny"
     batch_sizes: tuple[int, ...] = ()
+    join_rows: tuple[int, ...] = ()
     requests: int | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None
@@ -172,6 +173,8 @@ class Settings:
             raise RequestError("--prompt-tokens is 1: it must be 2 or more")
         if any(batch < 1 for batch in self.batch_sizes):
             raise RequestError(f"--batch-size is {min(self.batch_sizes)}: it must be above 0")
+        if any(rows < 1 for rows in self.join_rows):
+            raise RequestError(f"--join-rows is {min(self.join_rows)}: it must be above 0")
 
     @property
     def sizes(self) -> Sizes:
@@ -185,6 +188,8 @@ class Settings:
             changed["prompt"] = self.prompt_tokens
         if self.new_tokens:
             changed |= {"new": self.new_tokens, "av_new": self.new_tokens}
+        if self.join_rows:
+            changed["join_rows"] = self.join_rows
         if self.batch_sizes:
             changed |= {
                 "batches": tuple(sorted(self.batch_sizes)),

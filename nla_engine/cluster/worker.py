@@ -30,36 +30,34 @@ class Loaded:
 
 
 class Worker:
-    """Units of one run. options: those of the run; clock: the time that a chat template is given."""
+    """Units of one run. It is given nothing before its versions are known: another version may not understand it."""
 
-    def __init__(self, options: CaptureOptions, clock: datetime) -> None:
-        self._options, self._clock = options, clock
-        self._held: tuple[LanguageModel, PromptSet] | None = None
+    _options: CaptureOptions
+    _held: tuple[LanguageModel, PromptSet]
 
     def versions(self) -> dict[str, str]:
         """Of this process."""
         return versions()
 
-    def load(self) -> Loaded:
-        """Load the model and read the prompts. Raises what `load_inputs` raises."""
-        prompts = self._inputs()[1]
+    def load(self, options: CaptureOptions, clock: datetime) -> Loaded:
+        """Load the model and read the prompts. options: of the run; clock: the time that a chat template is given.
+
+        Raises what `load_inputs` raises.
+        """
+        self._options, self._held = options, load_inputs(options, clock=clock)
+        prompts = self._held[1]
         return Loaded(len(prompts), prompts.messages(), len(prompts.skipped))
 
     def do(self, unit: str) -> tuple[int, int]:
         """Do a unit, such as "3/8": its sequences, and how many tokens were generated now.
 
-        Raises what `run_capture` raises; HeldError while another process writes it.
+        After `load`. Raises what `run_capture` raises; HeldError while another process writes it.
         """
         options = replace(self._options, shard=unit)
-        job = CaptureJob(options, *self._inputs())
+        job = CaptureJob(options, *self._held)
         if exists(place(options.target)):
             store = CaptureStore.open(options.target)
             if store.complete and store.options == job.recorded.unchanging():
                 return store.sequences, 0
         summary = job.run()
         return summary.sequences, summary.tokens_generated
-
-    def _inputs(self) -> tuple[LanguageModel, PromptSet]:
-        if self._held is None:
-            self._held = load_inputs(self._options, clock=self._clock)
-        return self._held

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -159,14 +160,22 @@ class ObjectLock:
     def __init__(self, root: ObjectPath) -> None:
         """Raises StoreError, naming the holder, if there is one. An OSError is left to the caller."""
         self._object = root / LOCK_NAME
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "token": os.urandom(8).hex()}
+        holder = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "token": os.urandom(8).hex(),
+        }
         self._data = json.dumps(holder).encode()
         self._checked = time.monotonic()
         self._held = self._object.create(self._data)
         if not self._held:
+            remove = (
+                f"aws s3 rm {self._object}" if str(root).startswith("s3://") else f"delete {self._object}"
+            )
             raise HeldError(
-                f"{root}: another process is writing this store, or was killed: {self._object} names "
-                f"{self._object.read_bytes().decode(errors='replace')}: wait for it; delete that object if it is dead"
+                f"{root}: another process is writing this store, or was killed: {_holder(self._object.read_bytes())}: "
+                f"wait for it; if it is dead, remove its lock: {remove}"
             )
 
     def check(self) -> None:
@@ -192,6 +201,20 @@ class ObjectLock:
                 self.check()
                 self._object.unlink()
         self._held = False
+
+
+def _holder(lock: bytes) -> str:
+    """In words, who holds a lock, and since when."""
+    try:
+        holder = json.loads(lock)
+        who = f"process {holder['process']} on {holder['host']}"
+    except (ValueError, TypeError, KeyError):
+        return f"the lock says {lock[:_LONGEST_REASON].decode(errors='replace')!r}"
+    try:  # by the clocks of two machines
+        minutes = (datetime.now(UTC) - datetime.fromisoformat(holder["since"])).total_seconds() / 60
+    except (ValueError, TypeError, KeyError):
+        return who
+    return f"{who}, for {minutes:.0f} minutes" if minutes < 120 else f"{who}, for {minutes / 60:.0f} hours"
 
 
 def _buffer(data: bytes | memoryview) -> Buffer:

@@ -62,10 +62,10 @@ def python(tmp_path: Path) -> Path:
 
 
 def run(
-    python: Path, suites: str, capsys: pytest.CaptureFixture[str], *more: str
+    python: Path, suites: str, capsys: pytest.CaptureFixture[str], *more: str, repeats: int = 2
 ) -> tuple[int, dict[str, Any]]:
-    options = "--shape tiny --device cpu --requests 3 --prompt-tokens 6 --new-tokens 4 --repeats 2"
-    code = main([*suites.split(), *options.split(), "--vllm", str(python), *more])
+    options = "--shape tiny --device cpu --requests 3 --prompt-tokens 6 --new-tokens 4"
+    code = main([*suites.split(), *options.split(), "--repeats", str(repeats), "--vllm", str(python), *more])
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -136,7 +136,7 @@ def test_what_vllm_did_not_do_is_named(
     how: str, message: str, python: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STAND_IN", how)
-    code, result = run(python, "generate", capsys)
+    code, result = run(python, "generate", capsys, repeats=1)
     assert code == 1
     (failure,) = result["failed"]
     assert failure["case"].startswith("vLLM 9.8.7") and message in failure["error"]

@@ -31,6 +31,9 @@ from nla_engine.workers.pool import Pool
 Sequence = dict[str, Any]
 ROUNDS = range(int(os.environ.get("NLA_KILL_ROUNDS", "1")))
 
+#: But not in the command that is killed: it starts its own.
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def by_number(path: Path) -> dict[int, Sequence]:
     """Everything that a store of codec bf16 has of each sequence, by its number."""

@@ -1,11 +1,13 @@
-"""A capture on a real Ray cluster of several nodes on this machine: a worker and a node are killed, and every row is
-that of one process."""
+"""A capture on a real Ray cluster of several nodes on this machine: workers and nodes are killed, cut off, of another
+version, and every row is that of one process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -46,11 +48,42 @@ def cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     )
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # A node that says nothing is given up after some ten seconds.
+    soon = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4, "initial_delay_ms": 0}
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": False,
+        "_system_config": {f"health_check_{key}": value for key, value in soon.items()},
+    }
+    made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1)
     made.add_node(num_cpus=1)
     yield made
     made.shutdown()
+
+
+def raylet(node: Any) -> int:
+    """The process that makes a node one of the cluster. Its workers are its children."""
+    return node.all_processes["raylet"][0].process.pid
+
+
+def parent(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def writing(parts: Path, node: Any, deadline: float) -> int:
+    """A process of a node that writes a unit, once there is one; 0 if there is none in time."""
+    while time.monotonic() < deadline:
+        for lease in parts.glob("*.zarr/.nla-writer"):
+            with contextlib.suppress(OSError, ValueError):
+                process = json.loads(lease.read_text())["process"]
+                if parent(process) == raylet(node):
+                    return process
+        time.sleep(0.005)
+    return 0
 
 
 def run(base: Path, out: Path, **changes: object) -> Ran:
@@ -91,7 +124,7 @@ def test_workers_and_a_node_are_lost(base: Path, tmp_path: Path, cluster: Any) -
     out, doomed = tmp_path / "run.zarr", cluster.add_node(num_cpus=1)
 
     def harm() -> None:
-        kill_worker(time.monotonic() + 60, tmp_path / "run.zarr.parts")
+        kill_worker(time.monotonic() + 240, tmp_path / "run.zarr.parts")
         cluster.remove_node(doomed, allow_graceful=False)
 
     thread = threading.Thread(target=harm)
@@ -102,6 +135,104 @@ def test_workers_and_a_node_are_lost(base: Path, tmp_path: Path, cluster: Any) -
     assert ran.json["sequences"] == 40 and "is tried again" in ran.err
     check_rows(base, out)
     assert not (tmp_path / "run.zarr.parts").exists()
+
+
+def test_a_node_is_cut_off(base: Path, tmp_path: Path, cluster: Any) -> None:
+    """Its raylet stops, and its worker in the middle of a unit, which nobody else may write. Both go on later."""
+    out, doomed, stopped = tmp_path / "run.zarr", cluster.add_node(num_cpus=1), []
+
+    def harm() -> None:
+        if process := writing(tmp_path / "run.zarr.parts", doomed, time.monotonic() + 240):
+            for each in (process, raylet(doomed)):
+                os.kill(each, signal.SIGSTOP)
+                stopped.append(each)
+            time.sleep(30)  # the cluster gives the node up, and the unit is tried elsewhere
+            os.kill(process, signal.SIGCONT)
+
+    thread = threading.Thread(target=harm)
+    thread.start()
+    try:
+        ran = run(base, out, ray=cluster.address, ray_workers=3, ray_units=6, json=True)
+        thread.join()
+    finally:
+        for each in stopped:
+            with contextlib.suppress(OSError):
+                os.kill(each, signal.SIGCONT)
+        cluster.remove_node(doomed, allow_graceful=False)
+    assert len(stopped) == 2 and ran.code == 0, ran.err
+    assert "is tried again" in ran.err
+    check_rows(base, out)
+
+
+def test_the_last_node_vanishes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with 1, and goes on with another node."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setattr(ray_run, "PLACE_SECONDS", 5.0)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    out, only = tmp_path / "run.zarr", cluster.add_node(num_cpus=1)
+
+    def harm() -> None:
+        assert writing(tmp_path / "run.zarr.parts", only, time.monotonic() + 240)
+        cluster.remove_node(only, allow_graceful=False)
+
+    thread = threading.Thread(target=harm)
+    thread.start()
+    try:
+        ran = run(base, out, ray=cluster.address, ray_units=4)
+        thread.join()
+        assert ran.code == 1, ran.err
+        assert ran.err.splitlines()[-1].endswith(
+            "no place for a worker: what is done is safe, --resume goes on"
+        )
+        assert not out.exists()
+        cluster.add_node(num_cpus=1)
+        monkeypatch.undo()
+        ran = run(base, out, ray=cluster.address, resume=True)
+        assert ran.code == 0, ran.err
+    finally:
+        cluster.shutdown()
+    check_rows(base, out)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("errors.py", None, r"other versions: nla_engine \S+ \(code \w+\) there, .* here: install the same"),
+        (
+            "__init__.py",
+            "import another_package",
+            r"cannot import this package \(.*another_package.*\): install",
+        ),
+    ],
+)
+def test_a_node_with_another_version(
+    base: Path,
+    tmp_path: Path,
+    cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    text: str | None,
+    message: str,
+) -> None:
+    """It is the only one with room, so that no other can finish the run before it is heard."""
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # Ray's workers look for modules where the run was started, too
+    package = Path(ray_run.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "nla_engine", ignore=shutil.ignore_patterns("__pycache__", "trio"))
+    changed = tmp_path / "nla_engine" / file
+    changed.write_text(changed.read_text() + "\nX = 1\n" if text is None else text)
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    alone = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    alone.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    try:
+        ran = run(base, tmp_path / "run.zarr", ray=alone.address)
+    finally:
+        alone.shutdown()
+    refused(ran, message)
+    assert not list(tmp_path.glob("run.*"))
 
 
 def test_a_run_that_stops_is_resumed(

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from commands import call, capture, check_refused
 
+from nla_engine.cluster import ray_run
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -43,3 +45,15 @@ def test_an_address_where_nothing_listens(root: Path, tmp_path: Path) -> None:
         ran = call(*capture(root, tmp_path / "run.zarr", ray=f"127.0.0.1:{taken.getsockname()[1]}"))
     check_refused(ran, "no Ray answers there")
     assert time.monotonic() - began < 10
+
+
+def test_an_address_where_something_else_listens(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts, and says nothing."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setattr(ray_run, "ANSWER_SECONDS", 3)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ran = call(*capture(root, tmp_path / "run.zarr", ray=f"127.0.0.1:{other.getsockname()[1]}"))
+    check_refused(ran, "no Ray answers there in 3 s")
+    assert not list(tmp_path.iterdir())

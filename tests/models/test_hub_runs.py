@@ -58,8 +58,9 @@ def test_both_stages_and_the_audit_run_on_repositories(trio: Hub, here: Path) ->
     base = trio.repositories["owner/base"]
     assert f"owner/base (commit {base.commit[:12]}): 6 files, " in ran.err
     ran = run(
-        here, trio, "roundtrip", "run.zarr", "--av", "owner/av", "--ar", "owner/ar", "--out", "x.parquet"
-    )
+        here, trio, "roundtrip", "run.zarr", "--av", "owner/av", "--ar", "owner/ar", "--out", "x.parquet",
+        "--max-new-tokens", 12,
+    )  # fmt: skip
     assert ran.code == 0, ran.err
     needed = {name: {p.name for p in (TRIO / name).iterdir()} for name in ("base", "av", "ar")}
     assert set(trio.fetched()) == {f"owner/{name}:{file}" for name, files in needed.items() for file in files}

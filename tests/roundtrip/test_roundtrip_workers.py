@@ -70,6 +70,7 @@ def test_the_table_of_workers_that_split_their_models(store: Path, tmp_path: Pat
     assert shared.to_dict()["workers"] == 2
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
     samples = 2
     how = {"samples": samples, "temperature": 1.0}
@@ -95,12 +96,16 @@ def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
             )
 
 
-def test_each_half_alone(store: Path, tmp_path: Path) -> None:
+def test_each_half_alone(store: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The first in processes that start as they do for users."""
     how: dict[str, Any] = {"store": str(store), "device": "cpu"}
-    for name, workers in (("one", 1), ("two", 2)):
-        texts, out = tmp_path / f"{name}.parquet", tmp_path / f"{name}-scored.parquet"
-        run_explain(ExplainOptions(av=AV, out=texts, max_new_tokens=9, workers=workers, **how))
-        run_score(ScoreOptions(ar=AR, texts=texts, out=out, workers=workers, prefixes=True, **how))
+    texts = {workers: tmp_path / f"{name}.parquet" for workers, name in ((1, "one"), (2, "two"))}
+    for workers, out in texts.items():
+        run_explain(ExplainOptions(av=AV, out=out, max_new_tokens=9, workers=workers, **how))
+    request.getfixturevalue("forked_workers")
+    for workers, given in texts.items():
+        out = given.with_name(f"{given.stem}-scored.parquet")
+        run_score(ScoreOptions(ar=AR, texts=given, out=out, workers=workers, prefixes=True, **how))
     for name in (".parquet", "-scored.parquet"):
         check_same(tmp_path / f"one{name}", tmp_path / f"two{name}")
 
@@ -118,6 +123,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
     return made
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_killed_worker_costs_only_what_it_had(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +145,7 @@ def test_a_killed_worker_costs_only_what_it_had(
     assert any("killed by SIGKILL" in line for line in said)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_interrupted_run_is_resumed_by_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

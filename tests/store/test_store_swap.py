@@ -97,6 +97,7 @@ def test_stopped_after_every_call(
     cut.mkdir()
     power_cut.lay_out(disk.after_power_cut("everything", rng), cut, {})
     old, old_id = contents_of(path), CaptureStore.open(path).attributes["store_id"]
+    new = new_sequences()
     seen, found, begun, committed = set(), [], False, 0
     for number, line in enumerate(log[start:]):
         disk.call(line)
@@ -124,7 +125,7 @@ def test_stopped_after_every_call(
                 assert store.sequences == len(SIZES), where
                 assert set(store.attributes["dropped"]) == {"0", "2"}, where
             else:
-                check_committed(path, new_sequences(), committed)
+                check_committed(path, new, committed)
             with pytest.raises(StoreError, match="exists: pass --overwrite to replace it"):
                 create_store(path, CODEC)
             if number % 12 == 0:
