@@ -158,6 +158,28 @@ class Runner:
             self.cache.grow(0, len(prefix))
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
+        self._prefix = tuple(prefix)
+
+    def weights_changed(self) -> None:
+        """Call after the values of the model's weights were replaced in place, with no sequence running.
+
+        Graphs and fused blocks read the weights where they are; only the shared prefix was computed with others. It is
+        read again into the memory that graphs know. EngineError where weights have copies (fp8), on several ranks, and
+        for blocks that keep a state.
+        """
+        if self.precision == "fp8" or self.ranks is not None or self.cache.states:
+            raise EngineError(
+                f"{self.lm.name}: weights are replaced in place only in full precision, on one GPU, and where every "
+                "block attends"
+            )
+        if not self._prefix:
+            return
+        self.cache.release_all()
+        self.cache.grow(0, len(self._prefix))
+        with self.cache.without_prefix():
+            self.prefill([(0, 0, self._prefix)])
+        self.cache.renew_prefix(0)
+        self.cache.release_all()
 
     def __enter__(self) -> Runner:
         return self

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +240,23 @@ class SlotCache:
             return
         kept = [self.layer(layer).places(slot, length) for layer in self._number]
         self.prefix_keys, self.prefix_values = (torch.stack(part) for part in zip(*kept, strict=True))
+
+    @contextmanager
+    def without_prefix(self) -> Iterator[None]:
+        """While this is open, sequences begin at place 0 of their slots."""
+        held = self.prefix_keys, self.prefix_values
+        self.prefix_keys, self.prefix_values = (part[:, :0] for part in held)
+        try:
+            yield
+        finally:
+            self.prefix_keys, self.prefix_values = held
+
+    def renew_prefix(self, slot: int) -> None:
+        """Overwrite the shared prefix, in the memory where it is, with what a freshly filled slot holds."""
+        for layer, number in self._number.items():
+            keys, values = self.layer(layer).places(slot, self.prefix_size)
+            self.prefix_keys[number].copy_(keys)
+            self.prefix_values[number].copy_(values)
 
     def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
         """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them

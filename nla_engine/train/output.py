@@ -1,0 +1,108 @@
+"""What training writes: sidecars at first, and the trained weights at the end, as adapters or as whole checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from nla_engine.errors import CheckpointError, RequestError
+from nla_engine.models.checkpoint import VALUE_HEAD
+from nla_engine.models.injection import norm_named
+from nla_engine.models.sidecar import SIDECAR
+from nla_engine.store.shards import write_file_atomically
+from nla_engine.train.lora import write_adapter
+from nla_engine.train.pair import TrainedAR, TrainedAV
+
+AV_TEMPLATE = "Put this vector into words: <vector>{injection_char}</vector>"
+AR_SUFFIX = "</text> <vector>"
+AR_TEMPLATE = "The words for a vector: <text>{explanation}" + AR_SUFFIX
+#: Letters that may mark the vector's place: the first that is one token of its own between the tags is taken.
+MARKERS = "㈎§†‡λжΩ◊¤★"
+_LEFT, _RIGHT = "<vector>", "</vector>"
+
+
+def write_sidecars(
+    out: Path, tokenizer: Any, d_model: int, layer: int, scale: str, min_position: int
+) -> None:
+    """`nla_meta.yaml` of av/ and ar/. scale: of the injection, as `--injection-scale` says it
+
+    CheckpointError if the tokenizer has no marker.
+    """
+    tokens = _marker(tokenizer)
+    norm = norm_named(scale, d_model)
+    for role, template in (("av", AV_TEMPLATE), ("ar", AR_TEMPLATE)):
+        own = dict(tokens)
+        if role == "ar":
+            own["critic_suffix_ids"] = _suffix(tokenizer)
+        said = {
+            "kind": "nla_model",
+            "role": role,
+            "d_model": d_model,
+            "extraction_layer_index": layer,
+            "extraction": {
+                "injection_scale": ("raw" if norm is None else norm) if role == "av" else None,
+                "mse_scale": math.sqrt(d_model),
+                "min_position": min_position,
+            },
+            "tokens": own,
+            "prompt_templates": {role: template},
+        }
+        text = yaml.safe_dump(said, allow_unicode=True, sort_keys=False, width=110)
+        write_file_atomically(out / role / SIDECAR, text.encode())
+
+
+def _marker(tokenizer: Any) -> dict[str, Any]:
+    special = set(tokenizer.all_special_ids)
+    for letter in (*MARKERS, *sorted(tokenizer.get_added_vocab())):
+        alone = tokenizer.encode(letter, add_special_tokens=False)
+        inside = tokenizer.encode(_LEFT + letter + _RIGHT, add_special_tokens=False)
+        if len(alone) == 1 and alone[0] not in special and inside.count(alone[0]) == 1:
+            at = inside.index(alone[0])
+            return {
+                "injection_char": letter,
+                "injection_token_id": alone[0],
+                "injection_left_neighbor_id": inside[at - 1],
+                "injection_right_neighbor_id": inside[at + 1],
+            }
+    raise CheckpointError(
+        f"the tokenizer has no single token for any of {' '.join(MARKERS)}: add one to its vocabulary to mark where a "
+        "vector enters"
+    )
+
+
+def _suffix(tokenizer: Any) -> list[int]:
+    """The tokens that every prompt of the AR ends with: those that do not depend on the text before."""
+    ends = [
+        tokenizer.encode(AR_TEMPLATE.replace("{explanation}", text), add_special_tokens=False)
+        for text in ("a.", 'b "c"', "d", "12")
+    ]
+    size = 0
+    while all(len(ids) > size and ids[-1 - size] == ends[0][-1 - size] for ids in ends):
+        size += 1
+    alone = tokenizer.encode(AR_SUFFIX, add_special_tokens=False)
+    size = min(size, len(alone))
+    found: list[int] = ends[0][len(ends[0]) - size :]
+    return found
+
+
+def write_pair(out: Path, av: TrainedAV, ar: TrainedAR, base: str, revision: str | None) -> None:
+    """The weights of both beside their sidecars: adapters of the base, or checkpoints of their own, in bfloat16."""
+    for directory, model in ((out / "av", av), (out / "ar", ar)):
+        if model.adapters:
+            write_adapter(directory, model.adapters, base, revision, torch.bfloat16)
+        else:
+            model.lm.model.to(torch.bfloat16).save_pretrained(directory)
+            model.lm.tokenizer.save_pretrained(directory)
+    weight = ar.head.detach().to("cpu", torch.bfloat16).contiguous()
+    save_file({"weight": weight}, out / "ar" / VALUE_HEAD)
+
+
+def check_whole(ar: TrainedAR) -> None:
+    """RequestError if the AR's blocks cannot be saved without those behind them."""
+    if not ar.adapters and len(ar.lm.blocks) != (ar.sidecar.layer or 0) + 1:
+        raise RequestError("the blocks of this architecture cannot be cut: pass --method lora")
