@@ -1,4 +1,4 @@
-"""Low-rank changes of linear layers (LoRA, Hu et al. 2021) while they are trained, and the files that PEFT has for them.
+"""Low-rank changes of linear layers (LoRA, Hu et al. 2021) in training, and the files that PEFT has of them.
 
     y = W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero at first; W is not trained
 

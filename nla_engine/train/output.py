@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from safetensors.torch import save_file
 
 from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.checkpoint import VALUE_HEAD
+from nla_engine.models.decoder import values
 from nla_engine.models.injection import norm_named
 from nla_engine.models.sidecar import SIDECAR
-from nla_engine.store.shards import write_file_atomically
+from nla_engine.models.source import Source
+from nla_engine.store.shards import replacing
 from nla_engine.train.lora import write_adapter
 from nla_engine.train.pair import TrainedAR, TrainedAV
 
@@ -29,16 +33,14 @@ _LEFT, _RIGHT = "<vector>", "</vector>"
 def write_sidecars(
     out: Path, tokenizer: Any, d_model: int, layer: int, scale: str, min_position: int
 ) -> None:
-    """`nla_meta.yaml` of av/ and ar/. scale: of the injection, as `--injection-scale` says it
+    """`nla_meta.yaml` of av/ and ar/ in `out`. scale: of the injection, as `--injection-scale` says it
 
-    CheckpointError if the tokenizer has no marker.
+    CheckpointError if the tokenizer has no marker; nothing is written then.
     """
     tokens = _marker(tokenizer)
     norm = norm_named(scale, d_model)
     for role, template in (("av", AV_TEMPLATE), ("ar", AR_TEMPLATE)):
-        own = dict(tokens)
-        if role == "ar":
-            own["critic_suffix_ids"] = _suffix(tokenizer)
+        own = tokens | ({"critic_suffix_ids": _suffix(tokenizer)} if role == "ar" else {})
         said = {
             "kind": "nla_model",
             "role": role,
@@ -53,7 +55,8 @@ def write_sidecars(
             "prompt_templates": {role: template},
         }
         text = yaml.safe_dump(said, allow_unicode=True, sort_keys=False, width=110)
-        write_file_atomically(out / role / SIDECAR, text.encode())
+        (out / role).mkdir(parents=True, exist_ok=True)
+        (out / role / SIDECAR).write_text(text, encoding="utf-8")
 
 
 def _marker(tokenizer: Any) -> dict[str, Any]:
@@ -91,18 +94,41 @@ def _suffix(tokenizer: Any) -> list[int]:
 
 
 def write_pair(out: Path, av: TrainedAV, ar: TrainedAR, base: str, revision: str | None) -> None:
-    """The weights of both beside their sidecars: adapters of the base, or checkpoints of their own, in bfloat16."""
-    for directory, model in ((out / "av", av), (out / "ar", ar)):
-        if model.adapters:
-            write_adapter(directory, model.adapters, base, revision, torch.bfloat16)
-        else:
-            model.lm.model.to(torch.bfloat16).save_pretrained(directory)
-            model.lm.tokenizer.save_pretrained(directory)
-    weight = ar.head.detach().to("cpu", torch.bfloat16).contiguous()
-    save_file({"weight": weight}, out / "ar" / VALUE_HEAD)
+    """av/ and ar/ with their sidecars: adapters of the base, or checkpoints of their own, in bfloat16.
+
+    Each appears whole or not at all.
+    """
+    transformers.logging.disable_progress_bar()
+    for role, model in (("av", av), ("ar", ar)):
+        if (out / role).exists():  # of a run that ended here
+            shutil.rmtree(out / role)
+        with replacing(out / role) as directory:
+            directory.mkdir()
+            shutil.copy(model.sidecar.path, directory / SIDECAR)
+            if model.adapters:
+                write_adapter(directory, model.adapters, base, revision, torch.bfloat16)
+            else:
+                model.lm.model.to(torch.bfloat16).save_pretrained(directory)
+                model.lm.tokenizer.save_pretrained(directory)
+            if isinstance(model, TrainedAR):
+                weight = model.head.detach().to("cpu", torch.bfloat16).contiguous()
+                save_file({"weight": weight}, directory / VALUE_HEAD)
 
 
 def check_whole(ar: TrainedAR) -> None:
     """RequestError if the AR's blocks cannot be saved without those behind them."""
     if not ar.adapters and len(ar.lm.blocks) != (ar.sidecar.layer or 0) + 1:
         raise RequestError("the blocks of this architecture cannot be cut: pass --method lora")
+
+
+def check_base(source: Source, d_model: int, layer: int) -> None:
+    """RequestError unless the model has vectors of this width, and this layer."""
+    config = transformers.AutoConfig.from_pretrained(source.weights).get_text_config(decoder=True)
+    width, blocks = values(config, "hidden_size")[0], values(config, "num_hidden_layers")[0]
+    if width != d_model:
+        raise RequestError(
+            f"--model {source.name}: is of width {width}, the store's vectors are of width {d_model}: "
+            "give the captured model"
+        )
+    if layer >= blocks:
+        raise RequestError(f"--model {source.name}: has {blocks} blocks, layer {layer} is not one of them")

@@ -32,8 +32,8 @@ class Trained:
         self.lm = lm
         lm.model.set_attn_implementation("sdpa" if lm.model._supports_sdpa else "eager")
         self.adapters: dict[str, LoraLinear] = {}
+        lm.model.requires_grad_(rank is None)
         if rank is not None:
-            lm.model.requires_grad_(False)
             self.adapters = add_lora(lm.model, lm.blocks, rank, 2.0 * rank, seed)
         self.parameters: dict[str, nn.Parameter] = {
             name: weight for name, weight in lm.model.named_parameters() if weight.requires_grad
@@ -99,8 +99,8 @@ class TrainedAV(Trained):
         names = {module: name for name, module in self.lm.model.named_modules()}
         prefix = f"{names[self.lm.decoder]}."
         inside = {name.removeprefix(prefix): value for name, value in weights.items()}
-        hidden = functional_call(self.lm.decoder, inside, (), given).last_hidden_state
-        return hidden
+        told: torch.Tensor = functional_call(self.lm.decoder, inside, (), given).last_hidden_state
+        return told
 
 
 class TrainedAR(Trained):

@@ -30,6 +30,8 @@ _NEAR = 240
 _CODE = re.compile(
     r"^\s*(def |class |import |from \w+ import|return\b|for .*:$|if .*:$|>>> |#include|\}|\w+\(.*\);?$)"
 )
+#: How chat templates begin a message; the word is its role.
+_ROLE = re.compile(rb"<\|im_start\|>(\w+)|<start_of_turn>(\w+)|<\|start_header_id\|>(\w+)")
 _SPECIAL = re.compile(r"<\|(.*?)\|>")
 
 _OPENINGS = ("{kind} about {subjects}.", "{subjects}: {kind}.", "This is {kind}; it is about {subjects}.")
@@ -101,7 +103,6 @@ class _Rule:
         self.rarity, self.seed = rarity, seed
         self.position, self.flags = store.column("position"), store.column("flags")
         self.top, self.logprob = store.column("top_id"), store.column("top_logprob")
-        self.chat = bool(store.options.get("chat")) or not store.options.get("corpus")
 
     def texts(self, sequence: StoredSequence, rows: np.ndarray) -> Iterator[str]:
         """Those of rows of one sequence, by position."""
@@ -117,7 +118,7 @@ class _Rule:
                 taken += 1
             draw = np.random.default_rng([self.seed, sequence.number, position])
             near = whole[max(end - _NEAR, 0) : end].decode(errors="replace")
-            kind = kind_of(near, self._where(row))
+            kind = kind_of(near, self._where(row, whole[:end]))
             subjects = self._subjects(counts)
             said = sequence.vocabulary.join(sequence.tokens[max(position + 1 - QUOTED, 0) : position + 1])
             last = sequence.vocabulary.text(int(sequence.tokens[position]))
@@ -130,10 +131,12 @@ class _Rule:
             )
             yield " ".join(parts)
 
-    def _where(self, row: int) -> str:
-        if not self.chat:
-            return "a text"
-        return "a reply" if self.flags[row] & RowFlag.GENERATED else "a request"
+    def _where(self, row: int, before: bytes) -> str:
+        """What the row is a part of: a message of the role that the chat template named last, or some text."""
+        roles = _ROLE.findall(before)
+        if roles:
+            return "a reply" if {b"assistant", b"model"} & set(roles[-1]) else "a request"
+        return "a reply" if self.flags[row] & RowFlag.GENERATED else "a text"
 
     def _subjects(self, counts: Counter[str]) -> str:
         """The words that the context has most and other sequences least."""

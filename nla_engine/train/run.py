@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from nla_engine.train.checkpoint import Place, read_place, read_state, write_sta
 from nla_engine.train.data import Data, read_data
 from nla_engine.train.fit import Fitter, warmup_of
 from nla_engine.train.measure import Measure, Measured
-from nla_engine.train.output import check_whole, write_pair, write_sidecars
+from nla_engine.train.output import check_base, check_whole, write_pair, write_sidecars
 from nla_engine.train.pair import TrainedAR, TrainedAV
 from nla_engine.train.rollouts import Rollouts
 
@@ -90,16 +92,18 @@ def run_train(
         f"{len(data.trained):,} rows of layer {data.layer} from {data.documents[0]:,} documents to train on, "
         f"{len(data.held_out):,} of {data.documents[1]:,} held out"
     )
-    with writing(options.out):
-        make_directory(options.out)
-    with Lease.of_directory(options.out):
-        if options.overwrite:
-            _clear(options.out)
+    check_base(source, store.d_model, data.layer)
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is in `out` before the models are known to fit
         tokenizer = tokenizer_of(source)
         least = int(min(data.trained.position.min(), data.held_out.position.min()))
-        write_sidecars(options.out, tokenizer, store.d_model, data.layer, options.injection_scale, least)
-        training = _Training(options, data, source, device, shaping, announce, heard(progress))
-        try:
+        sidecars = Path(scratch)
+        write_sidecars(sidecars, tokenizer, store.d_model, data.layer, options.injection_scale, least)
+        training = _Training(options, data, source, sidecars, device, shaping, announce, heard(progress))
+        with writing(options.out):
+            make_directory(options.out)
+        with Lease.of_directory(options.out), closing(training.rollouts):
+            if options.overwrite:
+                _clear(options.out)
             if place is not None:
                 training.take_up(place)
             training.run()
@@ -107,11 +111,9 @@ def run_train(
             here = Path(source.name)
             base = str(here.resolve()) if here.is_dir() else source.name
             write_pair(options.out, training.av, training.ar, base, source.revision)
-        finally:
-            training.rollouts.close()
-        text = json.dumps(summary.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        write_file_atomically(options.out / SUMMARY, text.encode())
-        shutil.rmtree(options.out / CHECKPOINT, ignore_errors=True)
+            text = json.dumps(summary.to_dict(), indent=1, ensure_ascii=False) + "\n"
+            write_file_atomically(options.out / SUMMARY, text.encode())
+            shutil.rmtree(options.out / CHECKPOINT, ignore_errors=True)
     return summary
 
 
@@ -143,6 +145,7 @@ class _Training:
         options: TrainOptions,
         data: Data,
         source: Source,
+        sidecars: Path,
         device: torch.device,
         shaping: dict[str, Any],
         announce: Callable[[str], None],
@@ -157,15 +160,15 @@ class _Training:
         def load(dtype: torch.dtype, **more: Any) -> LanguageModel:
             return load_model(source.name, source=source, device=device, dtype=dtype, **more)
 
-        out, seed = options.out, options.seed
+        seed = options.seed
         self.ar = TrainedAR(
             load(trained, headless=True, blocks=data.layer + 1),
-            out / "ar",
+            sidecars / "ar",
             options.ar_rank if lora else None,
             seed,
         )
         check_whole(self.ar)
-        self.av = TrainedAV(load(trained), out / "av", options.av_rank if lora else None, seed + 1)
+        self.av = TrainedAV(load(trained), sidecars / "av", options.av_rank if lora else None, seed + 1)
         self.rollouts = Rollouts(
             load(served), self.av, new_tokens=options.max_new_tokens, slots=options.slots, seed=seed
         )
@@ -315,7 +318,7 @@ class _Training:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name."""
-        found = {f"av/{name}": weight for name, weight in self.av.parameters.items()}
+        found: dict[str, torch.Tensor] = {f"av/{name}": weight for name, weight in self.av.parameters.items()}
         found |= {f"ar/{name}": weight for name, weight in self.ar.parameters.items()}
         found |= {f"warm/{name}": weight for name, weight in self.warm.items()}
         for which, fitter in self.fitters.items():
