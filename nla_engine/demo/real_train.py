@@ -33,6 +33,8 @@ MIN_POSITION = 10
 STEPS = {"ar": 3000, "av": 4000, "rl": 500}
 SWEEP_STEPS = 400
 RANKS = {"av": 16, "ar": 12}
+#: Below this scale, batches and steps are small too.
+SMALL = 0.1
 
 
 def write_corpus(out: Path, base: Path, scale: float, seed: int, device: str | None) -> Path:
@@ -46,7 +48,7 @@ def write_corpus(out: Path, base: Path, scale: float, seed: int, device: str | N
         layer=(LAYER,),
         out=str(out / "replies.zarr"),
         positions="last",
-        max_new_tokens=REPLY_TOKENS if scale >= 1 else 24,
+        max_new_tokens=REPLY_TOKENS if scale >= SMALL else 24,
         replies=REPLIES,
         temperature=0.8,
         seed=seed,
@@ -90,7 +92,7 @@ def train_options(
     out: Path, store: Path, base: Path, layer: int, steps: dict[str, int], arguments: Any
 ) -> TrainOptions:
     """What the recipe asks `train` for."""
-    small = arguments.scale < 1
+    small = arguments.scale < SMALL
     return TrainOptions(
         store=str(store),
         out=out,
@@ -106,6 +108,7 @@ def train_options(
         samples=4 if small else 8,
         measured_rows=8 if small else 512,
         max_new_tokens=96,
+        tokens_at_once=2048 if small else 32768,
         slots=16 if small else 1024,
         budget=arguments.budget,
         seed=arguments.seed,
@@ -118,7 +121,7 @@ def sweep(out: Path, store: Path, base: Path, arguments: Any) -> dict[int, float
     """By layer, the FVE that an AR reaches in a few steps on texts by rule: how much of a vector such texts can say."""
     found = {}
     for layer in LAYERS:
-        steps = {"ar": max(2, round(SWEEP_STEPS * arguments.scale)), "av": 0, "rl": 0}
+        steps = {"ar": SWEEP_STEPS if arguments.scale >= SMALL else 2, "av": 0, "rl": 0}
         options = train_options(out / f"sweep_{layer}", store, base, layer, steps, arguments)
         found[layer] = run_train(options, announce=_say).last["fve_given"]
         _say(f"layer {layer}: FVE {found[layer]:.3f} of texts by rule")
@@ -136,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="checkpoint of SmolLM2 [default: made from its package]")
     parser.add_argument("--device", help="cuda, cuda:N or cpu [default: cuda if available]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="scales the texts and, below 1, the steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="scales the texts and, below 0.1, the steps")
     parser.add_argument(
         "--budget", type=float, help="minutes of training [default: until the steps are done]"
     )
@@ -155,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.sweep:
             report["sweep"] = sweep(out, store, base, options)
         if not options.no_train:
-            steps = {name: max(2, round(count * min(options.scale, 1.0))) for name, count in STEPS.items()}
+            share = 1.0 if options.scale >= SMALL else options.scale
+            steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
             asked = train_options(out / "pair", store, base, options.layer, steps, options)
             report |= run_train(asked, announce=_say).to_dict()
     except NLAError as error:

@@ -88,8 +88,7 @@ class TrainedAV(Trained):
             embeds = torch.cat([embeds[:, :place], entering[:, None], embeds[:, place + 1 :]], 1)
             hidden = self._decode(embeds, weights)[:, start - 1 :]
             logits = self.lm.logits(hidden[real])
-        wanted = targets[real]
-        return logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+        return -nn.functional.cross_entropy(logits.float(), targets[real], reduction="none")
 
     def _decode(self, embeds: torch.Tensor, weights: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
         given = {"inputs_embeds": embeds, **self.lm.uncached}

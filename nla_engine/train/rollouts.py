@@ -55,17 +55,16 @@ class Rollouts:
         self.lm, self.av, self.new_tokens, self.slots, self.seed = lm, av, new_tokens, slots, seed
         self._stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), lm.eos_ids, [CLOSE_TAG.encode()])
         self._targets = dict(lm.model.named_parameters())
-        self._generator: AnyGenerator | None = None
-        self._sampling: Sampling | None = None
+        self._generators: dict[Sampling, AnyGenerator] = {}
 
     def update(self) -> None:
         """Give the engine the weights that the trainer has now."""
         with torch.inference_mode():
             for name, value in self.av.changed():
                 self._targets[name].data.copy_(value)
-        runner = None if self._generator is None else self._generator.runner
-        if isinstance(runner, Runner):
-            runner.weights_changed()
+        for generator in list(self._generators.values())[:1]:  # they share one runner
+            if isinstance(generator.runner, Runner):
+                generator.runner.weights_changed()
 
     def write(
         self, vectors: torch.Tensor, *, samples: int, temperature: float, first_draw: int = 0
@@ -98,24 +97,30 @@ class Rollouts:
         return found
 
     def _open(self, sampling: Sampling) -> AnyGenerator:
-        """The generator for this way of sampling; another one is closed first."""
-        if self._generator is None or sampling != self._sampling:
-            self.close()
-            prompt = self.av.prompt
-            self._generator = open_generator(
-                self.lm,
-                slots=self.slots,
-                length=len(prompt.token_ids) + self.new_tokens,
-                prefix=prompt.shared,
-                kernels=self.kernels,
-                injection=self.av.sidecar.injection,
-                how={"max_new_tokens": self.new_tokens, "stop": self._stop, "sampling": sampling},
-            )
-            self._sampling = sampling
-        return self._generator
+        """The generator for this way of sampling. The first one opens the engine, the others share it."""
+        found = self._generators.get(sampling)
+        if found is None:
+            how = {"max_new_tokens": self.new_tokens, "stop": self._stop, "sampling": sampling}
+            if self._generators:
+                first = next(iter(self._generators.values()))
+                found = type(first)(first.runner, **how)  # type: ignore[arg-type]
+                found.prepare()
+            else:
+                prompt = self.av.prompt
+                found = open_generator(
+                    self.lm,
+                    slots=self.slots,
+                    length=len(prompt.token_ids) + self.new_tokens,
+                    prefix=prompt.shared,
+                    kernels=self.kernels,
+                    injection=self.av.sidecar.injection,
+                    how=how,
+                )
+            self._generators[sampling] = found
+        return found
 
     def close(self) -> None:
         """Release the engine's memory."""
-        if self._generator is not None:
-            self._generator.runner.close()
-            self._generator = self._sampling = None
+        for generator in list(self._generators.values())[:1]:
+            generator.runner.close()
+        self._generators.clear()

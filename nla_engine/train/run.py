@@ -88,11 +88,11 @@ def run_train(
     if source.adapter is not None:
         raise RequestError(f"--model {name}: is an adapter: give its base, or a checkpoint with it merged in")
     data = read_data(options, store)
+    check_base(source, store.d_model, data.layer)
     announce(
         f"{len(data.trained):,} rows of layer {data.layer} from {data.documents[0]:,} documents to train on, "
         f"{len(data.held_out):,} of {data.documents[1]:,} held out"
     )
-    check_base(source, store.d_model, data.layer)
     with tempfile.TemporaryDirectory() as scratch:  # nothing is in `out` before the models are known to fit
         tokenizer = tokenizer_of(source)
         least = int(min(data.trained.position.min(), data.held_out.position.min()))

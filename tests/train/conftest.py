@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import LAYER, call, capture
 from tiny import save_model, write_prompts
+from train_models import shaken
 
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.train.output import write_sidecars
@@ -44,13 +45,3 @@ def ar(made: Path, av: TrainedAV, tmp_path: Path) -> TrainedAR:
     """An AR of the same kind."""
     lm = base_of(made, headless=True, blocks=LAYER + 1)
     return shaken(TrainedAR(lm, tmp_path / "sidecars" / "ar", 4, 3), 4)
-
-
-def shaken(model, seed: int):
-    """The model, with its LoRA's zeros and its head replaced by random numbers."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.parameters.items():
-            if name.endswith(".up") or name == "value_head":
-                weight.add_(torch.randn(weight.shape, generator=draw) * 0.3 / weight.shape[-1] ** 0.5)
-    return model

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import LAYER
 from safetensors.torch import load_file
+from train_models import merged_by_hand, shaken
 from transformers import AutoModel, AutoModelForCausalLM
 
 from nla_engine.models.load import load_model
+from nla_engine.ops.backends import Kernels
 from nla_engine.roundtrip.reconstruct import Reconstructor
+from nla_engine.train.data import Rows
 from nla_engine.train.lora import write_adapter
-from nla_engine.train.output import write_pair
+from nla_engine.train.output import write_pair, write_sidecars
 from nla_engine.train.pair import TrainedAR, TrainedAV, mse_nrm
 from nla_engine.train.rollouts import Rollouts
 from nla_engine.train.supervised import ar_step, av_step, parts, target_ids
-
-
-def merged_by_hand(model: TrainedAV | TrainedAR, plain: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
-    """A plain model of transformers with W + 2 B A in every adapted layer (alpha is twice the rank)."""
-    weights = dict(plain.named_parameters())
-    with torch.no_grad():
-        for name, lora in model.adapters.items():
-            weights[f"{prefix}{name}.weight"] += 2.0 * lora.up @ lora.down
-    return plain.eval()
 
 
 def texts_of(rng: np.random.Generator, sizes: list[int]) -> list[list[int]]:
@@ -79,8 +73,6 @@ def test_other_weights_stand_in_for_the_trained_ones(av: TrainedAV, rng: np.rand
 def test_small_passes_give_the_gradients_of_a_large_one(
     av: TrainedAV, ar: TrainedAR, rng: np.random.Generator
 ) -> None:
-    from nla_engine.train.data import Rows
-
     count = 6
     vectors = torch.from_numpy(rng.standard_normal((count, 64))).float()
     texts = ["word " * int(size) for size in rng.integers(1, 5, count)]
@@ -119,7 +111,7 @@ def test_the_files_hold_what_was_trained(
     av: TrainedAV, ar: TrainedAR, made: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """The engine's own loader merges them to the trainer's weights, and reads a text as the trainer does."""
-    out = tmp_path / "sidecars"
+    out = tmp_path / "pair"
     write_pair(out, av, ar, str(made / "base"), None)
     write_adapter(out / "av", av.adapters, str(made / "base"), None, torch.float32)  # unrounded
     device = torch.device("cpu")
@@ -140,9 +132,6 @@ def test_the_engine_samples_from_what_the_trainer_holds(
     kernels: str, av: TrainedAV, rng: np.random.Generator, seed: int
 ) -> None:
     """Log-probabilities of what it samples, before and after the weights were replaced in place."""
-    from nla_engine.ops.backends import Kernels
-
-    lm = copy.copy(av.lm)
     lm = load_model(av.lm.name, device=torch.device("cpu"), dtype=torch.float32)
     vectors = torch.from_numpy(rng.standard_normal((3, 64))).float()
     rollouts = Rollouts(lm, av, new_tokens=8, slots=1, seed=seed, kernels=Kernels(kernels))
@@ -179,32 +168,48 @@ def test_the_engine_samples_from_what_the_trainer_holds(
     rollouts.close()
 
 
-def test_new_weights_in_place_are_those_of_an_engine_that_is_opened_with_them(
-    av: TrainedAV, rng: np.random.Generator, seed: int
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_open_engine_takes_new_weights(
+    device: str, made: Path, tmp_path: Path, rng: np.random.Generator, seed: int
 ) -> None:
-    check_in_place(av, rng, seed, torch.device("cpu"))
+    """Its texts are those of an engine that is opened with them, and the trainer finds each greedy token best.
 
-
-def check_in_place(av: TrainedAV, rng: np.random.Generator, seed: int, device: torch.device) -> None:
-    """Texts of several samples from an engine that was open while the weights changed, and from a fresh one."""
+    On a GPU its graphs were captured before the weights changed.
+    """
+    on, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
+    lm, served = (load_model(str(made / "base"), device=on, dtype=dtype) for _ in range(2))
+    write_sidecars(tmp_path, lm.tokenizer, lm.d_model, LAYER, "12", 0)
+    av = shaken(TrainedAV(lm, tmp_path / "av", 4, 1), 2)
     vectors = torch.from_numpy(rng.standard_normal((5, 64))).float()
 
-    def engine() -> Rollouts:
-        lm = load_model(av.lm.name, device=device, dtype=torch.float32)
-        return Rollouts(lm, av, new_tokens=12, slots=4, seed=seed)
-
     def texts(rollouts: Rollouts) -> list[tuple[int, ...]]:
-        rollouts.update()
-        written = rollouts.write(vectors, samples=3, temperature=1.0)
-        return [each.ids for each in written]
+        sampled = rollouts.write(vectors, samples=3, temperature=1.0)
+        greedy = rollouts.write(vectors, samples=1, temperature=0.0)
+        return [each.ids for each in (*sampled, *greedy)]
 
-    held = engine()
+    def missed(greedy: list[tuple[int, ...]]) -> float:
+        """By how much the trainer finds another token likelier, at most."""
+        logits: list[torch.Tensor] = []
+        head = av.lm.logits
+        av.lm.logits = lambda hidden: logits.append(head(hidden)) or logits[-1]
+        with torch.no_grad():
+            chosen = av.log_probs(vectors, greedy)
+        del av.lm.logits
+        return float((logits[0].float().log_softmax(-1).max(-1).values - chosen).max())
+
+    held = Rollouts(served, av, new_tokens=12, slots=4, seed=seed)
+    held.update()
     before = texts(held)
+    near = 1e-4 if dtype == torch.float32 else 0.5  # these logits are tens in size
+    assert missed(before[-5:]) < near
     with torch.no_grad():
         for weight in av.parameters.values():
-            weight.add_(torch.from_numpy(rng.standard_normal(weight.shape)).float().to(weight.device) * 0.05)
+            weight.add_(torch.from_numpy(rng.standard_normal(weight.shape)).float().to(on) * 0.05)
+    assert missed(texts(held)[-5:]) > 2 * near  # it has the old weights still
+    held.update()
     after = texts(held)
+    assert missed(after[-5:]) < near
     held.close()
-    fresh = engine()
+    fresh = Rollouts(served, av, new_tokens=12, slots=4, seed=seed)
     assert texts(fresh) == after != before
     fresh.close()
