@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions, TrainOptions
@@ -23,6 +25,7 @@ from nla_engine.demo import smollm2
 from nla_engine.demo.real_corpus import documentation, prompts
 from nla_engine.errors import NLAError
 from nla_engine.store import CaptureStore
+from nla_engine.train.rule import rule_texts
 from nla_engine.train.run import run_train
 
 #: Layers that are captured, and compared by --sweep; the one that the pair is for.
@@ -88,14 +91,24 @@ def capture_rows(out: Path, base: Path, corpus: Path, seed: int, device: str | N
     return out / "rows.zarr"
 
 
+def write_texts(out: Path, store: Path, seed: int) -> Path:
+    """The text by rule of every row: they are the same for all layers."""
+    opened = CaptureStore.open(store)
+    rows = np.arange(opened.rows)
+    file = out / "texts.parquet"
+    pq.write_table(pa.table({"row": rows, "text": rule_texts(opened, rows, seed)}), file)
+    return file
+
+
 def train_options(
-    out: Path, store: Path, base: Path, layer: int, steps: dict[str, int], arguments: Any
+    out: Path, store: Path, texts: Path, base: Path, layer: int, steps: dict[str, int], arguments: Any
 ) -> TrainOptions:
     """What the recipe asks `train` for."""
     small = arguments.scale < SMALL
     return TrainOptions(
         store=str(store),
         out=out,
+        texts=texts,
         model=str(base),
         layer=layer,
         av_rank=RANKS["av"],
@@ -117,12 +130,12 @@ def train_options(
     )
 
 
-def sweep(out: Path, store: Path, base: Path, arguments: Any) -> dict[int, float]:
+def sweep(out: Path, store: Path, texts: Path, base: Path, arguments: Any) -> dict[int, float]:
     """By layer, the FVE that an AR reaches in a few steps on texts by rule: how much of a vector such texts can say."""
     found = {}
     for layer in LAYERS:
         steps = {"ar": SWEEP_STEPS if arguments.scale >= SMALL else 2, "av": 0, "rl": 0}
-        options = train_options(out / f"sweep_{layer}", store, base, layer, steps, arguments)
+        options = train_options(out / f"sweep_{layer}", store, texts, base, layer, steps, arguments)
         found[layer] = run_train(options, announce=_say).last["fve_given"]
         _say(f"layer {layer}: FVE {found[layer]:.3f} of texts by rule")
     return found
@@ -154,13 +167,14 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         corpus = write_corpus(out, base, options.scale, options.seed, options.device)
         store = capture_rows(out, base, corpus, options.seed, options.device)
+        texts = write_texts(out, store, options.seed)
         report: dict[str, Any] = {"capture_seconds": round(time.perf_counter() - begun, 1)}
         if options.sweep:
-            report["sweep"] = sweep(out, store, base, options)
+            report["sweep"] = sweep(out, store, texts, base, options)
         if not options.no_train:
             share = 1.0 if options.scale >= SMALL else options.scale
             steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
-            asked = train_options(out / "pair", store, base, options.layer, steps, options)
+            asked = train_options(out / "pair", store, texts, base, options.layer, steps, options)
             report |= run_train(asked, announce=_say).to_dict()
     except NLAError as error:
         print(f"error: {error}", file=sys.stderr)
