@@ -63,7 +63,6 @@ class TrainOptions(Options):
         "Texts of each of these rows, which are compared with each other.", 8, must=AT_LEAST_2
     )
     rl_rate: float = option("Highest learning rate of reinforcement.", 1e-4, must=_RATE)
-    temperature: float = option("Of the sampling in reinforcement.", 1.0, must=_POSITIVE)
     kl: float = option(
         "Weight of the KL term that keeps the AV near its warm start; 0: none. Needs --method lora.",
         0.02,

@@ -277,7 +277,7 @@ class _Training:
         written = self.rollouts.write(
             vectors,
             samples=options.samples,
-            temperature=options.temperature,
+            temperature=1.0,  # of the distribution whose log-probabilities the loss has
             first_draw=self.step * options.vectors,
         )
         writing = time.perf_counter() - begun
