@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -95,4 +95,6 @@ def write_adapter(
         for part, weight in (("lora_A", lora.down), ("lora_B", lora.up)):
             tensors[f"{_PREFIX}{name}.{part}.weight"] = weight.detach().to("cpu", dtype).contiguous()
     (directory / ADAPTER).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (directory / ADAPTER_WEIGHTS).write_bytes(
+        save(tensors, {"format": "pt"})
+    )  # save_file lets only its owner read it

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.checkpoint import VALUE_HEAD
@@ -112,7 +112,7 @@ def write_pair(out: Path, av: TrainedAV, ar: TrainedAR, base: str, revision: str
                 model.lm.tokenizer.save_pretrained(directory)
             if isinstance(model, TrainedAR):
                 weight = model.head.detach().to("cpu", torch.bfloat16).contiguous()
-                save_file({"weight": weight}, directory / VALUE_HEAD)
+                (directory / VALUE_HEAD).write_bytes(save({"weight": weight}))
 
 
 def check_whole(ar: TrainedAR) -> None:

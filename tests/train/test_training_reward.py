@@ -83,14 +83,13 @@ def test_a_few_steps_improve_the_reward(av: TrainedAV, ar: TrainedAR, rng: np.ra
 def test_the_av_alone_learns_what_is_rewarded(av: TrainedAV) -> None:
     """Texts of one token. Rewarded are those on one side of a plane, which a state can favour; no AR helps."""
     lm = load_model(av.lm.name, device=torch.device("cpu"), dtype=torch.float32)
-    flatten(av.lm, lm)
     rollouts = Rollouts(lm, av, new_tokens=1, slots=64, seed=7)
     vectors = torch.randn(4, 64, generator=torch.Generator().manual_seed(8))
     side = torch.randn(64, generator=torch.Generator().manual_seed(9))
     bad = (lm.head.weight.float() @ side < 0).float().detach()
-    fitter = Fitter(av.parameters, 0.02)
+    fitter = Fitter(av.parameters, 0.01)
     rewards = []
-    for step in range(12):
+    for step in range(8):
         rollouts.update()
         written = rollouts.write(vectors, samples=32, temperature=1.0, first_draw=step * 4)
         mse = torch.stack([bad[each.ids[0]] for each in written])
@@ -100,4 +99,4 @@ def test_the_av_alone_learns_what_is_rewarded(av: TrainedAV) -> None:
         fitter.step(step, 1, 0.0)
         rewards.append(-float(mse.mean()))
     rollouts.close()
-    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.15
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
