@@ -25,7 +25,7 @@ _KEY = "nla_engine"
 @dataclass(frozen=True)
 class Place:
     """Where training is. step: of the phase; seconds: spent in all, began: by when the phase began; done: steps of each
-    phase; options: those that shape the training
+    phase; options: those that shape the training; data: fingerprint of its rows and texts
     """
 
     phase: str
@@ -34,6 +34,7 @@ class Place:
     began: float
     done: dict[str, int]
     options: dict[str, Any]
+    data: str
 
 
 def write_state(directory: Path, place: Place, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -49,7 +50,9 @@ def read_place(directory: Path) -> Place:
         with safe_open(file, framework="pt") as opened:
             return Place(**json.loads((opened.metadata() or {})[_KEY]))
     except FileNotFoundError:
-        raise RequestError(f"{directory}: holds no checkpoint: leave --resume out") from None
+        raise RequestError(
+            f"{directory}: holds no checkpoint: leave --resume out (and pass --overwrite, if something is there)"
+        ) from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RequestError(
             f"{file}: cannot be read ({first_line(error)}): start again with --overwrite"

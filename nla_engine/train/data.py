@@ -60,6 +60,16 @@ class Data:
     held_out: Rows
     documents: tuple[int, int]
 
+    def fingerprint(self) -> str:
+        """sha256 over all rows, their vectors and texts."""
+        digest = hashlib.sha256()
+        for part in (self.trained, self.held_out):
+            digest.update(part.row.astype("<i8").tobytes())
+            digest.update(part.vectors.numpy().tobytes())
+            for text in part.texts:
+                digest.update(f"{len(text)} {text}".encode())
+        return digest.hexdigest()[:16]
+
 
 def read_data(options: TrainOptions, store: CaptureStore) -> Data:
     """The rows that the options select. RequestError or StoreError says what is wrong with them or with the texts."""

@@ -27,6 +27,29 @@ AR_SUFFIX = "</text> <vector>"
 AR_TEMPLATE = "The words for a vector: <text>{explanation}" + AR_SUFFIX
 #: Letters that may mark the vector's place: the first that is one token of its own between the tags is taken.
 MARKERS = "㈎§†‡λжΩ◊¤★"
+#: Texts that end otherwise: a tokenizer may merge an ending with what follows it.
+_ENDINGS = (
+    "a",
+    "1",
+    " ",
+    "\n",
+    ".",
+    ",",
+    ":",
+    "!",
+    "?",
+    '"',
+    "'",
+    ")",
+    "(",
+    ">",
+    "<",
+    "/",
+    "_",
+    "é",
+    "…",
+    "”",
+)
 _LEFT, _RIGHT = "<vector>", "</vector>"
 
 
@@ -82,7 +105,7 @@ def _suffix(tokenizer: Any) -> list[int]:
     """The tokens that every prompt of the AR ends with: those that do not depend on the text before."""
     ends = [
         tokenizer.encode(AR_TEMPLATE.replace("{explanation}", text), add_special_tokens=False)
-        for text in ("a.", 'b "c"', "d", "12")
+        for text in ("", *_ENDINGS)
     ]
     size = 0
     while all(len(ids) > size and ids[-1 - size] == ends[0][-1 - size] for ids in ends):

@@ -30,6 +30,7 @@ from nla_engine.train import reinforce, supervised
 from nla_engine.train.checkpoint import Place, read_place, read_state, write_state
 from nla_engine.train.data import Data, read_data
 from nla_engine.train.fit import Fitter, warmup_of
+from nla_engine.train.lengths import check_lengths
 from nla_engine.train.measure import Measure, Measured
 from nla_engine.train.output import check_base, check_whole, write_pair, write_sidecars
 from nla_engine.train.pair import TrainedAR, TrainedAV
@@ -89,16 +90,22 @@ def run_train(
         raise RequestError(f"--model {name}: is an adapter: give its base, or a checkpoint with it merged in")
     data = read_data(options, store)
     check_base(source, store.d_model, data.layer)
-    announce(
-        f"{len(data.trained):,} rows of layer {data.layer} from {data.documents[0]:,} documents to train on, "
-        f"{len(data.held_out):,} of {data.documents[1]:,} held out"
-    )
+    if place is not None and place.data != data.fingerprint():
+        raise RequestError(
+            f"{options.out}: was begun with other rows or texts than {options.store} gives now: start again with "
+            "--overwrite"
+        )
     with tempfile.TemporaryDirectory() as scratch:  # nothing is in `out` before the models are known to fit
         tokenizer = tokenizer_of(source)
         least = int(min(data.trained.position.min(), data.held_out.position.min()))
         sidecars = Path(scratch)
         write_sidecars(sidecars, tokenizer, store.d_model, data.layer, options.injection_scale, least)
         training = _Training(options, data, source, sidecars, device, shaping, announce, heard(progress))
+        check_lengths(training.av, training.ar, data, options.max_new_tokens, announce)
+        announce(
+            f"{len(data.trained):,} rows of layer {data.layer} from {data.documents[0]:,} documents to train on, "
+            f"{len(data.held_out):,} of {data.documents[1]:,} held out"
+        )
         with writing(options.out):
             make_directory(options.out)
         with Lease.of_directory(options.out), closing(training.rollouts):
@@ -172,6 +179,7 @@ class _Training:
         self.rollouts = Rollouts(
             load(served), self.av, new_tokens=options.max_new_tokens, slots=options.slots, seed=seed
         )
+        self.known = data.fingerprint()
         self.measure = Measure(data.held_out, options.measured_rows, seed)
         self.steps = {"ar": options.ar_steps, "av": options.av_steps, "rl": options.rl_steps}
         self.phase, self.step, self.done = "ar", 0, dict.fromkeys(PHASES, 0)
@@ -327,7 +335,7 @@ class _Training:
 
     def _keep(self) -> None:
         """Write a checkpoint."""
-        place = Place(self.phase, self.step, self.seconds, self.began, self.done, self.shaping)
+        place = Place(self.phase, self.step, self.seconds, self.began, self.done, self.shaping, self.known)
         write_state(self.options.out / CHECKPOINT, place, self._tensors())
 
     def take_up(self, place: Place) -> None:

@@ -10,11 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import LAYER, call, capture, check_refused, contents, flags
-from tiny import save_model
+from tiny import byte_tokenizer, save_model, tiny_config
+from transformers import AutoModelForCausalLM
 
+from nla_engine.cli.interrupted import Interrupted, what_is_left
 from nla_engine.config import TrainOptions
 from nla_engine.errors import RequestError
 from nla_engine.roundtrip.results import read_metadata
+from nla_engine.store import CaptureStore
+from nla_engine.train.data import Data, read_data
 from nla_engine.train.run import run_train
 
 SMALL = {
@@ -115,9 +119,6 @@ def test_a_budget_ends_every_phase(made: Path, tmp_path: Path) -> None:
 
 
 def test_texts_of_a_file_are_taken(made: Path, tmp_path: Path) -> None:
-    from nla_engine.store import CaptureStore
-    from nla_engine.train.data import read_data
-
     store = CaptureStore.open(made / "rows.zarr")
     rows = np.arange(0, store.rows, 2)
     table = pa.table({"row": rows, "text": [f"text of {row}" for row in rows]})
@@ -174,6 +175,7 @@ def test_training_data_that_was_imported_is_taken(made: Path, tmp_path: Path) ->
         ({"text_field": "n"}, "several rows|no such text"),
         ({"injection_scale": "-3"}, "--injection-scale"),
         ({"samples": 1}, "--samples"),
+        ({"max_new_tokens": 500}, "512 positions: lower it"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -185,17 +187,32 @@ def test_what_is_wrong_is_refused_and_nothing_is_written(
 
 
 def test_a_model_of_another_width_is_refused(made: Path, tmp_path: Path) -> None:
-    from tiny import tiny_config
-    from transformers import AutoModelForCausalLM
-
     config = tiny_config("qwen2")
     config.hidden_size, config.num_attention_heads = 32, 2
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "narrow")
-    from tiny import byte_tokenizer
-
     byte_tokenizer().save_pretrained(tmp_path / "narrow")
     check_refused(call(*train(made, tmp_path / "out", model=tmp_path / "narrow")), "width")
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_do_not_fit(made: Path, tmp_path: Path) -> None:
+    """Beyond the model's positions they are refused; that the AV's are cut is said."""
+    store = CaptureStore.open(made / "rows.zarr")
+    texts = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"row": range(store.rows), "text": ["word " * 110] * store.rows}), texts)
+    check_refused(call(*train(made, tmp_path / "out", texts=texts)), "512 positions: shorten it")
+    pq.write_table(pa.table({"row": range(store.rows), "text": ["word " * 20] * store.rows}), texts)
+    ran = call(*train(made, tmp_path / "out", texts=texts, rl_steps=0))
+    assert ran.code == 0 and "100% of the texts are longer than --max-new-tokens 12" in ran.err
+
+
+def test_an_interrupt_says_how_to_go_on(made: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    given = options_of(made, tmp_path / "out", checkpoint_steps=1)
+    with pytest.raises(Interrupted, match="--resume continues"), what_is_left(given):
+        run_train(given, progress=interrupt)
 
 
 def test_a_store_without_next_tokens_needs_texts(made: Path, tmp_path: Path) -> None:
@@ -218,6 +235,11 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(made: Path, tmp_path: P
 def test_other_options_are_refused_on_resume(made: Path, tmp_path: Path) -> None:
     with pytest.raises(Cut):
         run_train(options_of(made, tmp_path / "out", checkpoint_steps=1), progress=cut_at(1))
+    grown = options_of(made, tmp_path / "out", checkpoint_steps=1, resume=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Data, "fingerprint", lambda self: "of another store")
+        with pytest.raises(RequestError, match="other rows or texts"):
+            run_train(grown)
     with pytest.raises(RequestError, match="another --rate"):
         run_train(options_of(made, tmp_path / "out", rate=1e-3, resume=True))
     (tmp_path / "out" / "checkpoint" / "state.safetensors").write_bytes(b"damaged")

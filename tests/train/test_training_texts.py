@@ -9,11 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from nla_engine.demo.real_corpus import prompts
+from nla_engine.models.av_prompt import verbalizer_prompt
+from nla_engine.models.sidecar import read_sidecar, reconstructor_prompts
 from nla_engine.store import CaptureStore
 from nla_engine.train.data import document_of
 from nla_engine.train.fit import Fitter
+from nla_engine.train.output import write_sidecars
 from nla_engine.train.rule import kind_of, rule_texts
 
 
@@ -118,3 +122,18 @@ def test_prompts_of_the_recipe_are_many_and_the_same_again() -> None:
     assert found == prompts(6600, 0) != prompts(6600, 1)
     assert len({each["prompt"] for each in found}) > 0.9 * len(found)
     assert len({each["id"] for each in found}) == len(found)
+
+
+@pytest.mark.real
+def test_sidecars_hold_for_a_real_tokenizer(smollm2: Path, tmp_path: Path) -> None:
+    """Whatever a text ends with, and if there is none: the AR's prompt ends with the tokens that the sidecar says."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    write_sidecars(tmp_path, tokenizer, 576, 20, "sqrt_d_model", 10)
+    sidecar = read_sidecar(tmp_path / "ar", "ar")
+    assert len(sidecar.suffix_ids) >= 3
+    texts = ["", "words", 'next may come ",".', "x</text>", "<", "a\n", "é…", "> ", "12"]
+    prompts = reconstructor_prompts(sidecar, tokenizer, texts)
+    assert all(tuple(ids[-len(sidecar.suffix_ids) :]) == sidecar.suffix_ids for ids in prompts)
+    av = read_sidecar(tmp_path / "av", "av")
+    prompt = verbalizer_prompt(av, tokenizer)
+    assert prompt.token_ids[prompt.places[0]] == av.marker_id and av.injection.scale == 24.0
