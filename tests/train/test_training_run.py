@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import LAYER, call, capture, check_refused, contents, flags
-from tiny import byte_tokenizer, save_model, tiny_config
+from tiny import byte_tokenizer, save_model, tiny_config, write_prompts
 from transformers import AutoModelForCausalLM
 
 from nla_engine.cli.interrupted import Interrupted, what_is_left
@@ -47,24 +47,57 @@ def options_of(made: Path, out: Path, **changes: object) -> TrainOptions:
     return TrainOptions(store=str(made / "rows.zarr"), out=out, **{**SMALL, **changes})
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_comes_out_is_a_pair_for_the_other_commands(method: str, made: Path, tmp_path: Path) -> None:
-    kl = 0 if method == "full" else 0.1
-    ran = call(*train(made, tmp_path / "out", method=method, kl=kl), "--json")
+@pytest.fixture(scope="module")
+def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A training by the command, and its summary."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ran = call(*train(made, out, checkpoint_steps=1), "--json")
     assert ran.code == 0, ran.err
-    told = ran.json
+    return out, ran.json
+
+
+def check_usable(made: Path, told: dict, tmp_path: Path) -> None:
+    """The pair goes through a round trip."""
+    table = tmp_path / "explained.parquet"
+    pair = {"av": told["av"], "ar": told["ar"], "out": table, "max_new_tokens": 12, "limit": 4}
+    again = call("roundtrip", made / "rows.zarr", *flags({**pair, "device": "cpu"}))
+    assert again.code == 0, again.err
+    least = min(CaptureStore.open(made / "rows.zarr").column("position"))
+    assert read_metadata(table)["av_min_position"] == least
+
+
+def test_what_comes_out_is_a_pair_for_the_other_commands(
+    whole: tuple[Path, dict], made: Path, tmp_path: Path
+) -> None:
+    out, told = whole
     assert told["steps"] == {"ar": 2, "av": 2, "rl": 2} and told["layer"] == LAYER
     assert told["documents"] + told["held_out_documents"] == 16
     assert {"fve_nrm", "fve_given", "cos_shuffled", "closed", "samples"} <= told["last"].keys()
-    assert told["warm"] is not None and not (tmp_path / "out" / "checkpoint").exists()
-    noted = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert told["warm"] is not None and not (out / "checkpoint").exists()
+    noted = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [each["phase"] for each in noted if "measured" in each] == ["ar", "av", "rl", "rl"]
-    table = tmp_path / "explained.parquet"
-    pair = {"av": told["av"], "ar": told["ar"], "out": table, "max_new_tokens": 12, "device": "cpu"}
-    again = call("roundtrip", made / "rows.zarr", *flags(pair))
-    assert again.code == 0, again.err
-    assert read_metadata(table)["av_min_position"] == int(min(pq.read_table(table)["position"].to_pylist()))
-    assert (Path(told["av"]) / "adapter_config.json").exists() == (method == "lora")
+    assert (out / "av" / "adapter_config.json").exists()
+    check_usable(made, told, tmp_path)
+
+
+def test_every_weight_may_be_trained(made: Path, tmp_path: Path) -> None:
+    """The released layout comes out: whole checkpoints, the AR with the blocks that it needs."""
+    ran = call(*train(made, tmp_path / "out", method="full", kl=0), "--json")
+    assert ran.code == 0, ran.err
+    assert not (tmp_path / "out" / "av" / "adapter_config.json").exists()
+    config = json.loads((tmp_path / "out" / "ar" / "config.json").read_text())
+    assert config["num_hidden_layers"] == LAYER + 1
+    check_usable(made, ran.json, tmp_path)
+
+
+def test_a_model_inside_a_wrapper_is_trained(tmp_path: Path) -> None:
+    """Gemma-3, whose text model lies inside one that sees images, and whose embeddings are scaled."""
+    save_model(tmp_path / "base", "gemma3")
+    write_prompts(tmp_path / "prompts.jsonl", 12)
+    assert call(*capture(tmp_path, tmp_path / "rows.zarr", max_new_tokens=4, next_token=3)).code == 0
+    ran = call(*train(tmp_path, tmp_path / "out", ar_steps=1, av_steps=1, rl_steps=1), "--json")
+    assert ran.code == 0, ran.err
+    check_usable(tmp_path, ran.json, tmp_path)
 
 
 class Cut(Exception):
@@ -85,29 +118,24 @@ def cut_at(steps: int):
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_resumed_training_is_the_same_to_the_last_bit(at: int, made: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_is_the_same_to_the_last_bit(
+    at: int, whole: tuple[Path, dict], made: Path, tmp_path: Path
+) -> None:
     """It is cut off within each phase."""
-    whole = run_train(options_of(made, tmp_path / "whole", checkpoint_steps=1))
     with pytest.raises(Cut):
         run_train(options_of(made, tmp_path / "cut", checkpoint_steps=1), progress=cut_at(at))
     assert (tmp_path / "cut" / "checkpoint" / "state.safetensors").exists()
     resumed = run_train(options_of(made, tmp_path / "cut", checkpoint_steps=1, resume=True))
-    weights = [
-        {Path(p).name: h for p, h in contents(tmp_path / d).items() if p.endswith("rs")}
-        for d in ("whole", "cut")
-    ]
-    assert weights[0] == weights[1] and len(weights[0]) == 2
     for role in ("av", "ar"):
         first, second = (
-            {Path(p).name: h for p, h in contents(tmp_path / d / role).items()} for d in ("whole", "cut")
+            {Path(p).name: sha for p, sha in contents(directory / role).items()}
+            for directory in (whole[0], tmp_path / "cut")
         )
-        assert first == second
-    assert resumed.last == whole.last
-    logs = [
-        [json.loads(line) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()]
-        for d in ("whole", "cut")
-    ]
-    assert [(e["phase"], e["step"]) for e in logs[0]] == [(e["phase"], e["step"]) for e in logs[1]]
+        assert first == second and len(first) == (3 if role == "av" else 4)
+    assert {**resumed.last, "samples": list(resumed.last["samples"])} == whole[1]["last"]
+    logs = [(directory / "log.jsonl").read_text().splitlines() for directory in (whole[0], tmp_path / "cut")]
+    first, second = ([(e["phase"], e["step"]) for e in map(json.loads, lines)] for lines in logs)
+    assert first == second
 
 
 def test_a_budget_ends_every_phase(made: Path, tmp_path: Path) -> None:
@@ -222,13 +250,14 @@ def test_a_store_without_next_tokens_needs_texts(made: Path, tmp_path: Path) -> 
 
 
 def test_what_is_there_is_kept_unless_it_may_be_replaced(made: Path, tmp_path: Path) -> None:
-    first = run_train(options_of(made, tmp_path / "out", rl_steps=0))
+    short = {"rl_steps": 0, "av_steps": 0}
+    first = run_train(options_of(made, tmp_path / "out", **short))
     before = contents(tmp_path / "out")
     for more, message in (((), "exists"), (("--resume",), "is finished")):
         check_refused(call(*train(made, tmp_path / "out"), *more), message)
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    second = run_train(options_of(made, tmp_path / "out", rl_steps=0, overwrite=True))
+    second = run_train(options_of(made, tmp_path / "out", **short, overwrite=True))
     assert second.last == first.last and (tmp_path / "out" / "mine.txt").exists()
 
 
@@ -247,9 +276,6 @@ def test_other_options_are_refused_on_resume(made: Path, tmp_path: Path) -> None
         run_train(options_of(made, tmp_path / "out", resume=True))
 
 
-def test_a_model_that_is_an_adapter_is_refused(made: Path, tmp_path: Path) -> None:
-    run_train(options_of(made, tmp_path / "first", rl_steps=0))
-    message = "is an adapter"
-    check_refused(call(*train(made, tmp_path / "out", model=tmp_path / "first" / "av")), message)
-    save_model(tmp_path / "other")  # unused weights do not matter
+def test_a_model_that_is_an_adapter_is_refused(whole: tuple[Path, dict], made: Path, tmp_path: Path) -> None:
+    check_refused(call(*train(made, tmp_path / "out", model=whole[0] / "av")), "is an adapter")
     assert not (tmp_path / "out").exists()
