@@ -200,16 +200,19 @@ def test_an_open_engine_takes_new_weights(
     held = Rollouts(served, av, new_tokens=12, slots=4, seed=seed)
     held.update()
     before = texts(held)
-    near = 1e-4 if dtype == torch.float32 else 0.5  # these logits are tens in size
+    near = 1e-4 if dtype == torch.float32 else 0.1
     assert missed(before[-5:]) < near
     with torch.no_grad():
         for weight in av.parameters.values():
             weight.add_(torch.from_numpy(rng.standard_normal(weight.shape)).float().to(on) * 0.05)
-    assert missed(texts(held)[-5:]) > 2 * near  # it has the old weights still
+    assert missed(texts(held)[-5:]) > 0.3  # it has the old weights still
     held.update()
     after = texts(held)
     assert missed(after[-5:]) < near
     held.close()
     fresh = Rollouts(served, av, new_tokens=12, slots=4, seed=seed)
-    assert texts(fresh) == after != before
+    again = texts(fresh)
     fresh.close()
+    assert missed(again[-5:]) < near and after != before
+    if device == "cpu":  # a GPU's engines may choose other products, which round otherwise
+        assert again == after
