@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nla_engine.cli.interrupted import Interrupted, what_is_left
 from nla_engine.config import TrainOptions
+from nla_engine.demo import real_corpus, real_run
 from nla_engine.errors import RequestError
 from nla_engine.roundtrip.results import read_metadata
 from nla_engine.store import CaptureStore
@@ -279,3 +281,24 @@ def test_other_options_are_refused_on_resume(made: Path, tmp_path: Path) -> None
 def test_a_model_that_is_an_adapter_is_refused(whole: tuple[Path, dict], made: Path, tmp_path: Path) -> None:
     check_refused(call(*train(made, tmp_path / "out", model=whole[0] / "av")), "is an adapter")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_of_a_pair_runs_every_stage(
+    whole: tuple[Path, dict], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--pair", whole[0], "--base", made / "base", "--out", tmp_path / "demo", "--questions", 2]
+    assert real_run.main([str(each) for each in [*given, "--rows", 2, "--tokens", 4, "--device", "cpu"]]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["round_trip"]["rows"] == 4 and "controls" in summary
+    assert all((tmp_path / "demo" / name).exists() for name in real_run.FILES)
+    given[1] = tmp_path / "nothing"
+    assert real_run.main([str(each) for each in given]) == 2
+    assert "nla_meta.yaml: missing" in capsys.readouterr().err
+
+
+def test_the_questions_of_the_demo_are_not_those_of_the_recipe() -> None:
+    topics = [
+        topic.removeprefix("a ").removeprefix("the ") for topic in real_corpus._split(real_corpus.TOPICS)
+    ]
+    for question in real_run.QUESTIONS:
+        assert not [topic for topic in topics if re.search(rf"\b{re.escape(topic)}\b", question)], question
