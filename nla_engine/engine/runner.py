@@ -164,13 +164,11 @@ class Runner:
         """Call after the values of the model's weights were replaced in place, with no sequence running.
 
         Graphs and fused blocks read the weights where they are; only the shared prefix was computed with others. It is
-        read again into the memory that graphs know. EngineError where weights have copies (fp8), on several ranks, and
-        for blocks that keep a state.
+        read again into the memory that graphs know. EngineError where weights have copies (fp8), and on several ranks.
         """
-        if self.precision == "fp8" or self.ranks is not None or self.cache.states:
+        if self.precision == "fp8" or self.ranks is not None:
             raise EngineError(
-                f"{self.lm.name}: weights are replaced in place only in full precision, on one GPU, and where every "
-                "block attends"
+                f"{self.lm.name}: weights are replaced in place only in full precision, on one GPU"
             )
         if not self._prefix:
             return

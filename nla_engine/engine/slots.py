@@ -243,16 +243,23 @@ class SlotCache:
 
     @contextmanager
     def without_prefix(self) -> Iterator[None]:
-        """While this is open, sequences begin at place 0 of their slots."""
-        held = self.prefix_keys, self.prefix_values
-        self.prefix_keys, self.prefix_values = (part[:, :0] for part in held)
+        """While this is open, sequences begin at place 0 of their slots, with no state."""
+        keys, values = self.prefix_keys, self.prefix_values
+        held = {layer: states.prefix for layer, states in self.states.items()}
+        self.prefix_keys, self.prefix_values = keys[:, :0], values[:, :0]
+        for states in self.states.values():
+            states.prefix = None
         try:
             yield
         finally:
-            self.prefix_keys, self.prefix_values = held
+            self.prefix_keys, self.prefix_values = keys, values
+            for layer, states in self.states.items():
+                states.prefix = held[layer]
 
     def renew_prefix(self, slot: int) -> None:
         """Overwrite the shared prefix, in the memory where it is, with what a freshly filled slot holds."""
+        for states in self.states.values():
+            states.keep_as_prefix(slot)  # read between graphs, so it may lie elsewhere
         for layer, number in self._number.items():
             keys, values = self.layer(layer).places(slot, self.prefix_size)
             self.prefix_keys[number].copy_(keys)
