@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.train.pair import Trained
 
 _T = TypeVar("_T", bound=Trained)
@@ -29,3 +31,8 @@ def merged_by_hand(model: Trained, plain: torch.nn.Module) -> torch.nn.Module:
         for name, lora in model.adapters.items():
             weights[f"{name}.weight"] += 2.0 * lora.up @ lora.down
     return plain.eval()
+
+
+def base_of(made: Path, **more: object) -> LanguageModel:
+    """The base in float32."""
+    return load_model(str(made / "base"), device=torch.device("cpu"), dtype=torch.float32, **more)
