@@ -26,11 +26,14 @@ from huggingface_hub import constants
 from stand_in_gpu import StandIn, build, install
 from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
+from train_models import base_of, shaken
 
 from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
 from nla_engine.models.hub import fetch, find
 from nla_engine.ops.backends import cuda_fault
+from nla_engine.train.output import write_sidecars
+from nla_engine.train.pair import TrainedAR, TrainedAV
 from nla_engine.workers import process
 
 if TYPE_CHECKING:
@@ -238,3 +241,30 @@ def hub(
         monkeypatch.chdir(tmp_path / "here")
         yield served
     huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, prompts.jsonl and rows.zarr, which keeps next tokens: what a pair is trained on."""
+    root = tmp_path_factory.mktemp("train")
+    save_model(root / "base")
+    write_prompts(root / "prompts.jsonl", 16)
+    ran = call(*capture(root, root / "rows.zarr", max_new_tokens=6, next_token=3))
+    assert ran.code == 0, ran.err
+    return root
+
+
+@pytest.fixture
+def av(made: Path, tmp_path: Path) -> TrainedAV:
+    """An AV with a LoRA that changes something already."""
+    lm = base_of(made)
+    write_sidecars(tmp_path / "sidecars", lm.tokenizer, lm.d_model, LAYER, "12", 0)
+    trained = TrainedAV(lm, tmp_path / "sidecars" / "av", 4, 1)
+    return shaken(trained, 2)
+
+
+@pytest.fixture
+def ar(made: Path, av: TrainedAV, tmp_path: Path) -> TrainedAR:
+    """An AR of the same kind."""
+    lm = base_of(made, headless=True, blocks=LAYER + 1)
+    return shaken(TrainedAR(lm, tmp_path / "sidecars" / "ar", 4, 3), 4)

@@ -28,7 +28,7 @@ ORDER = (
     {"store.views"},
     {"store.care", "store.exchange"},
     {"capture", "roundtrip"},
-    {"cluster"},
+    {"cluster", "train"},
     {"referee"},
     {"report"},
     {"demo"},
@@ -41,7 +41,7 @@ ORDER = (
 #: What the store may know of the engine: why a sequence ends.
 STORE_MAY_IMPORT_OF_ENGINE = {"nla_engine.engine.request"}
 #: Modules that the training recipe alone uses, and that must not load with the stages.
-RECIPE = {"checkpoint_layout", "evaluate", "fit", "rows", "tokenizer", "train"}
+RECIPE = {"blocks", "checkpoint_layout", "evaluate", "rows", "tokenizer", "train"}
 #: Names collected for users; they import from where these are defined, which may be a later room.
 FACADES = ("nla_engine/__init__.py", "nla_engine/store/__init__.py")
 #: The one file that may call torch.load, with weights_only=True: users run it to convert a pickled head.

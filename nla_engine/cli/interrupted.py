@@ -11,8 +11,9 @@ from nla_engine.errors import NLAError
 from nla_engine.options import Options
 from nla_engine.store.shown import plural
 
-#: Of the result of a study, which keeps this file, and of one that cannot be read in the moment.
-_STUDY, _UNKNOWN = "study.json", "what is committed is safe: --resume continues from there"
+#: Of the results of a study and of a training, which keep these files, and of one that cannot be read in the moment.
+_KEPT = ("study.json", "checkpoint/state.safetensors")
+_UNKNOWN = "what is committed is safe: --resume continues from there"
 
 
 class Interrupted(NLAError):
@@ -49,7 +50,8 @@ def _left(options: Options) -> str:
 
         done, what = committed(out), "row"
     else:
-        return _UNKNOWN if (out / _STUDY).is_file() else "nothing was written yet"
+        kept = any((out / name).is_file() for name in _KEPT)
+        return _UNKNOWN if kept else "nothing was written yet"
     if not done:
         again = "with --resume" if out.exists() else "again"
         return f"nothing is committed yet: start it {again}"

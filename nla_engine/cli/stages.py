@@ -24,6 +24,7 @@ from nla_engine.config import (
     RoundtripOptions,
     ScoreOptions,
     StageTwoOptions,
+    TrainOptions,
 )
 from nla_engine.store.format import EARLY_POSITIONS
 
@@ -177,6 +178,19 @@ def lens_command(options: LensOptions, as_json: bool) -> None:
     with progress_bar("rows") as progress:
         summary = run_lens(options, announce=say, progress=progress)
     finish("lens", summary.to_dict(), as_json)
+
+
+@command(TrainOptions)
+def train_command(options: TrainOptions, as_json: bool) -> None:
+    """Train a pair for a model: an AV and an AR by supervised steps, then both by reinforcement."""
+    from nla_engine.train.run import run_train
+
+    with progress_bar("steps") as progress:
+        summary = run_train(options, announce=say, progress=progress)
+    facts = summary.to_dict()
+    short = {key: value for key, value in facts.items() if key not in ("warm", "last")}
+    measured = {f"{key} (held out)": value for key, value in facts["last"].items() if key != "samples"}
+    finish("trained", facts, as_json, told=short | measured)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from nla_engine.config.roundtrip import (
     StageTwoOptions,
     WritingOptions,
 )
+from nla_engine.config.train import TrainOptions
 
 __all__ = [
     "AskOptions",
@@ -32,5 +33,6 @@ __all__ = [
     "ScoreOptions",
     "ScoringOptions",
     "StageTwoOptions",
+    "TrainOptions",
     "WritingOptions",
 ]

@@ -25,12 +25,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from nla_engine.demo.blocks import compile_blocks, run_blocks
 from nla_engine.demo.checkpoint_layout import INJECTION_SCALE, LAYER, av_prompt_ids, save_checkpoint
 from nla_engine.demo.evaluate import evaluate_trio, load_model
-from nla_engine.demo.fit import compile_blocks, fit, run_blocks
 from nla_engine.demo.problems import OTHER_KEYS, TIMES_KEYS, all_problems, sample_problems
 from nla_engine.demo.rows import base_conversations, build_rows, join_rows, sample_texts
 from nla_engine.demo.tokenizer import build_tokenizer
+from nla_engine.train.fit import fit
 
 STEPS = {"base": 5400, "av": 5700, "ar": 3800}
 TIME_SHARES = {"base": 0.37, "av": 0.41, "ar": 0.22}  # of --time-limit

@@ -5,7 +5,6 @@ Owns the slot cache, the shared prefix, the injected vectors and the hooks of th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, cached_property
@@ -23,6 +22,7 @@ from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_produc
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
+from nla_engine.engine.rotation import check_rotation, rotates_on_host
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
@@ -42,8 +42,6 @@ from nla_engine.sites import EMBEDDINGS, MLP_OUT, RESID_POST, Site
 
 #: Errors in a model's first passes that say nothing about its architecture.
 _NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-#: Kinds of rotary embeddings whose code in transformers may read positions on the host.
-_HOST_ROTATIONS = ("dynamic", "longrope")
 
 
 class Runner:
@@ -167,6 +165,26 @@ class Runner:
             self.cache.grow(0, len(prefix))
             self.prefill([(0, 0, prefix)])
             self.cache.keep_as_prefix(0, len(prefix))
+        self._prefix = tuple(prefix)
+
+    def weights_changed(self) -> None:
+        """Call after the values of the model's weights were replaced in place, with no sequence running.
+
+        Graphs and fused blocks read the weights where they are; only the shared prefix was computed with others. It is
+        read again into the memory that graphs know. EngineError where weights have copies (fp8), and on several ranks.
+        """
+        if self.precision == "fp8" or self.ranks is not None:
+            raise EngineError(
+                f"{self.lm.name}: weights are replaced in place only in full precision, on one GPU"
+            )
+        if not self._prefix:
+            return
+        self.cache.release_all()
+        self.cache.grow(0, len(self._prefix))
+        with self.cache.without_prefix():
+            self.prefill([(0, 0, self._prefix)])
+        self.cache.renew_prefix(0)
+        self.cache.release_all()
 
     def __enter__(self) -> Runner:
         return self
@@ -204,7 +222,7 @@ class Runner:
             return False
         if self._host_experts:
             return False
-        return not any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
+        return not rotates_on_host(self.lm)
 
     def tune(self, rows: int) -> None:
         """Time the products of passes of `rows` tokens; from now on use the fastest. Call before a run, not in it."""
@@ -358,12 +376,6 @@ class Runner:
         return states if self.ranks is None else self.ranks.own(states)
 
 
-def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
-    """The parameters of the model's rotary embedding, or of each one if it has several."""
-    given: Any = getattr(lm.config, "rope_parameters", None) or {}
-    return [given, *(each for each in given.values() if isinstance(each, dict))]
-
-
 def check_shape(lm: LanguageModel) -> None:
     """UnsupportedModel unless every block attends, with as many query heads as the others, through an attention of
     ours."""
@@ -385,23 +397,4 @@ def check_shape(lm: LanguageModel) -> None:
     if why is not None:
         raise UnsupportedModel(
             f"{lm.name}: {type(lm.model).__name__} {why}: this architecture is not supported"
-        )
-
-
-def rotation_limit(lm: LanguageModel) -> int:
-    """The length from which on the rotations of a sequence would depend on how long the others of a pass are.
-
-    A lane that has ended may stand one position past its last token, so a sequence must end before the limit.
-    """
-    own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
-    ropes = [rope for rope in _rotations(lm) if rope.get("rope_type") == "longrope"]
-    return min((rope.get("original_max_position_embeddings", own) for rope in ropes), default=sys.maxsize)
-
-
-def check_rotation(lm: LanguageModel, length: int) -> None:
-    """EngineError if a sequence of this length reaches `rotation_limit`."""
-    if length >= (most := rotation_limit(lm)):
-        raise EngineError(
-            f"{lm.name}: sequences of {length} tokens reach {most}. From there its rotation (longrope) of every "
-            "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
         )

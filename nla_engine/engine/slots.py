@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,6 +261,31 @@ class SlotCache:
         kept = [self._held(number).places(slot, length) for number in range(len(self.keys))]
         self.prefix_size = length
         self.prefix_keys, self.prefix_values = ([pair[which] for pair in kept] for which in range(2))
+
+    @contextmanager
+    def without_prefix(self) -> Iterator[None]:
+        """While this is open, sequences begin at place 0 of their slots, with no state."""
+        keys, values, size = self.prefix_keys, self.prefix_values, self.prefix_size
+        held = {layer: states.prefix for layer, states in self.states.items()}
+        self.prefix_size = 0
+        self.prefix_keys, self.prefix_values = ([held[:0] for held in all_] for all_ in (keys, values))
+        for states in self.states.values():
+            states.prefix = None
+        try:
+            yield
+        finally:
+            self.prefix_keys, self.prefix_values, self.prefix_size = keys, values, size
+            for layer, states in self.states.items():
+                states.prefix = held[layer]
+
+    def renew_prefix(self, slot: int) -> None:
+        """Overwrite the shared prefix, in the memory where it is, with what a freshly filled slot holds."""
+        for states in self.states.values():
+            states.keep_as_prefix(slot)  # read between graphs, so it may lie elsewhere
+        for number in range(len(self.keys)):
+            keys, values = self._held(number).places(slot, self.prefix_size)
+            self.prefix_keys[number].copy_(keys)
+            self.prefix_values[number].copy_(values)
 
     def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
         """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them

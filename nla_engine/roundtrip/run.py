@@ -137,8 +137,7 @@ def _run(
         )
     phases = Phases(progress)
     models = (verbalizer, reconstructor)
-    loaded = models != (None, None)
-    devices = worker_devices(options.gpus, options.workers, options.device, loaded=loaded)
+    devices = worker_devices(options.gpus, options.workers, options.device, loaded=models != (None, None))
     devices = grouped(devices, options.tensor_parallel)
     if devices:
         options = replace(options, device=devices[0])
@@ -152,9 +151,8 @@ def _run(
     ):
         run = prepare_run(options, announce, phases, rows=rows, opened=opened)
         seconds, new = run.finish(announce, phases, pool)
-        told: dict[str, Any] = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
-        told["workers_waited"] = asdict(pool.waited)
-        return _Done(seconds, new, {"workers": len(devices), **told})
+        told = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
+        return _Done(seconds, new, {"workers": len(devices), **told, "workers_waited": asdict(pool.waited)})
 
 
 def prepare_run(

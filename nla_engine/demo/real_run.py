@@ -1,0 +1,155 @@
+"""A trained pair on its real model: `python -m nla_engine.demo.real_run --pair DIR --out DIR`.
+
+Captures natural replies to questions that the recipe's prompts do not have, explains and reconstructs them, asks the
+referee what the words add to the text, and writes the page. Calls the stages as any user does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nla_engine.capture.run import run_capture
+from nla_engine.config import CaptureOptions, ControlsOptions, RoundtripOptions
+from nla_engine.demo import smollm2
+from nla_engine.errors import CheckpointError, NLAError
+from nla_engine.models.sidecar import read_sidecar
+from nla_engine.referee.controls import run_controls
+from nla_engine.report import write_report
+from nla_engine.roundtrip.run import run_roundtrip
+from nla_engine.store import CaptureStore
+from nla_engine.store.shards import make_directory, write_file_atomically
+
+#: None of them names a topic of the recipe's prompts.
+QUESTIONS = (
+    "How do elevators know which floor to stop at first?",
+    "Write four lines about a ferry that arrives too late.",
+    "What is the capital of Portugal, and what is it known for?",
+    "Explain what a budget deficit is, in two sentences.",
+    "My bread knife is blunt. What can I do?",
+    "Name three instruments in a string quartet.",
+    "Why is the sky dark at night although there are so many stars?",
+    "Write a Python function that returns the longest word of a sentence.",
+    "What is 17 times 23? Show your work.",
+    "Give me two reasons to keep a notebook.",
+    "How is glass made?",
+    "Write a short apology for missing a meeting.",
+    "What is the difference between a lake and a lagoon?",
+    "Who painted the ceiling of the Sistine Chapel?",
+    "Describe the smell of a bakery to someone who has never been in one.",
+    "List the planets in order of their distance from the sun.",
+    "What should I pack for three days in Norway in March?",
+    "Tell me about a dog that wanted to become a judge.",
+    "How do I remove an ink stain from a white shirt?",
+    "What does a notary do?",
+    "Write a haiku about a ladder.",
+    "Is zero an even number? Why?",
+    "How long should I boil an egg?",
+    "What is a good title for a talk about road safety?",
+)
+FILES = ("questions.jsonl", "run.zarr", "explained.parquet", "controls.parquet", "report.html")
+
+
+def run(
+    pair: Path, base: Path, out: Path, *, questions: int, rows: int, tokens: int, device: str | None
+) -> dict[str, Any]:
+    """The demo's summary: of the round trip, and what the referee says. rows: of each reply; tokens: of a reply
+
+    Replaces what an earlier run left in `out`. Raises what the stages raise.
+    """
+    layer = read_sidecar(pair / "ar", "ar").layer
+    if layer is None:
+        raise CheckpointError(f"{pair / 'ar'}: does not say its layer: give a pair that train wrote")
+    make_directory(out)
+    prompts, store, explained, controls, page = (out / name for name in FILES)
+    records = [{"prompt": question} for question in QUESTIONS[:questions]]
+    write_file_atomically(prompts, "".join(json.dumps(each) + "\n" for each in records).encode())
+    run_capture(
+        CaptureOptions(
+            model=str(base),
+            prompts=(prompts,),
+            layer=(layer,),
+            out=str(store),
+            max_new_tokens=tokens,
+            per_document=rows,
+            min_position=10,
+            device=device,
+            overwrite=True,
+        ),
+        announce=_say,
+    )
+    scored = run_roundtrip(
+        RoundtripOptions(
+            store=str(store),
+            av=str(pair / "av"),
+            ar=str(pair / "ar"),
+            av_base=str(base),
+            ar_base=str(base),
+            out=explained,
+            max_new_tokens=96,
+            device=device,
+            overwrite=True,
+        ),
+        announce=_say,
+    )
+    added = run_controls(
+        ControlsOptions(
+            store=str(store), explained=explained, out=controls, reader="none", device=device, overwrite=True
+        ),
+        announce=_say,
+    )
+    written = write_report(
+        CaptureStore.open(store),
+        explained,
+        page,
+        title=f"{len(records)} replies of {base.name}, put into words",
+        overwrite=True,
+    )
+    return {"round_trip": scored.to_dict(), "controls": added.to_dict(), "report": written.out}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; the last line printed is its summary, as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nla_engine.demo.real_run", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--pair", type=Path, required=True, help="directory with av and ar, as train writes it"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for the store, the tables and the page"
+    )
+    parser.add_argument(
+        "--base", type=Path, help="model of the pair [default: SmolLM2, made from its package]"
+    )
+    parser.add_argument("--device", help="cuda, cuda:N or cpu [default: cuda if available]")
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many questions")
+    parser.add_argument("--rows", type=int, default=8, help="rows of each reply")
+    parser.add_argument("--tokens", type=int, default=48, help="longest reply")
+    options = parser.parse_args(arguments)
+    try:
+        summary = run(
+            options.pair,
+            options.base or smollm2.cached(),
+            options.out,
+            questions=options.questions,
+            rows=options.rows,
+            tokens=options.tokens,
+            device=options.device,
+        )
+    except NLAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(summary, default=str))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
