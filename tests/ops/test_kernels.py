@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
-from kernel_checks import DTYPES, close, randn
+from kernel_checks import DTYPES, ROUNDED, close, randn
 
 from nla_engine.ops import attention, tile_sizes
 from nla_engine.ops.cards import Card
