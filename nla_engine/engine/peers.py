@@ -19,7 +19,7 @@ from nla_engine.errors import first_line
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.peer_sum import Peers
 
-#: Environment variable: 0 leaves every sum to NCCL.
+#: Environment variable: 1 tries it. It has not been measured yet, so every sum is left to NCCL else.
 SWITCH = "NLA_PEER_SUMS"
 #: Bytes of the largest tensor that is summed so.
 ROOM = 64 << 20
@@ -121,8 +121,8 @@ def _unreachable(group: Group) -> str:
     """Why this rank cannot reach the others' memory; empty if the driver says that it can."""
     here = group.device.index
     others = [device.index for device in group.devices if device != group.device]
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH} is 0"
+    if os.environ.get(SWITCH) != "1":
+        return f"{SWITCH} is not 1"
     if not has_triton(group.device):
         return "Triton does not run"
     far = [other for other in others if not torch.cuda.can_device_access_peer(here, other)]

@@ -275,11 +275,13 @@ def _biases(slope, at, own, ROUND: tl.constexpr, COARSE: tl.constexpr):
     same from the query, where the numbers are small.
     """
     if ROUND is None:
-        return slope[:, None] * (at[None] - own[:, None]).to(tl.float32)
-    place = at.to(tl.float32)
-    if COARSE:
-        place = place.to(ROUND).to(tl.float32)
-    return (slope[:, None] * place[None]).to(ROUND).to(tl.float32)
+        biases = slope[:, None] * (at[None] - own[:, None]).to(tl.float32)
+    else:  # no early return: Triton 3.6 compiles what stands behind it
+        place = at.to(tl.float32)
+        if COARSE:
+            place = place.to(ROUND).to(tl.float32)
+        biases = (slope[:, None] * place[None]).to(ROUND).to(tl.float32)
+    return biases
 
 
 @triton.jit

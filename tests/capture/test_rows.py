@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tiny import byte_tokenizer, tiny_model, write_records
 
-from nla_engine.capture import appender, calibrate, collect, run
+from nla_engine.capture import appender, calibrate, run
 from nla_engine.capture.audit import audit
 from nla_engine.capture.estimate import estimate_capture
 from nla_engine.capture.outbox import Outbox
 from nla_engine.capture.run import run_capture
+from nla_engine.capture.staging import Rows
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.transfer import to_host
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import matching_tokens, special_tokens, token_bytes
@@ -161,31 +161,30 @@ def test_drawn_rows_are_among_those_left_and_sinks_go_last(
 def test_only_chosen_rows_leave_the_device(
     given: dict, lm: LanguageModel, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all rows wait for the end of their sequences, or the choice is known from the start.
-
-    Of their codes; the norms of the others tell which rows are sinks.
-    """
+    """Where all rows wait for the end of their sequences, or the choice is known from the start. Sinks leave it too:
+    they are few, and are left out on the host."""
     moved: list[int] = []
+    fetch = Outbox.fetch
 
-    def counted(tensor: torch.Tensor) -> np.ndarray:
-        moved.extend([len(tensor)] if tensor.shape[1:] == (lm.d_model,) else [])
-        return to_host(tensor)
+    def counted(self: Outbox, rows: Rows, use: Any) -> Any:
+        moved.append(len(rows.norm))
+        return fetch(self, rows, use)
 
     def calibrated(*given: object, **more: object) -> object:
         out = calibrate.calibrate(*given, **more)  # type: ignore[arg-type]
         moved.clear()
         return out
 
-    monkeypatch.setattr(collect, "to_host", counted)
+    monkeypatch.setattr(Outbox, "fetch", counted)
     monkeypatch.setattr(Outbox, "send", lambda *_: pytest.fail("rows leave before the end"))
     monkeypatch.setattr(run, "calibrate", calibrated)
-    choice = {"tokens": "[a-z0-9]", "skip_sinks": True}
+    tokens = {"tokens": "[a-z0-9]"}
     stored = []
-    for more in ({}, choice):
-        out = tmp_path / f"{len(more)}.zarr"
+    for number, more in enumerate(({}, tokens, {**tokens, "skip_sinks": True})):
+        out = tmp_path / f"{number}.zarr"
         stored.append(run_capture(options(prompts, out, **given, **more), lm=lm).rows)
-        assert sum(moved) == 3 * stored[-1]
-    assert 0 < stored[1] < stored[0]
+        assert sum(moved) == 3 * stored[min(number, 1)]
+    assert 0 < stored[2] < stored[1] < stored[0]
 
 
 def test_an_interrupted_run_chooses_the_same(
