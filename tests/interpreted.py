@@ -22,9 +22,15 @@ starts_the_interpreter = pytest.mark.skipif(
 )
 
 
+#: The marks of what launches Triton kernels: a test (see `runs_kernels`), or one of its parameters.
+LAUNCHES = (pytest.mark.kernels, _can_run)
+
+
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
     """A test that launches Triton kernels."""
-    return pytest.mark.kernels(_can_run(test))
+    for mark in LAUNCHES:
+        test = mark(test)
+    return test
 
 
 def run_in_the_interpreter(file: str) -> None:

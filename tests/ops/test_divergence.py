@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
+from interpreted import DEVICE, LAUNCHES, run_in_the_interpreter, starts_the_interpreter
 
 from nla_engine.ops import divergence as op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RUNS = [
     op.divergence_reference,
-    pytest.param(op.divergence_triton, marks=runs_kernels),
+    pytest.param(op.divergence_triton, marks=LAUNCHES),
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from commands import call, check_refused
 
 from nla_engine.studies import stages as stages_module
-from nla_engine.studies.directory import EXPLAINED, REREAD, SAMPLES
+from nla_engine.studies.directory import CLAIMS, CLAUSES, EXPLAINED, PATCHED, REREAD, SAMPLES
 from nla_engine.studies.models import Models
 from nla_engine.studies.stages import Stages
 
@@ -27,7 +27,7 @@ def test_the_tables_are_those_of_one_process(tmp_path: Path) -> None:
     alone = call("study", "multiplication", "--out", one, *SMALL, "--json")
     assert alone.code == 0, alone.err
     shutil.copytree(one, two)
-    for name in (EXPLAINED, SAMPLES, REREAD):
+    for name in (EXPLAINED, SAMPLES, REREAD, PATCHED, CLAUSES, CLAIMS):
         (two / name).unlink()
     shared = call("study", "multiplication", "--out", two, *SMALL, "--workers", 2, "--resume", "--json")
     assert shared.code == 0, shared.err
@@ -86,7 +86,7 @@ def test_where_its_runs_go(
     stages.capture([], max_new_tokens=1, positions="all")
     av, ar = stages.load_pair()
     stages.explain(np.arange(2), av, ar, max_new_tokens=1)
-    stages.reread([], ar, variance=1.0)
+    stages.reread([], ar or stages.load_ar(), variance=1.0)
     captured, (explained, verbalizer), reader = asked
     for options in (captured, explained):
         assert (options.device, options.gpus, options.workers) == (device, gpus, workers)

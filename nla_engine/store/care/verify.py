@@ -143,7 +143,7 @@ class Verification:
             return Check(name, False, f"{path}: differs from the format in {', '.join(wrong)}")
         if shown == length:
             return Check(name, True, f"{spec.dtype.name} {wanted['shape']}")
-        detail = f"shows {shown} values, {length} are committed"
+        detail = f"{path}: shows {shown} values, {length} are committed"
         if self._manifest.commit.complete:
             return Check(name, False, detail)
         return Check(
