@@ -259,9 +259,13 @@ def test_wanted_states_are_those_of_their_tokens(
         for wanted in ([total - 1], list(range(total)), rng.permutation(total)[:17].tolist(), [5, 5, 0]):
             got = runner.prefill(parts, wanted)
             assert got.shape == (len(wanted), lm.d_model)
-            # The last bit of an input may send a factor to another number of fp8, 2^-3 apart.
-            close = {"atol": 0.1, "rtol": 0.1} if precision == "fp8" else {"atol": 2e-5, "rtol": 1e-4}
-            torch.testing.assert_close(got, every[wanted], **close)
+            if (
+                precision == "fp8"
+            ):  # the last bit of an input may send a factor to another number of fp8, 2^-3 apart
+                apart = (got - every[wanted]).norm(dim=-1) / every[wanted].norm(dim=-1)
+                assert apart.max() < 0.3  # unrelated states are 1.4 apart
+            else:
+                torch.testing.assert_close(got, every[wanted], atol=2e-5, rtol=1e-4)
         keys = torch.stack(runner.cache.keys)
         runner.prefill(parts)
         torch.testing.assert_close(keys, torch.stack(runner.cache.keys), atol=0, rtol=0)
