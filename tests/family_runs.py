@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from small_families import small_model
 from tiny import byte_tokenizer
 
@@ -198,6 +200,13 @@ def drawn(rng: np.random.Generator, sizes: tuple[int, ...], new: tuple[int, ...]
         Request(i, tuple(rng.integers(3, 250, size).tolist()), more)
         for i, (size, more) in enumerate(zip(sizes, new, strict=True))
     ]
+
+
+def named_model(name: str) -> LanguageModel:
+    """A small one with this configuration; the test is skipped where transformers has none."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return family_model(getattr(transformers, name))
 
 
 def natural_ends(found: dict[int, Completion]) -> tuple[int, ...]:

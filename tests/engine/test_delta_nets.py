@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_runs import check_rows, drawn, family_model, in_slots
+from family_runs import check_rows, drawn, in_slots, named_model
 from small_families import shrunk
 from tiny import byte_tokenizer
 
@@ -18,18 +18,12 @@ from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_shapes
-from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.load import wrap_model
 from nla_engine.ops.backends import Kernels
 
 DELTA = ["Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "OlmoHybridConfig"]
 FAMILIES = [*DELTA, "Lfm2Config", "Lfm3Config"]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def model(name: str) -> LanguageModel:
-    if not hasattr(transformers, name):
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    return family_model(getattr(transformers, name))
 
 
 def held(runner: Runner) -> None:
@@ -44,7 +38,7 @@ run = partial(in_slots, inside=held)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("passed", [5, 2048])
 def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.random.Generator) -> None:
-    lm, prefix = model(name), tuple(rng.integers(3, 250, 7).tolist())
+    lm, prefix = named_model(name), tuple(rng.integers(3, 250, 7).tolist())
     asked = drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1))
     found, _ = run(lm, asked, passed=passed, prefix=prefix)
     assert len(found) == len(asked)
@@ -55,7 +49,7 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
 @pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_gpu(name: str, rng: np.random.Generator) -> None:
     """With decode steps in graphs."""
-    lm, prefix = model(name), tuple(rng.integers(3, 250, 7).tolist())
+    lm, prefix = named_model(name), tuple(rng.integers(3, 250, 7).tolist())
     lm.move(torch.device("cuda", 0))
     found, _ = run(lm, drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1)), prefix=prefix)
     check_rows(lm, found, prefix)
@@ -77,14 +71,14 @@ def test_a_convolution_with_a_bias(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_fused_norms(name: str, rng: np.random.Generator) -> None:
-    lm = model(name)
+    lm = named_model(name)
     found, _ = run(lm, drawn(rng, (9, 3, 5, 12), (5, 4, 8, 3)), kernels=Kernels("fused"))
     check_rows(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_samples_of_one_prompt_go_on_from_its_state(name: str, rng: np.random.Generator) -> None:
-    lm, prompt = model(name), tuple(rng.integers(3, 250, 13).tolist())
+    lm, prompt = named_model(name), tuple(rng.integers(3, 250, 13).tolist())
     asked = [Request(0, prompt, 6), *(Request(i, prompt, 4 + i, again=True) for i in (1, 2, 3, 4))]
     found, _ = run(lm, asked, slots=4)
     assert len({tuple(done.generated[:5].tolist()) for done in found}) == 1
@@ -93,7 +87,7 @@ def test_samples_of_one_prompt_go_on_from_its_state(name: str, rng: np.random.Ge
 
 @pytest.mark.parametrize("name", [*DELTA[:2], "Lfm2Config"])
 def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Generator) -> None:
-    lm = model(name)
+    lm = named_model(name)
     asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
     found, stepped_back = run(lm, asked, slots=4, blocks=12, block=4)
     assert stepped_back > 0 and len(found) == 4
@@ -102,7 +96,7 @@ def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Gener
 
 @pytest.mark.parametrize("name", DELTA[:1])
 def test_states_count_as_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = model(name)
+    lm = named_model(name)
     shapes = state_shapes(lm)
     assert 0 < len(shapes) < len(lm.blocks)
     heads, size = kv_shape(lm.config)
