@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_runs import fault, natural_ends, requests, run
+from family_runs import fault, misplaced, natural_ends, requests, run
 from small_families import small_model
 from tiny import byte_tokenizer
 
@@ -39,7 +39,9 @@ def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None
     ended, _ = run(lm, asked, eos=eos)
     for completions, ends in ((found, ()), (ended, eos)):
         for done in completions.values():
-            assert not (wrong := fault(lm, done, ends)), f"request {done.request.id}: {wrong}"
+            assert not (wrong := misplaced(done, ends) or fault(lm, done)), (
+                f"request {done.request.id}: {wrong}"
+            )
 
 
 @pytest.mark.parametrize(
