@@ -3,7 +3,7 @@ with plain transformers, one sequence at a time, without a cache, in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from tiny import byte_tokenizer
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.choose import open_generator
+from nla_engine.engine.generator import Generator
 from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.request import Completion, Request
+from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import NLAError
 from nla_engine.models.decoder import block_output
@@ -142,3 +144,61 @@ def natural_ends(found: dict[int, Completion]) -> tuple[int, ...]:
     """A token that ends some replies before their limit, and not all."""
     inner = [token for done in found.values() for token in done.generated[1:-1].tolist()]
     return (inner[0],) if inner else ()
+
+
+def run_in_slots(
+    lm: LanguageModel,
+    asked: list[Request],
+    ours: Callable[[Any], bool],
+    *,
+    slots: int = 3,
+    passed: int = 2048,
+    length: int = LENGTH,
+    **more: Any,
+) -> tuple[list[Completion], int]:
+    """Completions with rows of every block, and how many sequences stepped back. ours: whether the first block is run
+    by the engine"""
+    layers = tuple(range(len(lm.blocks)))
+    tap = RowTap(
+        layers,
+        Codec.named("bf16", lm.d_model),
+        RowRange.parse("generated"),
+        rows_per_slot=length,
+        sink_norm=dict.fromkeys(layers, float("inf")),
+        device=lm.device,
+    )
+    with Runner(lm, slots=slots, length=length, tap=tap, **more) as runner:
+        assert ours(lm.blocks[0])
+        generator = Generator(
+            runner,
+            max_new_tokens=12,
+            stop=StopAutomaton([b""] * lm.vocab_size, ()),
+            read_last=True,
+            max_prefill_tokens=passed,
+        )
+        found = list(generator.run(iter(asked)))
+        assert generator._queue is not None
+        return found, generator._queue.tally().stepped_back
+
+
+def check_replies(lm: LanguageModel, found: list[Completion], prefix: tuple[int, ...] = ()) -> None:
+    """Their rows and tokens are those of transformers alone."""
+    for done in found:
+        given = [*prefix, *done.request.token_ids]
+        rows, logits = alone(lm, [*given, *done.generated.tolist()])
+        assert len(done.generated) == done.request.max_new_tokens
+        for k, own in enumerate(rows):
+            kept = torch.from_numpy(done.rows[k].codes.view(np.int16)).view(torch.bfloat16).float()
+            own = own[done.positions]
+            assert ((kept - own).norm(dim=-1) / own.norm(dim=-1)).max() <= LIMIT
+        for at, token in enumerate(done.generated.tolist(), len(given) - 1):
+            best = logits[at]
+            assert best[token] >= best.max() - 1e-3 * (1 + best.abs().max())
+
+
+def drawn(rng: np.random.Generator, sizes: tuple[int, ...], new: tuple[int, ...]) -> list[Request]:
+    """Requests of random tokens, of these sizes, with so many new ones each."""
+    return [
+        Request(i, tuple(rng.integers(3, 250, size).tolist()), more)
+        for i, (size, more) in enumerate(zip(sizes, new, strict=True))
+    ]

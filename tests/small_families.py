@@ -131,15 +131,16 @@ def configurations() -> list[type[Any]]:
     return [found[name] for name in sorted(found)]
 
 
-def shrunk(config: type[Any]) -> Any:
-    """A small configuration of this class. Raises what the library raises if these sizes do not go together."""
+def shrunk(config: type[Any], **more: Any) -> Any:
+    """A small configuration of this class, changed by `more`. Raises what the library raises if these sizes do not go
+    together."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = config()
         text = whole.get_text_config(decoder=True)
         name = next((key for key, value in vars(whole).items() if value is text), None)
         if name is None:
-            return config(**_changes(whole))
+            return config(**_changes(whole) | more)
         small = type(text)(**_changes(text))
         others = {
             key: type(value)(**_changes(value))
@@ -183,10 +184,11 @@ def _every_kind(entries: list[Any]) -> list[Any]:
     return [entries[i] for i in sorted(first + rest[: BLOCKS - len(first)])]
 
 
-def small_model(config: type[Any], seed: int = 0) -> Any:
-    """A float32 model, in evaluation mode, with weights so large that rounding decides nothing."""
+def small_model(config: type[Any], seed: int = 0, **more: Any) -> Any:
+    """A float32 model, in evaluation mode, with weights so large that rounding decides nothing. more: changes of its
+    configuration"""
     torch.manual_seed(seed)
-    given = shrunk(config)
+    given = shrunk(config, **more)
     with torch.device("meta"):
         size = sum(
             weight.numel() for weight in transformers.AutoModelForCausalLM.from_config(given).parameters()

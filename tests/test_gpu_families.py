@@ -1,4 +1,4 @@
-"""Families with sinks and with gated delta nets on a GPU: kernels and CUDA graphs against plain transformers there."""
+"""Families with sinks, gated delta nets and compressed keys on a GPU: kernels and CUDA graphs against transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_runs import fault, natural_ends, requests, run
+from family_runs import check_replies, drawn, fault, natural_ends, requests, run, run_in_slots
 from small_families import small_model
 from tiny import byte_tokenizer
 
+from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.runner import Runner
 from nla_engine.models.load import LanguageModel, wrap_model
 
@@ -25,7 +26,9 @@ def model(name: str, dtype: torch.dtype) -> LanguageModel:
     return wrap_model(made, byte_tokenizer(), name=name)
 
 
-@pytest.mark.parametrize("name", ["GraniteSWAConfig", "Qwen3_5TextConfig"])
+@pytest.mark.parametrize(
+    "name", ["GraniteSWAConfig", "Qwen3_5TextConfig", "DeepseekV2Config", "MiniCPM3Config"]
+)
 def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None:
     lm = model(name, torch.float32)
     asked = requests(rng)
@@ -40,7 +43,16 @@ def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["GptOssConfig", "GraniteMoeSWAConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"],
+    [
+        "GptOssConfig",
+        "GraniteMoeSWAConfig",
+        "Qwen3NextConfig",
+        "Qwen3_5TextConfig",
+        "Qwen3_5MoeTextConfig",
+        "DeepseekV2Config",
+        "DeepseekV3Config",
+        "Glm4MoeLiteConfig",
+    ],
 )
 def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.random.Generator) -> None:
     """The runner's own check holds every block in prompts, decode steps and a graph against transformers."""
@@ -53,3 +65,28 @@ def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.r
     assert way == "fast" and len(found) == len(asked)
     for id_, done in found.items():
         assert done.generated.tolist() == again[id_].generated.tolist()
+
+
+@pytest.mark.parametrize("heads", [4, 20, 128])
+@pytest.mark.parametrize("passed", [512, 8192])
+def test_compressed_keys_of_long_sequences(heads: int, passed: int, rng: np.random.Generator) -> None:
+    """More places than one program reads in a decode step, of latents as wide as DeepSeek's, beside a short one."""
+    sizes = {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "hidden_size": 8 * heads,
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 2,
+    }
+    made: Any = small_model(transformers.DeepseekV3Config, **sizes).to("cuda")
+    lm = wrap_model(made, byte_tokenizer(), name="long")
+    prefix = tuple(rng.integers(3, 250, 70).tolist())
+    asked = drawn(rng, (4300, 9, 5200), (12, 12, 7))
+    more = {"passed": passed, "length": 5400, "prefix": prefix}
+    found, _ = run_in_slots(
+        lm, asked, lambda block: isinstance(block.self_attn.forward, EngineLatent), **more
+    )
+    check_replies(lm, found, prefix)

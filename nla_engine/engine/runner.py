@@ -15,10 +15,12 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
+from nla_engine.engine.compressed import latent_module, latent_shape
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.slots import SlotCache
@@ -98,7 +100,7 @@ class Runner:
             None  # called instead, while it is checked
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._delta: list[Any] = []  # the same of gated delta nets within blocks
+        self._mixers: list[Any] = []  # the same of gated delta nets and latent attention within blocks
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -125,7 +127,11 @@ class Runner:
         self.lm.model.set_attn_implementation(attention.NAME)
         for module in filter(None, map(delta_module, self.lm.blocks)):
             module.forward = EngineDelta(module)
-            self._delta.append(module)
+            self._mixers.append(module)
+        if latent_shape(self.lm) is not None:
+            for module in map(latent_module, self.lm.blocks):
+                module.forward = EngineLatent(module)
+                self._mixers.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
@@ -175,11 +181,11 @@ class Runner:
         self.at_close.clear()
         for hook in self._hooks:
             hook.remove()
-        for module in (*self._fused, *self._delta, *self._lone):
+        for module in (*self._fused, *self._mixers, *self._lone):
             del module.forward
         if self._norm is not None:
             del self._norm.forward
-        self._hooks, self._fused, self._delta, self._lone, self._norm = [], [], [], [], None
+        self._hooks, self._fused, self._mixers, self._lone, self._norm = [], [], [], [], None
         self.lm.model.set_attn_implementation("eager")
 
     @property

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nla_engine.engine.blocks import Blocks
+from nla_engine.engine.compressed import latent_shape
 from nla_engine.engine.states import States, delta_module, delta_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
@@ -104,8 +105,14 @@ def cache_bytes(lm: LanguageModel, room: Room, length: int, prefix: int = 0) -> 
 
 def _place_bytes(lm: LanguageModel) -> int:
     """Keys and values of one token, in every block that attends."""
+    return (len(lm.blocks) - len(state_shapes(lm))) * row_bytes(lm)
+
+
+def row_bytes(lm: LanguageModel) -> int:
+    """The same in one block."""
     heads, head_size = kv_shape(lm.config)
-    return 2 * (len(lm.blocks) - len(state_shapes(lm))) * heads * head_size * lm.dtype.itemsize
+    latent = latent_shape(lm)
+    return (2 * heads * head_size if latent is None else latent.row) * lm.dtype.itemsize
 
 
 def physical_bytes() -> int:
@@ -155,6 +162,8 @@ class SlotCache:
     head_size], of the blocks that attend; states: by block, of those that keep a state instead; table: int32
     [slots + 1, columns], see `KeyValues`.
 
+    Of compressed keys, values are a view: the first channels of the one key of a place.
+
     size: places that a slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
     """
 
@@ -172,7 +181,9 @@ class SlotCache:
         blocks: in the pool. None: enough for all slots, each of which holds its own until `release_all`
         block: places in one
         """
-        heads, head_size = kv_shape(lm.config)
+        latent = latent_shape(lm)
+        heads, head_size = kv_shape(lm.config) if latent is None else (1, latent.row)
+        self._latent = None if latent is None else latent.latent  # channels of a value, of compressed keys
         kept = state_shapes(lm)
         attend = [layer for layer in range(len(lm.blocks)) if layer not in kept]
         self._number = {layer: number for number, layer in enumerate(attend)}
@@ -196,9 +207,11 @@ class SlotCache:
         self.blocks = Blocks(count, block, slots + 1)
         shape = (layers, count + 1, block, heads, head_size)
         self.keys = lazy_zeros(shape, lm.dtype, lm.device)
-        self.values = lazy_zeros(shape, lm.dtype, lm.device)
+        self.values = (
+            lazy_zeros(shape, lm.dtype, lm.device) if latent is None else self.keys[..., : self._latent]
+        )
         self.prefix_keys = self.keys.new_empty((layers, 0, heads, head_size))
-        self.prefix_values = self.values.new_empty((layers, 0, heads, head_size))
+        self.prefix_values = self.keys.new_empty((layers, 0, heads, head_size))[..., : self._latent]
         self.table = torch.full((slots + 1, columns + 1), count, dtype=torch.int32, device=lm.device)
         if blocks is None:
             for slot in range(slots + 1):
@@ -239,6 +252,8 @@ class SlotCache:
             return
         kept = [self.layer(layer).places(slot, length) for layer in self._number]
         self.prefix_keys, self.prefix_values = (torch.stack(part) for part in zip(*kept, strict=True))
+        if self._latent is not None:
+            self.prefix_values = self.prefix_keys[..., : self._latent]
 
     def copy(self, source: Iterable[int], target: Iterable[int], length: int) -> None:
         """Copy the first `length` places of each source slot to its target slot, in every layer, and what follows them
@@ -256,7 +271,7 @@ class SlotCache:
         ]
         if pairs:
             at = to_device(np.array(pairs).T.copy(), self.keys.device)
-            for held in (*self.keys, *self.values):
+            for held in (*self.keys, *(self.values if self._latent is None else ())):
                 held[at[1]] = held[at[0]]
 
     def _first(self, slot: int, length: int) -> list[int]:

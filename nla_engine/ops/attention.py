@@ -11,6 +11,8 @@ result (Juravsky et al., arXiv:2402.05099). A head's sink is a score without a v
 gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453). Where sequences may be long, a decode
 step gives each part of a sequence a program of its own, and joins their partial results (Dao et al., "Flash-Decoding",
 2023): one long sequence must not hold up the step.
+
+Values may be the first channels of the keys' own rows (`ops.latent`): queries and keys are then wider than the result.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Shape:
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton where it runs, else torch."""
+    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h of the values]. Triton, or else torch."""
     return (attend_triton if has_triton(query.device) else attend_torch)(query, kv, tiles, shape)
 
 
@@ -77,7 +79,7 @@ def attend_torch(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape)
 
 def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """One tile after the other, softmax in float32. Slow and obvious; synchronises with the device."""
-    out = torch.empty_like(query)
+    out = query.new_empty((*query.shape[:2], kv.values.shape[-1]))
     places = (tiles.token, tiles.count, tiles.slot, tiles.position)
     for token, count, slot, position in zip(*(column.tolist() for column in places), strict=True):
         end, rows = position + count, slice(token, token + count)
@@ -121,7 +123,7 @@ def _attend(
         sinks = shape.sinks.float().view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1).to(values.dtype)[..., : keys.shape[1]]
-    return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, size)
+    return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, -1)
 
 
 def tile_rows(tokens: int, group: int) -> int:
@@ -131,17 +133,21 @@ def tile_rows(tokens: int, group: int) -> int:
 
 def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """One or more programs per tile and key/value head. No synchronisation; runs inside CUDA graphs."""
-    tokens, heads, size = query.shape
-    groups = kv.keys.shape[2]
+    tokens, heads, width = query.shape
+    groups, size, rest = kv.keys.shape[2], kv.values.shape[-1], width - kv.values.shape[-1]
     query = query if query.stride(2) == 1 else query.contiguous()
     out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
     for tensor in (kv.keys, kv.values, kv.prefix_keys, kv.prefix_values):
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError("keys and values: the channels of a head are not contiguous")
+    if rest and (groups > 1 or kv.values.data_ptr() != kv.keys.data_ptr()):
+        raise ValueError("keys that are wider than values: the values are not their first channels")
     options = {
         "GROUP": heads // groups,
         "HEAD": size,
+        "REST": rest,
         "BLOCK_H": head_width(size),
+        "BLOCK_R": head_width(rest),
         "WINDOW": shape.window > 0,
         "SOFTCAP": shape.softcap > 0,
         "SINKS": shape.sunk,
@@ -153,7 +159,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
     sinks = state if shape.sinks is None else shape.sinks
     if kv.prefix_size:
-        cut = cut_for(size, itemsize, PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2, card)
+        most = PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2
+        cut = cut_for(size, itemsize, most, card, rest)
         prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
             query,
             kv.prefix_keys,
@@ -178,7 +185,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
             num_stages=cut.stages,
             **options,
         )
-    cut = cut_for(size, itemsize, tiles.rows, card)
+    cut = cut_for(size, itemsize, tiles.rows, card, rest)
     if kv.size % cut.keys:
         raise ValueError(f"blocks of {kv.size} places: the kernel reads {cut.keys} at once")
     # A window holds few places, wherever it is.

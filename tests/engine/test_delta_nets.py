@@ -7,18 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from family_runs import LENGTH, LIMIT, alone, family_model
+from family_runs import check_replies, drawn, family_model, run_in_slots
 
-from nla_engine.capture.tap import RowRange, RowTap
-from nla_engine.codec.rows import Codec
 from nla_engine.engine.delta import EngineDelta, of_like_length
-from nla_engine.engine.generator import Generator
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.slots import default_room, kv_shape, slot_size, state_shapes
-from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.backends import Kernels
 
@@ -32,52 +27,9 @@ def model(name: str) -> LanguageModel:
     return family_model(getattr(transformers, name))
 
 
-def run(
-    lm: LanguageModel, asked: list[Request], *, slots: int = 3, passed: int = 2048, **more: Any
-) -> tuple[list[Completion], int]:
-    """Completions with rows of every block, and how many sequences stepped back."""
-    layers = tuple(range(len(lm.blocks)))
-    tap = RowTap(
-        layers,
-        Codec.named("bf16", lm.d_model),
-        RowRange.parse("generated"),
-        rows_per_slot=LENGTH,
-        sink_norm=dict.fromkeys(layers, float("inf")),
-        device=lm.device,
-    )
-    with Runner(lm, slots=slots, length=LENGTH, tap=tap, **more) as runner:
-        assert any(isinstance(block.linear_attn.forward, EngineDelta) for block in lm.blocks[:1])
-        generator = Generator(
-            runner,
-            max_new_tokens=12,
-            stop=StopAutomaton([b""] * lm.vocab_size, ()),
-            read_last=True,
-            max_prefill_tokens=passed,
-        )
-        found = list(generator.run(iter(asked)))
-        assert generator._queue is not None
-        return found, generator._queue.tally().stepped_back
-
-
-def check(lm: LanguageModel, found: list[Completion], prefix: tuple[int, ...] = ()) -> None:
-    for done in found:
-        given = [*prefix, *done.request.token_ids]
-        rows, logits = alone(lm, [*given, *done.generated.tolist()])
-        assert len(done.generated) == done.request.max_new_tokens
-        for k, own in enumerate(rows):
-            kept = torch.from_numpy(done.rows[k].codes.view(np.int16)).view(torch.bfloat16).float()
-            own = own[done.positions]
-            assert ((kept - own).norm(dim=-1) / own.norm(dim=-1)).max() <= LIMIT
-        for at, token in enumerate(done.generated.tolist(), len(given) - 1):
-            best = logits[at]
-            assert best[token] >= best.max() - 1e-3 * (1 + best.abs().max())
-
-
-def drawn(rng: np.random.Generator, sizes: tuple[int, ...], new: tuple[int, ...]) -> list[Request]:
-    return [
-        Request(i, tuple(rng.integers(3, 250, size).tolist()), more)
-        for i, (size, more) in enumerate(zip(sizes, new, strict=True))
-    ]
+def run(lm: LanguageModel, asked: list[Request], **more: Any) -> tuple[list[Completion], int]:
+    """`run_in_slots`, by the engine's own delta nets."""
+    return run_in_slots(lm, asked, lambda block: isinstance(block.linear_attn.forward, EngineDelta), **more)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -87,14 +39,14 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
     asked = drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1))
     found, _ = run(lm, asked, passed=passed, prefix=prefix)
     assert len(found) == len(asked)
-    check(lm, found, prefix)
+    check_replies(lm, found, prefix)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_fused_norms(name: str, rng: np.random.Generator) -> None:
     lm = model(name)
     found, _ = run(lm, drawn(rng, (9, 3, 5, 12), (5, 4, 8, 3)), kernels=Kernels("fused"))
-    check(lm, found)
+    check_replies(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,7 +55,7 @@ def test_samples_of_one_prompt_go_on_from_its_state(name: str, rng: np.random.Ge
     asked = [Request(0, prompt, 6), *(Request(i, prompt, 4 + i, again=True) for i in (1, 2, 3, 4))]
     found, _ = run(lm, asked, slots=4)
     assert len({tuple(done.generated[:5].tolist()) for done in found}) == 1
-    check(lm, found)
+    check_replies(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
@@ -112,7 +64,7 @@ def test_sequences_that_step_back_are_read_again(name: str, rng: np.random.Gener
     asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
     found, stepped_back = run(lm, asked, slots=4, blocks=12, block=4)
     assert stepped_back > 0 and len(found) == 4
-    check(lm, found)
+    check_replies(lm, found)
 
 
 @pytest.mark.parametrize("name", FAMILIES[:1])

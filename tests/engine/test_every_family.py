@@ -19,7 +19,7 @@ KINDS = {
     "MixtralConfig": "fast",  # experts
     "BloomConfig": "library",  # ALiBi
     "FalconConfig": "library",  # one key/value head
-    "DeepseekV3Config": "library",  # compressed keys (MLA)
+    "DeepseekV3Config": "fast",  # compressed keys (MLA), experts in groups
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone
     "Qwen3_5TextConfig": "fast",  # a hybrid of gated DeltaNet and attention
