@@ -1,9 +1,9 @@
 """What the hardware allows: two ceilings that are measured, and the times that follow from them for each kind of work.
 
 The formulas count what no implementation can avoid: each weight read once per step, two operations per weight and
-token, each cached key and value within a window read once, each recurrent state read and written once. Of experts, a
-step reads those that any of its tokens is expected to choose, and a token takes its own. Attention's own arithmetic,
-norms and sampling are left out.
+token, each cached key and value within a window read once, each recurrent state read and written once. Compressed keys
+are read as they are kept, one row for all heads. Of experts, a step reads those that any of its tokens is expected to
+choose, and a token takes its own. Attention's own arithmetic, norms and sampling are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.engine.slots import state_shapes
+from nla_engine.engine.slots import row_bytes, state_shapes
 from nla_engine.models.load import LanguageModel
 
 
@@ -55,10 +55,8 @@ class ModelSize:
     def of(cls, lm: LanguageModel) -> ModelSize:
         """Counted from the model's parameters. The embedding is left out, since it is a look-up; a tied head is not."""
         config = lm.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         blocks, states = len(lm.blocks), state_shapes(lm)
-        token = 2 * heads * head_size * lm.dtype.itemsize  # of one block
+        token = row_bytes(lm)
         kinds = getattr(config, "layer_types", None) or ()
         experts = [
             weight.numel()
