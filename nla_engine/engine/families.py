@@ -73,6 +73,7 @@ LONE_NORMS = {
             "YoutuRMSNorm",
             "AXK1RMSNorm",
             "MiniCPM3RMSNorm",
+            "LongcatFlashRMSNorm",
         ),
         NormClass(),
     ),

@@ -1,5 +1,9 @@
 """The forward of multi-head latent attention (DeepSeek-V2 and V3, GLM-4.7-Flash) while the engine runs it: queries meet
-the compressed keys as they are kept, in prompts and in decode steps."""
+the compressed keys as they are kept, in prompts and in decode steps.
+
+`ops.latent` says why that gives the same. In bfloat16 it rounds at other places than transformers does: a query times
+the weight of the keys and a sum of latents, where transformers rounds the keys and values of every head.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,16 @@ class EngineLatent:
 
     def __init__(self, module: Any) -> None:
         self.module, self.layer = module, int(module.layer_idx)
-        self.shape = Shape(float(module.scaling))
-        facts = norm_facts(module.kv_a_layernorm)
-        self.norm = LatentNorm(facts.weight, facts.eps)
-        family = FAMILIES[type(module).__name__]
+        facts, family = norm_facts(module.kv_a_layernorm), FAMILIES[type(module).__name__]
+        factors = (module.mla_scale_q_lora, module.mla_scale_kv_lora) if family.scaled else (1.0, 1.0)
+        self.shape = Shape(float(module.scaling) * float(factors[0]))
+        self.norm = LatentNorm(facts.weight, facts.eps, float(factors[1]))
         own = family.interleaved
         self.interleaved = bool(module.config.rope_interleave) if own is None else own
         self.heads, self.latent = int(module.num_heads), int(module.kv_lora_rank)
         sizes = [int(module.qk_nope_head_dim), int(module.v_head_dim)]
         self.sizes = [sizes[0], int(module.qk_rope_head_dim)]
-        expand = module.kv_b_proj.weight.view(self.heads, sum(sizes), self.latent)
+        expand = module.kv_b_proj.weight.detach().view(self.heads, sum(sizes), self.latent)
         self.keys, self.values = expand.split(sizes, 1)
 
     def __call__(

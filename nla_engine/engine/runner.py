@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, Wanted
-from nla_engine.engine.compressed import latent_module, latent_shape
+from nla_engine.engine.compressed import latent_modules, latent_shape
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
@@ -129,7 +130,7 @@ class Runner:
             module.forward = EngineDelta(module)
             self._mixers.append(module)
         if latent_shape(self.lm) is not None:
-            for module in map(latent_module, self.lm.blocks):
+            for module in chain.from_iterable(map(latent_modules, self.lm.blocks)):
                 module.forward = EngineLatent(module)
                 self._mixers.append(module)
         check.note_shapes()
@@ -330,8 +331,8 @@ class Runner:
                 ).last_hidden_state
         finally:
             self._pass = None
-        if len(work.shapes) != len(self.lm.blocks):
-            missing = sorted(set(range(len(self.lm.blocks))) - work.shapes.keys())
+        if len(work.shapes) != self.cache.layers:
+            missing = sorted(set(range(self.cache.layers)) - work.shapes.keys())
             raise UnsupportedModel(
                 f"{self.lm.name}: blocks {missing} did not attend through the engine: this architecture is not "
                 "supported"

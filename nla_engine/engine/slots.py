@@ -112,7 +112,8 @@ def row_bytes(lm: LanguageModel) -> int:
     """The same in one block."""
     heads, head_size = kv_shape(lm.config)
     latent = latent_shape(lm)
-    return (2 * heads * head_size if latent is None else latent.row) * lm.dtype.itemsize
+    row = 2 * heads * head_size if latent is None else latent.row * latent.layers // len(lm.blocks)
+    return row * lm.dtype.itemsize
 
 
 def physical_bytes() -> int:
@@ -164,7 +165,8 @@ class SlotCache:
 
     Of compressed keys, values are a view: the first channels of the one key of a place.
 
-    size: places that a slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
+    layers: how many attend or keep a state. size: places that a slot may need. `blocks` says on the host which blocks a
+    slot holds; `update` tells the device.
     """
 
     def __init__(
@@ -185,7 +187,8 @@ class SlotCache:
         heads, head_size = kv_shape(lm.config) if latent is None else (1, latent.row)
         self._latent = None if latent is None else latent.latent  # channels of a value, of compressed keys
         kept = state_shapes(lm)
-        attend = [layer for layer in range(len(lm.blocks)) if layer not in kept]
+        self.layers = len(lm.blocks) if latent is None else latent.layers
+        attend = [layer for layer in range(self.layers) if layer not in kept]
         self._number = {layer: number for number, layer in enumerate(attend)}
         layers = len(attend)
         self.states = {

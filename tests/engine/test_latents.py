@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("Glm4MoeLiteConfig", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     "minicpm": ("MiniCPM3Config", {}),
+    "longcat": ("LongcatFlashConfig", {}),  # two attentions a block
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,8 +60,13 @@ def model(kind: str) -> LanguageModel:
     return wrap_model(made, byte_tokenizer(), name=name)
 
 
+def taken_over(block: Any) -> bool:
+    found = list(block.self_attn) if isinstance(block.self_attn, torch.nn.ModuleList) else [block.self_attn]
+    return all(isinstance(attention.forward, EngineLatent) for attention in found)
+
+
 def run(lm: LanguageModel, asked: list[Request], **more: Any) -> tuple[list[Completion], int]:
-    return run_in_slots(lm, asked, lambda block: isinstance(block.self_attn.forward, EngineLatent), **more)
+    return run_in_slots(lm, asked, taken_over, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +102,7 @@ def test_samples_of_one_prompt_share_blocks(kind: str, rng: np.random.Generator)
     check_replies(lm, found)
 
 
-@pytest.mark.parametrize("kind", ["v2-lite", "v3"])
+@pytest.mark.parametrize("kind", ["v2-lite", "longcat"])
 def test_sequences_that_step_back_are_read_again(kind: str, rng: np.random.Generator) -> None:
     lm = model(kind)
     asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
@@ -105,17 +111,20 @@ def test_sequences_that_step_back_are_read_again(kind: str, rng: np.random.Gener
     check_replies(lm, found)
 
 
-def test_one_row_a_token_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = model("v2-lite")
-    each = slot_size(100, 0) * len(lm.blocks) * (16 + 8) * 4
+@pytest.mark.parametrize("kind", ["v2-lite", "longcat"])
+def test_one_row_a_token_counts_as_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(kind)
+    layers = len(lm.blocks) * (1 + (kind == "longcat"))
+    each = slot_size(100, 0) * layers * (16 + 8) * 4
     monkeypatch.setattr("nla_engine.engine.slots.physical_bytes", lambda: 2 * 10 * each)
     assert default_room(lm, 100).slots == 9  # and the spare one
     with Runner(lm, slots=2, length=30, prefix=(5, 6, 7)) as runner:
         cache = runner.cache
-        assert cache.keys.shape[3:] == (1, 24) and cache.values.shape[3:] == (1, 16)
+        assert len(cache.keys) == layers == cache.layers and cache.keys.shape[3:] == (1, 24)
+        assert cache.values.shape[3:] == (1, 16)
         assert cache.values.data_ptr() == cache.keys.data_ptr()
         assert cache.prefix_values.data_ptr() == cache.prefix_keys.data_ptr() and cache.prefix_size == 3
-    assert not any("forward" in vars(block.self_attn) for block in lm.blocks)
+    assert not any("forward" in vars(module) for module in lm.blocks.modules())
 
 
 @pytest.mark.parametrize("change", ["an extra module", "another attention in one block", "not causal"])
