@@ -67,14 +67,16 @@ def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.r
         assert done.generated.tolist() == again[id_].generated.tolist()
 
 
-@pytest.mark.parametrize("heads", [4, 20, 128])
+@pytest.mark.parametrize("heads", [4, 20, 64])
 @pytest.mark.parametrize("passed", [512, 8192])
 def test_compressed_keys_of_long_sequences(heads: int, passed: int, rng: np.random.Generator) -> None:
     """More places than one program reads in a decode step, of latents as wide as DeepSeek's, beside a short one."""
     sizes = {
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
+        "head_dim": 64,
         "qk_nope_head_dim": 32,
+        "qk_head_dim": 96,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "hidden_size": 8 * heads,

@@ -21,11 +21,11 @@ from nla_engine.errors import UnsupportedModel
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.ops.backends import Kernels
 
-#: Stretched positions, whose scale of the scores is another; the numbers are DeepSeek's, but for the length.
+#: Stretched positions, whose scale of the scores is another.
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
-    "factor": 40.0,
+    "factor": 32.0,
     "beta_fast": 32,
     "beta_slow": 1,
     "mscale": 0.707,
