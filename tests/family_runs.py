@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from small_families import small_model
 from tiny import byte_tokenizer
 
@@ -29,6 +31,13 @@ SIZES, NEW, SLOTS = (11, 3, 19, 7, 12, 12, 30), (6, 9, 4, 12, 1, 8, 5), 3
 LENGTH = max(SIZES) + max(NEW) + 1
 #: Largest relative error of a row that is kept as bfloat16.
 LIMIT = 8e-3
+
+
+def named_model(name: str) -> LanguageModel:
+    """A small one with this configuration; the test is skipped where transformers has none."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return family_model(getattr(transformers, name))
 
 
 def family_model(config: type[Any]) -> LanguageModel:
@@ -159,7 +168,7 @@ def in_slots(
         layers,
         Codec.named("bf16", lm.d_model),
         RowRange.parse("generated"),
-        rows_per_slot=LENGTH,
+        rows_per_slot=length,
         sink_norm=dict.fromkeys(layers, float("inf")),
         device=lm.device,
     )

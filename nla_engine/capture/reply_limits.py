@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nla_engine.config import CaptureOptions
-from nla_engine.engine.runner import rotation_limit
+from nla_engine.engine.rotation import rotation_limit
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel

@@ -27,7 +27,7 @@ from transformers import (
 
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.request import Request
-from nla_engine.engine.runner import check_rotation
+from nla_engine.engine.rotation import check_rotation
 from nla_engine.engine.slots import borrowed
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.transfer import to_device

@@ -5,10 +5,10 @@ Owns the slot cache, the shared prefix, the injected vectors and the hooks of th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,16 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, TilesFor, Wanted
+from nla_engine.engine.compressed import latent_modules, latent_shape
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.experts import host_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
+from nla_engine.engine.rotation import check_rotation, rotates_on_host
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
@@ -42,8 +45,6 @@ from nla_engine.sites import EMBEDDINGS, MLP_OUT, RESID_POST, Site
 
 #: Errors in a model's first passes that say nothing about its architecture.
 _NOT_THE_MODEL = (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-#: Kinds of rotary embeddings whose code in transformers may read positions on the host.
-_HOST_ROTATIONS = ("dynamic", "longrope")
 
 
 class Runner:
@@ -102,7 +103,7 @@ class Runner:
             None  # called instead, while it is checked
         )
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._mixers: list[Any] = []  # the same of what keeps states, within blocks
+        self._mixers: list[Any] = []  # the same of what keeps states or compressed keys, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
@@ -134,6 +135,10 @@ class Runner:
         for find, kind in ((delta_module, EngineDelta), (conv_module, EngineShortConv)):
             for module in filter(None, map(find, self.lm.blocks)):
                 module.forward = kind(module)
+                self._mixers.append(module)
+        if latent_shape(self.lm) is not None:
+            for module in chain.from_iterable(map(latent_modules, self.lm.blocks)):
+                module.forward = EngineLatent(module)
                 self._mixers.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
@@ -204,7 +209,7 @@ class Runner:
             return False
         if self._host_experts:
             return False
-        return not any(rope.get("rope_type") in _HOST_ROTATIONS for rope in _rotations(self.lm))
+        return not rotates_on_host(self.lm)
 
     def tune(self, rows: int) -> None:
         """Time the products of passes of `rows` tokens; from now on use the fastest. Call before a run, not in it."""
@@ -348,19 +353,13 @@ class Runner:
                 ).last_hidden_state
         finally:
             self._pass = None
-        if len(work.shapes) != len(self.lm.blocks):
-            missing = sorted(set(range(len(self.lm.blocks))) - work.shapes.keys())
+        if len(work.shapes) != self.cache.layers:
+            missing = sorted(set(range(self.cache.layers)) - work.shapes.keys())
             raise UnsupportedModel(
                 f"{self.lm.name}: blocks {missing} did not attend through the engine: this architecture is not "
                 "supported"
             )
         return hidden[0] if token is None or self._narrows else hidden[0, token]
-
-
-def _rotations(lm: LanguageModel) -> list[dict[str, Any]]:
-    """The parameters of the model's rotary embedding, or of each one if it has several."""
-    given: Any = getattr(lm.config, "rope_parameters", None) or {}
-    return [given, *(each for each in given.values() if isinstance(each, dict))]
 
 
 def check_shape(lm: LanguageModel) -> None:
@@ -384,23 +383,4 @@ def check_shape(lm: LanguageModel) -> None:
     if why is not None:
         raise UnsupportedModel(
             f"{lm.name}: {type(lm.model).__name__} {why}: this architecture is not supported"
-        )
-
-
-def rotation_limit(lm: LanguageModel) -> int:
-    """The length from which on the rotations of a sequence would depend on how long the others of a pass are.
-
-    A lane that has ended may stand one position past its last token, so a sequence must end before the limit.
-    """
-    own: Any = getattr(lm.config, "original_max_position_embeddings", 0)
-    ropes = [rope for rope in _rotations(lm) if rope.get("rope_type") == "longrope"]
-    return min((rope.get("original_max_position_embeddings", own) for rope in ropes), default=sys.maxsize)
-
-
-def check_rotation(lm: LanguageModel, length: int) -> None:
-    """EngineError if a sequence of this length reaches `rotation_limit`."""
-    if length >= (most := rotation_limit(lm)):
-        raise EngineError(
-            f"{lm.name}: sequences of {length} tokens reach {most}. From there its rotation (longrope) of every "
-            "sequence of a batch depends on the longest: use shorter prompts or fewer new tokens"
         )

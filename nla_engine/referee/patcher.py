@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.engine.runner import check_rotation
+from nla_engine.engine.rotation import check_rotation
 from nla_engine.engine.selfcheck import LONGEST_MASK, masks_of_the_library
 from nla_engine.engine.slots import borrowed
 from nla_engine.engine.temperature import scales

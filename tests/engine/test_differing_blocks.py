@@ -10,8 +10,7 @@ import pytest
 import small_families
 import torch
 import transformers
-from family_runs import alone, outcome
-from slot_runs import check, drawn, model, run
+from family_runs import alone, check_rows, drawn, in_slots, named_model, outcome
 
 from nla_engine.engine.choose import open_generator
 from nla_engine.engine.generator import Generator
@@ -66,7 +65,7 @@ def lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Langu
 def made(kind: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     name, changes = MODELS[kind]
     monkeypatch.setitem(small_families.MORE, name, small_families.MORE[name] | changes)
-    return model(name)
+    return named_model(name)
 
 
 @pytest.mark.parametrize("passed", [5, 2048])
@@ -76,25 +75,25 @@ def test_a_shared_prefix_and_prompts_in_parts(
     """The prefix ends within a chunk, and is longer than a window."""
     prefix = tuple(rng.integers(3, 250, 11).tolist())
     asked = drawn(rng, (1, 9, 3, 17, 2, 6), (12, 3, 7, 5, 9, 1))
-    found, _ = run(lm, asked, passed=passed, prefix=prefix)
+    found, _ = in_slots(lm, asked, passed=passed, prefix=prefix)
     assert len(found) == len(asked)
-    check(lm, found, prefix)
+    check_rows(lm, found, prefix)
 
 
 def test_with_fused_norms_and_in_small_blocks(lm: LanguageModel, rng: np.random.Generator) -> None:
     """Sequences that lose their blocks to others are read again."""
     asked = drawn(rng, (9, 6, 11, 8), (12, 12, 12, 12))
-    found, stepped_back = run(lm, asked, slots=4, blocks=12, block=4, kernels=Kernels("fused"))
+    found, stepped_back = in_slots(lm, asked, slots=4, blocks=12, block=4, kernels=Kernels("fused"))
     assert stepped_back > 0 and len(found) == 4
-    check(lm, found)
+    check_rows(lm, found)
 
 
 def test_samples_of_one_prompt(lm: LanguageModel, rng: np.random.Generator) -> None:
     prompt = tuple(rng.integers(3, 250, 13).tolist())
     asked = [Request(0, prompt, 6), *(Request(i, prompt, 4 + i, again=True) for i in (1, 2, 3, 4))]
-    found, _ = run(lm, asked, slots=4, blocks=40, block=4)
+    found, _ = in_slots(lm, asked, slots=4, blocks=40, block=4)
     assert len({tuple(done.generated[:5].tolist()) for done in found}) == 1
-    check(lm, found)
+    check_rows(lm, found)
 
 
 @pytest.mark.parametrize("kind", ["Gemma-4, experts", "Llama-4, whole"])

@@ -120,7 +120,7 @@ def test_a_shared_prefix_and_prompts_in_parts(name: str, passed: int, rng: np.ra
         asked,
         passed=passed,
         prefix=prefix,
-        inside=lambda runner: heads.append(runner.cache.keys.shape[3]),
+        inside=lambda runner: heads.append(runner.cache.keys[0].shape[2]),
     )
     assert len(found) == len(asked) and heads == [MODELS[name][2]]
     check_rows(lm, found, prefix)
@@ -276,7 +276,10 @@ def test_a_decode_step_reads_nothing_on_the_host(name: str, monkeypatch: pytest.
             Pass,
             "_attend",
             lambda work, query, tiles, layer, shape: attend_torch(
-                query, work.cache.layer(layer), tiles, shape
+                query,
+                work.cache.layer(layer),
+                tiles(query.shape[1] // work.cache.layer(layer).keys.shape[2]),
+                shape,
             ),
         )
         three = torch.arange(3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import family_runs
 import numpy as np
 import pytest
-import slot_runs
 import torch
 from tiny import ARCHITECTURES, MLA, MOE, byte_tokenizer, language_model, tiny_model
 
@@ -19,7 +19,7 @@ FURTHER: dict[str, Callable[[], LanguageModel]] = {
     "gemma2": lambda: language_model(
         "Gemma2Config", head_dim=16, sliding_window=8, attn_logit_softcapping=3.0, query_pre_attn_scalar=16
     ),
-    "gemma4": lambda: slot_runs.model("Gemma4TextConfig"),
+    "gemma4": lambda: family_runs.named_model("Gemma4TextConfig"),
     "mistral": lambda: language_model("MistralConfig", sliding_window=8),
     "phi3": lambda: language_model("Phi3Config"),
     "qwen2_moe": lambda: language_model("Qwen2MoeConfig", **MOE, sliding_window=200),
@@ -81,7 +81,7 @@ def test_queries_that_are_scaled_by_their_number_in_a_call_are_refused() -> None
     with pytest.raises(
         EngineError, match=r"Llama4ForCausalLM cannot be patched: it scales queries .* supported"
     ):
-        Patcher(slot_runs.model("Llama4TextConfig"), 1)
+        Patcher(family_runs.named_model("Llama4TextConfig"), 1)
 
 
 def test_a_patched_token_leaves_the_others_alone(rng: np.random.Generator) -> None:
