@@ -193,7 +193,7 @@ def in_slots(
         layers,
         Codec.named("bf16", lm.d_model),
         RowRange.parse("generated"),
-        rows_per_slot=LENGTH,
+        rows_per_slot=length,
         sink_norm=dict.fromkeys(layers, float("inf")),
         device=lm.device,
     )

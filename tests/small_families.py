@@ -161,15 +161,16 @@ def seeing() -> list[type[Any]]:
     return [found[name] for name in sorted(found.keys() - {each.__name__ for each in configurations()})]
 
 
-def shrunk(config: type[Any]) -> Any:
-    """A small configuration of this class. Raises what the library raises if these sizes do not go together."""
+def shrunk(config: type[Any], **more: Any) -> Any:
+    """A small configuration of this class, changed by `more`. Raises what the library raises if these sizes do not go
+    together."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = config()
         text = whole.get_text_config(decoder=True)
         name = next((key for key, value in vars(whole).items() if value is text), None)
         if name is None:
-            return config(**_changes(whole))
+            return config(**_changes(whole) | more)
         small = type(text)(**_changes(text))
         others = {
             key: type(value)(**_changes(value, SIGHT))
@@ -218,10 +219,11 @@ def _every_kind(entries: list[Any]) -> list[Any]:
     return [entries[i] for i in sorted(first + rest[: BLOCKS - len(first)])]
 
 
-def small_model(config: type[Any], seed: int = 0) -> Any:
-    """A float32 model, in evaluation mode, with weights so large that rounding decides nothing."""
+def small_model(config: type[Any], seed: int = 0, **more: Any) -> Any:
+    """A float32 model, in evaluation mode, with weights so large that rounding decides nothing. more: changes of its
+    configuration"""
     torch.manual_seed(seed)
-    given = shrunk(config)
+    given = shrunk(config, **more)
     text = config in MODEL_FOR_CAUSAL_LM_MAPPING
     kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
     with torch.device("meta"):

@@ -1,5 +1,5 @@
-"""Families with sinks, gated delta nets, chunks, experts, and blocks that differ, on a GPU: kernels and CUDA graphs
-against plain transformers there."""
+"""Families with sinks, gated delta nets, compressed keys, chunks, experts, and blocks that differ, on a GPU: kernels
+and CUDA graphs against plain transformers there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_runs import fault, misplaced, natural_ends, requests, run
+from family_runs import check_rows, drawn, fault, in_slots, misplaced, natural_ends, requests, run
 from small_families import small_model
 from tiny import byte_tokenizer
 
 from nla_engine.engine.experts import host_experts
+from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.runner import Runner
 from nla_engine.models.load import LanguageModel, wrap_model
 
@@ -28,7 +29,11 @@ def model(name: str, dtype: torch.dtype) -> LanguageModel:
 
 
 @pytest.mark.parametrize(
-    "name", ["GraniteSWAConfig", "Qwen3_5TextConfig", "Gemma4TextConfig", "Llama4TextConfig", "MixtralConfig"]
+    "name",
+    [
+        *("GraniteSWAConfig", "Qwen3_5TextConfig", "Gemma4TextConfig", "Llama4TextConfig", "MixtralConfig"),
+        *("DeepseekV2Config", "MiniCPM3Config"),
+    ],
 )
 def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None:
     lm = model(name, torch.float32)
@@ -49,6 +54,7 @@ def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None
     [
         *("GptOssConfig", "GraniteMoeSWAConfig", "Qwen3NextConfig", "Qwen3_5TextConfig"),
         *("Qwen3_5MoeTextConfig", "Gemma4TextConfig", "Llama4TextConfig"),
+        *("DeepseekV2Config", "DeepseekV3Config", "Glm4MoeLiteConfig"),
     ],
 )
 def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.random.Generator) -> None:
@@ -84,3 +90,32 @@ def test_a_graph_holds_experts_where_their_product_is_a_kernel(dtype: torch.dtyp
     assert host_experts(lm.blocks) is not captured
     with Runner(lm, slots=2, length=20) as runner:
         assert runner.graphable is captured
+
+
+def taken_over(runner: Runner) -> None:
+    assert all(isinstance(block.self_attn.forward, EngineLatent) for block in runner.lm.blocks)
+
+
+@pytest.mark.parametrize("heads", [4, 20, 64])
+@pytest.mark.parametrize("passed", [512, 8192])
+def test_compressed_keys_of_long_sequences(heads: int, passed: int, rng: np.random.Generator) -> None:
+    """More places than one program reads in a decode step, of latents as wide as DeepSeek's, beside a short one."""
+    sizes = {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "qk_head_dim": 96,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "hidden_size": 8 * heads,
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 2,
+    }
+    made: Any = small_model(transformers.DeepseekV3Config, **sizes).to("cuda")
+    lm = wrap_model(made, byte_tokenizer(), name="long")
+    prefix = tuple(rng.integers(3, 250, 70).tolist())
+    asked = drawn(rng, (4300, 9, 5200), (12, 12, 7))
+    more = {"passed": passed, "length": 5400, "prefix": prefix}
+    found, _ = in_slots(lm, asked, inside=taken_over, **more)
+    check_rows(lm, found, prefix)

@@ -1,14 +1,13 @@
 """What the hardware allows: two ceilings that are measured, and the times that follow from them for each kind of work.
 
 The formulas count what no implementation can avoid: each weight read once per step, two operations per weight and
-token, each cached key and value within a window read once, each recurrent state read and written once. Of experts, a
-step reads those that any of its tokens is expected to choose, and a token takes its own. Attention's own arithmetic,
-norms and sampling are left out.
+token, each cached key and value within a window read once, each recurrent state read and written once. Compressed keys
+are read as they are kept, one row for all heads. Of experts, a step reads those that any of its tokens is expected to
+choose, and a token takes its own. Attention's own arithmetic, norms and sampling are left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from nla_engine.bench.timing import median, time_launches
-from nla_engine.engine.slots import borrowed, own_shapes, state_shapes
+from nla_engine.engine.slots import borrowed, row_bytes, state_shapes
 from nla_engine.models.load import LanguageModel
 
 
@@ -57,10 +56,9 @@ class ModelSize:
     def of(cls, lm: LanguageModel) -> ModelSize:
         """Counted from the model's parameters. The embedding is left out, since it is a look-up; a tied head is not."""
         config = lm.config
-        blocks, states, own, lent = len(lm.blocks), state_shapes(lm), own_shapes(lm), borrowed(lm)
-        shapes = own | {layer: own[source] for layer, source in lent.items()}
-        read = {layer: 2 * math.prod(shape) * lm.dtype.itemsize for layer, shape in shapes.items()}
-        kinds = getattr(config, "layer_types", None) or [""] * blocks
+        blocks, states, own = len(lm.blocks), state_shapes(lm), row_bytes(lm)
+        read = own | {layer: own[source] for layer, source in borrowed(lm).items()}
+        kinds = dict(enumerate(getattr(config, "layer_types", None) or ()))
         experts = [
             weight.numel()
             for name, weight in lm.blocks.named_parameters()
@@ -76,7 +74,9 @@ class ModelSize:
             head_parameters=lm.vocab_size * lm.d_model,
             kv_bytes=sum(read.values()),
             itemsize=lm.dtype.itemsize,
-            windowed_bytes=sum(each for layer, each in read.items() if kinds[layer] == "sliding_attention"),
+            windowed_bytes=sum(
+                each for layer, each in read.items() if kinds.get(layer) == "sliding_attention"
+            ),
             window=getattr(config, "sliding_window", None) or 0,
             state_bytes=sum(shape.slot_bytes(lm.dtype.itemsize) for shape in states.values()),
             expert_parameters=sum(experts) / blocks,

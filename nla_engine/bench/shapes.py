@@ -116,6 +116,33 @@ def _qwen_hybrid() -> Any:
     )
 
 
+def _deepseek_lite() -> Any:
+    from transformers import DeepseekV2Config
+
+    return DeepseekV2Config(
+        vocab_size=102_400,
+        hidden_size=2048,
+        intermediate_size=10_944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        max_position_embeddings=163_840,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 40.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+
+
 def _llama_70b() -> Any:
     from transformers import LlamaConfig
 
@@ -184,6 +211,7 @@ SHAPES = {
     "gemma3-12b": Shape(_gemma, 32),
     "gpt-oss-20b": Shape(_gpt_oss, 16),
     "qwen3.6-27b": Shape(_qwen_hybrid, 42),
+    "deepseek-v2-lite": Shape(_deepseek_lite, 18),
     "llama3-70b": Shape(_llama_70b, 53),
     "qwen2.5-72b": Shape(_qwen_72b, 53),
     "gemma3-27b": Shape(_gemma_27b, 41),

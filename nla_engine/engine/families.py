@@ -64,8 +64,20 @@ NORMS = {
 }
 #: The same of norms that stand in blocks without a record.
 LONE_NORMS = {
-    "GptOssRMSNorm": NormClass(),
     **dict.fromkeys(("Gemma4RMSNorm", "Gemma4UnifiedRMSNorm", "Llama4TextRMSNorm"), NormClass(eps="eps")),
+    **dict.fromkeys(
+        (
+            "GptOssRMSNorm",
+            "DeepseekV2RMSNorm",
+            "DeepseekV3RMSNorm",
+            "Glm4MoeLiteRMSNorm",
+            "YoutuRMSNorm",
+            "AXK1RMSNorm",
+            "MiniCPM3RMSNorm",
+            "LongcatFlashRMSNorm",
+        ),
+        NormClass(),
+    ),
     **dict.fromkeys(
         ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"), NormClass(offset=1.0, eps="eps")
     ),

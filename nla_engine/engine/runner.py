@@ -15,11 +15,13 @@ import torch
 
 from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, TilesFor, Wanted
+from nla_engine.engine.compressed import latent_attentions
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.experts import host_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
+from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.rotation import check_rotation, rotates_on_host
@@ -96,11 +98,9 @@ class Runner:
         self._pass: Pass | None = None
         self.tap = tap
         self._tapped = False  # until the model has been checked
-        self.seen_site: Callable[[Site, torch.Tensor], None] | None = (
-            None  # called instead, while it is checked
-        )
+        self.seen_site: Callable[[Site, torch.Tensor], None] | None = None  # what is called until then
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
-        self._mixers: list[Any] = []  # the same of what keeps states, within blocks
+        self._mixers: list[Any] = []  # the same of what keeps states or compressed keys, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
         self._lone: list[Any] = []  # and of norms in blocks that are not fused
         self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
@@ -123,9 +123,7 @@ class Runner:
         """Install the engine's attention, fused blocks and hooks in the model, and check that they compute the same."""
         sites = tuple(map(Site.at, self.tap.layers))
         places = find_places(self.lm, sites)
-        check = SelfCheck(
-            self, length, places
-        )  # before anything is installed: it runs transformers' own attention
+        check = SelfCheck(self, length, places)  # first of all, as it runs transformers' own attention
         attend_by(self.lm.model, implementation(self.lm.blocks))
         self._own = take_attention(self.lm.blocks)
         self._untempered = untemper(self.lm.blocks)
@@ -133,6 +131,9 @@ class Runner:
             for module in filter(None, map(find, self.lm.blocks)):
                 module.forward = kind(module)
                 self._mixers.append(module)
+        for module in latent_attentions(self.lm):
+            module.forward = EngineLatent(module)
+            self._mixers.append(module)
         check.note_shapes()
         for block in self.lm.blocks:
             if (self.precision == "fp8" or not self.reference) and can_fuse(block):
@@ -366,8 +367,8 @@ class Runner:
                 ).last_hidden_state
         finally:
             self._pass = None
-        if len(work.shapes) != len(self.lm.blocks):
-            missing = sorted(set(range(len(self.lm.blocks))) - work.shapes.keys())
+        if len(work.shapes) != self.cache.layers:
+            missing = sorted(set(range(self.cache.layers)) - work.shapes.keys())
             raise UnsupportedModel(
                 f"{self.lm.name}: blocks {missing} did not attend through the engine: this architecture is not "
                 "supported"
@@ -380,9 +381,7 @@ def check_shape(lm: LanguageModel) -> None:
     """UnsupportedModel unless every block attends, with as many query heads as the others, through an attention of
     ours."""
     why, by_block = None, bool(getattr(lm.config, "is_heterogeneous", False))
-    mixes = any(
-        kept_shape(block) is not None for block in lm.blocks
-    )  # its other blocks attend through ours too
+    mixes = any(kept_shape(block) is not None for block in lm.blocks)  # then others attend through ours
     pluggable = is_pluggable(lm.model) or knows_attention(lm.blocks)
     if not mixes and not pluggable:
         why = "has no pluggable attention"

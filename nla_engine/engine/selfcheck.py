@@ -88,7 +88,9 @@ class SelfCheck:
         """Record how transformers' own modules ask to attend. EngineError if their windows differ from its masks."""
         self._shapes = self._attended()
         cap = softcap_of(self.lm.config)
-        for block, shape in enumerate(self._shapes):
+        several = len(self._shapes) // len(self.lm.blocks)  # attentions of a block
+        for layer, shape in enumerate(self._shapes):
+            block = layer // several
             if shape.softcap != cap:
                 raise UnsupportedModel(
                     f"{self.lm.name}: block {block} asks the engine for a soft cap of {shape.softcap}, and its "
@@ -99,8 +101,9 @@ class SelfCheck:
             return
         at = torch.arange(length, device=self.lm.device)
         masks = masks_of_the_library(self.lm, length)
-        for block, (shape, seen) in enumerate(zip(self._shapes, masks, strict=True)):
-            own = at >= shape.first(length - 1)
+        for layer, shape in enumerate(self._shapes):
+            block = layer // several
+            seen, own = masks[block], at >= shape.first(length - 1)
             if seen is not None and not torch.equal(seen, own):
                 raise UnsupportedModel(
                     f"{self.lm.name}: block {block} attends to {int(seen.sum())} of {length} tokens, and asks the "
@@ -188,9 +191,9 @@ class SelfCheck:
 
     def _attended(self) -> list[Shape]:
         """How every block attends now."""
-        with self._cache(1), self._watched() as watch:
+        with self._cache(1) as cache, self._watched() as watch:
             self.engine.prefill([(0, 0, self.sample.ids[0, :1].tolist())])
-        return [watch.work.shapes[block] for block in range(len(self.lm.blocks))]
+        return [watch.work.shapes[layer] for layer in range(cache.layers)]
 
     def _passes(self) -> Iterator[tuple[str, list[Seen]]]:
         """Every way in which a run reads tokens: its name, and what the parts computed."""

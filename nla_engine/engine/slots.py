@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nla_engine.engine.blocks import Blocks
+from nla_engine.engine.compressed import latent_shape
 from nla_engine.engine.states import ConvShape, States, kept_shape
 from nla_engine.engine.transfer import to_device
 from nla_engine.errors import EngineError
@@ -104,8 +105,14 @@ def cache_bytes(lm: LanguageModel, room: Room, length: int, prefix: int = 0) -> 
 
 
 def _place_bytes(lm: LanguageModel) -> int:
-    """Keys and values of one token, in every block that keeps its own."""
-    return 2 * sum(heads * size for heads, size in own_shapes(lm).values()) * lm.dtype.itemsize
+    """Keys and values of one token, in all layers."""
+    return sum(row_bytes(lm).values())
+
+
+def row_bytes(lm: LanguageModel) -> dict[int, int]:
+    """The same by layer, of those that keep their own; of compressed keys, values are a part."""
+    tensors = 2 if latent_shape(lm) is None else 1
+    return {layer: tensors * math.prod(shape) * lm.dtype.itemsize for layer, shape in own_shapes(lm).items()}
 
 
 def physical_bytes() -> int:
@@ -149,7 +156,10 @@ def kv_shape(config: Any) -> tuple[int, int]:
 
 
 def own_shapes(lm: LanguageModel) -> dict[int, tuple[int, int]]:
-    """By block, of those that keep keys and values of their own: how many heads, and their size."""
+    """By layer, of those that keep keys and values of their own: how many heads, and the size of a key. A layer is a
+    block, but for compressed keys, which each attention of a block keeps."""
+    if (latent := latent_shape(lm)) is not None:
+        return dict.fromkeys(range(latent.layers), (1, latent.row))
     others = state_shapes(lm).keys() | borrowed(lm).keys()
     each = getattr(lm.config, "per_layer_config", None) or [lm.config] * len(lm.blocks)
     return {layer: kv_shape(each[layer]) for layer in range(len(lm.blocks)) if layer not in others}
@@ -180,8 +190,11 @@ class SlotCache:
     prefix_values: the same of the shared prefix, [prefix, KV, head_size]; states: by block, of those that keep a state
     instead; table: int32 [slots + 1, columns], see `KeyValues`.
 
-    borrowed: by block, of those that attend to an earlier block's keys and values: which block's. size: places that a
-    slot may need. `blocks` says on the host which blocks a slot holds; `update` tells the device.
+    Of compressed keys, values are a view: the first channels of the one key of a place.
+
+    layers: how many attend or keep a state: the blocks, unless they have several attentions each. borrowed: by block,
+    of those that attend to an earlier block's keys and values: which block's. size: places that a slot may need.
+    `blocks` says on the host which blocks a slot holds; `update` tells the device.
     """
 
     def __init__(
@@ -198,10 +211,12 @@ class SlotCache:
         blocks: in the pool. None: enough for all slots, each of which holds its own until `release_all`
         block: places in one
         """
-        kept, own = state_shapes(lm), own_shapes(lm)
+        kept, own, latent = state_shapes(lm), own_shapes(lm), latent_shape(lm)
+        self._latent = None if latent is None else latent.latent  # channels of a value, of compressed keys
         self.borrowed = borrowed(lm)
         self._number = {layer: number for number, layer in enumerate(own)}
         self._number |= {layer: self._number[source] for layer, source in self.borrowed.items()}
+        self.layers = len(self._number) + len(kept)
         self.states = {
             layer: States(
                 lazy_zeros((slots + 1, *shape.state), torch.float32, lm.device),
@@ -219,9 +234,11 @@ class SlotCache:
                 f"{lm.name}: {count} blocks of {block} tokens do not hold one sequence of {length} tokens"
             )
         self.blocks = Blocks(count, block, slots + 1)
-        self.keys, self.values = (
-            [lazy_zeros((count + 1, block, *shape), lm.dtype, lm.device) for shape in own.values()]
-            for _ in range(2)
+        self.keys = [lazy_zeros((count + 1, block, *shape), lm.dtype, lm.device) for shape in own.values()]
+        self.values = (
+            [lazy_zeros(held.shape, lm.dtype, lm.device) for held in self.keys]
+            if latent is None
+            else self._first_channels(self.keys)
         )
         self.prefix_size = 0
         self.prefix_keys, self.prefix_values = (
@@ -261,6 +278,11 @@ class SlotCache:
         kept = [self._held(number).places(slot, length) for number in range(len(self.keys))]
         self.prefix_size = length
         self.prefix_keys, self.prefix_values = ([pair[which] for pair in kept] for which in range(2))
+        if self._latent is not None:
+            self.prefix_values = self._first_channels(self.prefix_keys)
+
+    def _first_channels(self, keys: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [held[..., : self._latent] for held in keys]
 
     @contextmanager
     def without_prefix(self) -> Iterator[None]:
@@ -303,7 +325,7 @@ class SlotCache:
         ]
         if pairs:
             at = to_device(np.array(pairs).T.copy(), self.table.device)
-            for held in (*self.keys, *self.values):
+            for held in (*self.keys, *(self.values if self._latent is None else ())):
                 held[at[1]] = held[at[0]]
 
     def _first(self, slot: int, length: int) -> list[int]:

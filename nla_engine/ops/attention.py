@@ -12,6 +12,8 @@ gives the keys less than 1 in all (as in gpt-oss; Xiao et al., arXiv:2309.17453)
 the key's position (ALiBi; Press et al., arXiv:2108.12409). Where sequences may be long, or are few, a decode step gives
 each part of a sequence a program of its own, and joins their partial results (Dao et al., "Flash-Decoding", 2023): one
 long sequence must not hold up the step, nor leave the card idle.
+
+Values may be the first channels of the keys' own rows (`ops.latent`): queries and keys are then wider than the result.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ class Shape:
 
 
 def attend(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
-    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h]. Triton where it runs, else torch."""
+    """query [T, H, h], in any of float32, float16, bfloat16 -> [T, H, h of the values]. Triton, or else torch."""
     return (attend_triton if has_triton(query.device) else attend_torch)(query, kv, tiles, shape)
 
 
@@ -121,7 +123,7 @@ def attend_torch(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape)
 
 def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """One tile after the other, softmax in float32. Slow and obvious; synchronises with the device."""
-    out = torch.empty_like(query)
+    out = query.new_empty((*query.shape[:2], kv.values.shape[-1]))
     places = (tiles.token, tiles.count, tiles.slot, tiles.position)
     for token, count, slot, position in zip(*(column.tolist() for column in places), strict=True):
         end, rows = position + count, slice(token, token + count)
@@ -173,7 +175,7 @@ def _attend(
         sinks = shape.sinks.to(scores.dtype).view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1).to(values.dtype)[..., : keys.shape[1]]
-    return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, size)
+    return torch.einsum("bkgtl,blkh->btkgh", weights, values).reshape(batch, length, heads, -1)
 
 
 def tile_rows(tokens: int, group: int) -> int:
@@ -183,18 +185,22 @@ def tile_rows(tokens: int, group: int) -> int:
 
 def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> torch.Tensor:
     """One or more programs per tile and key/value head. No synchronisation; runs inside CUDA graphs."""
-    tokens, heads, size = query.shape
-    groups = kv.keys.shape[2]
+    tokens, heads, width = query.shape
+    groups, size, rest = kv.keys.shape[2], kv.values.shape[-1], width - kv.values.shape[-1]
     query = query if query.stride(2) == 1 else query.contiguous()
     out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
     for tensor in (kv.keys, kv.values, kv.prefix_keys, kv.prefix_values):
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError("keys and values: the channels of a head are not contiguous")
+    if rest and (groups > 1 or kv.values.data_ptr() != kv.keys.data_ptr()):
+        raise ValueError("keys that are wider than values: the values are not their first channels")
     rounded = None if shape.slopes is None else shape.slopes.rounded
     options = {
         "GROUP": heads // groups,
         "HEAD": size,
+        "REST": rest,
         "BLOCK_H": head_width(size),
+        "BLOCK_R": head_width(rest),
         "WINDOW": shape.window_kind,
         "SOFTCAP": shape.softcap > 0,
         "SINKS": shape.sunk,
@@ -208,7 +214,8 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     state = torch.empty((2, tokens, heads) if kv.prefix_size else (2, 0), device=query.device)
     sinks = state if shape.sinks is None else shape.sinks
     if kv.prefix_size:
-        cut = cut_for(size, itemsize, PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2, card)
+        most = PREFIX_ROWS if size <= 128 and itemsize < 4 else PREFIX_ROWS // 2
+        cut = cut_for(size, itemsize, most, card, rest=rest)
         prefix_kernel[(triton.cdiv(tokens * (heads // groups), cut.rows), groups)](
             query,
             kv.prefix_keys,
@@ -237,7 +244,7 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
     places = tiles.longest - kv.prefix_size
     seen = min(places, shape.window or places)  # a window holds few places, wherever it is
     part = part_for(seen, tokens * groups, kv.size, card) if len(tiles.token) == tokens else 0
-    cut = cut_for(size, itemsize, tiles.rows, card, part)
+    cut = cut_for(size, itemsize, tiles.rows, card, part=part, rest=rest)
     if tiles.rows > cut.rows:  # several programs share a tile
         part = 0
     if kv.size % cut.keys:

@@ -51,7 +51,7 @@ def _decode(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> t
         values.transpose(1, 2),
         attn_mask=_decode_mask(tiles, shape, query.dtype, span, at),
         scale=shape.scale,
-    ).reshape(-1, heads, size)
+    ).reshape(-1, heads, values.shape[-1])
     return out if at is None else out[at]
 
 
@@ -94,7 +94,7 @@ def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> 
     heads, size = query.shape[1:]
     groups, window = kv.keys.shape[2], shape.window
     grouped = query.reshape(-1, groups, heads // groups, size)
-    out = torch.empty_like(grouped)
+    out = grouped.new_empty((*grouped.shape[:-1], kv.values.shape[-1]))
     for token, count, slot, position in _runs(tiles):
         causal = position == 0 and not 0 < window < count
         for start in range(0, count, count if causal else _CHUNK):
@@ -118,7 +118,7 @@ def _prefill(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape) -> 
                 scale=shape.scale,
             )
             out[rows] = attended.permute(2, 0, 1, 3)
-    return out.reshape(query.shape)
+    return out.reshape(-1, heads, out.shape[-1])
 
 
 def _runs(tiles: Tiles) -> list[tuple[int, int, int, int]]:

@@ -30,7 +30,9 @@ def prefix_kernel(
     softcap,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
+    REST: tl.constexpr,  # channels of queries and keys behind those of the values, if these are a part of the keys
     BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,  # as `Shape.window_kind` says it
@@ -50,6 +52,11 @@ def prefix_kernel(
     real = channel < HEAD
     q_at = token * q_token + head * q_head
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
+    block_rest = block
+    if REST:
+        further = HEAD + tl.arange(0, BLOCK_R)
+        behind = further < HEAD + REST
+        block_rest = tl.load(q + q_at[:, None] + further[None], mask=mine[:, None] & behind[None], other=0.0)
     own = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
 
     slope = None if slopes is None else tl.load(slopes + head, mask=mine, other=0.0)
@@ -62,13 +69,32 @@ def prefix_kernel(
         there = at < prefix_size
         place = at.to(tl.int64)[:, None] * prefix_position + channel[None]
         k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
-        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
+        v, k_rest = k, k
+        if REST:
+            rest_place = at.to(tl.int64)[:, None] * prefix_position + further[None]
+            k_rest = tl.load(k_base + rest_place, mask=there[:, None] & behind[None], other=0.0)
+        else:
+            v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
         seen = there[None] & mine[:, None]
         if WINDOW:
             seen = seen & (at[None] >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at, own, ROUND, COARSE)
         acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
+            block,
+            k,
+            block_rest,
+            k_rest,
+            v,
+            seen,
+            acc,
+            total,
+            biggest,
+            scale,
+            softcap,
+            biases,
+            SOFTCAP,
+            REST,
+            PRECISION,
         )
 
     flat = token * (tl.num_programs(1) * GROUP) + head
@@ -112,7 +138,9 @@ def attend_kernel(
     SIZE: tl.constexpr,  # a multiple of BLOCK_N
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
+    REST: tl.constexpr,  # channels of queries and keys behind those of the values, if these are a part of the keys
     BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -150,6 +178,11 @@ def attend_kernel(
     q_at = (token + row // GROUP) * q_token + head * q_head
     block = tl.load(q + q_at[:, None] + channel[None], mask=mine[:, None] & real[None], other=0.0)
     slope = None if slopes is None else tl.load(slopes + head, mask=mine, other=0.0)
+    block_rest = block
+    if REST:
+        further = HEAD + tl.arange(0, BLOCK_R)
+        behind = further < HEAD + REST
+        block_rest = tl.load(q + q_at[:, None] + further[None], mask=mine[:, None] & behind[None], other=0.0)
 
     flat = (token + row // GROUP) * (tl.num_programs(1) * GROUP) + head
     out_at = flat[:, None] * HEAD + channel[None]
@@ -179,13 +212,32 @@ def attend_kernel(
         inside = start % SIZE + tl.arange(0, BLOCK_N)
         place = base + inside.to(tl.int64)[:, None] * kv_position + channel[None]
         k = tl.load(k_base + place, mask=there[:, None] & real[None], other=0.0)
-        v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
+        v, k_rest = k, k
+        if REST:
+            rest_place = base + inside.to(tl.int64)[:, None] * kv_position + further[None]
+            k_rest = tl.load(k_base + rest_place, mask=there[:, None] & behind[None], other=0.0)
+        else:
+            v = tl.load(v_base + place, mask=there[:, None] & real[None], other=0.0)
         seen = there[None] & (at[None] + prefix_size <= own[:, None])
         if WINDOW:
             seen = seen & (at[None] + prefix_size >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at + prefix_size, own, ROUND, COARSE)
         acc, total, biggest = _fold(
-            block, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP, PRECISION
+            block,
+            k,
+            block_rest,
+            k_rest,
+            v,
+            seen,
+            acc,
+            total,
+            biggest,
+            scale,
+            softcap,
+            biases,
+            SOFTCAP,
+            REST,
+            PRECISION,
         )
 
     stored = mine
@@ -286,10 +338,17 @@ def _biases(slope, at, own, ROUND: tl.constexpr, COARSE: tl.constexpr):
 
 @triton.jit
 def _fold(
-    q, k, v, seen, acc, total, biggest, scale, softcap, biases, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+    q, k, q_rest, k_rest, v, seen, acc, total, biggest, scale, softcap, biases,
+    SOFTCAP: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of keys [N, h] and values [N, h] to the running softmax of q [M, h]."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """Add one block of keys [N, h] and values [N, h] to the running softmax of q [M, h].
+
+    q_rest, k_rest: further channels of both [M, r], [N, r]; not read unless REST
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if REST:
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+    scores *= scale
     if SOFTCAP:
         ratio = scores / softcap
         scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * ratio)) - 1.0)  # tanh

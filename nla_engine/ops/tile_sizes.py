@@ -29,28 +29,34 @@ class Cut:
     warps: int
     stages: int
 
-    def shared_bytes(self, size: int, itemsize: int, card: Card) -> int:
-        """The most shared memory that Triton takes for heads of `size` channels."""
+    def shared_bytes(self, size: int, itemsize: int, card: Card, rest: int = 0) -> int:
+        """The most shared memory that Triton takes for heads of `size` channels, `rest` more of queries and keys."""
         width = head_width(size)
         # Cards with wgmma or tcgen05 read operands from shared memory, which then holds one more stage.
         buffers = self.stages if card.capability[0] in (9, 10, 11) else self.stages - 1
-        values = 2 * buffers * self.keys * width + self.rows * width + self.rows * self.keys
+        rows = (buffers * self.keys + self.rows) * head_width(rest) if rest else buffers * self.keys * width
+        values = rows + buffers * self.keys * width + self.rows * width + self.rows * self.keys
         return itemsize * values + 8 * self.rows
 
 
 @functools.cache
-def cut_for(size: int, itemsize: int, rows: int, card: Card, part: int = 0) -> Cut:
+def cut_for(size: int, itemsize: int, rows: int, card: Card, part: int = 0, rest: int = 0) -> Cut:
     """The cut for `rows` query rows of heads of `size` channels: the fastest known, reduced until it fits the card.
 
     Its rows are `rows` divided by a power of two. part: places that a program reads of a sequence that has several
-    programs; 0: it has one. ValueError if nothing fits.
+    programs; 0: it has one. rest: channels of queries and keys behind those of the values, which are a part of the
+    keys; 0: none. ValueError if nothing fits.
     """
     small = size <= 128 and itemsize < 4
     if small and rows == 16 and not part:
         cut = Cut(rows, 32, 1, 2)  # a decode step only streams keys and values: many programs at once
+    elif rest:  # rows of sums are wide, so a warp holds few
+        while rows > 64:
+            rows //= 2
+        cut = Cut(rows, 32, 4 if rows == 16 else 8, 2)
     else:
         cut = Cut(rows, 64 if size <= 128 else 32, 4, 3 if small else 2)
-    while cut.shared_bytes(size, itemsize, card) > card.shared_bytes:
+    while cut.shared_bytes(size, itemsize, card, rest) > card.shared_bytes:
         if cut.stages > 2:
             cut = replace(cut, stages=cut.stages - 1)
         elif cut.rows > 16:

@@ -71,11 +71,11 @@ def test_limits_count_experts_windows_and_states() -> None:
     from transformers import AutoModelForCausalLM
 
     sizes = {}
-    for name in ("gpt-oss-20b", "qwen3.6-27b"):
+    for name in ("gpt-oss-20b", "qwen3.6-27b", "deepseek-v2-lite"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(SHAPES[name].config(), dtype=torch.bfloat16)
         sizes[name] = ModelSize.of(wrap_model(model, None, name="meta"))
-    oss, hybrid = sizes.values()
+    oss, hybrid, lite = sizes.values()
     assert oss.parameters + 201_088 * 2880 == pytest.approx(20.9e9, rel=2e-3)
     assert oss.blocks * oss.active + 2 * oss.head_parameters == pytest.approx(
         3.6e9 + 201_088 * 2880, rel=0.02
@@ -92,6 +92,10 @@ def test_limits_count_experts_windows_and_states() -> None:
     state = 48 * (48 * 128 * 128 * 4 + (2 * 16 + 48) * 128 * 3 * 2)
     assert hybrid.state_bytes == state and hybrid.kv_bytes == 16 * 2 * 4 * 256 * 2
     assert hybrid.kept_bytes(3, 10, 0) == 3 * (10 * hybrid.kv_bytes + 2 * state)
+    assert lite.parameters + 102_400 * 2048 == pytest.approx(15.7e9, rel=2e-3)
+    assert lite.blocks * lite.active + 2 * lite.head_parameters == pytest.approx(2.66e9, rel=0.01)
+    assert lite.kv_bytes == 27 * (512 + 64) * 2 and lite.windowed_bytes == 0
+    assert lite.blocks * lite.expert_parameters == 26 * 64 * 3 * 2048 * 1408
 
 
 def test_limit_of_replies_of_different_lengths(size_7b: ModelSize) -> None:

@@ -88,7 +88,6 @@ def test_a_window_that_no_sequence_fills_is_none() -> None:
             {"num_local_experts": 4, "sliding_window": 16},
             "block 0 attends to a part .* mask alone",
         ),
-        ("DeepseekV3Config", MLA, "are not the .* of its configuration"),
     ],
 )
 def test_architectures_that_would_give_other_states_are_refused(config: str, more: dict, reason: str) -> None:
@@ -97,6 +96,14 @@ def test_architectures_that_would_give_other_states_are_refused(config: str, mor
     with pytest.raises(EngineError, match=reason):
         Runner(lm, slots=2, length=100)
     assert torch.equal(states(lm, [5, 6, 7]), own)  # and the model is restored
+
+
+def test_keys_of_another_size_than_the_configuration_names_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nla_engine.engine.compressed.FAMILIES", {})  # as if this attention were not known
+    with pytest.raises(UnsupportedModel, match="are not the .* of its configuration"):
+        Runner(language_model("DeepseekV3Config", **MLA), slots=2, length=100)
 
 
 def test_blocks_that_differ_in_shape_are_refused_before_they_run() -> None:

@@ -21,7 +21,7 @@ KINDS = {
     "StableLmConfig": "fast",  # no attention backend, by its own account
     "GotOcr2Config": "fast",  # only what sees its images has attention that is not pluggable
     "XGLMConfig": "library",  # attention that is not pluggable
-    "DeepseekV3Config": "library",  # compressed keys (MLA)
+    "DeepseekV3Config": "fast",  # compressed keys (MLA), experts in groups
     "GptOssConfig": "fast",  # attention sinks, sliding windows, experts
     "MambaConfig": "library",  # a recurrent state alone
     "Qwen3_5TextConfig": "fast",  # a hybrid of gated DeltaNet and attention

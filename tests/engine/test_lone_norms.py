@@ -12,7 +12,8 @@ from nla_engine.engine.fused import FusedNorm
 
 FAMILIES = [
     *("GptOssConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "Gemma4TextConfig"),
-    *("Gemma4UnifiedTextConfig", "Llama4TextConfig"),
+    *("Gemma4UnifiedTextConfig", "Llama4TextConfig", "DeepseekV2Config", "DeepseekV3Config"),
+    *("Glm4MoeLiteConfig", "YoutuConfig", "AXK1Config", "MiniCPM3Config", "LongcatFlashConfig"),
 ]
 
 

@@ -19,6 +19,7 @@ from nla_engine.ops import (
     divergence,
     fp8,
     gate,
+    latent,
     norm,
     peer_sum,
     places,
@@ -67,6 +68,11 @@ ROTATE = {
     **dict.fromkeys(("slot", "place"), LONG), "table": "*i32",
     **dict.fromkeys(("row_token", "cos_token", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
     "eps": FLOAT, "offset": FLOAT,
+}  # fmt: skip
+LATENT = dict.fromkeys(("row", "weight", "turned", "query", "keys"), HALF) | {
+    **dict.fromkeys(("cos", "sin"), "*fp32"), **dict.fromkeys(("slot", "place"), LONG), "table": "*i32",
+    **dict.fromkeys(("row_token", "cos_token", "cos_channel", "turned_token", "turned_head"), INT),
+    **dict.fromkeys(("table_slot", "key_block", "key_place"), INT), "eps": FLOAT, "factor": FLOAT,
 }  # fmt: skip
 GATED_NORM = dict.fromkeys(("x", "gate", "weight", "y"), HALF) | {
     **dict.fromkeys(("x_row", "gate_row", "d"), INT), "eps": FLOAT,
@@ -137,6 +143,24 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"GROUP": 7, "HALF": 64, "BLOCK_G": 8, "BLOCK_H": 64, "NORM": True, "BLOCK": 64},
         2,
     ),
+    *(
+        (
+            latent._latent_kernel,
+            LATENT,
+            {
+                "HEADS": heads,
+                "LATENT": 512,
+                "HALF": 32,
+                "BLOCK_L": 512,
+                "BLOCK_H": block,
+                "BLOCK_R": 32,
+                "INTERLEAVED": interleaved,
+                "BLOCK": 64,
+            },
+            4,
+        )
+        for heads, block, interleaved in ((16, 32, True), (128, 256, False))
+    ),
 ]
 #: The cards that Triton's kernels run on. A 4090 has no more shared memory than others of 8.6, 8.9 and 12.0.
 CARDS = [
@@ -147,12 +171,15 @@ CARDS = [
 compiled_here = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
 )
-#: Compute capability, dtype and size of heads: where the least memory meets the largest rows.
+#: Compute capability, dtype, size of heads and further channels of queries and keys: where the least memory meets the
+#: largest rows.
 HEADS = [
-    *(((8, 9), dtype, size) for dtype in ("bf16", "fp32") for size in (128, 256)),
-    *(((12, 0), "bf16", size) for size in (128, 256)),
-    *((capability, "bf16", 128) for capability in ((8, 0), (9, 0), (10, 0))),
-    *((capability, "bf16", 512) for capability in ((8, 9), (9, 0))),
+    *(((8, 9), dtype, size, 0) for dtype in ("bf16", "fp32") for size in (128, 256)),
+    *(((12, 0), "bf16", size, 0) for size in (128, 256)),
+    *((capability, "bf16", 128, 0) for capability in ((8, 0), (9, 0), (10, 0))),
+    *((capability, "bf16", 512, 0) for capability in ((8, 9), (9, 0))),
+    *((capability, "bf16", 512, 64) for capability in ((8, 0), (8, 9), (9, 0), (10, 0))),
+    ((8, 9), "fp32", 512, 64),
 ]
 
 
@@ -202,8 +229,10 @@ def test_a_kernel_compiles(
 
 @compiled_here
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "dtype", "size"), HEADS, ids=str)
-def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: str, size: int) -> None:
+@pytest.mark.parametrize(("capability", "dtype", "size", "rest"), HEADS, ids=str)
+def test_attention_fits_the_shared_memory(
+    capability: tuple[int, int], dtype: str, size: int, rest: int
+) -> None:
     """Triton takes no more of it than `Cut` says; on a 4090 the cut of an H100 would be too large."""
     card = next(card for card in CARDS if card.capability == capability)
     itemsize = 2 if dtype == "bf16" else 4
@@ -216,9 +245,10 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
         (attention.join_kernel, {"PART": LONG_PART, "BLOCK_P": 32}),
     )
     for kernel, how in kernels:
-        cut = cut_for(size, itemsize, PREFIX_ROWS, card)
+        cut = cut_for(size, itemsize, PREFIX_ROWS, card, rest=rest)
         constants = {
             "GROUP": 7, "HEAD": size, "BLOCK_H": head_width(size), "BLOCK_M": cut.rows, "BLOCK_N": cut.keys,
+            "REST": rest, "BLOCK_R": head_width(rest),
             "SOFTCAP": False, "SINKS": True, "PRECISION": "tf32" if itemsize == 2 else "ieee",
             "WINDOW": True, "PREFIX": True, "SIZE": 64, "ROUND": None, "COARSE": False, **how,
         }  # fmt: skip
@@ -238,7 +268,8 @@ def test_attention_fits_the_shared_memory(capability: tuple[int, int], dtype: st
             elif name in ("scale", "softcap"):
                 arguments[name] = FLOAT
         made = compiled(kernel, arguments, constants, card, num_warps=cut.warps, num_stages=cut.stages)
-        assert made.metadata.shared <= cut.shared_bytes(size, itemsize, card)
+        assert made.metadata.shared <= cut.shared_bytes(size, itemsize, card, rest)
+        assert not rest or ".local" not in made.asm["ptx"]  # a stack
 
 
 @compiled_here
