@@ -30,7 +30,7 @@ def opened(lm: LanguageModel, prefix: list[int], kernels: str) -> tuple[Runner, 
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
-@pytest.mark.parametrize("family", ["LlamaConfig", "Qwen3NextConfig"])
+@pytest.mark.parametrize("family", ["LlamaConfig", "Qwen3NextConfig", "DeepseekV3Config"])
 def test_a_runner_goes_on_as_one_that_is_opened_with_the_new_weights(
     family: str, kernels: str, rng: np.random.Generator
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
+from interpreted import DEVICE, LAUNCHES, run_in_the_interpreter, runs_kernels, starts_the_interpreter
+from kernel_checks import DTYPES
 
 from nla_engine.engine.attention import decode_tiles, prefill_tiles
 from nla_engine.ops import attention, latent, tile_sizes
@@ -17,7 +18,6 @@ from nla_engine.ops.cards import Card
 from nla_engine.ops.key_values import KeyValues
 from nla_engine.ops.tile_sizes import cut_for
 
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 #: Query heads, channels of the latent and of the rotated part: of DeepSeek-V2-Lite, and ugly ones.
 SIZES = [(16, 512, 64), (20, 24, 6), (1, 100, 2), (128, 32, 16)]
 #: With dtypes: the interpreter is slow, so each of these sizes meets one there.
@@ -194,7 +194,7 @@ def stored(
 
 
 @pytest.mark.parametrize(
-    "run", ["store_latent_reference", pytest.param("store_latent_triton", marks=runs_kernels)]
+    "run", ["store_latent_reference", pytest.param("store_latent_triton", marks=LAUNCHES)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
