@@ -4,7 +4,7 @@ with plain transformers, one sequence at a time, without a cache, in float32."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from nla_engine.models.decoder import block_output
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.ops.backends import Kernels
 
+T = TypeVar("T")
 #: Sizes of the prompts, so that some are longer than windows, and replies: more requests than slots.
 SIZES, NEW, SLOTS = (11, 3, 19, 7, 12, 12, 30), (6, 9, 4, 12, 1, 8, 5), 3
 LENGTH = max(SIZES) + max(NEW) + 1
@@ -83,23 +84,13 @@ def run(
 
 
 @torch.inference_mode()
-def alone(
-    lm: LanguageModel, ids: Sequence[int], moved: float = 0.0
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """By transformers alone, over one sequence: the output [T, d] of every block, and the logits [T, V].
-
-    moved: relative size of random changes of the embeddings
-    """
+def alone(lm: LanguageModel, ids: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """By transformers alone, over one sequence: the output [T, d] of every block, and the logits [T, V]."""
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         block.register_forward_hook(lambda _m, _i, out, k=k: seen.update({k: block_output(out)[0].cpu()}))
         for k, block in enumerate(lm.blocks)
     ]
-    if moved:
-        table = lm.model.get_input_embeddings()
-        hooks.append(
-            table.register_forward_hook(lambda _m, _i, out: out * (1 + moved * torch.randn_like(out)))
-        )
     lm.model.set_attn_implementation("eager")
     try:
         logits = lm.model(input_ids=torch.tensor([list(ids)], device=lm.device)).logits[0].cpu()
@@ -109,20 +100,33 @@ def alone(
     return [seen[k] for k in range(len(lm.blocks))], logits
 
 
-def fault(lm: LanguageModel, done: Completion, prefix: tuple[int, ...] = ()) -> str:
-    """How the rows and tokens of a sequence differ from those of transformers alone; empty if they do not.
+def wrong_by_any_rounding(lm: LanguageModel, wrong: Callable[[], T]) -> T:
+    """What `wrong`, which asks transformers, finds wrong: something false if nothing is.
 
-    Where two experts suit a token alike to the last digit, rounding decides between them. So a sequence is also right
-    if all of it is as transformers computes it from embeddings moved by about as much.
+    Where two experts suit a token alike to the last digit, rounding decides between them. So nothing is wrong, either,
+    if `wrong` finds nothing once the embeddings are moved by about as much as rounding moves what follows from them.
     """
+    first = wrong()
+    for seed in range(REDRAWN if first else 0):
+        draws = torch.Generator(lm.device).manual_seed(seed)
+        hook = lm.model.get_input_embeddings().register_forward_hook(
+            lambda _m, _i, out, draws=draws: (
+                out * (1 + MOVED * torch.empty_like(out).normal_(generator=draws))
+            )
+        )
+        try:
+            if not (again := wrong()):
+                return again
+        finally:
+            hook.remove()
+    return first
+
+
+def fault(lm: LanguageModel, done: Completion, prefix: tuple[int, ...] = ()) -> str:
+    """How the rows and tokens of a sequence differ from those of transformers alone; empty if they do not."""
     given = [*prefix, *done.request.token_ids]
     sequence = [*given, *done.generated.tolist()]
-    wrong = _unlike(done, len(given), *alone(lm, sequence))
-    for seed in range(REDRAWN if wrong else 0):
-        torch.manual_seed(seed)
-        if not _unlike(done, len(given), *alone(lm, sequence, MOVED)):
-            return ""
-    return wrong
+    return wrong_by_any_rounding(lm, lambda: _unlike(done, len(given), *alone(lm, sequence)))
 
 
 def _unlike(done: Completion, given: int, rows: list[torch.Tensor], logits: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ Every pass notes what it reads, and the notes are compared: ranks that fall out 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,8 @@ _T = TypeVar("_T")
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 #: Weights of token, slot and position in a note, and the factor of the notes before it.
 _TOKEN, _SLOT, _BEFORE = 1_000_003, 8191, 6_364_136_223_846_793_005
+#: What torch does where NCCL fails: end what waits. By default it aborts the process, and nobody learns why.
+_ON_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
 
 
 class Ranks:
@@ -43,6 +46,7 @@ class Ranks:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
+            os.environ.setdefault(*_ON_ERRORS)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.FileStore(str(folder / "store"), self.size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import family_runs
 import numpy as np
@@ -51,6 +52,15 @@ def plainly(
         hook.remove()
 
 
+def unlike(
+    lm: LanguageModel, ids: np.ndarray, layer: int, p: int, vector: torch.Tensor, own: torch.Tensor
+) -> bool:
+    """Whether logits [1 + later, V] of the patched token p and those behind it differ from transformers' own."""
+    want = plainly(lm, ids, layer, p, vector)[p : p + len(own)]
+    error = (own[: len(want)] - want).norm(dim=1) / want.norm(dim=1).clamp(min=1)
+    return not float(error.max()) < 1e-4
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *FURTHER])
 def test_patched_tokens_are_those_of_transformers(
     name: str, rng: np.random.Generator, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -72,9 +82,8 @@ def test_patched_tokens_are_those_of_transformers(
             logits = [lm.logits(each) for each in states]
         assert lm.config._attn_implementation == "eager"
         for s, p, vector, own in zip(sequence, position, vectors, logits, strict=True):
-            want = plainly(lm, given[s], layer, p, vector)[p : p + 1 + later]
-            error = (own[: len(want)] - want).norm(dim=1) / want.norm(dim=1).clamp(min=1)
-            assert float(error.max()) < 1e-4, (layer, s, p)
+            apart = partial(unlike, lm, given[s], layer, p, vector, own)
+            assert not family_runs.wrong_by_any_rounding(lm, apart), (layer, s, p)
 
 
 def test_queries_that_are_scaled_by_their_number_in_a_call_are_refused() -> None:
