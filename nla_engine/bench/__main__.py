@@ -210,9 +210,11 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
             failed=session.failed,
         )
 
-    def write() -> None:
+    def write() -> dict[str, Any]:
+        now = result()
         if settings.json is not None:
-            settings.json.write_text(json.dumps(result(), indent=1) + "\n", encoding="utf-8")
+            settings.json.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        return now
 
     session.recorded = write
     for name in settings.suites:
@@ -231,7 +233,7 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
     console.print(table(session.machine, session.lines))
     if settings.plot is not None and "generate" in settings.suites:
         plot_batches(settings.plot, session.machine, session.lines, session.size, session.hardware)
-    return result()
+    return write()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,7 +54,7 @@ class Session:
     skipped: list[str] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    recorded: Callable[[], None] = lambda: None
+    recorded: Callable[[], object] = lambda: None
 
     @classmethod
     def start(cls, settings: Settings, directory: Path, console: Console) -> Session:
