@@ -119,7 +119,7 @@ class _Found:
     noise: list[np.ndarray] = field(default_factory=list)
     redrawn: int = 0
 
-    def add(self, rows: _Rows) -> None:
+    def add(self, rows: _Compared) -> None:
         self.errors.append(rows.error)
         self.noise.append(rows.noise)
         self.redrawn += rows.redrawn
@@ -140,7 +140,7 @@ class _Found:
         return fits, detail
 
 
-class _Rows:
+class _Compared:
     """What is stored of a sequence's rows, and what transformers computes, [n, k] each, in float64.
 
     apart: how far such rows lie apart, [n]; limit: of that, beside TIMES_NOISE times the noise
@@ -223,7 +223,7 @@ def _compare(
     for site in found:
         stored = store.layer(site)[sequence.rows].astype(np.float64)
         kept = finite[site] = np.isfinite(stored).all(1)
-        rows[site] = _Rows(stored[kept], _rows(outputs[site], position)[kept], limit, _apart)
+        rows[site] = _Compared(stored[kept], _rows(outputs[site], position)[kept], limit, _apart)
         for offset, errors in beside[site].items():
             if (other := _beside(site, offset)) in outputs:
                 errors.append(_apart(stored[kept], _rows(outputs[other], position)[kept]))
@@ -234,7 +234,7 @@ def _compare(
         some = known.any(1)
         true = np.where(known, _logprobs(store, lm, final, position, sequence.rows), 0)
         stored = np.where(known, stored, 0)
-        logprobs = _Rows(stored[some], true[some], _logprob_limit(store), _most)
+        logprobs = _Compared(stored[some], true[some], _logprob_limit(store), _most)
     every = [*rows.values(), *([logprobs] if logprobs else [])]
     for seed in range(1, MOST_REDRAWN + 1):
         further = seed > REDRAWN
