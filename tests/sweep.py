@@ -166,7 +166,8 @@ def page(found: Found) -> str:
         fast, library = (sum(each == way for each, _ in rows.values()) for way in ("fast", "library"))
         head += (
             f"## {title}\n\nOf the {len(rows)} {what} in transformers {transformers.__version__}, {fast} "
-            f"are fast and\n{library} are run by the library. `make sweep` made this table.\n\n"
+            f"are fast and\n{library} {'is' if library == 1 else 'are'} run by the library. `make sweep` made this table."
+            "\n\n"
             f"| `model_type` | | |\n|---|---|---|\n{table}\n\n"
         )
     return head[:-1]
