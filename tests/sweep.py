@@ -164,10 +164,10 @@ def page(found: Found) -> str:
         rows = {model_type(each): found[model_type(each)] for each in configs if model_type(each) in found}
         table = "\n".join(f"| `{name}` | {way} | {why} |" for name, (way, why) in sorted(rows.items()))
         fast, library = (sum(each == way for each, _ in rows.values()) for way in ("fast", "library"))
+        run = "is run" if library == 1 else "are run"
         head += (
             f"## {title}\n\nOf the {len(rows)} {what} in transformers {transformers.__version__}, {fast} "
-            f"are fast and\n{library} {'is' if library == 1 else 'are'} run by the library. `make sweep` made this table."
-            "\n\n"
+            f"are fast and\n{library} {run} by the library. `make sweep` made this table.\n\n"
             f"| `model_type` | | |\n|---|---|---|\n{table}\n\n"
         )
     return head[:-1]
