@@ -81,7 +81,7 @@ def told(summary: dict[str, Any]) -> dict[str, str]:
         figure = (
             f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
         )
-        facts[key] = f"{figure}   {meaning}".rstrip()
+        facts[key] = f"{figure:<6}   {meaning}".rstrip()
     return facts
 
 
