@@ -288,11 +288,14 @@ class ResultTable:
         return self._lease
 
 
-def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """RequestError if `out` exists and is neither to be resumed nor replaced, StoreError if it lies in a store.
+def check_table(out: Path, texts: Path | None = None, *, resume: bool, overwrite: bool) -> None:
+    """RequestError if `out` exists and is neither to be resumed nor replaced, or cannot be written where it would lie.
 
+    texts: a file that the run reads, which the table may not replace
     Called before any work, and again by `ResultTable.open`.
     """
+    if texts is not None and out.exists() and texts.exists() and out.samefile(texts):
+        raise RequestError(f"{out}: is the file of the texts: choose another name for the result")
     parts = _parts_of(out)
     if not (resume or overwrite) and (out.exists() or parts.exists()):
         found = out if out.exists() else parts

@@ -143,7 +143,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     if stop_after:
         with pytest.raises(RequestError, match="--resume"):
             run_roundtrip(options(trio, out, **sampled))
-        with pytest.raises(RequestError, match="seed was 4, is 5"):
+        with pytest.raises(RequestError, match="seed was 4, is now 5"):
             run_roundtrip(options(trio, out, **{**sampled, "seed": 5}, resume=True))
     else:  # no part was written: nothing blocks another run
         assert not list(tmp_path.glob("x.parquet*"))
