@@ -1,7 +1,11 @@
-"""Commands that refuse an option given twice, unless it takes several values: no value is lost without a word."""
+"""Commands that refuse an option given twice, unless it takes several values: no value is lost without a word.
+
+In a list of commands each is described by the whole first sentence of its help.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -39,11 +43,17 @@ class OnceGroup(_Once, TyperGroup):
 
 
 class Application(typer.Typer):
-    """An application, or a group of its commands: each of them is a OnceCommand."""
+    """An application, or a group of its commands: each of them is a OnceCommand, and has a name."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(cls=OnceGroup, **how)
 
     def command(self, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
         """As of `typer.Typer`."""
-        return super().command(name, **{"cls": OnceCommand, **how})
+
+        def register(function: Any) -> Any:
+            sentence = re.split(r"(?<=[.?])\s", function.__doc__ or "", maxsplit=1)[0]
+            about = {"cls": OnceCommand, "short_help": sentence, **how}
+            return super(Application, self).command(name or function.__name__, **about)(function)
+
+        return register

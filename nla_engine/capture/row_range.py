@@ -29,11 +29,6 @@ class RowRange:
         return max(ends[name] for name in self.names)
 
     @property
-    def covers_prompts(self) -> bool:
-        """Whether every token of a prompt has a row."""
-        return self.first(2) < 1
-
-    @property
     def touches_prompts(self) -> bool:
         """Whether any token of a prompt has a row."""
         return self.first(2) < 2

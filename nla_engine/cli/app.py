@@ -37,6 +37,14 @@ _DEBUG = "--debug"
 TYPER_INTERRUPTED = 130
 
 
+#: The commands as --help lists them: as a user comes to need them.
+_ORDER = (
+    *("demo", "capture", "roundtrip", "explain", "score", "report"),
+    *("ask", "lens", "patch", "controls", "clauses", "claims", "compare", "crossplay", "card", "train"),
+    *("info", "verify", "export", "import", "merge", "variance"),
+)
+
+
 def _print_version(asked: bool) -> None:
     if not asked:
         return
@@ -125,6 +133,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # use all cores, without a warning about forks
     watch_streams()
     hub.tell(say, progress_bar)
+    app.registered_commands.sort(key=lambda command: _ORDER.index(str(command.name)))
     arguments = [word for word in sys.argv[1:] if word != _DEBUG]  # it may also follow the command
     try:
         code = app(arguments, standalone_mode=False, prog_name="nla-engine")

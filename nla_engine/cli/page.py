@@ -253,7 +253,7 @@ def _section(console: Console, title: str, entries: Mapping[str, Any]) -> None:
     if not entries:
         return
     table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
-    table.add_column(width=22)
+    table.add_column(width=23)
     table.add_column(overflow="fold")
     for name, value in entries.items():
         table.add_row(escape(name), escape(show(value)))

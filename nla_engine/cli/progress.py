@@ -81,10 +81,10 @@ class Shown(Progress):
         if self._total:
             parts.append(f"{self._done:,} of {self._total:,} {self._unit}")
         if self._tokens:
-            rate = f" ({self._tokens / passed:,.0f}/s)" if passed >= 1 else ""
+            rate = f" ({_rate(self._tokens / passed)})" if passed >= 1 else ""
             parts.append(f"{self._tokens:,} tokens{rate}")
         elif self._total and passed >= 1 and (new := self._done - (self._first or 0)):
-            parts.append(f"{new / passed:,.1f}/s")
+            parts.append(_rate(new / passed))
         parts.append(f"{clock(passed)} so far")
         if self._part and passed >= _KNOWN_SECONDS and self._part >= _KNOWN_PART:
             left = clock(passed * (1 - self._part) / self._part)
@@ -153,6 +153,13 @@ def progress_bar(unit: str) -> Iterator[Shown]:
         _shown.pop()
         if _shown:
             _shown[-1].start()
+
+
+def _rate(per_second: float) -> str:
+    """As 2,468/s, 3.4/s or 12 per minute."""
+    if per_second < 1:
+        return f"{60 * per_second:.2g} per minute"
+    return f"{per_second:,.{0 if per_second >= 10 else 1}f}/s"
 
 
 def clock(seconds: float) -> str:

@@ -129,6 +129,7 @@ def _audit(store: str, model: str, sample: int, device: str | None) -> list[Chec
     opened = CaptureStore.open(store)
     lm = load_captured(model, opened.provenance, pick_device(device))
     with progress_bar("sequences") as progress:
+        progress.phase("reading again", "sequences")
         return audit(opened, lm, sample=sample, progress=progress)
 
 

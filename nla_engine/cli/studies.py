@@ -16,7 +16,8 @@ from nla_engine.studies.multiplication.options import MultiplicationOptions
 _LONG = ("measures", "agreement", "clauses", "reading")
 
 studies = Application(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(studies, name="study", help="Ask a model a question, and answer it with numbers and controls.")
+_HELP = "Ask a model a question, and answer it with numbers and controls."
+app.add_typer(studies, name="study", help=_HELP, short_help=_HELP)
 
 
 @command(MultiplicationOptions, within=studies)

@@ -19,7 +19,7 @@ from nla_engine.referee.intervals import Bootstrap, Estimate
 from nla_engine.referee.quantities import KIND_WORDS, MEASURES, controlled
 from nla_engine.referee.reading import NOT_MEASURED, findings
 from nla_engine.report.models import short_name
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_parents
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import write_file_atomically
 
@@ -50,7 +50,7 @@ def run_card(options: CardOptions) -> dict[str, Any]:
         if path.is_dir() or (path.exists() and not options.overwrite):
             mend = "is a directory" if path.is_dir() else "exists: pass --overwrite to replace it"
             raise RequestError(f"{path}: {mend}")
-    check_outside_stores(out)
+    check_parents(out)
     paths = [Path(path) for given in options.tables for path in given.split(",")]
     card = make_card(Evidence.read(paths, paths[0].stem), options.seed)
     with Lease.beside(out):

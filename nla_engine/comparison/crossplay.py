@@ -17,7 +17,7 @@ from nla_engine.referee.evidence import Evidence
 from nla_engine.report.models import short_name
 from nla_engine.roundtrip.results import check_table
 from nla_engine.roundtrip.run import Announce, Heard, run_score
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_directory
 from nla_engine.store.shards import make_directory, writing
 from nla_engine.studies.tables import show
 
@@ -48,9 +48,7 @@ def run_crossplay(
     if len(texts) * len(readers) < 2:
         raise RequestError("crossplay takes several --texts, several --ar, or both: score reads one with one")
     out = options.out
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out}: a file is in the way; choose another --out")
-    check_outside_stores(out)
+    check_directory(out)
     cells = {(t, r): out / f"{t:02d}-{r:02d}.parquet" for t in range(len(texts)) for r in range(len(readers))}
     for path in options.texts:
         if not path.is_file():

@@ -11,7 +11,7 @@ from nla_engine.comparison.page import context_of, render_comparison
 from nla_engine.errors import RequestError, WriteError
 from nla_engine.provenance import describe_run
 from nla_engine.referee.intervals import Estimate
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_directory
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import make_directory, write_file_atomically, writing
 from nla_engine.studies.figures import Figure, Panel, Series, draw, own, shuffled
@@ -26,9 +26,7 @@ _INTERVALS = "In brackets: 95% intervals by a bootstrap over sequences; the same
 
 def check_out(out: Path, overwrite: bool) -> None:
     """RequestError unless `out` can hold a comparison: new, empty, or one that is to be replaced."""
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out}: a file is in the way; choose another --out")
-    check_outside_stores(out)
+    check_directory(out)
     held = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if held and RECORD not in held:
         raise RequestError(f"{out}: holds other files and no comparison; choose another --out")

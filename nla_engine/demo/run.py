@@ -23,6 +23,7 @@ from nla_engine.errors import RequestError
 from nla_engine.report import write_report
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
+from nla_engine.store.directory import check_directory
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import make_directory, write_file_atomically, writing
 
@@ -80,7 +81,7 @@ def told(summary: dict[str, Any]) -> dict[str, str]:
         figure = (
             f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
         )
-        facts[key] = f"{figure}   {meaning}".rstrip()
+        facts[key] = f"{figure:<6}   {meaning}".rstrip()
     return facts
 
 
@@ -164,8 +165,7 @@ def _run(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out}: a file is in the way; choose another --out")
+    check_directory(out)
     there = [name for name in FILES if (out / name).exists()]
     if there and not overwrite:
         raise RequestError(

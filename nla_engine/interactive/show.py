@@ -18,7 +18,7 @@ from nla_engine.report.data import Explained
 from nla_engine.report.page import render
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.store import CaptureStore, LayerReader
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_parents
 from nla_engine.store.shards import write_file_atomically
 from nla_engine.store.views.indexing import split_index
 
@@ -44,7 +44,7 @@ class Page:
         out = Path(path)
         if out.is_dir() or (out.exists() and not overwrite):
             raise RequestError(f"{out}: exists: choose another name, or pass overwrite=True for a file")
-        check_outside_stores(out)
+        check_parents(out)
         write_file_atomically(out, self.html.encode())
         return out
 

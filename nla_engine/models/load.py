@@ -254,11 +254,20 @@ def _check_vocabulary(source: Source, own: dict[str, int], base: dict[str, int],
 
 
 def load_tokenizer(directory: Path, *, remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint directory."""
+    """The tokenizer of a checkpoint directory. CheckpointError if it cannot be loaded, or lacks its vocabulary."""
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:  # the library raises many types for one fault
+        if not any(any(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
+            raise CheckpointError(_no_tokenizer(directory)) from error
         raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # for some families, no error
+        raise CheckpointError(_no_tokenizer(directory))
+    return tokenizer
+
+
+def _no_tokenizer(directory: Path) -> str:
+    return f"{directory}: holds no tokenizer: copy the model's tokenizer.json and tokenizer_config.json there"
 
 
 def load_model(

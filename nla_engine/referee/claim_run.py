@@ -26,10 +26,11 @@ from nla_engine.referee.load import selected_texts
 from nla_engine.referee.others import other_texts
 from nla_engine.referee.truth import Context, Contexts, Said
 from nla_engine.roundtrip.results import ResultTable, check_table
+from nla_engine.roundtrip.rows import token_columns
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.summary import FINISHING, LOADING
 from nla_engine.roundtrip.text_file import TextFile
-from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED
 
 CHECKING = "checking"
@@ -48,9 +49,7 @@ def run_claims(
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
-    if options.out.exists() and options.explained.exists() and options.out.samefile(options.explained):
-        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
     if IMPORTED in store.options:
         raise StoreError(
             f"{store.path}: was imported: its tokens are not known, so nothing can be compared with them"
@@ -260,16 +259,9 @@ class _Run:
         store, texts = self.store, [line.text for line in lines]
         places = np.array([self.texts.rows_of(text) for text in texts])
         rows, partners = self.texts.selected[places], self.texts.selected[self._partner[places]]
-        flags = store.column("flags")[rows]
         names = ("side", "kind", "said", "start", "end", "holds", "agree")
         return {
-            "row": rows,
-            "sequence": store.column("sequence")[rows],
-            "position": store.column("position")[rows],
-            "token": store.token_text(store.column("token_id")[rows]),
-            "next_token": store.token_text(store.column("next_token_id")[rows]),
-            "generated": (flags & RowFlag.GENERATED) != 0,
-            "early": (flags & RowFlag.EARLY) != 0,
+            **token_columns(store, rows),
             "sample": [text - self.texts.up_to_row(int(at)) for text, at in zip(texts, places, strict=True)],
             **{name: [getattr(line, name) for line in lines] for name in names},
             "partner": partners,

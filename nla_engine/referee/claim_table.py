@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from nla_engine.referee.claims import KINDS
 from nla_engine.referee.clauses import CONTROL
-from nla_engine.referee.intervals import Bootstrap
+from nla_engine.referee.intervals import Bootstrap, with_estimates
 from nla_engine.referee.judge import NO, UNCLEAR, YES
 from nla_engine.roundtrip.results import SCHEMA, read_metadata
 
@@ -65,10 +65,7 @@ class ClaimsSummary:
     texts_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
-        facts = asdict(self)
-        estimates = facts.pop("estimates")
-        items, at = list(facts.items()), list(facts).index("seconds")
-        return dict(items[:at]) | estimates | dict(items[at:])
+        return with_estimates(asdict(self))
 
 
 def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: float) -> ClaimsSummary:

@@ -34,13 +34,14 @@ from nla_engine.referee.variants import RECONSTRUCTION, Lane
 from nla_engine.roundtrip.pair import Pair, choose_layer
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import ResultTable, check_table, nullable
+from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine, fve_nrm, mse_nrm, unit
 from nla_engine.roundtrip.summary import FINISHING, LOADING, PREPARING
 from nla_engine.roundtrip.text_checks import check_layer, check_lengths
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.variance import layer_variance
-from nla_engine.store import CaptureStore, LayerReader, RowFlag
+from nla_engine.store import CaptureStore, LayerReader
 
 READING = "reading"
 #: In the metadata of a table, under made_by.
@@ -78,9 +79,7 @@ def run_clauses(
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
-    if options.out.exists() and options.explained.exists() and options.out.samefile(options.explained):
-        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
     if options.model is not None:
         check_captured(store)
     texts = selected_texts(options, store, rows)
@@ -279,16 +278,8 @@ class _Run:
             kl = self._kl(unique, of, stored, read, np.flatnonzero(np.isfinite(cos)))
             added = np.where(whole, np.nan, kl - kl[base])
             scores |= {"kl": nullable(kl), "kl_added": nullable(added)}
-        flags = store.column("flags")[rows]
         return {
-            "row": rows,
-            "sequence": store.column("sequence")[rows],
-            "position": store.column("position")[rows],
-            "token": store.token_text(store.column("token_id")[rows]),
-            "next_token": store.token_text(store.column("next_token_id")[rows]),
-            "generated": (flags & RowFlag.GENERATED) != 0,
-            "early": (flags & RowFlag.EARLY) != 0,
-            "norm": reader.norm_at(rows),
+            **row_columns(store, reader, rows),
             "sample": [each.text - self.texts.up_to_row(each.place) for each in chunk],
             "variant": [each.changed.variant for each in chunk],
             "unit": [None if each.changed.unit < 0 else each.changed.unit for each in chunk],

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_engine.referee.clauses import CHANGES, CONTROL, NEGATED, WHOLE
-from nla_engine.referee.intervals import Bootstrap
+from nla_engine.referee.intervals import Bootstrap, with_estimates
 from nla_engine.roundtrip.results import SCHEMA, read_metadata
 
 _OWN = SCHEMA.names[: SCHEMA.names.index("best")]
@@ -59,10 +59,7 @@ class ClausesSummary:
     texts_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
-        facts = asdict(self)
-        estimates = facts.pop("estimates")
-        items, at = list(facts.items()), list(facts).index("seconds")
-        return dict(items[:at]) | estimates | dict(items[at:])
+        return with_estimates(asdict(self))
 
 
 def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: float) -> ClausesSummary:

@@ -17,6 +17,7 @@ from nla_engine.progress import Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.referee.added import CONTROLS, Added
 from nla_engine.referee.control_texts import OF_CONTROLS, ControlTexts
+from nla_engine.referee.intervals import in_words
 from nla_engine.referee.load import AR_AS_GIVEN, check_revision, read_by, reading_options, selected_texts
 from nla_engine.referee.reader import Reader
 from nla_engine.roundtrip.layers import controls_of
@@ -67,20 +68,14 @@ class ControlsSummary:
         """For people: a line for each control, then what the numbers say."""
         facts = self.to_dict()
         value, low, high = facts["fve_over_text"]
-        facts["fve_over_text"] = _bounded(value, low, high) + (
+        facts["fve_over_text"] = in_words(value, low, high) + (
             f", over {self.added.best}" if self.added.best else ""
         )
         for name, found in facts.pop("controls").items():
             measures = {key: found[key] for key in ("rows", "fve_nrm", "cos", "retrieval_top1")}
-            facts[name] = measures | {"explanations over it": _bounded(*found["over"])}
+            facts[name] = measures | {"explanations over it": in_words(*found["over"])}
         says = facts.pop("says")
         return facts | {("says" if number == 0 else " " * number): text for number, text in enumerate(says)}
-
-
-def _bounded(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f} " + ("(no interval)" if low is None or high is None else f"[{low:.4f}, {high:.4f}]")
 
 
 def run_controls(
@@ -93,9 +88,7 @@ def run_controls(
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
-    if options.out.exists() and options.explained.exists() and options.out.samefile(options.explained):
-        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
     if IMPORTED in store.options:
         raise StoreError(
             f"{store.path}: was imported: its tokens are not known, so there is no text to compare with"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -259,3 +260,17 @@ def _finite(
     keep = np.isfinite(values)
     _, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
     return np.asarray(values, np.float64)[keep], np.asarray(group, bool)[keep], index
+
+
+def in_words(value: float | None, low: float | None, high: float | None) -> str:
+    """An estimate and its interval, to four digits, for people. None: not known."""
+    if value is None:
+        return "-"
+    return f"{value:.4f} " + ("(no interval)" if low is None or high is None else f"[{low:.4f}, {high:.4f}]")
+
+
+def with_estimates(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a summary, with each of its `estimates` as an entry of its own before `seconds`."""
+    items = [(key, value) for key, value in facts.items() if key != "estimates"]
+    at = [key for key, _ in items].index("seconds")
+    return dict(items[:at]) | facts["estimates"] | dict(items[at:])

@@ -35,6 +35,7 @@ from nla_engine.referee.variants import VARIANTS, Variants
 from nla_engine.roundtrip.pair import Pair, choose_layer
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullable
+from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
 from nla_engine.roundtrip.summary import FINISHING, LOADING, PREPARING
@@ -43,7 +44,7 @@ from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import NONFINITE, ZERO
 from nla_engine.roundtrip.variance import layer_variance
 from nla_engine.roundtrip.verbalize import Explanation
-from nla_engine.store import CaptureStore, LayerReader, RowFlag
+from nla_engine.store import CaptureStore, LayerReader
 from nla_engine.store.views.draw import draw_rows
 
 #: Phase in which rows are patched.
@@ -72,9 +73,7 @@ def run_patch(
     phases = Phases(progress)
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
-    if options.out.exists() and options.explained.exists() and options.out.samefile(options.explained):
-        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
     check_captured(store)
     texts = selected_texts(options, store, rows)
     schema = schema_of(options.horizon)
@@ -246,16 +245,8 @@ class _Run:
             for lane, measured in zip(lanes, tried.measured, strict=True):
                 for name, values in vars(measured).items():
                     getattr(found[lane.variant], name)[sound] = values[lane.of_text]
-        flags = store.column("flags")[rows[of]]
         return {
-            "row": rows[of],
-            "sequence": store.column("sequence")[rows[of]],
-            "position": store.column("position")[rows[of]],
-            "token": store.token_text(store.column("token_id")[rows[of]]),
-            "next_token": store.token_text(store.column("next_token_id")[rows[of]]),
-            "generated": (flags & RowFlag.GENERATED) != 0,
-            "early": (flags & RowFlag.EARLY) != 0,
-            "norm": reader.norm_at(rows[of]),
+            **row_columns(store, reader, rows[of]),
             **self.texts.columns(written),
             "cos": nullable(cos),
             **columns_of(found, self._later(rows)[of]),

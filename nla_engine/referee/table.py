@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from nla_engine.referee.control_texts import CONTROL, of_controls
-from nla_engine.referee.intervals import UNKNOWN, Bootstrap, Estimate
+from nla_engine.referee.intervals import UNKNOWN, Bootstrap, Estimate, in_words
 from nla_engine.referee.measures import Measured
 from nla_engine.referee.quantities import EXPLAINED, MEAN_VECTOR, losses_over, overall
 from nla_engine.referee.variants import MEAN, RECONSTRUCTION, SHUFFLED, VARIANTS
@@ -121,20 +121,13 @@ class PatchSummary:
         facts = self.to_dict()
         for name, found in facts.pop("controls", {}).items():
             over = found.pop("over")
-            facts[name] = found | {"explanations over it": _bounded(over)}
+            facts[name] = found | {"explanations over it": in_words(*over)}
         for name in ("loss_recovered_margin", "loss_over_text"):
             if name in facts:
-                facts[name] = _bounded(facts[name])
+                facts[name] = in_words(*facts[name])
         low, high = facts.pop("loss_recovered_interval")
-        facts["loss_recovered"] = _bounded([facts["loss_recovered"], low, high])
+        facts["loss_recovered"] = in_words(facts["loss_recovered"], low, high)
         return facts
-
-
-def _bounded(estimate: list[float | None]) -> str:
-    value, low, high = estimate
-    if value is None:
-        return "-"
-    return f"{value:.4f} " + ("(no interval)" if low is None or high is None else f"[{low:.4f}, {high:.4f}]")
 
 
 def summarise(out: Path, seconds: Mapping[str, float], new_texts: int, working: float) -> PatchSummary:

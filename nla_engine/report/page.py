@@ -30,7 +30,7 @@ from nla_engine.report.data import Explained, page_data
 from nla_engine.report.facts import Figure, facts, figures, lead, warnings
 from nla_engine.report.text_only import AREA, area, headline
 from nla_engine.store import CaptureStore
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_parents
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import write_file_atomically
 
@@ -114,7 +114,7 @@ def write_report(
     if out.exists() and explained.exists() and out.samefile(explained):
         raise RequestError(f"{out}: is the table that the page is made of: choose another name")
     check_ending(out, "the page is HTML", ".html", ".htm")
-    check_outside_stores(out)
+    check_parents(out)
     table = Explained.read(store, explained)
     others = [Path(path) for path in also]
     if clash := next(

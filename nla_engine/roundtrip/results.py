@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from nla_engine.errors import NLAError, RequestError, WriteError, already_there
 from nla_engine.sites import Site
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_parents
 from nla_engine.store.exchange.record_columns import RecordColumns
 from nla_engine.store.lease import Lease
+from nla_engine.store.manifest import differences
 from nla_engine.store.reader import StoreReader
 from nla_engine.store.shards import (
     fsync_directory,
@@ -287,18 +288,21 @@ class ResultTable:
         return self._lease
 
 
-def check_table(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """RequestError if `out` exists and is neither to be resumed nor replaced, StoreError if it lies in a store.
+def check_table(out: Path, texts: Path | None = None, *, resume: bool, overwrite: bool) -> None:
+    """RequestError if `out` exists and is neither to be resumed nor replaced, or cannot be written where it would lie.
 
+    texts: a file that the run reads, which the table may not replace
     Called before any work, and again by `ResultTable.open`.
     """
+    if texts is not None and out.exists() and texts.exists() and out.samefile(texts):
+        raise RequestError(f"{out}: is the file of the texts: choose another name for the result")
     parts = _parts_of(out)
     if not (resume or overwrite) and (out.exists() or parts.exists()):
         found = out if out.exists() else parts
         raise RequestError(already_there(found))
     if out.is_dir():
         raise RequestError(f"{out}: is a directory; choose another name for the table")
-    check_outside_stores(out)
+    check_parents(out)
     if overwrite and out.exists():
         read_metadata(out)  # only a table that this program wrote is ever replaced
 
@@ -365,7 +369,7 @@ def _rows(path: Path) -> int:
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    differ = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+    differ = differences({key: before.get(key) for key in now}, now)
     if differ:
         raise RequestError(
             f"{path}: was made with other options ({'; '.join(differ)}); --overwrite starts again"

@@ -28,7 +28,12 @@ POLL_SECONDS = 1.0
 
 
 def row_columns(store: CaptureStore, layer: LayerReader, rows: np.ndarray) -> dict[str, Any]:
-    """What every table says of rows, int64 [n], and of the tokens that they belong to. layer: of their norm."""
+    """What tables say of rows, int64 [n], and of the tokens that they belong to. layer: of their norm."""
+    return token_columns(store, rows) | {"norm": layer.norm_at(rows)}
+
+
+def token_columns(store: CaptureStore, rows: np.ndarray) -> dict[str, Any]:
+    """What every table says of the tokens of rows, int64 [n]."""
     flags = store.column("flags")[rows]
     return {
         "row": rows,
@@ -38,7 +43,6 @@ def row_columns(store: CaptureStore, layer: LayerReader, rows: np.ndarray) -> di
         "next_token": store.token_text(store.column("next_token_id")[rows]),
         "generated": (flags & RowFlag.GENERATED) != 0,
         "early": (flags & RowFlag.EARLY) != 0,
-        "norm": layer.norm_at(rows),
     }
 
 

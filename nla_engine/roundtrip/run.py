@@ -192,9 +192,7 @@ def _prepare_score(
     opened: ExitStack | None,
 ) -> Run:
     store = CaptureStore.open(options.store)
-    if options.out.exists() and options.texts.exists() and options.out.samefile(options.texts):
-        raise RequestError(f"{options.out}: is the file of the texts: choose another name for the result")
-    check_table(options.out, resume=options.resume, overwrite=options.overwrite)
+    check_table(options.out, options.texts, resume=options.resume, overwrite=options.overwrite)
     texts = TextFile.read(options.texts, store, options.prefixes)
     rows = texts.selected
     chosen = Chosen(iter([rows]), draw_rows(rows, CONTROL_ROWS, options.seed), rows)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nla_engine.errors import DamageError, StoreError
+from nla_engine.errors import DamageError, RequestError, StoreError
 from nla_engine.sites import EMBEDDINGS
 from nla_engine.store.lease import Lease
 from nla_engine.store.manifest import METADATA_NAME, read_attributes
@@ -21,8 +21,27 @@ from nla_engine.store.swap import aside_name, exists, put_in_place, remove_direc
 GROUP_NAMES = ("rows", "sequences", "vocabulary")
 
 
-def check_outside_stores(path: Path) -> None:
-    """Raises StoreError if `path` lies inside a store, to which it would not belong."""
+def check_parents(path: Path) -> None:
+    """RequestError unless `path` can be made where it would lie: below a directory that this user may write to, and
+    outside every store. Makes nothing, so that a command can ask before any work."""
+    _check_place(path, path.absolute().parent)
+
+
+def check_directory(out: Path) -> None:
+    """RequestError unless files can be made in `out`, a directory that is there or can be made."""
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"{out}: a file is in the way; choose another --out")
+    _check_place(out, out.absolute())
+
+
+def _check_place(path: Path, directory: Path) -> None:
+    """RequestError unless this user may write to `directory`, or make it, and `path` is outside every store."""
+    while not os.path.lexists(directory):
+        directory = directory.parent
+    if not os.path.isdir(directory):
+        raise RequestError(f"{path}: {directory} is no directory: choose another name")
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise RequestError(f"{path}: no right to write in {directory}: choose another place")
     for parent in path.resolve().parents:
         if _is_store(parent):
             raise StoreError(f"{path}: lies inside the store {parent}: choose a place outside")
@@ -46,7 +65,7 @@ def staged(path: Path, overwrite: bool) -> Iterator[tuple[Path, Lease]]:
     store is untouched and the new directory is removed. Raises StoreError if what `path` holds may not be replaced, or
     if it lies in another store.
     """
-    check_outside_stores(path)
+    check_parents(path)
     replaced = Lease.of_directory(path) if _is_replaced(path, overwrite) else None
     staging = staging_name(path)
     try:
@@ -107,7 +126,7 @@ def emptied(root: ObjectPath, overwrite: bool) -> Iterator[ObjectLock]:
 def check_place(root: Place, overwrite: bool) -> None:
     """StoreError unless a new store may be written at `root`. For before any work: `staged`, `emptied` ask again."""
     if isinstance(root, Path):
-        check_outside_stores(root)
+        check_parents(root)
         _is_replaced(root, overwrite)
     elif root.exists():
         _check_names(root, [name for name in root.names() if name != LOCK_NAME], overwrite)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.errors import RequestError, WriteError, already_there
+from nla_engine.store.directory import check_directory
 from nla_engine.store.lease import Lease
+from nla_engine.store.manifest import differences
 from nla_engine.store.objects import LOCK_NAME
 from nla_engine.store.shards import TEMPORARY_SUFFIX, make_directory, write_file_atomically, writing
 
@@ -58,8 +60,7 @@ class StudyDirectory:
     def _resumes(self) -> bool:
         """Whether there is a study to resume. RequestError if the directory cannot be used as asked."""
         out, record = self.out, self.out / RECORD
-        if out.exists() and not out.is_dir():
-            raise RequestError(f"{out}: a file is in the way; choose another --out")
+        check_directory(out)
         if not out.is_dir() or set(os.listdir(out)) <= {LOCK_NAME, RECORD + TEMPORARY_SUFFIX}:
             return False
         if not record.exists():
@@ -75,11 +76,7 @@ class StudyDirectory:
             before = json.loads(record.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RequestError(f"{record}: cannot be read ({error}); start again with --overwrite") from error
-        differ = [
-            f"{key} was {before.get(key)!r}, is {value!r}"
-            for key, value in self._asked.items()
-            if before.get(key) != value
-        ]
+        differ = differences({key: before.get(key) for key in self._asked}, self._asked)
         if differ:
             raise RequestError(
                 f"{record}: the study was made with other options ({'; '.join(differ)}); --overwrite starts again"

@@ -151,7 +151,7 @@ def test_a_resumed_run_renders_with_the_time_of_the_first(tmp_path: Path, monkey
     run_capture(options(tmp_path, overwrite=True), lm=lm)
     assert CaptureStore.open(given.out).sequence(0).prompt_text().startswith("Today: 02 Jan 2031")
     tokenizer.chat_template = "Other. " + DATED
-    with pytest.raises(StoreError, match="prompts was"):
+    with pytest.raises(StoreError, match="the content of prompts differs"):
         run_capture(options(tmp_path, resume=True), lm=lm)
 
 

@@ -123,7 +123,7 @@ def test_a_finished_part_is_left_as_it_is_and_an_unfinished_one_goes_on(
     assert contents(part) == before
     check_refused(run(base, out, shard="2/2", seed=9), "other options: seed was 0, is now 9")
     other = json_lines(tmp_path / "other.jsonl", [{"prompt": f"else {n}"} for n in range(11)])
-    check_refused(run(base, out, shard="2/2", prompts=other), "other options: prompts was")
+    check_refused(run(base, out, shard="2/2", prompts=other), "other options: the content of prompts differs")
     assert call("merge", tmp_path / "run.1-of-2.zarr", part, "--out", out).code == 0
     assert CaptureStore.open(out).numbers.tolist() == list(range(11))
 
@@ -180,7 +180,7 @@ def test_what_merge_refuses_by_name(base: Path, tmp_path: Path) -> None:
         ((a, b, c, tmp_path / "twin.2-of-3.zarr"), "part 2/3 is given twice"),
         ((a, b, c, tmp_path / "copy.zarr"), "is given twice, or as a copy"),
         ((a, tmp_path / "else.2-of-3.zarr", c), r"else.2-of-3.zarr: other parameters .*seed was 0, is now 1"),
-        ((a, tmp_path / "texts.2-of-3.zarr", c), "other parameters .*prompts was"),
+        ((a, tmp_path / "texts.2-of-3.zarr", c), "other parameters .*the content of prompts differs"),
         ((a, b, c, tmp_path / "else.1-of-2.zarr"), "is part 1/2, and .*is part 1/3"),
         ((a, b, c, tmp_path / "whole.zarr"), "whole.zarr: is no part of a run"),
     ):

@@ -88,7 +88,7 @@ CAPTURE_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]]
     ),
     "resumed with other prompts": (
         lambda r, t: {"out": r / "run.zarr", "resume": True, "prompts": write_prompts(t / "p.jsonl", 4)},
-        "cannot be resumed with other options: prompts was",
+        "cannot be resumed with other options: the content of prompts differs",
     ),
     "resume and overwrite": (lambda r, t: {"resume": True, "overwrite": True}, "exclude each other"),
     "no such dtype": (lambda r, t: {"dtype": "float16"}, "'float16' is not supported: use bfloat16 or"),
@@ -249,7 +249,7 @@ ROUNDTRIP_FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str
     ),
     "resumed with other options": (
         lambda r, t: {"out": r / "explained.parquet", "resume": True, "seed": 5, "limit": 3},
-        r"explained.parquet: was made with other options \(.*limit was None, is 3.*seed was 0, is 5.*--overwrite",
+        r"made with other options \(.*limit was not given, is now 3.*seed was 0, is now 5.*--overwrite",
     ),
     "resumed on a foreign file": (
         lambda r, t: {"out": written(t / "mine.parquet", "{}"), "resume": True},

@@ -82,6 +82,10 @@ def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now += 50
     bar(600, 1000)
     assert bar.line() == "scoring: 600 of 1,000 texts, 2.0/s, 0:50 so far, about 3:20 left"
+    bar(501, 1000)
+    assert bar.line().startswith("scoring: 501 of 1,000 texts, 1.2 per minute, 0:50 so far")
+    bar(1000, 1000, tokens=25)
+    assert "25 tokens (30 per minute)" in bar.line()
 
 
 def test_a_bar_names_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:

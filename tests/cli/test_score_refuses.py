@@ -229,7 +229,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], dict[str, object]], str]] = {
     ),
     "over a round trip": (
         lambda r, t: {"out": r / "explained.parquet", "resume": True},
-        "explained.parquet: was made with other options .*texts was None",
+        "explained.parquet: was made with other options .*texts was not given",
     ),
     "into the store": (lambda r, t: {"out": r / "run.zarr" / "x.parquet"}, "lies inside the store"),
     "variance": (lambda r, t: {"variance": 0}, "--variance is 0.0: it must be above 0"),

@@ -78,8 +78,8 @@ def test_a_table_is_resumed_no_other_way(command, root: Path, tmp_path: Path) ->
     assert call(*command(root, out, **sampled, **CUT)).code == 0
     assert call(*command(root, out, resume=True, **sampled, **CUT)).code == 0
     for changes, words in (
-        ({**CUT, "min_p": 0.1}, "min_p was 0.2, is 0.1"),
-        ({"top_k": 40, "top_p": 0.8}, "min_p was 0.2, is None"),
+        ({**CUT, "min_p": 0.1}, "min_p was 0.2, is now 0.1"),
+        ({"top_k": 40, "top_p": 0.8}, "min_p was 0.2, is now not given"),
     ):
         check_refused(call(*command(root, out, resume=True, **sampled, **changes)), words)
     call(*command(root, tmp_path / "free.parquet", **sampled))

@@ -99,7 +99,8 @@ def test_what_an_earlier_run_left(store: Path, tmp_path: Path) -> None:
     assert told["already_done"] == told["texts"] and told["seconds_expected"] == 0
     check_refused(dry(store, "roundtrip", out), "exists already|--resume")
     check_refused(
-        dry(store, "roundtrip", out, resume=True, seed=1), "was made with other options .*seed was 0, is 1"
+        dry(store, "roundtrip", out, resume=True, seed=1),
+        "was made with other options .*seed was 0, is now 1",
     )
     assert dry(store, "roundtrip", out, overwrite=True).json["already_done"] == 0
     assert list(tmp_path.iterdir()) == [out]

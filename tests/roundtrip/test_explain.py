@@ -100,9 +100,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_a_table_with_scores_is_not_resumed_as_one_without(root: Path, store: Path, tmp_path: Path) -> None:
     nla_engine.run_explain(options(root, store, tmp_path / "e.parquet"))
     nla_engine.run_roundtrip(both(root, store, tmp_path / "r.parquet"))
-    with pytest.raises(RequestError, match="scores was None, is False"):
+    with pytest.raises(RequestError, match="scores was not given, is now false"):
         nla_engine.run_explain(options(root, store, tmp_path / "r.parquet", resume=True))
-    with pytest.raises(RequestError, match="ar was None"):
+    with pytest.raises(RequestError, match="ar was not given"):
         nla_engine.run_roundtrip(both(root, store, tmp_path / "e.parquet", resume=True))
 
 

@@ -165,7 +165,7 @@ def test_an_encoder_and_a_decoder_that_are_given(
         kept = (tmp_path / given[name].name).read_bytes()
         save_map(tmp_path / given[name].name, rng.standard_normal((D, D)))
         ran = call(*roundtrip(pair, out, **given), "--resume")
-        check_refused(ran, rf"was made with other options \({name[:2]} was '.*map [0-9a-f]{{16}}")
+        check_refused(ran, rf"was made with other options \({name[:2]} was \".*map [0-9a-f]{{16}}")
         (tmp_path / given[name].name).write_bytes(kept)
     check_refused(call(*roundtrip(pair, out), "--resume"), "was made with other options")
     assert contents(out) == before

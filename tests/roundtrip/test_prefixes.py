@@ -95,7 +95,7 @@ def test_fve_after_each_sentence(root: Path, tmp_path: Path) -> None:
     assert ran.json["fve_nrm"] == pytest.approx(curve[max(curve)], abs=1e-5), (
         "the curve ends at the whole texts"
     )
-    check_refused(call(*score(root, out, texts), "--resume"), "prefixes was True, is None")
+    check_refused(call(*score(root, out, texts), "--resume"), "prefixes was true, is now not given")
     with pytest.raises(Exception, match="beginnings of texts"):
         Explained.read(CaptureStore.open(root / "run.zarr"), out)
 

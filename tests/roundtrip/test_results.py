@@ -109,13 +109,13 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_is_whole(tmp_path: Pa
     with open_table(out, {"seed": 2}, overwrite=True) as table:
         table.append(columns(5))
         assert rows_of(out) == [0]
-    with pytest.raises(RequestError, match="seed was 2, is 1"):
+    with pytest.raises(RequestError, match="seed was 2, is now 1"):
         open_table(out, resume=True)
     with open_table(out, {"seed": 2}, resume=True) as table:
         assert table.done == 1
         finish(table)
     assert rows_of(out) == [5]
-    with pytest.raises(RequestError, match="seed was 2, is 1"):
+    with pytest.raises(RequestError, match="seed was 2, is now 1"):
         open_table(out, resume=True)
     assert os.listdir(tmp_path) == ["x.parquet"]
 

@@ -233,7 +233,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         with pytest.raises(RequestError, match="--resume"):
             nla_engine.run_score(options(root, store, texts, out))
         json_lines(tmp_path / "u.jsonl", [*records[:-1], {"row": 0, "text": "another"}])
-        with pytest.raises(RequestError, match="was made with other options .*texts was"):
+        with pytest.raises(RequestError, match="was made with other options .*the content of texts differs"):
             nla_engine.run_score(options(root, store, tmp_path / "u.jsonl", out, resume=True))
     said: list[str] = []
     nla_engine.run_score(options(root, store, texts, out, resume=True), announce=said.append)

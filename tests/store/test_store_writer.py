@@ -20,6 +20,7 @@ from store_samples import SINK_NORM, VOCABULARY, create_store, fill_store, sampl
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError, WriteError
 from nla_engine.store import CaptureStore, SequenceRows, StoreWriter, arrays, writer
+from nla_engine.store.manifest import differences
 from nla_engine.store.shards import ShardImage
 
 CODEC = Codec.named("int8", 16)
@@ -58,6 +59,9 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
         'dtype was absent, is now "bfloat16"',
     ):
         assert line in str(caught.value)
+    prints = [{"prompts": f"{number:016x}"} for number in (10, 11)]
+    assert differences(*prints) == ["the content of prompts differs"]
+    assert differences({"a": None}, {}) == ["a was not given, is now absent"]
     assert (path / "zarr.json").read_bytes() == before
     with StoreWriter.resume(path, options=OPTIONS) as resumed:
         assert (resumed.sequences, resumed.rows) == (1, 3)

@@ -100,7 +100,9 @@ def test_a_second_study_needs_no_more(tmp_path: Path) -> None:
     before = contents(out)
     with pytest.raises(RequestError, match="exists; pass --resume"):
         run_sums(Options(out), progress())
-    with pytest.raises(RequestError, match="other options .questions was 5, is 2.; --overwrite starts again"):
+    with pytest.raises(
+        RequestError, match="other options .questions was 5, is now 2.; --overwrite starts again"
+    ):
         run_sums(Options(out, questions=2, resume=True), progress())
     assert contents(out) == before
 

@@ -307,7 +307,7 @@ def test_bad_requests_are_refused(fault: str, tmp_path: Path) -> None:
 def test_directories_in_the_way_are_refused(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     before = contents(ran[0])
     check_refused(study(ran[0]), "exists; pass --resume .* or --overwrite")
-    check_refused(study(ran[0], "--resume", "--seed", 1), "seed was 0, is 1.*--overwrite starts again")
+    check_refused(study(ran[0], "--resume", "--seed", 1), "seed was 0, is now 1.*--overwrite starts again")
     assert contents(ran[0]) == before
     (tmp_path / "mine.txt").write_text("mine")
     check_refused(study(tmp_path, "--overwrite"), "holds other files and no study")

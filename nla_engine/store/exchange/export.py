@@ -26,7 +26,7 @@ import numpy as np
 from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.documents import WINDOW
 from nla_engine.sites import RESID_POST, Site
-from nla_engine.store.directory import check_outside_stores
+from nla_engine.store.directory import check_parents
 from nla_engine.store.exchange.next_tokens import next_token_fields, next_token_values
 from nla_engine.store.exchange.record_columns import RecordColumns
 from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag, next_token_arrays
@@ -118,7 +118,7 @@ def export(
     if path.is_dir() or (path.exists() and not overwrite):
         mend = "a directory, which is never replaced: remove it, or choose another name"
         raise StoreError(f"{path} exists: " + (mend if path.is_dir() else "pass --overwrite"))
-    check_outside_stores(path)
+    check_parents(path)
     chosen = store.chosen_layer(layer, site)
     if to == "nla" and chosen.part != RESID_POST:
         raise RequestError(
