@@ -25,10 +25,10 @@ from nla_engine.errors import NLAError, RequestError
 from nla_engine.store import CaptureStore
 from nla_engine.train.run import run_train
 
-#: Layers that are captured, and compared by --sweep; the one that the pair is for.
+#: Layers that --sweep captures and compares; the one that the pair is for.
 LAYERS, LAYER = (12, 16, 20, 24), 20
 PROMPTS, REPLIES, DOCUMENTS = 4000, 2, 1500
-REPLY_TOKENS, WINDOW_TOKENS, ROWS_PER_TEXT = 160, 224, 20
+REPLY_TOKENS, WINDOW_TOKENS, ROWS_PER_TEXT = 160, 224, 30
 #: The chat template's system message, which is the same in every text, has fewer tokens.
 MIN_POSITION = 24
 STEPS = {"ar": 3000, "av": 4000, "rl": 600}
@@ -73,12 +73,14 @@ def write_corpus(out: Path, base: Path, scale: float, seed: int, device: str | N
     return corpus
 
 
-def capture_rows(out: Path, base: Path, corpus: Path, seed: int, device: str | None, told: Told) -> Path:
-    """The store of rows: some of each text, of every layer that is compared."""
+def capture_rows(
+    out: Path, base: Path, corpus: Path, layers: tuple[int, ...], seed: int, device: str | None, told: Told
+) -> Path:
+    """The store of rows: some of each text."""
     options = CaptureOptions(
         model=str(base),
         prompts=(corpus,),
-        layer=LAYERS,
+        layer=layers,
         out=str(out / "rows.zarr"),
         corpus=True,
         text_column="text",
@@ -182,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         base = options.base or smollm2.cached()
         out.mkdir(parents=True, exist_ok=True)
         corpus = write_corpus(out, base, options.scale, options.seed, options.device, told)
-        store = capture_rows(out, base, corpus, options.seed, options.device, told)
+        layers = LAYERS if options.sweep else (options.layer,)
+        store = capture_rows(out, base, corpus, layers, options.seed, options.device, told)
         report: dict[str, Any] = {"capture_seconds": round(told.seconds, 1)}
         if options.sweep:
             report["sweep"] = sweep(out, store, base, options, told)

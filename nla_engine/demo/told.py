@@ -1,7 +1,8 @@
-"""What a recipe prints of how far it is: each phase as it begins, and a line now and then."""
+"""What a recipe says on stderr of how far it is: each phase as it begins, and a line now and then."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -23,8 +24,8 @@ class Told(Progress):
         return time.perf_counter() - self._begun
 
     def say(self, text: str) -> None:
-        """One line, with the time."""
-        print(f"[{self.seconds:6.1f} s] {text}", flush=True)
+        """One line on stderr, with the time."""
+        print(f"[{self.seconds:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     def phase(self, name: str, unit: str = "") -> None:
         """See `Progress`."""

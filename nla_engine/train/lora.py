@@ -38,11 +38,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """states [..., in] -> [..., out]"""
-        out = self.linear(x)
-        low = F.linear(x, self.down.to(x.dtype)).flatten(0, -2) * self.scaling
-        # added in place by the product itself: a step on a GPU waits for memory, not for arithmetic
-        out.flatten(0, -2).addmm_(low.to(out.dtype), self.up.t().to(out.dtype))
-        return out
+        flat = x.flatten(0, -2)
+        low = F.linear(flat, self.down.to(x.dtype)) * self.scaling
+        out = self.linear(flat)
+        out.addmm_(low.to(out.dtype), self.up.t().to(out.dtype))  # no pass over memory of its own
+        return out.unflatten(0, x.shape[:-1])
 
     def merged(self) -> torch.Tensor:
         """W + (alpha / r) B A, float32: what `models.adapters.merge` makes of the files."""

@@ -31,15 +31,14 @@ from nla_engine.train.checkpoint import Place, read_place, read_state, write_sta
 from nla_engine.train.data import Data, read_data
 from nla_engine.train.fit import Fitter, warmup_of
 from nla_engine.train.lengths import check_lengths
-from nla_engine.train.measure import Measure, Measured
+from nla_engine.train.measure import Measure
 from nla_engine.train.output import check_base, check_whole, write_pair, write_sidecars
 from nla_engine.train.pair import TrainedAR, TrainedAV
+from nla_engine.train.phases import PHASES, ends_at
 from nla_engine.train.rollouts import Rollouts
 
 CHECKPOINT, LOG, SUMMARY = "checkpoint", "log.jsonl", "training.json"
 FILES = ("av", "ar", CHECKPOINT, LOG, SUMMARY)
-#: Phases in their order, and the part of the budget of each. Those without steps leave theirs to the others.
-PHASES = {"ar": 0.25, "av": 0.35, "rl": 0.4}
 #: Options that may differ when a training goes on.
 _FREE = ("resume", "overwrite", "device", "out", "checkpoint_steps")
 #: Steps from one line of the log to the next.
@@ -252,10 +251,7 @@ class _Training:
         by_steps = self.step / self.steps[self.phase]
         if self.options.budget is None:
             return by_steps
-        parts = {phase: part for phase, part in PHASES.items() if self.steps[phase]}
-        names = list(parts)
-        until = sum(parts[name] for name in names[: names.index(self.phase) + 1]) / sum(parts.values())
-        end = until * self.options.budget * 60
+        end = ends_at(self.phase, self.steps) * self.options.budget * 60
         return max(by_steps, (self.seconds - self.began) / max(end - self.began, 1e-9))
 
     def _draw(self, count: int) -> np.ndarray:
@@ -323,7 +319,7 @@ class _Training:
     def _measure(self) -> None:
         measured = self.measure(self.ar, None if self.phase == "ar" else self.rollouts)
         self._note({"measured": measured.to_dict()})
-        self.announce(f"{self.phase} {self.step}: {_told(measured)}")
+        self.announce(f"{self.phase} {self.step}: {measured.line()}")
 
     def _note(self, told: dict[str, Any]) -> None:
         """A line of the log."""
@@ -394,13 +390,3 @@ class _Training:
             last=measured[-1]["measured"],
             seconds=round(self.seconds, 1),
         )
-
-
-def _told(measured: Measured) -> str:
-    """One line for people."""
-    if measured.fve_nrm is None:
-        return f"FVE {measured.fve_given:.3f} of the given texts, on {measured.rows} held-out rows"
-    return (
-        f"FVE {measured.fve_nrm:.3f} of the AV's texts, {measured.fve_given:.3f} of the given ones, "
-        f"{measured.closed:.1%} closed, {measured.tokens:.0f} tokens, on {measured.rows} held-out rows"
-    )

@@ -20,6 +20,7 @@ from nla_engine.train import words
 from nla_engine.train.data import document_of
 from nla_engine.train.fit import Fitter
 from nla_engine.train.output import write_sidecars
+from nla_engine.train.phases import ends_at
 from nla_engine.train.rule import kind_of, rule_texts
 from nla_engine.train.words import Words, shown
 
@@ -193,3 +194,10 @@ def test_sidecars_hold_for_a_real_tokenizer(smollm2: Path, tmp_path: Path) -> No
     av = read_sidecar(tmp_path / "av", "av")
     prompt = verbalizer_prompt(av, tokenizer)
     assert prompt.token_ids[prompt.places[0]] == av.marker_id and av.injection.scale == 24.0
+
+
+def test_phases_without_steps_leave_their_time() -> None:
+    every = {"ar": 10, "av": 10, "rl": 10}
+    assert [ends_at(name, every) for name in every] == pytest.approx([0.25, 0.6, 1.0])
+    assert ends_at("ar", {"ar": 1, "av": 0, "rl": 0}) == 1
+    assert ends_at("av", {"ar": 0, "av": 5, "rl": 5}) == pytest.approx(0.35 / 0.75)
