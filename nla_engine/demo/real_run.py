@@ -138,6 +138,7 @@ def run(
         explained,
         page,
         title=f"{len(records)} replies of {base.name}, put into words",
+        also=(controls, patched),
         overwrite=True,
     )
     return {
