@@ -40,7 +40,9 @@ def test_an_av_learns_to_read_the_vector(made: Path, tmp_path: Path, rng: np.ran
         other = av.log_probs(rows.vectors.roll(1, 0), ids).split([len(each) for each in ids])
     at = len(base.tokenizer(OPEN_TAG, add_special_tokens=False)["input_ids"])  # the letter behind the tag
     right, wrong = (np.mean([float(each[at].exp()) for each in found]) for found in (own, other))
-    assert right > 0.15  # the head is frozen, and its random weights are small: the model cannot be surer than this
+    assert (
+        right > 0.15
+    )  # the head is frozen, and its random weights are small: the model cannot be surer than this
     assert wrong < 0.1 * right
 
 

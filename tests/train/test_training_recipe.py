@@ -18,7 +18,12 @@ def small(monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path) -> list[s
     texts = [{"id": f"text {n}", "text": f"word {n} and more words " * 8} for n in range(12)]
     monkeypatch.setattr(real_train, "documentation", lambda: texts)
     changes = {"LAYERS": (LAYER,), "LAYER": LAYER, "PROMPTS": 20, "REPLIES": 2, "DOCUMENTS": 10, "SMALL": 2.0}
-    changes |= {"MIN_POSITION": 4, "ROWS_PER_TEXT": 4, "STEPS": {"ar": 2, "av": 2, "rl": 2}, "MOST_TOKENS": 12}
+    changes |= {
+        "MIN_POSITION": 4,
+        "ROWS_PER_TEXT": 4,
+        "STEPS": {"ar": 2, "av": 2, "rl": 2},
+        "MOST_TOKENS": 12,
+    }
     for name, value in changes.items():
         monkeypatch.setattr(real_train, name, value)
     where = ["--out", str(tmp_path / "out"), "--base", str(made / "base"), "--layer", str(LAYER)]
