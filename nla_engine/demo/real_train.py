@@ -23,7 +23,8 @@ from nla_engine.demo.real_corpus import documentation, prompts
 from nla_engine.demo.told import Told
 from nla_engine.errors import NLAError, RequestError
 from nla_engine.store import CaptureStore
-from nla_engine.train.run import run_train
+from nla_engine.train.checkpoint import read_place
+from nla_engine.train.run import CHECKPOINT, run_train
 
 #: Layers that --sweep captures and compares; the one that the pair is for.
 LAYERS, LAYER = (12, 16, 20, 24), 20
@@ -105,6 +106,7 @@ def train_options(
     steps: dict[str, int],
     minutes: float | None,
     arguments: argparse.Namespace,
+    resume: bool = False,
 ) -> TrainOptions:
     """What the recipe asks `train` for. minutes: of training"""
     small = arguments.scale < SMALL
@@ -130,7 +132,9 @@ def train_options(
         budget=minutes,
         seed=arguments.seed,
         device=arguments.device,
-        overwrite=True,
+        checkpoint_steps=100,
+        resume=resume,
+        overwrite=not resume,
     )
 
 
@@ -176,6 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--layer", type=int, default=LAYER, choices=LAYERS)
     parser.add_argument("--sweep", action="store_true", help="compare the layers first")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take the rows that are there, and go on with a training that was cut off",
+    )
     parser.add_argument("--no-train", action="store_true", help="end before the pair is trained")
     options = parser.parse_args(arguments)
     told = Told()
@@ -183,17 +192,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base = options.base or smollm2.cached()
         out.mkdir(parents=True, exist_ok=True)
-        corpus = write_corpus(out, base, options.scale, options.seed, options.device, told)
-        layers = LAYERS if options.sweep else (options.layer,)
-        store = capture_rows(out, base, corpus, layers, options.seed, options.device, told)
+        store, begun = out / "rows.zarr", out / "pair" / CHECKPOINT
+        if not (options.resume and (begun.exists() or store.exists())):
+            corpus = write_corpus(out, base, options.scale, options.seed, options.device, told)
+            layers = LAYERS if options.sweep else (options.layer,)
+            store = capture_rows(out, base, corpus, layers, options.seed, options.device, told)
         report: dict[str, Any] = {"capture_seconds": round(told.seconds, 1)}
         if options.sweep:
             report["sweep"] = sweep(out, store, base, options, told)
         if not options.no_train:
             share = 1.0 if options.scale >= SMALL else options.scale
             steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
-            minutes = left(options.budget, told)
-            asked = train_options(out / "pair", store, base, options.layer, steps, minutes, options)
+            resume = options.resume and begun.exists()
+            minutes = read_place(begun).options["budget"] if resume else left(options.budget, told)
+            asked = train_options(out / "pair", store, base, options.layer, steps, minutes, options, resume)
             report |= run_train(asked, told.say, told).to_dict()
     except NLAError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import LAYER
 
+from nla_engine.config import TrainOptions
 from nla_engine.demo import real_train
 from nla_engine.store import CaptureStore
 
@@ -50,3 +52,29 @@ def test_a_budget_that_capture_used_up_is_refused(
     assert real_train.main([*small, "--budget", "0.6"]) == 2
     assert "--budget 0.6" in capsys.readouterr().err
     assert not (tmp_path / "out" / "pair").exists()
+
+
+def test_the_recipe_goes_on(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rows that are there, and then within the training: the budget is that of its beginning."""
+    assert real_train.main([*small, "--no-train"]) == 0
+    monkeypatch.setattr(real_train, "write_corpus", None)  # neither of the two is called again
+    monkeypatch.setattr(real_train, "capture_rows", None)
+    trained = real_train.run_train
+
+    class Cut(Exception):
+        pass
+
+    class Cutting(real_train.Told):
+        def __call__(self, done: int, total: int, **_: object) -> None:
+            raise Cut
+
+    def cut(options: TrainOptions, say: object, told: object) -> object:
+        return trained(replace(options, checkpoint_steps=1), say, Cutting())
+
+    monkeypatch.setattr(real_train, "run_train", cut)
+    with pytest.raises(Cut):
+        real_train.main([*small, "--resume", "--budget", "9"])
+    monkeypatch.setattr(real_train, "run_train", trained)
+    assert real_train.main([*small, "--resume", "--budget", "7"]) == 0
+    summary = json.loads((tmp_path / "out" / "pair" / "training.json").read_text())
+    assert summary["steps"] == {"ar": 2, "av": 2, "rl": 2}
