@@ -1,7 +1,8 @@
 """A trained pair on its real model: `python -m nla_engine.demo.real_run --pair DIR --out DIR`.
 
 Captures natural replies to questions that the recipe's prompts do not have, explains and reconstructs them, asks the
-referee what the words add to the text, and writes the page. Calls the stages as any user does.
+referee what the words add to the text and what the model makes of them, and writes the page. Calls the stages as any
+user does.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nla_engine.capture.run import run_capture
-from nla_engine.config import CaptureOptions, ControlsOptions, RoundtripOptions
+from nla_engine.config import CaptureOptions, ControlsOptions, PatchOptions, RoundtripOptions
 from nla_engine.demo import smollm2
+from nla_engine.demo.told import Told
 from nla_engine.errors import CheckpointError, NLAError
 from nla_engine.models.sidecar import read_sidecar
 from nla_engine.referee.controls import run_controls
+from nla_engine.referee.run import run_patch
 from nla_engine.report import write_report
 from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
@@ -50,13 +53,30 @@ QUESTIONS = (
     "How long should I boil an egg?",
     "What is a good title for a talk about road safety?",
 )
-FILES = ("questions.jsonl", "run.zarr", "explained.parquet", "controls.parquet", "report.html")
+FILES = (
+    "questions.jsonl",
+    "run.zarr",
+    "explained.parquet",
+    "controls.parquet",
+    "patched.parquet",
+    "report.html",
+)
 
 
 def run(
-    pair: Path, base: Path, out: Path, *, questions: int, rows: int, tokens: int, device: str | None
+    pair: Path,
+    base: Path,
+    out: Path,
+    *,
+    questions: int,
+    rows: int,
+    tokens: int,
+    reader: str,
+    device: str | None,
 ) -> dict[str, Any]:
     """The demo's summary: of the round trip, and what the referee says. rows: of each reply; tokens: of a reply
+
+    reader: of the controls; none: no such control
 
     Replaces what an earlier run left in `out`. Raises what the stages raise.
     """
@@ -64,7 +84,8 @@ def run(
     if layer is None:
         raise CheckpointError(f"{pair / 'ar'}: does not say its layer: give a pair that train wrote")
     make_directory(out)
-    prompts, store, explained, controls, page = (out / name for name in FILES)
+    prompts, store, explained, controls, patched, page = (out / name for name in FILES)
+    told = Told()
     records = [{"prompt": question} for question in QUESTIONS[:questions]]
     write_file_atomically(prompts, "".join(json.dumps(each) + "\n" for each in records).encode())
     run_capture(
@@ -79,7 +100,8 @@ def run(
             device=device,
             overwrite=True,
         ),
-        announce=_say,
+        announce=told.say,
+        progress=told,
     )
     scored = run_roundtrip(
         RoundtripOptions(
@@ -93,22 +115,39 @@ def run(
             device=device,
             overwrite=True,
         ),
-        announce=_say,
+        announce=told.say,
+        progress=told,
     )
     added = run_controls(
         ControlsOptions(
-            store=str(store), explained=explained, out=controls, reader="none", device=device, overwrite=True
+            store=str(store), explained=explained, out=controls, reader=reader, device=device, overwrite=True
         ),
-        announce=_say,
+        announce=told.say,
+        progress=told,
     )
+    believed = run_patch(
+        PatchOptions(
+            store=str(store), model=str(base), explained=explained, out=patched, device=device, overwrite=True
+        ),
+        announce=told.say,
+        progress=told,
+    )
+    told.phase("page")
     written = write_report(
         CaptureStore.open(store),
         explained,
         page,
         title=f"{len(records)} replies of {base.name}, put into words",
+        also=(controls, patched),
         overwrite=True,
     )
-    return {"round_trip": scored.to_dict(), "controls": added.to_dict(), "report": written.out}
+    return {
+        "round_trip": scored.to_dict(),
+        "controls": added.to_dict(),
+        "patch": believed.to_dict(),
+        "report": written.out,
+        "seconds": round(told.seconds, 1),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,6 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many questions")
     parser.add_argument("--rows", type=int, default=8, help="rows of each reply")
     parser.add_argument("--tokens", type=int, default=48, help="longest reply")
+    parser.add_argument(
+        "--reader", default="none", help="also compare with what this model writes of the text alone; or none"
+    )
     options = parser.parse_args(arguments)
     try:
         summary = run(
@@ -138,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             questions=options.questions,
             rows=options.rows,
             tokens=options.tokens,
+            reader=options.reader,
             device=options.device,
         )
     except NLAError as error:
@@ -145,10 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     print(json.dumps(summary, default=str))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

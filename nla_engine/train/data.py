@@ -71,8 +71,11 @@ class Data:
         return digest.hexdigest()[:16]
 
 
-def read_data(options: TrainOptions, store: CaptureStore) -> Data:
-    """The rows that the options select. RequestError or StoreError says what is wrong with them or with the texts."""
+def read_data(options: TrainOptions, store: CaptureStore, device: torch.device) -> Data:
+    """The rows that the options select. device: where texts by rule are computed.
+
+    RequestError or StoreError says what is wrong with rows or texts.
+    """
     layer = store.chosen_layer(options.layer)
     if layer != Site(layer.layer):
         raise RequestError(
@@ -96,14 +99,14 @@ def read_data(options: TrainOptions, store: CaptureStore) -> Data:
     if not len(rows):
         what = "" if options.where is None else f" for --where {options.where!r}"
         raise StoreError(f"{options.store}: has no row to train on{what}")
+    held, documents = _held_out(options, store, store.column("sequence")[rows])
     if options.text_field is not None:
         told = _of_field(options.text_field, store, rows)
     elif options.texts is not None:
         told = [texts[row] for row in rows.tolist()]
     else:
-        told = rule_texts(store, rows, options.seed)
+        told = rule_texts(store, rows, vectors, ~held, device)
     everything = Rows(rows, store.column("sequence")[rows], store.column("position")[rows], vectors, told)
-    held, documents = _held_out(options, store, everything.sequence)
     trained, held_out = (everything.only(np.flatnonzero(part)) for part in (~held, held))
     return Data(layer.layer, trained, held_out, documents)
 

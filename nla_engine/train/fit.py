@@ -14,13 +14,12 @@ from torch import nn
 _BETAS = (0.9, 0.98)
 _DECAY = 0.05
 _LONGEST_GRADIENT = 1.0
-_WARMUP = (20, 300)  # a part of the steps, and most steps
+_WARMUP_PART = 20
 
 
-def warmup_of(steps: int) -> int:
-    """Steps over which the rate rises, of so many."""
-    part, most = _WARMUP
-    return max(1, min(most, steps // part))
+def warmup_of(steps: int, most: int) -> int:
+    """Steps over which the rate rises: a part of all steps, at most so many."""
+    return max(1, min(most, steps // _WARMUP_PART))
 
 
 class Fitter:
@@ -88,7 +87,7 @@ def fit(
     Returns steps done, seconds used and the mean loss of the last tenth logged.
     """
     fitter = Fitter({str(number): p for number, p in enumerate(parameters)}, peak_rate)
-    warmup = warmup_of(steps)
+    warmup = warmup_of(steps, 300)
     start, step, losses = time.perf_counter(), 0, []
     first_step_end = start  # the first step compiles: its time is not counted
     while step < steps:

@@ -38,8 +38,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """states [..., in] -> [..., out]"""
-        low = F.linear(x, self.down.to(x.dtype))
-        return self.linear(x) + F.linear(low, self.up.to(x.dtype)) * self.scaling
+        flat = x.flatten(0, -2)
+        low = F.linear(flat, self.down.to(x.dtype)) * self.scaling
+        out = self.linear(flat)
+        out.addmm_(low.to(out.dtype), self.up.t().to(out.dtype))  # no pass over memory of its own
+        return out.unflatten(0, x.shape[:-1])
 
     def merged(self) -> torch.Tensor:
         """W + (alpha / r) B A, float32: what `models.adapters.merge` makes of the files."""

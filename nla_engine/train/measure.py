@@ -39,6 +39,15 @@ class Measured:
         """Without what was not measured."""
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
+    def line(self) -> str:
+        """For people."""
+        if self.fve_nrm is None:
+            return f"FVE {self.fve_given:.3f} of the given texts, on {self.rows} held-out rows"
+        return (
+            f"FVE {self.fve_nrm:.3f} of the AV's texts, {self.fve_given:.3f} of the given ones, {self.closed:.1%} "
+            f"closed, {self.tokens:.0f} tokens, on {self.rows} held-out rows"
+        )
+
 
 class Measure:
     """Held-out rows that are measured again and again: the same ones, evenly spread. most: of them"""

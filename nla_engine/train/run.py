@@ -31,18 +31,20 @@ from nla_engine.train.checkpoint import Place, read_place, read_state, write_sta
 from nla_engine.train.data import Data, read_data
 from nla_engine.train.fit import Fitter, warmup_of
 from nla_engine.train.lengths import check_lengths
-from nla_engine.train.measure import Measure, Measured
+from nla_engine.train.measure import Measure
 from nla_engine.train.output import check_base, check_whole, write_pair, write_sidecars
 from nla_engine.train.pair import TrainedAR, TrainedAV
+from nla_engine.train.phases import PHASES, ends_at
 from nla_engine.train.rollouts import Rollouts
 
 CHECKPOINT, LOG, SUMMARY = "checkpoint", "log.jsonl", "training.json"
 FILES = ("av", "ar", CHECKPOINT, LOG, SUMMARY)
-#: Phases in their order, and the part of the budget by which each ends.
-PHASES = {"ar": 0.25, "av": 0.6, "rl": 1.0}
 #: Options that may differ when a training goes on.
 _FREE = ("resume", "overwrite", "device", "out", "checkpoint_steps")
-_LOGGED_EVERY = 20
+#: Steps from one line of the log to the next.
+_LOGGED_EVERY = {"ar": 20, "av": 20, "rl": 5}
+#: Steps over which a rate rises, at most. Few: a budget may end a phase long before its steps are done.
+_WARMUP = 40
 
 
 @dataclass(frozen=True)
@@ -81,26 +83,28 @@ def run_train(
             f"{options.out}: was begun with another --{changed[0].replace('_', '-')}: give the same options"
         )
     store = CaptureStore.open(options.store)
-    device = pick_device(options.device)
+    device, progress = pick_device(options.device), heard(progress)
     name = options.model or store.provenance.get("model")
     if not name:
         raise RequestError(f"{options.store}: does not name the captured model: give --model")
     source = find_source(str(name))
     if source.adapter is not None:
         raise RequestError(f"--model {name}: is an adapter: give its base, or a checkpoint with it merged in")
-    data = read_data(options, store)
+    progress.phase("rows and texts")
+    data = read_data(options, store, device)
     check_base(source, store.d_model, data.layer)
     if place is not None and place.data != data.fingerprint():
         raise RequestError(
             f"{options.out}: was begun with other rows or texts than {options.store} gives now: start again with "
             "--overwrite"
         )
+    progress.phase("models")
     with tempfile.TemporaryDirectory() as scratch:  # nothing is in `out` before the models are known to fit
         tokenizer = tokenizer_of(source)
         least = int(min(data.trained.position.min(), data.held_out.position.min()))
         sidecars = Path(scratch)
         write_sidecars(sidecars, tokenizer, store.d_model, data.layer, options.injection_scale, least)
-        training = _Training(options, data, source, sidecars, device, shaping, announce, heard(progress))
+        training = _Training(options, data, source, sidecars, device, shaping, announce, progress)
         check_lengths(training.av, training.ar, data, options.max_new_tokens, announce)
         announce(
             f"{len(data.trained):,} rows of layer {data.layer} from {data.documents[0]:,} documents to train on, "
@@ -221,7 +225,7 @@ class _Training:
 
     def _run_phase(self) -> None:
         options, total = self.options, self.steps[self.phase]
-        warmup, every = warmup_of(total), max(1, total // options.measures)
+        warmup, measured = warmup_of(total, _WARMUP), int(self._part() * options.measures)
         self.progress.phase(self.phase, "steps")
         if self.phase == "rl" and self.step == 0:
             self._measure()  # the warm start
@@ -231,9 +235,10 @@ class _Training:
                 rate = fitter.step(self.step, warmup, spent)
             self.step += 1
             self.done[self.phase] = self.step
-            if self.step % _LOGGED_EVERY == 0 or self.step == total:
+            if self.step % _LOGGED_EVERY[self.phase] == 0 or self.step == total:
                 self._note({**told, "rate": rate})
-            if self.step % every == 0 and self.step < total:
+            if measured < (due := int(self._part() * options.measures)) < options.measures:
+                measured = due
                 self._measure()
             if self.step % options.checkpoint_steps == 0:
                 self._keep()
@@ -246,7 +251,7 @@ class _Training:
         by_steps = self.step / self.steps[self.phase]
         if self.options.budget is None:
             return by_steps
-        end = PHASES[self.phase] * self.options.budget * 60
+        end = ends_at(self.phase, self.steps) * self.options.budget * 60
         return max(by_steps, (self.seconds - self.began) / max(end - self.began, 1e-9))
 
     def _draw(self, count: int) -> np.ndarray:
@@ -255,7 +260,7 @@ class _Training:
         draw = np.random.default_rng([self.options.seed, phase, self.step])
         return draw.integers(len(self.data.trained), size=count)
 
-    def _ar_step(self) -> dict[str, float]:
+    def _ar_step(self) -> dict[str, Any]:
         chosen, rows = self._draw(self.options.batch_size), self.data.trained
         mse = supervised.ar_step(
             self.ar,
@@ -263,9 +268,9 @@ class _Training:
             [rows.texts[place] for place in chosen.tolist()],
             tokens_at_once=self.options.tokens_at_once,
         )
-        return {"mse_nrm": float(mse.mean())}
+        return {"mse_nrm": mse.mean()}
 
-    def _av_step(self) -> dict[str, float]:
+    def _av_step(self) -> dict[str, Any]:
         options = self.options
         loss = supervised.av_step(
             self.av,
@@ -314,12 +319,15 @@ class _Training:
     def _measure(self) -> None:
         measured = self.measure(self.ar, None if self.phase == "ar" else self.rollouts)
         self._note({"measured": measured.to_dict()})
-        self.announce(f"{self.phase} {self.step}: {_told(measured)}")
+        self.announce(f"{self.phase} {self.step}: {measured.line()}")
 
     def _note(self, told: dict[str, Any]) -> None:
         """A line of the log."""
         line = {"phase": self.phase, "step": self.step, "seconds": round(self.seconds, 1)}
-        rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in told.items()}
+        plain = {key: float(value) if torch.is_tensor(value) else value for key, value in told.items()}
+        rounded = {
+            key: round(value, 6) if isinstance(value, float) else value for key, value in plain.items()
+        }
         self.log.append(line | rounded)
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in self.log)
         write_file_atomically(self.options.out / LOG, lines.encode())
@@ -382,13 +390,3 @@ class _Training:
             last=measured[-1]["measured"],
             seconds=round(self.seconds, 1),
         )
-
-
-def _told(measured: Measured) -> str:
-    """One line for people."""
-    if measured.fve_nrm is None:
-        return f"FVE {measured.fve_given:.3f} of the given texts, on {measured.rows} held-out rows"
-    return (
-        f"FVE {measured.fve_nrm:.3f} of the AV's texts, {measured.fve_given:.3f} of the given ones, "
-        f"{measured.closed:.1%} closed, {measured.tokens:.0f} tokens, on {measured.rows} held-out rows"
-    )

@@ -34,8 +34,10 @@ def parts(sizes: Sequence[int], most: int) -> Iterator[np.ndarray]:
         yield np.array(group)
 
 
-def av_step(av: TrainedAV, rows: Rows, chosen: np.ndarray, *, new_tokens: int, tokens_at_once: int) -> float:
-    """Gradients of the mean loss per token over these rows; the loss."""
+def av_step(
+    av: TrainedAV, rows: Rows, chosen: np.ndarray, *, new_tokens: int, tokens_at_once: int
+) -> torch.Tensor:
+    """Gradients of the mean loss per token over these rows; the loss, float32 [], on the device."""
     ids = target_ids(av.lm.tokenizer, [rows.texts[place] for place in chosen.tolist()], new_tokens)
     total, start = sum(map(len, ids)), len(av.prompt.token_ids)
     loss = torch.zeros((), device=av.lm.device)
@@ -44,7 +46,7 @@ def av_step(av: TrainedAV, rows: Rows, chosen: np.ndarray, *, new_tokens: int, t
         summed = -av.log_probs(vectors, [ids[place] for place in part.tolist()]).sum() / total
         summed.backward()
         loss += summed.detach()
-    return float(loss)
+    return loss
 
 
 def ar_step(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import LAYER, call, capture, check_refused, contents, flags
 from tiny import byte_tokenizer, save_model, tiny_config, write_prompts
 from transformers import AutoModelForCausalLM
@@ -153,7 +154,9 @@ def test_texts_of_a_file_are_taken(made: Path, tmp_path: Path) -> None:
     rows = np.arange(0, store.rows, 2)
     table = pa.table({"row": rows, "text": [f"text of {row}" for row in rows]})
     pq.write_table(table, tmp_path / "texts.parquet")
-    data = read_data(options_of(made, tmp_path / "out", texts=tmp_path / "texts.parquet"), store)
+    data = read_data(
+        options_of(made, tmp_path / "out", texts=tmp_path / "texts.parquet"), store, torch.device("cpu")
+    )
     both = [
         *zip(data.trained.row, data.trained.texts, strict=True),
         *zip(data.held_out.row, data.held_out.texts, strict=True),
