@@ -37,7 +37,7 @@ AXIS_ROWS = 200_000
 #: Of a store with so many times the rows; the merged store has an eighth more; S3 and the page have fewer.
 _OTHER, _S3, _PAGE = 8, 10, 500
 #: Runs of a case of which the least counts, and the rows beyond which there is one, except of what is quick.
-_TIMES, _LARGE = 3, 2_000_000
+_TIMES, _LARGE = 3, 20_000_000
 _BATCH = 4_096
 
 
