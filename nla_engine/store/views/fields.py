@@ -14,7 +14,7 @@ import numpy as np
 
 from nla_engine.errors import FieldError, RecordFieldError
 from nla_engine.sites import Site
-from nla_engine.store.format import NO_TOKEN, RowFlag
+from nla_engine.store.format import NO_TOKEN, RowFlag, flagged
 from nla_engine.store.reader import StoreReader
 
 #: Fields with the text of a token -> the column with its id.
@@ -74,9 +74,9 @@ def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Lab
     if name == "row":
         return np.arange(first, store.rows)
     if name == "prompt":
-        return column("flags") & RowFlag.GENERATED == 0
+        return ~flagged(column("flags"), RowFlag.GENERATED)
     if name in TRUTH_FIELDS:
-        return column("flags") & RowFlag[name.upper()] != 0
+        return flagged(column("flags"), RowFlag[name.upper()])
     if name == "norm":
         return store.layer(store.layers[0] if store.layers else store.sites[0]).norm(first)
     if name in {f"norm_{site}" for site in store.sites}:
