@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nla_engine.bench.plot import plot_batches
-from nla_engine.bench.report import append_csv, check_csv, table, to_json
+from nla_engine.bench.plot import plot_batches, plot_growth
+from nla_engine.bench.report import append_csv, check_csv, read_csv, table, to_json
 from nla_engine.bench.session import Session, check_plot
 from nla_engine.bench.settings import IF_NAMED, OF_A_MODEL, SUITES, Settings
 from nla_engine.bench.shapes import find_shape
@@ -55,6 +55,10 @@ def bench(
     join_rows: Annotated[
         list[int], typer.Option(help="Rows that suite join joins. Repeat for several.")
     ] = [],  # noqa: B006
+    scaling_rows: Annotated[
+        list[int],
+        typer.Option(help="Rows of the stores of suite scaling, and nothing but these. Repeat for several."),
+    ] = [],  # noqa: B006
     requests: Annotated[int | None, typer.Option(help="Requests, documents or vectors per case.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Prompt length of suite generate.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate for each request.")] = None,
@@ -78,7 +82,9 @@ def bench(
         Path | None, typer.Option("--json", help="File to write the JSON object to.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to append the results to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Directory for decode.png and codec.png.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Directory for decode.png, codec.png and growth.png.")
+    ] = None,
     rows: Annotated[
         Path | None, typer.Option(help="A store of bf16 rows for suite codec. [default: made-up rows]")
     ] = None,
@@ -132,6 +138,7 @@ def bench(
         shape=shape,
         batch_sizes=tuple(batch_size),
         join_rows=tuple(join_rows),
+        scaling_rows=tuple(scaling_rows),
         requests=requests,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -233,6 +240,11 @@ def run_suites(settings: Settings, directory: Path) -> dict[str, Any]:
     console.print(table(session.machine, session.lines))
     if settings.plot is not None and "generate" in settings.suites:
         plot_batches(settings.plot, session.machine, session.lines, session.size, session.hardware)
+    if settings.plot is not None and "scaling" in settings.suites:
+        measured = (
+            [line.to_dict() for line in session.lines] if settings.csv is None else read_csv(settings.csv)
+        )
+        plot_growth(settings.plot, measured)
     return write()
 
 

@@ -1,10 +1,12 @@
-"""Plots: throughput over batch size, with the hardware's limit; error over bytes. Needs matplotlib."""
+"""Plots: throughput over batch size, with the hardware's limit; error over bytes; costs over size. Needs matplotlib."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,11 @@ from nla_engine.bench.report import Line, Machine
 from nla_engine.codec.rows import CODEC_NAMES
 
 _STEADY = re.compile(r"steady B=(\d+) context (\d+) (.+)")
+#: What a store of suite scaling has more and more of. A case in a CSV file begins with the name of a model.
+_AXES = ("rows", "layers", "rows per sequence")
+_GROWTH = re.compile(rf"(?:[^:]+: )?(S3 )?(.+), ([\d,]+) ({'|'.join(_AXES)}|layer)")
+#: Panels beside each other.
+_COLUMNS = 4
 
 
 def plot_batches(
@@ -102,5 +109,58 @@ def plot_rates(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "codec.png"
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def plot_growth(directory: Path, lines: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Draw how costs grow, a panel for each operation, into `directory`/growth.png. None if none was measured.
+
+    lines: those of suite scaling, as `Line.to_dict` or `read_csv` gives them; the last one of a case counts
+    """
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    units: dict[str, str] = {}
+    for line in lines:
+        if line["suite"] == "scaling" and (match := _GROWTH.fullmatch(line["case"])):
+            there, name, size, axis = match.groups()
+            axis = "layers" if axis == "layer" else axis
+            series = panels.setdefault(name, {}).setdefault(f"{axis}, on S3" if there else axis, {})
+            series[int(size.replace(",", ""))] = line["p50"]
+            units[name] = line["unit"]
+    if not panels:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = -(-len(panels) // _COLUMNS)
+    figure, axes = pyplot.subplots(
+        height, _COLUMNS, figsize=(3.1 * _COLUMNS, 2.5 * height), layout="constrained", squeeze=False
+    )
+    kinds = (*_AXES, f"{_AXES[0]}, on S3")
+    style: dict[str, dict[str, Any]] = {
+        kind: {"color": f"C{n}", "marker": "o", "markersize": 3} for n, kind in enumerate(kinds)
+    }
+    for place, (name, drawn) in zip(axes.flat, panels.items(), strict=False):
+        for kind, points in drawn.items():
+            place.plot(*zip(*sorted(points.items()), strict=True), **style[kind])
+        place.set(xscale="log", yscale="log", xlim=(0.7, 2e8), title=name, ylabel=units[name])
+        values = [value for points in drawn.values() for value in points.values()]
+        # Two decades at least, so that what is flat looks flat.
+        middle, half = math.sqrt(min(values) * max(values)), max(math.sqrt(max(values) / min(values)), 10)
+        place.set_ylim(middle / half / 1.5, middle * half * 1.5)
+        place.grid(True, alpha=0.3)
+    for place in axes.flat[len(panels) :]:
+        place.set_axis_off()
+    figure.legend(
+        [pyplot.Line2D([], [], **style[kind]) for kind in kinds],
+        [f"by {kind}" for kind in kinds],
+        loc="outside lower center",
+        ncols=len(kinds),
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "growth.png"
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path

@@ -47,7 +47,7 @@ class Sizes:
     documents, mean, longest: of the corpus, in tokens; vectors, av_new, ar_prompt: of verbalizer and reconstructor
     kernel_rows: rows of one launch; store_rows: rows written; codec_rows: rows put through every codec
     long_requests, long_prompt, long_mean, long_most: of the replies of different lengths: mean and longest, in tokens
-    join_rows: rows of parts that are joined
+    join_rows: rows of parts that are joined; scaling_rows: rows of the stores whose costs are measured
     slots, av_slots: sequences that capture and the AV run at once, at most
     """
 
@@ -67,6 +67,7 @@ class Sizes:
     kernel_rows: tuple[int, ...]
     store_rows: int
     join_rows: tuple[int, ...]
+    scaling_rows: tuple[int, ...]
     codec_rows: int
     long_requests: int
     long_prompt: int
@@ -93,6 +94,7 @@ _GPU = Sizes(
     kernel_rows=(65_536, 4096, 256),
     store_rows=65_536,
     join_rows=(100_000, 1_000_000, 10_000_000),
+    scaling_rows=(100_000, 1_000_000, 10_000_000),
     codec_rows=16_384,
     long_requests=1024,
     long_prompt=200,
@@ -118,6 +120,7 @@ _CPU = Sizes(
     kernel_rows=(1024, 64),
     store_rows=16_384,
     join_rows=(100_000, 1_000_000),
+    scaling_rows=(100_000, 1_000_000),
     codec_rows=4096,
     long_requests=8,
     long_prompt=12,
@@ -139,6 +142,7 @@ class Settings:
     shape: str = "tiny"
     batch_sizes: tuple[int, ...] = ()
     join_rows: tuple[int, ...] = ()
+    scaling_rows: tuple[int, ...] = ()
     requests: int | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None
@@ -173,8 +177,10 @@ class Settings:
             raise RequestError("--prompt-tokens is 1: it must be 2 or more")
         if any(batch < 1 for batch in self.batch_sizes):
             raise RequestError(f"--batch-size is {min(self.batch_sizes)}: it must be above 0")
-        if any(rows < 1 for rows in self.join_rows):
-            raise RequestError(f"--join-rows is {min(self.join_rows)}: it must be above 0")
+        for flag in ("join_rows", "scaling_rows"):
+            if any(rows < 1 for rows in getattr(self, flag)):
+                least = min(getattr(self, flag))
+                raise RequestError(f"--{flag.replace('_', '-')} is {least}: it must be above 0")
 
     @property
     def sizes(self) -> Sizes:
@@ -190,6 +196,8 @@ class Settings:
             changed |= {"new": self.new_tokens, "av_new": self.new_tokens}
         if self.join_rows:
             changed["join_rows"] = self.join_rows
+        if self.scaling_rows:
+            changed["scaling_rows"] = self.scaling_rows
         if self.batch_sizes:
             changed |= {
                 "batches": tuple(sorted(self.batch_sizes)),

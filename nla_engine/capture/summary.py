@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store.format import flagged
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class CaptureSummary:
             sequences=store.sequences,
             rows=store.rows,
             skipped=skipped,
-            sink_rows=int(np.count_nonzero(flags & RowFlag.SINK)),
-            nonfinite_rows=int(np.count_nonzero(flags & RowFlag.NONFINITE)),
+            sink_rows=int(np.count_nonzero(flagged(flags, RowFlag.SINK))),
+            nonfinite_rows=int(np.count_nonzero(flagged(flags, RowFlag.NONFINITE))),
             tokens_generated=generated,
             stepped_back=stepped_back,
             seconds=round(sum(spent.values()), 3),

@@ -18,7 +18,7 @@ from nla_engine.errors import StoreError
 from nla_engine.models.tokens import excerpt
 from nla_engine.sites import listed
 from nla_engine.store import CaptureStore, Finish, RowFlag
-from nla_engine.store.format import FINISH_MEANINGS
+from nla_engine.store.format import FINISH_MEANINGS, flagged
 from nla_engine.store.objects import ObjectPath
 
 #: How many sequences are read for the fields of their prompt records: the files of millions would take minutes.
@@ -92,7 +92,7 @@ class Counts:
     @classmethod
     def of(cls, store: CaptureStore) -> Counts:
         """Raises StoreError if an array is damaged."""
-        generated = int(np.count_nonzero(store.column("flags") & RowFlag.GENERATED))
+        generated = int(np.count_nonzero(flagged(store.column("flags"), RowFlag.GENERATED)))
         reasons = Counter(store.arrays("sequences")["finish"].read().tolist()).most_common()
         fields: Counter[str] = Counter()
         for sequence in store.some_sequences(store.numbers[:RECORDS_READ]):

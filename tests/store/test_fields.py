@@ -15,8 +15,9 @@ from store_samples import create_store, fill_store, sample_sequence
 
 from nla_engine.codec.rows import Codec
 from nla_engine.errors import FieldError, RecordFieldError, RequestError, StoreError
-from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store import CaptureStore
 from nla_engine.store.views import frames
+from nla_engine.store.views.fields import RowFlag, token_labels
 
 CODEC = Codec.named("int8", 16)
 RECORDS: list[Any] = [
@@ -77,6 +78,18 @@ def test_every_name_of_where_is_a_column(store: CaptureStore) -> None:
             )
         elif name == "record.topic":
             np.testing.assert_array_equal(store.where(f"{name} == 'sun'"), np.flatnonzero(column == "sun"))
+
+
+@pytest.mark.parametrize("wild", [[], [2**31 - 1], [-7]], ids=["known", "too high", "below none"])
+def test_texts_of_tokens(store: CaptureStore, wild: list[int], rng: np.random.Generator) -> None:
+    """Any id has a text: no token, and ids that the vocabulary lacks, an empty one."""
+    ids = np.append(rng.integers(-1, len(store.vocabulary) + 1, 300), wild).astype(np.int32)
+    labels = token_labels(store, ids)
+    assert len(set(ids.tolist())) == len(labels.values)
+    assert [labels.values[place] for place in labels.index] == [
+        store.vocabulary.text(i) for i in ids.tolist()
+    ]
+    assert len(token_labels(store, ids[:0]).index) == 0
 
 
 def test_columns_are_cached_and_cannot_be_changed(store: CaptureStore) -> None:

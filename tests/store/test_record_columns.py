@@ -14,6 +14,7 @@ from commands import call, capture, explain, json_lines, roundtrip, score
 from safetensors.numpy import load_file
 
 from nla_engine.store import CaptureStore
+from nla_engine.store.exchange.record_columns import RecordColumns
 
 RECORDS = [
     {"prompt": "one", "topic": "tides", "n": 3, "share": 1, "right": True, "from": {"page": 7}, "mixed": 1}
@@ -67,6 +68,18 @@ def test_parquet(store: Path, tmp_path: Path) -> None:
         values = table[name].to_pylist()
         held = [v is not None and eval(f"v {test}" if test else "v") for v in values]
         assert np.flatnonzero(held).tolist() == opened.where(expression).tolist() != []
+
+
+def test_values_for_rows_in_any_order(store: Path, rng: np.random.Generator) -> None:
+    """Rows of a sequence that follow each other, or come again later."""
+    runs = np.concatenate([rng.permutation(3), rng.integers(0, 3, 30)])
+    asked = np.repeat(runs, rng.integers(1, 5, len(runs)))
+    columns = RecordColumns(CaptureStore.open(store), asked)
+    made = dict(zip([field.name for field in columns.fields], columns.arrays(asked), strict=True))
+    assert list(made) == list(EXPECTED)
+    for name, (_, values) in EXPECTED.items():
+        assert made[name].to_pylist() == [values[number] for number in asked], name
+    assert [len(array) for array in columns.arrays(asked[:0])] == [0] * len(made)
 
 
 def test_some_rows_and_shards(store: Path, tmp_path: Path) -> None:

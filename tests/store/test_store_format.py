@@ -21,7 +21,13 @@ from nla_engine.codec.rows import Codec, decode_reference
 from nla_engine.store import CaptureStore, RowFlag, StoreWriter, row_flags, shards
 from nla_engine.store.care.repair import repair
 from nla_engine.store.care.verify import verify
-from nla_engine.store.format import ArraySpec, array_specs, default_narrow_shard_rows, default_shard_rows
+from nla_engine.store.format import (
+    ArraySpec,
+    array_specs,
+    default_narrow_shard_rows,
+    default_shard_rows,
+    flagged,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "store_format.md"
 
@@ -215,6 +221,13 @@ def test_row_flags() -> None:
     early, generated = RowFlag.EARLY, RowFlag.GENERATED
     expected = [early, early | RowFlag.PROMPT_END, generated | RowFlag.SINK, generated | RowFlag.SEQUENCE_END]
     assert flags.tolist() == [int(flag) for flag in expected]
+
+
+@pytest.mark.parametrize("flag", list(RowFlag), ids=lambda flag: flag.name)
+def test_which_rows_have_a_flag(flag: RowFlag) -> None:
+    marked = flagged(np.arange(256, dtype=np.uint8), flag)
+    assert marked.dtype == bool
+    assert marked.tolist() == [flag in RowFlag(bits & 63) for bits in range(256)]
 
 
 @pytest.mark.parametrize(

@@ -92,24 +92,23 @@ def _join(session: Session, parts: list[Path], rows: int, linked: bool) -> Itera
 def _parts(directory: Path, codec: Codec, rows: int) -> Iterator[list[Path]]:
     """Stores of the parts of a run, together with so many rows."""
     share = np.diff(np.linspace(0, rows, _PARTS + 1).astype(np.int64))
-    paths = [_part(directory, codec, Shard(n + 1, _PARTS), int(share[n])) for n in range(_PARTS)]
+    # Parts have as many sequences: each number is there once.
+    count = -(-rows // (_PARTS * sum(_REPLY) // 2))
+    paths = [_part(directory, codec, Shard(n + 1, _PARTS), count, int(share[n])) for n in range(_PARTS)]
     yield paths
     for path in paths:
         shutil.rmtree(path)
 
 
-def _part(directory: Path, codec: Codec, shard: Shard, rows: int) -> Path:
+def _part(directory: Path, codec: Codec, shard: Shard, count: int, rows: int) -> Path:
+    """count: of its sequences"""
     rng = np.random.default_rng(shard.part)
     path = Path(shard.name(str(directory / "run.zarr")))
     most = _TOGETHER * _REPLY[1]
     vectors = LayerRows.encode(codec, rng.standard_normal((most, codec.d_model), dtype=np.float32), math.inf)
-    lengths = rng.integers(*_REPLY, rows // _REPLY[0] + 2)
-    count = int(np.searchsorted(np.cumsum(lengths), rows)) + 1
-    lengths = lengths[:count]
-    lengths[-1] -= int(lengths.sum()) - rows
-    # Parts have as many sequences: each number is there once.
-    count = rows // _REPLY[0] + 2
-    lengths = np.append(lengths, np.zeros(count - len(lengths), np.int64))
+    lengths = rng.integers(*_REPLY, count)
+    each, more = divmod(rows - int(lengths.sum()), count)
+    lengths += each + (np.arange(count) < more)
     with StoreWriter.create(
         path,
         layers=[_SITE],

@@ -1,6 +1,7 @@
-"""Costs that must not grow with what is already there: each at three sizes, as cost per unit, so that growth shows.
+"""Costs that must not grow with what is already there: each at several sizes, as cost per unit, so that growth shows.
 
-Everything runs on the CPU. Requests, graphs and bytes held are counted, not timed.
+The operations on a store are in `nla_engine.bench.growth`. Everything runs on the CPU. Requests, graphs and bytes held
+are counted, not timed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nla_engine.bench.growth import measure_growth
 from nla_engine.bench.session import Prepared, Session, expect
 from nla_engine.bench.timing import seconds
 from nla_engine.bench.workload import encoded_sequences
@@ -28,7 +29,6 @@ from nla_engine.engine.graph import lane_bucket
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore, StoreWriter
 from nla_engine.store.exchange.importing import import_rows
-from nla_engine.store.exchange.merge import merge
 from nla_engine.store.objects import ObjectPath
 from nla_engine.store.views.dataset import ShuffledRows
 
@@ -37,7 +37,7 @@ _SHARDS = (1_000, 10_000, 100_000)
 _SHARD_ROWS = 4096
 _BUFFERS = 20
 _ROWS, _WIDTH = (4_096, 16_384, 65_536), 1024
-_SEQUENCES, _NARROW = (4_000, 16_000, 64_000), 16
+_NARROW = 16
 _OBJECTS = (128, 256, 512)
 #: The rows of one of the sequences that end together: 129 tokens, 28 layers of 3,584 channels as int8.
 _SEQUENCE_BYTES, _HOST_MEMORY = 129 * 28 * 3816, 4 << 30
@@ -46,7 +46,11 @@ _SLOTS = (1_024, 4_096, 16_384)
 
 
 def run(session: Session) -> None:
-    """Every cost at its sizes, the smallest first."""
+    """Every cost at its sizes, the smallest first. With --scaling-rows only those of stores of so many rows."""
+    only_rows = bool(session.settings.scaling_rows)
+    measure_growth(session, all_axes=not only_rows)
+    if only_rows:
+        return
     for shards in _SHARDS:
         session.measure(
             "scaling", f"shuffled rows, {shards:,} shards", "us/buffer", _shuffled(shards), repeats=5
@@ -55,13 +59,6 @@ def run(session: Session) -> None:
         session.measure(
             "scaling", f"import {rows:,} x {_WIDTH} from npy", "us/row", _imported(session, rows), repeats=3
         )
-    for sequences in _SEQUENCES:
-        path = session.directory / f"{sequences}.zarr"
-        _short(session.directory, path, sequences)
-        name = f"{sequences:,} sequences of one row"
-        session.measure("scaling", f"merge {name} twice", "us/row", _merged(session, path), repeats=3)
-        session.measure("scaling", f"open a store, {name}", "us", _timed(partial(CaptureStore.open, path)))
-        session.measure("scaling", f"open, read one of {name}", "us", _timed(partial(_read_one, path)))
     for ended in _ENDED:
         name = f"rows fetched at once, {ended:,} of 28 layers end together"
         session.measure("scaling", name, "GiB", _counted(partial(_fetched, ended)), warmups=0, repeats=1)
@@ -122,39 +119,6 @@ def _imported(session: Session, rows: int) -> Iterator[Prepared]:
     yield Prepared(once)
     shutil.rmtree(out)
     source.unlink()
-
-
-def _short(directory: Path, path: Path, sequences: int) -> None:
-    """A store of sequences of one row each."""
-    rows = np.random.default_rng(sequences).standard_normal((sequences, _NARROW), np.float32)
-    np.save(directory / "short.npy", rows)
-    import_rows(directory / "short.npy", path, layer=0)
-
-
-@contextmanager
-def _merged(session: Session, path: Path) -> Iterator[Prepared]:
-    other, out = session.directory / "other.zarr", session.directory / "merged.zarr"
-    rows = CaptureStore.open(path).rows
-    _short(session.directory, other, rows)
-
-    def once() -> float:
-        shutil.rmtree(out, ignore_errors=True)
-        took = seconds(lambda: expect("rows", merge([path, other], out).rows, 2 * rows), _CPU)
-        return 1e6 * took / (2 * rows)
-
-    yield Prepared(once)
-    for made in (other, out):
-        shutil.rmtree(made)
-
-
-def _read_one(path: Path) -> None:
-    store = CaptureStore.open(path)
-    expect("sequences", store.sequence(store.sequences - 1).number, store.sequences - 1)
-
-
-@contextmanager
-def _timed(work: Callable[[], object]) -> Iterator[Prepared]:
-    yield Prepared(lambda: 1e6 * min(seconds(work, _CPU) for _ in range(20)))
 
 
 @contextmanager

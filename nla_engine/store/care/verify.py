@@ -17,19 +17,16 @@ from nla_engine.codec.rows import ordinary_rows
 from nla_engine.errors import StoreError, first_line
 from nla_engine.store.arrays import ArrayReader
 from nla_engine.store.care.damage import Damage, Part
+from nla_engine.store.care.row_relations import row_relations
 from nla_engine.store.format import (
     ATTRIBUTE,
-    EARLY_POSITIONS,
-    NO_TOKEN,
     NUMBER,
     ArraySpec,
     Finish,
-    RowFlag,
     layer_group,
 )
 from nla_engine.store.manifest import GROUP_METADATA, METADATA_NAME, Manifest
 from nla_engine.store.objects import LOCK_NAME, ObjectPath, Place, place
-from nla_engine.store.records import wrong_logprobs
 from nla_engine.store.shards import TEMPORARY_SUFFIX
 
 Progress = Callable[[int, int], None]
@@ -228,43 +225,19 @@ class Verification:
                 yield _relation(f"{path} ascends within the rows", wrong, "entry")
             norm = values.get(f"{layer_group(layer)}/norm")
             if path in values and norm is not None and self._manifest.codec.name != "bf16":
-                wrong = ~ordinary_rows(norm) & (norm != 0) & ~np.isin(np.arange(commit.rows), values[path])
+                kept = np.zeros(commit.rows, bool)
+                kept[rows[(rows >= 0) & (rows < commit.rows)]] = True
+                wrong = ~ordinary_rows(norm) & (norm != 0) & ~kept
                 yield _relation(f"{layer.label} keeps exactly what its codec cannot hold", wrong, "row")
         needed = {f"rows/{name}" for name in ("token_id", "next_token_id", "position", "sequence", "flags")}
         needed |= {"sequences/tokens", "sequences/prompt_size"}
         needed |= {NUMBER} & set(self._specs)
         if laid_out and needed <= set(values):
-            yield from self._row_relations()
-
-    def _row_relations(self) -> Iterator[Check]:
-        values = self._values
-        row_size, token_size = values["sequences/row_size"], values["sequences/token_size"]
-        owner = np.repeat(np.arange(len(row_size)), row_size)
-        wrong = values["rows/sequence"] != self.damage.numbers[owner]
-        yield _relation("rows carry the number of their sequence", wrong, "row")
-        position, size = values["rows/position"].astype(np.int64), token_size[owner]
-        outside = (position < 0) | (position >= size)
-        same = np.diff(owner, prepend=-1) == 0
-        outside |= same & (np.diff(position, prepend=0) <= 0)
-        yield _relation("positions ascend within their sequence", outside, "row")
-        if outside.any():
-            return
-        tokens = np.append(values["sequences/tokens"], np.int32(NO_TOKEN))
-        place = values["sequences/token_start"][owner] + position
-        wrong = values["rows/token_id"] != tokens[place]
-        yield _relation("token_id is the token at the position", wrong, "row")
-        last = position == size - 1
-        following = np.where(last, NO_TOKEN, tokens[place + 1])
-        wrong = values["rows/next_token_id"] != following
-        yield _relation("next_token_id is the token after it", wrong, "row")
-        if "rows/next_logprob" in values:
-            wrong = wrong_logprobs(values["rows/next_logprob"], values["rows/next_token_id"])
-            yield _relation("next_logprob is a log-probability where a token follows", wrong, "row")
-        prompt = values["sequences/prompt_size"][owner]
-        expected = (position >= prompt) * RowFlag.GENERATED + (position == prompt - 1) * RowFlag.PROMPT_END
-        expected += last * RowFlag.SEQUENCE_END + (position < EARLY_POSITIONS) * RowFlag.EARLY
-        known = RowFlag.GENERATED | RowFlag.PROMPT_END | RowFlag.SEQUENCE_END | RowFlag.EARLY
-        yield _relation("flags fit the positions", values["rows/flags"] & known != expected, "row")
+            for found in row_relations(values, self.damage.numbers):
+                detail = f"{found.wrong} wrong, first row {found.first}"
+                yield Check(
+                    found.name, not found.wrong, detail if found.wrong else f"{found.checked} checked"
+                )
 
 
 def _relation(name: str, wrong: np.ndarray, unit: str) -> Check:

@@ -29,7 +29,8 @@ from nla_engine.sites import RESID_POST, Site
 from nla_engine.store.directory import check_parents
 from nla_engine.store.exchange.next_tokens import next_token_fields, next_token_values
 from nla_engine.store.exchange.record_columns import RecordColumns
-from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag, next_token_arrays
+from nla_engine.store.exchange.token_texts import text_column
+from nla_engine.store.format import IMPORTED, NO_TOKEN, RowFlag, flagged, next_token_arrays
 from nla_engine.store.lease import Lease
 from nla_engine.store.sequences import StoredSequence
 from nla_engine.store.shards import make_directory, replacing, writing
@@ -313,9 +314,9 @@ def _parquet_batch(selection: _Selection, rows: np.ndarray, schema: pa.Schema) -
     vectors = encoded.decode(store.codec)
     columns = {"row": rows, "norm": encoded.norm}
     columns |= {name: store.column(name)[rows] for name in INTEGER_COLUMNS}
-    texts = {name: store.token_text(columns[f"{name}_id"]) for name in ("token", "next_token")}
+    texts = {name: text_column(store, columns[f"{name}_id"]) for name in ("token", "next_token")}
     flags = store.column("flags")[rows]
-    truths = {str(flag.name).lower(): flags & flag != 0 for flag in RowFlag}
+    truths = {str(flag.name).lower(): flagged(flags, flag) for flag in RowFlag}
     flat = pa.array(vectors.reshape(-1))
     vector_column = {"activation_vector": pa.FixedSizeListArray.from_arrays(flat, store.d_model)}
     assert selection.records is not None

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nla_engine.errors import StoreError
 from nla_engine.store.exchange.columns import LARGEST_TOKEN
+from nla_engine.store.reader import StoreReader
+from nla_engine.store.views.fields import token_labels
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 #: Column of ids -> column of their texts.
 _PAIRS = {"token_id": "token", "next_token_id": "next_token"}
+
+
+def text_column(store: StoreReader, ids: np.ndarray) -> pa.Array:
+    """The text of each token, int32 [n]."""
+    import pyarrow as pa
+
+    labels = token_labels(store, ids)
+    return pa.array(labels.values, pa.string()).take(pa.array(labels.index))
 
 
 def token_texts(files: Sequence[Path]) -> list[bytes]:

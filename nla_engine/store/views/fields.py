@@ -14,7 +14,7 @@ import numpy as np
 
 from nla_engine.errors import FieldError, RecordFieldError
 from nla_engine.sites import Site
-from nla_engine.store.format import RowFlag
+from nla_engine.store.format import NO_TOKEN, RowFlag, flagged
 from nla_engine.store.reader import StoreReader
 
 #: Fields with the text of a token -> the column with its id.
@@ -68,16 +68,15 @@ def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Lab
         return store.arrays("rows")[array].read(first) if first else StoreReader.column(store, array)
 
     if name in TEXT_FIELDS:
-        ids, index = np.unique(column(TEXT_FIELDS[name]), return_inverse=True)
-        return Labels("text", index, store.token_text(ids))
+        return token_labels(store, column(TEXT_FIELDS[name]))
     if name in _numbers(store):
         return column(name)
     if name == "row":
         return np.arange(first, store.rows)
     if name == "prompt":
-        return column("flags") & RowFlag.GENERATED == 0
+        return ~flagged(column("flags"), RowFlag.GENERATED)
     if name in TRUTH_FIELDS:
-        return column("flags") & RowFlag[name.upper()] != 0
+        return flagged(column("flags"), RowFlag[name.upper()])
     if name == "norm":
         return store.layer(store.layers[0] if store.layers else store.sites[0]).norm(first)
     if name in {f"norm_{site}" for site in store.sites}:
@@ -86,6 +85,20 @@ def row_field(store: StoreReader, name: str, first: int = 0) -> np.ndarray | Lab
         return _record_field(store, name.removeprefix(RECORD), column("sequence"), first)
     meant = f" (did you mean {RECORD}{name}?)" if _in_records(store, name) else ""
     raise FieldError(f"there is no field '{name}'{meant}")
+
+
+def token_labels(store: StoreReader, ids: np.ndarray) -> Labels:
+    """The texts of tokens, int32 [n]: each different text once, and which of them each token has."""
+    lowest, highest = int(ids.min(initial=NO_TOKEN)), int(ids.max(initial=NO_TOKEN))
+    if lowest < NO_TOKEN or highest > len(store.vocabulary):  # damaged, or the vocabulary is not known
+        known, index = np.unique(ids, return_inverse=True)
+        return Labels("text", index, store.token_text(known))
+    # Ids are few and small: a table of them finds the different ones without sorting all.
+    there = np.zeros(highest - NO_TOKEN + 1, bool)
+    places = ids - NO_TOKEN
+    there[places] = True
+    order = np.cumsum(there, dtype=np.int32) - 1
+    return Labels("text", order[places], store.token_text(np.flatnonzero(there) + NO_TOKEN))
 
 
 def _in_records(store: StoreReader, name: str) -> bool:
