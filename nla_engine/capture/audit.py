@@ -41,8 +41,6 @@ CODEC_LIMIT = {"int8": 0.03, "int4": 0.25, "bf16": 0.005}
 LOGPROB_ROUNDING = {"float32": 0.01, "bfloat16": 0.5}
 #: Most bytes of logits, as float32, that lie in memory at once.
 _LOGIT_BYTES = 64 << 20
-#: Key of what the decoder gives at last, beside the outputs of its blocks by number.
-FINAL = -2
 
 #: progress(sequences done, sequences in all)
 Progress = Callable[[int, int], None]
@@ -68,18 +66,19 @@ def audit(
         )
     if lm.d_model != store.d_model:
         raise StoreError(
-            f"{lm.name} has width {lm.d_model}, {store.path} holds rows of width {store.d_model}"
+            f"{lm.name} has width {lm.d_model}, {store.path} holds rows of width {store.d_model}: give the model that "
+            "was captured"
         )
     for site in store.sites:
         lm.check_layer(site.layer)
     described = lm.describe()
     checks = [
         Check(
-            f"{key} are those of the capture",
+            f"{key} {of} of the capture",
             described[key] == store.provenance.get(key),
             str(described[key]),
         )
-        for key in ("weights", "tokenizer")
+        for key, of in (("weights", "are those"), ("tokenizer", "is that"))
     ]
     chosen = draw_rows(store.numbers, sample, seed)
     found = {site: _Found("relative error") for site in store.sites}

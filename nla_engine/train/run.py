@@ -24,6 +24,7 @@ from nla_engine.models.load import LanguageModel, load_model, pick_device, pick_
 from nla_engine.models.source import Source, find_source
 from nla_engine.progress import Progress, heard
 from nla_engine.store import CaptureStore
+from nla_engine.store.directory import check_directory
 from nla_engine.store.lease import Lease
 from nla_engine.store.shards import make_directory, write_file_atomically, writing
 from nla_engine.train import reinforce, supervised
@@ -130,8 +131,7 @@ def run_train(
 
 def _check_out(options: TrainOptions) -> None:
     out = options.out
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out}: a file is in the way; choose another --out")
+    check_directory(out)
     there = [name for name in FILES if (out / name).exists()]
     if options.resume:
         if (out / SUMMARY).exists():
