@@ -19,7 +19,7 @@ from report_samples import VARIANCE, Said, Text, cos_of, make_run
 
 import nla_engine
 from nla_engine.config import RoundtripOptions
-from nla_engine.errors import RequestError, WriteError
+from nla_engine.errors import RequestError
 from nla_engine.models.sidecar import read_sidecar
 from nla_engine.report import ReportSummary, Section, write_report
 from nla_engine.report.data import Explained, page_data, token_class, token_pieces
@@ -383,5 +383,5 @@ def test_a_table_that_names_rows_which_the_store_lacks(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     store, table = make_run(tmp_path, PLAIN)
-    with pytest.raises(WriteError, match="cannot be written"):
+    with pytest.raises(RequestError, match="file is no directory"):
         write_report(store, table, written(tmp_path / "file", "") / "x.html")

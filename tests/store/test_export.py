@@ -123,7 +123,7 @@ def test_requests_that_cannot_be_met(store: CaptureStore, tmp_path: Path) -> Non
         export(store, "npy", out, layer=3)
     assert not out.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match="File exists"):
+    with pytest.raises(RequestError, match="file is no directory"):
         export(store, "npy", tmp_path / "file" / "below" / "out.npy", layer=3)
     export(store, "npy", tmp_path / "new" / "directory" / "out.npy", layer=3)
     assert np.load(tmp_path / "new" / "directory" / "out.npy").shape == (sum(SIZES), 24)
