@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="take the rows that are there, and go on with a training that was cut off",
+        help="take rows that were captured to the end, and go on with a training that was cut off",
     )
     parser.add_argument("--no-train", action="store_true", help="end before the pair is trained")
     options = parser.parse_args(arguments)
@@ -193,17 +193,18 @@ def main(arguments: list[str] | None = None) -> int:
         base = options.base or smollm2.cached()
         out.mkdir(parents=True, exist_ok=True)
         store, begun = out / "rows.zarr", out / "pair" / CHECKPOINT
-        if not (options.resume and (begun.exists() or store.exists())):
+        resume = options.resume and begun.exists()
+        captured = store.exists() and CaptureStore.open(store).complete  # else it was cut off
+        if not (resume or (options.resume and captured)):
             corpus = write_corpus(out, base, options.scale, options.seed, options.device, told)
             layers = LAYERS if options.sweep else (options.layer,)
             store = capture_rows(out, base, corpus, layers, options.seed, options.device, told)
         report: dict[str, Any] = {"capture_seconds": round(told.seconds, 1)}
-        if options.sweep:
+        if options.sweep and not resume:
             report["sweep"] = sweep(out, store, base, options, told)
         if not options.no_train:
             share = 1.0 if options.scale >= SMALL else options.scale
             steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
-            resume = options.resume and begun.exists()
             minutes = read_place(begun).options["budget"] if resume else left(options.budget, told)
             asked = train_options(out / "pair", store, base, options.layer, steps, minutes, options, resume)
             report |= run_train(asked, told.say, told).to_dict()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from commands import LAYER
 
 from nla_engine.config import TrainOptions
 from nla_engine.demo import real_train
+from nla_engine.errors import RequestError
 from nla_engine.store import CaptureStore
 
 
@@ -57,6 +59,12 @@ def test_a_budget_that_capture_used_up_is_refused(
 def test_the_recipe_goes_on(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rows that are there, and then within the training: the budget is that of its beginning."""
     assert real_train.main([*small, "--no-train"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptureStore, "complete", property(lambda store: False))
+        patch.setattr(real_train, "write_corpus", Mock(side_effect=RequestError("again")))
+        assert (
+            real_train.main([*small, "--no-train", "--resume"]) == 2
+        )  # rows that were cut off are read again
     monkeypatch.setattr(real_train, "write_corpus", None)  # neither of the two is called again
     monkeypatch.setattr(real_train, "capture_rows", None)
     trained = real_train.run_train
