@@ -8,7 +8,8 @@ import numpy as np
 
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.results import ResultTable
-from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.roundtrip.rows import row_columns
+from nla_engine.store import CaptureStore
 
 #: Different words, and words of an explanation.
 _WORDS, _EACH = 4_000, 40
@@ -20,7 +21,6 @@ def write_table(store: CaptureStore, path: Path) -> None:
     # Some words are common and most are rare, as in texts.
     chosen = (_WORDS * rng.random((n, _EACH)) ** 4).astype(np.int64).tolist()
     cos = np.clip(rng.normal(0.85, 0.08, n), -1, 1)
-    token = {name: store.token_text(store.column(f"{name}_id")) for name in ("token", "next_token")}
     run = {"where": None, "limit": None, "samples": 1, "temperature": 0.0, "seed": 0, "max_new_tokens": 64}
     metadata = {
         **describe_run(),
@@ -39,13 +39,7 @@ def write_table(store: CaptureStore, path: Path) -> None:
     ) as table:
         table.append(
             {
-                "row": np.arange(n),
-                "sequence": store.column("sequence"),
-                "position": store.column("position"),
-                **token,
-                "generated": store.column("flags") & RowFlag.GENERATED != 0,
-                "early": store.column("flags") & RowFlag.EARLY != 0,
-                "norm": store.layer(site).norm(),
+                **row_columns(store, store.layer(site), np.arange(n)),
                 "sample": np.zeros(n, np.int32),
                 "best": np.ones(n, bool),
                 "explanation": [" ".join(f"word{word}" for word in words) for words in chosen],

@@ -14,6 +14,7 @@ from nla_engine.report.data import RELEASED, Explained, positions_known
 from nla_engine.report.models import further_layers, injection_of, made_of, named, otherwise, short_name
 from nla_engine.sites import PARTS, RESID_POST, Site
 from nla_engine.store import CaptureStore, RowFlag
+from nla_engine.store.format import flagged
 
 #: The mean FVE should be at least this much above that of the shuffled control.
 CLEAR_OF_CONTROL = 0.2
@@ -179,14 +180,14 @@ def _row_warnings(store: CaptureStore, explained: Explained) -> list[str]:
                 else f"this pair was not trained on positions before {below}, and its {kind} say less there."
             )
         )
-    if pairs and (count := _how_many(flags & RowFlag.SINK)):
+    if pairs and (count := _how_many(flagged(flags, RowFlag.SINK))):
         limit = store.sink_norm[site]
         out.append(
             f"Attention sinks, {_part(count, rows, 'row')}: a norm far above the ordinary (above {limit:.4g} in "
             f"{site.label}, or that of another layer). They can outweigh all others in a mean: take means without "
             "them, too."
         )
-    if count := _how_many(flags & RowFlag.NONFINITE):
+    if count := _how_many(flagged(flags, RowFlag.NONFINITE)):
         out.append(
             f"NaN or Inf, {_part(count, rows, 'row')}: in some layer the model itself went wrong there."
         )

@@ -21,6 +21,7 @@ from nla_engine.config import (
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereRecordError
 from nla_engine.roundtrip import draws
 from nla_engine.store import CaptureStore, LayerReader, RowFlag, WriterWatch
+from nla_engine.store.format import flagged
 from nla_engine.store.objects import place
 
 #: Seconds between two looks at a store that is being written.
@@ -41,8 +42,8 @@ def token_columns(store: CaptureStore, rows: np.ndarray) -> dict[str, Any]:
         "position": store.column("position")[rows],
         "token": store.token_text(store.column("token_id")[rows]),
         "next_token": store.token_text(store.column("next_token_id")[rows]),
-        "generated": (flags & RowFlag.GENERATED) != 0,
-        "early": (flags & RowFlag.EARLY) != 0,
+        "generated": flagged(flags, RowFlag.GENERATED),
+        "early": flagged(flags, RowFlag.EARLY),
     }
 
 

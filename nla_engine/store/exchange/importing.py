@@ -27,7 +27,7 @@ from nla_engine.store.exchange.record_columns import JSON_TEXT
 from nla_engine.store.exchange.rows_of_files import SITE, Batch, FileRows, whole_sequences
 from nla_engine.store.exchange.token_texts import token_texts
 from nla_engine.store.exchange.vectors import BATCH_ROWS, read_vectors, unreadable
-from nla_engine.store.format import IMPORTED, RowFlag
+from nla_engine.store.format import IMPORTED, RowFlag, flagged
 from nla_engine.store.records import LayerRows
 from nla_engine.store.writer import StoreWriter
 
@@ -105,7 +105,7 @@ def import_rows(
             writer.record_codec_error(number, describe_errors(error))
         for columns, rows in chain(begun, made):
             writer.append_block(columns, {number: rows})
-            nonfinite += int(np.count_nonzero(columns["flags"] & RowFlag.NONFINITE))
+            nonfinite += int(np.count_nonzero(flagged(columns["flags"], RowFlag.NONFINITE)))
     described = describe_errors(error) if len(error) else {}
     return Imported(writer.rows, chosen.d_model, number.key, codec, described, nonfinite)
 
