@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nla_engine.errors import StoreError
-from nla_engine.models.implementation import attend_by
+from nla_engine.models.alone import TIMES_NOISE, read_alone
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
 from nla_engine.ops.likelihood import likelihood
@@ -25,9 +25,7 @@ from nla_engine.store.views.draw import draw_rows
 
 #: Relative L2 error allowed per row, on top of the codec's own, by dtype: batching changes the order of sums.
 ROUNDING = {"float32": 0.005, "bfloat16": 0.08}
-#: Also allowed: this multiple of the row's own rounding noise. On some tokens a model is chaotic in any arithmetic.
-TIMES_NOISE = 4.0
-#: Passes that measure this noise: each perturbs the embeddings by a rounding error, which changes every later rounding.
+#: Passes that measure a row's noise.
 REDRAWN = 2
 #: Most passes, where a row of a sequence is further off than that explains. A token that two experts suit almost alike
 #: goes to one or the other as its router rounds, and two passes seldom show it. So a row is right too if it is as near
@@ -214,10 +212,9 @@ def _compare(
     sequence = store.sequence(number)
     if sequence.rows.stop == sequence.rows.start:
         return
-    attend_by(lm.model, "eager")
     ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None].to(lm.device)
     position = torch.from_numpy(store.column("position")[sequence.rows].astype(np.int64)).to(lm.device)
-    outputs, final = _read(lm, places, ids)
+    outputs, final = read_alone(lm, places, ids)
     finite, rows = {}, {}
     for site in found:
         stored = store.layer(site)[sequence.rows].astype(np.float64)
@@ -239,7 +236,7 @@ def _compare(
         further = seed > REDRAWN
         if further and not any(each.wrong().any() for each in every):
             break
-        states, final = _read(lm, places, ids, seed)
+        states, final = read_alone(lm, places, ids, seed)
         for site, kept in finite.items():
             rows[site].redraw(_rows(states[site], position)[kept], further)
         if logprobs:
@@ -292,31 +289,3 @@ def _apart(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
 def _most(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
     """The largest difference in each row, float64 [n]."""
     return np.abs(rows - true).max(1, initial=0)
-
-
-def _read(
-    lm: LanguageModel, places: Mapping[Site, Place], ids: torch.Tensor, seed: int = 0
-) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
-    """The states [1, T, d] at every place, and the decoder's own.
-
-    seed: if not 0, embeddings change by about half a unit in the last place
-    """
-    states: dict[Site, torch.Tensor] = {}
-
-    def moved(_module: object, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
-        random = torch.Generator(embedded.device).manual_seed(seed)
-        drawn = torch.randn(embedded.shape, generator=random, device=embedded.device)
-        return (embedded.float() * (1 + torch.finfo(embedded.dtype).eps / 2 * drawn)).to(embedded.dtype)
-
-    def keep(site: Site) -> Callable[[torch.Tensor], None]:
-        return lambda hidden: states.update({site: hidden.clone()})  # some blocks change what they read
-
-    hooks = [place.watch(keep(site)) for site, place in places.items()]
-    if seed:
-        hooks.append(lm.embedding.register_forward_hook(moved))
-    try:
-        final: torch.Tensor = lm.decoder(input_ids=ids, **lm.uncached).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return states, final

@@ -17,17 +17,15 @@ from nla_engine.engine.request import Request
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.engine.tap import NoTap
 from nla_engine.errors import EngineError, UnsupportedModel, first_line
-from nla_engine.models.decoder import block_output
-from nla_engine.models.implementation import attend_by
+from nla_engine.models.alone import TIMES_NOISE, read_alone
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.places import find_places
 from nla_engine.sites import Site
 
 #: Prompt sizes of the sample's lanes, and tokens that each generates.
 PROMPTS, NEW = (5, 8, 8, 11), 3
-#: Relative L2 error that is allowed for the median token of a lane's prompt, or of its reply, ...
+#: Relative L2 error that is allowed for the median token of a lane's prompt, or of its reply, beside its noise.
 FLOOR = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.01}
-#: ... plus this multiple of what a rounding error of the embeddings does to the same states.
-TIMES_NOISE = 4.0
 
 
 def check_library(lm: LanguageModel) -> str:
@@ -62,27 +60,28 @@ def _check(lm: LanguageModel, implementation: str) -> None:
         stop = StopAutomaton([b""] * lm.vocab_size, ()) if new else None
         generator = LibraryGenerator(library, max_new_tokens=new, stop=stop, read_last=True)
         replies = {each.request.id: each.generated.tolist() for each in generator.run(requests)}
+    places = find_places(lm, tap.layers)
     for lane, request in enumerate(requests):
-        sequence = [*request.token_ids, *replies[lane]]
+        sequence = torch.tensor([[*request.token_ids, *replies[lane]]], device=lm.device)
         try:
-            own, moved = _alone(lm, sequence), _alone(lm, sequence, moved=True)
+            own, moved = (read_alone(lm, places, sequence, seed)[0] for seed in (0, 1))
         except RuntimeError as error:
             raise UnsupportedModel(
                 f"{lm.name}: {type(lm.model).__name__} does not run over one sequence ({first_line(error)}): this "
                 "architecture is not supported"
             ) from error
-        for layer in range(len(lm.blocks)):
-            rows = tap.rows(layer, lane, len(sequence))
-            apart, noise = _apart(rows, own[layer]), _apart(moved[layer], own[layer])
+        for site in tap.layers:
+            rows = tap.rows(site.layer, lane, sequence.shape[1])
+            apart, noise = _apart(rows, own[site][0]), _apart(moved[site][0], own[site][0])
             limit = FLOOR[lm.dtype] + TIMES_NOISE * noise
             size = len(request.token_ids)
             for part, where in ((slice(size), "in a prompt"), (slice(size, None), "in a reply")):
                 share = float((apart / limit)[part].nanmedian()) if len(apart[part]) else 0.0
                 if not share <= 1.0:
                     raise UnsupportedModel(
-                        f"{lm.name}: block {layer} of {type(lm.model).__name__} differs {where} from its own forward "
-                        f"over the sequence alone, by {float(apart[part].nanmedian()):.2g}: this architecture is not "
-                        "supported"
+                        f"{lm.name}: block {site.layer} of {type(lm.model).__name__} differs {where} from its own "
+                        f"forward over the sequence alone, by {float(apart[part].nanmedian()):.2g}: this architecture "
+                        "is not supported"
                     )
 
 
@@ -90,32 +89,6 @@ def _apart(rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Relative L2 differences of rows [n, d], float [n]; NaN where transformers' own row is not finite."""
     apart = (rows.double() - own.double()).norm(dim=-1) / own.double().norm(dim=-1).clamp(min=1e-30)
     return torch.where(own.isfinite().all(-1), apart.nan_to_num(1e9), torch.nan)
-
-
-def _alone(lm: LanguageModel, ids: Sequence[int], *, moved: bool = False) -> list[torch.Tensor]:
-    """The output [T, d] of every block over one sequence, without a cache.
-
-    moved: with embeddings that were rounded otherwise
-    """
-    outputs: dict[int, torch.Tensor] = {}
-
-    def disturb(_module: object, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)).to(embedded.device)
-        return (embedded.float() * (1 + torch.finfo(embedded.dtype).eps / 2 * drawn)).to(embedded.dtype)
-
-    attend_by(lm.model, "eager")
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out, k=k: outputs.update({k: block_output(out)}))
-        for k, block in enumerate(lm.blocks)
-    ]
-    if moved:
-        hooks.append(lm.embedding.register_forward_hook(disturb))
-    try:
-        lm.decoder(input_ids=torch.tensor([ids], device=lm.device), **lm.uncached)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [outputs[layer][0] for layer in range(len(lm.blocks))]
 
 
 class _Seen(NoTap):

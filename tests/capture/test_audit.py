@@ -129,7 +129,7 @@ def test_a_row_may_err_as_rounding_moves_it_and_no_further(tmp_path: Path, monke
     seldom, makes it the stored one. Sequences without such a row are not read as often."""
     store = captured(tmp_path, positions="all", prompts=write_prompts(tmp_path / "few.jsonl", 2))
     position = int(store.column("position")[4])
-    right, drawn = audit_module._read, set[int]()
+    right, drawn = audit_module.read_alone, set[int]()
 
     def moving(at: int, row: int, factor: float):
         def read(*given: Any) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
@@ -152,7 +152,7 @@ def test_a_row_may_err_as_rounding_moves_it_and_no_further(tmp_path: Path, monke
         (most + 1, position, 1 / 1.2, True),
     ):
         drawn.clear()
-        monkeypatch.setattr(audit_module, "_read", moving(at, row, factor))
+        monkeypatch.setattr(audit_module, "read_alone", moving(at, row, factor))
         assert failed(audit(store, language_model(), sample=1000)) == [ROWS] * wrong
         assert max(drawn) == (first if (at, row) == (first, position) else most)
 
@@ -161,7 +161,7 @@ def test_a_row_may_err_as_rounding_moves_it_and_no_further(tmp_path: Path, monke
 def test_log_probabilities_may_be_those_of_another_rounding(tmp_path: Path, monkeypatch, again: bool) -> None:
     """Read again, one token's are others than stored, but in one late pass."""
     store = captured(tmp_path, next_token=2, prompts=write_prompts(tmp_path / "few.jsonl", 2))
-    right, position = audit_module._read, int(store.column("position")[3])
+    right, position = audit_module.read_alone, int(store.column("position")[3])
 
     def read(*given: Any) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
         outputs, final = right(*given)
@@ -170,7 +170,7 @@ def test_log_probabilities_may_be_those_of_another_rounding(tmp_path: Path, monk
             final[0, position] = final[0, position - 1]
         return outputs, final
 
-    monkeypatch.setattr(audit_module, "_read", read)
+    monkeypatch.setattr(audit_module, "read_alone", read)
     names = [] if again else ["next tokens have the model's log-probabilities"]
     assert failed(audit(store, language_model())) == names
 
@@ -242,7 +242,7 @@ def test_faults_of_experts_are_told_from_ties(
         monkeypatch.setattr(choose, "Runner", run)
     run_capture(replace(options, overwrite=True), lm=lm)
     assert [hook.called for hook in hooks] == [1] * len(hooks)
-    right = audit_module._read
+    right = audit_module.read_alone
 
     def read(*given: Any) -> Any:
         if len(given) > 3 and given[3] == audit_module.MOST_REDRAWN and tie:
@@ -253,7 +253,7 @@ def test_faults_of_experts_are_told_from_ties(
                 handle.remove()
         return right(*given)
 
-    monkeypatch.setattr(audit_module, "_read", read)
+    monkeypatch.setattr(audit_module, "read_alone", read)
     store = CaptureStore.open(options.out)
     checks = audit(store, lm)
     assert failed(checks) == [ROWS] * wrong
@@ -268,19 +268,6 @@ def test_faults_of_experts_are_told_from_ties(
         )
         apart = np.linalg.norm(store.layer(1)[at][0] - true)
         assert apart < audit_module.TIMES_NOISE * np.linalg.norm(moved - true)
-
-
-def test_rounding_is_redrawn_and_no_more(tmp_path: Path) -> None:
-    lm = language_model()
-    lm.model.to(torch.bfloat16).set_attn_implementation("eager")
-    ids = torch.arange(20, 60)[None]
-    places = find_places(lm, map(Site, range(len(lm.blocks))))
-    with torch.inference_mode():
-        plain, again, other = (audit_module._read(lm, places, ids, seed)[0] for seed in (0, 0, 1))
-    for block, output in plain.items():
-        assert torch.equal(output, again[block])
-        apart = (output.float() - other[block].float()).norm(dim=-1) / output.float().norm(dim=-1)
-        assert 1e-3 < float(apart.median()) < 0.05
 
 
 def test_on_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
