@@ -15,6 +15,7 @@ import torch
 from nla_engine.errors import StoreError
 from nla_engine.models.alone import TIMES_NOISE, read_alone
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.logits import logit_pieces
 from nla_engine.models.places import Place, find_places
 from nla_engine.ops.likelihood import likelihood
 from nla_engine.sites import EMBEDDINGS, RESID_POST, Site
@@ -266,10 +267,9 @@ def _logprobs(
     top = store.next_token or 0
     ids = [store.column("next_token_id")[rows, None], *([store.column("top_id")[rows]] if top else [])]
     wanted = torch.from_numpy(np.concatenate(ids, 1).astype(np.int64)).to(states.device)
-    size = max(_LOGIT_BYTES // (4 * lm.vocab_size), 1)
     found = []
-    for at, its in zip(position.split(size), wanted.split(size), strict=True):
-        logits = lm.logits(states[0][at])
+    for part in logit_pieces(len(position), lm.vocab_size, _LOGIT_BYTES):
+        logits, its = lm.logits(states[0][position[part]]), wanted[part]
         own = torch.stack([likelihood(logits, column, 0).chosen for column in its.T], 1)
         found.append(torch.cat([own, likelihood(logits, its[:, 0], top).top], 1))
     return torch.cat(found).double().cpu().numpy()

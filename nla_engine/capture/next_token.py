@@ -18,6 +18,7 @@ from nla_engine.engine.scheduler import Run
 from nla_engine.engine.transfer import to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.logits import logit_pieces
 from nla_engine.ops.likelihood import likelihood
 from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.ops.sampling import SlotState
@@ -96,8 +97,7 @@ class NextTokenTap:
         if not rows.token:
             return
         columns = to_device(np.array([rows.slot, rows.position, rows.following]), self._device)
-        for part in torch.arange(len(hidden)).split(max(_LOGIT_BYTES // (4 * lm.vocab_size), 1)):
-            at = slice(int(part[0]), int(part[-1]) + 1)
+        for at in logit_pieces(len(hidden), lm.vocab_size, _LOGIT_BYTES):
             slot, position, following = (column[at].contiguous() for column in columns)
             self._keep(lm.logits(hidden[at]), slot, position, following)
 

@@ -14,6 +14,7 @@ from nla_engine.errors import RequestError
 from nla_engine.interactive.vectors import as_vectors
 from nla_engine.interactive.words import python_words
 from nla_engine.models.load import LanguageModel, load_model
+from nla_engine.models.logits import logit_pieces
 from nla_engine.models.readout import Readout
 from nla_engine.models.tokens import token_bytes
 from nla_engine.roundtrip.lens import LOGIT_BYTES, numbers_of
@@ -120,11 +121,10 @@ def lens(
             f"top_k is {top_k!r}: it must be 1 to {readout.columns:,}, the tokens of {lm.name}"
         )
     token = _tokens(next_ids, len(array), readout.columns)
-    at_once = max(LOGIT_BYTES[lm.device.type] // (4 * readout.columns), 1)
     found: list[dict[str, np.ndarray]] = []
-    for start in range(0, len(array), at_once):
-        logits = readout(torch.from_numpy(array[start : start + at_once]).to(lm.device))
-        given = torch.from_numpy(token[start : start + at_once]).to(lm.device)
+    for some in logit_pieces(len(array), readout.columns, LOGIT_BYTES[lm.device.type]):
+        logits = readout(torch.from_numpy(array[some]).to(lm.device))
+        given = torch.from_numpy(token[some]).to(lm.device)
         found.append(numbers_of(logits, given, top_k))
     joined = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
     texts = token_bytes(lm.tokenizer, lm.vocab_size)

@@ -7,10 +7,22 @@ here.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def states_at_once(columns: int, room: int) -> int:
+    """How many states, at least one, have logits, float32 [n, columns], of at most `room` bytes."""
+    return max(room // (4 * columns), 1)
+
+
+def logit_pieces(states: int, columns: int, room: int) -> Iterator[slice]:
+    """Which of so many states to take at a time, in order, for their logits to fit as in `states_at_once`."""
+    step = states_at_once(columns, room)
+    return (slice(start, min(start + step, states)) for start in range(0, states, step))
 
 
 class Given(nn.Module):

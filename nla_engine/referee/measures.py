@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from nla_engine.models.load import LanguageModel
+from nla_engine.models.logits import logit_pieces
 from nla_engine.ops.divergence import divergence
 
-#: Entries of the logits [n, vocabulary] that are held at once.
-_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}
+#: Bytes of the logits [n, vocabulary], as float32, that are held at once.
+_LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ def measure(
     out = torch.empty((3, lanes, positions), device=device)
     at = torch.from_numpy(row).to(device)[:, None] * positions + torch.arange(positions, device=device)
     tokens = torch.from_numpy(np.ascontiguousarray(following[row])).to(device)
-    step = max(_LOGITS[device.type] // (lm.vocab_size * positions), 1)
-    for start in range(0, lanes, step):
-        part = slice(start, min(start + step, lanes))
+    for part in logit_pieces(lanes, lm.vocab_size * positions, _LOGIT_BYTES[device.type]):
         first, last = int(row[part.start]), int(row[part.stop - 1]) + 1
         before = lm.logits(own[first:last].flatten(0, 1))
         after = lm.logits(patched[part].flatten(0, 1))

@@ -19,6 +19,7 @@ from nla_engine.engine.slots import free_bytes
 from nla_engine.errors import RequestError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import LanguageModel, pick_device
+from nla_engine.models.logits import states_at_once
 from nla_engine.models.readout import Readout
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.likelihood import entropy, likelihood, rank
@@ -226,7 +227,7 @@ class _Run:
         room = LOGIT_BYTES[device.type]
         if device.type == "cuda":
             room = min(room, free_bytes(device) // 8)
-        return max(room // (4 * columns), 1)
+        return states_at_once(columns, room)
 
     def _lines(
         self, readout: Readout, rows: np.ndarray, norms: np.ndarray, vectors: torch.Tensor, at_once: int

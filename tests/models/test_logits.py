@@ -16,6 +16,7 @@ from nla_engine.engine.runner import Runner
 from nla_engine.engine.stopping import StopAutomaton
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.models.logits import logit_pieces
 from nla_engine.ops.sampling import Sampling
 
 PROMPT = (70, 71, 72, 33, 90)
@@ -165,3 +166,17 @@ def test_a_model_whose_logits_cannot_be_had_does_not_generate(change: Any, reaso
             Generator(runner, max_new_tokens=1, stop=stop)
         Generator(runner, max_new_tokens=0)  # nothing is chosen: the corpus can be captured
     assert "forward" not in vars(lm.decoder)
+
+
+@pytest.mark.parametrize(
+    ("states", "room"), [(0, 100), (7, 1), (7, 4 * 5 * 3 + 1), (6, 4 * 5 * 3), (6, 1 << 30)]
+)
+def test_pieces_fit_and_leave_none_out(states: int, room: int) -> None:
+    sizes = []
+    done = 0
+    for piece in logit_pieces(states, 5, room):
+        assert piece.start == done < piece.stop
+        sizes.append(piece.stop - piece.start)
+        done = piece.stop
+    most = max(room // (4 * 5), 1)
+    assert done == states and all(size == most for size in sizes[:-1]) and all(size <= most for size in sizes)
