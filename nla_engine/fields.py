@@ -118,7 +118,9 @@ def gpus() -> Any:
 
 def workers() -> Any:
     """Several processes on a CPU."""
-    return option("On a CPU: so many processes, which share its cores.", 1, must=AT_LEAST_1)
+    return option(
+        "On a CPU: so many processes, which share its cores; at most one for each core.", 1, must=AT_LEAST_1
+    )
 
 
 def kernels() -> Any:

@@ -145,7 +145,8 @@ def fork_server() -> Iterator[Server]:
 
 @pytest.fixture
 def forked_workers(fork_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers of a pool are forked, which takes no seconds."""
+    """The workers of a pool are forked, which takes no seconds, and there are cores for as many as a test asks for."""
+    monkeypatch.setattr("nla_engine.workers.devices.cores", lambda: 64)
     popen = SimpleNamespace(**vars(subprocess))
     popen.Popen = partial(Forked, fork_server)
     monkeypatch.setattr(process, "subprocess", popen)

@@ -77,10 +77,6 @@ def estimate_capture(
     workers = max(len(devices), 1)
     if devices:
         options = replace(options, device=devices[0], gpus=None, workers=1)
-    if workers > 1:
-        announce(
-            f"measured in one process on {devices[0]}; {workers} are taken to be {workers} times as fast"
-        )
     with ExitStack() as opened:
         return _estimate(options, workers, announce, lm, opened)
 
@@ -103,6 +99,11 @@ def _estimate(
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
     limits = reply_limits(options, lm, prompts.sizes)
+    workers = max(min(workers, len(todo)), 1)  # as `Pool.keep_for`
+    if workers > 1:
+        announce(
+            f"measured in one process on {options.device}; {workers} are taken to be {workers} times as fast"
+        )
     plan = plan_capture(options, lm, prompts, choice, limits, todo, len(numbers), workers)
     announce(first_prompt(prompts, vocabulary))
     announce(str(plan))

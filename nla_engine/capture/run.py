@@ -133,8 +133,10 @@ class CaptureJob:
         self.vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
         self.stop = stop_of(options, self.vocabulary, lm.eos_ids)
         self.choice = RowChoice.of(options, lm, prompts, self.vocabulary)
-        devices = ", ".join(pool.devices) if pool is not None else str(lm.device)
         self.numbers = chosen_numbers(options, prompts)
+        if pool is not None:
+            pool.keep_for(len(self.numbers))
+        devices = ", ".join(pool.devices) if pool is not None else str(lm.device)
         self.recorded = Recorded(options, lm, prompts, self.layers, lm.describe(), devices, len(self.numbers))
 
     def run(self) -> CaptureSummary:
@@ -155,7 +157,7 @@ class CaptureJob:
             if writer:
                 todo = np.intersect1d(todo, writer.missing(len(self.prompts)), assume_unique=True)
             self.phases.phase(PREPARING)
-            workers = 1 if self.pool is None else len(self.pool.devices)
+            workers = 1 if self.pool is None else self.pool.keep_for(len(todo))
             asked = len(self.numbers)
             plan = plan_capture(
                 self.options, self.lm, self.prompts, self.choice, self.limits, todo, asked, workers

@@ -139,6 +139,7 @@ def fill_table(
         texts, tokens = _sum([*now, *lost])
         progress(min(max(before + texts, ended), total), total, tokens=tokens)
 
+    pool.keep_for(len(starts))
     for results in pool.run(work, range(len(starts)), told=told, most=_AT_ONCE, watch=watch):
         for number, lines in results:
             arrived[number] = lines

@@ -152,7 +152,9 @@ def _run(
         run = prepare_run(options, announce, phases, rows=rows, opened=opened)
         seconds, new = run.finish(announce, phases, pool)
         told = {"workers_lost": pool.lost.workers, "parts_again": pool.lost.items}
-        return _Done(seconds, new, {"workers": len(devices), **told, "workers_waited": asdict(pool.waited)})
+        return _Done(
+            seconds, new, {"workers": len(pool.devices), **told, "workers_waited": asdict(pool.waited)}
+        )
 
 
 def prepare_run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from nla_engine.errors import RequestError
@@ -34,6 +36,11 @@ def _devices(gpus: str | None, workers: int, device: str | None) -> tuple[str, .
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
         if workers > 1 and on_gpu:
             raise RequestError("--workers is for a CPU: give --gpus for several GPUs, or --device cpu")
+        if workers > cores():
+            raise RequestError(
+                f"--workers is {workers}: this process may use {cores()} CPU cores, and each worker holds the models: "
+                "lower it"
+            )
         return ("cpu",) * workers if workers > 1 else ()
     if workers > 1:
         raise RequestError("--gpus and --workers exclude each other: leave one of them out")
@@ -66,6 +73,11 @@ def grouped(devices: tuple[str, ...], size: int) -> tuple[str, ...]:
             f"--gpus gives {len(devices)} GPUs, and --tensor-parallel {size} does not divide them: change one of them"
         )
     return tuple(AND.join(devices[first : first + size]) for first in range(0, len(devices), size))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numbers(gpus: str, there: int) -> list[int]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
+from nla_engine.workers.devices import cores
 from nla_engine.workers.handing import MOST_DEATHS, RANGE, Handing
 from nla_engine.workers.job import Job, Waited
 from nla_engine.workers.process import WorkerProcess
@@ -62,7 +63,7 @@ class Pool:
         self._imports, self._announce, self._unit = imports, announce, unit
         self._most = waiting_bytes
         self._outgoing = outgoing_bytes or waiting_bytes // (2 * len(devices))
-        self._threads = max(_cores() // len(devices), 1)
+        self._threads = max(_threads() // len(devices), 1)
         self._lock = threading.Condition()
         self._handing = Handing([], 1)
         self._job: Job | None = None
@@ -105,6 +106,21 @@ class Pool:
         first = min((ready for ready, _ in told), default=0.0)
         each = [astuple(replace(waited, start=ready - first)) for ready, waited in told]
         return Waited(*(round(sum(seconds) / len(told), 3) for seconds in zip(*each, strict=True)))
+
+    def keep_for(self, items: int) -> int:
+        """Let processes go that so many items leave without work, before they load anything for it. Returns how many
+        stay, at least one. Call it before `run`."""
+        kept = max(min(items, len(self.devices)), 1)
+        if kept < len(self.devices):
+            self._say(f"{items:,} {self._unit}: {kept} of {len(self.devices)} workers have work")
+        with self._lock:
+            for number in range(kept, len(self.devices)):
+                worker = self._workers.pop(number)
+                worker.ended = True
+                worker.wire.hang_up()
+            self._died = [worker for worker in self._died if worker.number < kept]
+            self.devices = self.devices[:kept]
+        return kept
 
     def run(
         self,
@@ -372,9 +388,9 @@ class Pool:
                 self._lock.wait(wait)
 
 
-def _cores() -> int:
+def _threads() -> int:
     """Threads that this process may compute with."""
     with suppress(ValueError):
         if asked := int(os.environ.get("OMP_NUM_THREADS", "0")):
             return asked
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()

@@ -136,6 +136,22 @@ def test_three_workers_of_which_some_die(
     assert json.loads(json.dumps(summary.to_dict()))["sequences_again"] == summary.sequences_again
 
 
+def test_fewer_prompts_than_workers(tmp_path: Path, base: Path, rng: np.random.Generator) -> None:
+    """The others load no model; resumed, as many run as there are prompts left."""
+    write(tmp_path, rng, 3)
+    run_capture(options(tmp_path, base, "one.zarr"))
+    lines: list[str] = []
+    summary = run_capture(options(tmp_path, base, "many.zarr", workers=20), announce=lines.append)
+    check_same(tmp_path / "one.zarr", tmp_path / "many.zarr")
+    assert summary.workers == 3 and "3 sequences: 3 of 20 workers have work" in lines
+    assert (
+        zarr.open_group(tmp_path / "many.zarr").attrs["nla_engine"]["provenance"]["device"] == "cpu, cpu, cpu"
+    )
+    lines.clear()
+    again = run_capture(options(tmp_path, base, "many.zarr", workers=3, resume=True), announce=lines.append)
+    assert again.workers == 1 and again.rows == summary.rows
+
+
 def test_sampled_replies_with_all_that_can_be_chosen(
     tmp_path: Path, base: Path, rng: np.random.Generator
 ) -> None:
@@ -249,6 +265,7 @@ def test_dry_run(tmp_path: Path, base: Path, rng: np.random.Generator) -> None:
         ({"gpus": "0"}, "--gpus is '0': it must be"),
         ({"gpus": "2", "workers": 2, "device": None}, "--gpus and --workers exclude each other"),
         ({"workers": 0}, "--workers is 0: it must be 1 or more"),
+        ({"workers": 65}, "--workers is 65: this process may use 64 CPU cores"),
     ],
     ids=str,
 )

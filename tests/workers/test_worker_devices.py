@@ -5,11 +5,13 @@ import torch
 
 from nla_engine.errors import RequestError
 from nla_engine.fields import is_gpus
-from nla_engine.workers.devices import grouped, worker_devices
+from nla_engine.workers.devices import cores, grouped, worker_devices
 
 
 @pytest.fixture
 def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many GPUs, and three cores of a CPU."""
+    monkeypatch.setattr("nla_engine.workers.devices.cores", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
 
@@ -45,6 +47,8 @@ def test_no_gpus(word: str) -> None:
         (2, ("all", 1, "cuda:0"), "exclude each other"),
         (2, (None, 2, None), "for a CPU"),
         (2, (None, 2, "cuda:1"), "for a CPU"),
+        (0, (None, 4, None), "--workers is 4: this process may use 3 CPU cores"),
+        (2, (None, 99, "cpu"), "may use 3 CPU cores, and each worker holds the models: lower it"),
         (0, ("all", 1, None), "no CUDA GPU"),
         (0, ("1", 1, None), "no CUDA GPU"),
     ],
@@ -78,6 +82,15 @@ def test_a_loaded_model_cannot_be_that_of_workers() -> None:
 @pytest.mark.usefixtures("gpus")
 def test_workers(given: tuple[str | None, int, str | None], devices: tuple[str, ...]) -> None:
     assert worker_devices(*given) == devices
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 5, 7}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cores() == 3
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert cores() == 4
 
 
 def test_groups_of_devices() -> None:
