@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"errors", "provenance", "extension", "once", "progress"},
     {"codec", "options", "shard", "sites"},
-    {"fields"},
+    {"fields", "pair_fields"},
     {"config"},
     {"ops", "workers"},
     {"models"},

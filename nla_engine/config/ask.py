@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_engine import fields
+from nla_engine import fields, pair_fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import INJECT, QUESTION, check_cuts, check_samples, check_table
+from nla_engine.fields import check_cuts, check_samples, check_table
 from nla_engine.options import AT_LEAST_1, UNICODE, Must, Options, check_local, option
+from nla_engine.pair_fields import INJECT, QUESTION
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class AskOptions(Options):
         "list, all in one prompt).",
         None,
     )
-    injection: str | None = fields.injection(
+    injection: str | None = pair_fields.injection(
         "How vectors enter the oracle, which its directory does not say: add@1 (activation oracles), replace@0 "
         "(LatentQA), or any replace, replace@L or add@L."
     )
-    norm_match: bool = fields.norm_match()
-    injection_scale: str | None = fields.injection_scale(
+    norm_match: bool = pair_fields.norm_match()
+    injection_scale: str | None = pair_fields.injection_scale(
         "Norm of the injected vectors: a number, raw (as they are: LatentQA) or sqrt_d_model."
     )
     layer: int | None = option("Layer of the store to read. [default: the store's only one]", None)
@@ -68,9 +69,9 @@ class AskOptions(Options):
         "Read --prompt as it stands, without a chat template: it holds all turns and special tokens itself.",
         False,
     )
-    system: str | None = fields.system()
-    template_option: dict[str, Any] | None = fields.template_option()
-    prefill: str = fields.prefill()
+    system: str | None = pair_fields.system()
+    template_option: dict[str, Any] | None = pair_fields.template_option()
+    prefill: str = pair_fields.prefill()
     samples: int = fields.samples("Answers per question and prompt.")
     temperature: float = fields.temperature()
     top_p: float | None = fields.top_p()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nla_engine import fields
+from nla_engine import fields, pair_fields
 from nla_engine.errors import RequestError
 from nla_engine.fields import check_table
 from nla_engine.options import AT_LEAST_1, Options, check_local, flag, option
@@ -33,9 +33,9 @@ class ClausesOptions(Options):
     limit: int | None = fields.limit()
     variance: float | None = fields.store_variance()
     seed: int = fields.seed("Seed of the other rows and the random words.")
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    ar_map: Path | None = pair_fields.vector_map("AR", "after")
+    whitening: Path | None = pair_fields.whitening()
     ar_base: str | None = fields.base("the AR")
     base: str | None = fields.base("the captured model")
     precision: str = fields.precision("the AR")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_engine import fields
+from nla_engine import fields, pair_fields
 from nla_engine.errors import RequestError
 from nla_engine.fields import check_table
 from nla_engine.options import AT_LEAST_0, AT_LEAST_1, Options, block_numbers, check_local, option
@@ -59,9 +59,9 @@ class ControlsOptions(Options):
     reader_base: str | None = fields.base("the reader")
     seed: int = fields.seed("Seed of every draw.")
     variance: float | None = fields.store_variance()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    ar_map: Path | None = pair_fields.vector_map("AR", "after")
+    whitening: Path | None = pair_fields.whitening()
     ar_base: str | None = fields.base("the AR")
     batch_size: int | None = fields.batch_size("Texts that the reader writes at once.")
     precision: str = fields.precision("the reader and the AR")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nla_engine import fields
+from nla_engine import fields, pair_fields
 from nla_engine.fields import check_table
 from nla_engine.options import AT_LEAST_0, Must, Options, check_local, option
 
@@ -40,9 +40,9 @@ class PatchOptions(Options):
         must=AT_LEAST_0,
     )
     seed: int = fields.seed("Seed of the controls.")
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    ar_map: Path | None = pair_fields.vector_map("AR", "after")
+    whitening: Path | None = pair_fields.whitening()
     ar_base: str | None = fields.base("the AR")
     base: str | None = fields.base("the captured model")
     precision: str = fields.precision("the AR")
@@ -60,4 +60,4 @@ class PatchOptions(Options):
 
 
 def _is_norm(value: str) -> bool:
-    return value == RAW or (value not in fields.SCALES and fields.is_scale(value))
+    return value == RAW or (value not in pair_fields.SCALES and pair_fields.is_scale(value))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_engine import fields
+from nla_engine import fields, pair_fields
 from nla_engine.errors import RequestError
 from nla_engine.fields import check_cuts, check_samples, check_split, check_table
 from nla_engine.options import Options, check_local, one_of, option
@@ -20,8 +20,8 @@ class RoundtripOptions(Options):
     """Stage 2. See each field's help."""
 
     store: str = fields.store()
-    av: str = fields.av()
-    ar: str = fields.ar()
+    av: str = pair_fields.av()
+    ar: str = pair_fields.ar()
     out: Path = fields.table()
     layer: int | None = fields.layer("AV")
     site: str = fields.site()
@@ -35,18 +35,18 @@ class RoundtripOptions(Options):
     seed: int = fields.seed("Seed of the sampling and of the controls.")
     max_new_tokens: int = fields.explanation_tokens()
     variance: float | None = fields.store_variance()
-    injection_scale: str | None = fields.injection_scale()
-    injection: str | None = fields.injection()
-    norm_match: bool = fields.norm_match()
-    slots: str | None = fields.slots()
-    prompt: str | None = fields.prompt("the AV")
-    system: str | None = fields.system()
-    template_option: dict[str, Any] | None = fields.template_option()
-    prefill: str = fields.prefill()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    av_map: Path | None = fields.vector_map("AV", "before")
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
+    injection_scale: str | None = pair_fields.injection_scale()
+    injection: str | None = pair_fields.injection()
+    norm_match: bool = pair_fields.norm_match()
+    slots: str | None = pair_fields.slots()
+    prompt: str | None = pair_fields.prompt("the AV")
+    system: str | None = pair_fields.system()
+    template_option: dict[str, Any] | None = pair_fields.template_option()
+    prefill: str = pair_fields.prefill()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    av_map: Path | None = pair_fields.vector_map("AV", "before")
+    ar_map: Path | None = pair_fields.vector_map("AR", "after")
+    whitening: Path | None = pair_fields.whitening()
     av_base: str | None = fields.base("the AV")
     ar_base: str | None = fields.base("the AR")
     batch_size: int | None = fields.batch_size("Explanations generated at once.")
@@ -81,7 +81,7 @@ class ExplainOptions(Options):
     """The first half of stage 2: an AV alone. See each field's help."""
 
     store: str = fields.store()
-    av: str = fields.av()
+    av: str = pair_fields.av()
     out: Path = fields.table()
     layer: int | None = fields.layer("AV")
     site: str = fields.site()
@@ -94,17 +94,17 @@ class ExplainOptions(Options):
     min_p: float | None = fields.min_p()
     seed: int = fields.seed("Seed of the sampling.")
     max_new_tokens: int = fields.explanation_tokens()
-    injection_scale: str | None = fields.injection_scale()
-    injection: str | None = fields.injection()
-    norm_match: bool = fields.norm_match()
-    slots: str | None = fields.slots()
-    prompt: str | None = fields.prompt("the AV")
-    system: str | None = fields.system()
-    template_option: dict[str, Any] | None = fields.template_option()
-    prefill: str = fields.prefill()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    av_map: Path | None = fields.vector_map("AV", "before")
-    whitening: Path | None = fields.whitening()
+    injection_scale: str | None = pair_fields.injection_scale()
+    injection: str | None = pair_fields.injection()
+    norm_match: bool = pair_fields.norm_match()
+    slots: str | None = pair_fields.slots()
+    prompt: str | None = pair_fields.prompt("the AV")
+    system: str | None = pair_fields.system()
+    template_option: dict[str, Any] | None = pair_fields.template_option()
+    prefill: str = pair_fields.prefill()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    av_map: Path | None = pair_fields.vector_map("AV", "before")
+    whitening: Path | None = pair_fields.whitening()
     av_base: str | None = fields.base("the AV")
     batch_size: int | None = fields.batch_size("Explanations generated at once.")
     follow: bool = fields.follow()
@@ -133,7 +133,7 @@ class ScoreOptions(Options):
     """The second half of stage 2: an AR alone, on given texts. See each field's help."""
 
     store: str = fields.store()
-    ar: str = fields.ar()
+    ar: str = pair_fields.ar()
     texts: Path = option(
         "The texts: .parquet or .jsonl with fields row and text, or the table of explain or roundtrip."
     )
@@ -150,9 +150,9 @@ class ScoreOptions(Options):
     site: str = fields.site()
     seed: int = fields.seed("Seed of the controls.")
     variance: float | None = fields.store_variance()
-    template_value: tuple[tuple[str, str], ...] = fields.template_value()
-    ar_map: Path | None = fields.vector_map("AR", "after")
-    whitening: Path | None = fields.whitening()
+    template_value: tuple[tuple[str, str], ...] = pair_fields.template_value()
+    ar_map: Path | None = pair_fields.vector_map("AR", "after")
+    whitening: Path | None = pair_fields.whitening()
     ar_base: str | None = fields.base("the AR")
     precision: str = fields.precision("the AR")
     dtype: str | None = fields.dtype()

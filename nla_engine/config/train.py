@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nla_engine import fields
 from nla_engine.errors import RequestError
-from nla_engine.fields import SCALES, is_scale
 from nla_engine.options import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, Must, Options, check_local, one_of, option
+from nla_engine.pair_fields import SCALES, is_scale
 
 METHODS = ("lora", "full")
 _RATE = Must(lambda value: math.isfinite(value) and 0 < value <= 1, "above 0 and at most 1")

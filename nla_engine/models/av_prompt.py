@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nla_engine.errors import CheckpointError, PromptError
-from nla_engine.fields import INJECT
 from nla_engine.models.chat import ChatText, Reading
 from nla_engine.models.injection import Prompt
 from nla_engine.models.sidecar import Sidecar
+from nla_engine.pair_fields import INJECT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nla_engine.fields import INJECTION
+from nla_engine.pair_fields import INJECTION
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Injection:
 
 
 def norm_named(scale: str, d_model: int) -> float | None:
-    """The norm that a scale stands for, None for as vectors are. scale: as `fields.is_scale` allows it."""
+    """The norm that a scale stands for, None for as vectors are. scale: as `pair_fields.is_scale` allows it."""
     if scale in ("raw", "none"):
         return None
     return math.sqrt(d_model) if scale == "sqrt_d_model" else float(scale)

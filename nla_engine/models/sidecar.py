@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from nla_engine.errors import CheckpointError
-from nla_engine.fields import SCALES, is_scale
 from nla_engine.models.injection import Injection, norm_named
 from nla_engine.models.template import split_template
+from nla_engine.pair_fields import SCALES, is_scale
 
 SIDECAR = "nla_meta.yaml"
 KINDS = ("nla_model", "nla_dataset")

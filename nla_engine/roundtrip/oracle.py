@@ -15,13 +15,13 @@ import torch
 
 from nla_engine.config import AskOptions
 from nla_engine.errors import PromptError, RequestError
-from nla_engine.fields import INJECT, QUESTION
 from nla_engine.models.av_prompt import Wording, placeholder_prompt, renderer
 from nla_engine.models.injection import Injection, Prompt, norm_named
 from nla_engine.models.load import load_model
 from nla_engine.models.sidecar import SIDECAR
 from nla_engine.models.source import Source, find_source
 from nla_engine.ops.backends import Kernels
+from nla_engine.pair_fields import INJECT, QUESTION
 from nla_engine.roundtrip.writer import Limits, Writer
 
 #: Prompts that are kept; those of many different questions are made again when they are asked.
