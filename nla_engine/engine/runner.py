@@ -22,24 +22,24 @@ from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.latent import EngineLatent
-from nla_engine.engine.own_attention import implementation, knows_attention, take_attention
+from nla_engine.engine.own_attention import implementation, take_attention
 from nla_engine.engine.ranks import Ranks
-from nla_engine.engine.rotation import check_rotation, rotates_on_host
+from nla_engine.engine.rotation import rotates_on_host
 from nla_engine.engine.selfcheck import SelfCheck
 from nla_engine.engine.short_conv import EngineShortConv
 from nla_engine.engine.slots import SlotCache
-from nla_engine.engine.states import conv_module, delta_module, kept_shape
+from nla_engine.engine.states import conv_module, delta_module
+from nla_engine.engine.supported import check_supported
 from nla_engine.engine.tap import NoTap, Tap
 from nla_engine.engine.temperature import temper, untemper
 from nla_engine.engine.transfer import to_device
-from nla_engine.errors import EngineError, NLAError, RequestError, UnsupportedModel
-from nla_engine.models.decoder import block_output, values
-from nla_engine.models.implementation import attend_by, is_pluggable
+from nla_engine.errors import EngineError, NLAError, UnsupportedModel
+from nla_engine.models.decoder import block_output
+from nla_engine.models.implementation import attend_by
 from nla_engine.models.injection import Injection
 from nla_engine.models.load import LanguageModel
 from nla_engine.models.places import Place, find_places
 from nla_engine.ops.backends import Kernels
-from nla_engine.ops.fp8 import check_fp8
 from nla_engine.sites import EMBEDDINGS, MLP_OUT, RESID_POST, Site
 
 #: Errors in a model's first passes that say nothing about its architecture.
@@ -71,23 +71,8 @@ class Runner:
         blocks: int | None = None,
         block: int | None = None,
     ) -> None:
-        if kernels.precision == "fp8" and not all(map(can_fuse, lm.blocks)):
-            raise EngineError(
-                f"{lm.name}: fp8 needs fused blocks, and this architecture has none: use --precision full"
-            )
-        if kernels.precision == "fp8":
-            check_fp8(lm.device)
-        if length > lm.max_length:
-            raise EngineError(
-                f"{lm.name}: sequences of {length} tokens are longer than its {lm.max_length} positions"
-            )
-        check_rotation(lm, length)
-        check_shape(lm)
+        check_supported(lm, length, kernels.precision)
         self.ranks: Ranks | None = lm.ranks
-        if self.ranks is not None and kernels.precision == "fp8":
-            raise RequestError(
-                "--precision fp8 is not offered with --tensor-parallel: leave one of the two out"
-            )
         self.at_close: list[Callable[[], object]] = []  # called when it is closed
         self.lm, self.length = lm, length
         self.device = lm.device
@@ -375,25 +360,3 @@ class Runner:
             )
         states = hidden[0] if token is None or self._narrows else hidden[0, token]
         return states if self.ranks is None else self.ranks.own(states)
-
-
-def check_shape(lm: LanguageModel) -> None:
-    """UnsupportedModel unless every block attends, with as many query heads as the others, through an attention of
-    ours."""
-    why, by_block = None, bool(getattr(lm.config, "is_heterogeneous", False))
-    mixes = any(kept_shape(block) is not None for block in lm.blocks)  # then others attend through ours
-    pluggable = is_pluggable(lm.model) or knows_attention(lm.blocks)
-    if not mixes and not pluggable:
-        why = "has no pluggable attention"
-    for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        found = values(lm.config, key)
-        if key == "num_attention_heads" and not all(found):
-            why = why or "has no num_attention_heads in its configuration"
-        if not all(isinstance(each, int | None) for each in found):
-            why = why or f"has a {key} that is no number"
-        if len(found) > 1 and (key == "num_attention_heads" or not by_block):
-            why = why or f"has blocks that differ in {key}"
-    if why is not None:
-        raise UnsupportedModel(
-            f"{lm.name}: {type(lm.model).__name__} {why}: this architecture is not supported"
-        )
