@@ -23,6 +23,12 @@ class Progress:
         """
 
 
+#: announce(line for the user)
+Announce = Callable[[str], None]
+#: progress(done, total), as far as is known, or one that is told the phases too
+Heard = Callable[[int, int], None] | Progress
+
+
 class _Plain(Progress):
     """Calls a function (done, total) whenever one of the two has changed."""
 

@@ -12,11 +12,11 @@ from nla_engine.comparison.files import write_comparison
 from nla_engine.comparison.matching import match
 from nla_engine.config import CrossplayOptions, ScoreOptions
 from nla_engine.errors import RequestError
-from nla_engine.progress import Progress
+from nla_engine.progress import Announce, Heard, Progress
 from nla_engine.referee.evidence import Evidence
 from nla_engine.report.models import short_name
 from nla_engine.roundtrip.results import check_table
-from nla_engine.roundtrip.run import Announce, Heard, run_score
+from nla_engine.roundtrip.run import run_score
 from nla_engine.store.directory import check_directory
 from nla_engine.store.shards import make_directory, writing
 from nla_engine.studies.tables import show

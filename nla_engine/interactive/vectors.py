@@ -10,7 +10,7 @@ import torch
 
 from nla_engine.errors import RequestError
 from nla_engine.roundtrip import score
-from nla_engine.roundtrip.run import CONTROL_ROWS
+from nla_engine.roundtrip.chosen import CONTROL_ROWS
 from nla_engine.roundtrip.score import Controls
 from nla_engine.store.views.draw import draw_rows
 

@@ -16,7 +16,7 @@ from nla_engine.errors import RequestError, StoreError
 from nla_engine.models.load import load_model, pick_device
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
-from nla_engine.progress import Phases, Progress
+from nla_engine.progress import Announce, Heard, Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.referee.claim_table import CLAIM, CLAUSE, FACT, ClaimsSummary, schema_of, summarise
 from nla_engine.referee.claims import Claim, claims_of
@@ -27,7 +27,6 @@ from nla_engine.referee.others import other_texts
 from nla_engine.referee.truth import Context, Contexts, Said
 from nla_engine.roundtrip.results import ResultTable, check_table
 from nla_engine.roundtrip.rows import token_columns
-from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.summary import FINISHING, LOADING
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore

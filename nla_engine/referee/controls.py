@@ -13,17 +13,18 @@ from nla_engine.config import ControlsOptions
 from nla_engine.errors import CheckpointError, RequestError, StoreError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import LanguageModel
-from nla_engine.progress import Phases, Progress
+from nla_engine.progress import Announce, Heard, Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.referee.added import CONTROLS, Added
 from nla_engine.referee.control_texts import OF_CONTROLS, ControlTexts
 from nla_engine.referee.intervals import in_words
 from nla_engine.referee.load import AR_AS_GIVEN, check_revision, read_by, reading_options, selected_texts
 from nla_engine.referee.reader import Reader
+from nla_engine.roundtrip.chosen import CONTROL_ROWS, Chosen
+from nla_engine.roundtrip.job import Run
 from nla_engine.roundtrip.layers import controls_of
 from nla_engine.roundtrip.pair import choose_layer
 from nla_engine.roundtrip.results import check_table, read_metadata
-from nla_engine.roundtrip.run import CONTROL_ROWS, Announce, Chosen, Heard, Run
 from nla_engine.roundtrip.summary import LOADING, PREPARING
 from nla_engine.roundtrip.text_checks import check_layer, check_lengths
 from nla_engine.roundtrip.text_file import TextFile

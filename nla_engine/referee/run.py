@@ -15,7 +15,7 @@ import torch
 from nla_engine.config import PatchOptions
 from nla_engine.errors import RequestError
 from nla_engine.models.load import LanguageModel
-from nla_engine.progress import Phases, Progress
+from nla_engine.progress import Announce, Heard, Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.referee.control_texts import OF_CONTROLS, of_controls
 from nla_engine.referee.load import (
@@ -36,7 +36,6 @@ from nla_engine.roundtrip.pair import Pair, choose_layer
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import PATCH, ResultTable, check_table, nullable
 from nla_engine.roundtrip.rows import row_columns
-from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.score import cosine
 from nla_engine.roundtrip.summary import FINISHING, LOADING, PREPARING
 from nla_engine.roundtrip.text_checks import check_layer, check_lengths

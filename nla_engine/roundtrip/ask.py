@@ -15,7 +15,7 @@ from nla_engine.config import AskOptions
 from nla_engine.errors import RequestError
 from nla_engine.models.load import tokenizer_of
 from nla_engine.ops.sampling import sampling_of
-from nla_engine.progress import Phases, Progress
+from nla_engine.progress import Announce, Heard, Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.oracle import Prompts, find_oracle, load_writer
@@ -24,7 +24,6 @@ from nla_engine.roundtrip.pipeline import CHUNK, COMMIT_SECONDS
 from nla_engine.roundtrip.questions import Questions
 from nla_engine.roundtrip.results import ANSWERS, ResultTable, check_table
 from nla_engine.roundtrip.rows import row_columns
-from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.summary import ASKING, LOADING, PREPARING, AskSummary, summarise_answers
 from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
 from nla_engine.roundtrip.writer import Asked, Limits, Writer

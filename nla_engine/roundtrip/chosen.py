@@ -13,6 +13,9 @@ from nla_engine.roundtrip.slots import Slots
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows
 
+#: Rows in the sample of the controls, at most.
+CONTROL_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Chosen:

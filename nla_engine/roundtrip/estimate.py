@@ -23,10 +23,10 @@ from nla_engine.engine.forecast import Forecast, Tally
 from nla_engine.models.tokens import excerpt
 from nla_engine.progress import Phases, Progress
 from nla_engine.roundtrip.far import AT_ONCE
+from nla_engine.roundtrip.job import Run, prepare_run
 from nla_engine.roundtrip.pipeline import Explained
 from nla_engine.roundtrip.results import ResultTable
 from nla_engine.roundtrip.rows import draws_of, spread
-from nla_engine.roundtrip.run import Run, prepare_run
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import Written
 from nla_engine.roundtrip.verbalize import Explanation

@@ -23,12 +23,11 @@ from nla_engine.models.logits import states_at_once
 from nla_engine.models.readout import Readout
 from nla_engine.models.tokens import token_bytes
 from nla_engine.ops.likelihood import entropy, likelihood, rank
-from nla_engine.progress import Phases, Progress
+from nla_engine.progress import Announce, Heard, Phases, Progress
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip.pipeline import COMMIT_SECONDS
 from nla_engine.roundtrip.results import SCHEMA, ResultTable, batches, check_table, read_metadata
 from nla_engine.roundtrip.rows import row_columns, select_rows
-from nla_engine.roundtrip.run import Announce, Heard
 from nla_engine.roundtrip.texts import read_ahead
 from nla_engine.store import CaptureStore
 from nla_engine.store.format import IMPORTED

@@ -16,9 +16,9 @@ import torch
 
 from nla_engine.provenance import describe_run
 from nla_engine.roundtrip import score
+from nla_engine.roundtrip.chosen import CONTROL_ROWS
 from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.results import ResultTable, batches, nullable
-from nla_engine.roundtrip.run import CONTROL_ROWS
 from nla_engine.roundtrip.score import Controls
 from nla_engine.store import CaptureStore
 from nla_engine.store.views.draw import draw_rows

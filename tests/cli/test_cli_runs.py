@@ -309,7 +309,7 @@ def test_an_interrupt_before_anything_is_there(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nla_engine.capture.run.load_inputs", interrupted)
-    monkeypatch.setattr("nla_engine.roundtrip.run.load_pair", interrupted)
+    monkeypatch.setattr("nla_engine.roundtrip.job.load_pair", interrupted)
     for command in (capture(root, tmp_path / "x.zarr"), roundtrip(root, tmp_path / "x.parquet")):
         check_failed(call(*command), "interrupted; nothing is committed yet: start it again")
     monkeypatch.setattr("nla_engine.capture.estimate.load_inputs", interrupted)

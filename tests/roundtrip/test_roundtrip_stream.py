@@ -22,7 +22,7 @@ from nla_engine.codec.rows import Codec
 from nla_engine.config import RoundtripOptions
 from nla_engine.errors import EngineError, RequestError, StoreError, WhereError
 from nla_engine.ops.sampling import Sampling
-from nla_engine.roundtrip import pipeline, rows, run
+from nla_engine.roundtrip import job, pipeline, results, rows
 from nla_engine.roundtrip.background import Background
 from nla_engine.roundtrip.draws import of_sample
 from nla_engine.roundtrip.reconstruct import Reconstructor
@@ -181,7 +181,7 @@ def test_following_a_writer_gives_every_row_once(
 ) -> None:
     """The store is made only once the run waits for it."""
     monkeypatch.setattr(rows, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(run, "CONTROL_ROWS", 6)
+    monkeypatch.setattr(job, "CONTROL_ROWS", 6)
     asked, read = threading.Event(), threading.Event()
 
     def write() -> None:
@@ -224,9 +224,9 @@ def test_slow_explanations_are_committed_before_a_chunk_is_full(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, parts = make_store(tmp_path / "s.zarr", 2), []
-    real = run.ResultTable.append
+    real = results.ResultTable.append
     monkeypatch.setattr(
-        run.ResultTable,
+        results.ResultTable,
         "append",
         lambda self, columns: (parts.append(len(columns["row"])), real(self, columns)),
     )

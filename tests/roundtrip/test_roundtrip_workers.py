@@ -21,6 +21,7 @@ from nla_engine.errors import EngineError, RequestError
 from nla_engine.progress import Phases, Progress
 from nla_engine.roundtrip import parallel
 from nla_engine.roundtrip import run as running
+from nla_engine.roundtrip.job import prepare_run
 from nla_engine.roundtrip.pipeline import Item
 from nla_engine.roundtrip.results import but_last, committed
 from nla_engine.roundtrip.run import run_explain, run_roundtrip, run_score
@@ -184,7 +185,7 @@ class Silent:
 
 
 def work_of(options: RoundtripOptions) -> parallel.StageTwoWork:
-    run = running.prepare_run(options, lambda text: None, Phases(Progress()))
+    run = prepare_run(options, lambda text: None, Phases(Progress()))
     models = parallel.fingerprints(run.pair.verbalizer, run.pair.reconstructor)
     return parallel.StageTwoWork(options, run.layer, None, run.chosen.sample, but_last(run.schema()), models)
 

@@ -20,7 +20,7 @@ from tiny import D, byte_tokenizer
 import nla_engine
 from nla_engine.config import ExplainOptions, RoundtripOptions, ScoreOptions
 from nla_engine.errors import RequestError
-from nla_engine.roundtrip import pipeline, run
+from nla_engine.roundtrip import job, pipeline
 from nla_engine.roundtrip.results import SCHEMA, read_metadata
 from nla_engine.store import CaptureStore
 
@@ -56,7 +56,7 @@ def test_explain_then_score_is_a_round_trip(
     root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, object]
 ) -> None:
     monkeypatch.setattr(pipeline, "CHUNK", 8)
-    monkeypatch.setattr(run, "CONTROL_ROWS", 4)
+    monkeypatch.setattr(job, "CONTROL_ROWS", 4)
     texts = explained(root, store, tmp_path / "e.parquet", **how)
     seed = how.get("seed", 0)
     mine = nla_engine.run_score(options(root, store, texts, tmp_path / "s.parquet", seed=seed))

@@ -92,7 +92,7 @@ def other(tmp: Path, store: CaptureStore) -> CaptureStore:
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that are smaller than the store."""
-    monkeypatch.setattr("nla_engine.roundtrip.run.CONTROL_ROWS", 17)
+    monkeypatch.setattr("nla_engine.roundtrip.job.CONTROL_ROWS", 17)
     monkeypatch.setattr("nla_engine.referee.run.CONTROL_ROWS", 17)
     monkeypatch.setattr("nla_engine.roundtrip.variance.VARIANCE_ROWS", 23)
 
