@@ -15,6 +15,7 @@ _BETAS = (0.9, 0.98)
 _DECAY = 0.05
 _LONGEST_GRADIENT = 1.0
 _WARMUP_PART = 20
+_LONGEST_WARMUP = 300  # steps, in `fit`
 
 
 def warmup_of(steps: int, most: int) -> int:
@@ -83,11 +84,11 @@ def fit(
 ) -> dict[str, float]:
     """A whole phase in one call, ended by `steps` or by `seconds`, whichever comes first.
 
-    The rate follows the larger of the two fractions spent, so it has always decayed to zero at the end.
+    The rate follows the larger of the two fractions spent, so it has always decayed to zero at the end. It rises over a
+    part of the steps that can be expected by then, so seconds that end early do not end it before its peak.
     Returns steps done, seconds used and the mean loss of the last tenth logged.
     """
     fitter = Fitter({str(number): p for number, p in enumerate(parameters)}, peak_rate)
-    warmup = warmup_of(steps, 300)
     start, step, losses = time.perf_counter(), 0, []
     first_step_end = start  # the first step compiles: its time is not counted
     while step < steps:
@@ -97,7 +98,8 @@ def fit(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of_step()
         loss.backward()
-        rate = fitter.step(step, warmup, spent)
+        expected = min(steps, round(step / spent)) if spent else steps
+        rate = fitter.step(step, warmup_of(expected, _LONGEST_WARMUP), spent)
         step += 1
         if step == 1:
             loss.item()
