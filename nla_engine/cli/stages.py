@@ -123,6 +123,11 @@ def score_command(options: ScoreOptions, as_json: bool) -> None:
 @command(AskOptions)
 def ask_command(options: AskOptions, as_json: bool) -> None:
     """Ask an activation oracle or a LatentQA decoder questions about stored activations."""
+    if options.dry_run:
+        from nla_engine.roundtrip.ask_estimate import estimate_ask
+
+        finish("dry run: nothing was written", estimate_ask(options, announce=say).to_dict(), as_json)
+        return
     from nla_engine.roundtrip.ask import run_ask
 
     with progress_bar("answers") as progress:

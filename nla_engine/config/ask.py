@@ -87,6 +87,7 @@ class AskOptions(Options):
     kernels: str = fields.kernels()
     resume: bool = fields.resume("run")
     overwrite: bool = fields.replace()
+    dry_run: bool = fields.dry_run()
     trust_remote_code: bool = fields.trust_remote_code()
 
     def __post_init__(self) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from nla_engine.config import AskOptions
+from nla_engine.engine.generator import Watch
 from nla_engine.errors import RequestError
+from nla_engine.models.injection import Prompt
 from nla_engine.models.load import tokenizer_of
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.progress import Announce, Heard, Phases, Progress
@@ -52,7 +54,26 @@ def run_ask(
     progress: Heard = Progress(),
 ) -> AskSummary:
     """Ask, and write the table. Raises the errors of `nla_engine.errors`."""
+    if options.dry_run:
+        raise RequestError("--dry-run writes nothing: call `nla_engine.roundtrip.ask_estimate.estimate_ask`")
     phases = Phases(progress)
+    run = prepare_ask(options, announce, phases)
+    table = ResultTable.open(
+        options.out,
+        options=run.identity(),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        schema=ANSWERS,
+    )
+    before = table.done
+    with table:
+        if not table.finished:
+            run.fill(table, announce, phases)
+    return summarise_answers(options, phases.seconds(), table.done - before)
+
+
+def prepare_ask(options: AskOptions, announce: Announce, phases: Phases) -> AskRun:
+    """Load the oracle and check everything; nothing is written. Errors as for `run_ask`."""
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
     check_table(options.out, resume=options.resume, overwrite=options.overwrite)
@@ -75,43 +96,27 @@ def run_ask(
             f"longest prompt, which has {limits.longest} tokens: lower it, or --rows-per-prompt"
         )
     phases.phase(PREPARING)
-    run = _Run(options, store, layer, questions, prompts, limits, writer)
-    table = ResultTable.open(
-        options.out,
-        options=run.identity(fingerprint),
-        resume=options.resume,
-        overwrite=options.overwrite,
-        schema=ANSWERS,
-    )
-    before = table.done
-    with table:
-        if not table.finished:
-            run.fill(table, announce, phases)
-    return summarise_answers(options, phases.seconds(), table.done - before)
+    return AskRun(options, store, layer, questions, prompts, fingerprint, limits, writer)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run, ready to start."""
+class AskRun:
+    """One run, ready to start. fingerprint: of the prompts."""
 
     options: AskOptions
     store: CaptureStore
     layer: Site
     questions: Questions
     prompts: Prompts
+    fingerprint: str
     limits: Limits
     writer: Writer
 
     def fill(self, table: ResultTable, announce: Announce, phases: Phases) -> None:
         """Ask what the table does not hold yet, and finish it."""
-        samples, questions = self.options.samples, self.questions
-        total, first = len(questions), table.done // samples
-        rows = len(np.unique(questions.rows))
-        announce(
-            f"{total:,} prompts about {rows:,} rows of {self.layer.label}, "
-            + ("an answer each" if samples == 1 else f"{samples} answers each")
-            + (f" ({table.done:,} already there)" if first else "")
-        )
+        samples = self.options.samples
+        total, first = len(self.questions), table.done // samples
+        announce(str(self) + (f" ({table.done:,} already there)" if first else ""))
 
         def write(columns: dict[str, Any]) -> None:
             table.append(columns)
@@ -120,11 +125,26 @@ class _Run:
         phases.phase(ASKING, "answers")
         with Background() as background, closing(self._chunks(first)) as chunks:
             for chunk in chunks:
-                background.submit(lambda chunk=chunk: write(self._columns(chunk)))  # type: ignore[misc]
+                background.submit(lambda chunk=chunk: write(self.columns(chunk)))  # type: ignore[misc]
         table.finish(self._metadata())
 
-    def identity(self, fingerprint: str) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it continues. fingerprint: of the prompts."""
+    @property
+    def rows(self) -> int:
+        """Different rows that are asked about."""
+        return len(np.unique(self.questions.rows))
+
+    def prompt(self, number: int) -> Prompt:
+        """What the oracle reads for this one of the questions' prompts."""
+        questions = self.questions
+        return self.prompts.of(questions.question_of(number), len(questions.rows_of(number)))
+
+    def __str__(self) -> str:
+        samples = self.options.samples
+        each = "an answer each" if samples == 1 else f"{samples} answers each"
+        return f"{len(self.questions):,} prompts about {self.rows:,} rows of {self.layer.label}, {each}"
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it continues."""
         given = self.options.to_dict()
         names = (
             "where",
@@ -146,7 +166,7 @@ class _Run:
             "store": self.store.attributes["store_id"],
             **self.writer.injection.to_dict(),
             "questions": self.questions.fingerprint(),
-            "prompts": fingerprint,
+            "prompts": self.fingerprint,
             "drawn_by": "sequence and position",  # older versions: the place in the store
             "oracle": self.writer.lm.fingerprint(),
         }
@@ -156,7 +176,7 @@ class _Run:
         samples, total = self.options.samples, len(self.questions)
         group: list[Answer] = []
         since = time.monotonic()
-        with closing(self._answers(first)) as answers:
+        with closing(self.answers(np.arange(first, total))) as answers:
             for number, answer in enumerate(answers, 1):
                 group.append(answer)
                 if number % samples:
@@ -166,12 +186,14 @@ class _Run:
                     yield group
                     group, since = [], time.monotonic()
 
-    def _answers(self, first: int) -> Generator[Answer, None, None]:
-        """All answers from prompt `first` on, in order."""
-        options, questions, samples = self.options, self.questions, self.options.samples
+    def answers(
+        self, prompts: np.ndarray, watch: Watch = lambda tally: None
+    ) -> Generator[Answer, None, None]:
+        """All answers to these prompts, int64 [n], in their order. watch: told how far the oracle is"""
+        options, samples = self.options, self.options.samples
         reader = self.store.layer(self.layer)
-        without = self._without_direction(reader)[questions.group[first:]]
-        sound = first + np.flatnonzero(without == None)  # noqa: E711
+        without = self.without_direction(prompts)
+        sound = prompts[without == None]  # noqa: E711
         written = self.writer.write(
             self._asked(reader, sound),
             self.limits,
@@ -179,9 +201,10 @@ class _Run:
             max_new_tokens=options.max_new_tokens,
             sampling=sampling_of(options),
             batch_size=options.batch_size,
+            watch=watch,
         )
         with closing(written):
-            for prompt, status in enumerate(without.tolist(), first):
+            for prompt, status in zip(prompts.tolist(), without.tolist(), strict=True):
                 for sample in range(samples):
                     if status is not None:
                         yield Answer(prompt, sample, "", status, 0)
@@ -190,14 +213,14 @@ class _Run:
                     words = (options.prefill + text.text).strip()
                     yield Answer(prompt, sample, words, "unclosed" if text.cut else "ok", text.n_tokens)
 
-    def _without_direction(self, reader: LayerReader) -> np.ndarray:
-        """Of each group, object [G]: the status of its first vector without a direction, None if all have one."""
-        questions = self.questions
+    def without_direction(self, prompts: np.ndarray) -> np.ndarray:
+        """Of each prompt, object [n]: the status of its first vector without a direction, None if all have one."""
+        questions, reader = self.questions, self.store.layer(self.layer)
         out = np.full(len(questions.start) - 1, None, object)
         of_rows = np.array(without_direction(reader.norm_at(questions.rows)), object)
         for place in np.flatnonzero(of_rows != None)[::-1].tolist():  # noqa: E711
             out[np.searchsorted(questions.start, place, "right") - 1] = of_rows[place]
-        return out
+        return out[questions.group[prompts]]
 
     def _asked(self, reader: LayerReader, prompts: np.ndarray) -> Iterator[Asked]:
         """These prompts with their vectors on the device, which are read one block ahead."""
@@ -210,10 +233,10 @@ class _Run:
                 ends = np.cumsum(np.diff(questions.start)[groups])
                 parts = vectors.split(np.diff(ends, prepend=0).tolist())
                 for prompt, group in zip(block.tolist(), place.tolist(), strict=True):
-                    asked = self.prompts.of(questions.question_of(prompt), len(parts[group]))
-                    yield Asked(prompt, asked, parts[group], int(draws[prompt]))
+                    yield Asked(prompt, self.prompt(prompt), parts[group], int(draws[prompt]))
 
-    def _columns(self, answers: list[Answer]) -> dict[str, Any]:
+    def columns(self, answers: list[Answer]) -> dict[str, Any]:
+        """Of the table."""
         store, questions = self.store, self.questions
         about = [questions.rows_of(answer.prompt) for answer in answers]
         rows = np.array([of[0] for of in about])

@@ -16,27 +16,33 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nla_engine.config import ScoreOptions, StageTwoOptions, WritingOptions
-from nla_engine.engine.forecast import Forecast, Tally
-from nla_engine.models.tokens import excerpt
+from nla_engine.engine.forecast import Forecast
 from nla_engine.progress import Phases, Progress
 from nla_engine.roundtrip.far import AT_ONCE
 from nla_engine.roundtrip.job import Run, prepare_run
 from nla_engine.roundtrip.pipeline import Explained
 from nla_engine.roundtrip.results import ResultTable
-from nla_engine.roundtrip.rows import draws_of, spread
+from nla_engine.roundtrip.rows import draws_of
+from nla_engine.roundtrip.sample import (
+    SAMPLE,
+    SHORT,
+    WRITE_SECONDS,
+    Enough,
+    Timed,
+    Timing,
+    bytes_each,
+    bytes_per_token,
+    evenly,
+    first_prompt,
+)
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import Written
 from nla_engine.roundtrip.verbalize import Explanation
 
-#: Of a sample: most texts, and how many neighbouring rows are scored at once.
-SAMPLE = {"cpu": (32, 8), "cuda": (1024, 128)}
-#: New tokens of one text, which is written if no text of the sample ended in time.
-_SHORT = 8
-#: Most seconds of writing, and of scoring, in the sample.
-WRITE_SECONDS, SCORE_SECONDS = 8.0, 5.0
+#: Most seconds of scoring, in the sample.
+SCORE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,6 @@ class StageTwoEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         return {"dry_run": True, **asdict(self)}
-
-
-class _Enough(Exception):
-    """Ends the sample."""
 
 
 def estimate_stage_two(
@@ -127,14 +129,15 @@ def _measure(run: Run, options: StageTwoOptions, left: np.ndarray, before: int) 
     """Write and score a sample of the rows that are left. before: rows that are done."""
     most, together = SAMPLE[run.pair.device.type]
     total = run.texts.up_to_row(before + len(left)) - run.texts.up_to_row(before)
-    places = _blocks(len(left), max(most * len(left) // total, 1), together)
+    places = evenly(len(left), max(most * len(left) // total, 1), together)
     run.pair.verbalize_next()
     took, tokens = 0.0, None
     seconds: float | None = 0.0
     if isinstance(options, WritingOptions):
-        said, took, seconds, tokens = _write(run, options, left[places], len(left))
+        said, timing = _write(run, options, left[places], len(left))
+        took, seconds, tokens = timing.took, timing.seconds, timing.tokens
         if not said:
-            short = replace(options, max_new_tokens=min(options.max_new_tokens, _SHORT), samples=1)
+            short = replace(options, max_new_tokens=min(options.max_new_tokens, SHORT), samples=1)
             said = _write(run, short, left[places[:1]], 1, math.inf)[0]
     else:
         reader = run.store.layer(run.layer)
@@ -146,56 +149,31 @@ def _measure(run: Run, options: StageTwoOptions, left: np.ndarray, before: int) 
         return _Measured([], took, seconds, tokens)
     size, reading, scored = _score(run, left[places], said, together)
     texts = [text for each in said for text in each]
-    more = max(tokens - float(np.mean([text.n_tokens for text in texts])), 0.0) if tokens is not None else 0.0
+    n_tokens = [text.n_tokens for text in texts]
+    more = max(tokens - float(np.mean(n_tokens)), 0.0) if tokens is not None else 0.0
+    longer = more * bytes_per_token([text.text for text in texts], n_tokens)
     if run.controls and seconds is not None:
         mean = float(np.mean(run.pair.ar.prompt_sizes([text.text for text in texts])))
         seconds += reading / scored * total * (mean + more) / mean
-    words = sum(len(text.text.encode()) for text in texts) / max(sum(text.n_tokens for text in texts), 1)
-    return _Measured(texts, took + reading, seconds, tokens, size + words * more)
-
-
-def _blocks(rows: int, count: int, together: int) -> np.ndarray:
-    """int64: about `count` numbers below `rows`, in evenly spread blocks of neighbours, ascending."""
-    if rows <= max(count, together):
-        return np.arange(min(rows, count))
-    size = min(together, count)
-    return (spread(rows - size + 1, count // size)[:, None] + np.arange(size)).ravel()
+    return _Measured(texts, took + reading, seconds, tokens, size + longer)
 
 
 def _write(
     run: Run, options: WritingOptions, rows: np.ndarray, left: int, most_seconds: float = WRITE_SECONDS
-) -> tuple[list[list[Explanation]], float, float | None, float]:
-    """The AV's texts of these rows, as far as the time reaches; its seconds; those of `left` rows; tokens per text."""
+) -> tuple[list[list[Explanation]], Timing]:
+    """The AV's texts of these rows, as far as the time reaches, and what they say of `left` rows."""
     av, new = run.pair.av, options.max_new_tokens
     written = Written(options, av, run.pair.device, partial(draws_of, run.store))
     tail = len(av.prompt.token_ids) - len(av.prompt.shared)
     device = run.pair.device.type
     slots = options.batch_size or AT_ONCE[device]
     forecast = Forecast(left * options.samples, left * tail, new, slots, device)
-    started = time.perf_counter()
-    looks: list[tuple[float, float]] = []
-    tally: Callable[[], Tally] = Tally
-
-    def watch(now: Callable[[], Tally]) -> None:
-        nonlocal tally
-        tally = now
-        at = time.perf_counter()
-        if not looks:
-            looks.append((at, forecast.part(now())))
-        elif at - looks[0][0] > most_seconds:
-            raise _Enough
-
-    written.watch = watch
+    written.watch = timed = Timed(forecast, most_seconds)
     said: list[list[Explanation]] = []
     vectors = run.pipeline(written, lambda columns: None).vectors()
-    with suppress(_Enough), closing(written.of_rows(vectors, rows, 0)) as texts:
+    with suppress(Enough), closing(written.of_rows(vectors, rows, 0)) as texts:
         said.extend(texts)
-    ended, at = time.perf_counter(), tally()
-    part = forecast.part(at)
-    since, begun = looks[0] if looks and part > looks[0][1] else (started, 0.0)
-    seconds = (ended - since) / (part - begun) if part > begun else None
-    tokens = float(forecast.survival(at)[:-1].sum()) if at.stopped else float(new)
-    return said, ended - started, seconds, tokens
+    return said, timed.timing()
 
 
 def _score(
@@ -222,14 +200,7 @@ def _score(
             break
     took = time.perf_counter() - started
     table = pa.concat_tables(parts)
-    size = _parquet_bytes(table) - _parquet_bytes(table.slice(0, 0))
-    return size / scored, took if run.controls else 0.0, scored
-
-
-def _parquet_bytes(table: pa.Table) -> int:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return int(sink.getvalue().size)
+    return bytes_each(table), took if run.controls else 0.0, scored
 
 
 def _first_prompt(run: Run, options: StageTwoOptions) -> str:
@@ -240,6 +211,4 @@ def _first_prompt(run: Run, options: StageTwoOptions) -> str:
         (ids,) = run.pair.ar.prompts([run.texts.text(0)])
     else:
         who, lm, ids = "AV", run.pair.av.lm, list(run.pair.av.prompt.token_ids)
-    text = excerpt(lm.tokenizer.decode(ids, skip_special_tokens=False))
-    lines = "\n".join("    " + line for line in text.splitlines())
-    return f"the first prompt of the {who}, {len(ids):,} tokens:\n{lines}"
+    return first_prompt(who, lm.tokenizer, ids)

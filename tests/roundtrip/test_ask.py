@@ -209,7 +209,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     monkeypatch.setattr(ask, "CHUNK", 7)  # two prompts
     monkeypatch.setattr(ask, "READ_AHEAD", 3)
     nla_engine.run_ask(options(root, store, tmp_path / "whole.parquet", **SAMPLED))
-    real, calls = ask._Run._columns, []
+    real, calls = ask.AskRun.columns, []
 
     def fail_later(self: Any, chunk: Any) -> dict[str, object]:
         if len(calls) == stop_after:
@@ -219,7 +219,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     out = tmp_path / "x.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(ask._Run, "_columns", fail_later)
+        patch.setattr(ask.AskRun, "columns", fail_later)
         with pytest.raises(KeyboardInterrupt):
             nla_engine.run_ask(options(root, store, out, **SAMPLED))
     assert not out.exists() and len(calls) == stop_after
