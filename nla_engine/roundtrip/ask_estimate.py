@@ -23,10 +23,10 @@ from nla_engine.roundtrip.sample import (
     Enough,
     Timed,
     Timing,
-    bytes_each,
     bytes_per_token,
     evenly,
     first_prompt,
+    table_bytes,
 )
 
 
@@ -66,25 +66,26 @@ def estimate_ask(options: AskOptions, announce: Announce = lambda text: None) ->
     announce(str(run))
     announce(first_prompt("oracle", run.writer.lm.tokenizer, run.prompt(0).token_ids))
     samples, prompts = options.samples, len(run.questions)
+    whole = prompts * samples
     left = np.arange(done // samples, prompts)
     answers, timing = _measure(run, left) if len(left) else ([], Timing(0.0, 0.0, 0.0))
     size = None
     if answers:
         texts, n_tokens = [each.text for each in answers], [each.n_tokens for each in answers]
-        size = bytes_each(pa.table(run.columns(answers), schema=ANSWERS))
-        size += max(timing.tokens - float(np.mean(n_tokens)), 0.0) * bytes_per_token(texts, n_tokens)
+        more = max(timing.tokens - float(np.mean(n_tokens)), 0.0) * bytes_per_token(texts, n_tokens)
+        size = table_bytes(pa.table(run.columns(answers), schema=ANSWERS), whole) + more * whole
     seconds, all_left = timing.seconds, len(left) * samples
     return AskEstimate(
         layer=run.layer.key,
         rows=run.rows,
         questions=len(run.questions.texts),
         prompts=prompts,
-        answers=prompts * samples,
+        answers=whole,
         already_done=done,
         seconds_expected=None if seconds is None else round(seconds, 3),
         answers_per_second=round(all_left / seconds, 2) if seconds else None,
         tokens_per_answer=round(timing.tokens, 1) if len(left) else None,
-        bytes_expected=None if size is None else round(size * prompts * samples),
+        bytes_expected=None if size is None else round(size),
         load_seconds=round(load_seconds, 1),
         sample_answers=len(answers),
         sample_seconds=round(timing.took, 3),

@@ -32,10 +32,10 @@ from nla_engine.roundtrip.sample import (
     Enough,
     Timed,
     Timing,
-    bytes_each,
     bytes_per_token,
     evenly,
     first_prompt,
+    table_bytes,
 )
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.roundtrip.texts import Written
@@ -104,7 +104,7 @@ def _estimate(
         seconds_expected=None if seconds is None else round(seconds, 3),
         rows_per_second=round(len(left) / seconds, 2) if known and seconds else None,
         tokens_per_text=None if measured.tokens is None else round(measured.tokens, 1),
-        bytes_expected=None if measured.row_bytes is None else round(measured.row_bytes * total),
+        bytes_expected=None if measured.bytes is None else round(measured.bytes),
         load_seconds=round(load_seconds, 1),
         sample_texts=len(measured.texts),
         sample_seconds=round(measured.sample_seconds, 3),
@@ -115,20 +115,21 @@ def _estimate(
 class _Measured:
     """texts: of the sample; sample_seconds: it took; seconds: all that is left will take, None if not known.
 
-    tokens: that the AV will write per text; row_bytes: of a text's row in the table
+    tokens: that the AV will write per text; bytes: of the whole table
     """
 
     texts: list[Explanation]
     sample_seconds: float
     seconds: float | None
     tokens: float | None = None
-    row_bytes: float | None = None
+    bytes: float | None = None
 
 
 def _measure(run: Run, options: StageTwoOptions, left: np.ndarray, before: int) -> _Measured:
     """Write and score a sample of the rows that are left. before: rows that are done."""
     most, together = SAMPLE[run.pair.device.type]
-    total = run.texts.up_to_row(before + len(left)) - run.texts.up_to_row(before)
+    whole = run.texts.up_to_row(before + len(left))
+    total = whole - run.texts.up_to_row(before)
     places = evenly(len(left), max(most * len(left) // total, 1), together)
     run.pair.verbalize_next()
     took, tokens = 0.0, None
@@ -147,15 +148,16 @@ def _measure(run: Run, options: StageTwoOptions, left: np.ndarray, before: int) 
         ]
     if not said:
         return _Measured([], took, seconds, tokens)
-    size, reading, scored = _score(run, left[places], said, together)
+    made, reading = _score(run, left[places], said, together)
     texts = [text for each in said for text in each]
     n_tokens = [text.n_tokens for text in texts]
     more = max(tokens - float(np.mean(n_tokens)), 0.0) if tokens is not None else 0.0
     longer = more * bytes_per_token([text.text for text in texts], n_tokens)
+    size = table_bytes(made, whole) + longer * whole
     if run.controls and seconds is not None:
         mean = float(np.mean(run.pair.ar.prompt_sizes([text.text for text in texts])))
-        seconds += reading / scored * total * (mean + more) / mean
-    return _Measured(texts, took + reading, seconds, tokens, size + longer)
+        seconds += reading / len(made) * total * (mean + more) / mean
+    return _Measured(texts, took + reading, seconds, tokens, size)
 
 
 def _write(
@@ -178,8 +180,8 @@ def _write(
 
 def _score(
     run: Run, rows: np.ndarray, said: list[list[Explanation]], together: int
-) -> tuple[float, float, int]:
-    """Make rows of the table, scored if there is an AR: bytes per text, seconds, and how many texts it was.
+) -> tuple[pa.Table, float]:
+    """Make rows of the table, scored if there is an AR; and the seconds of that.
 
     rows: of the sample, the first of which have the texts in `said`
     """
@@ -188,19 +190,17 @@ def _score(
     if run.controls:
         run.pair.reconstruct_next()
         run.pair.ar.prepare(max(run.pair.ar.prompt_sizes([text.text for texts in said for text in texts])))
-    started, scored, parts = time.perf_counter(), 0, []
+    started, parts = time.perf_counter(), []
     for start in range(0, len(said), together):
         part = said[start : start + together]
         owners = np.repeat(rows[start : start + len(part)], [len(texts) for texts in part])
         columns = pipeline.columns(Explained(owners, [text for texts in part for text in texts]))
-        scored += len(owners)
         schema = pa.schema([field for field in run.schema() if field.name in columns])
         parts.append(pa.table(columns, schema=schema))
         if time.perf_counter() - started > SCORE_SECONDS:
             break
     took = time.perf_counter() - started
-    table = pa.concat_tables(parts)
-    return bytes_each(table), took if run.controls else 0.0, scored
+    return pa.concat_tables(parts), took if run.controls else 0.0
 
 
 def _first_prompt(run: Run, options: StageTwoOptions) -> str:

@@ -19,6 +19,8 @@ from nla_engine.roundtrip.rows import spread
 SAMPLE = {"cpu": (32, 8), "cuda": (1024, 128)}
 #: New tokens of one text, which is written if no text of the sample ended in time.
 SHORT = 8
+#: Lines of a table that say how well lines are compressed together.
+_ENOUGH_LINES = 8
 #: Most seconds of writing.
 WRITE_SECONDS = 8.0
 
@@ -73,9 +75,16 @@ def evenly(rows: int, count: int, together: int) -> np.ndarray:
     return (spread(rows - size + 1, count // size)[:, None] + np.arange(size)).ravel()
 
 
-def bytes_each(table: pa.Table) -> float:
-    """Bytes of a line as Parquet."""
-    return (_parquet_bytes(table) - _parquet_bytes(table.slice(0, 0))) / len(table)
+def table_bytes(sample: pa.Table, lines: int) -> float:
+    """Bytes of so many lines like these as Parquet. The first one costs most: it brings the columns' statistics."""
+    first = _parquet_bytes(sample.slice(0, 1))
+    if len(sample) >= _ENOUGH_LINES:
+        further = (_parquet_bytes(sample) - first) / (len(sample) - 1)
+    else:  # all of them twice, which would cost nothing if it was compressed
+        plain = {"use_dictionary": False, "compression": "none"}
+        twice = pa.concat_tables([sample, sample])
+        further = (_parquet_bytes(twice, **plain) - _parquet_bytes(sample, **plain)) / len(sample)
+    return first + (lines - 1) * further
 
 
 def bytes_per_token(texts: Sequence[str], n_tokens: Sequence[int]) -> float:
@@ -90,7 +99,7 @@ def first_prompt(whose: str, tokenizer: Any, ids: Sequence[int]) -> str:
     return f"the first prompt of the {whose}, {len(ids):,} tokens:\n{lines}"
 
 
-def _parquet_bytes(table: pa.Table) -> int:
+def _parquet_bytes(table: pa.Table, **how: Any) -> int:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, **how)
     return int(sink.getvalue().size)

@@ -115,6 +115,8 @@ def test_a_slow_oracle_ends_the_sample_in_time(
     told = dry(root, tmp_path / "a.parquet", max_new_tokens=64).json
     assert 1 <= told["sample_answers"] < 32 and told["bytes_expected"] > 0
     assert told["seconds_expected"] is None or told["seconds_expected"] > 0
+    assert dry(root, tmp_path / "a.parquet", max_new_tokens=64, dry_run=False).code == 0
+    assert 0.2 < told["bytes_expected"] / (tmp_path / "a.parquet").stat().st_size < 4
 
 
 @pytest.mark.usefixtures("unhurried")
