@@ -21,7 +21,6 @@ from nla_engine.ops.likelihood import likelihood
 from nla_engine.sites import EMBEDDINGS, RESID_POST, Site
 from nla_engine.store import CaptureStore
 from nla_engine.store.care.verify import Check
-from nla_engine.store.format import IMPORTED
 from nla_engine.store.views.draw import draw_rows
 
 #: Relative L2 error allowed per row, on top of the codec's own, by dtype: batching changes the order of sums.
@@ -59,10 +58,7 @@ def audit(
     sample: most sequences to read again. Raises StoreError if the store was imported or has another width than the
     model, RequestError if the model lacks one of its layers.
     """
-    if IMPORTED in store.options:
-        raise StoreError(
-            f"{store.path}: was imported: its tokens are not known, so no model can read them again"
-        )
+    store.check_tokens("no model can read them again")
     if lm.d_model != store.d_model:
         raise StoreError(
             f"{lm.name} has width {lm.d_model}, {store.path} holds rows of width {store.d_model}: give the model that "

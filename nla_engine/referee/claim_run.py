@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nla_engine.config import ClaimsOptions
-from nla_engine.errors import RequestError, StoreError
+from nla_engine.errors import RequestError
 from nla_engine.models.load import load_model, pick_device
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.fp8 import check_fp8
@@ -30,7 +30,6 @@ from nla_engine.roundtrip.rows import token_columns
 from nla_engine.roundtrip.summary import FINISHING, LOADING
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
-from nla_engine.store.format import IMPORTED
 
 CHECKING = "checking"
 #: In the metadata of a table, under made_by.
@@ -49,10 +48,7 @@ def run_claims(
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
     check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
-    if IMPORTED in store.options:
-        raise StoreError(
-            f"{store.path}: was imported: its tokens are not known, so nothing can be compared with them"
-        )
+    store.check_tokens("nothing can be compared with them")
     texts = selected_texts(options, store)
     if len(texts.selected) < 2:
         raise RequestError(

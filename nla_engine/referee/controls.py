@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from nla_engine.config import ControlsOptions
-from nla_engine.errors import CheckpointError, RequestError, StoreError
+from nla_engine.errors import CheckpointError, RequestError
 from nla_engine.models.captured import load_captured
 from nla_engine.models.load import LanguageModel
 from nla_engine.progress import Announce, Heard, Phases, Progress
@@ -29,7 +29,6 @@ from nla_engine.roundtrip.summary import LOADING, PREPARING
 from nla_engine.roundtrip.text_checks import check_layer, check_lengths
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
-from nla_engine.store.format import IMPORTED
 from nla_engine.store.views.draw import draw_rows
 
 #: Columns of the table that are not those of a round trip.
@@ -90,10 +89,7 @@ def run_controls(
     phases.phase(LOADING)
     store = CaptureStore.open(options.store)
     check_table(options.out, options.explained, resume=options.resume, overwrite=options.overwrite)
-    if IMPORTED in store.options:
-        raise StoreError(
-            f"{store.path}: was imported: its tokens are not known, so there is no text to compare with"
-        )
+    store.check_tokens("there is no text to compare with")
     texts = selected_texts(options, store)
     if "control" in texts.more.names:
         raise RequestError(

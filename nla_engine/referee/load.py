@@ -19,7 +19,6 @@ from nla_engine.roundtrip.reconstruct import Reconstructor
 from nla_engine.roundtrip.rows import nothing_selected, spread
 from nla_engine.roundtrip.text_file import TextFile
 from nla_engine.store import CaptureStore
-from nla_engine.store.format import IMPORTED
 
 #: Options of a run that has texts read by an AR.
 ReferOptions = PatchOptions | ControlsOptions | ClausesOptions
@@ -34,10 +33,7 @@ AR_AS_GIVEN: dict[str, Callable[[Any], Any]] = {
 
 def check_captured(store: CaptureStore) -> None:
     """StoreError unless the store says what was read and with which weights."""
-    if IMPORTED in store.options:
-        raise StoreError(
-            f"{store.path}: was imported: its tokens are not known, so no model can read them again"
-        )
+    store.check_tokens("no model can read them again")
     if store.provenance.get("weights") is None or store.provenance.get("dtype") not in DTYPES:
         raise StoreError(f"{store.path}: does not say with which weights it was captured: capture it again")
 

@@ -18,7 +18,7 @@ from nla_engine.codec.rows import Codec
 from nla_engine.errors import StoreError
 from nla_engine.sites import PARTS, RESID_POST, Site, listed
 from nla_engine.store.arrays import ArrayReader
-from nla_engine.store.format import ArraySpec, layer_group
+from nla_engine.store.format import IMPORTED, ArraySpec, layer_group
 from nla_engine.store.layer import StoredLayer
 from nla_engine.store.manifest import Commit, Manifest
 from nla_engine.store.objects import Place, place
@@ -123,6 +123,11 @@ class StoreReader:
     @property
     def options(self) -> Mapping[str, Any]:
         return self._manifest.options
+
+    def check_tokens(self, otherwise: str) -> None:
+        """StoreError if it was imported, so that its tokens are not known. otherwise: what is impossible then"""
+        if IMPORTED in self.options:
+            raise StoreError(f"{self.path}: was imported: its tokens are not known, so {otherwise}")
 
     def chosen_layer(self, layer: int | Site | None, part: str | None = None) -> Site:
         """The site of this layer, or for None of the only one that there is. StoreError if there are several.
