@@ -97,6 +97,16 @@ def test_the_table_is_that_of_one_process(store: Path, tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.usefixtures("forked_workers")
+def test_fewer_parts_than_workers(store: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    how: dict[str, Any] = {"av": AV, "max_new_tokens": 3, "limit": 20, "device": "cpu"}
+    given = ExplainOptions(store=str(store), out=tmp_path / "few.parquet", workers=5, **how)
+    told = run_explain(given, announce=said.append).to_dict()
+    assert told["workers"] == 2 and told["rows"] == 20
+    assert "2 parts of the rows: 2 of 5 workers have work" in said
+
+
 def test_each_half_alone(store: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The first in processes that start as they do for users."""
     how: dict[str, Any] = {"store": str(store), "device": "cpu"}
@@ -109,16 +119,6 @@ def test_each_half_alone(store: Path, tmp_path: Path, request: pytest.FixtureReq
         run_score(ScoreOptions(ar=AR, texts=given, out=out, workers=workers, prefixes=True, **how))
     for name in (".parquet", "-scored.parquet"):
         check_same(tmp_path / f"one{name}", tmp_path / f"two{name}")
-
-
-@pytest.mark.usefixtures("forked_workers")
-def test_fewer_parts_than_workers(store: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    how: dict[str, Any] = {"av": AV, "max_new_tokens": 3, "limit": 20, "device": "cpu"}
-    given = ExplainOptions(store=str(store), out=tmp_path / "few.parquet", workers=5, **how)
-    told = run_explain(given, announce=said.append).to_dict()
-    assert told["workers"] == 2 and told["rows"] == 20
-    assert "2 parts of the rows: 2 of 5 workers have work" in said
 
 
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
