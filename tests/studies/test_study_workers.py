@@ -69,6 +69,7 @@ def test_where_its_runs_go(
     """With several processes nothing is loaded here before the AR reads again."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("nla_engine.workers.devices.cores", lambda: 3)
     asked: list[Any] = []
     monkeypatch.setattr(stages_module, "run_capture", lambda options, **_: asked.append(options))
     monkeypatch.setattr(
