@@ -27,6 +27,7 @@ from stand_in_gpu import StandIn, build, install
 from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
 from train_models import base_of, shaken
+from worker_faults import Killer
 
 from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
@@ -149,6 +150,19 @@ def forked_workers(fork_server: Server, monkeypatch: pytest.MonkeyPatch) -> None
     popen = SimpleNamespace(**vars(subprocess))
     popen.Popen = partial(Forked, fork_server)
     monkeypatch.setattr(process, "subprocess", popen)
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
+    """Kills workers of the pools of a test, once it is told how many."""
+    killer, send = Killer(), process.WorkerProcess.send
+
+    def sends(worker: process.WorkerProcess, *message: object) -> None:
+        killer.sends(worker, *message)
+        send(worker, *message)
+
+    monkeypatch.setattr(process.WorkerProcess, "send", sends)
+    return killer
 
 
 @pytest.fixture(scope="module")
