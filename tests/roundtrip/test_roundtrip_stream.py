@@ -312,9 +312,7 @@ def test_killed_at_random_moments_and_resumed(pair: Path, tmp_path: Path) -> Non
     for number in range(3):
         there, more = len(list(parts.glob("part-*.parquet"))), chance.randint(0, 4)
         command = [sys.executable, "-c", _RUN, *map(str, (pair, store, out))]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None and process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             process.stdin.write("." * (more + 1))
