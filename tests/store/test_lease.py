@@ -181,15 +181,15 @@ def test_a_file_that_names_nobody(tmp_path: Path, found: bytes, monkeypatch: pyt
 
 
 class AtOnce:
-    """The clock of processes that take over one file at once. Each has its own time, and passes it only by sleeping.
+    """The clock of processes that take over one file at once. Each has its own time, which passes only while it sleeps.
 
-    None sleeps to its end before all have begun to look at the file of the old holder; none has waited long enough for
-    others before each of these has made its file, or has given up.
+    None removes the file before all have found its holder silent. None has waited long enough for the others before
+    each of these has made a file, or has given up.
     """
 
     def __init__(self, takers: int) -> None:
         self.takers, self.own = takers, threading.local()
-        self.looking, self.resting = set[int](), set[int]()
+        self.sure, self.resting = set[int](), set[int]()
         self.changed = threading.Condition()
         self.time_ns = time.time_ns
 
@@ -198,7 +198,8 @@ class AtOnce:
 
     def sleep(self, seconds: float) -> None:
         self.own.now = self.monotonic() + seconds
-        self.join(self.resting if seconds == lease.SETTLE_SECONDS else self.looking)
+        if seconds == lease.SETTLE_SECONDS:
+            self.join(self.resting)
 
     def join(self, those: set[int], wait: bool = True) -> None:
         with self.changed:
@@ -211,10 +212,16 @@ class AtOnce:
 def test_two_machines_that_take_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"host": "gone", "process": 1, "machine": "gone", "token": "1"}
     (tmp_path / lease.LOCK_NAME).write_text(json.dumps(record))
-    clock = AtOnce(4)
+    clock, wait = AtOnce(4), Lease._wait_while_silent
+
+    def waits(taken: Lease, found: bytes) -> None:
+        wait(taken, found)
+        clock.join(clock.sure)
+
     monkeypatch.setattr(lease, "_lock", lambda fd: True)
     monkeypatch.setattr(lease, "SILENT_SECONDS", 0.5)
     monkeypatch.setattr(lease, "time", clock)
+    monkeypatch.setattr(Lease, "_wait_while_silent", waits)
     outcomes: list[object] = []
 
     def take() -> None:
