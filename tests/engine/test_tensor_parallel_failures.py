@@ -178,11 +178,13 @@ def stopped(process: int) -> bool:
 def test_a_rank_that_hangs_is_named(
     hang: Any, words: str, monkeypatch: pytest.MonkeyPatch, patient: None
 ) -> None:
-    """Each look comes after the other rank has shown that its process runs, unless that is stopped."""
+    """Each look comes when the other rank has stopped, or has shown again that its process runs."""
     look = Hangs.look
 
     def looks(hangs: Hangs, most: int) -> str:
-        while hangs._counts[1, 1] == hangs._before[1, 1] and not stopped(process.pid):
+        while process.poll() is None and not (
+            stopped(process.pid) if hang is stop_and_sum else hangs._counts[1, 1] != hangs._before[1, 1]
+        ):
             time.sleep(0.01)
         return look(hangs, most)
 
