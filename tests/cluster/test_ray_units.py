@@ -93,7 +93,7 @@ def test_a_unit_that_is_tried_again_is_the_same(
             process = Forked(
                 fork_server, [sys.executable, "-c", code], env=environment, stdout=said, stderr=said
             )
-            ended = process.wait(120)
+            ended = process.wait(250)
             return ended, (tmp_path / "said").read_text()
 
     units, killed = [str(Shard(n + 1, 2)) for n in range(2)], 0
