@@ -49,7 +49,7 @@ def call(*arguments: object) -> Ran:
 def shell(*arguments: object, **changes: object) -> Ran:
     """`python -m nla_engine arguments...` in a process of its own."""
     command = [sys.executable, "-m", "nla_engine", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **changes)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, **changes)  # type: ignore[call-overload]
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

@@ -27,6 +27,7 @@ from stand_in_gpu import StandIn, build, install
 from stand_in_hub import Hub, serve
 from tiny import save_ar, save_av, save_model, write_prompts
 from train_models import base_of, shaken
+from worker_faults import Killer
 
 from nla_engine.demo import smollm2 as real
 from nla_engine.errors import RequestError
@@ -46,6 +47,8 @@ torch.set_num_threads(1)  # tests are many small tensors; threads only get in ea
 
 #: A disk in memory, and the bytes that must be free there: stores are synced all the time, and a real disk is slow.
 _MEMORY_DISK, _MEMORY_NEEDED = "/dev/shm", 6 << 30
+#: What is to be seen on a page must come in so many seconds, on the slowest machine too.
+_PAGE_SECONDS = 120
 
 
 def pytest_configure() -> None:
@@ -152,6 +155,19 @@ def forked_workers(fork_server: Server, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(process, "subprocess", popen)
 
 
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
+    """Kills workers of the pools of a test, once it is told how many."""
+    killer, send = Killer(), process.WorkerProcess.send
+
+    def sends(worker: process.WorkerProcess, *message: object) -> None:
+        killer.sends(worker, *message)
+        send(worker, *message)
+
+    monkeypatch.setattr(process.WorkerProcess, "send", sends)
+    return killer
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """The distribution's Chromium, without a window."""
@@ -161,10 +177,11 @@ def browser() -> Iterator["Browser"]:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("no Chromium on the path (apt-get install chromium)")
+    playwright.expect.set_options(timeout=_PAGE_SECONDS * 1000)
     arguments = ["--disable-dev-shm-usage"]  # a container's is too small for a large page
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(
-            executable_path=found, args=arguments, chromium_sandbox=False, timeout=60_000
+            executable_path=found, args=arguments, chromium_sandbox=False, timeout=_PAGE_SECONDS * 1000
         )
         yield chromium
         chromium.close()
@@ -181,6 +198,7 @@ def open_page(browser: "Browser") -> Iterator[Open]:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
         )
+        context.set_default_timeout(_PAGE_SECONDS * 1000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))

@@ -60,7 +60,7 @@ class Server:
 
     def close(self) -> None:
         self._line.close()
-        self._process.wait(10)
+        self._process.wait(120)
 
 
 class Forked:

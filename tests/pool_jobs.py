@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from nla_engine.workers.job import Parent
 @dataclass(frozen=True)
 class Squares:
     """Result of item n: its square, and an array of `size` numbers n. at: item -> what happens there, once per entry
-    that is left in the directory `marks`; "always" entries happen every time."""
+    that is left in the directory `marks`; "always" entries happen every time. meet: workers that must have an item each
+    before any returns one."""
 
     marks: Path
     size: int = 3
@@ -27,6 +28,7 @@ class Squares:
     at: dict[int, str] = field(default_factory=dict)
     always: bool = False
     at_open: str = ""
+    meet: int = 0
 
     def open(self, device: str, parent: Parent) -> "SquaresWorker":
         if self.at_open:
@@ -62,14 +64,28 @@ class SquaresWorker:
         self.parent.state(lambda: done)
 
     def act(self, item: int) -> None:
+        if self.job.meet:
+            (self.job.marks / f"met-{os.getpid()}").touch()
+            until(lambda: len(list(self.job.marks.glob("met-*"))) >= self.job.meet)
         what = self.job.at.get(item)
         mark = self.job.marks / str(item)
         if what and (self.job.always or not mark.exists()):
             mark.touch()
+            if what == "wait":
+                until((self.job.marks / "go").exists)
             happen(what)
 
     def unfinished(self) -> list[int]:
         return self.have
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait for what must come. EngineError if it does not."""
+    end = time.monotonic() + 200
+    while not true():
+        if time.monotonic() > end:
+            raise EngineError("it did not come")
+        time.sleep(0.005)
 
 
 def happen(what: str) -> None:

@@ -57,7 +57,7 @@ def test_a_rank_that_is_killed_stops_the_run(tmp_path: Path) -> None:
         with pytest.raises((EngineError, RuntimeError)) as failed:
             run_capture(options, lm=lm, progress=kill)
         assert "killed by signal 9" in str(group.explained(failed.value))
-    assert time.monotonic() - started[0] < 40
+    assert time.monotonic() - started[0] < 200
 
 
 @pytest.mark.parametrize(("hang", "words"), _HANGS, ids=["stopped", "asleep"])
@@ -70,7 +70,7 @@ def test_a_rank_that_hangs_is_named(hang: Any, words: str, monkeypatch: pytest.M
         begin = time.monotonic()
         with pytest.raises(EngineError, match=words):
             _together(group, hang)
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 200
 
 
 def test_a_sum_in_the_memory_of_a_rank_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:

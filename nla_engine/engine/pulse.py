@@ -61,7 +61,9 @@ class Hangs:
         A rank that began as much as rank 0 waits for others, or for its device.
         """
         now = self._counts.copy()
-        self._still = np.where(now == self._before, self._still + 1, 0)
+        still = now == self._before
+        still[:, 0] &= now[:, 0] < now[0, 0]  # one that has nothing to begin is not waited for
+        self._still = np.where(still, self._still + 1, 0)
         self._before = now
         for rank in range(1, len(now)):
             begun, seconds = self._still[rank]

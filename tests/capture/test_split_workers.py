@@ -5,48 +5,49 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from commands import call
 from test_capture_workers import check_same, options, write
 from tiny import save_model
+from worker_faults import Killer
 
 from nla_engine.capture.run import run_capture
-from nla_engine.workers.pool import Pool
+from nla_engine.workers.process import WorkerProcess
 
 
-def children(pid: int) -> list[int]:
+def stat(process: object) -> list[str]:
+    """State and parent of a process, and more; of one that has gone none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def running(process: int) -> bool:
+    return stat(process)[:1] not in ([], ["Z"])
+
+
+def children(process: int) -> list[int]:
     """The processes that a process has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            told = stat.read_text()
-        except OSError:
-            continue  # it has just ended
-        if int(told.rpartition(")")[2].split()[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+    every = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [each for each in every if stat(each)[1:2] == [str(process)]]
 
 
 @pytest.mark.slow
-def test_a_group_of_which_one_process_dies(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_of_which_one_process_dies(tmp_path: Path, rng: np.random.Generator, killer: Killer) -> None:
     """Two workers of two ranks. Rank 1 of one dies while its worker has more to do: another worker does that again."""
-    killed: list[int] = []
-    took = Pool._took
 
-    def takes(self: Pool, worker: Any, message: Any, size: int) -> None:
-        took(self, worker, message, size)
-        if message[0] == "result" and not killed and self._handing._with.get(worker.number):
-            (rank,) = children(worker.pid)
-            os.kill(rank, signal.SIGKILL)
-            killed.append(worker.number)
+    def kill_rank(worker: WorkerProcess) -> None:
+        (rank,) = children(worker.pid)
+        os.kill(rank, signal.SIGKILL)
+        while running(rank):
+            time.sleep(0.01)
 
-    monkeypatch.setattr(Pool, "_took", takes)
+    killer.left, killer.how = 1, kill_rank
     base = save_model(tmp_path / "base")
     write(tmp_path, rng, 24)
     run_capture(options(tmp_path, base, "one.zarr"))
@@ -54,7 +55,7 @@ def test_a_group_of_which_one_process_dies(
     split = options(tmp_path, base, "split.zarr", workers=2, batch_size=3, tensor_parallel=2)
     summary = run_capture(split, announce=lines.append)
     check_same(tmp_path / "one.zarr", tmp_path / "split.zarr")
-    assert killed and summary.workers == 2 and summary.workers_lost == 1, lines
+    assert killer.killed and summary.workers == 2 and summary.workers_lost == 1, lines
     assert any("on cpu+cpu died" in line and "rank 1 was killed by signal 9" in line for line in lines), lines
 
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -317,16 +316,34 @@ def test_an_interrupt_before_anything_is_there(
     assert ran.code == 1 and "committed" not in ran.err
 
 
+#: The program, which says when the first sequence is in the store, and stands still before the hundredth.
+_SLOW = """
+import sys, time
+from nla_engine.capture import appender
+from nla_engine.cli import main
+rows, append = appender.sequence_rows, appender.Appender._append
+def slow(prompt, completion, *rest):
+    if completion.request.id >= 100:
+        time.sleep(600)
+    return rows(prompt, completion, *rest)
+def said(*given):
+    append(*given)
+    print("there", file=sys.stderr, flush=True)
+appender.sequence_rows, appender.Appender._append = slow, said
+main()
+"""
+
+
 def test_control_c_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:
-    prompts = write_prompts(tmp_path / "many.jsonl", 3000)
+    prompts = write_prompts(tmp_path / "many.jsonl", 300)
     command = capture(root, tmp_path / "x.zarr", prompts=prompts, max_new_tokens=5, batch_size=4)
-    arguments = [sys.executable, "-m", "nla_engine", *map(str, command)]
+    arguments = [sys.executable, "-c", _SLOW, *map(str, command)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert any("3,000 sequences" in line for line in iter(process.stderr.readline, ""))
-        time.sleep(3)  # sequences end by then, far from all of them
+        assert any(line == "there\n" for line in iter(process.stderr.readline, ""))
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
+    err = err.replace("there\n", "")
     check_failed(Ran(process.returncode, out, err), "interrupted; .* --resume continues")
-    assert 0 < CaptureStore.open(tmp_path / "x.zarr").sequences < 3000
+    assert 0 < CaptureStore.open(tmp_path / "x.zarr").sequences < 300
     assert call("verify", tmp_path / "x.zarr").code == 0

@@ -23,7 +23,7 @@ def run(*arguments: object, stdout: int, stderr: int = subprocess.PIPE, **more: 
     """Exit code and stderr of a command in a process of its own."""
     command = [sys.executable, "-m", "nla_engine", *map(str, arguments)]
     done = subprocess.run(
-        command, stdout=stdout, stderr=stderr, timeout=120, env={**os.environ, **more}, text=True
+        command, stdout=stdout, stderr=stderr, timeout=250, env={**os.environ, **more}, text=True
     )
     return done.returncode, done.stderr or ""
 
@@ -59,7 +59,7 @@ def test_a_reader_of_stderr_that_has_gone(root: Path, gone: int, tmp_path: Path)
 def test_nobody_reads_and_nothing_is_open(root: Path) -> None:
     """`>&- 2>&-`"""
     command = [sys.executable, "-m", "nla_engine", "info", root / "run.zarr"]
-    done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *map(str, command)], timeout=120)
+    done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *map(str, command)], timeout=250)
     assert done.returncode == 0
 
 

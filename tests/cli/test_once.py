@@ -75,6 +75,6 @@ def test_the_benchmarks_too() -> None:
     import sys
 
     command = [sys.executable, "-m", "nla_engine.bench", "--repeats", "1", "--repeats", "2"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 2 and "--repeats is given 2 times" in ran.stderr
     assert shell("--version", "--version").code == 0

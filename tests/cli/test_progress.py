@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import io
 import re
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from nla_engine import progress
 from nla_engine.cli import output
 from nla_engine.cli import progress as shown
 from nla_engine.progress import Phases, Progress, heard
 
 
+class Lines(threading.Event):
+    """The pause between two lines lasts until the next one is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turn, self._asked, self._pausing = threading.Condition(), False, False
+
+    def wait(self, seconds: float | None = None) -> bool:
+        assert seconds == shown.LINE_SECONDS == 10
+        with self._turn:
+            self._pausing = True
+            self._turn.notify_all()
+            assert self._turn.wait_for(lambda: self._asked or self.is_set(), 200)
+            self._asked = self._pausing = False
+        return self.is_set()
+
+    def set(self) -> None:
+        super().set()
+        with self._turn:
+            self._turn.notify_all()
+
+    def pass_pause(self) -> None:
+        """Returns when the line has been shown, and the next pause has begun."""
+        with self._turn:
+            assert self._turn.wait_for(lambda: self._pausing, 200)
+            self._asked = True
+            self._turn.notify_all()
+            assert self._turn.wait_for(lambda: self._pausing and not self._asked, 200)
+
+
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """stderr that is no terminal, with a line twenty times a second."""
+    """stderr that is no terminal. A line comes where a test says so, and no time passes."""
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(shown, "console", console)
     monkeypatch.setattr(output, "console", console)
-    assert shown.LINE_SECONDS == 10
-    monkeypatch.setattr(shown, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(shown, "threading", SimpleNamespace(**{**vars(threading), "Event": Lines}))
+    monkeypatch.setattr(shown, "time", SimpleNamespace(monotonic=lambda: 100.0))
     return console.file  # type: ignore[return-value]
 
 
@@ -29,16 +61,14 @@ def test_without_a_terminal_lines_come_by_themselves(lines: io.StringIO) -> None
     """Also while nothing is counted, as when a large model is loaded."""
     with shown.progress_bar("sequences") as bar:
         bar.phase("loading")
-        time.sleep(0.2)
+        bar._ended.pass_pause()  # type: ignore[attr-defined]
         bar.phase("generating", "sequences")
         bar(2, 8, tokens=1234, part=0.3)
-        time.sleep(0.2)
-    told = lines.getvalue().splitlines()
-    time.sleep(0.15)
-    assert told == lines.getvalue().splitlines()  # none comes afterwards
-    assert told[0] == "loading: 0:00 so far"
-    assert "loading: done in 0:00" in told
-    assert told[-2:] == [
+        bar._ended.pass_pause()  # type: ignore[attr-defined]
+    assert bar._thread is None, "none comes afterwards"
+    assert lines.getvalue().splitlines() == [
+        "loading: 0:00 so far",
+        "loading: done in 0:00",
         "generating: 2 of 8 sequences, 1,234 tokens, 0:00 so far",
         "generating: done in 0:00",
     ]
@@ -47,7 +77,7 @@ def test_without_a_terminal_lines_come_by_themselves(lines: io.StringIO) -> None
 def test_a_phase_that_was_told_of_ends_with_a_line(lines: io.StringIO) -> None:
     with shown.progress_bar("sequences") as bar:
         bar.phase("reading", "sequences")
-        time.sleep(0.12)
+        bar._ended.pass_pause()  # type: ignore[attr-defined]
         bar(8, 8, tokens=1234)
         bar.phase("quick")
     told = lines.getvalue().splitlines()
@@ -58,7 +88,7 @@ def test_a_phase_that_fails_has_no_such_line(lines: io.StringIO) -> None:
     def fail() -> None:
         with shown.progress_bar("sequences") as bar:
             bar.phase("failing")
-            time.sleep(0.12)
+            bar._ended.pass_pause()  # type: ignore[attr-defined]
             raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
@@ -69,7 +99,7 @@ def test_a_phase_that_fails_has_no_such_line(lines: io.StringIO) -> None:
 
 def test_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(shown.time, "monotonic", lambda: now)
+    monkeypatch.setattr(shown, "time", SimpleNamespace(monotonic=lambda: now))
     bar = shown.Shown("texts")
     bar.phase("generating", "sequences")
     now += 60
@@ -120,14 +150,10 @@ def test_a_plain_function_hears_of_what_it_counts() -> None:
 
 
 def test_phases_add_up_to_what_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.perf_counter()
+    now = 100.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
     phases = Phases(Progress())
-    phases.phase("a")
-    time.sleep(0.03)
-    phases.phase("b")
-    time.sleep(0.01)
-    phases.phase("a")
-    time.sleep(0.01)
-    seconds = phases.seconds()
-    assert set(seconds) == {"a", "b"} and seconds["a"] >= 0.04
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, abs=0.01)
+    for name, seconds in (("a", 3.0), ("b", 1.25), ("a", 0.5)):
+        phases.phase(name)
+        now += seconds
+    assert phases.seconds() == {"a": 3.5, "b": 1.25}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,8 @@ def test_an_address_where_nothing_listens(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
-        began = time.monotonic()
         ran = call(*capture(root, tmp_path / "run.zarr", ray=f"127.0.0.1:{taken.getsockname()[1]}"))
-    check_refused(ran, "no Ray answers there")
-    assert time.monotonic() - began < 10
+    check_refused(ran, r"no Ray answers there \(")  # at once, not after so many seconds
 
 
 def test_an_address_where_something_else_listens(

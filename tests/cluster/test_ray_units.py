@@ -93,7 +93,7 @@ def test_a_unit_that_is_tried_again_is_the_same(
             process = Forked(
                 fork_server, [sys.executable, "-c", code], env=environment, stdout=said, stderr=said
             )
-            ended = process.wait(120)
+            ended = process.wait(250)
             return ended, (tmp_path / "said").read_text()
 
     units, killed = [str(Shard(n + 1, 2)) for n in range(2)], 0
@@ -229,18 +229,25 @@ def test_a_unit_that_fails_three_times_stops_the_run(rng: np.random.Generator) -
 
 def test_no_place_for_a_worker(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """It ends, but not while a worker that has its place loads the model, however long that takes."""
-    monkeypatch.setattr(ray_run, "PLACE_SECONDS", 0.05)
-    cluster, since = Cluster({"1/1": 5}, rng, worst=0), []
+    now, place = 100.0, ray_run.PLACE_SECONDS
+    monkeypatch.setattr(ray_run, "time", SimpleNamespace(monotonic=lambda: now))
+    cluster = Cluster({"1/1": 5}, rng, worst=0)
 
     def wait(waiting: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
-        since.append(ray_run.time.monotonic())
-        ray_run.time.sleep(0.01)
+        nonlocal now
+        now += place / 5
         loading = [each for each in waiting if each[1] == "load"]
-        return ([] if loading and since[-1] - since[0] < 0.3 else waiting), []
+        return ([] if loading and now < 100 + 6 * place else waiting), []
 
     cluster.wait = wait  # type: ignore[method-assign]
-    assert work(cluster, 1, []).sequences == 5
-    cluster.wait = lambda waiting, timeout: ([], waiting)  # type: ignore[method-assign]
+    assert work(cluster, 1, []).sequences == 5 and now > 100 + 6 * place
+
+    def nothing(waiting: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        nonlocal now
+        now += place / 5
+        return [], waiting
+
+    cluster.wait = nothing  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="no place for a worker: what is done is safe, --resume goes on"):
         work(cluster, 1, [])
 

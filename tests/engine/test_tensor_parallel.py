@@ -246,7 +246,7 @@ def test_interpreted_kernels_sum_in_memory_that_processes_share(tmp_path: Path) 
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]

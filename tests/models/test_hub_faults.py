@@ -191,15 +191,14 @@ def test_ctrl_c_ends_every_download(hub: Hub, monkeypatch: pytest.MonkeyPatch, t
         bar = tqdm_class(total=10)
         started.set()
         try:
-            for _ in range(1000):
+            while not ended.wait(0.01):
                 bar.update(1)
-                ended.wait(0.01)
         except Exception:
             ended.set()
             raise
 
     def interrupted(futures: object) -> Iterator[object]:
-        started.wait(20)
+        assert started.wait(200)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fetch, "as_completed", interrupted)

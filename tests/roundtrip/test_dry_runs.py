@@ -35,6 +35,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole sample is taken, however slow the machine is just now."""
+    monkeypatch.setattr(estimate._write, "__defaults__", (math.inf,))
+    monkeypatch.setattr(estimate, "SCORE_SECONDS", math.inf)
+
+
 def dry(root: Path, command: str, out: Path, **changes: object) -> Ran:
     """A command on the bundled trio, as a dry run with its numbers unless told otherwise."""
     options: dict[str, object] = {"out": out, "device": "cpu", "dry_run": True, "json": True}
@@ -49,10 +56,7 @@ def dry(root: Path, command: str, out: Path, **changes: object) -> Ran:
 
 
 @pytest.mark.parametrize("command", ["roundtrip", "explain", "score"])
-def test_it_says_what_the_run_would_do_and_writes_nothing(
-    store: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate._write, "__defaults__", (math.inf,))  # however slow the machine is just now
+def test_it_says_what_the_run_would_do_and_writes_nothing(store: Path, tmp_path: Path, command: str) -> None:
     before = contents(store)
     ran = dry(store, command, tmp_path / "y.parquet")
     assert ran.code == 0, ran.err

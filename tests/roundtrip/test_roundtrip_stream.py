@@ -185,13 +185,13 @@ def test_following_a_writer_gives_every_row_once(
     asked, read = threading.Event(), threading.Event()
 
     def write() -> None:
-        asked.wait(60)
+        asked.wait(200)
         with open_writer(tmp_path / "s.zarr") as writer:
             for number in range(8):
                 writer.append(sequence(number))
                 writer.commit()
                 if number == 2:
-                    read.wait(60)
+                    read.wait(200)
                 time.sleep(chance.uniform(0, 0.1))
 
     def announce(line: str) -> None:
@@ -282,13 +282,19 @@ def test_what_runs_behind_tells_its_error() -> None:
     assert not ran_after
 
 
+#: Waits for a letter on stdin before each part that it commits.
 _RUN = """
 import sys
 from pathlib import Path
 from nla_engine.config import RoundtripOptions
 from nla_engine.roundtrip import pipeline
+from nla_engine.roundtrip.results import ResultTable
 from nla_engine.roundtrip.run import run_roundtrip
-pipeline.CHUNK = 4
+append = ResultTable.append
+def permitted(*given):
+    sys.stdin.read(1)
+    append(*given)
+ResultTable.append, pipeline.CHUNK = permitted, 4
 root, store, out = map(Path, sys.argv[1:4])
 print("ready", flush=True)
 run_roundtrip(RoundtripOptions(store=store, av=str(root / "av"), ar=str(root / "ar"), out=out, device="cpu",
@@ -297,6 +303,7 @@ run_roundtrip(RoundtripOptions(store=store, av=str(root / "av"), ar=str(root / "
 
 
 def test_killed_at_random_moments_and_resumed(pair: Path, tmp_path: Path) -> None:
+    """Of six parts the first process may commit five, so it is killed before it is through."""
     store = make_store(tmp_path / "s.zarr", 12)
     whole, out = tmp_path / "whole.parquet", tmp_path / "x.parquet"
     sampled = {"samples": 2, "temperature": 0.7}
@@ -304,11 +311,13 @@ def test_killed_at_random_moments_and_resumed(pair: Path, tmp_path: Path) -> Non
     chance, parts = random.Random(os.environ.get("NLA_TEST_SEED")), tmp_path / "x.parquet.parts"
     for number in range(3):
         there, more = len(list(parts.glob("part-*.parquet"))), chance.randint(0, 4)
-        with subprocess.Popen(
-            [sys.executable, "-c", _RUN, *map(str, (pair, store, out))], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
-            deadline = time.monotonic() + 60
+        command = [sys.executable, "-c", _RUN, *map(str, (pair, store, out))]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.stdin.write("." * (more + 1))
+            process.stdin.flush()
+            deadline = time.monotonic() + 200
             while len(list(parts.glob("part-*.parquet"))) < there + more and time.monotonic() < deadline:
                 if process.poll() is not None:
                     break
@@ -349,10 +358,10 @@ def test_following_waits_for_a_record_that_later_prompts_have(
 
     thread = threading.Thread(target=follow)
     thread.start()
-    assert waited.wait(30)
+    assert waited.wait(200)
     writer.append(replace(sequence(1), source=b'{"tag": "late"}'))
     writer.close()
-    thread.join(30)
+    thread.join(200)
     assert found == [5, 6, 7, 8, 9]
     with pytest.raises(WhereError, match="no prompt record has 'other'"):
         list(rows.follow_rows(store, "record.other == 1"))

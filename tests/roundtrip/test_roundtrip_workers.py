@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from store_samples import random_store
 from transformers import AutoConfig
+from worker_faults import Killer
 
 from nla_engine.config import ExplainOptions, RoundtripOptions, ScoreOptions
 from nla_engine.demo.run import LAYER, TRIO
@@ -23,9 +23,8 @@ from nla_engine.roundtrip import parallel
 from nla_engine.roundtrip import run as running
 from nla_engine.roundtrip.job import prepare_run
 from nla_engine.roundtrip.pipeline import Item
-from nla_engine.roundtrip.results import but_last, committed
+from nla_engine.roundtrip.results import ResultTable, but_last, committed
 from nla_engine.roundtrip.run import run_explain, run_roundtrip, run_score
-from nla_engine.workers.pool import Pool
 
 AV, AR = (str(TRIO / name) for name in ("av", "ar"))
 ROWS = 77
@@ -121,38 +120,17 @@ def test_each_half_alone(store: Path, tmp_path: Path, request: pytest.FixtureReq
         check_same(tmp_path / f"one{name}", tmp_path / f"two{name}")
 
 
-def pools(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
-    """The pools that runs open from now on."""
-    made: list[Pool] = []
-
-    class Seen(Pool):
-        def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, **more)
-            made.append(self)
-
-    monkeypatch.setattr(running, "Pool", Seen)
-    return made
-
-
 @pytest.mark.usefixtures("forked_workers")
-def test_a_killed_worker_costs_only_what_it_had(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, said, killed = pools(monkeypatch), [], []
-
-    def progress(done: int, total: int) -> None:
-        if done and not killed:
-            killed.append(made[0].pids[0])
-            os.kill(killed[0], signal.SIGKILL)
-
+def test_a_killed_worker_costs_only_what_it_had(store: Path, tmp_path: Path, killer: Killer) -> None:
+    """The rows make five parts, handed out one at a time: one of two workers is given a second one."""
+    said: list[str] = []
     run_roundtrip(roundtrip(store, tmp_path / "one.parquet"))
+    killer.left = 1
     shared = run_roundtrip(
-        roundtrip(store, tmp_path / "two.parquet", workers=2, batch_size=3),
-        announce=said.append,
-        progress=progress,
+        roundtrip(store, tmp_path / "two.parquet", workers=2, batch_size=3), announce=said.append
     )
     check_same(tmp_path / "one.parquet", tmp_path / "two.parquet")
-    assert killed and shared.workers_lost == 1
+    assert len(killer.killed) == shared.workers_lost == 1 and shared.parts_again > 0
     assert any("killed by SIGKILL" in line for line in said)
 
 
@@ -160,15 +138,18 @@ def test_a_killed_worker_costs_only_what_it_had(
 def test_an_interrupted_run_is_resumed_by_one_process(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C comes between two commits."""
     monkeypatch.setattr(parallel, "CHUNK", 16)
-    out = tmp_path / "two.parquet"
+    out, append = tmp_path / "two.parquet", ResultTable.append
 
-    def stop(done: int, total: int) -> None:
-        if committed(out):
-            raise KeyboardInterrupt
+    def interrupted(table: ResultTable, columns: dict[str, Any]) -> None:
+        append(table, columns)
+        signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_roundtrip(roundtrip(store, out, workers=2, batch_size=3), progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultTable, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_roundtrip(roundtrip(store, out, workers=2, batch_size=3))
     left = committed(out)
     assert 0 < left < ROWS and not out.exists()
     run_roundtrip(roundtrip(store, out, resume=True))

@@ -76,7 +76,7 @@ def test_a_home_of_somebody_else(tmp_path: Path) -> None:
         [*drop, sys.executable, "-c", WHERE],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         env={**environment, "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr

@@ -258,7 +258,7 @@ def test_copies_are_waited_for_when_writing_has_failed(
         open_writer.append_many(sequences, wait=False)
     waiting = threading.Thread(target=open_writer.wait_until_copied, daemon=True)
     waiting.start()
-    waiting.join(20)
+    waiting.join(200)
     assert not waiting.is_alive()
 
 

@@ -12,11 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pool_jobs import Squares
+from pool_jobs import Squares, until
 
 from nla_engine.errors import EngineError
 from nla_engine.workers.child import Items
+from nla_engine.workers.handing import Handing
 from nla_engine.workers.pool import Lost, Pool
+
+#: Items that no pool is done with while a test runs.
+MANY = range(10**6)
 
 
 class Ran:
@@ -58,7 +62,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_all_items_once(workers: int, tmp_path: Path, rng: np.random.Generator) -> None:
     items = np.sort(rng.choice(10_000, 200, replace=False))
-    ran = Ran(Squares(tmp_path, held=7, seconds=0.002), items, workers)
+    ran = Ran(Squares(tmp_path, held=7, meet=workers), items, workers)
     ran.check(items.tolist())
     assert len({result[3] for result in ran.got.values()}) == workers
     assert ran.lines == ["opened"], "a line that several workers say is said once"
@@ -115,28 +119,46 @@ def test_nothing_just_now() -> None:
 
 
 def test_how_long_workers_stood_still(tmp_path: Path) -> None:
-    """One worker has the last item for long: the others have nothing more to do."""
-    ran = Ran(Squares(tmp_path, seconds=0.4), range(3), workers=2)
-    waited = ran.pool.waited
-    assert 0.1 < waited.start + waited.end < 2 and waited.results < 0.1, waited
+    """One worker has the last item for long: the other one has nothing more to do."""
+    began = time.monotonic()
+    with Pool(["cpu"] * 2, imports="pool_jobs") as pool:
+        for group in pool.run(Squares(tmp_path, meet=2, at={1: "wait"}), range(2)):
+            if group[0][0] == 0:
+                until(lambda: any(worker.waits for worker in pool._workers.values()))
+                time.sleep(0.3)
+                (tmp_path / "go").touch()
+        waited, whole = pool.waited, time.monotonic() - began
+    assert 0.1 < waited.end < whole and waited.start + waited.items + waited.results < whole, waited
 
 
 def test_no_items(tmp_path: Path) -> None:
     Ran(Squares(tmp_path), []).check([])
 
 
-def test_replies_of_a_prompt_stay_together(tmp_path: Path) -> None:
-    ran = Ran(Squares(tmp_path, held=64, seconds=0.001), range(120), workers=2, together=6)
+def test_replies_of_a_prompt_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except where a worker has its whole share."""
+    take, ranges, cut = Handing.take, [], []
+
+    def whole(handing: Handing, worker: int, unfinished: int | None, ahead: bool) -> list[int]:
+        taken = take(handing, worker, unfinished, ahead)
+        ranges.append(taken)
+        if taken and (following := handing._next()) is not None and following // 6 == taken[-1] // 6:
+            more = take(handing, worker, handing._unfinished[worker], ahead)
+            cut.extend(more)
+            taken += more
+        return taken
+
+    monkeypatch.setattr(Handing, "take", whole)
+    ran = Ran(Squares(tmp_path, held=64, meet=2), range(120), workers=2, together=6)
     ran.check(range(120))
-    split = sum(len({ran.got[n][3] for n in range(at, at + 6)}) > 1 for at in range(0, 120, 6))
-    assert split <= 1  # where a worker has its whole share
+    assert len(ranges) > 4 and not cut, "there was room for the rest of a prompt"
 
 
 @pytest.mark.parametrize("how", ["kill", "segfault", "exception", "exit"])
 def test_a_death_costs_nothing(how: str, tmp_path: Path) -> None:
     ran = Ran(Squares(tmp_path, held=5, at={20: how}), range(60), unit="sequences")
     ran.check(range(60))
-    assert ran.lost.workers == 1 and 1 <= ran.lost.items <= 30
+    assert ran.lost.workers == 1 and ran.lost.items >= 1
     [line] = [line for line in ran.lines if "died" in line]
     told = {
         "kill": "killed by SIGKILL",
@@ -172,7 +194,7 @@ def test_an_item_returned_twice_is_a_failure(tmp_path: Path) -> None:
 
 def test_leaving_ends_the_processes(tmp_path: Path) -> None:
     with Pool(["cpu"] * 2, imports="pool_jobs") as pool:
-        next(pool.run(Squares(tmp_path, seconds=0.05), range(100)))
+        next(pool.run(Squares(tmp_path, seconds=0.05), MANY))
         pids = pool.pids
         assert all(map(alive, pids))
     assert len(pids) == 2 and not any(map(alive, pids))
@@ -180,9 +202,9 @@ def test_leaving_ends_the_processes(tmp_path: Path) -> None:
 
 def test_what_is_unfinished(tmp_path: Path) -> None:
     with Pool(["cpu"] * 2, imports="pool_jobs") as pool:
-        runs = pool.run(Squares(tmp_path, seconds=0.1, held=4), range(100))
+        runs = pool.run(Squares(tmp_path, seconds=0.1, held=4), MANY)
         done = [item for item, _ in next(runs)]
-        left = pool.unfinished(5.0)
+        left = pool.unfinished(200.0)
     assert left and not set(left) & set(done)
 
 
@@ -217,11 +239,11 @@ def test_killed_at_random(number: int, tmp_path: Path, rng: np.random.Generator)
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from pool_jobs import Squares
+from pool_jobs import Squares, until
 from nla_engine.workers.pool import Pool
 with Pool(["cpu", "cpu"], imports="pool_jobs") as pool:
     print(*pool.pids, flush=True)
-    for group in pool.run(Squares(Path(sys.argv[1]), seconds=float(sys.argv[2])), range(1000)):
+    for group in pool.run(Squares(Path(sys.argv[1]), seconds=float(sys.argv[2])), range(10**6)):
         print("some", flush=True)
 """
 
@@ -241,8 +263,8 @@ def test_no_process_outlives_the_run(number: int, tmp_path: Path) -> None:
         pids = [int(word) for word in process.stdout.readline().split()]
         assert process.stdout.readline()
         process.send_signal(number)
-        process.wait(20)
-    end = time.monotonic() + 10
+        process.wait(120)
+    end = time.monotonic() + 120
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.02)
     assert len(pids) == 2 and not any(map(alive, pids))
