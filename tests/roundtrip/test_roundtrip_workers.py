@@ -20,7 +20,6 @@ from nla_engine.demo.run import LAYER, TRIO
 from nla_engine.errors import EngineError, RequestError
 from nla_engine.progress import Phases, Progress
 from nla_engine.roundtrip import parallel
-from nla_engine.roundtrip import run as running
 from nla_engine.roundtrip.job import prepare_run
 from nla_engine.roundtrip.pipeline import Item
 from nla_engine.roundtrip.results import ResultTable, but_last, committed
