@@ -9,8 +9,8 @@ PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3.14 python
 	"$$each" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null && echo "$$each" && break; done)
 VENV ?= .venv
 OUT ?= out
-# Test files that run side by side, each on one core.
-JOBS ?= 2
+# Test files that run side by side. Three suit two cores, because some wait for processes of their own.
+JOBS ?= 3
 # One known torch, so that no newer one is fetched; where pip sees a CPU build of it, this pin takes that one.
 TORCH ?= torch==2.13.0
 
