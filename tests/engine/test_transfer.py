@@ -30,14 +30,14 @@ def test_there_and_back(shape: tuple[int, ...], rng: np.random.Generator) -> Non
 
 @pytest.mark.gpu
 def test_a_busy_device_is_neither_waited_for_nor_looked_at_too_late(rng: np.random.Generator) -> None:
-    """Behind a kernel of about 0.2 s: copies to the device are queued, even if the host's array changes; two glances
+    """Behind a kernel of about a second: copies to the device are queued, even if the host's array changes; two glances
     see one change each."""
     device = torch.device("cuda")
     values = torch.zeros(1000, dtype=torch.int64, device=device)
     first, second, done = Glance(values), Glance(values), torch.cuda.Event()
     given = [rng.integers(0, 2**40, (4, 20_000)) for _ in range(5)]
     to_device(given[0], device), torch.cuda.synchronize()  # allocates pinned memory and loads kernels
-    torch.cuda._sleep(300_000_000)
+    torch.cuda._sleep(1_500_000_000)
     copies = []
     for values_given in given:
         mine = values_given.copy()
@@ -45,7 +45,7 @@ def test_a_busy_device_is_neither_waited_for_nor_looked_at_too_late(rng: np.rand
         mine[:] = -1
     values += 1
     first.take()
-    torch.cuda._sleep(300_000_000)
+    torch.cuda._sleep(1_500_000_000)
     values += 1
     second.take()
     done.record()
