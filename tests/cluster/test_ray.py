@@ -41,13 +41,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def new_cluster() -> Any:
+    """One whose head runs no workers."""
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    )
     # A node that says nothing is given up after some ten seconds.
     soon = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4, "initial_delay_ms": 0}
     head = {
@@ -55,7 +52,16 @@ def cluster() -> Iterator[Any]:
         "include_dashboard": False,
         "_system_config": {f"health_check_{key}": value for key, value in soon.items()},
     }
-    made = Cluster(initialize_head=True, head_node_args=head)
+    # With hooks for the exit, only the main thread could add nodes.
+    return Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    )
+    made = new_cluster()
     made.add_node(num_cpus=1)
     made.add_node(num_cpus=1)
     yield made
@@ -67,23 +73,44 @@ def raylet(node: Any) -> int:
     return node.all_processes["raylet"][0].process.pid
 
 
-def parent(process: int) -> int:
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return 0
+def stat(process: int) -> list[str]:
+    """State and parent of a process, and more; of one that has gone nothing that fits."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return ["gone", "0"]
+
+
+def writers(parts: Path) -> Iterator[int]:
+    """The processes that write a unit now."""
+    for lease in parts.glob("*.zarr/.nla-writer"):
+        with contextlib.suppress(OSError, ValueError):
+            yield json.loads(lease.read_text())["process"]
 
 
 def writing(parts: Path, node: Any, deadline: float) -> int:
     """A process of a node that writes a unit, once there is one; 0 if there is none in time."""
     while time.monotonic() < deadline:
-        for lease in parts.glob("*.zarr/.nla-writer"):
-            with contextlib.suppress(OSError, ValueError):
-                process = json.loads(lease.read_text())["process"]
-                if parent(process) == raylet(node):
-                    return process
+        for process in writers(parts):
+            if stat(process)[1] == str(raylet(node)):
+                return process
         time.sleep(0.005)
     return 0
+
+
+def stopped_writer(parts: Path, node: Any, deadline: float) -> int:
+    """The same, stopped in the middle of its unit."""
+    while process := writing(parts, node, deadline):
+        os.kill(process, signal.SIGSTOP)
+        while stat(process)[0] not in ("T", "gone"):
+            time.sleep(0.005)
+        if process in writers(parts):
+            return process
+        os.kill(process, signal.SIGCONT)  # the unit ended meanwhile
+    return 0
+
+
+def given_up(node: Any) -> bool:
+    return any(each["NodeID"] == node.node_id and not each["Alive"] for each in ray.nodes())
 
 
 def run(base: Path, out: Path, **changes: object) -> Ran:
@@ -111,12 +138,10 @@ def refused(ran: Ran, message: str) -> None:
 def kill_worker(deadline: float, parts: Path) -> None:
     """Kill a process that writes a unit, as soon as there is one."""
     while time.monotonic() < deadline:
-        for lease in parts.glob("*.zarr/.nla-writer"):
-            try:
-                os.kill(json.loads(lease.read_text())["process"], signal.SIGKILL)
-            except (OSError, ValueError):
-                continue
-            return
+        for process in writers(parts):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+                return
         time.sleep(0.005)
 
 
@@ -138,27 +163,35 @@ def test_workers_and_a_node_are_lost(base: Path, tmp_path: Path, cluster: Any) -
 
 
 def test_a_node_is_cut_off(base: Path, tmp_path: Path, cluster: Any) -> None:
-    """Its raylet stops, and its worker in the middle of a unit, which nobody else may write. Both go on later."""
-    out, doomed, stopped = tmp_path / "run.zarr", cluster.add_node(num_cpus=1), []
+    """Its raylet stops, and its worker in the middle of a unit, which nobody else may write. Both go on later.
+
+    Until then there is no other node, so this one certainly has a unit.
+    """
+    alone, stopped = new_cluster(), []
+    out, doomed = tmp_path / "run.zarr", alone.add_node(num_cpus=1)
 
     def harm() -> None:
-        if process := writing(tmp_path / "run.zarr.parts", doomed, time.monotonic() + 240):
-            for each in (process, raylet(doomed)):
-                os.kill(each, signal.SIGSTOP)
-                stopped.append(each)
-            time.sleep(30)  # the cluster gives the node up, and the unit is tried elsewhere
+        end = time.monotonic() + 240
+        if process := stopped_writer(tmp_path / "run.zarr.parts", doomed, end):
+            stopped.append(process)
+            alone.add_node(num_cpus=1)
+            os.kill(raylet(doomed), signal.SIGSTOP)
+            stopped.append(raylet(doomed))
+            while not given_up(doomed) and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(5)  # the unit is tried elsewhere
             os.kill(process, signal.SIGCONT)
 
     thread = threading.Thread(target=harm)
     thread.start()
     try:
-        ran = run(base, out, ray=cluster.address, ray_workers=3, ray_units=6, json=True)
+        ran = run(base, out, ray=alone.address, ray_units=6, json=True)
         thread.join()
     finally:
         for each in stopped:
             with contextlib.suppress(OSError):
                 os.kill(each, signal.SIGCONT)
-        cluster.remove_node(doomed, allow_graceful=False)
+        alone.shutdown()
     assert len(stopped) == 2 and ran.code == 0, ran.err
     assert "is tried again" in ran.err
     check_rows(base, out)
@@ -166,10 +199,8 @@ def test_a_node_is_cut_off(base: Path, tmp_path: Path, cluster: Any) -> None:
 
 def test_the_last_node_vanishes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends with 1, and goes on with another node."""
-    from ray.cluster_utils import Cluster
-
     monkeypatch.setattr(ray_run, "PLACE_SECONDS", 5.0)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = new_cluster()
     out, only = tmp_path / "run.zarr", cluster.add_node(num_cpus=1)
 
     def harm() -> None:
@@ -216,8 +247,6 @@ def test_a_node_with_another_version(
     message: str,
 ) -> None:
     """It is the only one with room, so that no other can finish the run before it is heard."""
-    from ray.cluster_utils import Cluster
-
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # Ray's workers look for modules where the run was started, too
     package = Path(ray_run.__file__).parents[1]
@@ -225,7 +254,7 @@ def test_a_node_with_another_version(
     changed = tmp_path / "nla_engine" / file
     changed.write_text(changed.read_text() + "\nX = 1\n" if text is None else text)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    alone = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    alone = new_cluster()
     alone.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
     try:
         ran = run(base, tmp_path / "run.zarr", ray=alone.address)
