@@ -28,6 +28,7 @@ from nla_engine.options import MAX
 from nla_engine.store import CaptureStore, RowFlag
 from nla_engine.store.objects import place
 from nla_engine.store.swap import exists
+from nla_engine.workers.devices import with_work
 
 #: Most sequences, most new tokens of each, and most seconds of generating, in the run that measures the speed.
 SAMPLE, MOST_SECONDS = (64, 32), 8.0
@@ -99,7 +100,7 @@ def _estimate(
     vocabulary = token_bytes(lm.tokenizer, lm.vocab_size)
     choice = RowChoice.of(options, lm, prompts, vocabulary)
     limits = reply_limits(options, lm, prompts.sizes)
-    workers = max(min(workers, len(todo)), 1)  # as `Pool.keep_for`
+    workers = with_work(workers, len(todo))
     if workers > 1:
         announce(
             f"measured in one process on {options.device}; {workers} are taken to be {workers} times as fast"

@@ -75,6 +75,11 @@ def grouped(devices: tuple[str, ...], size: int) -> tuple[str, ...]:
     return tuple(AND.join(devices[first : first + size]) for first in range(0, len(devices), size))
 
 
+def with_work(workers: int, items: int) -> int:
+    """How many of so many workers have work if there are so many items: at least one stays."""
+    return max(min(workers, items), 1)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ import numpy as np
 
 from nla_engine import errors
 from nla_engine.errors import EngineError, NLAError
-from nla_engine.workers.devices import cores
+from nla_engine.workers.devices import cores, with_work
 from nla_engine.workers.handing import MOST_DEATHS, RANGE, Handing
 from nla_engine.workers.job import Job, Waited
 from nla_engine.workers.process import WorkerProcess
@@ -110,7 +110,7 @@ class Pool:
     def keep_for(self, items: int) -> int:
         """Let processes go that so many items leave without work, before they load anything for it. Returns how many
         stay, at least one. Call it before `run`."""
-        kept = max(min(items, len(self.devices)), 1)
+        kept = with_work(len(self.devices), items)
         if kept < len(self.devices):
             self._say(f"{items:,} {self._unit}: {kept} of {len(self.devices)} workers have work")
         with self._lock:
