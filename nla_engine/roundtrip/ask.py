@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -215,12 +216,17 @@ class AskRun:
 
     def without_direction(self, prompts: np.ndarray) -> np.ndarray:
         """Of each prompt, object [n]: the status of its first vector without a direction, None if all have one."""
+        return self._group_status[self.questions.group[prompts]]
+
+    @cached_property
+    def _group_status(self) -> np.ndarray:
+        """The same of each group of rows, object [G]. Reads the norms of all rows."""
         questions, reader = self.questions, self.store.layer(self.layer)
         out = np.full(len(questions.start) - 1, None, object)
         of_rows = np.array(without_direction(reader.norm_at(questions.rows)), object)
         for place in np.flatnonzero(of_rows != None)[::-1].tolist():  # noqa: E711
             out[np.searchsorted(questions.start, place, "right") - 1] = of_rows[place]
-        return out[questions.group[prompts]]
+        return out
 
     def _asked(self, reader: LayerReader, prompts: np.ndarray) -> Iterator[Asked]:
         """These prompts with their vectors on the device, which are read one block ahead."""
