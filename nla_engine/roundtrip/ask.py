@@ -28,7 +28,7 @@ from nla_engine.roundtrip.questions import Questions
 from nla_engine.roundtrip.results import ANSWERS, ResultTable, check_table
 from nla_engine.roundtrip.rows import row_columns
 from nla_engine.roundtrip.summary import ASKING, LOADING, PREPARING, AskSummary, summarise_answers
-from nla_engine.roundtrip.texts import READ_AHEAD, read_ahead, without_direction
+from nla_engine.roundtrip.texts import DRAW_OPTIONS, READ_AHEAD, read_ahead, without_direction
 from nla_engine.roundtrip.writer import Asked, Limits, Writer
 from nla_engine.sites import Site, listed
 from nla_engine.store import CaptureStore, LayerReader
@@ -151,13 +151,7 @@ class AskRun:
             "where",
             "limit",
             "rows_per_prompt",
-            "samples",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "seed",
-            "max_new_tokens",
+            *DRAW_OPTIONS,
             "prefill",
             "precision",
         )

@@ -37,7 +37,7 @@ from nla_engine.roundtrip.score import Controls
 from nla_engine.roundtrip.summary import EXPLAINING, FINISHING, LOADING, PREPARING, SCORING, STARTING
 from nla_engine.roundtrip.text_checks import check_layer, check_lengths
 from nla_engine.roundtrip.text_file import TextFile
-from nla_engine.roundtrip.texts import Texts, Written
+from nla_engine.roundtrip.texts import DRAW_OPTIONS, Texts, Written
 from nla_engine.roundtrip.verbalize import Verbalizer
 from nla_engine.sites import Site
 from nla_engine.store import CaptureStore
@@ -237,13 +237,7 @@ class Run:
         names = (
             "where",
             "limit",
-            "samples",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "seed",
-            "max_new_tokens",
+            *DRAW_OPTIONS,
             "precision",
             "variance",
             "follow",

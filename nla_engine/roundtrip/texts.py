@@ -17,6 +17,8 @@ from nla_engine.engine.streams import enter_device
 from nla_engine.ops.sampling import sampling_of
 from nla_engine.roundtrip.verbalize import Explanation, Verbalizer
 
+#: Options that decide which texts are drawn for a row. A run that goes on must have the same.
+DRAW_OPTIONS = ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "max_new_tokens")
 #: Vectors read at once, one such block ahead of need.
 READ_AHEAD = 1024
 #: Statuses of rows whose vector has no direction: there is nothing to explain or to score.
