@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
             rotate_shared(row, d, args.codec.block);
             for (int i = threadIdx.x; i < d; i += blockDim.x) {
                 if (factor == 0.0f) row[i] = 0.0f;  // Inf * 0 is not 0
-                else if (kind == CodecKind::int4) row[i] = __fmul_rn(row[i], factor);
                 atomicMax(&largest[i / group], __float_as_uint(fabsf(row[i])));  // magnitudes sort like their bits
             }
             __syncthreads();
@@ -65,27 +64,23 @@ __global__ void __launch_bounds__(256) encode_any(const EncodeArgs args) {
             for (int base = threadIdx.x & ~31; base < d; base += blockDim.x) {  // whole warps, because int4 shuffles
                 const int i = base + (threadIdx.x & 31);
                 const float v = i < d ? row[i] : 0.0f;
-                float range = i < d ? __uint_as_float(largest[i / group]) : 0.0f;
-                if constexpr (kind == CodecKind::int8) range = __fmul_rn(range, factor);
+                const float range = i < d ? __fmul_rn(__uint_as_float(largest[i / group]), factor) : 0.0f;
                 constexpr float top = kind == CodecKind::int8 ? 127.0f : 7.0f;
-                Scale best = make_scale(range, 1.0f / top);
-                if constexpr (kind == CodecKind::int8) best.reciprocal = whole_reciprocal(best, factor);
+                Scale scale = make_scale(range, 1.0f / top);
                 if constexpr (kind == CodecKind::int4) {
-                    float best_error = INFINITY;
-                    for (int c = 0; c < kClips; ++c) {
-                        const Scale scale = make_scale(__fmul_rn(range, clips[c]), 1.0f / top);
-                        float error = int4_error(v, scale);
-                        for (int step = group / 2; step; step /= 2)
-                            error = __fadd_rn(error, __shfl_xor_sync(kAll, error, step));
-                        if (error < best_error) {
-                            best_error = error;
-                            best = scale;
-                        }
+                    const float reciprocal = fine_reciprocal(whole_reciprocal(scale, factor));
+                    const int fine = static_cast<int>(__fsub_rn(shifted_code(v, reciprocal), kRounder));
+                    int sums[kDivisors];
+                    for (int k = 0; k < kDivisors; ++k) {
+                        const int distance = static_cast<int8_t>((16 * (kFirstDivisor + k) * fine + 128) >> 8);
+                        sums[k] = distance * distance;
+                        for (int step = group / 2; step; step /= 2) sums[k] += __shfl_xor_sync(kAll, sums[k], step);
                     }
+                    if (!scale.is_subnormal()) scale = cheapest_scale(sums, range);
                 }
-                const float whole = __fsub_rn(shifted_code(v, best.reciprocal), kRounder);
+                const float whole = __fsub_rn(shifted_code(v, whole_reciprocal(scale, factor)), kRounder);
                 const int code = static_cast<int>(fminf(fmaxf(whole, -top), top));
-                if (i < d && i % group == 0) scales[i / group] = best.half;
+                if (i < d && i % group == 0) scales[i / group] = scale.half;
                 if constexpr (kind == CodecKind::int8) {
                     if (i < d) static_cast<int8_t*>(args.codes)[dest * d + i] = static_cast<int8_t>(code);
                 } else {

@@ -9,8 +9,8 @@ namespace nla {
 
 // Adding it rounds v to an integer, nearest even, whose two's complement is in the low bits, if |v| < 2^22.
 constexpr float kRounder = 12582912.0f;
-constexpr int kClips = 6;
-static __constant__ float clips[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};  // INT4_CLIPS of codec/rows.py
+constexpr uint32_t kRounderBits = 0x4b400000;
+constexpr float kSmallestNormalHalf = 6.103515625e-05f;
 
 // Where a row goes; negative if it is not selected, or past the end.
 __device__ __forceinline__ int64_t dest_of(const EncodeArgs& args, int64_t row) {
@@ -41,10 +41,13 @@ __device__ __forceinline__ uint16_t* take_exact(const EncodeArgs& args, int64_t 
     return args.exact + static_cast<int64_t>(slot) * args.codec.d;
 }
 
-// scale = float16(clip * largest / top) and its reciprocal, 0 if the scale is 0.
+// scale = float16(range / top) and its reciprocal, 0 if the scale is 0. range: of y, that is with the row's factor.
 struct Scale {
     __half half;
     float value, reciprocal;
+
+    // A normal float16 is within 2^-11 of the range / top, so codes stay within +-top. Others must be clamped.
+    __device__ bool is_subnormal() const { return value < kSmallestNormalHalf; }
 };
 
 __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
@@ -55,7 +58,7 @@ __device__ __forceinline__ Scale make_scale(float range, float inverse_top) {
     return scale;
 }
 
-// The multiplier of values in int8: factor / scale, capped at the largest float32, so that 0 stays 0.
+// The multiplier of rotated values: factor / scale, capped at the largest float32, so that 0 stays 0.
 __device__ __forceinline__ float whole_reciprocal(const Scale& scale, float factor) {
     return fminf(__fmul_rn(scale.reciprocal, factor), FLT_MAX);
 }
@@ -65,12 +68,30 @@ __device__ __forceinline__ float shifted_code(float value, float reciprocal) {
     return __fmaf_rn(value, reciprocal, kRounder);
 }
 
-// Squared error of y at a scale of int4; its sign does not matter. code (3 bits) * scale (11 bits) is exact, so the
-// fused operation rounds once, as the subtraction of the product does.
-__device__ __forceinline__ float int4_error(float y, const Scale& scale) {
-    const float code = fminf(__fsub_rn(shifted_code(fabsf(y), scale.reciprocal), kRounder), 7.0f);
-    const float delta = __fmaf_rn(-code, scale.value, fabsf(y));
-    return __fmul_rn(delta, delta);
+// ---- the clip of an int4 group ----
+
+constexpr int kFirstDivisor = 29;  // INT4_DIVISORS of codec/rows.py: this one and the next two
+constexpr int kDivisors = 3;
+
+// The multiplier of rotated values that gives a group's fine codes, of which 4096 / 29 make a code at clip 1, from the
+// multiplier that gives these.
+__device__ __forceinline__ float fine_reciprocal(float reciprocal) {
+    return fminf(__fmul_rn(reciprocal, static_cast<float>(4096.0 / kFirstDivisor)), FLT_MAX);
+}
+
+// sums[i]: the squared distances of a group at divisor kFirstDivisor + i, less than 2^24. The scale that costs least.
+__device__ __forceinline__ Scale cheapest_scale(const int (&sums)[kDivisors], float range) {
+    float least = INFINITY, clip = 1.0f;
+#pragma unroll
+    for (int i = 0; i < kDivisors; ++i) {
+        const int divisor = kFirstDivisor + i;
+        const float cost = __fmul_rn(static_cast<float>(sums[i]), static_cast<float>(1.0 / (divisor * divisor)));
+        if (cost < least) {
+            least = cost;
+            clip = static_cast<float>(static_cast<double>(kFirstDivisor) / divisor);
+        }
+    }
+    return make_scale(__fmul_rn(range, clip), 1.0f / 7.0f);
 }
 
 // For blocks of 128 and 16-byte accesses (encode_fast.cu). False if it does not take these arguments.

@@ -20,7 +20,6 @@
 
 namespace nla {
 
-constexpr float kSmallestNormalHalf = 6.103515625e-05f;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kTensorCores = false;     // none that take bfloat16: these cards rotate as the host does
 #else
@@ -76,8 +75,7 @@ __device__ __forceinline__ float largest_in_lane(const float (&v)[kPerLane]) {
     return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
 }
 
-// One scale per block; v is y / factor. A normal scale is within 2^-11 of largest / 127, so codes stay within +-127
-// without clamping.
+// One scale per block; v is y / factor.
 // at: as below; called by all lanes of the warp.
 __device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, int8_t* codes, __half* scales, int64_t at,
                                            int sub) {
@@ -88,7 +86,7 @@ __device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, i
     const float reciprocal = whole_reciprocal(scale, factor);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) v[i] = shifted_code(v[i], reciprocal);
-    if (scale.value < kSmallestNormalHalf) {
+    if (scale.is_subnormal()) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) v[i] = fminf(fmaxf(v[i], kRounder - 127.0f), kRounder + 127.0f);
     }
@@ -107,47 +105,57 @@ __device__ __forceinline__ void store_int8(float (&v)[kPerLane], float factor, i
     if (sub == 0) scales[at / kBlock] = scale.half;
 }
 
-// Sum over errors i, i + width, i + 2 width ... in the order of a butterfly reduction: steps 16, 8, 4, 2, 1.
-template <int width>
-__device__ __forceinline__ float int4_error_sum(const float (&v)[kPerLane], int i, const Scale& scale) {
-    if constexpr (width == kPerLane) {
-        return int4_error(v[i], scale);
-    } else {
-        return __fadd_rn(int4_error_sum<2 * width>(v, i, scale), int4_error_sum<2 * width>(v, i + width, scale));
+// Sums of squared distances (codec/rows.py). fine: a group's fine codes, two to a word, the odd one above, on top of
+// kRounderBits. In a product with 16 * divisor, each half's upper byte is a distance. From the lower half, -8 to 7 spill
+// over. That never reaches the upper byte, because the upper half is a multiple of 16, to which 8 is added.
+__device__ __forceinline__ void add_distances(const uint32_t (&fine)[kPerLane / 2], int (&sums)[kDivisors]) {
+#pragma unroll
+    for (int k = 0; k < kDivisors; ++k) {
+        const uint32_t times = 16 * (kFirstDivisor + k), offset = 0x00880088u - times * kRounderBits;
+        sums[k] = 0;
+#pragma unroll
+        for (int i = 0; i < kPerLane / 2; i += 2) {
+            const uint32_t four = __byte_perm(fine[i] * times + offset, fine[i + 1] * times + offset, 0x7531);
+            sums[k] = __dp4a(static_cast<int>(four), static_cast<int>(four), sums[k]);
+        }
     }
 }
 
-// One group per lane. codes: the lane's; scales: its group's.
-__device__ __forceinline__ void store_int4(const float (&v)[kPerLane], uint8_t* codes, __half* scales) {
-    const float largest = largest_in_lane(v);
-    Scale best = make_scale(largest, 1.0f / 7.0f);
-    float best_error = int4_error_sum<1>(v, 0, best);
-#pragma unroll 1
-    for (int c = 1; c < kClips; ++c) {
-        const Scale scale = make_scale(__fmul_rn(largest, clips[c]), 1.0f / 7.0f);
-        // A rounded sum of squares is no less than any of them: if clipping the largest value alone costs too much, so
-        // does the sum.
-        if (int4_error(largest, scale) >= best_error) continue;
-        const float error = int4_error_sum<1>(v, 0, scale);
-        if (error < best_error) {
-            best_error = error;
-            best = scale;
-        }
+// One group per lane; v is y / factor. codes: the lane's; scales: its group's.
+__device__ __forceinline__ void store_int4(float (&v)[kPerLane], float factor, uint8_t* codes, __half* scales) {
+    const float range = __fmul_rn(largest_in_lane(v), factor);
+    Scale scale = make_scale(range, 1.0f / 7.0f);
+    const float to_fine = fine_reciprocal(whole_reciprocal(scale, factor));
+    uint32_t fine[kPerLane / 2];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 2; ++i)
+        fine[i] = (__float_as_uint(shifted_code(v[2 * i + 1], to_fine)) << 16) +
+                  __float_as_uint(shifted_code(v[2 * i], to_fine));
+    int sums[kDivisors];
+    add_distances(fine, sums);
+    const bool clamped = scale.is_subnormal();
+    if (!clamped) scale = cheapest_scale(sums, range);
+    const float reciprocal = whole_reciprocal(scale, factor);
+    constexpr float kShifted = kRounder + 8.0f;  // its lowest bits hold code + 8
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) v[i] = __fmaf_rn(v[i], reciprocal, kShifted);
+    if (clamped) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) v[i] = fminf(fmaxf(v[i], kShifted - 7.0f), kShifted + 7.0f);
     }
     uint32_t word[kPerLane / 8];
 #pragma unroll
     for (int i = 0; i < kPerLane / 8; ++i) {
-        word[i] = 0;
+        uint32_t two[4];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            const float shifted = shifted_code(v[8 * i + k], best.reciprocal);
-            const float code = fminf(fmaxf(shifted, kRounder - 7.0f), kRounder + 7.0f);
-            word[i] |= (__float_as_uint(code) & 15u) << (4 * k);
+        for (int k = 0; k < 4; ++k) {
+            const float* const code = v + 8 * i + 2 * k;
+            two[k] = (__float_as_uint(code[1]) << 4) + __float_as_uint(code[0]);
         }
-        word[i] ^= 0x88888888u;  // two's complement + 8
+        word[i] = __byte_perm(__byte_perm(two[0], two[1], 0x0040), __byte_perm(two[2], two[3], 0x0040), 0x5410);
     }
     *reinterpret_cast<uint4*>(codes) = {word[0], word[1], word[2], word[3]};
-    *scales = best.half;
+    *scales = scale.half;
 }
 
 // ---- a pass: eight blocks, one quad each ----
@@ -188,9 +196,7 @@ __device__ __forceinline__ void store_codes(const EncodeArgs& args, float (&v)[k
     if constexpr (kind == CodecKind::int8) {
         store_int8(v, factor, static_cast<int8_t*>(args.codes), scales, at, threadIdx.x % 4);
     } else if (at >= 0) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) v[i] = __fmul_rn(v[i], factor);
-        store_int4(v, static_cast<uint8_t*>(args.codes) + at / 2, scales + at / kPerLane);
+        store_int4(v, factor, static_cast<uint8_t*>(args.codes) + at / 2, scales + at / kPerLane);
     }
 }
 

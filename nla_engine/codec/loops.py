@@ -17,6 +17,7 @@ import numpy as np
 NORM_RANGE = (np.float32(1e-30), np.float32(1e30))
 _LEAST_NORM, _MOST_NORM = NORM_RANGE
 _LARGEST = np.finfo(np.float32).max
+_SMALLEST_NORMAL_HALF = np.float32(6.103515625e-05)
 
 
 def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +57,7 @@ def _rotate(row, block):
 @compiled
 def _half(value):
     """float32 rounded to the nearest float16 value (even on ties), as float32, for 0 <= value < 65504."""
-    if value < np.float32(6.103515625e-05):  # subnormal halves are multiples of 2**-24
+    if value < _SMALLEST_NORMAL_HALF:  # subnormal halves are multiples of 2**-24
         return np.float32(np.rint(value * np.float32(16777216.0)) * np.float32(5.9604644775390625e-08))
     _, exponent = math.frexp(value)
     ulp = np.float32(math.ldexp(1.0, exponent - 11))
@@ -70,50 +71,57 @@ def _code(value, reciprocal, top):
 
 
 @compiled
-def encode(x, norm, sqrt_d, block, group, top, clips, codes, scales):
+def _reciprocal(scale, factor):
+    """The multiplier of rotated values that gives y / scale."""
+    return min(np.float32(1.0) / scale * factor, _LARGEST) if scale > 0 else np.float32(0.0)
+
+
+@compiled
+def _cheapest(values, reciprocal, divisors):
+    """The divisor that costs a group the least; of equal ones the first. reciprocal: as for codes at clip 1"""
+    fine = np.empty(values.shape[0], np.int32)
+    to_fine = min(reciprocal * np.float32(4096.0 / divisors[0]), _LARGEST)
+    for j in range(values.shape[0]):
+        fine[j] = np.int32(np.rint(np.float64(values[j]) * np.float64(to_fine)))
+    best, least = divisors[0], np.float32(np.inf)
+    for divisor in divisors:
+        total = np.int32(0)
+        for j in range(values.shape[0]):
+            distance = np.int32(np.int8((np.int32(16 * divisor) * fine[j] + np.int32(128)) >> 8))
+            total += distance * distance
+        cost = np.float32(total) * np.float32(1.0 / (divisor * divisor))
+        if cost < least:
+            best, least = divisor, cost
+    return best
+
+
+@compiled
+def encode(x, norm, sqrt_d, block, group, top, divisors, codes, scales):
     """Codes int8 [n, d] and scales float32 [n, d / group] of the ordinary rows; others are left unchanged."""
     d = x.shape[1]
     one = np.float32(1.0)
     unit = np.float32(1.0 / math.sqrt(block))
     row = np.empty(d, np.float32)
-    errors = np.empty(group, np.float32)
     for i in range(x.shape[0]):
         if not (norm[i] >= _LEAST_NORM and norm[i] <= _MOST_NORM):
             continue
         row[:] = x[i]
         _rotate(row, block)
         factor = one / (norm[i] / sqrt_d) * unit
-        if len(clips) > 1:
-            for j in range(d):
-                row[j] = row[j] * factor
-            factor = one
         for g in range(d // group):
-            start = g * group
+            values = row[g * group : (g + 1) * group]
             largest = np.float32(0.0)
-            for j in range(start, start + group):
-                largest = max(largest, abs(row[j]))
+            for j in range(group):
+                largest = max(largest, abs(values[j]))
             largest *= factor
-            best_error = np.float32(np.inf)
-            for c in range(len(clips)):
-                scale = _half((largest * clips[c]) * (one / top))
-                reciprocal = one / scale if scale > 0 else np.float32(0.0)
-                if len(clips) > 1:
-                    for j in range(group):
-                        product = _code(row[start + j], reciprocal, top) * scale
-                        delta = row[start + j] - product
-                        errors[j] = delta * delta
-                    width = group // 2
-                    while width > 0:  # the order of a warp's butterfly reduction
-                        for j in range(width):
-                            errors[j] = errors[j] + errors[j + width]
-                        width //= 2
-                    if not errors[0] < best_error:
-                        continue
-                    best_error = errors[0]
-                scales[i, g] = scale
-                reciprocal = min(reciprocal * factor, _LARGEST)
-                for j in range(start, start + group):
-                    codes[i, j] = np.int8(_code(row[j], reciprocal, top))
+            scale = _half(largest * (one / top))
+            if len(divisors) > 1 and scale >= _SMALLEST_NORMAL_HALF:
+                divisor = _cheapest(values, _reciprocal(scale, factor), divisors)
+                scale = _half((largest * np.float32(divisors[0] / divisor)) * (one / top))
+            scales[i, g] = scale
+            reciprocal = _reciprocal(scale, factor)
+            for j in range(group):
+                codes[i, g * group + j] = np.int8(_code(values[j], reciprocal, top))
 
 
 @compiled

@@ -7,18 +7,27 @@ A row x of width d is stored as its exact L2 norm and a quantised direction. Wit
     code  = clamp(round_half_even(y / scale), -top, top)
     x'    = rms * H (scale * code)               H is its own inverse
 
-`int8`: top 127, group = block, clip 1. y / scale is H x times the float32 (1 / rms) * (1 / scale), which is capped at
-the largest float32. y / scale is exact until it is rounded to the code.
-`int4`: top 7, group 32, clip = the candidate of least squared error, code + 8 in a nibble, even channel low. y / scale
-is y times the float32 1 / scale, exact until it is rounded to the code.
+y / scale is H x times the float32 (1 / rms) * (1 / scale), which is capped at the largest float32. y / scale is exact
+until it is rounded to the code.
+
+`int8`: top 127, group = block, clip 1.
+`int4`: top 7, group 32, code + 8 in a nibble, even channel low. The clip is 29 / m, for the m of INT4_DIVISORS that
+costs the group the least; of equal ones the first. The largest magnitude is then 7 m / 29 < 7.5 scales, so it is still
+rounded to 7. Costs are sums of whole numbers, the same in any order:
+
+    fine     = round_half_even(y / s * 4096 / 29)     s: the scale at clip 1; y / scale is 16 m fine / 2^16
+    distance = (16 m fine + 128) >> 8, the lowest 8 bits as a signed number: from the nearest code, in scale / 256
+    cost     = sum of distance^2 over the group * float32(1 / m^2)
+
+If s is less than 2^-14, the smallest normal float16, the clip is 1.
 `bf16`: the row itself, rounded to bfloat16 bits; no rotation, no scales.
 
-Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused except for the code.
-So the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception is the CUDA encoder of int8
-for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in their own order. Where the float32
-sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) this changes nothing.
-Elsewhere the last bits of a sum may differ. Then a code may differ by one where y / scale is next to a tie. More
-rarely, a scale differs by one unit in the last place, and with it the codes of its block.
+Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused except for codes and
+fine codes. So the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception is the CUDA
+encoder of int8 for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in their own order.
+Where the float32 sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) this
+changes nothing. Elsewhere the last bits of a sum may differ. Then a code may differ by one where y / scale is next to a
+tie. More rarely, a scale differs by one unit in the last place, and with it the codes of its block.
 """
 
 from __future__ import annotations
@@ -37,8 +46,8 @@ MAX_BLOCK = 128
 INT4_GROUP = 32
 INT4_TOP = 7
 INT8_TOP = 127
-#: Fractions of the group's largest magnitude that int4 tries as its range, in this order; of equal ones the first wins.
-INT4_CLIPS = np.array([1.0, 0.92, 0.84, 0.76, 0.68, 0.6], dtype=np.float32)
+#: int4 clips a group's range to 29 / m of its largest magnitude, for one m of these.
+INT4_DIVISORS = (29, 30, 31)
 
 CODEC_NAMES = ("int8", "int4", "bf16")
 #: A row is an attention sink if its norm is this many times the median of its layer.
@@ -144,9 +153,17 @@ class Codec:
         else:
             raw = np.zeros((n, self.d_model), np.int8)
             wide = np.zeros((n, self.scale_width), np.float32)
-            top, clips = (INT8_TOP, INT4_CLIPS[:1]) if self.name == "int8" else (INT4_TOP, INT4_CLIPS)
+            top, divisors = (INT8_TOP, (1,)) if self.name == "int8" else (INT4_TOP, INT4_DIVISORS)
             loops.encode(
-                x, norm, _f32_sqrt(self.d_model), self.block, self.group, np.float32(top), clips, raw, wide
+                x,
+                norm,
+                _f32_sqrt(self.d_model),
+                self.block,
+                self.group,
+                np.float32(top),
+                np.array(divisors),
+                raw,
+                wide,
             )
             scales[:] = wide.astype(np.float16)
             codes[:] = raw if self.name == "int8" else _pack_nibbles(raw)

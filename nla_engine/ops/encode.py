@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nla_engine import extension
 from nla_engine.codec.rows import (
-    INT4_CLIPS,
+    INT4_DIVISORS,
     INT4_TOP,
     INT8_TOP,
     NORM_RANGE,
@@ -34,6 +34,7 @@ from nla_engine.ops.cards import card_of
 
 BACKENDS = ("cuda", "numba", "torch")
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = torch.finfo(torch.float32).max
 CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "bf16": torch.int16}
 
 
@@ -152,8 +153,6 @@ def encode_rows_reference(hidden: Tensor, dest: Tensor, stage: RowStage, sink_no
         inverse = 1.0 / (norm / _scalar(math.sqrt(codec.d_model), x))
         factor = torch.where(ordinary, inverse * _unit(codec, x), 0.0)[:, None]
         rotated = torch.where(ordinary[:, None], _rotate(x, codec.block), 0.0)
-        if codec.name == "int4":
-            rotated, factor = rotated * factor, torch.ones_like(factor)
         raw, scales = _quantise(rotated.view(len(x), codec.scale_width, codec.group), factor, codec)
         codes = raw if codec.name == "int8" else _pack_nibbles(raw)
 
@@ -206,28 +205,39 @@ def _rotate(x: Tensor, block: int) -> Tensor:
 def _quantise(v: Tensor, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """y = v * factor, of v [n, groups, group] and factor [n, 1] -> int8 [n, d], float16 [n, groups]."""
     top = INT8_TOP if codec.name == "int8" else INT4_TOP
-    clips = INT4_CLIPS if codec.name == "int4" else INT4_CLIPS[:1]
+    inverse_top = 1.0 / _scalar(top, v)
     largest = v.abs().amax(dim=2) * factor
-    best_error = torch.full_like(largest, math.inf)
-    best_scale = torch.zeros_like(largest, dtype=torch.float16)
-    for clip in clips:
-        scale = (largest * _scalar(float(clip), v) * (1.0 / _scalar(top, v))).half()
-        delta = v * factor[:, :, None] - _codes(v, factor, scale, top) * scale.float()[:, :, None]
-        error = delta * delta
-        while error.shape[2] > 1:  # the order of a warp's butterfly reduction
-            half = error.shape[2] // 2
-            error = error[:, :, :half] + error[:, :, half:]
-        better = error[:, :, 0] < best_error
-        best_error = torch.where(better, error[:, :, 0], best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return _codes(v, factor, best_scale, top).to(torch.int8).view(len(v), codec.d_model), best_scale
+    scale = (largest * inverse_top).half()
+    if codec.name == "int4":
+        clip = torch.where(scale >= torch.finfo(torch.float16).smallest_normal, _clip(v, factor, scale), 1.0)
+        scale = (largest * clip * inverse_top).half()
+    codes = _nearest(v, _reciprocal(factor, scale)).clamp(-top, top)
+    return codes.to(torch.int8).view(len(v), codec.d_model), scale
 
 
-def _codes(v: Tensor, factor: Tensor, scale: Tensor, top: int) -> Tensor:
-    """clamp(round(v * factor / scale)) as float32, with one rounded reciprocal; 0 where the scale is 0."""
+def _clip(v: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
+    """int4's clip of least cost for each group, float32 [n, groups]. scale: float16 [n, groups], at clip 1"""
+    first = INT4_DIVISORS[0]
+    to_fine = (_reciprocal(factor, scale) * _scalar(4096.0 / first, v)).clamp(max=_LARGEST)
+    fine = _nearest(v, to_fine).to(torch.int32)
+    least, clip = torch.full_like(to_fine, math.inf), torch.ones_like(to_fine)
+    for divisor in INT4_DIVISORS:
+        distance = ((16 * divisor * fine + 128) >> 8).to(torch.int8).to(torch.int32)
+        cost = (distance * distance).sum(dim=2).float() * _scalar(1.0 / divisor**2, v)
+        clip = torch.where(cost < least, _scalar(first / divisor, v), clip)
+        least = torch.minimum(cost, least)
+    return clip
+
+
+def _reciprocal(factor: Tensor, scale: Tensor) -> Tensor:
+    """factor / scale with one rounded reciprocal, 0 where the scale is 0: float32 [n, groups]."""
     wide = scale.float()
-    reciprocal = (torch.where(wide > 0, 1.0 / wide, 0.0) * factor).clamp(max=torch.finfo(torch.float32).max)
-    return (v.double() * reciprocal[:, :, None].double()).round().clamp(-top, top).float()
+    return (torch.where(wide > 0, 1.0 / wide, 0.0) * factor).clamp(max=_LARGEST)
+
+
+def _nearest(v: Tensor, reciprocal: Tensor) -> Tensor:
+    """v * reciprocal, exact until it is rounded to a whole number: float64 [n, groups, group]."""
+    return (v.double() * reciprocal[:, :, None].double()).round()
 
 
 def _bf16_bits(x: Tensor) -> Tensor:

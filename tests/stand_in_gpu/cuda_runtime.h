@@ -63,6 +63,10 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
     for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return out;
 }
+inline int __dp4a(int a, int b, int sum) {
+    for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+    return sum;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
