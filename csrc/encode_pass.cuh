@@ -1,15 +1,16 @@
 // A pass of the fast encoder: eight blocks of 128 channels at once, a quad of lanes each. Rotation, scales, codes.
 //
-// int8 of 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on
-// the tensor cores. Their factors, the row and +-1, are exact. The hardware sums in its own order and rounds, which
-// shows where the float32 sums of a block are not exact (see codec/rows.py). A chunk's four words, as they are in
-// memory, are a lane's part of the first factor A [16, 16]:
+// 16-bit floats: six of the seven steps of the rotation are products with the Hadamard matrix of order 16 on the tensor
+// cores. Their factors, the row and +-1, are exact. The hardware sums in its own order and rounds, which shows where
+// the float32 sums of a block are not exact (see codec/rows.py). A chunk's four words, as they are in memory, are a
+// lane's part of the first factor A [16, 16]:
 //
 //     row of A      the quad in the warp (8), channel bit 1 (2)
-//     column of A   channel bit 0 (2), the lane in the quad: channel bits 3, 4 (4), channel bit 2 (2)
+//     column of A   channel bit 0 (2), the lane in the quad (4), channel bit 2 (2)
 //
-// A column of the result means the same as in A, so output and input have the same layout. Channel bits 5 and 6 select
-// one of the lane's chunks: each chunk of the result sums the products of all four, with their signs. Bit 1 remains.
+// A column of the result means the same as in A, so output and input have the same layout. The lane in the quad is
+// channel bits 3 and 4, or 5 and 6 if the layout is Packed. The other two select one of the lane's chunks: each chunk of
+// the result sums the products of all four, with their signs. Bit 1 remains.
 #pragma once
 
 #include <type_traits>
@@ -55,7 +56,7 @@ struct Hadamard {
         for (int from = 0; from < 4; ++from) {
 #pragma unroll
             for (int to = 0; to < 4; ++to) {
-                const int common = from & to;  // bits 5 and 6 give the sign of chunk `from` in chunk `to`
+                const int common = from & to;  // gives the sign of chunk `from` in chunk `to`
                 const uint32_t sign = (common == 1 || common == 2) ? 0x80008000u : 0u;
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
@@ -170,7 +171,7 @@ class Rotation {
 
     // v = sqrt(128) H x for a quad's block, of which the lane has four chunks. Called by all lanes of the warp.
     __device__ void apply(const Chunk<T> (&x)[4], float (&v)[kPerLane]) const {
-        if constexpr (kPacked) {
+        if constexpr (kOnTensorCores) {
             matrix_.rotate(x, v);
         } else {
 #pragma unroll
@@ -180,8 +181,8 @@ class Rotation {
     }
 
   private:
-    static constexpr bool kPacked = kTensorCores && kind == CodecKind::int8 && sizeof(T) == 2;
-    Hadamard<std::conditional_t<kPacked, T, __half>> matrix_;
+    static constexpr bool kOnTensorCores = kTensorCores && sizeof(T) == 2;
+    Hadamard<std::conditional_t<kOnTensorCores, T, __half>> matrix_;
     int sub_;
 };
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from nla_engine.codec.rows import Codec, bf16_bits, exact_rows, hadamard_matrix, ordinary_rows
+from nla_engine.codec.rows import (
+    INT4_DIVISORS,
+    INT4_TOP,
+    Codec,
+    bf16_bits,
+    exact_rows,
+    hadamard_matrix,
+    ordinary_rows,
+)
 from nla_engine.ops.encode import RowStage
 
 #: name, device, and for kernels on a CPU the number of multiprocessors: up to 16 rows for each get their own CTA.
@@ -88,27 +96,50 @@ def same_norm(got: np.ndarray, want: np.ndarray) -> None:
 
 def sums_on_tensor_cores(name: str, codec: Codec, hidden: torch.Tensor) -> bool:
     """Whether the rotation may round in another order (see nla_engine/codec/rows.py)."""
-    return name == "cuda" and codec.name == "int8" and codec.block == 128 and hidden.dtype != torch.float32
+    return name == "cuda" and codec.name != "bf16" and codec.block == 128 and hidden.dtype != torch.float32
+
+
+def raw_codes(codec: Codec, codes: np.ndarray) -> np.ndarray:
+    """Codes as they are stored, int8 or int4, as whole numbers [n, d]."""
+    if codec.name == "int8":
+        return codes.astype(int)
+    return np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1).astype(int) - 8
 
 
 def check_definition(codec: Codec, rows: np.ndarray, norm: np.ndarray, codes: np.ndarray, scales: np.ndarray):
-    """int8: scale is the float16 nearest to largest / 127, code the integer nearest to y / scale, y from float64."""
+    """scale is the float16 nearest to a clip's range / top, code the integer nearest to y / scale, y from float64.
+
+    And no other clip of int4 is better by more than the rounding of fine codes, of distances and of two scales: 0.014
+    of a scale for each channel.
+    """
+    top, clips = (127, [1.0]) if codec.name == "int8" else (INT4_TOP, [29 / m for m in INT4_DIVISORS])
     ordinary = ordinary_rows(norm)
-    assert not codes[~ordinary].any()
+    code = raw_codes(codec, codes)
+    assert not code[~ordinary].any()
     assert not scales[~ordinary].any()
-    rows, scales = rows[ordinary].astype(np.float64), scales[ordinary]
+    rows, scales = rows[ordinary].astype(np.float64), scales[ordinary].reshape(-1, 1)
     rms = norm[ordinary].astype(np.float64) / math.sqrt(codec.d_model)
-    blocks = rows.reshape(len(rows), codec.scale_width, codec.block)
-    y = blocks @ hadamard_matrix(codec.block) / rms[:, None, None]
-    exact = np.abs(y).max(axis=2) / 127
+    blocks = rows.reshape(len(rows), -1, codec.block)
+    y = (blocks @ hadamard_matrix(codec.block) / rms[:, None, None]).reshape(-1, codec.group)
     wide = scales.astype(np.float64)
+    exact = np.abs(y).max(axis=1, keepdims=True) * np.array(clips) / top
     room = np.spacing(scales).astype(np.float64) / 2
-    assert (np.abs(wide - exact) <= room * 1.001 + exact * 1e-6).all()
-    code = codes[ordinary].reshape(y.shape).astype(np.float64)
-    apart = np.abs(code * wide[:, :, None] - y)
-    cut = (np.abs(code) == 127) & (np.abs(y) > 127 * wide[:, :, None])
-    assert (cut | (apart <= (0.5 + 2**-11) * wide[:, :, None]) | (wide == 0)[:, :, None]).all()
-    assert not code[wide == 0].any()
+    near = np.abs(wide - exact) <= room * 1.001 + exact * 1e-6
+    assert near.any(axis=1).all()
+    code = code[ordinary].reshape(y.shape)
+    apart = np.abs(code * wide - y)
+    cut = (np.abs(code) == top) & (np.abs(y) > top * wide)
+    assert (cut | (apart <= (0.5 + 2**-11) * wide) | (wide == 0)).all()
+    assert not code[wide[:, 0] == 0].any()
+    if codec.name == "int8":
+        return
+    subnormal = exact[:, 0] < 2.0**-14
+    assert near[subnormal, 0].all()
+    y, chosen, scales = y[~subnormal], apart[~subnormal], exact[~subnormal]
+    for scale in scales.T[:, :, None]:
+        other = y - np.clip(np.rint(y / scale), -top, top) * scale
+        gain = np.linalg.norm(chosen, axis=1) - np.linalg.norm(other, axis=1)
+        assert (gain <= 2 * 0.014 * math.sqrt(codec.group) * scales[:, 0]).all()
 
 
 def check_stage(

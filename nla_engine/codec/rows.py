@@ -24,10 +24,11 @@ If s is less than 2^-14, the smallest normal float16, the clip is 1.
 
 Every float32 operation is a single IEEE addition or multiplication in a stated order, never fused except for codes and
 fine codes. So the CUDA and torch versions (`nla_engine.ops.encode`) give the same bits. One exception is the CUDA
-encoder of int8 for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in their own order.
-Where the float32 sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16) this
-changes nothing. Elsewhere the last bits of a sum may differ. Then a code may differ by one where y / scale is next to a
-tie. More rarely, a scale differs by one unit in the last place, and with it the codes of its block.
+encoder of int8 and int4 for rows of 16-bit floats: tensor cores sum six of the seven steps of the rotation in their own
+order. Where the float32 sums of a block are exact (magnitudes within a factor of about 2^9 in bfloat16, 2^6 in float16)
+this changes nothing. Elsewhere the last bits of a sum may differ. Then a code may differ by one where y / scale is next
+to a tie. More rarely, a scale differs by one unit in the last place, or an int4 group whose costs are next to each
+other takes the other clip, and with it the codes of the block or group.
 """
 
 from __future__ import annotations

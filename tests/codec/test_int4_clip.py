@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from encoded import raw_codes
 
 from nla_engine.codec.rows import INT4_DIVISORS, INT4_TOP, Codec, decode_reference, hadamard_matrix
 
@@ -80,8 +81,7 @@ def test_codes_reach_the_top_and_need_no_clamp(rng: np.random.Generator) -> None
     rows = rng.normal(size=(300, 3584)).astype(np.float32)
     encoded = codec.encode(rows)
     y, scale = rotated(codec, rows), encoded.scales.reshape(-1, 1).astype(np.float64)
-    low, high = encoded.codes & 15, encoded.codes >> 4
-    codes = np.stack((low, high), axis=2).reshape(y.shape).astype(int) - 8
+    codes = raw_codes(codec, encoded.codes).reshape(y.shape)
     assert (np.abs(codes).max(axis=1) == INT4_TOP).all()
     assert (np.abs(y).max(axis=1) < 7.5 * scale[:, 0]).all()
     assert (np.abs(codes - y / scale) < 0.5 + 1e-4).all()

@@ -44,12 +44,13 @@ def test_bits_are_those_of_the_host_codec(implementation, codec_name, d, dtype, 
 @pytest.mark.parametrize("d", [128, 640, 1152, 3584])
 @pytest.mark.parametrize("dtype", INPUTS[1:], ids=lambda dtype: str(dtype).split(".")[1])
 @pytest.mark.parametrize("n", [1, 2, 7, 600])
-def test_int8_bits_where_float32_sums_are_exact(implementation, d, dtype, n, rng):
+@pytest.mark.parametrize("codec_name", ["int8", "int4"])
+def test_bits_where_float32_sums_are_exact(implementation, codec_name, d, dtype, n, rng):
     """Whole numbers: no order of summing rounds, so codes and scales are the host codec's to the bit."""
     name, device = implementation
     if device == "cuda" and n == 600:
         n = 3000  # more than have a CTA each
-    codec = Codec.named("int8", d)
+    codec = Codec.named(codec_name, d)
     rows = rng.integers(-200, 201, (n, d)) * 2.0 ** rng.integers(-3, 4, (n, 1))
     hidden = torch.from_numpy(rows.astype(np.float32)).to(dtype).to(device)
     dest = rng.permutation(n)

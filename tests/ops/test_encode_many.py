@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from encoded import CUDA, NUMBA, POISON, SINK_NORM, awkward_rows, check_stage, poisoned_stage, same_norm
+from encoded import (
+    CUDA,
+    NUMBA,
+    POISON,
+    SINK_NORM,
+    awkward_rows,
+    check_stage,
+    poisoned_stage,
+    raw_codes,
+    same_norm,
+)
 
 from nla_engine import extension
 from nla_engine.codec.rows import Codec
@@ -44,9 +54,13 @@ def test_inside_a_cuda_graph_and_on_many_rows(codec_name, rng):
     agree = (stage.norm == want.norm) | want.norm.isnan()
     assert agree.float().mean() > 0.999
     same = (stage.codes[agree] == want.codes[agree]).all(1)
-    # int8 sums on tensor cores: a code beside a tie may be one off, in few rows.
-    assert same.all() if codec_name == "int4" else same.float().mean() > 0.9
-    assert (stage.codes[agree].int() - want.codes[agree].int()).abs().max() <= (codec_name == "int8")
+    # Sums on tensor cores: in few rows a code beside a tie is one off, or a clip of the same cost is another.
+    assert same.float().mean() > 0.9
+    scaled_alike = (
+        (stage.scales[agree] == want.scales[agree]).repeat_interleave(codec.group, dim=1).cpu().numpy()
+    )
+    apart = [raw_codes(codec, codes[agree].cpu().numpy()) for codes in (stage.codes, want.codes)]
+    assert np.abs(apart[0] - apart[1])[scaled_alike].max() <= 1
     assert int(stage.exact_count) == int(want.exact_count) == 1
     assert torch.equal(stage.exact[0], want.exact[0])
     graph.replay()
