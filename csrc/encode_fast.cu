@@ -13,15 +13,12 @@ namespace nla {
 namespace {
 
 constexpr int kWarps = 4;                // per CTA with many rows, or fewer if they do not fit
+constexpr int kResident = 6;             // such CTAs on a multiprocessor, if their rows fit
 constexpr int kFewRows = 16;             // per multiprocessor: up to this many rows, each has its own CTA
 constexpr int kMostPasses = 16;          // of such a row
 constexpr size_t kShared = 48 << 10;     // bytes that a CTA has without asking for more
 
 // ---- many rows: one warp per row, one after the other ----
-
-// CTAs that share a multiprocessor, if their rows fit. Fewer for int4, which computes more than it waits.
-template <CodecKind kind>
-constexpr int kResident = kind == CodecKind::int4 ? 4 : 6;
 
 // Calls f(dest, next, half) for each row of the warp that is not skipped, once it is in `staged` at `half`. next: the
 // row to copy after it, or null. Returns the half of the row that would follow.
@@ -54,7 +51,7 @@ __device__ __forceinline__ int for_each_row(const EncodeArgs& args, const Staged
 
 // bf16: each chunk is read once.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, kResident<CodecKind::bf16>) encode_bits(const EncodeArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, kResident) encode_bits(const EncodeArgs args) {
     constexpr Layout layout = layout_of<CodecKind::bf16>;
     extern __shared__ uint4 shared[];
     const StagedRow<T, layout> staged(shared, args.codec.d);
@@ -82,7 +79,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<CodecKind::bf16>) encod
 
 // int8, int4.
 template <typename T, CodecKind kind>
-__global__ void __launch_bounds__(32 * kWarps, kResident<kind>) encode_codes(const EncodeArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, kResident) encode_codes(const EncodeArgs args) {
     extern __shared__ uint4 shared[];
     const int d = args.codec.d, lane = threadIdx.x % 32;
     const StagedRow<T, layout_of<kind>> staged(shared, d);
