@@ -1,9 +1,9 @@
 // Rows -> codec bytes for blocks of 128 and accesses of 16 bytes.
 //
-// Many rows: one warp per row; no warp waits for another. A lane copies its chunks (rows.cuh) to shared memory and
-// squares them. When the warp knows the norm, it encodes eight blocks at a time, a quad of lanes per block, and copies
-// the blocks of its next row into their place. Except for squares, a lane reads there only what it has written itself.
-// If at most four blocks of a row are left over, they wait for those of the next row (staged_row.cuh).
+// Many rows: one warp per row; no warp waits for another. Lanes copy chunks (rows.cuh) to shared memory and square them.
+// When the warp knows the norm, it encodes eight blocks at a time, a quad of lanes per block, and copies the blocks of
+// its next row into their place. Except for squares and int4, a lane reads there only what it has written itself. If at
+// most four blocks of a row are left over, they wait for those of the next row (staged_row.cuh).
 //
 // Few rows, as in a decode step: one CTA per row, one warp per eight blocks, so a row takes the time of eight blocks.
 #include "encode_pass.cuh"
@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident) encode_codes(const Enc
                                staged.chunk(pass, 3)};
         float v[kPerLane];
         rotation.apply(x, v);
+        staged.release();
         if (next) staged.copy(next, pass, next_half);
         store_codes<kind>(args, v, factor, at);
     };
@@ -201,9 +202,13 @@ void launch_many(Kernel kernel, const EncodeArgs& args, size_t row_bytes, int de
     kernel<<<grid, 32 * warps, shared, stream>>>(args);
 }
 
+// False if a row does not fit.
 template <typename T, CodecKind kind>
-void launch(const EncodeArgs& args, size_t row_bytes, int device, cudaStream_t stream) {
-    const int passes = StagedRow<T, layout_of<kind>>::passes(args.codec.d);
+bool launch(const EncodeArgs& args, int device, cudaStream_t stream) {
+    using Staged = StagedRow<T, layout_of<kind>>;
+    const int passes = Staged::passes(args.codec.d);
+    const size_t row_bytes = sizeof(uint4) * Staged::pieces(args.codec.d);
+    if (row_bytes > kShared) return false;
     if (args.rows <= kFewRows * processors(device) && passes <= kMostPasses) {
         encode_few<T, kind><<<static_cast<int>(args.rows), 32 * passes, 0, stream>>>(args);
     } else if constexpr (kind == CodecKind::bf16) {
@@ -211,23 +216,23 @@ void launch(const EncodeArgs& args, size_t row_bytes, int device, cudaStream_t s
     } else {
         launch_many(encode_codes<T, kind>, args, row_bytes, device, stream);
     }
+    return true;
 }
 
 }  // namespace
 
 template <typename T>
 bool launch_fast(const EncodeArgs& args, int device, cudaStream_t stream) {
-    const size_t row_bytes = sizeof(uint4) * StagedRow<T, Layout::Spread>::pieces(args.codec.d);
-    const bool fits = args.codec.d % kBlock == 0 && row_bytes <= kShared && (args.row_stride * sizeof(T)) % 16 == 0 &&
+    const bool fits = args.codec.d % kBlock == 0 && (args.row_stride * sizeof(T)) % 16 == 0 &&
                       is_aligned(args.hidden, 16) && is_aligned(args.codes, 16) &&
                       (args.exact_capacity == 0 || is_aligned(args.exact, 16));
     if (!fits) return false;
     switch (args.codec.kind) {
-        case CodecKind::bf16: launch<T, CodecKind::bf16>(args, row_bytes, device, stream); break;
-        case CodecKind::int8: launch<T, CodecKind::int8>(args, row_bytes, device, stream); break;
-        case CodecKind::int4: launch<T, CodecKind::int4>(args, row_bytes, device, stream); break;
+        case CodecKind::bf16: return launch<T, CodecKind::bf16>(args, device, stream);
+        case CodecKind::int8: return launch<T, CodecKind::int8>(args, device, stream);
+        case CodecKind::int4: return launch<T, CodecKind::int4>(args, device, stream);
     }
-    return true;
+    return false;
 }
 
 template bool launch_fast<float>(const EncodeArgs&, int, cudaStream_t);

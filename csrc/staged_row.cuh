@@ -46,9 +46,11 @@ class StagedRow {
   public:
     static constexpr int kParts = sizeof(T) / 2;  // 16-byte pieces of a chunk
     static constexpr int kPass = kQuads * kBlock;  // channels
+    static constexpr bool kSwaps = layout == Layout::Packed;  // whether lanes copy for others in the quad
+    static constexpr int kStride = kSwaps ? 33 : 32;  // pieces; a warp copies to banks that differ
 
     static constexpr __host__ __device__ int passes(int d) { return (d + kPass - 1) / kPass; }
-    static constexpr __host__ __device__ int pieces(int d) { return passes(d) * 4 * kParts * 32; }
+    static constexpr __host__ __device__ int pieces(int d) { return passes(d) * 4 * kParts * kStride; }
 
     // memory: `pieces` for each warp of the CTA.
     __device__ StagedRow(uint4* memory, int d)
@@ -69,16 +71,27 @@ class StagedRow {
         return channel(pass) < d_ && (pass < whole_ || my_half() == half);
     }
 
-    // Starts copying a pass of a row from global memory. This lane must have read what was there before.
+    // Starts copying a pass of a row from global memory; what was there before must have been read (see `release`).
+    // Chunks 4 c ... 4 c + 3 of a block are copied at once, 64 contiguous bytes of 16-bit floats. In the layout Packed
+    // they belong to lane c of the quad.
     __device__ void copy(const T* row, int pass, int half) const {
         if (!works(pass, half)) return;
-        const uint4* from = reinterpret_cast<const uint4*>(row + channel(pass));
+        const int sub = threadIdx.x % 4;
+        const int first = channel(pass) + (sub - chunk_of<layout>(sub, 0)) * kChunk;
+        const uint4* from = reinterpret_cast<const uint4*>(row + first);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
 #pragma unroll
-            for (int part = 0; part < kParts; ++part)
-                __pipeline_memcpy_async(piece(pass, c, part), from + (c * kChunkStep<layout> * kParts + part), 16);
+            for (int part = 0; part < kParts; ++part) {
+                uint4* const to = kSwaps ? piece(pass, sub, part) - sub + c : piece(pass, c, part);
+                __pipeline_memcpy_async(to, from + (4 * c * kParts + part), 16);
+            }
         }
+    }
+
+    // Called by all lanes of the warp between the last read of a pass and the next copy over it: other lanes may copy.
+    __device__ void release() const {
+        if constexpr (kSwaps) __syncwarp();
     }
 
     // Waits until any lane can read what was copied.
@@ -108,7 +121,7 @@ class StagedRow {
 
   private:
     __device__ int my_half() const { return channel_ / (kPass / 2); }
-    __device__ uint4* piece(int pass, int c, int part) const { return mine_ + ((pass * 4 + c) * kParts + part) * 32; }
+    __device__ uint4* piece(int pass, int c, int part) const { return mine_ + ((pass * 4 + c) * kParts + part) * kStride; }
 
     uint4* mine_;
     int d_, whole_, channel_;
