@@ -84,8 +84,9 @@ DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
     **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
 }  # fmt: skip
 DIVERGENCE = {
-    **dict.fromkeys(("x", "y"), HALF), **dict.fromkeys(("row", "token"), LONG), "out": "*fp32",
-    **dict.fromkeys(("x_row", "y_row", "lanes", "vocabulary"), INT),
+    **dict.fromkeys(("x", "y"), HALF), **dict.fromkeys(("row", "token"), LONG),
+    **dict.fromkeys(("out", "found"), "*fp32"), "first": "*i32",
+    **dict.fromkeys(("x_row", "y_row", "found_kind", "lanes", "vocabulary", "part"), INT),
 }  # fmt: skip
 PEER_SUM: dict[str, Any] = {
     "x": HALF, "memories": ("i64",) * 4, **dict.fromkeys(("turn", "stop"), "*i32"),
@@ -110,7 +111,13 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
     (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
-    (divergence._divergence_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, 8),
+    (divergence._softmax_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, divergence._WARPS),
+    (
+        divergence._divergence_kernel,
+        DIVERGENCE,
+        {"PARTS": divergence._PARTS, "BLOCK": divergence._BLOCK},
+        divergence._WARPS,
+    ),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
     (delta._convolve_kernel, CONVOLVE, {"TAPS": 4, "BLOCK": 512}, 4),
     (
