@@ -118,7 +118,11 @@ def _seen(values, start, biggest, total, best):
 def _joined(biggest, total, best):
     """The same of all rows together, with the first block or place that has the maximum."""
     top = tl.max(biggest, 0)
-    return top, tl.sum(total * tl.exp(biggest - top), 0), tl.min(tl.where(biggest == top, best, 2147483647), 0)
+    return (
+        top,
+        tl.sum(total * tl.exp(biggest - top), 0),
+        tl.min(tl.where(biggest == top, best, 2147483647), 0),
+    )
 
 
 @triton.jit
