@@ -132,7 +132,7 @@ def attend_reference(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sh
         at = torch.arange(end, device=query.device)
         own = at[position:, None]
         seen = (at <= own) & (at >= shape.first(own))
-        out[rows] = _attend(query[None, rows], keys[None], values[None], seen[None], shape, at)[0]
+        out[rows] = attend_dense(query[None, rows], keys[None], values[None], seen[None], shape, at)[0]
     return out
 
 
@@ -148,10 +148,10 @@ def attend_one_each(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Sha
     seen = (at <= own) & (at >= shape.first(own))
     # A weight of 0 would not remove another sequence's NaN.
     values = values.masked_fill(~seen[:, :, None, None], 0.0)
-    return _attend(query[:, None], keys, values, seen[:, None], shape, at)[:, 0]
+    return attend_dense(query[:, None], keys, values, seen[:, None], shape, at)[:, 0]
 
 
-def _attend(
+def attend_dense(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -79,7 +79,7 @@ def prefix_kernel(
         if WINDOW:
             seen = seen & (at[None] >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at, own, ROUND, COARSE)
-        acc, total, biggest = _fold(
+        acc, total, biggest = fold(
             block,
             k,
             block_rest,
@@ -222,7 +222,7 @@ def attend_kernel(
         if WINDOW:
             seen = seen & (at[None] + prefix_size >= _first(own, window, WINDOW)[:, None])
         biases = None if slopes is None else _biases(slope, at + prefix_size, own, ROUND, COARSE)
-        acc, total, biggest = _fold(
+        acc, total, biggest = fold(
             block,
             k,
             block_rest,
@@ -337,7 +337,7 @@ def _biases(slope, at, own, ROUND: tl.constexpr, COARSE: tl.constexpr):
 
 
 @triton.jit
-def _fold(
+def fold(
     q, k, q_rest, k_rest, v, seen, acc, total, biggest, scale, softcap, biases,
     SOFTCAP: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import AttentionInterface
 
+from nla_engine.engine.attention import prefill_tiles
 from nla_engine.errors import EngineError, UnsupportedModel
 from nla_engine.ops.attention import Shape
+from nla_engine.ops.lane_attention import attend_lanes_triton, takes_lanes
 
 NAME = "nla_engine_patch"
 
@@ -35,6 +38,13 @@ class Work(Protocol):
 running: ContextVar[Work | None] = ContextVar("running", default=None)
 
 
+def current_work() -> Work:
+    """The running pass. EngineError if there is none."""
+    if (work := running.get()) is None:
+        raise EngineError("the model was called outside the patcher while the patcher holds it")
+    return work
+
+
 def patch_attention(
     module: Any,
     query: torch.Tensor,
@@ -49,9 +59,7 @@ def patch_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with transformers. What else a module may ask for shows in `Patcher.check`."""
-    work = running.get()
-    if work is None:
-        raise EngineError("the model was called outside the patcher while the patcher holds it")
+    work = current_work()
     if attention_mask is not None or is_causal is False:
         raise UnsupportedModel(
             f"{type(module).__name__} attends by a mask of its own: this architecture is not supported"
@@ -107,10 +115,15 @@ class Reading:
 
 
 class Lanes:
-    """n lanes of m tokens each. sequence: int64 [n], ascending; position: int64 [n], of each lane's first token."""
+    """n lanes of m tokens each. sequence: int64 [n], ascending; position: int64 [n], of each lane's first token.
 
-    def __init__(self, read: Reading, sequence: np.ndarray, position: np.ndarray, tokens: int) -> None:
-        self.read, self.tokens = read, tokens
+    plain: whether they attend in plain torch on every device
+    """
+
+    def __init__(
+        self, read: Reading, sequence: np.ndarray, position: np.ndarray, tokens: int, *, plain: bool = False
+    ) -> None:
+        self.read, self.tokens, self.plain = read, tokens, plain
         device = read.ids.device
         chosen, own, counts = np.unique(sequence, return_inverse=True, return_counts=True)
         self._sequences, self._most = len(chosen), int(counts.max())
@@ -122,11 +135,25 @@ class Lanes:
         self._past = int(position.max())
         first = torch.from_numpy(position).to(device)
         self._first = self._padded(first[:, None])[..., 0]  # [S, N]
+        runs = np.stack([chosen, np.zeros_like(chosen), tokens * counts], 1)
+        at = (first[:, None] + torch.arange(tokens, device=device)).flatten()
+        self._tiles = cache(lambda group: prefill_tiles(runs, group, at))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shape: Shape
     ) -> torch.Tensor:
         """See `Work`, for the packed tokens [1, .., n m, ..] of all lanes."""
+        if self.plain or not takes_lanes(query, value, shape):
+            return self._attend_plain(layer, query, key, value, shape)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        keys, values = self.read.keys[layer], self.read.values[layer]
+        tiles = self._tiles(query.shape[1] // key.shape[1])
+        return attend_lanes_triton(q, k, v, keys, values, tiles, self.tokens, shape)[None]
+
+    def _attend_plain(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shape: Shape
+    ) -> torch.Tensor:
+        """`attend` in plain torch, as batched products over padded lanes."""
         heads, size = query.shape[1], query.shape[3]
         groups, width = key.shape[1], value.shape[3]
         sequences, lanes, tokens, past = self._sequences, self._most, self.tokens, self._past

@@ -22,6 +22,7 @@ from nla_engine.models.decoder import block_output
 from nla_engine.models.implementation import attend_by, is_pluggable
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.backends import Kernels
+from nla_engine.referee.blocks import known_parts
 from nla_engine.referee.lanes import NAME, Lanes, Reading, Work, running
 from nla_engine.referee.reference import patched_states
 
@@ -37,9 +38,10 @@ _CHECKED_TOKENS, _CHECKED, _CHECKED_LATER = 512, 6, 2
 class Patcher:
     """Holds a model while it is patched behind block `layer`. A context manager: `close` gives the model back.
 
-    plain: whether what it makes is measured in plain torch
+    plain: whether plain torch and transformers' own modules compute, also what it makes is measured by
 
-    While it is open, the model's own forward must not be called. Afterwards it has transformers' eager attention.
+    While it is open, the model's own forward must not be called: where their arithmetic is known, its blocks and norms
+    are replaced. Afterwards it has transformers' eager attention.
     """
 
     def __init__(self, lm: LanguageModel, layer: int, kernels: Kernels = Kernels()) -> None:
@@ -52,7 +54,8 @@ class Patcher:
         self.lm, self.layer = lm, layer
         self.plain = kernels.plain(lm.device)
         self._tuples = False  # whether blocks return tuples
-        attend_by(lm.model, NAME)
+        self._replaced = {} if self.plain else known_parts(lm)
+        self._take()
 
     def __enter__(self) -> Patcher:
         return self
@@ -62,7 +65,26 @@ class Patcher:
 
     def close(self) -> None:
         """Give the model back."""
+        self._give_back()
+
+    def _take(self) -> None:
+        attend_by(self.lm.model, NAME)
+        for module, forward in self._replaced.items():
+            module.forward = forward
+
+    def _give_back(self) -> None:
         attend_by(self.lm.model, "eager")
+        for module in self._replaced:
+            vars(module).pop("forward", None)
+
+    @contextmanager
+    def _given_back(self) -> Iterator[None]:
+        """Inside, the model is that of transformers."""
+        self._give_back()
+        try:
+            yield
+        finally:
+            self._take()
 
     @torch.inference_mode()
     def read(self, sequences: Sequence[np.ndarray]) -> Reading:
@@ -81,7 +103,7 @@ class Patcher:
 
         def keep(_module: object, _inputs: object, output: Any) -> None:
             self._tuples = isinstance(output, tuple)
-            read.states = block_output(output)
+            read.states = block_output(output).clone()  # the next block may add to it in place
 
         hook = self.lm.blocks[self.layer].register_forward_hook(keep)
         try:
@@ -116,7 +138,7 @@ class Patcher:
             entering = read.states[lane, places]
             entering[:, 0] = vectors[part].to(entering.dtype)
             with (
-                _belonging(Lanes(read, own, first, tokens)),
+                _belonging(Lanes(read, own, first, tokens, plain=self.plain)),
                 self._entering(entering.flatten(0, 1)[None]) as x,
             ):
                 made = self.lm.decoder(
@@ -160,7 +182,8 @@ class Patcher:
         ids = ids[:_CHECKED_TOKENS]
         try:
             read = self.read([ids])
-            self._check_windows(read, longest)
+            with self._given_back():
+                self._check_windows(read, longest)
             if len(positions):
                 self._compare(read, positions, norms)
         except (NLAError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -170,8 +193,6 @@ class Patcher:
                 f"{self.lm.name}: {type(self.lm.model).__name__} cannot be patched ({type(error).__name__}): "
                 "this architecture is not supported"
             ) from error
-        finally:
-            attend_by(self.lm.model, NAME)
 
     def _compare(self, read: Reading, positions: np.ndarray, norms: np.ndarray) -> None:
         drawn = torch.randn(len(positions), self.lm.d_model, generator=torch.Generator().manual_seed(0))
@@ -179,11 +200,12 @@ class Patcher:
         vectors = vectors.to(self.lm.device, self.lm.dtype)
         own = self.run(read, np.zeros(len(positions), np.int64), positions, vectors, _CHECKED_LATER)
         errors: list[float] = []
-        for position, vector, states in zip(positions.tolist(), vectors, own, strict=True):
-            true = patched_states(self.lm, read.ids[0], self.layer, position, vector)
-            true = true[position : position + 1 + _CHECKED_LATER].double()
-            apart = (states[: len(true)].double() - true).norm(dim=1) / true.norm(dim=1)
-            errors += apart.tolist()
+        with self._given_back():
+            for position, vector, states in zip(positions.tolist(), vectors, own, strict=True):
+                true = patched_states(self.lm, read.ids[0], self.layer, position, vector)
+                true = true[position : position + 1 + _CHECKED_LATER].double()
+                apart = (states[: len(true)].double() - true).norm(dim=1) / true.norm(dim=1)
+                errors += apart.tolist()
         error, limit = float(np.median(errors)), _LIMIT[self.lm.dtype]
         if not error <= limit:
             raise UnsupportedModel(
@@ -223,6 +245,8 @@ class Patcher:
         finally:
             for block in held:
                 del block.forward
+                if block in self._replaced:
+                    block.forward = self._replaced[block]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from nla_engine.ops import (
     divergence,
     fp8,
     gate,
+    lane_attention,
     latent,
     norm,
     peer_sum,
@@ -84,8 +85,17 @@ DELTA = dict.fromkeys(("x", "a", "b", "dt_bias", "out"), HALF) | {
     **dict.fromkeys(("a_log", "states"), "*fp32"), "slots": LONG, "a_token": INT, "b_token": INT, "scale": FLOAT,
 }  # fmt: skip
 DIVERGENCE = {
-    **dict.fromkeys(("x", "y"), HALF), **dict.fromkeys(("row", "token"), LONG), "out": "*fp32",
-    **dict.fromkeys(("x_row", "y_row", "lanes", "vocabulary"), INT),
+    **dict.fromkeys(("x", "y"), HALF), **dict.fromkeys(("row", "token"), LONG),
+    **dict.fromkeys(("out", "found"), "*fp32"), "first": "*i32",
+    **dict.fromkeys(("x_row", "y_row", "found_kind", "lanes", "vocabulary", "part"), INT),
+}  # fmt: skip
+LANES = {
+    **dict.fromkeys(("q", "lane_keys", "lane_values", "keys", "values", "out"), HALF),
+    **dict.fromkeys(("tile_token", "tile_count", "tile_sequence", "positions"), LONG),
+    **dict.fromkeys(("q_token", "q_head", "tokens", "window"), INT),
+    **{f"lane_{held}_{by}": INT for held in ("key", "value") for by in ("token", "head")},
+    **{f"{held}_{by}": INT for held in ("key", "value") for by in ("sequence", "head", "position")},
+    "scale": FLOAT, "softcap": FLOAT,
 }  # fmt: skip
 PEER_SUM: dict[str, Any] = {
     "x": HALF, "memories": ("i64",) * 4, **dict.fromkeys(("turn", "stop"), "*i32"),
@@ -110,7 +120,35 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
     (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
-    (divergence._divergence_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, 8),
+    (divergence._softmax_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, divergence._WARPS),
+    (
+        divergence._divergence_kernel,
+        DIVERGENCE,
+        {"PARTS": divergence._PARTS, "BLOCK": divergence._BLOCK},
+        divergence._WARPS,
+    ),
+    *(
+        (
+            lane_attention._lanes_kernel,
+            LANES,
+            {
+                "GROUP": group,
+                "HEAD": size,
+                "BLOCK_H": size,
+                "BLOCK_M": rows,
+                "BLOCK_N": 32,
+                "WINDOW": window,
+                "SOFTCAP": False,
+                "PRECISION": "tf32",
+                **one,
+            },
+            lane_attention._WARPS,
+        )
+        for group, size, rows, window, one in (
+            (7, 128, 64, False, {"tokens": 1}),
+            (2, 256, 32, True, {}),
+        )
+    ),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
     (delta._convolve_kernel, CONVOLVE, {"TAPS": 4, "BLOCK": 512}, 4),
     (

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, MLA, MOE, byte_tokenizer, language_model, tiny_m
 
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
+from nla_engine.ops.backends import Kernels
 from nla_engine.referee import patcher as module
 from nla_engine.referee.patcher import Patcher
 
@@ -61,9 +62,10 @@ def unlike(
     return not float(error.max()) < 1e-4
 
 
+@pytest.mark.parametrize("kernels", ["auto", "fused"])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *FURTHER])
 def test_patched_tokens_are_those_of_transformers(
-    name: str, rng: np.random.Generator, seed: int, monkeypatch: pytest.MonkeyPatch
+    name: str, kernels: str, rng: np.random.Generator, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_TOKENS", {"cpu": int(rng.integers(3, 40))})  # passes of every size
     monkeypatch.setattr(module, "_SCORES", {"cpu": int(rng.integers(1, 20_000))})
@@ -76,11 +78,12 @@ def test_patched_tokens_are_those_of_transformers(
     behind_all = 11  # more than a window of 8
     tried = ((0, behind_all), (len(lm.blocks) - 1, 2), (int(rng.integers(0, len(lm.blocks))), 0))
     for layer, later in tried:
-        with Patcher(lm, layer) as patcher:
+        with Patcher(lm, layer, Kernels(kernels)) as patcher:
             patcher.check(given[2], np.arange(30), np.full(30, 5.0, np.float32), 30)
             states = patcher.run(patcher.read(given), sequence, position, vectors, later)
             logits = [lm.logits(each) for each in states]
         assert lm.config._attn_implementation == "eager"
+        assert not any("forward" in vars(part) for part in lm.model.modules())
         for s, p, vector, own in zip(sequence, position, vectors, logits, strict=True):
             apart = partial(unlike, lm, given[s], layer, p, vector, own)
             assert not family_runs.wrong_by_any_rounding(lm, apart), (layer, s, p)
