@@ -18,7 +18,7 @@ import torch
 from nla_engine.engine.completions import completions, generated_so_far
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.graph import DecodeGraph, lane_bucket
+from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes
 from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
@@ -78,6 +78,7 @@ class Generator:
         self._active = Glance(self.state.active)
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
+        self._sizes = GraphSizes(slots, _capture_lanes(runner))
         self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
         self.ranks = runner.ranks
         runner.at_close.append(self._graphs.clear)
@@ -300,7 +301,7 @@ class Generator:
         """Take the decode steps, several at a time with a graph. Afterwards `_active` can be read."""
         self.runner.tap.decodes(step.slots, step.steps)
         if self.runner.graphable:
-            graph = self._graph(len(step.slots))
+            graph = self._graph(len(step.slots), step.steps)
             graph.run(step.slots, step.steps - step.after_look)
             self._look()
             graph.run(step.slots, step.after_look)
@@ -315,9 +316,9 @@ class Generator:
         if self.ranks is not None:
             self.ranks.look()
 
-    def _graph(self, lanes: int) -> DecodeGraph:
-        """The captured decode step for at least this many lanes."""
-        size = min(lane_bucket(lanes), max(self.runner.cache.slots, lanes))
+    def _graph(self, lanes: int, steps: int) -> DecodeGraph:
+        """The captured decode step for so many steps of at least this many lanes."""
+        size = self._sizes.choose(lanes, steps)
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
             self._graphs[size] = DecodeGraph(
@@ -337,7 +338,7 @@ class Generator:
         self.runner.tune(self.max_prefill_tokens)
         if self.runner.graphable and self.max_new_tokens:
             self.runner.tune(self.runner.cache.slots)
-            self._graph(self.runner.cache.slots)
+            self._graph(self.runner.cache.slots, 0)
         self.runner.tap.prepare()  # last, because capturing a graph releases pinned memory
 
     @torch.inference_mode()
@@ -375,3 +376,12 @@ class Generator:
 
     def _complete(self, ended: list[Ended]) -> Callable[[], list[Completion]]:
         return completions(ended, self.state, self.stop, self.runner.tap, self.following)
+
+
+def _capture_lanes(runner: Runner) -> float:
+    """What capturing a graph costs, for `GraphSizes`. Ranks have parts of different sizes, and must choose alike."""
+    if runner.ranks is not None:
+        return 0.0
+    blocks, head = runner.lm.blocks, runner.lm.head
+    read = [*blocks.parameters(), *(() if head is None else head.parameters())]
+    return capture_lanes(len(blocks), sum(weight.numel() for weight in read))

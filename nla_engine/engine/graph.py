@@ -1,7 +1,8 @@
-"""A decode step captured in a CUDA graph, for a fixed number of lanes."""
+"""A decode step captured in a CUDA graph, for a fixed number of lanes, and for which numbers there are graphs."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,52 @@ from nla_engine.engine.transfer import to_device
 
 #: The lane counts that graphs are captured for. A step runs on the next larger one.
 LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+#: What capturing a step costs per block: two steps that warm up and the capture itself, launch by launch.
+_CAPTURE_SECONDS = 1.5e-3
+#: Operations per second of the products of a step, roughly.
+_OPERATIONS = 4e14
 
 
 def lane_bucket(lanes: int) -> int:
     """Lanes of the graph that runs `lanes` > 0. Beyond the table there are four sizes per doubling: 1280, ..., 2048."""
     if lanes <= LANE_BUCKETS[-1]:
-        return next(bucket for bucket in LANE_BUCKETS if bucket >= lanes)
+        return LANE_BUCKETS[bisect_left(LANE_BUCKETS, lanes)]
     step = 1 << ((lanes - 1).bit_length() - 3)
     return -(-lanes // step) * step
+
+
+def capture_lanes(blocks: int, weights: int) -> float:
+    """How many lanes of a decode step take the device as long as a capture takes, of a model with so many blocks, and
+    weights that every token is multiplied by. 67,000 for one of 135 million weights, 1,200 for one of 7 billion."""
+    return blocks * _CAPTURE_SECONDS * _OPERATIONS / (2 * max(weights, 1))
+
+
+class GraphSizes:
+    """Chooses the graph of each step: the smallest that there is, or a new one of the step's own size.
+
+    A run ends with fewer and fewer lanes, and a capture costs a small model as much as many steps. So a new graph has
+    to wait until the lanes that steps left unused would have paid for it.
+
+    most: lanes of the largest graph; cost: of a capture, in lanes of steps; 0: every size has its graph at once
+    """
+
+    def __init__(self, most: int, cost: float) -> None:
+        self._most, self._cost = most, cost
+        self._sizes: list[int] = []  # of the graphs that there are, ascending
+        self._unused = 0  # lanes of the steps since the last capture
+
+    def choose(self, lanes: int, steps: int) -> int:
+        """Lanes of the graph for these steps. If there is none, the caller captures it."""
+        own = min(lane_bucket(lanes), max(self._most, lanes))
+        at = bisect_left(self._sizes, own)
+        if at < len(self._sizes):
+            size = self._sizes[at]
+            self._unused += (size - own) * steps
+            if size == own or self._unused < self._cost:
+                return size
+        self._unused = 0
+        insort(self._sizes, own)
+        return own
 
 
 class DecodeGraph:
