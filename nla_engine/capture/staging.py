@@ -141,7 +141,7 @@ class Staging:
     @property
     def saw_exact(self) -> bool:
         """Whether the last look saw a row that was kept exactly."""
-        return any(map(any, self._seen.read()))
+        return any(map(any, self._seen.read()[0]))
 
     def take_exact(self) -> Mapping[Site, list[ExactRows]]:
         """The rows kept exactly since the last call, by layer. Waits for the device.

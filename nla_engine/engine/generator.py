@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from nla_engine.engine.completions import completions, generated_so_far
+from nla_engine.engine.completions import completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes
@@ -23,8 +23,8 @@ from nla_engine.engine.logits import check_logits
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
-from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.engine.transfer import Glance, to_device
+from nla_engine.engine.stopping import StopAutomaton, finish_of
+from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
 
@@ -75,7 +75,7 @@ class Generator:
             slots, steps=STEPS_BETWEEN_POLLS, given=max_prefill_tokens
         )
         self.following.allocate(slots)
-        self._active = Glance(self.state.active)
+        self._look = Glance(self.state.active, self.state.count, self.state.stop_state)
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
         self._sizes = GraphSizes(slots, _capture_lanes(runner))
@@ -135,7 +135,7 @@ class Generator:
             if ready is not None:
                 yield ready()  # the device works meanwhile, so waiting for rows and the caller's work cost no time
                 ready = None
-            ended = queue.ended(self._active.read() if step.slots else None)
+            ended = queue.ended(self._look.read()[0] if step.slots else None)
             if self.ranks is not None:
                 self.ranks.check()
             queue.finish(self._settle(ended))
@@ -201,9 +201,7 @@ class Generator:
         if step.slots:
             self._decode(step)
         else:
-            self.runner.tap.look(decoded=False)
-            if self.ranks is not None:
-                self.ranks.look()
+            self._take_look(decoded=False)
 
     def _step_back(self, admitted: list[Admitted]) -> list[tuple[Admitted, Kept | None]]:
         """What to keep of sequences that step back; None: it has ended meanwhile. Waits for the device if any do."""
@@ -213,12 +211,11 @@ class Generator:
         at = to_device(np.array([a.slot for a in admitted]), self.runner.device)
         columns = torch.stack([state.active[at], state.closing[at], state.stop_state[at], state.count[at]])
         kept: list[tuple[Admitted, Kept | None]] = []
-        tokens = generated_so_far(self.state, at)
-        for each, row, (active, closes, stop, count) in zip(
-            admitted, tokens, columns.T.tolist(), strict=True
-        ):
-            there = Kept(tuple(row[:count].tolist()), stop, bool(closes))
-            kept.append((each, there if active else None))
+        active, closing, stop, counts = columns.tolist()
+        tokens = to_host(generated_by(state, [a.slot for a in admitted], counts))
+        for i, each in enumerate(admitted):
+            there = Kept(tuple(tokens[i, : counts[i]].tolist()), stop[i], bool(closing[i]))
+            kept.append((each, there if active[i] else None))
         return kept
 
     def _open(self, entered: list[Admitted]) -> None:
@@ -298,21 +295,22 @@ class Generator:
             self._advance(at[0], hidden[at[1]])
 
     def _decode(self, step: Step) -> None:
-        """Take the decode steps, several at a time with a graph. Afterwards `_active` can be read."""
+        """Take the decode steps, several at a time with a graph, and a look."""
         self.runner.tap.decodes(step.slots, step.steps)
         if self.runner.graphable:
             graph = self._graph(len(step.slots), step.steps)
             graph.run(step.slots, step.steps - step.after_look)
-            self._look()
+            self._take_look(decoded=True)
             graph.run(step.slots, step.after_look)
         else:
             lanes = torch.tensor(step.slots, device=self.runner.device)
             self._step(lanes, int(self.state.position[lanes].max()) + 1)
-            self._look()
+            self._take_look(decoded=True)
 
-    def _look(self) -> None:
-        self._active.take()
-        self.runner.tap.look(decoded=True)
+    def _take_look(self, *, decoded: bool) -> None:
+        """The one look of a turn at the device."""
+        self._look.take()
+        self.runner.tap.look(decoded=decoded)
         if self.ranks is not None:
             self.ranks.look()
 
@@ -357,15 +355,16 @@ class Generator:
         self.following.after(logits, lanes, self.state, before)
 
     def _settle(self, ended: list[Admitted]) -> list[Ended]:
-        """Count the tokens of these sequences and settle their rows. Waits for the device if there are any."""
-        slots, counts = [a.slot for a in ended], []
-        if ended:
-            counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
-        prefix = self.runner.cache.prefix_size
+        """Settle the rows of these sequences. What has ended does not change after the last look, which saw its end."""
+        slots, prefix = [a.slot for a in ended], self.runner.cache.prefix_size
+        _, count, state = self._look.read() if ended else ([], [], [])
+        counts = [count[slot] for slot in slots]
         sizes = [prefix + len(a.request.token_ids) + n for a, n in zip(ended, counts, strict=True)]
         kept = self.runner.tap.settle(slots, sizes)
         kept = [replace(k, nbytes=k.nbytes + k.size * self.following.row_bytes) for k in kept]
-        return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
+        finish = [finish_of(a.request, state[a.slot], self.stop) for a in ended]
+        requests = [a.request for a in ended]
+        return [Ended(*each) for each in zip(requests, slots, counts, finish, kept, strict=True)]
 
     def _fetch(self, queue: Scheduler, portion: Portion) -> Callable[[], list[Completion]] | None:
         """Fetch the ended sequences that `portion` chooses, and free their slots. None: it chooses none."""
@@ -375,7 +374,9 @@ class Generator:
         return self._complete(chosen) if chosen else None
 
     def _complete(self, ended: list[Ended]) -> Callable[[], list[Completion]]:
-        return completions(ended, self.state, self.stop, self.runner.tap, self.following)
+        slots, counts = [each.slot for each in ended], [each.count for each in ended]
+        generated = self._look.fetch(lambda: generated_by(self.state, slots, counts))
+        return completions(ended, generated, self.runner.tap, self.following)
 
 
 def _capture_lanes(runner: Runner) -> float:

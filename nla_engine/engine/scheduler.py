@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.request import Request
+from nla_engine.engine.request import Finish, Request
 from nla_engine.engine.tap import KeptRows
 
 #: Decode steps that the device takes without the host, before the host looks which sequences have ended.
@@ -74,6 +74,7 @@ class Ended:
     request: Request
     slot: int
     count: int
+    finish: Finish
     kept: KeptRows
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nla_engine.engine.blocks import Blocks
-from nla_engine.engine.request import Request
+from nla_engine.engine.request import Finish, Request
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Kept, Scheduler
 from nla_engine.engine.tap import KeptRows
 
@@ -71,7 +71,7 @@ def test_every_request_is_read_once_runs_and_ends(
                 steps[request.id] = steps.get(request.id, 0) + step.steps
                 active[slot] = seen < request.max_new_tokens and rng.random() < 0.9
             ended = queue.ended(active if step.slots else None)
-        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        queue.finish(Ended(a.request, a.slot, 3, Finish.EOS, KeptRows(a.slot, 0, 100)) for a in ended)
         assert all(each.nbytes == 112 for each in queue.finished.values())
         chosen = [id_ for id_ in queue.finished if step is None or rng.random() < 0.7]
         for each in queue.release(chosen):
@@ -136,7 +136,7 @@ def test_whoever_came_last_steps_back_and_everyone_ends(alone: bool, rng: np.ran
         ended = queue.ended(active if step.slots else None)
         for each in ended:
             running.pop(each.slot, None)
-        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        queue.finish(Ended(a.request, a.slot, 3, Finish.EOS, KeptRows(a.slot, 0, 100)) for a in ended)
         done += [each.request.id for each in queue.release(list(queue.finished))]
     assert sorted(done) == list(range(count)) and blocks.free == blocks.count
     tally = queue.tally()
