@@ -131,6 +131,7 @@ class RowTap:
     def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Forget all rows of these slots, and start new sequences there."""
         if self._running[slots].any():
+            self.staging.look()
             self._fetch_exact()  # what others left behind is theirs, not that of their successors
         first = [self.rows.first(size) for size in prompt_sizes]
         end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
@@ -257,9 +258,8 @@ class RowTap:
             self.staging.look()
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Fetch the rows kept exactly, if a sequence ended or the last `look` saw one."""
-        if slots or self.staging.saw_exact:
-            self._fetch_exact()
+        """Fetch the rows kept exactly that the last `look` saw."""
+        self._fetch_exact()
         self._running[slots] = False
         row_bytes = self.codec.row_bytes * len(self.layers)
         ended = []
@@ -275,7 +275,11 @@ class RowTap:
         return max(min(self.rows.end(each.prompt_size, size), size), each.first)
 
     def _fetch_exact(self) -> None:
-        """Copy the rows kept exactly to the host, where they stay until their sequences end."""
+        """Copy the rows kept exactly to the host, where they stay until their sequences end.
+
+        A lane that has ended repeats its last step, which may give its successor in the slot a row that is not its own.
+        The device wrote that row before any of the successor, and of two rows at one position the later one counts.
+        """
         ring, given = self.staging.ring, self.staging.given
         for layer, parts in self.staging.take_exact().items():
             for part in parts:
@@ -287,10 +291,10 @@ class RowTap:
                 last = np.minimum(self._written[at], self._to[at] - 1) - self._from[at]
                 lap = last - (last - position[decoded]) % ring
                 position[decoded] = self._from[at] + lap
-                for number in np.unique(slot):
-                    mine = slot == number
+                order = np.argsort(slot, kind="stable")
+                for mine in np.split(order, np.flatnonzero(np.diff(slot[order])) + 1):
                     new = (position[mine], part.bits[mine])
-                    exact = self._slots[int(number)].exact
+                    exact = self._slots[int(slot[mine[0]])].exact
                     if (known := exact.get(layer)) is not None:
                         new = (np.concatenate([known[0], new[0]]), np.concatenate([known[1], new[1]]))
                     exact[layer] = new

@@ -151,6 +151,7 @@ class Generator:
         if self.ranks is not None:
             self.ranks.check()
         position = self.state.position.tolist()
+        self.runner.tap.look(decoded=True)
         for each in self._queue.running() if self._queue is not None else []:
             size, given = position[each.slot], self.runner.cache.prefix_size + len(each.request.token_ids)
             if size < given:

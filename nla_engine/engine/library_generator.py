@@ -196,7 +196,7 @@ class LibraryGenerator:
             self.runner.read(batch)
             state.active[at] = False
             tally.read += int(batch.sizes.sum())
-            tap.look(decoded=False)
+        tap.look(decoded=bool(batch.limits.any()))
         counts, states = state.count[at].tolist(), state.stop_state[at].tolist()
         tally.running = []
         kept = tap.settle(slots, [size + n for size, n in zip(batch.sizes.tolist(), counts, strict=True)])

@@ -72,8 +72,8 @@ class Tap(Protocol):
         """Queue a look at what `settle` must fetch. decoded: after decode steps, else prompts. No synchronisation."""
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with
-        `size` tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
+        """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which had ended
+        with `size` tokens at the last look. Waits for that look only."""
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
