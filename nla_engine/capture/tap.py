@@ -103,6 +103,8 @@ class RowTap:
         self._from, self._to, self._ring, self._written = np.zeros((4, slots), np.int64)
         self._in_pass: list[int] = []  # slots with rows in the places of the last pass
         self._pass_tokens = np.zeros((2, 0), np.int64)  # slot and position of each of these places
+        # Where the rows of a padded pass go.
+        self._padded = torch.full((self.staging.given_size,), -1, dtype=torch.int64, device=self._device)
         return self.staging.given_size
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
@@ -149,15 +151,15 @@ class RowTap:
                 chosen = self._checked(ids[i], self.choose(ids[i], np.zeros(0, np.int32)), first[i], end[i])
             self._slots[slot] = StagedSequence(ids[i], prompt_sizes[i], first[i], end[i], chosen, {})
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """The next pass reads these tokens: give those with rows their places."""
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """The next pass reads these tokens: give those with rows their places. size: as in `Tap`"""
         if any(self._slots[slot].in_pass[2] for slot in self._in_pass):
             raise EngineError("a pass begins before the rows of the last one have left")
-        slot, start, length = np.array(runs).T
+        slot, start, length = np.array(runs, np.int64).reshape(-1, 3).T
         stop, at = start + length, np.cumsum(length) - length
         low, high = np.maximum(start, self._from[slot]), np.minimum(stop, self._to[slot])
         self._in_pass, taken = [], 0
-        owner, position, places = [], [], np.full(int(length.sum()), -1)
+        owner, position, places = [], [], np.full(size or int(length.sum()), -1)
         for i in np.flatnonzero(low < high).tolist():
             each, mine = self._slots[int(slot[i])], np.arange(low[i], high[i])
             if self._ring[slot[i]] != low[i]:
@@ -178,11 +180,18 @@ class RowTap:
             raise EngineError(f"a pass has {taken} rows to keep, and room for {self.staging.given_size}")
         self._ring[slot] = np.maximum(self._ring[slot], stop)
         self._written[slot] = np.maximum(self._written[slot], stop)
-        self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
+        if size is None:
+            self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
+        else:
+            self._padded[:size].copy_(to_device(places, self._device))
         self._pass_tokens = np.zeros((2, 0), np.int64)
         if taken:
             self._pass_tokens = np.stack([np.concatenate(owner), np.concatenate(position)])
             self.staging.expect(taken)
+
+    def padded(self, size: int) -> None:
+        """The pass that is computed next is padded: its places stay where they are."""
+        self._next_pass = self._padded[:size]
 
     def decodes(self, slots: list[int], steps: int) -> None:
         """Each of these slots takes `steps` decode steps now. EngineError if its ring has no room for their rows."""

@@ -10,7 +10,7 @@ import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes
 from nla_engine.engine.logits import check_logits
+from nla_engine.engine.pass_graphs import PassGraphs
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
@@ -79,7 +80,9 @@ class Generator:
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
         self._sizes = GraphSizes(slots, _capture_lanes(runner))
-        self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
+        self._pool: Any = torch.cuda.graph_pool_handle() if runner.graphable else None
+        most = self.max_prefill_tokens if max_new_tokens else 0
+        self._passes = PassGraphs(runner, most, self._advance, self._pool)
         self.ranks = runner.ranks
         runner.at_close.append(self._graphs.clear)
 
@@ -262,8 +265,7 @@ class Generator:
         prefix = self.runner.cache.prefix_size
         parts = []
         wanted: list[int] = []  # tokens of the pass at which a prompt ends
-        growing: list[int] = []  # slots that generate
-        last: list[int] = []  # and the index of their token in `wanted`
+        lanes: list[tuple[int, int]] = []  # index in `wanted`, and slot that generates
         twins: list[tuple[Admitted, Admitted]] = []
         entering: list[tuple[int, int, int]] = []  # token, slot and number of each vector
         end = 0
@@ -275,14 +277,18 @@ class Generator:
                     entering.append((end + place - run.start, admitted.slot, number))
             end += run.stop - run.start
             if run.completes:
-                slots = [a.slot for a in (admitted, *admitted.twins) if a.request.max_new_tokens]
-                growing += slots
-                last += [len(wanted)] * len(slots)
+                both = (admitted, *admitted.twins)
+                lanes += [(len(wanted), a.slot) for a in both if a.request.max_new_tokens]
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
-        self.runner.tap.reads([(slot, start, len(ids)) for slot, start, ids in parts])
         told = self.following.of_prompts(runs, prefix)
-        if told.token:
+        graph = None if told.token or entering else self._passes.fitting(end)
+        reads = [(slot, start, len(ids)) for slot, start, ids in parts]
+        self.runner.tap.reads(reads, None if graph is None else graph.size)
+        if graph is not None:
+            graph.run(parts, [(wanted[number], slot) for number, slot in lanes])
+            lanes = []
+        elif told.token:
             states = self.runner.prefill(parts, None, entering)
             self.following.read(self.runner.lm, states[to_device(np.array(told.token), states.device)], told)
             hidden = states[to_device(np.array(wanted, np.int64), states.device)]
@@ -291,9 +297,9 @@ class Generator:
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
-        if growing:
-            at = to_device(np.array([growing, last]), hidden.device)
-            self._advance(at[0], hidden[at[1]])
+        if lanes:
+            at = to_device(np.array(lanes).T.copy(), hidden.device)
+            self._advance(at[1], hidden[at[0]])
 
     def _decode(self, step: Step) -> None:
         """Take the decode steps, several at a time with a graph, and a look."""
@@ -338,6 +344,7 @@ class Generator:
         if self.runner.graphable and self.max_new_tokens:
             self.runner.tune(self.runner.cache.slots)
             self._graph(self.runner.cache.slots, 0)
+            self._passes.prepare()
         self.runner.tap.prepare()  # last, because capturing a graph releases pinned memory
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A decode step captured in a CUDA graph, for a fixed number of lanes, and for which numbers there are graphs."""
+"""CUDA graphs: a decode step captured for a fixed number of lanes, and for which numbers there are graphs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nla_engine.engine.transfer import to_device
 LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 #: What capturing a step costs per block: two steps that warm up and the capture itself, launch by launch.
 _CAPTURE_SECONDS = 1.5e-3
-#: Operations per second of the products of a step, roughly.
-_OPERATIONS = 4e14
+#: Operations per second of the products of a step or a pass, roughly.
+OPERATIONS = 4e14
 
 
 def lane_bucket(lanes: int) -> int:
@@ -31,7 +31,7 @@ def lane_bucket(lanes: int) -> int:
 def capture_lanes(blocks: int, weights: int) -> float:
     """How many lanes of a decode step take the device as long as a capture takes, of a model with so many blocks, and
     weights that every token is multiplied by. 67,000 for one of 135 million weights, 1,200 for one of 7 billion."""
-    return blocks * _CAPTURE_SECONDS * _OPERATIONS / (2 * max(weights, 1))
+    return blocks * _CAPTURE_SECONDS * OPERATIONS / (2 * max(weights, 1))
 
 
 class GraphSizes:
@@ -62,6 +62,32 @@ class GraphSizes:
         return own
 
 
+class Graph:
+    """Replays `work`, which reads and writes tensors that stay where they are.
+
+    It is called twice before it is captured, to compile kernels and load libraries, and must not change anything then.
+    pool: from torch.cuda.graph_pool_handle(). Graphs of one pool reuse the same memory, so `work` must not leave
+    results in tensors that it made.
+    """
+
+    def __init__(self, work: Callable[[], object], device: torch.device, pool: Any) -> None:
+        stream = capture_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Another thread may use the device meanwhile; its calls must not disturb this capture.
+        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.inference_mode(), capture:
+            work()
+
+    def replay(self) -> None:
+        """Queue it, without waiting for it."""
+        self._graph.replay()
+
+
 class DecodeGraph:
     """Replays `step(lanes)`. lanes: int64 [size], the slots to work on; unused lanes work on the spare slot."""
 
@@ -73,22 +99,11 @@ class DecodeGraph:
         device: torch.device,
         pool: Any,
     ) -> None:
-        """pool: from torch.cuda.graph_pool_handle(). Graphs of one pool reuse the same memory, so a step must not leave
-        results in tensors that it made."""
+        """pool: as `Graph` takes it."""
         self._spare = spare
         self._lanes = torch.full((size,), spare, dtype=torch.int64, device=device)
         self._slots: list[int] | None = None
-        stream = capture_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.inference_mode():
-            for _ in range(2):  # compiles kernels, loads libraries; on the spare slot only
-                step(self._lanes)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Another thread may use the device meanwhile; its calls must not disturb this capture.
-        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.inference_mode(), capture:
-            step(self._lanes)
+        self._graph = Graph(lambda: step(self._lanes), device, pool)  # on the spare slot only
 
     def run(self, slots: list[int], steps: int) -> None:
         """Queue `steps` steps on the given slots, without waiting for them."""

@@ -56,8 +56,15 @@ class Tap(Protocol):
         What a slot held before is forgotten, also if its sequence had not ended. ids: of their requests.
         """
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """The next pass reads these runs of given tokens: slot, first position, how many. No synchronisation."""
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """The next pass reads these runs of given tokens: slot, first position, how many. No synchronisation.
+
+        size: of a pass that is filled up to so many tokens, none of which has a row; `padded` announces it
+        """
+
+    def padded(self, size: int) -> None:
+        """Called in a pass of `size` tokens, just before its sites are computed, also where it is captured in a graph:
+        its rows go where the last `reads` of that size says, then and whenever the graph is replayed."""
 
     def decodes(self, slots: list[int], steps: int) -> None:
         """The sequences in these slots take so many decode steps next, unless they end before."""
@@ -107,7 +114,10 @@ class NoTap:
     def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Nothing to do."""
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """Nothing to do."""
+
+    def padded(self, size: int) -> None:
         """Nothing to do."""
 
     def decodes(self, slots: list[int], steps: int) -> None:
