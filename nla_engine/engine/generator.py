@@ -116,6 +116,7 @@ class Generator:
             more_steps=self.read_last - 1,
             alone=self.runner.graphable,
             check=self._check,
+            longest=self.runner.cache.size,
         )
         self._queue = queue
         ready: Callable[[], list[Completion]] | None = None

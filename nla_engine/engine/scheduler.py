@@ -121,6 +121,8 @@ class Scheduler:
     requests: read only when a slot is free; None means "nothing just now". check: raises if a request cannot run.
     prefill_tokens: most prompt tokens per pass
     blocks: which each slot holds. One slot's longest sequence fits them.
+    longest: places that a sequence may need. If there are blocks for as many in every slot, each sequence gets all of
+        its own when it enters, and none can lack room; 0: nobody knows
     more_steps: decode steps of a sequence, minus its generated tokens: -1 as the first token needs no step, 0 if the
         last token is read too
     alone: whether the device can take several decode steps without the host (with CUDA graphs)
@@ -136,11 +138,13 @@ class Scheduler:
         more_steps: int,
         alone: bool,
         check: Callable[[Request], None],
+        longest: int = 0,
     ) -> None:
         self._requests = iter(requests)
         self._check = check
         self._prefill_tokens = prefill_tokens
         self._blocks = blocks
+        self._fits = 0 < slots * blocks.of(longest) <= blocks.count
         self._more_steps = more_steps
         self._alone = alone
         self._ahead = STEPS_BETWEEN_POLLS if alone else 1  # most steps of a turn
@@ -219,6 +223,8 @@ class Scheduler:
     def _make_room(self) -> list[Admitted]:
         """Blocks for the next steps of every running sequence. Those that came last step back if there are too few;
         returns those of them that were running."""
+        if self._fits:
+            return []
         short = [a for a in self._running.values() if a.places(self._ahead) > self._blocks.room(a.slot)]
         stepped_back: list[Admitted] = []
         for admitted in sorted(short, key=_age):
@@ -254,6 +260,8 @@ class Scheduler:
 
     def _reserve(self) -> int:
         """Blocks that stay free for sequences that have entered: one for each that may need more."""
+        if self._fits:
+            return 0
         entered = (*self._running.values(), *_with_twins(self._reading))
         return min(sum(map(self._may_grow, entered)), math.ceil(self._blocks.count * REFILL_PART))
 
@@ -268,7 +276,7 @@ class Scheduler:
         most, reserve = math.ceil(self._blocks.count * REFILL_PART), self._reserve()
         while self._free and room > 0 and (admitted := self._next_request()) is not None:
             first = entered[-1] if entered and _is_twin(admitted, entered[-1]) else None
-            places = admitted.places(self._ahead)
+            places = admitted.places(admitted.request.max_new_tokens if self._fits else self._ahead)
             needed = self._blocks.of(places)
             if first is not None:
                 needed -= len(admitted.ids) // self._blocks.size
@@ -285,7 +293,7 @@ class Scheduler:
                 self._reading.append(admitted)
                 room -= len(admitted.ids)
             self._blocks.grow(admitted.slot, places)
-            reserve += self._may_grow(admitted)
+            reserve += not self._fits and self._may_grow(admitted)
         return entered
 
     def _next_request(self) -> Admitted | None:

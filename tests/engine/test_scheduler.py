@@ -28,21 +28,26 @@ def requests(rng: np.random.Generator, count: int, patient: bool) -> Iterator[Re
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("longest", [0, 70])
 def test_every_request_is_read_once_runs_and_ends(
-    alone: bool, patient: bool, rng: np.random.Generator
+    alone: bool, patient: bool, longest: int, rng: np.random.Generator
 ) -> None:
+    """longest: with it, the scheduler knows that the blocks fit everything."""
+    blocks = Blocks(SLOTS * 18, 4, SLOTS)
     count, done, read, steps, owner = 80, [], {}, {}, {}
     queue = Scheduler(
         requests(rng, count, patient),
         slots=SLOTS,
         prefill_tokens=ROOM,
-        blocks=Blocks(SLOTS, 70, SLOTS),
+        blocks=blocks,
         more_steps=0,
         alone=alone,
         check=lambda request: None,
+        longest=longest,
     )
     while True:
         step = queue.schedule()
+        assert step is None or not step.stepped_back
         if step is None:
             if not queue.finished:
                 if not queue.held_back:
@@ -68,6 +73,8 @@ def test_every_request_is_read_once_runs_and_ends(
                 request = owner[slot]
                 assert read[request.id] == len(request.token_ids), "no prompt is continued before it is read"
                 seen = steps.get(request.id, 0) + step.steps - step.after_look
+                most = request.max_new_tokens if longest else min(seen, request.max_new_tokens)
+                assert blocks.room(slot) >= len(request.token_ids) + most
                 steps[request.id] = steps.get(request.id, 0) + step.steps
                 active[slot] = seen < request.max_new_tokens and rng.random() < 0.9
             ended = queue.ended(active if step.slots else None)
@@ -77,7 +84,7 @@ def test_every_request_is_read_once_runs_and_ends(
         for each in queue.release(chosen):
             assert owner.pop(each.slot) is each.request
             done.append(each.request.id)
-    assert sorted(done) == list(range(count)) and not owner
+    assert sorted(done) == list(range(count)) and not owner and blocks.free == blocks.count
 
 
 @pytest.mark.parametrize("alone", [True, False])
