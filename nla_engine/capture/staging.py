@@ -78,9 +78,10 @@ class Staging:
         stage = RowStage.allocate(codec, len(layers) * self.size, 1, device)
         self.all = Rows(stage.codes, stage.scales, stage.norm)
         self._norm = stage.norm.view(len(layers), self.size)
-        # A look may miss what the step queued after it writes; the next look sees that. Rows that were fetched stay
-        # until there are `_resting` of them.
-        exact = [slots * (steps + 1), self.given_size] if codec.name != "bf16" else [1, 1]
+        # A look may miss what steps queued after it write; the next look sees that. Rows that were fetched stay until
+        # there are `_resting` of them.
+        unseen = max(steps // 2, 1)
+        exact = [slots * (steps + unseen), self.given_size] if codec.name != "bf16" else [1, 1]
         exact = [count + count // _RESTING for count in exact]
         if (bytes_ := sum(exact) * 2 * codec.d_model * len(layers)) > EXACT_BYTES:
             exact = [max(count * EXACT_BYTES // bytes_, 1) for count in exact]

@@ -18,7 +18,7 @@ import torch
 from nla_engine.engine.completions import completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes
+from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes, steps_meanwhile
 from nla_engine.engine.logits import check_logits
 from nla_engine.engine.pass_graphs import PassGraphs
 from nla_engine.engine.request import Completion, Finish, Request
@@ -79,7 +79,10 @@ class Generator:
         self._look = Glance(self.state.active, self.state.count, self.state.stop_state)
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
-        self._sizes = GraphSizes(slots, _capture_lanes(runner))
+        blocks, weights = len(runner.lm.blocks), runner.weights
+        # Ranks have parts of different sizes, and must choose alike.
+        self._sizes = GraphSizes(slots, capture_lanes(blocks, weights) if runner.ranks is None else 0.0)
+        self._meanwhile = steps_meanwhile(blocks, weights, slots)
         self._pool: Any = torch.cuda.graph_pool_handle() if runner.graphable else None
         most = self.max_prefill_tokens if max_new_tokens else 0
         self._passes = PassGraphs(runner, most, self._advance, self._pool)
@@ -117,6 +120,7 @@ class Generator:
             alone=self.runner.graphable,
             check=self._check,
             longest=self.runner.cache.size,
+            after_look=self._meanwhile,
         )
         self._queue = queue
         ready: Callable[[], list[Completion]] | None = None
@@ -386,12 +390,3 @@ class Generator:
         slots, counts = [each.slot for each in ended], [each.count for each in ended]
         generated = self._look.fetch(lambda: generated_by(self.state, slots, counts))
         return completions(ended, generated, self.runner.tap, self.following)
-
-
-def _capture_lanes(runner: Runner) -> float:
-    """What capturing a graph costs, for `GraphSizes`. Ranks have parts of different sizes, and must choose alike."""
-    if runner.ranks is not None:
-        return 0.0
-    blocks, head = runner.lm.blocks, runner.lm.head
-    read = [*blocks.parameters(), *(() if head is None else head.parameters())]
-    return capture_lanes(len(blocks), sum(weight.numel() for weight in read))

@@ -16,6 +16,8 @@ from nla_engine.engine.transfer import to_device
 LANE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 #: What capturing a step costs per block: two steps that warm up and the capture itself, launch by launch.
 _CAPTURE_SECONDS = 1.5e-3
+#: What the host needs between its look and the next launch; what a block of a step takes at least.
+_HOST_SECONDS, _LEAST_SECONDS = 4e-3, 2.5e-5
 #: Operations per second of the products of a step or a pass, roughly.
 OPERATIONS = 4e14
 
@@ -26,6 +28,12 @@ def lane_bucket(lanes: int) -> int:
         return LANE_BUCKETS[bisect_left(LANE_BUCKETS, lanes)]
     step = 1 << ((lanes - 1).bit_length() - 3)
     return -(-lanes // step) * step
+
+
+def steps_meanwhile(blocks: int, weights: int, lanes: int) -> int:
+    """How many decode steps of so many lanes the device takes while the host decides what comes next, and queues it."""
+    seconds = blocks * _LEAST_SECONDS + lanes * 2 * weights / OPERATIONS
+    return max(round(_HOST_SECONDS / seconds), 1)
 
 
 def capture_lanes(blocks: int, weights: int) -> float:

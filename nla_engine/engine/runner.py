@@ -210,6 +210,13 @@ class Runner:
             return False
         return not rotates_on_host(self.lm)
 
+    @cached_property
+    def weights(self) -> int:
+        """How many weights this rank's blocks and head have."""
+        head = self.lm.head
+        parameters = [*self.lm.blocks.parameters(), *(() if head is None else head.parameters())]
+        return sum(weight.numel() for weight in parameters)
+
     @property
     def whole(self) -> bool:
         """Whether every block is the engine's own, so that a pass over prompts reads nothing on the host either."""

@@ -42,7 +42,8 @@ class Tap(Protocol):
 
     def allocate(self, slots: int, *, steps: int, given: int) -> int:
         """Allocate the device memory, before any pass. Between two calls of `drain` there are at most `steps` decode
-        steps, and one pass over given tokens. Returns how many of these it may read at most, up to `given`."""
+        steps, at most half of them after the look, and one pass over given tokens. Returns how many of these it may
+        read at most, up to `given`."""
 
     def prepare(self) -> None:
         """Allocate the host memory. Called last before a run, after graphs are captured."""

@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from nla_engine.engine import generator as engine
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.graph import GraphSizes, capture_lanes, lane_bucket
+from nla_engine.engine.graph import GraphSizes, capture_lanes, lane_bucket, steps_meanwhile
 from nla_engine.engine.order import InOrder
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
@@ -74,3 +74,8 @@ def test_graphs_of_a_large_model_pay_for_themselves_sooner() -> None:
     assert 1_100 < capture_lanes(28, 7_070_000_000) < 1_300
     at_once = GraphSizes(64, 0)
     assert [at_once.choose(lanes, 1) for lanes in (64, 33, 17, 1, 64)] == [64, 48, 24, 1, 64]
+
+
+def test_the_faster_its_steps_the_more_of_them_a_device_takes_while_the_host_decides() -> None:
+    sizes = ((30, 134_000_000), (24, 494_000_000), (28, 1_540_000_000), (28, 7_070_000_000))
+    assert [steps_meanwhile(*size, 512) for size in sizes] == [4, 2, 1, 1]

@@ -33,6 +33,7 @@ def test_every_request_is_read_once_runs_and_ends(
     alone: bool, patient: bool, longest: int, rng: np.random.Generator
 ) -> None:
     """longest: with it, the scheduler knows that the blocks fit everything."""
+    after_look = int(rng.integers(1, 6))
     blocks = Blocks(SLOTS * 18, 4, SLOTS)
     count, done, read, steps, owner = 80, [], {}, {}, {}
     queue = Scheduler(
@@ -44,6 +45,7 @@ def test_every_request_is_read_once_runs_and_ends(
         alone=alone,
         check=lambda request: None,
         longest=longest,
+        after_look=after_look,
     )
     while True:
         step = queue.schedule()
@@ -66,7 +68,7 @@ def test_every_request_is_read_once_runs_and_ends(
                 if run.completes:
                     read |= {twin.request.id: run.stop for twin in run.admitted.twins}
             assert 1 <= step.steps <= (STEPS_BETWEEN_POLLS if alone else 1) or not step.slots
-            assert step.after_look in (0, 1) and step.after_look < max(step.steps, 1)
+            assert 0 <= step.after_look <= after_look and step.after_look < max(step.steps, 1)
             assert step.slots == sorted(step.slots) and set(step.slots) <= owner.keys()
             active = [False] * (SLOTS + 1)
             for slot in step.slots:
@@ -168,7 +170,8 @@ def test_a_request_that_cannot_run_takes_no_slot() -> None:
     assert queue.schedule() is None
 
 
-def test_steps_end_where_a_sequence_must_end() -> None:
+@pytest.mark.parametrize("after_look", [1, 2, 9])
+def test_steps_end_where_a_sequence_must_end(after_look: int) -> None:
     """One sequence of 12 tokens: the first comes with the prompt, eight from eight steps; three remain."""
     queue = Scheduler(
         iter([Request(0, (1, 2), 12)]),
@@ -178,6 +181,7 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         more_steps=-1,
         alone=True,
         check=lambda _: None,
+        after_look=after_look,
     )
     taken = []
     for _ in range(2):
@@ -185,4 +189,26 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         assert step is not None
         taken.append((len(step.runs), step.steps, step.after_look))
         assert queue.ended([True]) == []
-    assert taken == [(1, 8, 1), (0, 3, 0)]
+    assert taken == [(1, 8, min(after_look, 4)), (0, 3, 0)]
+
+
+def test_the_host_does_not_wait_for_the_certain_end_of_too_few_for_a_refill() -> None:
+    """40 slots are refilled three at a time: one of 8 steps, then two more of 16."""
+    limits = [8, 16, 16] + [60] * 37
+    queue = Scheduler(
+        iter([Request(i, (1,), limit) for i, limit in enumerate([*limits, *[60] * 9])]),
+        slots=40,
+        prefill_tokens=40,
+        blocks=Blocks(40, 70, 40),
+        more_steps=0,
+        alone=True,
+        check=lambda _: None,
+        after_look=3,
+    )
+    taken = []
+    for _ in range(2):
+        step = queue.schedule()
+        assert step is not None
+        taken.append((step.steps, step.after_look))
+        assert queue.ended([True] * 40) == []
+    assert taken == [(8, 3), (8, 0)]
