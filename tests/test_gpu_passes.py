@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model, write_prompts
 
+from nla_engine.capture import tap
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.run import run_capture
 from nla_engine.capture.tap import RowTap
@@ -37,12 +38,12 @@ def language_model(architecture: str, dtype: torch.dtype) -> LanguageModel:
 
 @contextmanager
 def opened(lm: LanguageModel, most: int, prefix: tuple[int, ...] = (), **how: Any) -> Iterator[Generator]:
-    tap = RowTap(
+    keeper = RowTap(
         LAYERS, Codec.named("bf16", lm.d_model), RowRange.parse("generated" if prefix else "all"), rows_per_slot=120,
         sink_norm=dict.fromkeys(LAYERS, math.inf), device=lm.device,
     )  # fmt: skip
     stop = StopAutomaton(token_bytes(lm.tokenizer, lm.vocab_size), tuple(range(0, 250, 50)))
-    with Runner(lm, slots=SLOTS, length=120, prefix=prefix, tap=tap, **how) as runner:
+    with Runner(lm, slots=SLOTS, length=120, prefix=prefix, tap=keeper, **how) as runner:
         yield Generator(runner, max_new_tokens=NEW, stop=stop, read_last=True, max_prefill_tokens=most)
 
 
@@ -84,6 +85,33 @@ def test_tokens_and_rows_are_those_of_passes_outside_graphs(
         for layer in LAYERS:
             a, b = (bf16_values(each.rows[layer].codes).astype(np.float64) for each in (one, other))
             assert (np.linalg.norm(a - b, axis=1) <= limit * np.linalg.norm(a, axis=1)).all(), (id_, layer)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
+def test_rows_of_prompts_keep_their_bits_however_late_the_tap(
+    architecture: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """In the graph of a pass, too, the tap runs beside the next block: delayed by 0.1 ms a layer, it reads the same."""
+    lm, found, encode = language_model(architecture, torch.bfloat16), [], tap.encode_rows
+    requests = [
+        Request(i, tuple(rng.integers(1, 250, int(size)).tolist()), NEW)
+        for i, size in enumerate(rng.integers(1, 90, 3 * SLOTS))
+    ]
+
+    def late(*given: Any, **how: Any) -> None:
+        torch.cuda._sleep(200_000)
+        encode(*given, **how)
+
+    for use in (encode, late):
+        monkeypatch.setattr(tap, "encode_rows", use)
+        with opened(lm, 1024) as generator:
+            generator.prepare()
+            found.append({each.request.id: each for each in generator.run(iter(requests))})
+            assert len(generator._passes._graphs) == 7
+    for id_, one in found[0].items():
+        assert one.generated.tolist() == found[1][id_].generated.tolist()
+        for layer in LAYERS:
+            assert (one.rows[layer].codes == found[1][id_].rows[layer].codes).all(), (id_, layer)
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])

@@ -12,6 +12,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class PaddedPass:
         slot, start, length = self._runs.T
         values = np.zeros(len(self._all), np.int64)
         tokens, ends = values[: 3 * self.size].reshape(3, -1), values[3 * self.size :].reshape(2, -1)
-        tokens[0, :used] = [id_ for _, _, ids in parts for id_ in ids]
+        tokens[0, :used] = np.fromiter(chain.from_iterable(ids for _, _, ids in parts), np.int64, used)
         tokens[1], tokens[2] = np.repeat(slot, length), np.repeat(start, length) + counted(length)
         ends[1] = spare
         ends[:, : len(lanes)] = np.array(lanes, np.int64).reshape(-1, 2).T
