@@ -158,35 +158,37 @@ class RowTap:
         slot, start, length = np.array(runs, np.int64).reshape(-1, 3).T
         stop, at = start + length, np.cumsum(length) - length
         low, high = np.maximum(start, self._from[slot]), np.minimum(stop, self._to[slot])
+        some = np.flatnonzero(low < high)
         self._in_pass, taken = [], 0
-        owner, position, places = [], [], np.full(size or int(length.sum()), -1)
-        for i in np.flatnonzero(low < high).tolist():
-            each, mine = self._slots[int(slot[i])], np.arange(low[i], high[i])
-            if self._ring[slot[i]] != low[i]:
-                raise EngineError(f"request {each.id}: position {low[i]} is read after {self._ring[slot[i]]}")
-            number = int(low[i]) - each.first
+        kept: list[np.ndarray] = []  # the positions of each of these runs that have rows
+        columns = (slot, low, high, self._ring[slot])
+        for number, first, end, ring in zip(*(column[some].tolist() for column in columns), strict=True):
+            each = self._slots[number]
+            if ring != first:
+                raise EngineError(f"request {each.id}: position {first} is read after {ring}")
+            begin, mine = first - each.first, np.arange(first, end)
             if each.chosen is not None:
-                number, end = np.searchsorted(each.chosen, [low[i], high[i]]).tolist()
-                mine = each.chosen[number:end]
+                begin, last = np.searchsorted(each.chosen, [first, end]).tolist()
+                mine = each.chosen[begin:last]
             if len(mine):
-                place = self.staging.given + taken
-                each.in_pass = (number, place, len(mine))
-                places[at[i] + mine - start[i]] = place + np.arange(len(mine))
-                self._in_pass.append(int(slot[i]))
-                owner.append(np.full(len(mine), slot[i]))
-                position.append(mine)
+                each.in_pass = (begin, self.staging.given + taken, len(mine))
+                self._in_pass.append(number)
                 taken += len(mine)
+            kept.append(mine)
         if taken > self.staging.given_size:
             raise EngineError(f"a pass has {taken} rows to keep, and room for {self.staging.given_size}")
+        counts = np.array([len(mine) for mine in kept], np.int64)
+        position = np.concatenate([np.zeros(0, np.int64), *kept])
+        places = np.full(size or int(length.sum()), -1)
+        places[np.repeat((at - start)[some], counts) + position] = self.staging.given + np.arange(taken)
         self._ring[slot] = np.maximum(self._ring[slot], stop)
         self._written[slot] = np.maximum(self._written[slot], stop)
         if size is None:
             self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
         else:
             self._padded[:size].copy_(to_device(places, self._device))
-        self._pass_tokens = np.zeros((2, 0), np.int64)
+        self._pass_tokens = np.stack([np.repeat(slot[some], counts), position])
         if taken:
-            self._pass_tokens = np.stack([np.concatenate(owner), np.concatenate(position)])
             self.staging.expect(taken)
 
     def padded(self, size: int) -> None:

@@ -22,8 +22,8 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def to_host(tensor: torch.Tensor) -> np.ndarray:
     """The values on the host, once the device has them (ten times the rate of a copy to pageable memory)."""
-    if tensor.device.type == "cpu":
-        return tensor.numpy()
+    if tensor.device.type == "cpu" or not tensor.numel():
+        return tensor.cpu().numpy()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor).numpy()
 
