@@ -140,7 +140,7 @@ class Collector:
         if not len(wanted):
             return none
         position, rows = each.exact.get(layer, (np.zeros(0, np.int64), none))
-        order = {int(row): place for place, row in enumerate(position)}
-        if any(int(row) not in order for row in wanted):
+        order = {row: place for place, row in enumerate(position.tolist())}  # the last of equal ones
+        if any(row not in order for row in wanted.tolist()):
             raise EngineError(f"{layer.label}: a row that must be kept exactly is missing")
-        return rows[[order[int(row)] for row in wanted]]
+        return rows[[order[row] for row in wanted.tolist()]]

@@ -21,6 +21,8 @@ from nla_engine.sites import Site
 
 #: Most bytes of the rings, of the places of a pass, and of the rows kept exactly, over all layers.
 RING_BYTES, PASS_BYTES, EXACT_BYTES = 7 << 27, 3 << 27, 1 << 28
+#: Rows kept exactly that were fetched may take one part in so many of the room of others.
+_RESTING = 8
 #: The norm of an unwritten row.
 UNWRITTEN = -1.0
 
@@ -76,12 +78,17 @@ class Staging:
         stage = RowStage.allocate(codec, len(layers) * self.size, 1, device)
         self.all = Rows(stage.codes, stage.scales, stage.norm)
         self._norm = stage.norm.view(len(layers), self.size)
-        # A look may miss what the step queued after it writes; the next look sees that.
-        exact = [slots * (steps + 1), self.given_size] if codec.name != "bf16" else [1, 1]
+        # A look may miss what steps queued after it write; the next look sees that. Rows that were fetched stay until
+        # there are `_resting` of them.
+        unseen = max(steps // 2, 1)
+        exact = [slots * (steps + unseen), self.given_size] if codec.name != "bf16" else [1, 1]
+        exact = [count + count // _RESTING for count in exact]
         if (bytes_ := sum(exact) * 2 * codec.d_model * len(layers)) > EXACT_BYTES:
             exact = [max(count * EXACT_BYTES // bytes_, 1) for count in exact]
+        self._resting = np.array(exact)[:, None] // (_RESTING + 1)
         self._counts = torch.zeros(2, len(layers), dtype=torch.int32, device=device)
         self._seen = Glance(self._counts)  # one read for all
+        self._taken = np.zeros(self._counts.shape, np.int64)  # how many of them were fetched
         self.decoding: dict[Site, RowStage] = {}
         self.reading: dict[Site, RowStage] = {}
         for i, layer in enumerate(layers):
@@ -138,29 +145,36 @@ class Staging:
         """Queue a read of how many rows were kept exactly."""
         self._seen.take()
 
-    @property
-    def saw_exact(self) -> bool:
-        """Whether the last look saw a row that was kept exactly."""
-        return any(map(any, self._seen.read()))
-
     def take_exact(self) -> Mapping[Site, list[ExactRows]]:
-        """The rows kept exactly since the last call, by layer. Waits for the device.
+        """The rows kept exactly that the last look saw and no earlier call returned, by layer: those of decode steps in
+        the order in which they were written, then those of prefill passes. Waits for what was queued after the look
+        only if rows that were fetched have to make room.
 
         EngineError if there were more than there is room for.
         """
         found: dict[Site, list[ExactRows]] = {layer: [] for layer in self.layers}
-        counts = self._counts.tolist()
-        if not any(map(any, counts)):
+        counts = np.array(self._seen.read()[0])
+        if (counts == self._taken).all():
             return found
-        self._counts.zero_()
-        for stages, by_layer in zip((self.decoding, self.reading), counts, strict=True):
-            for (layer, stage), count in zip(stages.items(), by_layer, strict=True):
-                if count > len(stage.exact):
+        if full := bool((counts > self._resting).any()):
+            counts = self._counts.cpu().numpy()
+        for number, stages in enumerate((self.decoding, self.reading)):
+            for i, (layer, stage) in enumerate(stages.items()):
+                new = slice(int(self._taken[number, i]), int(counts[number, i]))
+                if new.stop > len(stage.exact):
                     raise EngineError(
-                        f"{layer.label}: {count} rows to keep exactly at once, room for {len(stage.exact)}: "
+                        f"{layer.label}: {new.stop} rows to keep exactly at once, room for {len(stage.exact)}: "
                         "capture fewer layers at once, or use --codec bf16, which keeps every row exactly"
                     )
-                if count:
-                    bits = stage.exact[:count].cpu().numpy().view(np.uint16)
-                    found[layer].append(ExactRows(stage.exact_dest[:count].cpu().numpy(), bits))
+                if new.start < new.stop:
+                    place, bits = (
+                        self._seen.fetch(lambda tensor=tensor, new=new: tensor[new])  # type: ignore[misc]
+                        for tensor in (stage.exact_dest, stage.exact)
+                    )
+                    found[layer].append(ExactRows(place, bits.view(np.uint16)))
+        self._taken = counts
+        if full:
+            self._counts.zero_()
+            self._taken = np.zeros_like(counts)
+            self.look()
         return found

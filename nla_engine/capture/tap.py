@@ -103,6 +103,8 @@ class RowTap:
         self._from, self._to, self._ring, self._written = np.zeros((4, slots), np.int64)
         self._in_pass: list[int] = []  # slots with rows in the places of the last pass
         self._pass_tokens = np.zeros((2, 0), np.int64)  # slot and position of each of these places
+        # Where the rows of a padded pass go.
+        self._padded = torch.full((self.staging.given_size,), -1, dtype=torch.int64, device=self._device)
         return self.staging.given_size
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
@@ -131,6 +133,7 @@ class RowTap:
     def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Forget all rows of these slots, and start new sequences there."""
         if self._running[slots].any():
+            self.staging.look()
             self._fetch_exact()  # what others left behind is theirs, not that of their successors
         first = [self.rows.first(size) for size in prompt_sizes]
         end = [self.rows.end(size, total) for size, total in zip(prompt_sizes, totals, strict=True)]
@@ -148,40 +151,49 @@ class RowTap:
                 chosen = self._checked(ids[i], self.choose(ids[i], np.zeros(0, np.int32)), first[i], end[i])
             self._slots[slot] = StagedSequence(ids[i], prompt_sizes[i], first[i], end[i], chosen, {})
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """The next pass reads these tokens: give those with rows their places."""
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """The next pass reads these tokens: give those with rows their places. size: as in `Tap`"""
         if any(self._slots[slot].in_pass[2] for slot in self._in_pass):
             raise EngineError("a pass begins before the rows of the last one have left")
-        slot, start, length = np.array(runs).T
+        slot, start, length = np.array(runs, np.int64).reshape(-1, 3).T
         stop, at = start + length, np.cumsum(length) - length
         low, high = np.maximum(start, self._from[slot]), np.minimum(stop, self._to[slot])
+        some = np.flatnonzero(low < high)
         self._in_pass, taken = [], 0
-        owner, position, places = [], [], np.full(int(length.sum()), -1)
-        for i in np.flatnonzero(low < high).tolist():
-            each, mine = self._slots[int(slot[i])], np.arange(low[i], high[i])
-            if self._ring[slot[i]] != low[i]:
-                raise EngineError(f"request {each.id}: position {low[i]} is read after {self._ring[slot[i]]}")
-            number = int(low[i]) - each.first
+        kept: list[np.ndarray] = []  # the positions of each of these runs that have rows
+        columns = (slot, low, high, self._ring[slot])
+        for number, first, end, ring in zip(*(column[some].tolist() for column in columns), strict=True):
+            each = self._slots[number]
+            if ring != first:
+                raise EngineError(f"request {each.id}: position {first} is read after {ring}")
+            begin, mine = first - each.first, np.arange(first, end)
             if each.chosen is not None:
-                number, end = np.searchsorted(each.chosen, [low[i], high[i]]).tolist()
-                mine = each.chosen[number:end]
+                begin, last = np.searchsorted(each.chosen, [first, end]).tolist()
+                mine = each.chosen[begin:last]
             if len(mine):
-                place = self.staging.given + taken
-                each.in_pass = (number, place, len(mine))
-                places[at[i] + mine - start[i]] = place + np.arange(len(mine))
-                self._in_pass.append(int(slot[i]))
-                owner.append(np.full(len(mine), slot[i]))
-                position.append(mine)
+                each.in_pass = (begin, self.staging.given + taken, len(mine))
+                self._in_pass.append(number)
                 taken += len(mine)
+            kept.append(mine)
         if taken > self.staging.given_size:
             raise EngineError(f"a pass has {taken} rows to keep, and room for {self.staging.given_size}")
+        counts = np.array([len(mine) for mine in kept], np.int64)
+        position = np.concatenate([np.zeros(0, np.int64), *kept])
+        places = np.full(size or int(length.sum()), -1)
+        places[np.repeat((at - start)[some], counts) + position] = self.staging.given + np.arange(taken)
         self._ring[slot] = np.maximum(self._ring[slot], stop)
         self._written[slot] = np.maximum(self._written[slot], stop)
-        self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
-        self._pass_tokens = np.zeros((2, 0), np.int64)
+        if size is None:
+            self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
+        else:
+            self._padded[:size].copy_(to_device(places, self._device))
+        self._pass_tokens = np.stack([np.repeat(slot[some], counts), position])
         if taken:
-            self._pass_tokens = np.stack([np.concatenate(owner), np.concatenate(position)])
             self.staging.expect(taken)
+
+    def padded(self, size: int) -> None:
+        """The pass that is computed next is padded: its places stay where they are."""
+        self._next_pass = self._padded[:size]
 
     def decodes(self, slots: list[int], steps: int) -> None:
         """Each of these slots takes `steps` decode steps now. EngineError if its ring has no room for their rows."""
@@ -257,9 +269,8 @@ class RowTap:
             self.staging.look()
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Fetch the rows kept exactly, if a sequence ended or the last `look` saw one."""
-        if slots or self.staging.saw_exact:
-            self._fetch_exact()
+        """Fetch the rows kept exactly that the last `look` saw."""
+        self._fetch_exact()
         self._running[slots] = False
         row_bytes = self.codec.row_bytes * len(self.layers)
         ended = []
@@ -275,7 +286,11 @@ class RowTap:
         return max(min(self.rows.end(each.prompt_size, size), size), each.first)
 
     def _fetch_exact(self) -> None:
-        """Copy the rows kept exactly to the host, where they stay until their sequences end."""
+        """Copy the rows kept exactly to the host, where they stay until their sequences end.
+
+        A lane that has ended repeats its last step, which may give its successor in the slot a row that is not its own.
+        The device wrote that row before any of the successor, and of two rows at one position the later one counts.
+        """
         ring, given = self.staging.ring, self.staging.given
         for layer, parts in self.staging.take_exact().items():
             for part in parts:
@@ -287,10 +302,10 @@ class RowTap:
                 last = np.minimum(self._written[at], self._to[at] - 1) - self._from[at]
                 lap = last - (last - position[decoded]) % ring
                 position[decoded] = self._from[at] + lap
-                for number in np.unique(slot):
-                    mine = slot == number
+                order = np.argsort(slot, kind="stable")
+                for mine in np.split(order, np.flatnonzero(np.diff(slot[order])) + 1):
                     new = (position[mine], part.bits[mine])
-                    exact = self._slots[int(number)].exact
+                    exact = self._slots[int(slot[mine[0]])].exact
                     if (known := exact.get(layer)) is not None:
                         new = (np.concatenate([known[0], new[0]]), np.concatenate([known[1], new[1]]))
                     exact[layer] = new

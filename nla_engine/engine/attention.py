@@ -141,16 +141,22 @@ def prefill_tiles(parts: np.ndarray, group: int, own: torch.Tensor) -> Tiles:
 
     parts: int64 [runs, 3]: slot, start position, length. own: int64 [T], the position of every query.
     """
-    slot, start, length = parts.T
-    rows = tile_rows(int(length.max()), group)
-    step = max(rows // group, 1)
+    rows = tile_rows(int(parts[:, 2].max()), group)
+    packed = to_device(cut(parts, max(rows // group, 1)), own.device)
+    longest = int((parts[:, 1] + parts[:, 2]).max())
+    return Tiles(packed[0], packed[1], packed[2], packed[3], own, rows, longest)
+
+
+def cut(runs: np.ndarray, step: int) -> np.ndarray:
+    """Tiles of at most `step` queries of consecutive runs, int64 [runs, 3]: slot, start position, length. Returns int64
+    [4, tiles]: token, count, slot and position, as `Tiles` has them."""
+    slot, start, length = runs.T
     tiles = -(-length // step)
     part = np.repeat(np.arange(len(length)), tiles)
     first = step * counted(tiles)
     token = (np.cumsum(length) - length)[part] + first
     count = np.minimum(length[part] - first, step)
-    packed = to_device(np.stack([token, count, slot[part], start[part] + first]), own.device)
-    return Tiles(packed[0], packed[1], packed[2], packed[3], own, rows, int((start + length).max()))
+    return np.stack([token, count, slot[part], start[part] + first])
 
 
 def counted(sizes: np.ndarray) -> np.ndarray:

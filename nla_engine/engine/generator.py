@@ -10,21 +10,22 @@ import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from nla_engine.engine.completions import completions, generated_so_far
+from nla_engine.engine.completions import completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.graph import DecodeGraph, lane_bucket
+from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes, steps_meanwhile
 from nla_engine.engine.logits import check_logits
+from nla_engine.engine.pass_graphs import PassGraphs
 from nla_engine.engine.request import Completion, Finish, Request
 from nla_engine.engine.runner import Runner
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Admitted, Ended, Kept, Run, Scheduler, Step
-from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.engine.transfer import Glance, to_device
+from nla_engine.engine.stopping import StopAutomaton, finish_of
+from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState, advance
 
@@ -75,10 +76,16 @@ class Generator:
             slots, steps=STEPS_BETWEEN_POLLS, given=max_prefill_tokens
         )
         self.following.allocate(slots)
-        self._active = Glance(self.state.active)
+        self._look = Glance(self.state.active, self.state.count, self.state.stop_state)
         self._queue: Scheduler | None = None
         self._graphs: dict[int, DecodeGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if runner.graphable else None
+        blocks, weights = len(runner.lm.blocks), runner.weights
+        # Ranks have parts of different sizes, and must choose alike.
+        self._sizes = GraphSizes(slots, capture_lanes(blocks, weights) if runner.ranks is None else 0.0)
+        self._meanwhile = steps_meanwhile(blocks, weights, slots)
+        self._pool: Any = torch.cuda.graph_pool_handle() if runner.graphable else None
+        most = self.max_prefill_tokens if max_new_tokens else 0
+        self._passes = PassGraphs(runner, most, self._advance, self._pool)
         self.ranks = runner.ranks
         runner.at_close.append(self._graphs.clear)
 
@@ -112,6 +119,8 @@ class Generator:
             more_steps=self.read_last - 1,
             alone=self.runner.graphable,
             check=self._check,
+            longest=self.runner.cache.size,
+            after_look=self._meanwhile,
         )
         self._queue = queue
         ready: Callable[[], list[Completion]] | None = None
@@ -134,7 +143,7 @@ class Generator:
             if ready is not None:
                 yield ready()  # the device works meanwhile, so waiting for rows and the caller's work cost no time
                 ready = None
-            ended = queue.ended(self._active.read() if step.slots else None)
+            ended = queue.ended(self._look.read()[0] if step.slots else None)
             if self.ranks is not None:
                 self.ranks.check()
             queue.finish(self._settle(ended))
@@ -150,6 +159,7 @@ class Generator:
         if self.ranks is not None:
             self.ranks.check()
         position = self.state.position.tolist()
+        self.runner.tap.look(decoded=True)
         for each in self._queue.running() if self._queue is not None else []:
             size, given = position[each.slot], self.runner.cache.prefix_size + len(each.request.token_ids)
             if size < given:
@@ -200,9 +210,7 @@ class Generator:
         if step.slots:
             self._decode(step)
         else:
-            self.runner.tap.look(decoded=False)
-            if self.ranks is not None:
-                self.ranks.look()
+            self._take_look(decoded=False)
 
     def _step_back(self, admitted: list[Admitted]) -> list[tuple[Admitted, Kept | None]]:
         """What to keep of sequences that step back; None: it has ended meanwhile. Waits for the device if any do."""
@@ -212,12 +220,11 @@ class Generator:
         at = to_device(np.array([a.slot for a in admitted]), self.runner.device)
         columns = torch.stack([state.active[at], state.closing[at], state.stop_state[at], state.count[at]])
         kept: list[tuple[Admitted, Kept | None]] = []
-        tokens = generated_so_far(self.state, at)
-        for each, row, (active, closes, stop, count) in zip(
-            admitted, tokens, columns.T.tolist(), strict=True
-        ):
-            there = Kept(tuple(row[:count].tolist()), stop, bool(closes))
-            kept.append((each, there if active else None))
+        active, closing, stop, counts = columns.tolist()
+        tokens = to_host(generated_by(state, [a.slot for a in admitted], counts))
+        for i, each in enumerate(admitted):
+            there = Kept(tuple(tokens[i, : counts[i]].tolist()), stop[i], bool(closing[i]))
+            kept.append((each, there if active[i] else None))
         return kept
 
     def _open(self, entered: list[Admitted]) -> None:
@@ -263,8 +270,7 @@ class Generator:
         prefix = self.runner.cache.prefix_size
         parts = []
         wanted: list[int] = []  # tokens of the pass at which a prompt ends
-        growing: list[int] = []  # slots that generate
-        last: list[int] = []  # and the index of their token in `wanted`
+        lanes: list[tuple[int, int]] = []  # index in `wanted`, and slot that generates
         twins: list[tuple[Admitted, Admitted]] = []
         entering: list[tuple[int, int, int]] = []  # token, slot and number of each vector
         end = 0
@@ -276,14 +282,18 @@ class Generator:
                     entering.append((end + place - run.start, admitted.slot, number))
             end += run.stop - run.start
             if run.completes:
-                slots = [a.slot for a in (admitted, *admitted.twins) if a.request.max_new_tokens]
-                growing += slots
-                last += [len(wanted)] * len(slots)
+                both = (admitted, *admitted.twins)
+                lanes += [(len(wanted), a.slot) for a in both if a.request.max_new_tokens]
                 twins += [(admitted, twin) for twin in admitted.twins]
                 wanted.append(end - 1)
-        self.runner.tap.reads([(slot, start, len(ids)) for slot, start, ids in parts])
         told = self.following.of_prompts(runs, prefix)
-        if told.token:
+        graph = None if told.token or entering else self._passes.fitting(end)
+        reads = [(slot, start, len(ids)) for slot, start, ids in parts]
+        self.runner.tap.reads(reads, None if graph is None else graph.size)
+        if graph is not None:
+            graph.run(parts, [(wanted[number], slot) for number, slot in lanes])
+            lanes = []
+        elif told.token:
             states = self.runner.prefill(parts, None, entering)
             self.following.read(self.runner.lm, states[to_device(np.array(told.token), states.device)], told)
             hidden = states[to_device(np.array(wanted, np.int64), states.device)]
@@ -292,32 +302,33 @@ class Generator:
         if twins:
             longest = max(len(admitted.request.token_ids) for admitted, _ in twins)
             self.runner.cache.copy([a.slot for a, _ in twins], [twin.slot for _, twin in twins], longest)
-        if growing:
-            at = to_device(np.array([growing, last]), hidden.device)
-            self._advance(at[0], hidden[at[1]])
+        if lanes:
+            at = to_device(np.array(lanes).T.copy(), hidden.device)
+            self._advance(at[1], hidden[at[0]])
 
     def _decode(self, step: Step) -> None:
-        """Take the decode steps, several at a time with a graph. Afterwards `_active` can be read."""
+        """Take the decode steps, several at a time with a graph, and a look."""
         self.runner.tap.decodes(step.slots, step.steps)
         if self.runner.graphable:
-            graph = self._graph(len(step.slots))
+            graph = self._graph(len(step.slots), step.steps)
             graph.run(step.slots, step.steps - step.after_look)
-            self._look()
+            self._take_look(decoded=True)
             graph.run(step.slots, step.after_look)
         else:
             lanes = torch.tensor(step.slots, device=self.runner.device)
             self._step(lanes, int(self.state.position[lanes].max()) + 1)
-            self._look()
+            self._take_look(decoded=True)
 
-    def _look(self) -> None:
-        self._active.take()
-        self.runner.tap.look(decoded=True)
+    def _take_look(self, *, decoded: bool) -> None:
+        """The one look of a turn at the device."""
+        self._look.take()
+        self.runner.tap.look(decoded=decoded)
         if self.ranks is not None:
             self.ranks.look()
 
-    def _graph(self, lanes: int) -> DecodeGraph:
-        """The captured decode step for at least this many lanes."""
-        size = min(lane_bucket(lanes), max(self.runner.cache.slots, lanes))
+    def _graph(self, lanes: int, steps: int) -> DecodeGraph:
+        """The captured decode step for so many steps of at least this many lanes."""
+        size = self._sizes.choose(lanes, steps)
         if size not in self._graphs:
             longest = self.runner.cache.prefix_size + self.runner.cache.size
             self._graphs[size] = DecodeGraph(
@@ -337,7 +348,8 @@ class Generator:
         self.runner.tune(self.max_prefill_tokens)
         if self.runner.graphable and self.max_new_tokens:
             self.runner.tune(self.runner.cache.slots)
-            self._graph(self.runner.cache.slots)
+            self._graph(self.runner.cache.slots, 0)
+            self._passes.prepare()
         self.runner.tap.prepare()  # last, because capturing a graph releases pinned memory
 
     @torch.inference_mode()
@@ -356,15 +368,16 @@ class Generator:
         self.following.after(logits, lanes, self.state, before)
 
     def _settle(self, ended: list[Admitted]) -> list[Ended]:
-        """Count the tokens of these sequences and settle their rows. Waits for the device if there are any."""
-        slots, counts = [a.slot for a in ended], []
-        if ended:
-            counts = self.state.count[to_device(np.array(slots), self.runner.device)].tolist()
-        prefix = self.runner.cache.prefix_size
+        """Settle the rows of these sequences. What has ended does not change after the last look, which saw its end."""
+        slots, prefix = [a.slot for a in ended], self.runner.cache.prefix_size
+        _, count, state = self._look.read() if ended else ([], [], [])
+        counts = [count[slot] for slot in slots]
         sizes = [prefix + len(a.request.token_ids) + n for a, n in zip(ended, counts, strict=True)]
         kept = self.runner.tap.settle(slots, sizes)
         kept = [replace(k, nbytes=k.nbytes + k.size * self.following.row_bytes) for k in kept]
-        return [Ended(a.request, a.slot, n, k) for a, n, k in zip(ended, counts, kept, strict=True)]
+        finish = [finish_of(a.request, state[a.slot], self.stop) for a in ended]
+        requests = [a.request for a in ended]
+        return [Ended(*each) for each in zip(requests, slots, counts, finish, kept, strict=True)]
 
     def _fetch(self, queue: Scheduler, portion: Portion) -> Callable[[], list[Completion]] | None:
         """Fetch the ended sequences that `portion` chooses, and free their slots. None: it chooses none."""
@@ -374,4 +387,6 @@ class Generator:
         return self._complete(chosen) if chosen else None
 
     def _complete(self, ended: list[Ended]) -> Callable[[], list[Completion]]:
-        return completions(ended, self.state, self.stop, self.runner.tap, self.following)
+        slots, counts = [each.slot for each in ended], [each.count for each in ended]
+        generated = self._look.fetch(lambda: generated_by(self.state, slots, counts))
+        return completions(ended, generated, self.runner.tap, self.following)

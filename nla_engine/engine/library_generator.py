@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_engine.engine.completions import completions
+from nla_engine.engine.completions import completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generate, Portion, Watch
 from nla_engine.engine.library import Batch, Library
 from nla_engine.engine.request import Completion, Request
 from nla_engine.engine.scheduler import Ended
-from nla_engine.engine.stopping import StopAutomaton
-from nla_engine.engine.transfer import to_device
+from nla_engine.engine.stopping import StopAutomaton, finish_of
+from nla_engine.engine.transfer import to_device, to_host
 from nla_engine.errors import EngineError, RequestError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState
 
@@ -100,7 +100,9 @@ class LibraryGenerator:
                 ]
                 if not chosen:
                     raise EngineError("no sequence was chosen although all have ended")
-                yield completions(chosen, self.state, self.stop, self.runner.tap, NotAsked())()
+                slots, counts = [each.slot for each in chosen], [each.count for each in chosen]
+                generated = to_host(generated_by(self.state, slots, counts))
+                yield completions(chosen, generated, self.runner.tap, NotAsked())()
 
     def _check(self, request: Request) -> None:
         request.check(
@@ -194,17 +196,15 @@ class LibraryGenerator:
             self.runner.read(batch)
             state.active[at] = False
             tally.read += int(batch.sizes.sum())
-            tap.look(decoded=False)
-        counts = state.count[at].tolist()
+        tap.look(decoded=bool(batch.limits.any()))
+        counts, states = state.count[at].tolist(), state.stop_state[at].tolist()
         tally.running = []
         kept = tap.settle(slots, [size + n for size, n in zip(batch.sizes.tolist(), counts, strict=True)])
         for request, count in zip(batch.requests, counts, strict=True):
             tally.end(count, request.max_new_tokens)
         watch(lambda: tally)
-        return [
-            Ended(request, slot, count, rows)
-            for request, slot, count, rows in zip(batch.requests, slots, counts, kept, strict=True)
-        ]
+        finish = [finish_of(*each, self.stop) for each in zip(batch.requests, states, strict=True)]
+        return [Ended(*each) for each in zip(batch.requests, slots, counts, finish, kept, strict=True)]
 
     def _open(self, batch: Batch) -> None:
         ids = [request.id for request in batch.requests]

@@ -176,7 +176,7 @@ class Ranks:
 
     def check(self) -> None:
         """EngineError if the last look saw notes that differ, or another rank has failed. Waits for the look."""
-        if self._looked and any(self._look.read()):
+        if self._looked and any(self._look.read()[0]):
             raise EngineError(
                 "--tensor-parallel: the processes fell out of step, and read different tokens: what is committed is "
                 "sound; run again with --resume"

@@ -210,6 +210,18 @@ class Runner:
             return False
         return not rotates_on_host(self.lm)
 
+    @cached_property
+    def weights(self) -> int:
+        """How many weights this rank's blocks and head have."""
+        head = self.lm.head
+        parameters = [*self.lm.blocks.parameters(), *(() if head is None else head.parameters())]
+        return sum(weight.numel() for weight in parameters)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every block is the engine's own, so that a pass over prompts reads nothing on the host either."""
+        return len(self._fused) == len(self.lm.blocks)
+
     def tune(self, rows: int) -> None:
         """Time the products of passes of `rows` tokens; from now on use the fastest. Call before a run, not in it."""
         if self.graphable and self._fused and self.precision != "fp8":
@@ -302,6 +314,19 @@ class Runner:
         first = np.cumsum(length) - length
         of_slots = list(zip(*(column.tolist() for column in (first, length, slot, start)), strict=True))
         return self._forward(packed[0], packed[1], packed[2], tiles, vectors, token, of_slots)
+
+    @torch.inference_mode()
+    def read_packed(
+        self,
+        ids: torch.Tensor,
+        slot: torch.Tensor,
+        position: torch.Tensor,
+        tiles: TilesFor,
+        wanted: torch.Tensor,
+    ) -> torch.Tensor:
+        """Read tokens that are on the device: ids, slot, position int64 [T], and their tiles. Returns the states [n, d]
+        of the tokens `wanted`, int64 [n]. Where every block is the engine's own, a graph can hold it."""
+        return self._forward(ids, slot, position, tiles, token=wanted)
 
     @torch.inference_mode()
     def decode(

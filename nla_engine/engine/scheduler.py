@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 from nla_engine.engine.blocks import Blocks
 from nla_engine.engine.forecast import Tally
-from nla_engine.engine.request import Request
+from nla_engine.engine.request import Finish, Request
 from nla_engine.engine.tap import KeptRows
 
-#: Decode steps that the device takes without the host, before the host looks which sequences have ended.
-STEPS_BETWEEN_POLLS = 8
+#: Decode steps of a turn, all without the host; most of them that come after its look at which sequences have ended.
+STEPS_BETWEEN_POLLS, STEPS_AFTER_LOOK = 8, 4
 #: The part of the slots that must be free before new prompts are read: a pass over few tokens costs as much as a step.
 #: Until then the host need not know which sequences have ended.
 REFILL_PART = 1 / 16
@@ -74,6 +74,7 @@ class Ended:
     request: Request
     slot: int
     count: int
+    finish: Finish
     kept: KeptRows
 
     @property
@@ -120,9 +121,12 @@ class Scheduler:
     requests: read only when a slot is free; None means "nothing just now". check: raises if a request cannot run.
     prefill_tokens: most prompt tokens per pass
     blocks: which each slot holds. One slot's longest sequence fits them.
+    longest: places that a sequence may need. If there are blocks for as many in every slot, each sequence gets all of
+        its own when it enters, and none can lack room; 0: nobody knows
     more_steps: decode steps of a sequence, minus its generated tokens: -1 as the first token needs no step, 0 if the
         last token is read too
     alone: whether the device can take several decode steps without the host (with CUDA graphs)
+    after_look: decode steps that the device takes while the host decides what comes next, at most STEPS_AFTER_LOOK
     """
 
     def __init__(
@@ -135,13 +139,16 @@ class Scheduler:
         more_steps: int,
         alone: bool,
         check: Callable[[Request], None],
+        longest: int = 0,
+        after_look: int = 1,
     ) -> None:
         self._requests = iter(requests)
         self._check = check
         self._prefill_tokens = prefill_tokens
         self._blocks = blocks
+        self._fits = 0 < slots * blocks.of(longest) <= blocks.count
         self._more_steps = more_steps
-        self._alone = alone
+        self._alone, self._after_look = alone, min(after_look, STEPS_AFTER_LOOK)
         self._ahead = STEPS_BETWEEN_POLLS if alone else 1  # most steps of a turn
         self._back: list[Admitted] = []  # waiting to enter again, or for room, the first to enter first
         self._no_room = False  # the first of these did not fit when last tried
@@ -218,6 +225,8 @@ class Scheduler:
     def _make_room(self) -> list[Admitted]:
         """Blocks for the next steps of every running sequence. Those that came last step back if there are too few;
         returns those of them that were running."""
+        if self._fits:
+            return []
         short = [a for a in self._running.values() if a.places(self._ahead) > self._blocks.room(a.slot)]
         stepped_back: list[Admitted] = []
         for admitted in sorted(short, key=_age):
@@ -253,6 +262,8 @@ class Scheduler:
 
     def _reserve(self) -> int:
         """Blocks that stay free for sequences that have entered: one for each that may need more."""
+        if self._fits:
+            return 0
         entered = (*self._running.values(), *_with_twins(self._reading))
         return min(sum(map(self._may_grow, entered)), math.ceil(self._blocks.count * REFILL_PART))
 
@@ -267,7 +278,7 @@ class Scheduler:
         most, reserve = math.ceil(self._blocks.count * REFILL_PART), self._reserve()
         while self._free and room > 0 and (admitted := self._next_request()) is not None:
             first = entered[-1] if entered and _is_twin(admitted, entered[-1]) else None
-            places = admitted.places(self._ahead)
+            places = admitted.places(admitted.request.max_new_tokens if self._fits else self._ahead)
             needed = self._blocks.of(places)
             if first is not None:
                 needed -= len(admitted.ids) // self._blocks.size
@@ -284,7 +295,7 @@ class Scheduler:
                 self._reading.append(admitted)
                 room -= len(admitted.ids)
             self._blocks.grow(admitted.slot, places)
-            reserve += self._may_grow(admitted)
+            reserve += not self._fits and self._may_grow(admitted)
         return entered
 
     def _next_request(self) -> Admitted | None:
@@ -326,16 +337,21 @@ class Scheduler:
 
         At most as many steps as it takes until enough sequences must have ended for a refill.
         """
-        left = sorted(a.request.max_new_tokens + self._more_steps - a.steps for a in self._running.values())
+        left = sorted(  # of each sequence, until it must have ended
+            a.request.max_new_tokens + self._more_steps - a.steps for a in self._running.values()
+        )
         ends = 0 if self._reading else self._refill
         if not self._exhausted and not self._no_room:
             ends -= len(self._free)
-        steps = 1
+        steps = after_look = 1
         if self._alone and ends > 0:
-            steps = max(min(left[min(ends, len(left)) - 1], STEPS_BETWEEN_POLLS), 1)
-        # The host looks before the last step and queues the next steps while the device takes it. A sequence that ends
-        # in that step is seen one look later. If one is sure to end there, the host looks after that step instead.
-        after_look = int(steps > 1 and steps not in left)
+            certain = left[min(ends, len(left)) - 1]
+            steps = max(min(certain, STEPS_BETWEEN_POLLS), 1)
+            # The host looks before the last steps and queues the next ones while the device takes them. A sequence that
+            # ends in them is seen one look later. If as many as a refill needs are sure to end with the last step, the
+            # host looks after it.
+            after_look = 0 if certain <= steps else self._after_look
+        after_look = min(after_look, steps - 1)
         for admitted in self._running.values():
             admitted.steps += steps
         self._tally.steps += steps

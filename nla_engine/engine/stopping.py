@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nla_engine.engine.request import Finish
+from nla_engine.engine.request import Finish, Request
 
 
 class StopAutomaton:
@@ -65,8 +65,11 @@ class StopAutomaton:
         self.table = self.table.to(device)
         return self
 
-    def finish_codes(self, state: torch.Tensor) -> torch.Tensor:
-        """uint8 [n]: the Finish of each state, LENGTH where no accepting state was reached."""
-        code = torch.full_like(state, int(Finish.LENGTH))
-        code = torch.where(state == self.stopped, torch.full_like(state, int(Finish.STOP)), code)
-        return torch.where(state == self.ended, torch.full_like(state, int(Finish.EOS)), code)
+    def finish(self, state: int) -> Finish:
+        """Of a sequence that ended in this state: LENGTH unless it is an accepting one."""
+        return {self.stopped: Finish.STOP, self.ended: Finish.EOS}.get(state, Finish.LENGTH)
+
+
+def finish_of(request: Request, state: int, stop: StopAutomaton | None) -> Finish:
+    """Why the sequence of a request ended, in this state of the automaton that it ran with."""
+    return stop.finish(state) if stop is not None and request.max_new_tokens else Finish.GIVEN

@@ -26,6 +26,11 @@ def branch_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams(_number(device))[2]
 
 
+def glance_stream(device: torch.device) -> torch.cuda.Stream:
+    """For what the host fetches while the default stream goes on."""
+    return _streams(_number(device))[3]
+
+
 def enter_device(device: torch.device) -> None:
     """Call in a new thread, which starts on the first GPU whatever its parent's is. Does nothing for a CPU."""
     if device.type == "cuda":
@@ -39,4 +44,4 @@ def _number(device: torch.device) -> int:
 @cache
 def _streams(number: int) -> tuple[torch.cuda.Stream, ...]:
     device = torch.device("cuda", number)
-    return tuple(torch.cuda.Stream(device) for _ in range(3))  # made in a row, so all different
+    return tuple(torch.cuda.Stream(device) for _ in range(4))  # made in a row, so all different

@@ -42,7 +42,8 @@ class Tap(Protocol):
 
     def allocate(self, slots: int, *, steps: int, given: int) -> int:
         """Allocate the device memory, before any pass. Between two calls of `drain` there are at most `steps` decode
-        steps, and one pass over given tokens. Returns how many of these it may read at most, up to `given`."""
+        steps, at most half of them after the look, and one pass over given tokens. Returns how many of these it may
+        read at most, up to `given`."""
 
     def prepare(self) -> None:
         """Allocate the host memory. Called last before a run, after graphs are captured."""
@@ -56,8 +57,15 @@ class Tap(Protocol):
         What a slot held before is forgotten, also if its sequence had not ended. ids: of their requests.
         """
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """The next pass reads these runs of given tokens: slot, first position, how many. No synchronisation."""
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """The next pass reads these runs of given tokens: slot, first position, how many. No synchronisation.
+
+        size: of a pass that is filled up to so many tokens, none of which has a row; `padded` announces it
+        """
+
+    def padded(self, size: int) -> None:
+        """Called in a pass of `size` tokens, just before its sites are computed, also where it is captured in a graph:
+        its rows go where the last `reads` of that size says, then and whenever the graph is replayed."""
 
     def decodes(self, slots: list[int], steps: int) -> None:
         """The sequences in these slots take so many decode steps next, unless they end before."""
@@ -72,8 +80,8 @@ class Tap(Protocol):
         """Queue a look at what `settle` must fetch. decoded: after decode steps, else prompts. No synchronisation."""
 
     def settle(self, slots: list[int], sizes: list[int]) -> list[KeptRows]:
-        """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which ended with
-        `size` tokens. Waits for the device if a sequence ended or the last look saw something to fetch."""
+        """Called before more passes: fetch what must not wait. Returns the rows of these sequences, which had ended
+        with `size` tokens at the last look. Waits for that look only."""
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
@@ -107,7 +115,10 @@ class NoTap:
     def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Nothing to do."""
 
-    def reads(self, runs: Sequence[tuple[int, int, int]]) -> None:
+    def reads(self, runs: Sequence[tuple[int, int, int]], size: int | None = None) -> None:
+        """Nothing to do."""
+
+    def padded(self, size: int) -> None:
         """Nothing to do."""
 
     def decodes(self, slots: list[int], steps: int) -> None:

@@ -39,7 +39,8 @@ from nla_engine.ops.triton_module import tl, triton
 
 @dataclass(frozen=True)
 class Tiles:
-    """Runs of queries of one slot each, int64 [tiles]: first packed token, how many, slot, position of the first.
+    """Runs of queries of one slot each, int64 [tiles]: first packed token, how many (0: an unused tile), slot, position
+    of the first.
 
     own: int64 [T], the position of every packed token; none is in the shared prefix
     rows: most query rows (tokens times G) of a tile; longest: an upper bound on positions + 1

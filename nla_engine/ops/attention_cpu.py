@@ -127,6 +127,8 @@ def _runs(tiles: Tiles) -> list[tuple[int, int, int, int]]:
         runs: list[tuple[int, int, int, int]] = []
         columns = (tiles.token, tiles.count, tiles.slot, tiles.position)
         for token, count, slot, position in zip(*(column.tolist() for column in columns), strict=True):
+            if not count:
+                continue
             if runs:
                 before, size, same, start = runs[-1]
                 if (before + size, same, start + size) == (token, slot, position):

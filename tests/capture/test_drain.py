@@ -122,8 +122,9 @@ class Simulation:
             return 0
         steps = int(self.rng.integers(1, STEPS + 1))
         self.tap.decodes([s.slot for s in lanes], steps)
+        after_look = int(self.rng.integers(1, max(steps // 2, 1) + 1))
         for step in range(steps):
-            if step == steps - 1:
+            if step == steps - after_look:
                 self.tap.look(decoded=True)
                 self.seen |= {s.slot for s in lanes if s.read == s.size}
             self.write([*((s.slot, s.read) for s in lanes), (self.slots, int(self.rng.integers(40)))])

@@ -84,7 +84,7 @@ def generated(
         generator = Generator(runner, max_new_tokens=NEW, stop=stop, read_last=True, max_prefill_tokens=17)
         if replayed:  # as with graphs: several steps at a time, the last of them after the look
             patch.setattr(Runner, "graphable", True)
-            patch.setattr(generator, "_graph", lambda lanes: Replays(generator, lanes + 2))
+            patch.setattr(generator, "_graph", lambda lanes, steps: Replays(generator, lanes + 2))
         return {ended.request.id: ended for ended in generator.run(iter(work))}
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from nla_engine.capture.row_range import RowRange
+from nla_engine.capture.staging import Staging
 from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec, bf16_bits, bf16_values
 from nla_engine.errors import EngineError
+from nla_engine.sites import Site
 
 
 def row_tap(sizes: list[int], hidden: np.ndarray, **how: object) -> tuple[RowTap, list]:
@@ -90,7 +92,7 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     tap.decodes([0, 1, 2], 4)
     position = torch.cat([torch.arange(size) for size in sizes])
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
-    tap.look(decoded=False)
+    tap.look(decoded=True)
     ended = tap.settle([2, 0, 1], [4, 4, 3])
     nothing = [(id_, np.zeros(0, np.int32)) for id_ in (2, 0, 1)]
     collected = [rows[1] for _, rows in tap.collect(ended, nothing)()]
@@ -124,3 +126,50 @@ def test_a_slot_can_be_opened_again_before_its_rows_have_come(rng: np.random.Gen
             true = held[start : start + size]
             np.testing.assert_allclose(rows[layer].norm, np.linalg.norm(true, axis=1), rtol=1e-2)
             np.testing.assert_allclose(rows[layer].decode(made.codec), true, atol=0.05 * np.abs(true).max())
+
+
+def test_rows_kept_exactly_are_taken_once_in_order_and_make_room_for_others(rng: np.random.Generator) -> None:
+    """In each turn as many as may come, some of them after the look."""
+    layers, slots, steps, given = (Site(0), Site(3)), 3, 2, 5
+    staging = Staging(
+        layers,
+        Codec.named("int8", 64),
+        slots=slots,
+        longest=8,
+        steps=steps,
+        given=given,
+        device=torch.device("cpu"),
+    )
+    most = {"decoding": slots * (steps + 1), "reading": given}
+    written = {(kind, layer): 0 for kind in most for layer in layers}
+    taken: dict[tuple[str, Site], list[int]] = {key: [] for key in written}
+
+    def write(kind: str, layer: Site, count: int) -> None:
+        stage = getattr(staging, kind)[layer]
+        for _ in range(count):
+            at, number = int(stage.exact_count), written[kind, layer]
+            stage.exact[at], stage.exact_dest[at] = number, number * 2 + (kind == "reading")
+            stage.exact_count.add_(1)
+            written[kind, layer] += 1
+
+    def take() -> None:
+        for layer, parts in staging.take_exact().items():
+            for part in parts:
+                assert (part.bits == (part.place // 2)[:, None]).all()
+                for place in part.place.tolist():
+                    taken["reading" if place % 2 else "decoding", layer].append(place // 2)
+
+    late = dict.fromkeys(written, 0)  # rows that come after a look
+    for _ in range(60):
+        soon = {key: int(rng.integers(0, most[key[0]] - late[key] + 1)) for key in written}
+        for key, count in soon.items():
+            write(*key, count)
+        staging.look()
+        late = {key: int(rng.integers(0, most[key[0]] - soon[key] - late[key] + 1)) for key in written}
+        for key, count in late.items():
+            write(*key, count)
+        take()
+    staging.look()
+    take()
+    assert taken == {key: list(range(count)) for key, count in written.items()}
+    assert min(written.values()) > 60

@@ -35,7 +35,7 @@ class Replays:
             self.generator._step(lanes, cache.prefix_size + cache.size)
 
 
-def test_the_host_looks_before_the_last_of_eight_steps_and_waits_for_certain_ends(
+def test_the_host_looks_before_the_last_steps_of_eight_and_waits_for_certain_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm, runs = wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="tiny"), []
@@ -43,9 +43,9 @@ def test_the_host_looks_before_the_last_of_eight_steps_and_waits_for_certain_end
     with Runner(lm, slots=5, length=60) as runner:
         generator = Generator(runner, max_new_tokens=31, stop=stop)
         monkeypatch.setattr(Runner, "graphable", True)
-        monkeypatch.setattr(generator, "_graph", lambda lanes: Replays(generator, lanes, runs))
+        monkeypatch.setattr(generator, "_graph", lambda lanes, steps: Replays(generator, lanes, runs))
         list(generator.run(Request(i, (1, 2, 3), 31) for i in range(5)))
-    assert runs == [7, 1, 7, 1, 7, 1, 6, 0]  # the first of the 31 tokens comes with the prompt
+    assert runs == [4, 4, 4, 4, 4, 4, 6, 0]  # the first of the 31 tokens comes with the prompt
 
 
 @pytest.mark.parametrize("refill", [0.01, 0.5])
@@ -76,7 +76,7 @@ def test_looking_before_the_last_of_several_steps_loses_no_end_and_no_row(
             )  # fmt: skip
             if replayed:
                 patch.setattr(Runner, "graphable", True)
-                patch.setattr(generator, "_graph", lambda lanes: Replays(generator, lanes + 2, runs))
+                patch.setattr(generator, "_graph", lambda lanes, steps: Replays(generator, lanes + 2, runs))
             return {ended.request.id: ended for ended in generator.run(iter(requests))}
 
     free = completions()

@@ -14,6 +14,7 @@ from tiny import byte_tokenizer, tiny_model
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec, bf16_values
 from nla_engine.engine import generator as engine
+from nla_engine.engine import pass_graphs
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.injection import at_scale
@@ -53,6 +54,14 @@ class Stepped:
             self.step(torch.tensor(slots + [self.spare] * (self.size - len(slots))))
 
 
+class Called:
+    """Stands for a graph of a prompt pass: the same work, which is tried without any tokens first."""
+
+    def __init__(self, work: Any, device: torch.device, pool: Any) -> None:
+        self.replay = work
+        work()
+
+
 @pytest.fixture
 def as_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps between two looks, on a CPU as well, once the model has been checked."""
@@ -61,6 +70,7 @@ def as_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             Runner, "graphable", property(lambda runner: runner._tapped and not runner.reference)
         )
         monkeypatch.setattr(engine, "DecodeGraph", Stepped)
+        monkeypatch.setattr(pass_graphs, "Graph", Called)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nla_engine.engine.blocks import Blocks
-from nla_engine.engine.request import Request
+from nla_engine.engine.request import Finish, Request
 from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended, Kept, Scheduler
 from nla_engine.engine.tap import KeptRows
 
@@ -28,21 +28,28 @@ def requests(rng: np.random.Generator, count: int, patient: bool) -> Iterator[Re
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("longest", [0, 70])
 def test_every_request_is_read_once_runs_and_ends(
-    alone: bool, patient: bool, rng: np.random.Generator
+    alone: bool, patient: bool, longest: int, rng: np.random.Generator
 ) -> None:
+    """longest: with it, the scheduler knows that the blocks fit everything."""
+    after_look = int(rng.integers(1, 6))
+    blocks = Blocks(SLOTS * 18, 4, SLOTS)
     count, done, read, steps, owner = 80, [], {}, {}, {}
     queue = Scheduler(
         requests(rng, count, patient),
         slots=SLOTS,
         prefill_tokens=ROOM,
-        blocks=Blocks(SLOTS, 70, SLOTS),
+        blocks=blocks,
         more_steps=0,
         alone=alone,
         check=lambda request: None,
+        longest=longest,
+        after_look=after_look,
     )
     while True:
         step = queue.schedule()
+        assert step is None or not step.stepped_back
         if step is None:
             if not queue.finished:
                 if not queue.held_back:
@@ -61,23 +68,25 @@ def test_every_request_is_read_once_runs_and_ends(
                 if run.completes:
                     read |= {twin.request.id: run.stop for twin in run.admitted.twins}
             assert 1 <= step.steps <= (STEPS_BETWEEN_POLLS if alone else 1) or not step.slots
-            assert step.after_look in (0, 1) and step.after_look < max(step.steps, 1)
+            assert 0 <= step.after_look <= after_look and step.after_look < max(step.steps, 1)
             assert step.slots == sorted(step.slots) and set(step.slots) <= owner.keys()
             active = [False] * (SLOTS + 1)
             for slot in step.slots:
                 request = owner[slot]
                 assert read[request.id] == len(request.token_ids), "no prompt is continued before it is read"
                 seen = steps.get(request.id, 0) + step.steps - step.after_look
+                most = request.max_new_tokens if longest else min(seen, request.max_new_tokens)
+                assert blocks.room(slot) >= len(request.token_ids) + most
                 steps[request.id] = steps.get(request.id, 0) + step.steps
                 active[slot] = seen < request.max_new_tokens and rng.random() < 0.9
             ended = queue.ended(active if step.slots else None)
-        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        queue.finish(Ended(a.request, a.slot, 3, Finish.EOS, KeptRows(a.slot, 0, 100)) for a in ended)
         assert all(each.nbytes == 112 for each in queue.finished.values())
         chosen = [id_ for id_ in queue.finished if step is None or rng.random() < 0.7]
         for each in queue.release(chosen):
             assert owner.pop(each.slot) is each.request
             done.append(each.request.id)
-    assert sorted(done) == list(range(count)) and not owner
+    assert sorted(done) == list(range(count)) and not owner and blocks.free == blocks.count
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -136,7 +145,7 @@ def test_whoever_came_last_steps_back_and_everyone_ends(alone: bool, rng: np.ran
         ended = queue.ended(active if step.slots else None)
         for each in ended:
             running.pop(each.slot, None)
-        queue.finish(Ended(a.request, a.slot, 3, KeptRows(a.slot, 0, 100)) for a in ended)
+        queue.finish(Ended(a.request, a.slot, 3, Finish.EOS, KeptRows(a.slot, 0, 100)) for a in ended)
         done += [each.request.id for each in queue.release(list(queue.finished))]
     assert sorted(done) == list(range(count)) and blocks.free == blocks.count
     tally = queue.tally()
@@ -161,7 +170,8 @@ def test_a_request_that_cannot_run_takes_no_slot() -> None:
     assert queue.schedule() is None
 
 
-def test_steps_end_where_a_sequence_must_end() -> None:
+@pytest.mark.parametrize("after_look", [1, 2, 9])
+def test_steps_end_where_a_sequence_must_end(after_look: int) -> None:
     """One sequence of 12 tokens: the first comes with the prompt, eight from eight steps; three remain."""
     queue = Scheduler(
         iter([Request(0, (1, 2), 12)]),
@@ -171,6 +181,7 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         more_steps=-1,
         alone=True,
         check=lambda _: None,
+        after_look=after_look,
     )
     taken = []
     for _ in range(2):
@@ -178,4 +189,26 @@ def test_steps_end_where_a_sequence_must_end() -> None:
         assert step is not None
         taken.append((len(step.runs), step.steps, step.after_look))
         assert queue.ended([True]) == []
-    assert taken == [(1, 8, 1), (0, 3, 0)]
+    assert taken == [(1, 8, min(after_look, 4)), (0, 3, 0)]
+
+
+def test_the_host_does_not_wait_for_the_certain_end_of_too_few_for_a_refill() -> None:
+    """40 slots are refilled three at a time: one of 8 steps, then two more of 16."""
+    limits = [8, 16, 16] + [60] * 37
+    queue = Scheduler(
+        iter([Request(i, (1,), limit) for i, limit in enumerate([*limits, *[60] * 9])]),
+        slots=40,
+        prefill_tokens=40,
+        blocks=Blocks(40, 70, 40),
+        more_steps=0,
+        alone=True,
+        check=lambda _: None,
+        after_look=3,
+    )
+    taken = []
+    for _ in range(2):
+        step = queue.schedule()
+        assert step is not None
+        taken.append((step.steps, step.after_look))
+        assert queue.ended([True] * 40) == []
+    assert taken == [(8, 3), (8, 0)]

@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 def test_a_glance_sees_the_values_of_its_moment() -> None:
     values = torch.arange(5)
     glance = Glance(values)
-    assert glance.read() == [0] * 5
+    assert glance.read() == [[0] * 5]
     glance.take()
     values += 10
-    assert glance.read() == glance.read() == [0, 1, 2, 3, 4]
+    assert glance.read() == glance.read() == [[0, 1, 2, 3, 4]]
     glance.take()
-    assert glance.read() == [10, 11, 12, 13, 14]
+    assert glance.read() == [[10, 11, 12, 13, 14]]
 
 
 @pytest.mark.parametrize("shape", [(0,), (7,), (3, 5)])
@@ -50,6 +50,6 @@ def test_a_busy_device_is_neither_waited_for_nor_looked_at_too_late(rng: np.rand
     second.take()
     done.record()
     assert not done.query()
-    assert first.read() == [1] * 1000 and not done.query()
-    assert second.read() == [2] * 1000
+    assert first.read() == [[1] * 1000] and not done.query()
+    assert second.read() == [[2] * 1000]
     assert all((to_host(copy) == want).all() for copy, want in zip(copies, given, strict=True))
