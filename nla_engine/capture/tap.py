@@ -82,13 +82,16 @@ class RowTap:
         """Whether rows of prompts are kept."""
         return self.rows.touches_prompts
 
-    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+    def allocate(self, slots: int, *, steps: int, given: int, step_by_step: bool = False) -> int:
         """Allocate staging buffers. Returns the most tokens of a pass."""
+        longest = self.rows_per_slot
+        if step_by_step:  # rows of prompts take places in the rings as well
+            longest = max(longest, 2 * steps)
         self.staging = Staging(
             self.layers,
             self.codec,
             slots=slots,
-            longest=self.rows_per_slot,
+            longest=longest,
             steps=steps,
             given=given,
             device=self._device,
@@ -99,7 +102,8 @@ class RowTap:
         self._end = torch.zeros_like(self._first)
         self._slots: dict[int, StagedSequence] = {}
         self._running = np.zeros(slots, bool)  # neither free nor ended
-        # Of each slot: its kept positions; from `ring` on its rows are in its ring, written below `written`.
+        # Of each slot: its kept positions; from `ring` on its rows are in its ring, written below `written`. That is
+        # less than `ring` while positions are read that are not kept.
         self._from, self._to, self._ring, self._written = np.zeros((4, slots), np.int64)
         self._in_pass: list[int] = []  # slots with rows in the places of the last pass
         self._pass_tokens = np.zeros((2, 0), np.int64)  # slot and position of each of these places
@@ -182,7 +186,7 @@ class RowTap:
         places = np.full(size or int(length.sum()), -1)
         places[np.repeat((at - start)[some], counts) + position] = self.staging.given + np.arange(taken)
         self._ring[slot] = np.maximum(self._ring[slot], stop)
-        self._written[slot] = np.maximum(self._written[slot], stop)
+        self._written[slot] = stop
         if size is None:
             self._next_pass = to_device(places if taken else np.zeros(0, np.int64), self._device)
         else:

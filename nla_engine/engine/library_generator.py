@@ -14,11 +14,12 @@ from nla_engine.engine.completions import completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generate, Portion, Watch
-from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.library import Library
+from nla_engine.engine.library_batch import Batch
 from nla_engine.engine.request import Completion, Request
-from nla_engine.engine.scheduler import Ended
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS, Ended
 from nla_engine.engine.stopping import StopAutomaton, finish_of
-from nla_engine.engine.transfer import to_device, to_host
+from nla_engine.engine.transfer import Glance, to_device, to_host
 from nla_engine.errors import EngineError, RequestError
 from nla_engine.ops.sampling import Choosing, Sampling, SlotState
 
@@ -54,8 +55,10 @@ class LibraryGenerator:
             self.choosing = Choosing(sampling, self.stop.table, self.stop.stopped, read_last)
         slots = self.most_lanes = runner.slots
         self.state = SlotState.allocate(slots, max_new_tokens, runner.device)
+        self._active = Glance(self.state.active)
         wanted = max(_PASS * max_prefill_tokens, runner.length)
-        self.most_tokens = min(runner.tap.allocate(slots, steps=1, given=wanted), _PASS * max_prefill_tokens)
+        given = runner.tap.allocate(slots, steps=STEPS_BETWEEN_POLLS, given=wanted, step_by_step=True)
+        self.most_tokens = min(given, _PASS * max_prefill_tokens)
 
     def prepare(self) -> None:
         """Allocate the tap's host memory."""
@@ -154,8 +157,7 @@ class LibraryGenerator:
 
     def _run(self, batch: Batch, tally: Tally, watch: Watch) -> list[Ended]:
         """Run a batch to its end, and settle its rows."""
-        state, tap, slots = self.state, self.runner.tap, batch.slots.tolist()
-        at = batch.slots
+        state, at = self.state, batch.slots
         columns = to_device(
             np.array([[request.draws for request in batch.requests], batch.limits, batch.sizes]),
             self.runner.device,
@@ -167,46 +169,109 @@ class LibraryGenerator:
         state.stop_state[at] = 0
         state.closing[at] = False
         state.active[at] = True
+        running = _Running(self, batch, tally, watch)
         vectors = {
-            slot: request.vectors
-            for slot, request in zip(slots, batch.requests, strict=True)
-            if request.vectors is not None
+            slot: request.vectors for slot, request in running.requests.items() if request.vectors is not None
         }
         if vectors:
             self.runner.injector.put(list(vectors), list(vectors.values()))
+        self.runner.tap.drain()
         self._open(batch)
-        tap.reads([(slot, 0, batch.new) for slot in slots])
-        new, before = np.zeros_like(batch.sizes), tally.read
-
-        def each(generating: int) -> None:
-            tally.read = before + int(np.minimum(batch.sizes, batch.start).sum())
-            new[:generating] += 1
-            tally.running = np.minimum(new, batch.limits)[:generating].tolist()
-            tally.steps, tally.lanes = tally.steps + 1, tally.lanes + generating
-            tap.look(decoded=True)
-            tap.settle([], [])
-            tap.drain()
-            tap.decodes([slot for slot, on in zip(slots, state.active[at].tolist(), strict=True) if on], 1)
-            watch(lambda: tally)
-
+        running.begin()
         if batch.limits.any():
             assert self.choosing is not None
-            self.runner.generate(batch, state, self.choosing, each)
+            self.runner.generate(batch, state, self.choosing, running.passed)
         else:
             self.runner.read(batch)
             state.active[at] = False
-            tally.read += int(batch.sizes.sum())
-        tap.look(decoded=bool(batch.limits.any()))
-        counts, states = state.count[at].tolist(), state.stop_state[at].tolist()
-        tally.running = []
-        kept = tap.settle(slots, [size + n for size, n in zip(batch.sizes.tolist(), counts, strict=True)])
-        for request, count in zip(batch.requests, counts, strict=True):
-            tally.end(count, request.max_new_tokens)
-        watch(lambda: tally)
-        finish = [finish_of(*each, self.stop) for each in zip(batch.requests, states, strict=True)]
-        return [Ended(*each) for each in zip(batch.requests, slots, counts, finish, kept, strict=True)]
+            self.runner.tap.look(decoded=False)
+        return running.finish()
 
     def _open(self, batch: Batch) -> None:
         ids = [request.id for request in batch.requests]
         totals = (batch.sizes + batch.limits).tolist()
         self.runner.tap.open(batch.slots.tolist(), ids, batch.sizes.tolist(), totals)
+
+
+class _Running:
+    """A batch that runs: its rows, and which of its sequences have ended.
+
+    Passes are announced to the tap, and rows of ended sequences settled, in turns of several passes.
+    """
+
+    def __init__(self, generator: LibraryGenerator, batch: Batch, tally: Tally, watch: Watch) -> None:
+        self.batch, self.tally, self.watch = batch, tally, watch
+        self.state, self.tap, self._stop = generator.state, generator.runner.tap, generator.stop
+        slots = batch.slots.tolist()
+        self.requests = dict(zip(slots, batch.requests, strict=True))  # of each slot that is not settled
+        self._sizes = dict(zip(slots, batch.sizes.tolist(), strict=True))
+        self._ended: list[Ended] = []
+        self._active = generator._active
+        self._more = batch.until(generator.read_last) - batch.new  # passes after the first, at most
+        self._left = 0  # passes of this turn that are still to be queued
+        self._read = tally.read  # before this batch
+
+    def begin(self) -> None:
+        """Announce the first pass. Whatever is to be queued before it has been."""
+        self._active.take()
+        self.tap.reads([(slot, 0, self.batch.new) for slot in self.requests])
+        self._announce(self._more)
+        self._left += 1
+
+    def _announce(self, more: int) -> None:
+        """Begin a turn. more: passes that may follow."""
+        self._left = min(STEPS_BETWEEN_POLLS, more)
+        if self._left:
+            self.tap.decodes(list(self.requests), self._left)
+
+    def passed(self, generating: int, more: int) -> bool:
+        """After a pass is queued in which so many lanes generated: whether another one follows. `Each` of LockStep.
+
+        Waits for the pass before at most, so a batch may run one pass too many, in which no lane has a row or a token.
+        """
+        self.tally.steps, self.tally.lanes = self.tally.steps + 1, self.tally.lanes + generating
+        self.watch(self._told)
+        active = self._active.read()
+        self._active.take()
+        if self._active.passed:
+            active = self._active.read()
+        if not more or not any(active[slot] for slot in self.requests):
+            return False
+        self._left -= 1
+        if not self._left:
+            self._settle([slot for slot in self.requests if not active[slot]])
+            self.tap.drain()
+            self._announce(more)
+        if self._left == 1:  # the device takes the last pass of the turn while the host reads what it saw
+            self.tap.look(decoded=True)
+        return True
+
+    def _told(self) -> Tally:
+        batch, tally = self.batch, self.tally
+        tally.read = self._read + int(np.minimum(batch.sizes, batch.start).sum())
+        new = np.minimum(batch.start + 1 - batch.sizes, batch.limits)
+        tally.running = new[batch.sizes <= batch.start].tolist()
+        return tally
+
+    def _settle(self, slots: list[int]) -> None:
+        """Settle the rows of sequences that have ended. Waits for the device if there are any."""
+        counts, states = [], []
+        if slots:
+            self.tap.look(decoded=True)  # some may have ended after the last one
+            at = to_device(np.array(slots, np.int64), self.state.count.device)
+            counts, states = self.state.count[at].tolist(), self.state.stop_state[at].tolist()
+        sizes = [self._sizes[slot] + count for slot, count in zip(slots, counts, strict=True)]
+        kept = self.tap.settle(slots, sizes)
+        for slot, count, state, rows in zip(slots, counts, states, kept, strict=True):
+            request = self.requests.pop(slot)
+            self._ended.append(Ended(request, slot, count, finish_of(request, state, self._stop), rows))
+
+    def finish(self) -> list[Ended]:
+        """After the last pass: the ended sequences, which are all."""
+        self._settle(list(self.requests))
+        self.tally.running = []
+        self.tally.read = self._read + int(self.batch.sizes.sum())
+        for each in self._ended:
+            self.tally.end(each.count, each.request.max_new_tokens)
+        self.watch(lambda: self.tally)
+        return self._ended

@@ -40,10 +40,13 @@ class Tap(Protocol):
     def reads_prompts(self) -> bool:
         """Whether it keeps rows of prompts. If so, every prompt has to be read, even one that was read before."""
 
-    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+    def allocate(self, slots: int, *, steps: int, given: int, step_by_step: bool = False) -> int:
         """Allocate the device memory, before any pass. Between two calls of `drain` there are at most `steps` decode
         steps, at most half of them after the look, and one pass over given tokens. Returns how many of these it may
-        read at most, up to `given`."""
+        read at most, up to `given`.
+
+        step_by_step: whether decode steps read given tokens too
+        """
 
     def prepare(self) -> None:
         """Allocate the host memory. Called last before a run, after graphs are captured."""
@@ -102,7 +105,7 @@ class NoTap:
     layers: tuple[Site, ...] = ()
     reads_prompts = False
 
-    def allocate(self, slots: int, *, steps: int, given: int) -> int:
+    def allocate(self, slots: int, *, steps: int, given: int, step_by_step: bool = False) -> int:
         """Any number of tokens may be read."""
         return given
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from nla_engine.engine.choose import open_runner
-from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.library import Library
+from nla_engine.engine.library_batch import Batch
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.request import Request
 from nla_engine.engine.runner import Runner

@@ -335,7 +335,7 @@ def test_a_tap_is_prepared_after_everything_else(monkeypatch: pytest.MonkeyPatch
     told: list[str] = []
 
     class Told(NoTap):
-        def allocate(self, slots: int, *, steps: int, given: int) -> int:
+        def allocate(self, slots: int, *, steps: int, given: int, step_by_step: bool = False) -> int:
             told.append(f"allocate {slots} {steps} {given}")
             return given - 2
 

@@ -14,7 +14,8 @@ from tiny import byte_tokenizer, tiny_model
 
 from nla_engine.engine.choose import open_generator, open_runner
 from nla_engine.engine.generator import Generator
-from nla_engine.engine.library import Batch, Library
+from nla_engine.engine.library import Library
+from nla_engine.engine.library_batch import Batch
 from nla_engine.engine.library_check import check_library
 from nla_engine.engine.library_generator import LibraryGenerator
 from nla_engine.engine.request import Completion, Finish, Request

@@ -262,7 +262,7 @@ def test_whoever_steps_back_nothing_changes(device: str, architecture: str, case
     done, tally = run(
         lm, requests, length=prefix + longest, blocks=least + int(rng.integers(0, 8)), block=unit, **options
     )
-    if case != "stopped":  # these end when they will
+    if case not in ("stopped", "one long"):  # these end when they will, and two slots may never lack room
         assert tally.stepped_back > 0
     assert tally.generated == sum(len(c.generated) for c in done.values())
     assert tally.read >= sum(len(r.token_ids) for r in requests if not r.again)
