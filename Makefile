@@ -1,4 +1,4 @@
-# make demo | test | sweep | lint | bench | clean. Makes .venv if there is none and installs the package into it, editable.
+# make demo | demo-real | test | sweep | lint | bench | clean. Makes .venv if there is none and installs the package into it, editable.
 # demo needs the package alone; test, lint and bench install the development tools as well.
 
 SHELL := bash
@@ -20,7 +20,7 @@ TOOLS := $(VENV)/.nla_engine_tools_installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install -c $(VENV)/constraints.txt
 
-.PHONY: install demo test sweep lint bench clean
+.PHONY: install demo demo-real test sweep lint bench clean
 
 install: $(TOOLS)
 
@@ -47,6 +47,10 @@ $(TOOLS): $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/nla-engine demo --out $(OUT)/demo --overwrite
+
+# A pair that was trained for SmolLM2, on replies that the real model writes here.
+demo-real: $(TOOLS)
+	$(BIN)/python -m nla_engine.demo.real_run --out $(OUT)/demo-real
 
 test: $(TOOLS)
 	.ci/browser

@@ -1,4 +1,4 @@
-"""A trained pair on its real model: `python -m nla_engine.demo.real_run --pair DIR --out DIR`.
+"""A trained pair on its real model: `python -m nla_engine.demo.real_run --out DIR`, or `make demo-real`.
 
 Captures natural replies to questions that the recipe's prompts do not have, explains and reconstructs them, asks the
 referee what the words add to the text and what the model makes of them, and writes the page. Calls the stages as any
@@ -26,6 +26,8 @@ from nla_engine.roundtrip.run import run_roundtrip
 from nla_engine.store import CaptureStore
 from nla_engine.store.shards import make_directory, write_file_atomically
 
+#: The pair that comes with the package; docs/training.md says how it was trained.
+PAIR = Path(__file__).parent / "smollm2_pair"
 #: None of them names a topic of the recipe's prompts.
 QUESTIONS = (
     "How do elevators know which floor to stop at first?",
@@ -53,6 +55,8 @@ QUESTIONS = (
     "How long should I boil an egg?",
     "What is a good title for a talk about road safety?",
 )
+#: Rows begin there, or where the pair's training began: behind what is the same in every reply.
+_LEAST_POSITION = 10
 FILES = (
     "questions.jsonl",
     "run.zarr",
@@ -80,8 +84,8 @@ def run(
 
     Replaces what an earlier run left in `out`. Raises what the stages raise.
     """
-    layer = read_sidecar(pair / "ar", "ar").layer
-    if layer is None:
+    sidecar = read_sidecar(pair / "ar", "ar")
+    if sidecar.layer is None:
         raise CheckpointError(f"{pair / 'ar'}: does not say its layer: give a pair that train wrote")
     make_directory(out)
     prompts, store, explained, controls, patched, page = (out / name for name in FILES)
@@ -92,11 +96,11 @@ def run(
         CaptureOptions(
             model=str(base),
             prompts=(prompts,),
-            layer=(layer,),
+            layer=(sidecar.layer,),
             out=str(store),
             max_new_tokens=tokens,
             per_document=rows,
-            min_position=10,
+            min_position=max(_LEAST_POSITION, sidecar.min_position or 0),
             device=device,
             overwrite=True,
         ),
@@ -156,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m nla_engine.demo.real_run", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--pair", type=Path, required=True, help="directory with av and ar, as train writes it"
+        "--pair", type=Path, default=PAIR, help="directory with av and ar, as train writes it [default: the bundled one]"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="directory for the store, the tables and the page"

@@ -32,9 +32,9 @@ PROMPTS, REPLIES, DOCUMENTS = 4000, 2, 1500
 REPLY_TOKENS, WINDOW_TOKENS, ROWS_PER_TEXT = 160, 224, 30
 #: The chat template's system message, which is the same in every text, has fewer tokens.
 MIN_POSITION = 24
-STEPS = {"ar": 3000, "av": 4000, "rl": 600}
+STEPS = {"ar": 1050, "av": 1300, "rl": 210}
 SWEEP_STEPS, SWEEP_MINUTES = 400, 1.0
-RATE, RL_RATE = 1e-3, 2e-4
+RATE, RL_RATE = 4e-3, 6e-4
 #: Tokens of a text with its tags: those by rule have about 42.
 MOST_TOKENS = 64
 RANKS = {"av": 16, "ar": 12}
