@@ -231,10 +231,10 @@ class _Running:
         """
         self.tally.steps, self.tally.lanes = self.tally.steps + 1, self.tally.lanes + generating
         self.watch(self._told)
-        active = self._active.read()
+        (active,) = self._active.read()
         self._active.take()
         if self._active.passed:
-            active = self._active.read()
+            (active,) = self._active.read()
         if not more or not any(active[slot] for slot in self.requests):
             return False
         self._left -= 1
