@@ -160,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m nla_engine.demo.real_run", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--pair", type=Path, default=PAIR, help="directory with av and ar, as train writes it [default: the bundled one]"
+        "--pair",
+        type=Path,
+        default=PAIR,
+        help="directory with av and ar, as train writes them [default: bundled]",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="directory for the store, the tables and the page"
