@@ -35,6 +35,17 @@ class Replays:
             self.generator._step(lanes, cache.prefix_size + cache.size)
 
 
+def tied(request: Request, one: list[int], other: list[int]) -> bool:
+    """Whether two replies part at tokens that transformers finds equally likely, but for rounding."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if at is None:
+        return False
+    with torch.no_grad():
+        logits = tiny_model("qwen2")(torch.tensor([[*request.token_ids, *one[:at]]])).logits[0, -1]
+    top = float(logits.max()) - 1e-4
+    return float(logits[one[at]]) >= top and float(logits[other[at]]) >= top
+
+
 def test_the_host_looks_before_the_last_steps_of_eight_and_waits_for_certain_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,7 +104,10 @@ def test_looking_before_the_last_of_several_steps_loses_no_end_and_no_row(
     exact = 0
     for id_, ended in plain.items():
         other, prompt = replayed[id_], len(ended.request.token_ids)
-        assert other.generated.tolist() == ended.generated.tolist() and other.finish == ended.finish
+        if other.generated.tolist() != ended.generated.tolist():  # batches of other sizes round differently
+            assert tied(ended.request, ended.generated.tolist(), other.generated.tolist())
+            continue
+        assert other.finish == ended.finish
         for layer in sink:
             kept, again = ended.rows[layer], other.rows[layer]
             assert len(kept.norm) == keep.count(prompt, prompt + len(ended.generated))
