@@ -28,6 +28,8 @@ from nla_engine.store.shards import make_directory, write_file_atomically
 
 #: The pair that comes with the package; docs/training.md says how it was trained.
 PAIR = Path(__file__).parent / "smollm2_pair"
+#: The model of that pair, as the page calls it.
+_BASE = "SmolLM2-135M-Instruct"
 #: None of them names a topic of the recipe's prompts.
 QUESTIONS = (
     "How do elevators know which floor to stop at first?",
@@ -72,6 +74,7 @@ def run(
     base: Path,
     out: Path,
     *,
+    name: str,
     questions: int,
     rows: int,
     tokens: int,
@@ -80,7 +83,7 @@ def run(
 ) -> dict[str, Any]:
     """The demo's summary: of the round trip, and what the referee says. rows: of each reply; tokens: of a reply
 
-    reader: of the controls; none: no such control
+    name: of the base, in the page's title; reader: of the controls; none: no such control
 
     Replaces what an earlier run left in `out`. Raises what the stages raise.
     """
@@ -141,7 +144,7 @@ def run(
         CaptureStore.open(store),
         explained,
         page,
-        title=f"{len(records)} replies of {base.name}, put into words",
+        title=f"{len(records)} replies of {name}, put into words",
         also=(controls, patched),
         overwrite=True,
     )
@@ -184,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.pair,
             options.base or smollm2.cached(),
             options.out,
+            name=options.base.name if options.base else _BASE,
             questions=options.questions,
             rows=options.rows,
             tokens=options.tokens,
