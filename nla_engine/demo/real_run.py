@@ -91,7 +91,7 @@ def run(
     if sidecar.layer is None:
         raise CheckpointError(f"{pair / 'ar'}: does not say its layer: give a pair that train wrote")
     make_directory(out)
-    prompts, store, explained, controls, patched, page = (out / name for name in FILES)
+    prompts, store, explained, controls, patched, page = (out / file for file in FILES)
     told = Told()
     records = [{"prompt": question} for question in QUESTIONS[:questions]]
     write_file_atomically(prompts, "".join(json.dumps(each) + "\n" for each in records).encode())

@@ -65,22 +65,19 @@ class Patcher:
 
     def close(self) -> None:
         """Give the model back."""
-        self._give_back()
+        attend_by(self.lm.model, "eager")
+        for module in self._replaced:
+            vars(module).pop("forward", None)
 
     def _take(self) -> None:
         attend_by(self.lm.model, NAME)
         for module, forward in self._replaced.items():
             module.forward = forward
 
-    def _give_back(self) -> None:
-        attend_by(self.lm.model, "eager")
-        for module in self._replaced:
-            vars(module).pop("forward", None)
-
     @contextmanager
     def _given_back(self) -> Iterator[None]:
         """Inside, the model is that of transformers."""
-        self._give_back()
+        self.close()
         try:
             yield
         finally:

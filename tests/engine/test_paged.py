@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from played_graphs import play_graphs
 from tiny import byte_tokenizer, tiny_model
 
 from nla_engine.capture.tap import RowRange, RowTap
 from nla_engine.codec.rows import Codec, bf16_values
-from nla_engine.engine import generator as engine
-from nla_engine.engine import pass_graphs
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.injection import at_scale
@@ -43,35 +42,11 @@ def language_model(architecture: str, device: str) -> LanguageModel:
     return wrap_model(tiny_model(architecture).to(device), byte_tokenizer(), name=architecture)
 
 
-class Stepped:
-    """Stands for a graph where there is none: the same steps, on the spare slot too."""
-
-    def __init__(self, step: Any, size: int, spare: int, device: torch.device, pool: Any) -> None:
-        self.step, self.size, self.spare = step, size, spare
-
-    def run(self, slots: list[int], steps: int) -> None:
-        for _ in range(steps):
-            self.step(torch.tensor(slots + [self.spare] * (self.size - len(slots))))
-
-
-class Called:
-    """Stands for a graph of a prompt pass: the same work, which is tried without any tokens first."""
-
-    def __init__(self, work: Any, device: torch.device, pool: Any) -> None:
-        self.replay = work
-        work()
-
-
 @pytest.fixture
 def as_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps between two looks, on a CPU as well, once the model has been checked."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(
-            Runner, "graphable", property(lambda runner: runner._tapped and not runner.reference)
-        )
-        monkeypatch.setattr(engine, "DecodeGraph", Stepped)
-        monkeypatch.setattr(pass_graphs, "Graph", Called)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        play_graphs(monkeypatch)
 
 
 def run(

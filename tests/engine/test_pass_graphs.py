@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from played_graphs import Called, play_graphs
 from tiny import byte_tokenizer, tiny_model
 
 from nla_engine.capture.row_range import RowRange
 from nla_engine.capture.tap import RowTap
 from nla_engine.codec.rows import Codec, bf16_values
-from nla_engine.engine import generator as engine
 from nla_engine.engine import pass_graphs
 from nla_engine.engine.generator import Generator
 from nla_engine.engine.pass_graphs import SWITCH, PaddedPass
@@ -30,39 +30,9 @@ from nla_engine.ops.backends import Kernels
 PREFIX, LAYERS, SLOTS, NEW = (7, 8, 9), (0, 2), 5, 12
 
 
-class Called:
-    """Stands for a graph: the same work, tried twice before it has anything to do. used: how often it was replayed."""
-
-    used = 0
-
-    def __init__(self, work: Any, device: torch.device, pool: Any) -> None:
-        self._work = work
-        work()
-        work()
-
-    def replay(self) -> None:
-        Called.used += 1
-        self._work()
-
-
-class Stepped:
-    """Stands for a graph of decode steps."""
-
-    def __init__(self, step: Any, size: int, spare: int, device: torch.device, pool: Any) -> None:
-        self.step, self.size, self.spare = step, size, spare
-
-    def run(self, slots: list[int], steps: int) -> None:
-        for _ in range(steps):
-            self.step(torch.tensor(slots + [self.spare] * (self.size - len(slots))))
-
-
 @pytest.fixture(autouse=True)
 def _graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "graphable", property(lambda runner: runner._tapped and not runner.reference))
-    monkeypatch.setattr(engine, "DecodeGraph", Stepped)
-    monkeypatch.setattr(pass_graphs, "Graph", Called)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Called, "used", 0)
+    play_graphs(monkeypatch)
 
 
 @pytest.fixture(scope="module")
