@@ -17,7 +17,7 @@ from nla_engine.engine import attention
 from nla_engine.engine.attention import Pass, TilesFor, Wanted
 from nla_engine.engine.compressed import latent_attentions
 from nla_engine.engine.delta import EngineDelta
-from nla_engine.engine.experts import host_experts
+from nla_engine.engine.experts import EngineExperts, host_experts, taken_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
 from nla_engine.engine.injection import Injector
@@ -87,7 +87,7 @@ class Runner:
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._mixers: list[Any] = []  # the same of what keeps states or compressed keys, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
-        self._lone: list[Any] = []  # and of norms in blocks that are not fused
+        self._lone: list[Any] = []  # and of norms and experts in blocks that are not fused
         self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -127,6 +127,9 @@ class Runner:
         if not self.reference:
             for module in lone_norms(self.lm.blocks):
                 module.forward = FusedNorm(module)
+                self._lone.append(module)
+            for module, gate in taken_experts(self.lm.blocks):
+                module.forward = EngineExperts(module, gate)
                 self._lone.append(module)
         norm: Any = getattr(self.lm.decoder, "norm", None)
         if self._fused and can_fuse_norm(norm):

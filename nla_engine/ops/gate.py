@@ -63,9 +63,15 @@ def gated(both, row, width, channel, SILU: tl.constexpr):
     real = channel < width
     g = tl.load(both + row * 2 * width + channel, mask=real, other=0.0).to(tl.float32)
     u = tl.load(both + row * 2 * width + width + channel, mask=real, other=0.0).to(tl.float32)
+    return (activated(g, SILU) * u).to(both.dtype.element_ty)
+
+
+@triton.jit
+def activated(g, SILU: tl.constexpr):
+    """silu(g), or gelu(g) as tanh approximates it; g: float32."""
     if SILU:
         act = g / (1.0 + tl.exp(tl.minimum(-g, 80.0)))  # above 80 the result is 0 either way
     else:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
         act = g / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))  # g (1 + tanh(inner)) / 2
-    return (act * u).to(both.dtype.element_ty)
+    return act
