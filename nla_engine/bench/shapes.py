@@ -109,7 +109,7 @@ def _qwen_moe() -> Any:
         num_hidden_layers=48,
         num_attention_heads=32,
         num_key_value_heads=4,
-        head_dim=128,
+        head_dim=128,  # type: ignore[call-arg]
         num_experts=128,
         num_experts_per_tok=8,
         norm_topk_prob=True,

@@ -20,6 +20,7 @@ from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.experts import EngineExperts, host_experts, taken_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
+from nla_engine.engine.heads import EngineHeads, known_heads
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.latent import EngineLatent
 from nla_engine.engine.own_attention import implementation, take_attention
@@ -87,7 +88,7 @@ class Runner:
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._mixers: list[Any] = []  # the same of what keeps states or compressed keys, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
-        self._lone: list[Any] = []  # and of norms and experts in blocks that are not fused
+        self._lone: list[Any] = []  # and of norms, attention and experts in blocks that are not fused
         self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -127,6 +128,9 @@ class Runner:
         if not self.reference:
             for module in lone_norms(self.lm.blocks):
                 module.forward = FusedNorm(module)
+                self._lone.append(module)
+            for module in known_heads(self.lm.blocks):
+                module.forward = EngineHeads(module, check.asked(int(module.layer_idx)))
                 self._lone.append(module)
             for module, gate in taken_experts(self.lm.blocks):
                 module.forward = EngineExperts(module, gate)

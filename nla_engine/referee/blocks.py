@@ -1,6 +1,6 @@
 """Decoder blocks of a model that is patched, in few launches: `engine.fused`, with the attention of `lanes`.
 
-As in the engine, blocks and norms whose arithmetic is known are replaced, and others are left to transformers.
+As in the engine, blocks, norms and experts whose arithmetic is known are replaced, and others are left to transformers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nla_engine.engine.experts import EngineExperts, taken_experts
 from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
 from nla_engine.engine.fused import FusedBlock, FusedNorm
 from nla_engine.engine.slots import kv_shape
@@ -54,4 +55,5 @@ def known_parts(lm: LanguageModel) -> dict[Any, Any]:
     last: Any = getattr(lm.decoder, "norm", None)
     if blocks and can_fuse_norm(last):
         norms.append(last)
-    return blocks | {norm: FusedNorm(norm) for norm in norms}
+    experts = {module: EngineExperts(module, gate) for module, gate in taken_experts(lm.blocks)}
+    return blocks | experts | {norm: FusedNorm(norm) for norm in norms}

@@ -70,7 +70,7 @@ RMS_NORM = dict.fromkeys(("x", "weight", "residual", "y"), HALF) | {
 ROTATE = {
     **dict.fromkeys(("row", "cos", "sin", "q", "keys", "values", "query_weight", "key_weight"), HALF),
     **dict.fromkeys(("slot", "place"), LONG), "table": "*i32",
-    **dict.fromkeys(("row_token", "cos_token", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
+    **dict.fromkeys(("row_token", "cos_token", "cos_channel", "table_slot", "kv_block", "kv_place", "kv_head"), INT),
     "eps": FLOAT, "offset": FLOAT,
 }  # fmt: skip
 LATENT = dict.fromkeys(("row", "weight", "turned", "query", "keys"), HALF) | {
@@ -191,7 +191,22 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         rotary._rotate_kernel,
         ROTATE,
-        {"GROUP": 7, "HALF": 64, "BLOCK_G": 8, "BLOCK_H": 64, "NORM": True, "BLOCK": 64},
+        {
+            "GROUP": 7,
+            "HALF": 64,
+            "HIGH": 64,
+            "BLOCK_G": 8,
+            "BLOCK_H": 64,
+            "NORM": True,
+            "BLOCK": 64,
+            "cos_channel": 1,
+        },
+        2,
+    ),
+    (
+        rotary._rotate_kernel,
+        ROTATE,
+        {"GROUP": 8, "HALF": 32, "HIGH": 0, "BLOCK_G": 16, "BLOCK_H": 32, "NORM": False, "BLOCK": 64},
         2,
     ),
     *(
