@@ -106,7 +106,7 @@ def expert_product_triton(
     _, k, n = w.shape
     if not x.is_contiguous() or not (bias is None or bias.is_contiguous()) or 1 not in w.stride()[1:]:
         raise ValueError("rows and biases are contiguous, and so are channels or columns of weights")
-    tile = tile_for(order.height, x.device)
+    tile = tile_for(order.height, x.device, x.itemsize)
     out = x.new_empty((len(order.token), n if gate is None else n // 2))
     columns = triton.cdiv(n, tile.columns)
     _product_kernel[(columns, len(order.tile_row))](
@@ -139,12 +139,13 @@ def height_for(rows: int, experts: int) -> int:
     return _LOW if rows <= _LOW * experts else _HIGH
 
 
-def tile_for(height: int, device: torch.device) -> Tile:
+def tile_for(height: int, device: torch.device, itemsize: int) -> Tile:
     """The fastest measured on an H100 for tiles of so many rows, or what fits the shared memory of any card."""
+    channels = 128 // itemsize
     if height <= _LOW:
-        return Tile(height, 128, 64, 4, 4)
+        return Tile(height, 128, channels, 4, 4)
     wide = device.type != "cuda" or card_of(device).capability == HOPPER
-    return Tile(height, 256 if wide else 128, 64, 8, 3)
+    return Tile(height, 256 if wide else 128, channels, 8, 3)
 
 
 # What is cut from one tensor is aligned by chance.

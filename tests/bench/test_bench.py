@@ -71,11 +71,11 @@ def test_limits_count_experts_windows_and_states() -> None:
     from transformers import AutoModelForCausalLM
 
     sizes = {}
-    for name in ("gpt-oss-20b", "qwen3.6-27b", "deepseek-v2-lite", "qwen3-30b-a3b"):
+    for name in ("gpt-oss-20b", "qwen3.6-27b", "deepseek-v2-lite"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(SHAPES[name].config(), dtype=torch.bfloat16)
         sizes[name] = ModelSize.of(wrap_model(model, None, name="meta"))
-    oss, hybrid, lite, moe = sizes.values()
+    oss, hybrid, lite = sizes.values()
     assert oss.parameters + 201_088 * 2880 == pytest.approx(20.9e9, rel=2e-3)
     assert oss.blocks * oss.active + 2 * oss.head_parameters == pytest.approx(
         3.6e9 + 201_088 * 2880, rel=0.02
@@ -96,10 +96,6 @@ def test_limits_count_experts_windows_and_states() -> None:
     assert lite.blocks * lite.active + 2 * lite.head_parameters == pytest.approx(2.66e9, rel=0.01)
     assert lite.kv_bytes == 27 * (512 + 64) * 2 and lite.windowed_bytes == 0
     assert lite.blocks * lite.expert_parameters == 26 * 64 * 3 * 2048 * 1408
-    assert moe.parameters + 151_936 * 2048 == pytest.approx(30.5e9, rel=2e-3)
-    assert moe.blocks * moe.active + 2 * moe.head_parameters == pytest.approx(3.35e9, rel=0.01)
-    assert moe.expert_parameters == 128 * 3 * 2048 * 768 and moe.kv_bytes == 48 * 2 * 4 * 128 * 2
-    assert moe.parameters - moe.read(1) == pytest.approx(48 * 120 * 3 * 2048 * 768)
 
 
 def test_limit_of_replies_of_different_lengths(size_7b: ModelSize) -> None:

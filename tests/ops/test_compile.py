@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -18,8 +17,6 @@ from nla_engine.ops import (
     attention,
     delta,
     divergence,
-    expert_order,
-    expert_products,
     fp8,
     gate,
     lane_attention,
@@ -100,14 +97,6 @@ LANES = {
     **{f"{held}_{by}": INT for held in ("key", "value") for by in ("sequence", "head", "position")},
     "scale": FLOAT, "softcap": FLOAT,
 }  # fmt: skip
-ORDER: dict[str, str] = {
-    "chosen": LONG, **dict.fromkeys(("token", "place", "ends", "tile_expert", "tile_row"), "*i32"), "rows": INT,
-}  # fmt: skip
-SUM = {**dict.fromkeys(("rows", "weights", "out"), HALF), "place": "*i32", "d": INT}
-PRODUCT = dict.fromkeys(("x", "w", "bias", "out"), HALF) | {
-    **dict.fromkeys(("token", "ends", "tile_expert", "tile_row"), "*i32"),
-    **dict.fromkeys(("k", "n", "w_expert", "w_channel", "w_column"), INT), "alpha": FLOAT, "limit": FLOAT,
-}  # fmt: skip
 PEER_SUM: dict[str, Any] = {
     "x": HALF, "memories": ("i64",) * 4, **dict.fromkeys(("turn", "stop"), "*i32"),
     **dict.fromkeys(("parts", "sums", "size", "tiles"), INT),
@@ -161,8 +150,6 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         )
     ),
     (places._places_kernel, PLACES, {"BLOCK": 256}, 4),
-    (expert_order._order_kernel, ORDER, {"TOP": 8, "HEIGHT": 64, "BLOCK": expert_order._BLOCK}, 4),
-    (expert_order._sum_kernel, SUM, {"TOP": 8, "BLOCK": 1024}, 4),
     (delta._convolve_kernel, CONVOLVE, {"TAPS": 4, "BLOCK": 512}, 4),
     (
         delta._delta_kernel,
@@ -201,12 +188,6 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             "BLOCK": 64,
             "cos_channel": 1,
         },
-        2,
-    ),
-    (
-        rotary._rotate_kernel,
-        ROTATE,
-        {"GROUP": 8, "HALF": 32, "HIGH": 0, "BLOCK_G": 16, "BLOCK_H": 32, "NORM": False, "BLOCK": 64},
         2,
     ),
     *(
@@ -291,30 +272,6 @@ def test_a_kernel_compiles(
         pytest.skip("fp8 takes 8.9 or more")
     made = compiled(kernel, arguments, constants, card, num_warps=warps)
     assert ".local" not in made.asm["ptx"]  # a stack
-
-
-@compiled_here
-@pytest.mark.parametrize("height", [64, 128])
-@pytest.mark.parametrize(
-    ("gate", "transposed"), [(0, True), (0, False), (1, False), (2, False), (3, True)], ids=str
-)
-@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=str)
-def test_products_of_experts_fit_the_shared_memory(
-    capability: tuple[int, int], gate: int, transposed: bool, height: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card = next(card for card in CARDS if card.capability == capability)
-    monkeypatch.setattr(expert_products, "card_of", lambda device: card)
-    tile = expert_products.tile_for(height, torch.device("cuda"))
-    constants = {
-        "GATE": gate, "EVEN": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "CHANNELS": tile.channels,
-        "w_column" if transposed else "w_channel": 1,
-    }  # fmt: skip
-    if not transposed:
-        constants["bias"] = None
-    how = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = compiled(expert_products._product_kernel, PRODUCT, constants, card, **how)
-    assert ".local" not in made.asm["ptx"]  # a stack
-    assert ("wgmma" in made.asm["ptx"]) is (capability == (9, 0))
 
 
 @compiled_here
