@@ -217,7 +217,8 @@ def _product_kernel(
         elif GATE == 3:
             g, u = tl.split(tl.reshape(first, (ROWS, HALF, 2)))
             g = tl.minimum(g, limit)
-            y = g / (1.0 + tl.exp(tl.minimum(-alpha * g, 80.0))) * (tl.clamp(u, -limit, limit) + 1.0)
+            u = tl.minimum(tl.maximum(u, -limit), limit)
+            y = g / (1.0 + tl.exp(tl.minimum(-alpha * g, 80.0))) * (u + 1.0)
             column = tl.program_id(0) * HALF + tl.arange(0, HALF)
             width = n // 2
         else:

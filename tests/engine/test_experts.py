@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_runs import check_rows, drawn, family_model, in_slots, named_model
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 from kernel_checks import close
@@ -50,6 +51,10 @@ def holder(name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torc
         sized = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
         monkeypatch.setitem(MORE, name, MORE[name] | sized)
     modules = [module for module in named_model(name).blocks.modules() if experts._common(module)]
+    if not modules:
+        pytest.skip(
+            f"transformers {transformers.__version__} computes the experts of {name} in a way of its own"
+        )
     torch.manual_seed(0)
     for weight in modules[0].parameters():
         weight.data.normal_(0, 0.5)
