@@ -1,4 +1,4 @@
-"""Ranks on a CPU that sum as GPUs do which write each other's memory: files that all map, and a stand-in for the kernel.
+"""Ranks on a CPU that sum as GPUs do which write each other's memory: files that all map, and the kernel played on it.
 
 Run as a program: DIRECTORY RANKS LIBRARY (see `stand_in_gpu`). Compares states of split models in DIRECTORY with plain
 transformers.

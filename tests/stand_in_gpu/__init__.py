@@ -106,7 +106,6 @@ class StandIn:
             )
         )
 
-
     def peer_sum(self, device: int, stream: int, **given: Any) -> None:
         size, pointer, memory = ctypes.c_int64, ctypes.c_void_p, given["memory"]
         _raise(
