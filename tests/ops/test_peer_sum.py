@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ for number, (_, _, programs, _) in enumerate(CASES):
     part.copy_(parts[rank])
     alone = peers.sum(part, programs=programs).clone()
     part.copy_(parts[rank])
-    once = peers.sum(part, x, programs)
+    unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    once = peers.sum(part, unaligned, programs)
     first = once.clone()
     part.copy_(parts[rank])
     twice = peers.sum(part, once, programs)
@@ -134,6 +136,24 @@ def test_what_has_no_room_is_summed_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Peers\.part"):
         peers.sum(torch.zeros(3, 4))
     assert len(peers._turn) == PROGRAMS
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"memory": [64] * 9}, "ranks: 9 are not 1 to 8"),
+        ({"rank": 2}, "rank: 2 is not one"),
+        ({"programs": PROGRAMS + 1}, "programs: 129 are not 1 to 128"),
+        ({"size": 0}, "size: 0 is not positive"),
+        ({"memory": [64, 0]}, "memory: is a null pointer"),
+        ({"x": 8}, "x: is not at a multiple of 16 bytes"),
+        ({"stop": 0}, "stop: is a null pointer"),
+    ],
+)
+def test_what_the_kernel_refuses(stand_in: StandIn, given: dict[str, Any], words: str) -> None:
+    usual = {"programs": 1, "memory": [64, 64], "rank": 0, "part": 64, "sum": 64, "x": 64, "size": 8}
+    with pytest.raises(RuntimeError, match=words):
+        stand_in.peer_sum(0, 0, **{**usual, "dtype": "float32", "turn": 64, "stop": 64, **given})
 
 
 #: A rank that nobody joins, until the host says so.
