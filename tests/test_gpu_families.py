@@ -57,13 +57,14 @@ def test_rows_and_tokens_in_float32(name: str, rng: np.random.Generator) -> None
         *("Qwen3_5MoeTextConfig", "Gemma4TextConfig", "Llama4TextConfig"),
         *("DeepseekV2Config", "DeepseekV3Config", "Glm4MoeLiteConfig"),
         *("MixtralConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "OlmoeConfig", "AriaTextConfig"),
+        *("DbrxConfig", "LongcatFlashConfig"),
     ],
 )
 def test_in_bfloat16_the_engine_is_as_right_as_transformers(name: str, rng: np.random.Generator) -> None:
     """The runner's own check holds every block in prompts, decode steps and a graph against transformers."""
     lm = model(name, torch.bfloat16)
     with Runner(lm, slots=3, length=43, prefix=(5, 6, 7)) as runner:
-        assert runner.graphable and not runner.reference
+        assert runner.graphable is not host_experts(lm.blocks) and not runner.reference
     asked = requests(rng)
     found, way = run(lm, asked)
     again, _ = run(lm, asked)

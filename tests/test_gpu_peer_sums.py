@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nla_engine.engine.leader import Leader, open_ranks
+from nla_engine.engine.peers import SWITCH
 from nla_engine.engine.ranks import Ranks
 from nla_engine.ops.peer_sum import PROGRAMS, Peers
 
@@ -35,11 +36,13 @@ CLOSE = 2**-6
 def ranks(request: pytest.FixtureRequest) -> Iterator[Leader]:
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"needs {request.param} GPUs")
-    with open_ranks([torch.device("cuda", number) for number in range(request.param)]) as opened:
-        assert isinstance(opened, Leader)
-        if opened.peers is None:
-            pytest.skip(f"sums by NCCL: {opened.without_peers}")
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "1")
+        with open_ranks([torch.device("cuda", number) for number in range(request.param)]) as opened:
+            assert isinstance(opened, Leader)
+            if opened.peers is None:
+                pytest.skip(f"sums by NCCL: {opened.without_peers}")
+            yield opened
 
 
 @dataclass

@@ -14,6 +14,7 @@ from tiny import save_ar, save_av, save_model, write_prompts
 from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.leader import Leader, open_ranks
+from nla_engine.engine.peers import SWITCH
 from nla_engine.engine.split_load import load_split
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.source import find_source
@@ -32,9 +33,11 @@ DEVICES = (torch.device("cuda", 0), torch.device("cuda", 1))
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Leader]:
-    with open_ranks(DEVICES) as opened:
-        assert isinstance(opened, Leader)
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "1")
+        with open_ranks(DEVICES) as opened:
+            assert isinstance(opened, Leader)
+            yield opened
 
 
 def models(ranks: Leader, directory: Path, dtype: torch.dtype) -> tuple[LanguageModel, LanguageModel]:

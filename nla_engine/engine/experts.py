@@ -1,10 +1,10 @@
 """Experts in few launches: their order, two products with gate and biases, and the weighted sum of each token's.
 
 Replaces the forward of the module that holds the experts of a block, where transformers computes it in its common way
-and the gate is known. Other experts run in transformers' way, by torch's grouped
-product. On Hopper and on the Blackwell of data centres, in bfloat16, that is one kernel, which reads on the device
-where each expert's tokens begin. Otherwise it is a loop over the experts whose bounds are read on the host, and a CUDA
-graph cannot be captured.
+and the gate is known. Other experts run in transformers' way, by torch's grouped product. On Hopper and on the Blackwell
+of data centres, in bfloat16, that is one kernel, which reads on the device where each expert's tokens begin. Otherwise,
+and where a model has experts of a kind of its own, it is a loop over the experts whose bounds are read on the host, and a
+CUDA graph cannot be captured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _GROUPED = (9, 10)
 _DTYPES = (torch.bfloat16, torch.float16)
 #: Classes whose gate is gpt-oss's: clamped, with gate and up as neighbours.
 _CLAMPED = ("GptOssExperts",)
+#: Experts of a kind of their own that read nothing on the host: all of them multiply every token.
+_DENSE = ("Llama4TextExperts",)
 
 
 class EngineExperts:
@@ -74,7 +76,8 @@ def _device_type(blocks: nn.ModuleList) -> str:
 
 def _reads_on_host(module: Any) -> bool:
     if not _common(module):
-        return False  # no experts, or some that transformers computes in one way only
+        name = type(module).__name__
+        return name.endswith("Experts") and name not in _DENSE
     how = module.config._experts_implementation
     if how != "grouped_mm":
         return bool(how != "batched_mm")

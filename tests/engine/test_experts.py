@@ -203,3 +203,10 @@ def test_a_loop_over_experts_reads_on_the_host(
 
 def test_a_model_without_experts_reads_nothing() -> None:
     assert not host_experts(family_model(LlamaConfig).blocks)
+
+
+@pytest.mark.parametrize("name", ["DbrxConfig", "LongcatFlashConfig", "Llama4TextConfig"])
+def test_experts_of_a_kind_of_their_own_loop_on_the_host_unless_known_otherwise(name: str) -> None:
+    lm = named_model(name)
+    assert not any(experts._common(module) for module in lm.blocks.modules())
+    assert host_experts(lm.blocks) is (name != "Llama4TextConfig")
