@@ -1,10 +1,10 @@
 """Experts in few launches: their order, two products with gate and biases, and the weighted sum of each token's.
 
 Replaces the forward of the module that holds the experts of a block, where transformers computes it in its common way
-and the gate is known. Other experts run in transformers' way, by torch's grouped product. On Hopper and on the Blackwell
-of data centres, in bfloat16, that is one kernel, which reads on the device where each expert's tokens begin. Otherwise,
-and where a model has experts of a kind of its own, it is a loop over the experts whose bounds are read on the host, and a
-CUDA graph cannot be captured.
+and the gate is known. Other experts run in transformers' way, by torch's grouped product. On Hopper and on the
+Blackwell of data centres, in bfloat16, that is one kernel, which reads on the device where each expert's tokens begin.
+Otherwise, and where a model has experts of a kind of its own, it is a loop over the experts whose bounds are read on
+the host, and a CUDA graph cannot be captured.
 """
 
 from __future__ import annotations
