@@ -19,7 +19,7 @@ import torch
 from nla_engine.ops.backends import has_triton
 from nla_engine.ops.cards import HOPPER, card_of
 from nla_engine.ops.expert_order import ExpertOrder
-from nla_engine.ops.gate import activated, gate_reference
+from nla_engine.ops.gate import activated, gate_reference, over_one_and
 from nla_engine.ops.triton_module import tl, triton
 
 
@@ -218,7 +218,7 @@ def _product_kernel(
             g, u = tl.split(tl.reshape(first, (ROWS, HALF, 2)))
             g = tl.minimum(g, limit)
             u = tl.minimum(tl.maximum(u, -limit), limit)
-            y = g / (1.0 + tl.exp(tl.minimum(-alpha * g, 80.0))) * (u + 1.0)
+            y = over_one_and(g, g * (alpha * -1.4426950408889634)) * (u + 1.0)  # log2(e)
             column = tl.program_id(0) * HALF + tl.arange(0, HALF)
             width = n // 2
         else:

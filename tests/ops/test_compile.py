@@ -110,8 +110,8 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (fp8._quantise_kernel, QUANTISE, {"BLOCK": 4096}, 8),
     (fp8._norm_kernel, NORM, {"ADD": True, "BLOCK": 4096}, 8),
     (fp8._norm_kernel, NORM, {"ADD": False, "BLOCK": 4096}, 8),
-    (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096}, 8),
-    (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096}, 8),
+    (fp8._gate_kernel, GATE, {"SILU": True, "BLOCK": 4096, "PIECES": 5}, 16),
+    (fp8._gate_kernel, GATE, {"SILU": False, "BLOCK": 4096, "PIECES": 5}, 16),
     (gate._gate_kernel, {"both": HALF, "y": HALF, "width": INT}, {"SILU": True, "BLOCK": 2048}, 4),
     (divergence._softmax_kernel, DIVERGENCE, {"BLOCK": divergence._BLOCK}, divergence._WARPS),
     (
