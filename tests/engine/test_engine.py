@@ -21,6 +21,7 @@ from nla_engine.engine.tap import NoTap
 from nla_engine.errors import EngineError
 from nla_engine.models.load import LanguageModel, wrap_model
 from nla_engine.models.tokens import token_bytes
+from nla_engine.ops import gumbel
 from nla_engine.ops.backends import Kernels
 from nla_engine.ops.sampling import Sampling, choose
 from nla_engine.ops.truncation import Truncation
@@ -143,14 +144,18 @@ def test_sampling_draws_from_the_softmax() -> None:
     assert ((share - expected).abs() <= 5 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1 << 40])
-def test_sampling_never_draws_what_cannot_be(seed: int) -> None:
-    """With a large vocabulary, where a random number that rounds to 1 would beat any logit."""
-    logits = torch.full((64, 260_000), -1000.0)
+@pytest.mark.parametrize(("seed", "positions"), [(0, (241, 243, 290, 438)), (1 << 40, (1, 93, 166, 214))])
+def test_sampling_never_draws_what_cannot_be(seed: int, positions: tuple[int, ...]) -> None:
+    """Where a random number of 24 bits would round to 1, which beats any logit: in large vocabularies, now and then."""
+    logits = torch.full((len(positions), 260_000), -1000.0)
+    sequence, position = torch.zeros(len(positions), dtype=torch.int64), torch.tensor(positions)
+    key = torch.full_like(sequence, gumbel.seed_key(seed))
+    for part in (sequence, sequence, position):
+        key = gumbel.hash_bits(key ^ part)
+    bits = gumbel.hash_bits(key[:, None] ^ gumbel.hash_bits(torch.arange(logits.shape[1])))
+    assert (bits.amax(1) >> 8 == 2**24 - 1).all()
     logits[:, 7] = 1000.0
-    for block in range(8):
-        position = torch.arange(64) + 64 * block
-        assert (choose(logits, torch.zeros(64, dtype=torch.int64), position, Sampling(1.0, seed)) == 7).all()
+    assert (choose(logits, sequence, position, Sampling(1.0, seed)) == 7).all()
 
 
 def test_a_sequence_of_nan_does_not_reach_the_next_one_in_its_slot() -> None:
