@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
@@ -101,7 +102,7 @@ class Completion:
     request: Request
     generated: np.ndarray
     finish: Finish
-    rows: dict[Site, Any] = field(default_factory=dict)
+    rows: Mapping[Site, Any] = field(default_factory=dict)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     next_tokens: NextTokens | None = None
 

@@ -150,7 +150,7 @@ class Simulation:
         if taken:
             ended = [self.ended.pop(slot) for slot in taken]
             replies = [(s.id, np.arange(s.size - s.given, dtype=np.int32)) for _, s in ended]
-            rows = self.tap.collect([kept for kept, _ in ended], replies)()
+            rows = self.tap.collect([kept for kept, _ in ended], replies).result()
             self.found |= {s.id: got for (_, s), got in zip(ended, rows, strict=True)}
 
 
