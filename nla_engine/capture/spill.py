@@ -88,7 +88,7 @@ def _shapes(codec: Codec, layers: int, size: int) -> list[tuple[tuple[int, ...],
 
 @dataclass(eq=False)
 class HeldRows:
-    """The rows of one sequence that have left the device, `size` of at most `most`, in memory or in a file.
+    """The rows of one sequence that have left the device, `size` of at most `most`, all in memory or all in a file.
 
     ended: they no longer count as those of a running sequence
     """
@@ -217,6 +217,9 @@ class RowKeeper:
         for piece in pieces:
             coming[piece.held] += piece.size
         self._held.update(coming)
+        for held, size in coming.items():  # its memory may have no room for the last rows
+            if held.ended and held.memory is not None and held.size + size > held.memory.size:
+                self._spill(held)
         new = sum(size for held, size in coming.items() if held.counts)
         while new and self._bytes + new * self._row_bytes > self._limit:
             most = max(
@@ -228,12 +231,12 @@ class RowKeeper:
     def _spill(self, held: HeldRows) -> None:
         """Move a sequence to a file, where its further rows will go."""
         rows = self._rows(held)
+        self._bytes -= held.counts * rows.nbytes
         try:
             _allow_open_files()
             held.file = RowFile(self.codec, self._layers, held.most, self._directory)
         except OSError as error:
             raise self._not_written(error) from error
-        self._bytes -= rows.nbytes
         self._do(self._copies(held, 0, rows))
         held.memory = None
 
@@ -245,14 +248,15 @@ class RowKeeper:
             self.spilled += rows.nbytes
             return [partial(held.file.write, start + at, part) for at, part in parts]
         if held.memory is None:
-            held.memory = HostRows.empty(self.codec, self._layers, held.most)
+            most = held.most if held.ended else min(held.most, self._limit / self._row_bytes)
+            held.memory = HostRows.empty(self.codec, self._layers, int(most))
         memory = held.memory.part(start, start + rows.size)
         return [partial(part.copy_to, memory.part(at, at + step)) for at, part in parts]
 
     def _do(self, jobs: Sequence[_Job]) -> None:
         """Make these copies."""
         try:
-            if len(jobs) == 1:
+            if len(jobs) < 2:
                 return _each(jobs)
             share = -(-len(jobs) // _COPIERS)  # neighbours, which may write the same page
             for _ in self._copiers.map(_each, [jobs[i : i + share] for i in range(0, len(jobs), share)]):

@@ -230,7 +230,7 @@ class RowTap:
         may = np.flatnonzero(waiting & ~must & (filled >= least))
         room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(filled[must].sum())
         may = may[np.argsort(-filled[may], kind="stable")]
-        may = may[np.cumsum(filled[may]) <= room]
+        may = may[np.cumsum(filled[may]) - filled[may] < room]
         return np.concatenate([np.flatnonzero(must), may])
 
     def _send(

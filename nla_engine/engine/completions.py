@@ -16,6 +16,9 @@ from nla_engine.engine.tap import Collected, Tap
 from nla_engine.engine.transfer import to_device
 from nla_engine.ops.sampling import SlotState
 
+#: Seconds between two questions whether rows have come.
+_MOMENT = 1e-4
+
 
 @dataclass(frozen=True)
 class Arriving:
@@ -24,9 +27,9 @@ class Arriving:
     rows: futures.Future[Collected]
     complete: Callable[[Collected], list[Completion]]
 
-    def have_come(self, seconds: float) -> bool:
-        """Wait so long at most. Whether all is there."""
-        return bool(futures.wait([self.rows], seconds).done)
+    def have_come(self) -> bool:
+        """Wait a moment. Whether all is there."""
+        return bool(futures.wait([self.rows], _MOMENT).done)
 
     def wait(self) -> list[Completion]:
         """The completions, once all is there. Raises what went wrong on the way."""

@@ -34,8 +34,6 @@ Generate = collections.abc.Generator[_T, None, None]
 #: Takes the bytes of each ended sequence by request id, returns the ids to fetch now.
 Portion = Callable[[Mapping[int, int]], Sequence[int]]
 Watch = Callable[[Callable[[], Tally]], None]
-#: Seconds between two looks at whether the device has come to the end of its work.
-_PAUSE = 1e-4
 #: Of a sequence that has not stepped back.
 _NOTHING = Kept((), 0, False)
 
@@ -383,9 +381,9 @@ class Generator:
         return [Ended(*each) for each in zip(requests, slots, counts, finish, kept, strict=True)]
 
     def _while_device_works(self, arriving: Arriving) -> bool:
-        """Wait for rows until the device has come to the last look. Whether all are there; on a CPU they will be."""
-        while not arriving.have_come(_PAUSE):
-            if self._look.passed and self.runner.device.type == "cuda":
+        """Wait for rows until a GPU has come to the last look. Whether to take them now. A CPU has no other work."""
+        while self.runner.device.type == "cuda" and not arriving.have_come():
+            if self._look.passed:
                 return False
         return True
 
