@@ -96,7 +96,7 @@ class Completion:
     positions: int64 [k], ascending: where in the sequence these rows are, at every site; next_tokens: of these rows,
     if they were asked for.
 
-    Sequences that end together share the memory of their arrays.
+    The rows of all sites share one memory. Sequences that end together share that of what they generated.
     """
 
     request: Request
