@@ -15,6 +15,7 @@
 #include "encode.hpp"
 #include "gated.hpp"
 #include "matmul.hpp"
+#include "peer_sum.hpp"
 #include "probe.hpp"
 #include "shard.hpp"
 
@@ -173,6 +174,23 @@ void decode_rows(int device, uintptr_t stream, const std::string& codec, int d, 
     args.output = float_kind(out_dtype);
     nla::decode_rows(device, stream, args);
 }
+
+void peer_sum(int device, uintptr_t stream, int programs, const std::vector<uintptr_t>& memory, int rank, int64_t part,
+              int64_t sum, uintptr_t x, int64_t size, const std::string& dtype, uintptr_t turn, uintptr_t stop) {
+    nla::PeerSumArgs args{};
+    nla::check(memory.size() <= nla::kMostRanks, "memory", "is of too many ranks");
+    for (size_t i = 0; i < memory.size(); ++i) args.memory[i] = pointer<uint8_t>(memory[i]);
+    args.rank = rank;
+    args.ranks = static_cast<int>(memory.size());
+    args.part = part;
+    args.sum = sum;
+    args.x = pointer<const void>(x);
+    args.size = size;
+    args.kind = float_kind(dtype);
+    args.turn = pointer<uint32_t>(turn);
+    args.stop = pointer<const uint32_t>(stop);
+    nla::peer_sum(device, stream, programs, args);
+}
 #endif
 
 #ifdef NLA_WITH_HOPPER
@@ -217,6 +235,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("decode_rows", &decode_rows, "device"_a, "stream"_a, py::kw_only(), "codec"_a, "d"_a, "block"_a, "group"_a,
           "codes"_a, "scales"_a, "norm"_a, "rows"_a, "out"_a, "out_dtype"_a,
           "One launch of the decoder; addresses as integers (see csrc/encode.hpp).");
+    m.def("peer_sum", &peer_sum, "device"_a, "stream"_a, py::kw_only(), "programs"_a, "memory"_a, "rank"_a, "part"_a,
+          "sum"_a, "x"_a, "size"_a, "dtype"_a, "turn"_a, "stop"_a,
+          "One launch of a sum over ranks; addresses as integers (see csrc/peer_sum.hpp).");
 #else
     m.attr("cuda") = false;
     m.attr("cuda_architectures") = "";

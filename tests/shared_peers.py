@@ -1,6 +1,7 @@
-"""Ranks on a CPU that sum as GPUs do which write each other's memory: files that all map, and interpreted kernels.
+"""Ranks on a CPU that sum as GPUs do which write each other's memory: files that all map, and the kernel played on it.
 
-Run as a program: DIRECTORY RANKS. Compares states of split models in DIRECTORY with plain transformers.
+Run as a program: DIRECTORY RANKS LIBRARY (see `stand_in_gpu`). Compares states of split models in DIRECTORY with plain
+transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
+from stand_in_gpu import StandIn, install_sums
 
 from nla_engine.engine import peers
 from nla_engine.engine.ranks import Ranks
@@ -42,9 +45,10 @@ class Passed:
         return True
 
 
-def share(ranks: Ranks, directory: str) -> None:
+def share(ranks: Ranks, directory: str, library: str) -> None:
     """On every rank: `connect`, with files in the place of memory of GPUs. Launches of few programs are said to be the
     fastest for small tensors, NCCL for large ones."""
+    install_sums(StandIn(Path(library)), ranks.rank, pytest.MonkeyPatch())
     every = mapped(Path(directory), ranks.size)
 
     def opened(group: Ranks, own: torch.Tensor, told: list[str]) -> tuple[Peers, list[torch.UntypedStorage]]:
@@ -74,7 +78,7 @@ def share(ranks: Ranks, directory: str) -> None:
     ranks.kept = every  # type: ignore[attr-defined]
 
 
-def compare(directory: Path, size: int) -> None:
+def compare(directory: Path, size: int, library: str) -> None:
     """Prints the largest difference of each model, and how many sums its rank 0 has had."""
     import shared_peers  # as the other ranks know it
     import transformers
@@ -90,7 +94,7 @@ def compare(directory: Path, size: int) -> None:
     rng = np.random.default_rng()
     with open_ranks((CPU,) * size) as ranks, torch.inference_mode():
         assert ranks is not None
-        ranks.together(shared_peers.share, ranks, str(directory))
+        ranks.together(shared_peers.share, ranks, str(directory), library)
         for base in sorted(path for path in directory.iterdir() if path.is_dir()):
             model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
             lm = load_split(ranks, find_source(str(base)), dtype=torch.float32).truncated(LAYER)
@@ -110,4 +114,4 @@ def compare(directory: Path, size: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
-    compare(Path(sys.argv[1]), int(sys.argv[2]))
+    compare(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -17,6 +17,7 @@ from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.engine import leader
 from nla_engine.engine.leader import Leader, open_ranks
+from nla_engine.engine.peers import SWITCH
 from nla_engine.engine.split_load import load_split
 from nla_engine.errors import EngineError
 from nla_engine.models.source import find_source
@@ -75,6 +76,7 @@ def test_a_rank_that_hangs_is_named(hang: Any, words: str, monkeypatch: pytest.M
 
 def test_a_sum_in_the_memory_of_a_rank_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of rank 0 waits for a launch of rank 1 that never comes."""
+    monkeypatch.setenv(SWITCH, "1")
     with open_ranks(DEVICES) as group:
         assert isinstance(group, Leader)
         if group.peers is None:

@@ -1,4 +1,4 @@
-"""Models over two GPUs (NCCL, inside CUDA graphs) against the same on one, in bfloat16."""
+"""Models over two GPUs (their sums inside CUDA graphs) against the same on one, in bfloat16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nla_engine.capture.run import run_capture
 from nla_engine.config import CaptureOptions
 from nla_engine.engine.leader import Leader, open_ranks
 from nla_engine.engine.peers import SWITCH
-from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.split_load import load_split
 from nla_engine.models.load import LanguageModel, load_model
 from nla_engine.models.source import find_source
@@ -109,61 +108,3 @@ def test_av_and_ar_over_two_gpus(ranks: Leader, tmp_path: Path, rng: np.random.G
         reads.close()
     assert said[0] == said[1]
     assert (read[0] - read[1]).norm() < 1e-4 * read[0].norm()
-
-
-def sums_in_a_graph(ranks: Ranks, seed: int) -> None:
-    """On every rank: sums of parts that differ, with the residual, replayed while the parts change."""
-    assert ranks.peers is not None
-    peers, device = ranks.peers.peers, ranks.device
-    draw = torch.Generator(device).manual_seed(seed + ranks.rank)
-    for rows, width in ((1, 64), (256, 8192), (300, 3584)):
-        part = peers.part(rows, width, torch.bfloat16)
-        assert part is not None
-        own = torch.randn(rows, width, device=device, generator=draw).bfloat16()
-        start = torch.zeros(rows, width, dtype=torch.bfloat16, device=device)
-        x = peers.sum(part.copy_(own), start)  # the residual lies where sums do from here on
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(4):
-                part.copy_(own)
-                assert peers.sum(part, x).data_ptr() == x.data_ptr()
-        for number in range(50):
-            own.normal_(generator=draw)
-            before = x.float().clone()
-            graph.replay()
-            total = ranks.reduce(own.float())
-            wanted = before
-            for _ in range(4):
-                wanted = (wanted + total).bfloat16().float()
-            error = (x.float() - wanted).norm() / wanted.norm()
-            assert error < 2**-8, f"{rows} x {width}, {number}: {error:.2g}"
-            same = ranks.gather(x.view(torch.uint8))  # NCCL knows no int16
-            assert bool((same == same[:1]).all()), "ranks differ"
-            if number % 10 == 9:
-                x.zero_()
-
-
-def test_gpus_sum_by_themselves_in_a_graph(ranks: Leader, seed: int) -> None:
-    if ranks.peers is None:
-        pytest.skip(f"sums by NCCL: {ranks.without_peers}")
-    ranks.together(sums_in_a_graph, ranks, seed % 1000)
-    ranks.check_alive()
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
-def test_two_workers_of_two_gpus_each(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
-    prompts = write_prompts(tmp_path / "p.jsonl", 48)
-    given: dict[str, Any] = {"model": str(base), "prompts": (prompts,), "layer": (LAYER,), "codec": "bf16"}
-    given |= {"max_new_tokens": 24, "batch_size": 8, "dtype": "float32"}
-    for name, more in (("one", {}), ("four", {"gpus": "all", "tensor_parallel": 2})):
-        summary = run_capture(CaptureOptions(**given, **more, out=str(tmp_path / f"{name}.zarr")))
-    assert summary.workers == 2
-    one, four = (CaptureStore.open(str(tmp_path / f"{name}.zarr")) for name in ("one", "four"))
-    for column in ("token_id", "position"):
-        a, b = (
-            store.column(column)[np.lexsort((store.column("position"), store.column("sequence")))]
-            for store in (one, four)
-        )
-        assert np.array_equal(a, b)

@@ -44,8 +44,8 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b, gpt-oss-20b, qwen3.6-27b, "
-            "deepseek-v2-lite or tiny; llama3-70b, qwen2.5-72b or gemma3-27b for suite tensor-parallel. "
+            help="Random weights of this shape: qwen2.5-7b, llama3-8b, gemma3-12b, gpt-oss-20b, qwen3-30b-a3b, "
+            "qwen3.6-27b, deepseek-v2-lite or tiny; llama3-70b, qwen2.5-72b or gemma3-27b for suite tensor-parallel. "
             "[default: qwen2.5-7b on a GPU, else tiny]"
         ),
     ] = None,

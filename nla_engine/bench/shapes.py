@@ -98,6 +98,26 @@ def _gpt_oss() -> Any:
     )
 
 
+def _qwen_moe() -> Any:
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,  # type: ignore[call-arg]
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+    )
+
+
 def _qwen_hybrid() -> Any:
     from transformers import Qwen3_5TextConfig
 
@@ -210,6 +230,7 @@ SHAPES = {
     "llama3-8b": Shape(_llama, 20),
     "gemma3-12b": Shape(_gemma, 32),
     "gpt-oss-20b": Shape(_gpt_oss, 16),
+    "qwen3-30b-a3b": Shape(_qwen_moe, 32),
     "qwen3.6-27b": Shape(_qwen_hybrid, 42),
     "deepseek-v2-lite": Shape(_deepseek_lite, 18),
     "llama3-70b": Shape(_llama_70b, 53),

@@ -52,9 +52,9 @@ class FusedBlock:
         facts = facts_of(block)
         self.ranks = ranks
         self.layer, self.shape, self.activation = facts.layer, facts.shape, facts.activation
-        self.qkv, self.qkv_bias = _merge(*facts.qkv)
+        self.qkv, self.qkv_bias = merge_layers(*facts.qkv)
         self.out = facts.out.weight
-        self.both, _ = _merge(*facts.gate_up)
+        self.both, _ = merge_layers(*facts.gate_up)
         self.down = facts.down.weight
         self.eps, self.offset, self.head_norm = facts.eps, facts.offset, facts.head_norm
         self.before_attention, self.after_attention = facts.before_attention, facts.after_attention
@@ -201,7 +201,7 @@ def tune_products(blocks: Sequence[FusedBlock], rows: int) -> None:
     tune(rows, [block.down for block in blocks], add=add)
 
 
-def _merge(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+def merge_layers(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight (and bias) for several linear layers, which share its memory from now on."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return _merge_tensors([layer.weight for layer in layers]), _merge_tensors(biases) if biases else None

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 
 from nla_engine.errors import first_line
-from nla_engine.ops.backends import has_triton
-from nla_engine.ops.peer_sum import Peers
+from nla_engine.ops.backends import cuda_fault
+from nla_engine.ops.peer_sum import RANKS, Peers
 
-#: Environment variable: 1 tries it. It has not been measured yet, so every sum is left to NCCL else.
+#: Environment variable: 1 tries it. The kernel has not run on GPUs yet, so every sum is left to NCCL else.
 SWITCH = "NLA_PEER_SUMS"
 #: Bytes of the largest tensor that is summed so.
 ROOM = 64 << 20
@@ -123,8 +123,10 @@ def _unreachable(group: Group) -> str:
     others = [device.index for device in group.devices if device != group.device]
     if os.environ.get(SWITCH) != "1":
         return f"{SWITCH} is not 1"
-    if not has_triton(group.device):
-        return "Triton does not run"
+    if group.size > RANKS:
+        return f"a sum in each other's memory is for {RANKS} GPUs at most"
+    if cuda_fault(group.device):
+        return "the CUDA part of the extension does not run"
     far = [other for other in others if not torch.cuda.can_device_access_peer(here, other)]
     return f"cuda:{here} cannot access cuda:{far[0]}" if far else ""
 
@@ -134,7 +136,10 @@ def _shared(group: Group) -> tuple[torch.Tensor, str]:
     own = torch.zeros(Peers.bytes(ROOM), dtype=torch.uint8, device=group.device)
     torch.cuda.synchronize(group.device)
     _, *how = own.untyped_storage()._share_cuda_()
-    return own, json.dumps([each.hex() if isinstance(each, bytes) else each for each in how])
+    said = json.dumps([each.hex() if isinstance(each, bytes) else each for each in how])
+    if len(said) > _SAID:
+        raise RuntimeError(f"it takes {len(said)} bytes to say where it is")
+    return own, said
 
 
 def _exchange(group: Group, said: str) -> list[str]:
@@ -178,7 +183,7 @@ def _fault(group: Group, peers: Peers) -> str:
     )
     try:
         sums, why = _tried(peers, mine, x), ""
-    except Exception as error:  # Triton raises many types
+    except Exception as error:  # whatever it is, NCCL goes on
         sums, why = [], f"a first sum failed ({first_line(error)})"
     passed = torch.cuda.Event()
     passed.record()

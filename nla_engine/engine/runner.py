@@ -18,10 +18,12 @@ from nla_engine.engine.attention import Pass, TilesFor, Wanted
 from nla_engine.engine.compressed import latent_attentions
 from nla_engine.engine.delta import EngineDelta
 from nla_engine.engine.experts import host_experts
-from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
+from nla_engine.engine.families import can_fuse, can_fuse_norm
 from nla_engine.engine.fused import Fp8Block, FusedBlock, FusedNorm, tune_products
+from nla_engine.engine.heads import EngineHeads, known_heads
 from nla_engine.engine.injection import Injector
 from nla_engine.engine.latent import EngineLatent
+from nla_engine.engine.lone import lone_parts
 from nla_engine.engine.own_attention import implementation, take_attention
 from nla_engine.engine.ranks import Ranks
 from nla_engine.engine.rotation import rotates_on_host
@@ -87,7 +89,7 @@ class Runner:
         self._fused: list[Any] = []  # blocks whose forward is the engine's own
         self._mixers: list[Any] = []  # the same of what keeps states or compressed keys, within blocks
         self._own: list[Any] = []  # and of attention that computes its scores itself
-        self._lone: list[Any] = []  # and of norms in blocks that are not fused
+        self._lone: list[Any] = []  # and of parts of blocks that are not fused
         self._untempered: list[Any] = []  # attentions that leave the scale of their queries to the engine
         self._norm: Any = None  # the norm after the last block, if its forward is the engine's too
         self._hooks: list[Any] = []
@@ -125,8 +127,11 @@ class Runner:
                 block.forward = FusedBlock(block, self.ranks)
                 self._fused.append(block)
         if not self.reference:
-            for module in lone_norms(self.lm.blocks):
-                module.forward = FusedNorm(module)
+            parts = lone_parts(self.lm.blocks)
+            for module in known_heads(self.lm.blocks):
+                parts[module] = EngineHeads(module, check.asked(int(module.layer_idx)))
+            for module, part in parts.items():
+                module.forward = part
                 self._lone.append(module)
         norm: Any = getattr(self.lm.decoder, "norm", None)
         if self._fused and can_fuse_norm(norm):

@@ -110,6 +110,10 @@ class SelfCheck:
                     f"engine for {int(own.sum())}: this architecture is not supported"
                 )
 
+    def asked(self, layer: int) -> Shape:
+        """How transformers' own module of a layer asked to attend, once `note_shapes` has called it."""
+        return self._shapes[layer]
+
     @torch.inference_mode()
     def run(self, fp8: bool = False) -> None:
         """EngineError if a part of the engine attends differently, or is further off than rounding explains."""

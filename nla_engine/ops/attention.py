@@ -33,6 +33,7 @@ from nla_engine.ops.tile_sizes import (
     cut_for,
     head_width,
     part_for,
+    quick_step,
 )
 from nla_engine.ops.triton_module import tl, triton
 
@@ -244,8 +245,11 @@ def attend_triton(query: torch.Tensor, kv: KeyValues, tiles: Tiles, shape: Shape
         )
     places = tiles.longest - kv.prefix_size
     seen = min(places, shape.window or places)  # a window holds few places, wherever it is
-    part = part_for(seen, tokens * groups, kv.size, card) if len(tiles.token) == tokens else 0
-    cut = cut_for(size, itemsize, tiles.rows, card, part=part, rest=rest)
+    part, quick = 0, False
+    if len(tiles.token) == tokens:  # a decode step
+        part = part_for(seen, tokens * groups, kv.size, card)
+        quick = quick_step(size, seen, tokens * groups, card)
+    cut = cut_for(size, itemsize, tiles.rows, card, part=part, rest=rest, quick=quick)
     if tiles.rows > cut.rows:  # several programs share a tile
         part = 0
     if kv.size % cut.keys:

@@ -186,7 +186,7 @@ def rms_norm_quantised_triton(
 
 
 def gate_quantised_triton(both: torch.Tensor, activation: str) -> Quantised:
-    """`gate_quantised` as one launch, one program per row. The gate is computed twice, from cache the second time."""
+    """`gate_quantised` as one launch, one program per row, which keeps the row in registers until its scale is known."""
     rows, width = both.shape[0], both.shape[1] // 2
     out = _empty(rows, width, both.device)
     block = min(4096, triton.next_power_of_2(width))
@@ -197,7 +197,8 @@ def gate_quantised_triton(both: torch.Tensor, activation: str) -> Quantised:
         width,
         SILU=activation == "silu",
         BLOCK=block,
-        num_warps=max(block // 512, 1),
+        PIECES=triton.cdiv(width, block),
+        num_warps=max(block // 256, 1),
     )
     return out
 
@@ -265,19 +266,26 @@ def _gate_kernel(
     both,  # [T, 2 m], contiguous
     codes,  # e4m3 [T, m], contiguous
     scale,  # float32 [T]
-    width,
+    width,  # m, more than (PIECES - 1) BLOCK and at most PIECES BLOCK
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    size = 8.673617379884035e-19  # 2^-60, see _TINY
-    for start in range(0, width, BLOCK):
-        size = tl.maximum(
-            size, _size(gated(both, row, width, start + tl.arange(0, BLOCK), SILU).to(tl.float32))
-        )
+    channel = tl.arange(0, BLOCK)
+    pieces = ()
+    most = tl.full((BLOCK,), 8.673617379884035e-19, tl.float32)  # 2^-60, see _TINY
+    for i in tl.static_range(PIECES):
+        y = gated(both, row, width, i * BLOCK + channel, SILU, WHOLE=i < PIECES - 1).to(tl.float32)
+        most = tl.maximum(most, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
+        pieces = pieces + (y,)
+    size = _size(most)
     inverse = tl.div_rn(448.0, size)
-    for start in range(0, width, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
-        y = gated(both, row, width, channel, SILU).to(tl.float32)
-        tl.store(codes + row * width + channel, (y * inverse).to(tl.float8e4nv), mask=channel < width)
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK + channel
+        code = (pieces[i] * inverse).to(tl.float8e4nv)
+        if i < PIECES - 1:
+            tl.store(codes + row * width + at, code)
+        else:
+            tl.store(codes + row * width + at, code, mask=at < width)
     tl.store(scale + row, size * 0.002232142857142857)  # 1 / 448

@@ -58,14 +58,31 @@ def _gate_kernel(
 
 
 @triton.jit
-def gated(both, row, width, channel, SILU: tl.constexpr):
-    """The channels `channel` of a row of the result, rounded to the dtype of both [T, 2 m]; 0 past the width m."""
-    real = channel < width
-    g = tl.load(both + row * 2 * width + channel, mask=real, other=0.0).to(tl.float32)
-    u = tl.load(both + row * 2 * width + width + channel, mask=real, other=0.0).to(tl.float32)
-    if SILU:
-        act = g / (1.0 + tl.exp(tl.minimum(-g, 80.0)))  # above 80 the result is 0 either way
+def gated(both, row, width, channel, SILU: tl.constexpr, WHOLE: tl.constexpr = False):
+    """The channels `channel` of a row of the result, rounded to the dtype of both [T, 2 m]; 0 past the width m, where
+    no channel may be if WHOLE."""
+    at = both + row * 2 * width + channel
+    if WHOLE:
+        g, u = tl.load(at).to(tl.float32), tl.load(at + width).to(tl.float32)
     else:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        act = g / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))  # g (1 + tanh(inner)) / 2
-    return (act * u).to(both.dtype.element_ty)
+        real = channel < width
+        g = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        u = tl.load(at + width, mask=real, other=0.0).to(tl.float32)
+    return (activated(g, SILU) * u).to(both.dtype.element_ty)
+
+
+@triton.jit
+def activated(g, SILU: tl.constexpr):
+    """silu(g), or gelu(g) as tanh approximates it; g: float32."""
+    if SILU:
+        act = over_one_and(g, g * -1.4426950408889634)  # log2(e)
+    else:  # g (1 + tanh(z)) / 2 = g / (1 + exp(-2 z)), z = sqrt(2 / pi) (g + 0.044715 g^3)
+        act = over_one_and(g, (g + 0.044715 * g * g * g) * -2.302208198144325)
+    return act
+
+
+@triton.jit
+def over_one_and(g, e):
+    """g / (1 + 2^e), as g r r with r = 1 / sqrt(1 + 2^e): a quotient or a natural exponential takes more instructions."""
+    root = tl.rsqrt(1.0 + tl.exp2(e))  # 0 where 2^e overflows, and so is the result
+    return g * root * root

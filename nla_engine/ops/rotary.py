@@ -38,8 +38,8 @@ def rotate_and_store(
     place: torch.Tensor,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
-    """row [T, (H + 2 KV) h]; cos, sin [T, h]; keys, values [blocks, size, KV, h], table int32 [slots, columns] to write
-    at (slot, place) int64 [T].
+    """row [T, (H + 2 KV) h]; cos, sin [T, h], or [T, h / 2] if both halves are the same; keys, values [blocks, size,
+    KV, h], table int32 [slots, columns] to write at (slot, place) int64 [T].
 
     Returns rotated queries [T, H, h]. Triton where it runs, else the reference.
     """
@@ -74,7 +74,8 @@ def rotate_and_store_reference(
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     low, high = x.float().chunk(2, -1)
     turned = torch.cat([-high, low], -1)
-    return (x.float() * cos.float()[:, None] + turned * sin.float()[:, None]).to(x.dtype)
+    cos, sin = (each.repeat(1, x.shape[-1] // each.shape[-1]).float()[:, None] for each in (cos, sin))
+    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 def rotate_and_store_triton(
@@ -105,7 +106,7 @@ def rotate_and_store_triton(
         row if norm is None else norm.query,
         row if norm is None else norm.key,
         row.stride(0),
-        cos.stride(-2),
+        *cos.stride()[-2:],
         table.stride(0),
         keys.stride(0),
         keys.stride(1),
@@ -114,6 +115,7 @@ def rotate_and_store_triton(
         0.0 if norm is None else norm.offset,
         GROUP=heads // groups,
         HALF=size // 2,
+        HIGH=cos.shape[-1] - size // 2,
         BLOCK_G=triton.next_power_of_2(heads // groups + 1),
         BLOCK_H=triton.next_power_of_2(size // 2),
         NORM=norm is not None,
@@ -126,8 +128,8 @@ def rotate_and_store_triton(
 @triton.jit
 def _rotate_kernel(
     row,  # [T, (H + 2 KV) h]
-    cos,  # [T, h]
-    sin,  # [T, h], strides of cos
+    cos,  # [T, HIGH + HALF]
+    sin,  # strides of cos
     q,  # [T, H, h], contiguous
     keys,  # [blocks, BLOCK, KV, h]
     values,  # [blocks, BLOCK, KV, h], strides of keys
@@ -138,6 +140,7 @@ def _rotate_kernel(
     key_weight,  # [h]; not read unless NORM
     row_token,
     cos_token,
+    cos_channel,
     table_slot,
     kv_block,
     kv_place,
@@ -146,6 +149,7 @@ def _rotate_kernel(
     offset,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
+    HIGH: tl.constexpr,  # where the angles of the second half begin
     BLOCK_G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORM: tl.constexpr,
@@ -177,11 +181,12 @@ def _rotate_kernel(
         high = high * scale * tl.where(is_key[:, None], k_high[None], q_high[None])
         low = low.to(row.dtype.element_ty).to(tl.float32)  # the reference rounds after the norm
         high = high.to(row.dtype.element_ty).to(tl.float32)
-    angle = token * cos_token + channel
+    angle = token * cos_token + channel * cos_channel
+    above = HIGH * cos_channel
     cos_low = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[None]
-    cos_high = tl.load(cos + angle + HALF, mask=inside, other=0.0).to(tl.float32)[None]
+    cos_high = tl.load(cos + angle + above, mask=inside, other=0.0).to(tl.float32)[None]
     sin_low = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[None]
-    sin_high = tl.load(sin + angle + HALF, mask=inside, other=0.0).to(tl.float32)[None]
+    sin_high = tl.load(sin + angle + above, mask=inside, other=0.0).to(tl.float32)[None]
     new_low = (low * cos_low - high * sin_low).to(row.dtype.element_ty)
     new_high = (high * cos_high + low * sin_high).to(row.dtype.element_ty)
 

@@ -17,6 +17,9 @@ LONG_PART, DIVIDED_FROM = 1024, 4096
 #: Fewest places of a part. If there are few sequences, parts are as small as it takes to give every multiprocessor this
 #: many programs.
 LEAST_PART, PROGRAMS = 128, 1
+#: Decode steps over heads of up to so many channels take four warps per program if a multiprocessor has few programs,
+#: or not many and a lane may have so many places that one has far more than most: it would hold up the step.
+_NARROW, _FEW, _MANY, _UNEVEN_FROM = 64, 5, 24, 384
 _INTERPRETED = Card(0, "Triton's interpreter", HOPPER, 1024 * SHARED_KIB[HOPPER])
 
 
@@ -40,15 +43,17 @@ class Cut:
 
 
 @functools.cache
-def cut_for(size: int, itemsize: int, rows: int, card: Card, part: int = 0, rest: int = 0) -> Cut:
+def cut_for(
+    size: int, itemsize: int, rows: int, card: Card, part: int = 0, rest: int = 0, quick: bool = False
+) -> Cut:
     """The cut for `rows` query rows of heads of `size` channels: the fastest known, reduced until it fits the card.
 
     Its rows are `rows` divided by a power of two. part: places that a program reads of a sequence that has several
     programs; 0: it has one. rest: channels of queries and keys behind those of the values, which are a part of the
-    keys; 0: none. ValueError if nothing fits.
+    keys; 0: none. quick: as `quick_step` says it. ValueError if nothing fits.
     """
     small = size <= 128 and itemsize < 4
-    if small and rows == 16 and not part:
+    if small and rows == 16 and not (part or quick):
         cut = Cut(rows, 32, 1, 2)  # a decode step only streams keys and values: many programs at once
     elif rest:  # rows of sums are wide, so a warp holds few
         while rows > 64:
@@ -66,6 +71,15 @@ def cut_for(size: int, itemsize: int, rows: int, card: Card, part: int = 0, rest
         else:
             raise ValueError(f"heads of {size} channels do not fit the shared memory of {card}")
     return cut
+
+
+def quick_step(size: int, places: int, programs: int, card: Card) -> bool:
+    """Whether each program of a decode step should be quick, rather than all of them read the most at once.
+
+    size: channels of a head; places: that a sequence may have; programs: one for each lane and key/value head
+    """
+    most = _MANY if places > _UNEVEN_FROM else _FEW
+    return size <= _NARROW and programs <= most * card.processors
 
 
 def part_for(places: int, programs: int, block: int, card: Card) -> int:

@@ -1,6 +1,6 @@
 """Decoder blocks of a model that is patched, in few launches: `engine.fused`, with the attention of `lanes`.
 
-As in the engine, blocks and norms whose arithmetic is known are replaced, and others are left to transformers.
+As in the engine, blocks and parts of blocks whose arithmetic is known are replaced, and others left to transformers.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from nla_engine.engine.families import can_fuse, can_fuse_norm, lone_norms
+from nla_engine.engine.families import can_fuse, can_fuse_norm
 from nla_engine.engine.fused import FusedBlock, FusedNorm
+from nla_engine.engine.lone import lone_parts
 from nla_engine.engine.slots import kv_shape
 from nla_engine.models.load import LanguageModel
 from nla_engine.ops.rotary import rotate_and_store
@@ -50,8 +51,6 @@ class PatchedBlock(FusedBlock):
 def known_parts(lm: LanguageModel) -> dict[Any, Any]:
     """What may take the place of the forward of a model's modules, by module."""
     blocks = {block: PatchedBlock(block) for block in lm.blocks if can_fuse(block)}
-    norms = lone_norms(lm.blocks)
     last: Any = getattr(lm.decoder, "norm", None)
-    if blocks and can_fuse_norm(last):
-        norms.append(last)
-    return blocks | {norm: FusedNorm(norm) for norm in norms}
+    norm = {last: FusedNorm(last)} if blocks and can_fuse_norm(last) else {}
+    return blocks | lone_parts(lm.blocks) | norm

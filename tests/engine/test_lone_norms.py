@@ -13,6 +13,7 @@ from nla_engine.engine.fused import FusedNorm
 FAMILIES = [
     *("GptOssConfig", "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "Gemma4TextConfig"),
     *("Gemma4UnifiedTextConfig", "Llama4TextConfig", "DeepseekV2Config", "DeepseekV3Config"),
+    *("MixtralConfig", "OlmoeConfig", "Qwen2MoeConfig", "Qwen3MoeConfig"),
     *("Glm4MoeLiteConfig", "YoutuConfig", "AXK1Config", "MiniCPM3Config", "LongcatFlashConfig"),
 ]
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from commands import shell
 from safetensors.torch import load_file, save_file
+from stand_in_gpu import StandIn
 from tiny import save_ar, save_av, save_model, write_prompts
 
 from nla_engine.capture.estimate import estimate_capture
@@ -236,13 +237,13 @@ def test_sums_in_memory_of_their_own(
         assert torch.equal(first, kept)
 
 
-def test_interpreted_kernels_sum_in_memory_that_processes_share(tmp_path: Path) -> None:
+def test_kernels_sum_in_memory_that_processes_share(stand_in: StandIn, tmp_path: Path) -> None:
     """What GPUs do that write each other's memory, against plain transformers."""
     for architecture in ("gemma3_text", "llama"):
         save_model(tmp_path / architecture, architecture)
     tests = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, str(tests / "shared_peers.py"), str(tmp_path), "2"],
+        [sys.executable, str(tests / "shared_peers.py"), str(tmp_path), "2", str(stand_in.path)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)},
         capture_output=True,
         text=True,

@@ -41,6 +41,7 @@ def test_gated_rms_norm(rng, dtype, rows: int, d: int) -> None:
 
 
 @runs_kernels
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # where the gate is 0
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 77), (2, 5000)])
@@ -55,11 +56,15 @@ def test_gate(rng, dtype, activation: str, rows: int, width: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 32), (7, 1, 64), (28, 4, 128), (6, 2, 24)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotate_and_store(rng, dtype, heads: int, groups: int, size: int, normed: bool) -> None:
+@pytest.mark.parametrize("halved", [False, True])
+def test_rotate_and_store(rng, dtype, heads: int, groups: int, size: int, normed: bool, halved: bool) -> None:
     tokens, slots, block = 6, 4, 3
     row = randn(rng, tokens, (heads + 2 * groups) * size, dtype=dtype)
     angle = randn(rng, tokens, size // 2).repeat(1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    whole = cos, sin
+    if halved:  # as gpt-oss gives them: one half, whose tokens may be neighbours in memory
+        cos, sin = (each[:, : size // 2].T.contiguous().T for each in whole)
     slot = torch.tensor([0, 0, 2, 3, 1, 2], device=DEVICE)
     place = torch.tensor([0, 1, 8, 4, 0, 3], device=DEVICE)
     table = torch.from_numpy(rng.permutation(3 * slots).astype(np.int32).reshape(slots, 3)).to(DEVICE)
@@ -67,12 +72,16 @@ def test_rotate_and_store(rng, dtype, heads: int, groups: int, size: int, normed
     if normed:
         head_norm = rotary.HeadNorm(randn(rng, size, dtype=dtype), randn(rng, size, dtype=dtype), 1e-6, 1.0)
     outcomes = []
-    for run in (rotary.rotate_and_store_triton, rotary.rotate_and_store_reference):
+    for run, angles in (
+        (rotary.rotate_and_store_triton, (cos, sin)),
+        (rotary.rotate_and_store_reference, (cos, sin)),
+        (rotary.rotate_and_store_reference, whole),
+    ):
         caches = [
             torch.full((3 * slots, block, groups, size), float("nan"), dtype=dtype, device=DEVICE)
             for _ in range(2)
         ]
-        q = run(row, cos, sin, *caches, table, slot, place, head_norm)
+        q = run(row, *angles, *caches, table, slot, place, head_norm)
         caches = [cache[table.long()].flatten(1, 2) for cache in caches]
         written = caches[0].isfinite().all(-1).all(-1)
         assert (
@@ -82,7 +91,8 @@ def test_rotate_and_store(rng, dtype, heads: int, groups: int, size: int, normed
         assert (caches[0].isfinite() == caches[1].isfinite()).all() and int(written.sum()) == tokens
         outcomes.append((q, caches[0][slot, place], caches[1][slot, place]))
     limit = 1e-5 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 3e-3
-    for actual, reference in zip(*outcomes, strict=True):
+    for actual, reference, other in zip(*outcomes, strict=True):
+        assert torch.equal(reference, other)
         assert (actual.float() - reference.float()).norm() <= limit * reference.float().norm()
 
 

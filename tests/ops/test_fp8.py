@@ -108,7 +108,7 @@ def test_rms_norm_quantised(rng, dtype: torch.dtype, rows: int, d: int, offset: 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (13, 77), (2, 5000)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (13, 77), (3, 4096), (2, 5000), (2, 18_944)])
 def test_gate_quantised(rng, dtype: torch.dtype, activation: str, rows: int, width: int) -> None:
     both = randn(rng, rows, 2 * width, dtype=dtype) * 3
     if activation == "gelu":
@@ -117,6 +117,31 @@ def test_gate_quantised(rng, dtype: torch.dtype, activation: str, rows: int, wid
     nearly(fast, slow, dtype)
     parts = fp8.quantise_reference(gate_reference(both, activation))
     assert torch.equal(bits(slow), bits(parts))
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_gate_that_is_not_finite_stays_so(rng, activation: str) -> None:
+    """In the first piece of a row, in the last one, as gate and as what it multiplies."""
+    width = 5000
+    both = randn(rng, 5, 2 * width)
+    both[0, 3], both[1, width - 1], both[2, width + 7] = float("nan"), float("inf"), float("nan")
+    both[3, -1] = float("-inf")
+    for run in (fp8.gate_quantised_triton, fp8.gate_quantised_reference):
+        scale = run(both, activation).scale
+        assert torch.isinf(scale[:4]).all() and torch.isfinite(scale[4]).all()
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_a_gate_far_from_zero(rng) -> None:
+    """Where the exponential overflows, and where it vanishes: act(g) is 0, or g. Against float64."""
+    g = torch.tensor([-1e37, -1e4, -100.0, -88.0, -20.0, 20.0, 88.0, 1e4], device=DEVICE).repeat(1, 2)
+    both = torch.cat([g, torch.ones_like(g)], -1)
+    got = values(fp8.gate_quantised_triton(both, "silu"))
+    wide = g.double()
+    assert torch.allclose(got, wide * torch.sigmoid(wide), rtol=2**-4, atol=1e4 * 2**-9 / 448)
 
 
 def test_codes_are_the_nearest_e4m3_values(rng) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA encoder and decoder on a CPU: their own sources, with a GPU's threads played by coroutines.
+"""Kernels of csrc on a CPU: their own sources, with a GPU's threads played by coroutines.
 
 It shows what a kernel computes and whether its threads wait for one another as they must, not how fast it is.
 """
@@ -15,7 +15,7 @@ import pytest
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parent.parent / "csrc"
-_KERNELS = ("encode.cu", "encode_fast.cu", "decode.cu")
+_KERNELS = ("encode.cu", "encode_fast.cu", "decode.cu", "peer_sum.cu")
 _KINDS = {"bf16": 0, "int8": 1, "int4": 2}
 _FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 #: What a C++ compiler cannot read of CUDA, and how it is said to it.
@@ -35,7 +35,7 @@ def build(directory: Path) -> Path:
                 text = re.sub(pattern, said, text)
         (directory / path.with_suffix(".cpp" if path.suffix == ".cu" else path.suffix).name).write_text(text)
     for path in _HERE.iterdir():
-        if path.suffix != ".py" and path.is_file():  # mma.cuh takes the place of csrc's
+        if path.suffix != ".py" and path.is_file():  # mma.cuh and signals.cuh take the place of csrc's
             (directory / path.name).write_text(path.read_text())
     library = directory / "stand_in_gpu.so"
     # Fortified jumps refuse to leave a stack for another.
@@ -66,11 +66,13 @@ def build(directory: Path) -> Path:
 
 
 class StandIn:
-    """Has `encode_rows` and `decode_rows` as the extension has them; pointers are the CPU's."""
+    """Has `encode_rows`, `decode_rows` and `peer_sum` as the extension has them; pointers are the CPU's."""
 
     def __init__(self, library: Path) -> None:
+        self.path = library
         self._library = ctypes.CDLL(str(library))
-        self._library.encode.restype = self._library.decode.restype = ctypes.c_char_p
+        for each in (self._library.encode, self._library.decode, self._library.peer_sum):
+            each.restype = ctypes.c_char_p
 
     def start(self, seed: int, multiprocessors: int) -> None:
         """From here on: threads go on in this order, on so many multiprocessors."""
@@ -104,6 +106,22 @@ class StandIn:
             )
         )
 
+    def peer_sum(self, device: int, stream: int, **given: Any) -> None:
+        size, pointer, memory = ctypes.c_int64, ctypes.c_void_p, given["memory"]
+        _raise(
+            self._library.peer_sum(
+                given["programs"],
+                (pointer * len(memory))(*memory),
+                given["rank"],
+                len(memory),
+                *(size(given[name]) for name in ("part", "sum")),
+                pointer(given["x"]),
+                size(given["size"]),
+                _FLOATS[given["dtype"]],
+                *(pointer(given[name]) for name in ("turn", "stop")),
+            )
+        )
+
 
 def _shape(given: dict[str, Any]) -> tuple[int, ...]:
     return _KINDS[given["codec"]], given["d"], given["block"], given["group"]
@@ -112,6 +130,14 @@ def _shape(given: dict[str, Any]) -> tuple[int, ...]:
 def _raise(error: bytes | None) -> None:
     if error is not None:
         raise RuntimeError(error.decode())
+
+
+def install_sums(stand_in: StandIn, seed: int, patch: pytest.MonkeyPatch) -> None:
+    """Let `ops.peer_sum` take the stand-in for the extension: ranks are processes, and wait for one another."""
+    from nla_engine.ops import peer_sum
+
+    stand_in.start(seed, 1)
+    patch.setattr(peer_sum, "_launch", lambda device, **given: stand_in.peer_sum(0, 0, **given))
 
 
 def install(stand_in: StandIn, multiprocessors: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -1,4 +1,4 @@
-// As much of CUDA as the encoder and the decoder say, for a C++ compiler: what a thread asks of its warp, its CTA and the
+// As much of CUDA as the encoder, the decoder and the sum over ranks say, for a C++ compiler: what a thread asks of its warp, its CTA and the
 // copy engine is answered by gpu.cpp, which runs the threads one at a time in an order of its own.
 // Shared variables are static (one CTA runs at a time, and finds what the one before it left), see __init__.py.
 #pragma once
@@ -13,6 +13,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __grid_constant__
 #define __host__
 #define __launch_bounds__(...)
 
@@ -27,6 +28,7 @@ extern Dim threadIdx, blockIdx, blockDim, gridDim;
 
 void meet_warp(void* mine, const std::function<void(void** all)>& exchange);  // runs once, when all 32 are there
 void meet_cta();
+void give_way();  // lets other threads of the CTA go on
 void* shared_memory();
 void launch_on_host(const std::function<void()>& kernel, int grid, int threads, size_t shared, void* stream);
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes);
@@ -113,13 +115,11 @@ inline float __half2float(__half value) { return value; }
 inline __half __float2half_rn(float value) { return {to_half(value)}; }
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float2 __half22float2(__half2 two) { return {two.x, two.y}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {  // NaN aside
-    const auto narrow = [](float value) {
-        const uint32_t bits = __float_as_uint(value);
-        return __nv_bfloat16{static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
-    };
-    return {narrow(x), narrow(y)};
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {  // NaN aside
+    const uint32_t bits = __float_as_uint(value);
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
 }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
 // ---- the runtime: one device, of so many multiprocessors that hold one CTA each ----
 

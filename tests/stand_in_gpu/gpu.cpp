@@ -11,6 +11,7 @@
 
 #include "cuda_runtime.h"
 #include "encode.hpp"
+#include "peer_sum.hpp"
 
 Dim threadIdx, blockIdx, blockDim, gridDim;
 int multiprocessors;
@@ -116,6 +117,8 @@ void meet_cta() {
     go_on_later();
 }
 
+void give_way() { go_on_later(); }
+
 void* shared_memory() { return shared.data(); }
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
@@ -185,6 +188,15 @@ const char* decode(int kind, int d, int block, int group, const void* codes, con
     return told([&] {
         nla::decode_rows(0, 0, {shape(kind, d, block, group), 0.0f, 0.0f, codes, scales, norm, rows, out,
                                 static_cast<nla::FloatKind>(output)});
+    });
+}
+
+const char* peer_sum(int programs, uint8_t* const* memory, int rank, int ranks, int64_t part, int64_t sum, const void* x,
+                     int64_t size, int kind, uint32_t* turn, const uint32_t* stop) {
+    return told([&] {
+        nla::PeerSumArgs args{{}, rank, ranks, part, sum, x, size, static_cast<nla::FloatKind>(kind), turn, stop};
+        std::copy(memory, memory + std::min(ranks, nla::kMostRanks), args.memory);
+        nla::peer_sum(0, 0, programs, args);
     });
 }
 

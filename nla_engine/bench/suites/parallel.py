@@ -31,7 +31,7 @@ Case = Callable[[int, dict[str, Any]], float]
 
 
 def run(session: Session) -> None:
-    """One process, two, and all. On a machine with one GPU there is nothing to compare."""
+    """One process, and all. On a machine with one GPU there is nothing to compare."""
     if not counts(session, "parallel"):
         return
     sizes, layer = session.sizes, session.layer
@@ -56,14 +56,14 @@ def run(session: Session) -> None:
 
 
 def counts(session: Session, suite: str) -> list[int]:
-    """How many processes are compared: one, two, and as many as there are GPUs, or as --gpus says. None of fewer than
-    two, which is noted."""
+    """How many processes are compared: one, and as many as there are GPUs, or as --gpus says. None of fewer than two,
+    which is noted."""
     on_gpu = session.device.type == "cuda"
     most = (session.settings.gpus or torch.cuda.device_count()) if on_gpu else 2
     if most < 2:
         session.skipped.append(f"{suite}: needs two GPUs")
         return []
-    return sorted({1, 2, most})
+    return [1, most]
 
 
 def measure_each(session: Session, suite: str, case: str, unit: str, once: Case) -> None:
