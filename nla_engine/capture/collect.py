@@ -1,18 +1,16 @@
-"""Rows of sequences that have ended: those still on the device are fetched together, and join those on the host.
+"""Rows of sequences that have ended, once all of them have come to the host.
 
 Knows where each row is, not which rows are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nla_engine.capture.outbox import Outbox
-from nla_engine.capture.spill import HeldRows, HostRows
-from nla_engine.capture.staging import UNWRITTEN, Staging
+from nla_engine.capture.spill import HeldRows, HostRows, RowKeeper
 from nla_engine.codec.rows import Codec, exact_rows
 from nla_engine.engine.tap import Collected
 from nla_engine.errors import EngineError
@@ -39,108 +37,90 @@ class StagedSequence:
     held: HeldRows | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ending:
-    """An ended sequence. position: of the rows to collect, int64 [n]; held: which of those on the host are among them,
-    int64 [k]; place: of the others, which are on the device, int64 [n - k]."""
+    """An ended sequence, and what the host holds of it. position: of the rows to collect, int64 [n]; index: which of
+    those held they are, int64 [n]."""
 
     sequence: StagedSequence
+    held: HeldRows
     position: np.ndarray
-    held: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
 
-    def only(self, kept: np.ndarray) -> Ending:
-        """Those of its rows that a mask keeps, bool [n]."""
-        k = len(self.held)
-        return Ending(self.sequence, self.position[kept], self.held[kept[:k]], self.place[kept[k:]])
+
+class RowsBySite(Mapping[Site, LayerRows]):
+    """Rows of one sequence by site: views of arrays that hold all sites. When it is pickled, these few arrays are.
+
+    exact: by site, which rows are also kept exactly, and their bits, as `LayerRows` has them
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], rows: HostRows, exact: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        self._number = {site: i for i, site in enumerate(sites)}
+        self._rows, self._exact = rows, exact
+
+    def __getitem__(self, site: Site) -> LayerRows:
+        i, rows = self._number[site], self._rows
+        return LayerRows(rows.codes[:, i], rows.scales[:, i], rows.norm[:, i], *self._exact[i])
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._number)
+
+    def __len__(self) -> int:
+        return len(self._number)
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects rows from `staging`, and from the keeper behind `outbox`.
+    """Collects rows of L layers from `keeper`, in the thread that uses it.
 
     sink_norm: by layer; skip_sinks: leave out the sinks of any layer, but not rows that are not finite
     """
 
     codec: Codec
-    staging: Staging
-    outbox: Outbox
+    layers: tuple[Site, ...]
+    keeper: RowKeeper
     sink_norm: Mapping[Site, float]
     skip_sinks: bool
 
-    @property
-    def layers(self) -> tuple[Site, ...]:
-        return self.staging.layers
+    def collect(self, endings: Sequence[Ending]) -> Collected:
+        """Of each sequence its positions, and their rows by layer. Called once all of them have arrived."""
+        return [self._collect(ending) for ending in endings]
 
-    def collect(self, endings: Sequence[Ending]) -> Callable[[], Collected]:
-        """Of each sequence its positions, and their rows by layer, which the function returned waits for: they are put
-        together by the outbox's thread. EngineError if a row was never written.
-        """
-        index = self.staging.by_layer(np.concatenate([ending.place for ending in endings]))
-        sent = []
-        for ending in endings:
-            each = ending.sequence
-            sent.append((each.held, each.sent))
-            each.held, each.sent, each.in_pass = None, 0, (0, 0, 0)
-        rows = self.staging.rows(index.ravel())
-        return self.outbox.fetch(rows, lambda arrays: self._put_together(endings, sent, arrays)).result
-
-    def _put_together(
-        self,
-        endings: Sequence[Ending],
-        sent: Sequence[tuple[HeldRows | None, int]],
-        arrays: Sequence[np.ndarray],
-    ) -> Collected:
-        """sent: of each sequence what the keeper holds, and how many rows that is; arrays: the rows that were on the
-        device, of all sequences, layer by layer."""
-        shape = (len(self.layers), sum(len(ending.place) for ending in endings))
-        codes, scales, norms = (array.reshape(*shape, *array.shape[1:]) for array in arrays)
-        for layer, missing in zip(self.layers, (norms == UNWRITTEN).sum(1).tolist(), strict=True):
-            if missing:
-                raise EngineError(f"{layer.label}: {missing} rows of sequences that ended were never written")
-        collected, start = [], 0
-        for whole, (held, count) in zip(endings, sent, strict=True):
-            ending, end = whole, start + len(whole.place)
-            rows = HostRows(codes[:, start:end], scales[:, start:end], norms[:, start:end])
-            if self.skip_sinks:
-                norm = rows.norm
-                if held is not None:
-                    norm = np.concatenate([self.outbox.keeper.norms(held)[:, ending.held], norm], axis=1)
-                kept = ~self._sinks(norm)
-                rows = rows.chosen(np.flatnonzero(kept[len(ending.held) :]))
-                ending = ending.only(kept)
-            if held is not None:
-                index = ending.held if len(ending.held) < count else None
-                rows = self.outbox.keeper.take(held, index, rows)
-            layers = {layer: self._layer_rows(i, ending, rows) for i, layer in enumerate(self.layers)}
-            collected.append((ending.position, layers))
-            start = end
-        return collected
+    def _collect(self, ending: Ending) -> tuple[np.ndarray, RowsBySite]:
+        held, position, index = ending.held, ending.position, ending.index
+        if self.skip_sinks:
+            kept = ~self._sinks(self.keeper.norms(held)[index])
+            position, index = position[kept], index[kept]
+        rows = self.keeper.take(held, index if len(index) < held.size else None)
+        if rows.size != len(position):
+            raise EngineError(
+                f"request {ending.sequence.id}: {rows.size} rows came for {len(position)} positions"
+            )
+        exact = [self._exact(i, ending.sequence, position, rows.norm[:, i]) for i in range(len(self.layers))]
+        return position, RowsBySite(self.layers, rows, exact)
 
     def _sinks(self, norms: np.ndarray) -> np.ndarray:
-        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [L, n]."""
-        limit = np.array([self.sink_norm[layer] for layer in self.layers])[:, None]
-        sinks: np.ndarray = (norms > limit).any(0) & np.isfinite(norms).all(0)
+        """bool [n]: the rows that are sinks in some layer, and finite in all. norms: float32 [n, L]."""
+        limit = np.array([self.sink_norm[layer] for layer in self.layers])
+        sinks: np.ndarray = (norms > limit).any(1) & np.isfinite(norms).all(1)
         return sinks
 
-    def _layer_rows(self, number: int, ending: Ending, rows: HostRows) -> LayerRows:
-        """The rows of a layer, with those kept exactly. EngineError if one of these was not fetched."""
-        layer, norm = self.layers[number], rows.norm[number]
-        if len(norm) != len(ending.position):
-            raise EngineError(f"{layer.label}: {len(norm)} rows came for {len(ending.position)} positions")
-        exact = np.zeros(0, np.int64)
+    def _exact(
+        self, number: int, each: StagedSequence, position: np.ndarray, norm: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows of a layer are kept exactly, int64 [m], and their bfloat16 bits, uint16 [m, d]. EngineError if one
+        of these was not fetched."""
+        layer, none = self.layers[number], np.zeros((0, self.codec.d_model), np.uint16)
+        index = np.zeros(0, np.int64)
         if self.codec.name != "bf16":
-            exact = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
-        bits = self._exact_bits(layer, ending.sequence, ending.position[exact])
-        return LayerRows(rows.codes[number], rows.scales[number], norm, exact, bits)
-
-    def _exact_bits(self, layer: Site, each: StagedSequence, wanted: np.ndarray) -> np.ndarray:
-        """bfloat16 bits, uint16 [m, d], of a sequence's rows at the positions `wanted` [m]."""
-        none = np.zeros((0, self.codec.d_model), np.uint16)
-        if not len(wanted):
-            return none
-        position, rows = each.exact.get(layer, (np.zeros(0, np.int64), none))
-        order = {row: place for place, row in enumerate(position.tolist())}  # the last of equal ones
-        if any(row not in order for row in wanted.tolist()):
+            index = np.flatnonzero(exact_rows(norm, self.sink_norm[layer]))
+        if not len(index):
+            return index, none
+        fetched, rows = each.exact.get(layer, (np.zeros(0, np.int64), none))
+        order = {row: place for place, row in enumerate(fetched.tolist())}  # the last of equal ones
+        wanted = position[index].tolist()
+        if any(row not in order for row in wanted):
             raise EngineError(f"{layer.label}: a row that must be kept exactly is missing")
-        return rows[[order[row] for row in wanted.tolist()]]
+        return index, rows[[order[row] for row in wanted]]

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nla_engine.capture.appender import fetched_bytes
 from nla_engine.capture.next_token import following_of
 from nla_engine.capture.plan import CapturePlan
 from nla_engine.capture.row_range import RowRange
-from nla_engine.capture.spill import RUNNING_PART, RowKeeper
+from nla_engine.capture.spill import RowKeeper
 from nla_engine.capture.tap import Choose, RowTap
 from nla_engine.codec.rows import Codec
 from nla_engine.config import CaptureOptions
@@ -94,7 +93,6 @@ class Setup:
             choose=self.choose,
             skip_sinks=options.skip_sinks,
             reference=kernels.reference,
-            fetched=fetched_bytes(self.host_bytes * (1 - RUNNING_PART)),
             keeper=RowKeeper.beside(place(options.target), self.codec, len(self.sites), self.host_bytes),
         )
         return open_generator(

@@ -1,7 +1,7 @@
-"""Rows of running sequences on the host: in memory up to a limit, beyond it in files that have no name.
+"""Rows of sequences on the host until their sequences end: in memory up to a limit, beyond it in files without a name.
 
 A file without a name is gone when it is closed or its process ends, however that happens, so no later run can find one.
-Knows nothing of devices, and is used by one thread at a time.
+Knows nothing of devices, and is used by one thread at a time, whose copies several threads make.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import mmap
 import os
 import resource
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,29 @@ from nla_engine.store.objects import Place
 
 #: The part of the host memory of a run that is for running sequences. The rest is for those that have ended.
 RUNNING_PART = 1 / 4
-#: Most buffers of one system call.
-_MOST_BUFFERS = 512
-#: Bytes that are moved at once inside a file.
-_COMPACTED_BYTES = 1 << 22
+#: Threads that copy, and most bytes of one copy. One alone is slow where memory is written for the first time, because
+#: the system has to find and clear each page.
+_COPIERS, _COPIED_BYTES = 4, 1 << 20
+
+#: A copy that a thread is to make.
+_Job = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class HostRows:
-    """n rows of L layers. codes [L, n, ...] in the codec's dtype, scales float16 [L, n, ...], norm float32 [L, n]."""
+    """n rows of L layers, each row's layers side by side.
+
+    codes [n, L, ...] in the codec's dtype, scales float16 [n, L, ...], norm float32 [n, L]
+    """
 
     codes: np.ndarray
     scales: np.ndarray
     norm: np.ndarray
+
+    @classmethod
+    def empty(cls, codec: Codec, layers: int, size: int) -> HostRows:
+        """Room for so many rows. What is never written takes no memory."""
+        return cls(*(np.empty(shape, dtype) for shape, dtype in _shapes(codec, layers, size)))
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -44,38 +57,61 @@ class HostRows:
 
     @property
     def size(self) -> int:
-        return self.norm.shape[1]
+        return len(self.norm)
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
-    def copy(self) -> HostRows:
-        return HostRows(*(array.copy() for array in self.arrays))
+    def part(self, start: int, stop: int) -> HostRows:
+        """Views of the rows [start, stop)."""
+        return HostRows(*(array[start:stop] for array in self.arrays))
 
     def chosen(self, index: np.ndarray) -> HostRows:
         """Copies of the rows at index, int64 [k]."""
-        return HostRows(*(array[:, index] for array in self.arrays))
+        return HostRows(*(array[index] for array in self.arrays))
 
-    @staticmethod
-    def joined(parts: Sequence[HostRows]) -> HostRows:
-        """The rows of all parts, in their order. Copies unless there is one part."""
-        if len(parts) == 1:
-            return parts[0]
-        return HostRows(
-            *(np.concatenate(each, axis=1) for each in zip(*(p.arrays for p in parts), strict=True))
-        )
+    def copy_to(self, other: HostRows) -> None:
+        """Copy the rows to others, without the interpreter's lock."""
+        for mine, its in zip(self.arrays, other.arrays, strict=True):
+            np.copyto(its, mine)
+
+
+def _shapes(codec: Codec, layers: int, size: int) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of codes, scales and norms."""
+    return [
+        ((size, layers, codec.code_width), np.dtype(codec.code_dtype)),
+        ((size, layers, codec.scale_width), np.dtype(np.float16)),
+        ((size, layers), np.dtype(np.float32)),
+    ]
 
 
 @dataclass(eq=False)
 class HeldRows:
-    """The rows of one sequence that have left the device, of at most `most`: first those in `file`, then `parts`."""
+    """The rows of one sequence that have left the device, `size` of at most `most`, all in memory or all in a file.
+
+    ended: they no longer count as those of a running sequence
+    """
 
     most: int
     size: int = 0
-    nbytes: int = 0  # in memory
-    parts: list[HostRows] = field(default_factory=list)
+    ended: bool = False
+    memory: HostRows | None = None
     file: RowFile | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether they are in the memory of running sequences."""
+        return self.file is None and not self.ended
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`size` rows of a sequence, number `start` and those after it."""
+
+    held: HeldRows
+    start: int
+    size: int
 
 
 class RowKeeper:
@@ -90,8 +126,10 @@ class RowKeeper:
     ) -> None:
         self.codec, self._layers = codec, layers
         self._limit, self._directory = limit, directory
+        self._row_bytes = layers * codec.row_bytes
         self._held: set[HeldRows] = set()
         self._bytes = self.peak = self.spilled = 0
+        self._copiers = _new_copiers()
 
     @classmethod
     def beside(cls, store: Place, codec: Codec, layers: int, host_bytes: float) -> RowKeeper:
@@ -102,89 +140,145 @@ class RowKeeper:
         beside = Path(os.path.realpath(store)).parent if isinstance(store, Path) else None
         return cls(codec, layers, host_bytes * RUNNING_PART, beside)
 
-    def add(self, held: HeldRows, start: int, rows: HostRows) -> None:
-        """Copy the rows of a sequence from number `start` on. EngineError if others should have come before.
+    def add(self, pieces: Sequence[Piece], rows: HostRows) -> None:
+        """Copy rows of some sequences, those of each piece after those of the piece before it.
 
-        WriteError if they must go to a file, and it cannot be written.
+        EngineError if others of its sequence should have come before. WriteError if they must go to a file, and it
+        cannot be written.
         """
-        if start != held.size or start + rows.size > held.most:
-            raise EngineError(f"row {start} of a sequence left the device when {held.size} had left")
-        held.size += rows.size
-        if rows.nbytes > self._limit:
-            self._spill(held)
-            self._write(held, [rows])
-            return
-        while self._bytes + rows.nbytes > self._limit:
-            self._spill(max(self._held, key=lambda each: each.nbytes))
-        held.parts.append(rows.copy())
-        held.nbytes += rows.nbytes
-        self._held.add(held)
-        self._bytes += rows.nbytes
+        self._make_room(pieces)
+        jobs: list[_Job] = []
+        begin = 0
+        for piece in pieces:
+            held, end = piece.held, begin + piece.size
+            if piece.start != held.size or held.size + piece.size > held.most:
+                raise EngineError(
+                    f"row {piece.start} of a sequence left the device when {held.size} had left"
+                )
+            jobs += self._copies(held, held.size, rows.part(begin, end))
+            held.size += piece.size
+            if held.counts:
+                self._bytes += piece.size * self._row_bytes
+            begin = end
         self.peak = max(self.peak, self._bytes)
+        self._do(jobs)
+
+    def end(self, sequences: Sequence[HeldRows]) -> None:
+        """These sequences have ended: what is in memory of them, or still comes, no longer counts."""
+        for held in sequences:
+            if held.counts:
+                self._bytes -= held.size * self._row_bytes
+            held.ended = True
 
     def norms(self, held: HeldRows) -> np.ndarray:
-        """float32 [L, size]: the norms of all rows held."""
-        norms = [part.norm for part in held.parts]
-        if held.file is not None:
-            norms.insert(0, held.file.rows().norm)
-        return np.concatenate(norms, axis=1)
+        """float32 [size, L]: the norms of all rows held."""
+        return self._rows(held).norm
 
-    def take(self, held: HeldRows, index: np.ndarray | None, tail: HostRows) -> HostRows:
-        """The rows at `index` (int64 [k], ascending; None: all) and then `tail`; the sequence is held no longer.
+    def take(self, held: HeldRows, index: np.ndarray | None) -> HostRows:
+        """The rows at `index` (int64 [k], ascending; None: all); the sequence is held no longer.
 
-        If any are in a file, all are: the arrays are views of it, read-only, and it is gone when they are.
+        Rows in a file come as read-only views of it, and it is gone when they are.
         """
         try:
+            if index is None:
+                return self._rows(held)
             if held.file is None:
-                if index is None:
-                    return HostRows.joined([*held.parts, tail])
-                return HostRows.joined([HostRows.joined(held.parts).chosen(index), tail])
-            self._spill(held)
-            if index is not None:
-                held.file.compact(index)
-            self._write(held, [tail])
-            return held.file.rows()
+                return self._rows(held).chosen(index)
+            held.file.compact(index)
+            return held.file.rows(len(index))
         finally:
             self.drop(held)
 
     def drop(self, held: HeldRows) -> None:
         """Forget a sequence."""
-        self._empty(held)
+        self.end([held])
         self._held.discard(held)
+        held.memory = None
         if held.file is not None:
             held.file.close()
         held.file = None
 
     def close(self) -> None:
         """Forget all sequences."""
+        self._copiers.shutdown()
+        self._copiers = _new_copiers()
         for held in list(self._held):
             self.drop(held)
 
+    def _rows(self, held: HeldRows) -> HostRows:
+        if held.file is not None:
+            return held.file.rows(held.size)
+        whole = held.memory or HostRows.empty(self.codec, self._layers, 0)
+        return whole.part(0, held.size)
+
+    def _make_room(self, pieces: Sequence[Piece]) -> None:
+        """Move the largest sequences to files until these pieces fit the memory, or those left go to files as well."""
+        coming: Counter[HeldRows] = Counter()
+        for piece in pieces:
+            coming[piece.held] += piece.size
+        self._held.update(coming)
+        for held, size in coming.items():  # its memory may have no room for the last rows
+            if held.ended and held.memory is not None and held.size + size > held.memory.size:
+                self._spill(held)
+        new = sum(size for held, size in coming.items() if held.counts)
+        while new and self._bytes + new * self._row_bytes > self._limit:
+            most = max(
+                (held for held in self._held if held.counts), key=lambda each: each.size + coming[each]
+            )
+            new -= coming[most]
+            self._spill(most)
+
     def _spill(self, held: HeldRows) -> None:
-        """Move what is in memory of a sequence to its file."""
-        if held.parts:
-            self._write(held, held.parts)
-            self._empty(held)
-
-    def _empty(self, held: HeldRows) -> None:
-        """Free what is in memory of a sequence."""
-        self._bytes -= held.nbytes
-        held.parts, held.nbytes = [], 0
-
-    def _write(self, held: HeldRows, parts: Sequence[HostRows]) -> None:
-        """Append to a sequence's file."""
-        self._held.add(held)
+        """Move a sequence to a file, where its further rows will go."""
+        rows = self._rows(held)
+        self._bytes -= held.counts * rows.nbytes
         try:
-            if held.file is None:
-                _allow_open_files()
-                held.file = RowFile(self.codec, self._layers, held.most, self._directory)
-            self.spilled += held.file.append(parts)
+            _allow_open_files()
+            held.file = RowFile(self.codec, self._layers, held.most, self._directory)
         except OSError as error:
-            place = self._directory or tempfile.gettempdir()
-            raise WriteError(
-                f"{place}: rows of running sequences do not fit --host-memory, and cannot be written here: "
-                f"{error.strerror or error}: mend the cause; a capture goes on with --resume"
-            ) from error
+            raise self._not_written(error) from error
+        self._do(self._copies(held, 0, rows))
+        held.memory = None
+
+    def _copies(self, held: HeldRows, start: int, rows: HostRows) -> list[_Job]:
+        """The copies that put rows where those of a sequence are, from number `start` on."""
+        step = max(_COPIED_BYTES // self._row_bytes, 1)
+        parts = [(at, rows.part(at, at + step)) for at in range(0, rows.size, step)]
+        if held.file is not None:
+            self.spilled += rows.nbytes
+            return [partial(held.file.write, start + at, part) for at, part in parts]
+        if held.memory is None:
+            most = held.most if held.ended else min(held.most, self._limit / self._row_bytes)
+            held.memory = HostRows.empty(self.codec, self._layers, int(most))
+        memory = held.memory.part(start, start + rows.size)
+        return [partial(part.copy_to, memory.part(at, at + step)) for at, part in parts]
+
+    def _do(self, jobs: Sequence[_Job]) -> None:
+        """Make these copies."""
+        try:
+            if len(jobs) < 2:
+                return _each(jobs)
+            share = -(-len(jobs) // _COPIERS)  # neighbours, which may write the same page
+            for _ in self._copiers.map(_each, [jobs[i : i + share] for i in range(0, len(jobs), share)]):
+                pass
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> WriteError:
+        place = self._directory or tempfile.gettempdir()
+        return WriteError(
+            f"{place}: rows of running sequences do not fit --host-memory, and cannot be written here: "
+            f"{error.strerror or error}: mend the cause; a capture goes on with --resume"
+        )
+
+
+def _new_copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_COPIERS, "rows-copied")
+
+
+def _each(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        job()
 
 
 def _allow_open_files() -> None:
@@ -196,48 +290,39 @@ def _allow_open_files() -> None:
 
 
 class RowFile:
-    """A file of one sequence's rows, with room for `most` of them. Each layer's are in one piece, so that they can be
-    read in place; where none have been written the file takes no space. OSError if it cannot be written."""
+    """A file of one sequence's rows, with room for `most` of them. They can be read in place, and where none have been
+    written the file takes no space. OSError if it cannot be written."""
 
     def __init__(self, codec: Codec, layers: int, most: int, directory: Path | None) -> None:
-        self._shapes: list[tuple[tuple[int, ...], Any]] = [
-            ((layers, most, codec.code_width), np.dtype(codec.code_dtype)),
-            ((layers, most, codec.scale_width), np.dtype(np.float16)),
-            ((layers, most), np.dtype(np.float32)),
-        ]
+        self._shapes = _shapes(codec, layers, most)
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes]
         self._start = [sizes[2] + sizes[1], sizes[2], 0]  # the widest numbers first, so that all are aligned
-        self._layers, self._most, self._size = layers, most, 0
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         os.ftruncate(self._file.fileno(), sum(sizes))
 
-    def append(self, parts: Sequence[HostRows]) -> int:
-        """Write rows after those there. Returns the bytes written."""
-        written = 0
-        for at in range(0, len(parts), _MOST_BUFFERS):
-            some = parts[at : at + _MOST_BUFFERS]
-            for number in range(len(self._shapes)):
-                for layer in range(self._layers):
-                    buffers = [np.ascontiguousarray(part.arrays[number][layer]) for part in some]
-                    written += self._write(buffers, self._place(number, layer, self._size))
-            self._size += sum(part.size for part in some)
-        return written
+    def write(self, start: int, rows: HostRows) -> None:
+        """Put rows in their places, from number `start` on. Several threads may write different rows."""
+        for array, begin in zip(rows.arrays, self._start, strict=True):
+            if rest := array.nbytes:
+                at, data = begin + start * (rest // len(array)), array.data.cast("B")
+                while rest:  # the disk is full, or a signal came
+                    done = os.pwrite(self._file.fileno(), data, at)
+                    at, data, rest = at + done, data[done:], rest - done
 
     def compact(self, index: np.ndarray) -> None:
-        """Keep only the rows at index, int64 [k], ascending."""
-        rows = self.rows()
-        self._size = 0
-        step = max(_COMPACTED_BYTES // rows.codes[:, :1].nbytes, 1)
+        """Keep only the rows at index, int64 [k], ascending, as the first ones."""
+        rows = self.rows(int(index[-1]) + 1 if len(index) else 0)
+        step = max(_COPIED_BYTES // max(rows.part(0, 1).nbytes, 1), 1)
         for at in range(
             0, len(index), step
-        ):  # a row never moves back, so none is overwritten before it is read
-            self.append([rows.chosen(index[at : at + step])])
+        ):  # a row never moves back, so each is read before it is overwritten
+            self.write(at, rows.chosen(index[at : at + step]))
 
-    def rows(self) -> HostRows:
-        """All rows, as views of the file that stay valid when it is closed."""
+    def rows(self, size: int) -> HostRows:
+        """The first rows, as read-only views of the file that stay valid when it is closed."""
         memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = [
-            np.frombuffer(memory, dtype, math.prod(shape), start).reshape(shape)[:, : self._size]
+            np.frombuffer(memory, dtype, math.prod(shape), start).reshape(shape)[:size]
             for (shape, dtype), start in zip(self._shapes, self._start, strict=True)
         ]
         return HostRows(*arrays)
@@ -245,19 +330,3 @@ class RowFile:
     def close(self) -> None:
         """Give the file up: its space is free once nothing views it."""
         self._file.close()
-
-    def _place(self, number: int, layer: int, row: int) -> int:
-        """Where a row of a layer starts in the file. number: of the array."""
-        shape, dtype = self._shapes[number]
-        width = math.prod(shape[2:]) * dtype.itemsize
-        return self._start[number] + (layer * self._most + row) * width
-
-    def _write(self, buffers: list[np.ndarray], at: int) -> int:
-        """Write the buffers one after the other from `at` on."""
-        total = sum(buffer.nbytes for buffer in buffers)
-        done = os.pwritev(self._file.fileno(), [buffer.data for buffer in buffers], at) if total else 0
-        if done < total:  # the disk is full, or a signal came
-            rest = b"".join(buffer.tobytes() for buffer in buffers)
-            while done < total:
-                done += os.pwrite(self._file.fileno(), rest[done:], at + done)
-        return total

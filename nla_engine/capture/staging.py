@@ -112,22 +112,10 @@ class Staging:
         """Mark the places of the next pass as unwritten."""
         self._norm[:, self.given : self.given + rows] = UNWRITTEN
 
-    def by_layer(self, place: np.ndarray) -> np.ndarray:
-        """Indices of these places int64 [n] in every layer: int64 [layers, n]."""
-        return (np.arange(len(self.layers)) * self.size)[:, None] + place
-
-    def by_piece(self, place: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """The same with layers next to each other by piece: int64 [layers * n]. size: rows of each piece, int64 [p]."""
-        layers, end = len(self.layers), np.cumsum(size)
-        row = (
-            len(self.layers) * np.repeat(end - size, size)
-            + np.arange(len(place))
-            - np.repeat(end - size, size)
-        )
-        index = np.empty(layers * len(place), np.int64)
-        for layer in range(layers):
-            index[row + layer * np.repeat(size, size)] = layer * self.size + place
-        return index
+    def by_row(self, place: np.ndarray) -> np.ndarray:
+        """Indices of these places int64 [n] in every layer, the layers of a row side by side: int64 [n * layers]."""
+        index: np.ndarray = place[:, None] + np.arange(len(self.layers)) * self.size
+        return index.ravel()
 
     def leaving(self, index: np.ndarray) -> Rows:
         """Copies of the rows at these indices, int64 [n], whose places are marked as unwritten afterwards."""
@@ -135,11 +123,6 @@ class Staging:
         rows = Rows(*(tensor[at] for tensor in self.all.tensors))
         self.all.norm.index_fill_(0, at, UNWRITTEN)
         return rows
-
-    def rows(self, index: np.ndarray) -> Rows:
-        """Copies of the rows at these indices, int64 [n]."""
-        at = to_device(index, self._norm.device)
-        return Rows(*(tensor[at] for tensor in self.all.tensors))
 
     def look(self) -> None:
         """Queue a read of how many rows were kept exactly."""

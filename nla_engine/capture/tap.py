@@ -8,14 +8,15 @@ sequence ends; before that, when a ring fills up or the next pass needs its plac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
 from nla_engine.capture.collect import Collector, Ending, StagedSequence
-from nla_engine.capture.outbox import Outbox, Piece
+from nla_engine.capture.outbox import Outbox
 from nla_engine.capture.row_range import RowRange
-from nla_engine.capture.spill import HeldRows, RowKeeper
+from nla_engine.capture.spill import HeldRows, Piece, RowKeeper
 from nla_engine.capture.staging import Staging
 from nla_engine.codec.rows import Codec
 from nla_engine.engine.attention import counted
@@ -27,10 +28,9 @@ from nla_engine.ops.places import row_places, row_places_reference
 from nla_engine.sites import Site
 from nla_engine.store.interrupt import interrupt_held
 
-#: Most bytes of pinned host memory to allocate before the run.
-_PINNED_BYTES = 1 << 28
-#: Lanes leave in turns: of those whose ring is half full, at most this many rows per lane and decode step at once.
-_ROWS_LEAVING = 3
+#: Lanes leave in turns: of those whose ring is filled to this part, at most so many rows per lane and decode step. A
+#: little more than come in, so that what leaves is the same in every turn, even if all lanes began together.
+_FILLED_PART, _ROWS_LEAVING = 1 / 3, 1.25
 
 #: Takes a request's id and what it generated, int32 [n]; returns the positions to collect, int64 [k], ascending.
 Choose = Callable[[int, np.ndarray], np.ndarray]
@@ -45,8 +45,7 @@ class RowTap:
     choose: which rows of the range to collect once a sequence has ended; None: all
     skip_sinks: of these, leave out the sinks of any layer, but not rows that are not finite
     reference: use plain torch only
-    fetched: most bytes of rows that are fetched at once, as far as they matter for memory that is allocated beforehand
-    keeper: keeps rows that leave while their sequences run; closed with the tap
+    keeper: keeps rows that have left until their sequences end; closed with the tap
     Implements `engine.tap.Tap`, which the generator calls.
     """
 
@@ -62,14 +61,12 @@ class RowTap:
         choose: Choose | None = None,
         skip_sinks: bool = False,
         reference: bool = False,
-        fetched: int = _PINNED_BYTES,
         keeper: RowKeeper | None = None,
     ) -> None:
         self.layers = tuple(map(Site.at, layers))
         self.codec, self.rows, self.sink_norm = codec, rows, sink_norm
         self.choose, self.skip_sinks = choose, skip_sinks
         self.rows_per_slot = rows_per_slot
-        self._pinned = min(fetched, _PINNED_BYTES)
         self._device = device
         self._row_places = row_places_reference if reference else row_places
         self._backend = "torch" if reference else None
@@ -96,7 +93,9 @@ class RowTap:
             given=given,
             device=self._device,
         )
-        self._collector = Collector(self.codec, self.staging, self._outbox, self.sink_norm, self.skip_sinks)
+        self._collector = Collector(
+            self.codec, self.layers, self._outbox.keeper, self.sink_norm, self.skip_sinks
+        )
         self._steps = steps
         self._first = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
         self._end = torch.zeros_like(self._first)
@@ -124,15 +123,8 @@ class RowTap:
             encode_rows(hidden, self._places[1], stage, self.sink_norm[layer], with_backend=self._backend)
 
     def prepare(self) -> None:
-        """Allocate pinned memory for the first large collection: the allocator reuses it for as many bytes only."""
-        if not self._first.is_cuda:
-            return
-        room, held = self._pinned, []
-        for tensor in self.staging.all.tensors:
-            size = min(tensor.nbytes, room)
-            held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-            room -= size
-        held.clear()  # the allocator keeps them
+        """Allocate pinned memory."""
+        self._outbox.prepare(self.staging.all)
 
     def open(self, slots: list[int], ids: list[int], prompt_sizes: list[int], totals: list[int]) -> None:
         """Forget all rows of these slots, and start new sequences there."""
@@ -210,13 +202,13 @@ class RowTap:
     def drain(self) -> None:
         """Make room: send rows of the last pass, and of rings that could be full after the next steps."""
         with interrupt_held():
-            some = [(slot, *self._slots[slot].in_pass) for slot in self._in_pass]
+            some = [self._slots[slot] for slot in self._in_pass]
             self._in_pass = []
             if some:
-                for slot, *_ in some:
-                    self._slots[slot].in_pass = (0, 0, 0)
-                slots, number, place, size = np.array(some).T
-                self._send(slots, number, size, np.repeat(place, size) + counted(size))
+                number, place, size = np.array([each.in_pass for each in some]).T
+                for each in some:
+                    each.in_pass = (0, 0, 0)
+                self._send(some, number, size, np.repeat(place, size) + counted(size))
             slots = self._leaving()
             if len(slots):
                 number = self._ring[slots] - self._from[slots]
@@ -224,48 +216,50 @@ class RowTap:
                 size = stop - self._ring[slots]
                 self._ring[slots] = stop
                 index = (np.repeat(number, size) + counted(size)) % self.staging.ring
-                self._send(slots, number, size, np.repeat(slots, size) * self.staging.ring + index)
+                place = np.repeat(slots, size) * self.staging.ring + index
+                self._send([self._slots[slot] for slot in slots.tolist()], number, size, place)
 
     def _leaving(self) -> np.ndarray:
-        """Slots whose rings leave now, int64 [n]: those too full for the next steps, and some that are half full or
-        will soon be too full, so that not all are full at once. Sequences whose remaining rows fit their rings stay."""
+        """Slots whose rings leave now, int64 [n]: those too full for the next steps, and the fullest of the others, so
+        that not all are full at once. Sequences whose remaining rows fit their rings stay."""
+        ring = self.staging.ring
         filled = np.minimum(self._written, self._to) - self._ring
-        waiting = self._running & (self._to - self._ring > self.staging.ring)
-        must = waiting & (filled + self._steps + 1 > self.staging.ring)  # see `decodes`
-        least = max(min(self.staging.ring // 2, self.staging.ring - 2 * self._steps), 1)
+        waiting = self._running & (self._to - self._ring > ring)
+        must = waiting & (filled + self._steps + 1 > ring)  # see `decodes`
+        least = max(min(int(ring * _FILLED_PART), ring - 2 * self._steps), 1)
         may = np.flatnonzero(waiting & ~must & (filled >= least))
         room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(filled[must].sum())
         may = may[np.argsort(-filled[may], kind="stable")]
-        may = may[np.cumsum(filled[may]) <= room]
+        may = may[np.cumsum(filled[may]) - filled[may] < room]
         return np.concatenate([np.flatnonzero(must), may])
 
-    def _send(self, slot: np.ndarray, number: np.ndarray, size: np.ndarray, place: np.ndarray) -> None:
-        """Send rows of some slots: of each the number of the first in its sequence, and how many, int64 [n]; the places
-        of all of them, int64 [sum of size]. The copies and the marks of their places are queued before this returns."""
+    def _send(
+        self, sequences: Sequence[StagedSequence], number: np.ndarray, size: np.ndarray, place: np.ndarray
+    ) -> None:
+        """Send rows of some sequences: of each the number of the first, and how many, int64 [n]; the places of all of
+        them, int64 [sum of size]. The copies and the marks of their places are queued before this returns."""
         most = self._outbox.most
         parts = -(-size // most)
         at = counted(parts) * most
-        slot, number = np.repeat(slot, parts), np.repeat(number, parts) + at
+        owner, number = np.repeat(np.arange(len(sequences)), parts), np.repeat(number, parts) + at
         size = np.minimum(np.repeat(size, parts) - at, most)
         pieces = [
-            Piece(self._held(*each), *each[1:])
-            for each in zip(slot.tolist(), number.tolist(), size.tolist(), strict=True)
+            self._piece(sequences[i], *each)
+            for i, *each in zip(owner.tolist(), number.tolist(), size.tolist(), strict=True)
         ]
         end, done, sent = np.cumsum(size), 0, 0
         while done < len(pieces):
             stop = int(np.searchsorted(end, sent + most, "right"))
             upto = int(end[stop - 1])
-            index = self.staging.by_piece(place[sent:upto], size[done:stop])
-            self._outbox.send(self.staging.leaving(index), pieces[done:stop])
+            self._outbox.send(self.staging.leaving(self.staging.by_row(place[sent:upto])), pieces[done:stop])
             done, sent = stop, upto
 
-    def _held(self, slot: int, number: int, size: int) -> HeldRows:
-        """What the host holds of a slot's sequence once it has `size` more rows, from this number on."""
-        each = self._slots[slot]
+    def _piece(self, each: StagedSequence, number: int, size: int) -> Piece:
+        """The next rows of a sequence that the host gets."""
         if each.held is None:
             each.held = HeldRows(each.end - each.first if each.chosen is None else len(each.chosen))
         each.sent = number + size
-        return each.held
+        return Piece(each.held, number, size)
 
     def look(self, *, decoded: bool) -> None:
         """Queue a read of how many rows were kept exactly. Passes without rows need none."""
@@ -316,18 +310,30 @@ class RowTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> Callable[[], Collected]:
-        """Of each ended sequence the positions chosen, and their rows (LayerRows) by site. The function returned raises
+    ) -> Future[Collected]:
+        """Of each ended sequence the positions chosen, and their rows (LayerRows) by site. The result raises
         EngineError if one was never written.
 
         Of rows still on the device only these leave it.
         """
-        return self._collector.collect(
-            [self._ending(kept, *reply) for kept, reply in zip(ended, replies, strict=True)]
-        )
+        endings, places = [], [np.zeros(0, np.int64)]
+        for kept, reply in zip(ended, replies, strict=True):
+            ending, place = self._ending(kept, *reply)
+            endings.append(ending)
+            places.append(place)
+        with interrupt_held():
+            sequences = [ending.sequence for ending in endings]
+            self._outbox.call(self._outbox.keeper.end, [ending.held for ending in endings])
+            number = np.array([each.sent for each in sequences], np.int64)
+            size = np.array([len(place) for place in places[1:]], np.int64)
+            self._send(sequences, number, size, np.concatenate(places))
+            for each in sequences:
+                each.held, each.sent, each.in_pass = None, 0, (0, 0, 0)
+            return self._outbox.call(self._collector.collect, endings)
 
-    def _ending(self, kept: KeptRows, id_: int, generated: np.ndarray) -> Ending:
-        """Where the rows of an ended sequence are. EngineError if some are missing, or one lies outside the range."""
+    def _ending(self, kept: KeptRows, id_: int, generated: np.ndarray) -> tuple[Ending, np.ndarray]:
+        """An ended sequence, and the places of its rows that are to leave, int64 [k]. EngineError if some are missing,
+        or one lies outside the range."""
         each = self._slots[kept.slot]
         if each.id != id_:
             raise EngineError(f"request {id_}: its slot holds request {each.id}")
@@ -348,7 +354,11 @@ class RowTap:
         if (size and number != each.sent) or each.sent + len(places) != all_:
             raise EngineError(f"request {id_}: {each.sent} and {len(places)} rows were staged of {all_}")
         border = int(np.searchsorted(index, each.sent))
-        return Ending(each, position, index[:border], places[index[border:] - each.sent])
+        places = places[index[border:] - each.sent]
+        if each.held is None:
+            each.held = HeldRows(len(places))
+        index = np.concatenate([index[:border], each.sent + np.arange(len(places))])
+        return Ending(each, each.held, position, index), places
 
     def _checked(self, id_: int, positions: np.ndarray, first: int, end: int) -> np.ndarray:
         """The chosen positions. EngineError if one lies outside of [first, end)."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from nla_engine.engine.completions import completions, generated_by
+from nla_engine.engine.completions import Arriving, completions, generated_by
 from nla_engine.engine.following import Following, NotAsked
 from nla_engine.engine.forecast import Tally
 from nla_engine.engine.graph import DecodeGraph, GraphSizes, capture_lanes, steps_meanwhile
@@ -123,32 +123,33 @@ class Generator:
             after_look=self._meanwhile,
         )
         self._queue = queue
-        ready: Callable[[], list[Completion]] | None = None
+        arriving: Arriving | None = None
         while True:
             step = queue.schedule()
             if step is None:
-                if ready is not None:  # once the caller has these, it may stop holding requests back
-                    yield ready()
-                    ready = None  # freed before the next group is fetched
+                if arriving is not None:  # once the caller has these, it may stop holding requests back
+                    yield arriving.wait()
+                    arriving = None  # freed before the next group is fetched
                 elif not queue.finished:
                     if queue.held_back:
                         raise EngineError("requests were held back although nothing is running")
                     return
-                elif (ready := self._fetch(queue, portion)) is None:
+                elif (arriving := self._fetch(queue, portion)) is None:
                     raise EngineError("no sequence was chosen although all have ended")
                 continue
             for admitted, kept in self._step_back(step.stepped_back):
                 queue.put_back(admitted, kept)
             self._take(step)
-            if ready is not None:
-                yield ready()  # the device works meanwhile, so waiting for rows and the caller's work cost no time
-                ready = None
+            if arriving is not None and self._while_device_works(arriving):
+                yield arriving.wait()  # the device works meanwhile, so the caller's work costs no time
+                arriving = None
             ended = queue.ended(self._look.read()[0] if step.slots else None)
             if self.ranks is not None:
                 self.ranks.check()
             queue.finish(self._settle(ended))
             watch(queue.tally)
-            ready = self._fetch(queue, portion)
+            if arriving is None:
+                arriving = self._fetch(queue, portion)
 
     @torch.inference_mode()
     def unfinished(self) -> Generate[Completion]:
@@ -167,7 +168,7 @@ class Generator:
             generated = self.state.generated[each.slot, : size - given].to(torch.int32).cpu().numpy()
             with suppress(EngineError):
                 kept = self.runner.tap.settle([each.slot], [size])
-                [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)])()
+                [(positions, rows)] = self.runner.tap.collect(kept, [(each.request.id, generated)]).result()
                 [told] = self.following.collect([each.slot], [positions])
                 if told is not None:
                     told.next_logprob[positions == size - 1] = (
@@ -379,14 +380,21 @@ class Generator:
         requests = [a.request for a in ended]
         return [Ended(*each) for each in zip(requests, slots, counts, finish, kept, strict=True)]
 
-    def _fetch(self, queue: Scheduler, portion: Portion) -> Callable[[], list[Completion]] | None:
+    def _while_device_works(self, arriving: Arriving) -> bool:
+        """Wait for rows until a GPU has come to the last look. Whether to take them now. A CPU has no other work."""
+        while self.runner.device.type == "cuda" and not arriving.have_come():
+            if self._look.passed:
+                return False
+        return True
+
+    def _fetch(self, queue: Scheduler, portion: Portion) -> Arriving | None:
         """Fetch the ended sequences that `portion` chooses, and free their slots. None: it chooses none."""
         if not queue.finished:
             return None
         chosen = queue.release(portion({id_: a.nbytes for id_, a in queue.finished.items()}))
         return self._complete(chosen) if chosen else None
 
-    def _complete(self, ended: list[Ended]) -> Callable[[], list[Completion]]:
+    def _complete(self, ended: list[Ended]) -> Arriving:
         slots, counts = [each.slot for each in ended], [each.count for each in ended]
         generated = self._look.fetch(lambda: generated_by(self.state, slots, counts))
         return completions(ended, generated, self.runner.tap, self.following)

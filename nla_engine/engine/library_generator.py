@@ -105,7 +105,7 @@ class LibraryGenerator:
                     raise EngineError("no sequence was chosen although all have ended")
                 slots, counts = [each.slot for each in chosen], [each.count for each in chosen]
                 generated = to_host(generated_by(self.state, slots, counts))
-                yield completions(chosen, generated, self.runner.tap, NotAsked())()
+                yield completions(chosen, generated, self.runner.tap, NotAsked()).wait()
 
     def _check(self, request: Request) -> None:
         request.check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
@@ -95,13 +96,13 @@ class Completion:
     positions: int64 [k], ascending: where in the sequence these rows are, at every site; next_tokens: of these rows,
     if they were asked for.
 
-    Sequences that end together share the memory of their arrays.
+    The rows of all sites share one memory. Sequences that end together share that of what they generated.
     """
 
     request: Request
     generated: np.ndarray
     finish: Finish
-    rows: dict[Site, Any] = field(default_factory=dict)
+    rows: Mapping[Site, Any] = field(default_factory=dict)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     next_tokens: NextTokens | None = None
 

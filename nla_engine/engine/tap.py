@@ -7,7 +7,8 @@ that ended. `collect` takes what `settle` returned, so the two cannot be called 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import torch
 from nla_engine.sites import Site
 
 #: Of each ended sequence the positions that have rows, int64 [k], ascending, and these rows by site.
-Collected = list[tuple[np.ndarray, dict[Site, Any]]]
+Collected = Sequence[tuple[np.ndarray, Mapping[Site, Any]]]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ class Tap(Protocol):
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> Callable[[], Collected]:
-        """Fetch the rows of these sequences, without waiting for them: the function returned waits. Call it when the
-        device has other work.
+    ) -> Future[Collected]:
+        """Fetch the rows of these sequences. Waits only if the host is too slow to take what leaves the device.
 
         replies: of each, the id of its request and what it generated, int32 [n]. Their slots may be opened again.
         """
@@ -139,9 +139,11 @@ class NoTap:
 
     def collect(
         self, ended: Sequence[KeptRows], replies: Sequence[tuple[int, np.ndarray]]
-    ) -> Callable[[], Collected]:
+    ) -> Future[Collected]:
         """Each sequence has rows of no site."""
-        return lambda: [(np.zeros(0, np.int64), {}) for _ in ended]
+        rows: Future[Collected] = Future()
+        rows.set_result([(np.zeros(0, np.int64), {}) for _ in ended])
+        return rows
 
     def close(self) -> None:
         """Nothing to do."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from threading import Event, Lock
 
 import numpy as np
@@ -70,6 +69,7 @@ class ArrayLog:
         self._root = root
         self._tail = ShardImage(spec)
         self._copying: list[_Copy] = []
+        self._into_tail: list[_Copy] = []
         self._written: list[ShardImage] = []  # images to reuse: fresh memory costs more than the copy
         self._flushed = 0
         self._described: int | None = None
@@ -122,7 +122,7 @@ class ArrayLog:
     def append(self, *parts: np.ndarray) -> None:
         """Append copies of parts [n, *trailing] of the array's dtype. Raises the WriteError of an earlier write.
 
-        The queue's threads copy large parts that fill a shard, several shards at once. So the parts must not change
+        The queue's threads copy large parts, those of several shards and arrays at once. So the parts must not change
         until `wait_until_copied`.
         """
         shard_rows = self.spec.shard_rows
@@ -136,10 +136,12 @@ class ArrayLog:
                 self.length += count
                 done += count
                 if used + count == shard_rows:
-                    self._write_tail(pieces)
+                    self._copy(pieces)
+                    self._write_tail()
                     pieces = []
                     self._tail = self._written.pop() if self._written else ShardImage(self.spec)
-        self._tail.put(pieces)
+                    self._into_tail = []
+        self._copy(pieces)
 
     def adopt(self, rows: int) -> None:
         """Count rows that lie in whole shard files, which are in place already as the next shards."""
@@ -171,23 +173,29 @@ class ArrayLog:
             self._queue.submit(lambda: write_file_atomically(path, metadata), len(metadata))
             self._described = self.length
 
-    def _write_tail(self, pieces: Sequence[Piece] = ()) -> None:
-        """Submit the tail to the queue, with the pieces that still go into it."""
+    def _copy(self, pieces: list[Piece]) -> None:
+        """Put pieces into the tail, large ones by the queue's threads."""
+        if sum(rows.nbytes for _, rows in pieces) < _COPIED_BY_QUEUE_BYTES:
+            self._tail.put(pieces)
+            return
+        copy = _Copy(self._tail, pieces)
+        self._into_tail.append(copy)
+        self._copying = [*(each for each in self._copying if not each.made), copy]
+        self._queue.submit(copy.make, 0)
+
+    def _write_tail(self) -> None:
+        """Submit the tail to the queue."""
         shard, last = divmod(self.length - 1, self.spec.shard_rows)
         path, image, full = (
             self._root / self.spec.shard_path(shard),
             self._tail,
             last + 1 == self.spec.shard_rows,
         )
-        copy = _Copy(image, list(pieces))
-        if sum(rows.nbytes for _, rows in pieces) < _COPIED_BY_QUEUE_BYTES:
-            copy.make()
-        else:
-            self._copying = [each for each in self._copying if not each.made]
-            self._copying.append(copy)
+        copies = self._into_tail
 
         def write() -> None:
-            copy.wait()
+            for copy in copies:
+                copy.wait()
             image.write(path, last + 1)
             if full:
                 self._written.append(image)

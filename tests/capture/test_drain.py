@@ -150,7 +150,7 @@ class Simulation:
         if taken:
             ended = [self.ended.pop(slot) for slot in taken]
             replies = [(s.id, np.arange(s.size - s.given, dtype=np.int32)) for _, s in ended]
-            rows = self.tap.collect([kept for kept, _ in ended], replies)()
+            rows = self.tap.collect([kept for kept, _ in ended], replies).result()
             self.found |= {s.id: got for (_, s), got in zip(ended, rows, strict=True)}
 
 
@@ -284,12 +284,12 @@ def test_a_row_that_is_lost_is_found(
             attempt((call, row))
 
 
-@pytest.mark.parametrize("ring", [2 * STEPS + 1, 40])
+@pytest.mark.parametrize(("slots", "ring"), [(20, 2 * STEPS + 1), (20, 40), (3, 200)])
 def test_lanes_that_began_together_do_not_leave_all_at_once(
-    ring: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    slots: int, ring: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No turn has many more rows to send than its steps make; each lane leaves in time."""
-    row_bytes, slots = Codec.named("int8", WIDTH).row_bytes * len(LAYERS), 20
+    """No turn has many more rows to send than its steps make, or than one of few lanes has; each lane leaves in time."""
+    row_bytes = Codec.named("int8", WIDTH).row_bytes * len(LAYERS)
     monkeypatch.setattr(staging, "RING_BYTES", ring * row_bytes * (slots + 1))
     tap, sent = simulation(rng, "generated").tap, []
     tap.rows_per_slot = 1000
@@ -301,7 +301,7 @@ def test_lanes_that_began_together_do_not_leave_all_at_once(
     for _ in range(100):
         tap.drain()
         tap.decodes(lanes, STEPS)
-    assert max(sent) <= 3 * STEPS * slots and sum(sent) >= slots * (100 * STEPS - ring)
+    assert max(sent) <= max(2 * STEPS * slots, ring // 2) and sum(sent) >= slots * (100 * STEPS - ring)
 
 
 def test_a_ring_that_would_overflow_is_refused(rng: np.random.Generator) -> None:

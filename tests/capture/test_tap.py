@@ -47,7 +47,7 @@ def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
         made, ended = row_tap(
             sizes, hidden, choose=lambda id_, _: np.array(chosen[id_], np.int64), skip_sinks=skip
         )
-        collected = made.collect(ended, replies)()
+        collected = made.collect(ended, replies).result()
         left = {0: [0, 3, 4], 1: [], 2: [0, 1]} if skip else chosen
         assert [positions.tolist() for positions, _ in collected] == list(left.values())
         for (positions, rows), start in zip(collected, (0, 5, 8), strict=True):
@@ -68,18 +68,19 @@ def test_rows_that_are_not_finite_are_no_sinks_and_exact_rows_stay_with_theirs(
                 ).max(initial=1)
     made, ended = row_tap(sizes, hidden, choose=lambda id_, _: np.array([0, 3]))
     with pytest.raises(EngineError, match="request 1: a row was chosen outside of positions 0 to 2"):
-        made.collect(ended, replies)()
+        made.collect(ended, replies).result()
     for choice in (lambda id_, _: np.array([1, 2]), None):
         made, ended = row_tap(sizes, hidden, choose=choice)
         made.staging.reading[2].norm[made.staging.given + 4] = -1.0
         if choice is None:
-            with pytest.raises(EngineError, match="layer 2: 1 rows of .* that ended were never written"):
-                made.collect(ended, replies)()
+            with pytest.raises(EngineError, match="layer 2: 1 rows that left the device were never written"):
+                made.collect(ended, replies).result()
         else:
-            made.collect(ended, replies)()
+            made.collect(ended, replies).result()
 
 
-def test_rows_kept_exactly_find_their_sequence(rng) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_rows_kept_exactly_find_their_sequence(lost: bool, rng: np.random.Generator) -> None:
     sizes, big = [4, 3, 4], [2, 7, 10]  # of slots 0 to 2; rows of 11: one of slot 0, the ends of slot 2
     hidden = torch.from_numpy(rng.standard_normal((sum(sizes), 64)).astype(np.float32))
     hidden[big] *= 100
@@ -94,16 +95,20 @@ def test_rows_kept_exactly_find_their_sequence(rng) -> None:
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
     tap.look(decoded=True)
     ended = tap.settle([2, 0, 1], [4, 4, 3])
+    if lost:
+        del tap._slots[2].exact[1]
     nothing = [(id_, np.zeros(0, np.int32)) for id_ in (2, 0, 1)]
-    collected = [rows[1] for _, rows in tap.collect(ended, nothing)()]
+    rows = tap.collect(ended, nothing)
+    if lost:
+        with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
+            rows.result()
+        return
+    collected = [each[1] for _, each in rows.result()]
     assert [kept.nbytes for kept in ended] == [rows.nbytes for rows in collected]
     assert [rows.exact_index.tolist() for rows in collected] == [[0, 3], [2], []]
     for rows, start in zip(collected, (7, 0, 4), strict=True):
         assert np.allclose(rows.norm, hidden[start : start + len(rows.norm)].norm(dim=1))
         assert (rows.exact == bf16_bits(hidden[start + rows.exact_index].numpy())).all()
-    del tap._slots[2].exact[1]
-    with pytest.raises(EngineError, match="layer 1: a row that must be kept exactly is missing"):
-        tap.collect(ended, nothing)()
 
 
 def test_a_slot_can_be_opened_again_before_its_rows_have_come(rng: np.random.Generator) -> None:
@@ -120,7 +125,7 @@ def test_a_slot_can_be_opened_again_before_its_rows_have_come(rng: np.random.Gen
     for tensor in made.staging.all.tensors:
         tensor.fill_(-1 if tensor is made.staging.all.norm else 7)
     goes_on.set()
-    for (positions, rows), size, start in zip(collected(), sizes, (0, 5, 8), strict=True):
+    for (positions, rows), size, start in zip(collected.result(), sizes, (0, 5, 8), strict=True):
         assert positions.tolist() == list(range(size))
         for layer, held in ((1, hidden), (2, hidden[::-1])):
             true = held[start : start + size]

@@ -17,6 +17,7 @@ from nla_engine.bench.workload import open_generator, prompt_file, ragged_length
 from nla_engine.capture.run import GENERATING, run_capture
 from nla_engine.capture.setup import MAX_PREFILL_TOKENS
 from nla_engine.config import CaptureOptions
+from nla_engine.engine.scheduler import STEPS_BETWEEN_POLLS
 from nla_engine.ops.backends import Kernels
 from nla_engine.sites import PARTS, RESID_POST, Site, crossed
 
@@ -225,14 +226,15 @@ def steady(
     """`steps` decode steps with every slot busy, around the wanted context. New tokens per second.
 
     The last two requests enter in one prefill pass, and one generates `steps` tokens more than the other. All other
-    requests outlast both. So the time between the ends of these two is that of `steps` steps.
+    requests outlast both by more than two turns, however many passes read their prompts: what is fetched of them when
+    they end is not timed. So the time between the ends of these two is that of `steps` steps.
     """
     lm, sizes = session.lm, session.sizes
     steps, lead = sizes.steps, min(_LEAD, sizes.steps)
     prompt = max(sizes.context - lead - steps // 2, 2)
     most = max(MAX_PREFILL_TOKENS[lm.device.type] // prompt, 3)
     together = next(n for n in range(min(most, batch), 1, -1) if batch % n != 1)
-    longest = lead + steps + batch // together + 2
+    longest = lead + steps + 4 * (batch // together) + 2 * STEPS_BETWEEN_POLLS
     limits = [longest] * (batch - 2) + [lead, lead + steps]
     work = requests(lm, [prompt] * batch, limits)
     warm = requests(lm, [2] * batch, [_BRIEF_TOKENS] * batch)
