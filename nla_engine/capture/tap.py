@@ -102,8 +102,9 @@ class RowTap:
         self._slots: dict[int, StagedSequence] = {}
         self._running = np.zeros(slots, bool)  # neither free nor ended
         # Of each slot: its kept positions; from `ring` on its rows are in its ring, written below `written`. That is
-        # less than `ring` while positions are read that are not kept.
-        self._from, self._to, self._ring, self._written = np.zeros((4, slots), np.int64)
+        # less than `ring` while positions are read that are not kept. The last `unseen` of them only if the sequence
+        # had not ended before.
+        self._from, self._to, self._ring, self._written, self._unseen = np.zeros((5, slots), np.int64)
         self._in_pass: list[int] = []  # slots with rows in the places of the last pass
         self._pass_tokens = np.zeros((2, 0), np.int64)  # slot and position of each of these places
         # Where the rows of a padded pass go.
@@ -137,7 +138,7 @@ class RowTap:
         self._first[columns[0]], self._end[columns[0]] = columns[1], columns[2]
         self.staging.forget(columns[0])
         self._from[slots] = self._ring[slots] = self._written[slots] = first
-        self._to[slots] = end
+        self._to[slots], self._unseen[slots] = end, 0
         self._running[slots] = True
         for i, slot in enumerate(slots):
             if slot in self._slots:
@@ -191,16 +192,18 @@ class RowTap:
         """The pass that is computed next is padded: its places stay where they are."""
         self._next_pass = self._padded[:size]
 
-    def decodes(self, slots: list[int], steps: int) -> None:
+    def decodes(self, slots: list[int], steps: int, after_look: int) -> None:
         """Each of these slots takes `steps` decode steps now. EngineError if its ring has no room for their rows."""
         self._written[slots] += steps
+        self._unseen[slots] = after_look
         # A lane that has ended repeats its last step, one position further.
         filled = np.minimum(self._written + 1, self._to) - self._ring
         if (filled[slots] > self.staging.ring).any():
             raise EngineError("rows would be overwritten before they have left the device")
 
     def drain(self) -> None:
-        """Make room: send rows of the last pass, and of rings that could be full after the next steps."""
+        """Make room: send rows of the last pass, and of rings that could be full after the next steps, as far as the last
+        look says that they are there: a sequence may have ended since."""
         with interrupt_held():
             some = [self._slots[slot] for slot in self._in_pass]
             self._in_pass = []
@@ -212,7 +215,7 @@ class RowTap:
             slots = self._leaving()
             if len(slots):
                 number = self._ring[slots] - self._from[slots]
-                stop = np.minimum(self._written[slots], self._to[slots])
+                stop = np.minimum(self._written - self._unseen, self._to)[slots]
                 size = stop - self._ring[slots]
                 self._ring[slots] = stop
                 index = (np.repeat(number, size) + counted(size)) % self.staging.ring
@@ -224,13 +227,14 @@ class RowTap:
         that not all are full at once. Sequences whose remaining rows fit their rings stay."""
         ring = self.staging.ring
         filled = np.minimum(self._written, self._to) - self._ring
+        there = np.minimum(self._written - self._unseen, self._to) - self._ring
         waiting = self._running & (self._to - self._ring > ring)
         must = waiting & (filled + self._steps + 1 > ring)  # see `decodes`
         least = max(min(int(ring * _FILLED_PART), ring - 2 * self._steps), 1)
-        may = np.flatnonzero(waiting & ~must & (filled >= least))
-        room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(filled[must].sum())
-        may = may[np.argsort(-filled[may], kind="stable")]
-        may = may[np.cumsum(filled[may]) - filled[may] < room]
+        may = np.flatnonzero(waiting & ~must & (there >= least))
+        room = _ROWS_LEAVING * self._steps * int(self._running.sum()) - int(there[must].sum())
+        may = may[np.argsort(-there[may], kind="stable")]
+        may = may[np.cumsum(there[may]) - there[may] < room]
         return np.concatenate([np.flatnonzero(must), may])
 
     def _send(

@@ -309,7 +309,7 @@ class Generator:
 
     def _decode(self, step: Step) -> None:
         """Take the decode steps, several at a time with a graph, and a look."""
-        self.runner.tap.decodes(step.slots, step.steps)
+        self.runner.tap.decodes(step.slots, step.steps, step.after_look)
         if self.runner.graphable:
             graph = self._graph(len(step.slots), step.steps)
             graph.run(step.slots, step.steps - step.after_look)

@@ -222,7 +222,8 @@ class _Running:
         """Begin a turn. more: passes that may follow."""
         self._left = min(STEPS_BETWEEN_POLLS, more)
         if self._left:
-            self.tap.decodes(list(self.requests), self._left)
+            # What had not ended before the last pass has a row of it, so that all rows are there when a turn begins.
+            self.tap.decodes(list(self.requests), self._left, 0)
 
     def passed(self, generating: int, more: int) -> bool:
         """After a pass is queued in which so many lanes generated: whether another one follows. `Each` of LockStep.

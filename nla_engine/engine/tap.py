@@ -71,8 +71,9 @@ class Tap(Protocol):
         """Called in a pass of `size` tokens, just before its sites are computed, also where it is captured in a graph:
         its rows go where the last `reads` of that size says, then and whenever the graph is replayed."""
 
-    def decodes(self, slots: list[int], steps: int) -> None:
-        """The sequences in these slots take so many decode steps next, unless they end before."""
+    def decodes(self, slots: list[int], steps: int, after_look: int) -> None:
+        """The sequences in these slots take so many decode steps next, unless they end before. The last `after_look` of
+        them come after the next look."""
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Called inside every pass, once this site is computed. No synchronisation.
@@ -124,7 +125,7 @@ class NoTap:
     def padded(self, size: int) -> None:
         """Nothing to do."""
 
-    def decodes(self, slots: list[int], steps: int) -> None:
+    def decodes(self, slots: list[int], steps: int, after_look: int) -> None:
         """Nothing to do."""
 
     def __call__(self, layer: Site, hidden: torch.Tensor, slot: torch.Tensor, position: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from nla_engine.codec.rows import Codec
 from nla_engine.errors import EngineError
 from nla_engine.store import LayerRows
 
-WIDTH, STEPS, GIVEN = 32, 3, 11
+WIDTH, STEPS, GIVEN = 32, 8, 11
 LAYERS, SINK = (1, 4), {1: 7.0, 4: 6.0}  # about the norms' 90th and 60th percentile
 
 
@@ -121,12 +121,14 @@ class Simulation:
         if not lanes or (passed and self.rng.random() < 0.3):
             return 0
         steps = int(self.rng.integers(1, STEPS + 1))
-        self.tap.decodes([s.slot for s in lanes], steps)
-        after_look = int(self.rng.integers(1, max(steps // 2, 1) + 1))
-        for step in range(steps):
+        after_look = int(self.rng.integers(0, min(STEPS // 2, steps - 1) + 1))
+        self.tap.decodes([s.slot for s in lanes], steps, after_look)
+        for step in range(steps + 1):
             if step == steps - after_look:
                 self.tap.look(decoded=True)
                 self.seen |= {s.slot for s in lanes if s.read == s.size}
+            if step == steps:
+                break
             self.write([*((s.slot, s.read) for s in lanes), (self.slots, int(self.rng.integers(40)))])
             for sequence in lanes:
                 sequence.read += sequence.read < sequence.size
@@ -300,7 +302,7 @@ def test_lanes_that_began_together_do_not_leave_all_at_once(
     tap.open(lanes, lanes, [4] * slots, [1004] * slots)
     for _ in range(100):
         tap.drain()
-        tap.decodes(lanes, STEPS)
+        tap.decodes(lanes, STEPS, STEPS // 2)
     assert max(sent) <= max(2 * STEPS * slots, ring // 2) and sum(sent) >= slots * (100 * STEPS - ring)
 
 
@@ -308,11 +310,11 @@ def test_a_ring_that_would_overflow_is_refused(rng: np.random.Generator) -> None
     tap = simulation(rng, "generated").tap
     tap.allocate(2, steps=STEPS, given=GIVEN)
     tap.open([0, 1], [0, 1], [4, 4], [40, 4 + 2 * STEPS])
-    tap.decodes([1], 2 * STEPS)  # all rows of the sequence: what comes then has no row
-    tap.decodes([1], 2 * STEPS)
-    tap.decodes([0], 2 * STEPS - 1)
+    tap.decodes([1], 2 * STEPS, 1)  # all rows of the sequence: what comes then has no row
+    tap.decodes([1], 2 * STEPS, 1)
+    tap.decodes([0], 2 * STEPS - 1, 1)
     with pytest.raises(EngineError, match="would be overwritten before they have left"):
-        tap.decodes([0], 1)
+        tap.decodes([0], 1, 0)
 
 
 def test_passes_that_are_not_in_order_are_refused(rng: np.random.Generator) -> None:

@@ -90,7 +90,7 @@ def test_rows_kept_exactly_find_their_sequence(lost: bool, rng: np.random.Genera
     )  # fmt: skip
     tap.allocate(3, steps=3, given=9)
     tap.open([0, 1, 2], [0, 1, 2], [1, 1, 1], sizes)
-    tap.decodes([0, 1, 2], 4)
+    tap.decodes([0, 1, 2], 4, 1)
     position = torch.cat([torch.arange(size) for size in sizes])
     tap(1, hidden, torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)), position)
     tap.look(decoded=True)
