@@ -290,7 +290,7 @@ def test_a_row_that_is_lost_is_found(
 def test_lanes_that_began_together_do_not_leave_all_at_once(
     slots: int, ring: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No turn has many more rows to send than its steps make, or than one of few lanes has; each lane leaves in time."""
+    """No turn has many more rows to send than its steps make, or one of few lanes has; each lane leaves in time."""
     row_bytes = Codec.named("int8", WIDTH).row_bytes * len(LAYERS)
     monkeypatch.setattr(staging, "RING_BYTES", ring * row_bytes * (slots + 1))
     tap, sent = simulation(rng, "generated").tap, []
