@@ -202,8 +202,10 @@ class RowTap:
             raise EngineError("rows would be overwritten before they have left the device")
 
     def drain(self) -> None:
-        """Make room: send rows of the last pass, and of rings that could be full after the next steps, as far as the last
-        look says that they are there: a sequence may have ended since."""
+        """Make room: send rows of the last pass, and of rings that could be full after the next steps.
+
+        Of a ring only what is there for certain: a sequence may have ended after the last look.
+        """
         with interrupt_held():
             some = [self._slots[slot] for slot in self._in_pass]
             self._in_pass = []

@@ -172,8 +172,10 @@ class Scheduler:
         if not self._reading and not self._running and not stepped_back:
             return None
         runs = self._next_runs()
-        # Fill all slots that can be filled before the next decode step. Only a prompt of several passes is interleaved.
-        filling = entered and self._free and not self._reading and not self._exhausted and not self._no_room
+        # Fill all slots that can be filled before the next decode step. Only a prompt that no pass could read whole is
+        # interleaved: one that a full pass has cut is completed by the next pass.
+        long = any(len(a.ids) > self._prefill_tokens for a in self._reading)
+        filling = entered and self._free and not long and not self._exhausted and not self._no_room
         if filling or not self._running:
             return Step(stepped_back, _with_twins(entered), runs, [], 0, 0)
         steps, after_look = self._decode_steps()

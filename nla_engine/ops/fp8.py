@@ -186,7 +186,7 @@ def rms_norm_quantised_triton(
 
 
 def gate_quantised_triton(both: torch.Tensor, activation: str) -> Quantised:
-    """`gate_quantised` as one launch, one program per row, which keeps the row in registers until its scale is known."""
+    """`gate_quantised` as one launch, one program per row, which keeps it in registers until its scale is known."""
     rows, width = both.shape[0], both.shape[1] // 2
     out = _empty(rows, width, both.device)
     block = min(4096, triton.next_power_of_2(width))
@@ -278,7 +278,7 @@ def _gate_kernel(
     for i in tl.static_range(PIECES):
         y = gated(both, row, width, i * BLOCK + channel, SILU, WHOLE=i < PIECES - 1).to(tl.float32)
         most = tl.maximum(most, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
-        pieces = pieces + (y,)
+        pieces += (y,)  # type: ignore[assignment]
     size = _size(most)
     inverse = tl.div_rn(448.0, size)
     for i in tl.static_range(PIECES):

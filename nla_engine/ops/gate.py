@@ -83,6 +83,6 @@ def activated(g, SILU: tl.constexpr):
 
 @triton.jit
 def over_one_and(g, e):
-    """g / (1 + 2^e), as g r r with r = 1 / sqrt(1 + 2^e): a quotient or a natural exponential takes more instructions."""
+    """g / (1 + 2^e) as g r r, r = 1 / sqrt(1 + 2^e): a quotient or a natural exponential takes more instructions."""
     root = tl.rsqrt(1.0 + tl.exp2(e))  # 0 where 2^e overflows, and so is the result
     return g * root * root

@@ -212,3 +212,38 @@ def test_the_host_does_not_wait_for_the_certain_end_of_too_few_for_a_refill() ->
         taken.append((step.steps, step.after_look))
         assert queue.ended([True] * 40) == []
     assert taken == [(8, 3), (8, 0)]
+
+
+@pytest.mark.parametrize(("tokens", "full"), [(14, True), (2048, True), (2049, False)])
+def test_a_prompt_cut_by_a_full_pass_holds_up_no_filling(tokens: int, full: bool) -> None:
+    """Passes hold 146 prompts of 14 tokens and a part of the next. All slots are filled, then all decode in step; a
+    prompt longer than a pass is read between decode steps."""
+    slots, new = (1024, 120) if tokens == 14 else (4, 20)
+    queue = Scheduler(
+        (Request(i, (1,) * tokens, new) for i in range(2 * slots)),
+        slots=slots,
+        prefill_tokens=2048,
+        blocks=Blocks(slots * 40, 64, slots),
+        more_steps=-1,
+        alone=True,
+        check=lambda _: None,
+        longest=tokens + new,
+        after_look=1,
+    )
+    passes = decoding = steps = reads = 0
+    left: dict[int, int] = {}
+    while (step := queue.schedule()) is not None:
+        passes += bool(step.runs)
+        reads += sum(run.stop - run.start for run in step.runs)
+        decoding += bool(step.runs and step.slots and step.slots != list(range(slots)))
+        left |= {run.admitted.slot: new - 1 for run in step.runs if run.completes}
+        steps += step.steps
+        for slot in step.slots:
+            left[slot] -= step.steps
+        ended = queue.ended([left.get(slot, 0) > 0 for slot in range(slots)] if step.slots else None)
+        queue.finish(Ended(a.request, a.slot, new, Finish.LENGTH, KeptRows(a.slot, 0, 0)) for a in ended)
+        queue.release(list(queue.finished))
+    assert reads == 2 * slots * tokens
+    assert (decoding == 0) == full
+    if full:
+        assert passes == -(-2 * slots * tokens // 2048) and steps == 2 * (new - 1)
