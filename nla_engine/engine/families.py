@@ -223,9 +223,14 @@ def _read(block: Any, family: BlockFamily) -> BlockFacts:
     )
 
 
+def parts_of(module: nn.Module) -> set[str]:
+    """The names of a module's submodules, and of the parameters of its own."""
+    return {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
+
+
 def _check_parts(module: nn.Module, expected: set[str]) -> None:
     """NotFused unless a module has exactly these submodules and no parameters of its own."""
-    found = {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
+    found = parts_of(module)
     if found != expected:
         raise NotFused(f"{type(module).__name__} differs in {', '.join(sorted(found ^ expected))}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nla_engine.engine.attention import current_pass
-from nla_engine.engine.families import norm_facts
+from nla_engine.engine.families import norm_facts, parts_of
 from nla_engine.engine.fused import merge_layers
 from nla_engine.ops.attention import Shape
 from nla_engine.ops.linear import linear
@@ -60,10 +60,9 @@ def known_heads(blocks: nn.ModuleList) -> list[Any]:
 
 def _matches(module: Any) -> bool:
     """Whether a module has the parts of its class, and nothing more."""
-    parts = {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
     layers = [getattr(module, name) for name in (*_LAYERS, "o_proj")]
     return (
-        parts - {"sinks", "q_norm", "k_norm"} == {*_LAYERS, "o_proj"}
+        parts_of(module) - {"sinks", "q_norm", "k_norm"} == {*_LAYERS, "o_proj"}
         and all(type(layer) is nn.Linear for layer in layers)
         and len({layer.bias is None for layer in layers[:3]}) == 1
         and bool(module.is_causal)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nla_engine.engine.families import parts_of
 from nla_engine.ops.routing import Routing, route
 
 
@@ -70,5 +71,4 @@ def known_routers(blocks: nn.ModuleList) -> list[tuple[Any, Routing]]:
 
 def _routing(module: Any) -> Routing | None:
     read = _KNOWN.get(type(module).__name__)
-    parts = {name for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]}
-    return read(module) if read and parts - {"bias"} == {"weight"} else None
+    return read(module) if read and parts_of(module) - {"bias"} == {"weight"} else None

@@ -6,11 +6,13 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from played_graphs import Stepped
 from tiny import byte_tokenizer, tiny_model, write_records
 
 from nla_engine.capture import calibrate, outbox, spill, staging
@@ -37,19 +39,6 @@ LAYERS, NEW = (0, 2), 60
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return wrap_model(tiny_model("qwen2"), byte_tokenizer(), name="tiny")
-
-
-class Replays:
-    """Stands for a `DecodeGraph`: the same steps one by one, unused lanes among them."""
-
-    def __init__(self, generator: Generator, size: int) -> None:
-        self.generator, self.size = generator, size
-
-    def run(self, slots: list[int], steps: int) -> None:
-        cache = self.generator.runner.cache
-        lanes = torch.tensor(slots + [cache.spare] * (self.size - len(slots)))
-        for _ in range(steps):
-            self.generator._step(lanes, cache.prefix_size + cache.size)
 
 
 def requests(rng: np.random.Generator, prefix: tuple[int, ...], twins: bool) -> list[Request]:
@@ -84,7 +73,13 @@ def generated(
         generator = Generator(runner, max_new_tokens=NEW, stop=stop, read_last=True, max_prefill_tokens=17)
         if replayed:  # as with graphs: several steps at a time, the last of them after the look
             patch.setattr(Runner, "graphable", True)
-            patch.setattr(generator, "_graph", lambda lanes, steps: Replays(generator, lanes + 2))
+            cache = runner.cache
+            step = partial(generator._step, longest=cache.prefix_size + cache.size)
+            patch.setattr(
+                generator,
+                "_graph",
+                lambda lanes, steps: Stepped(step, lanes + 2, cache.spare, lm.device, None),
+            )
         return {ended.request.id: ended for ended in generator.run(iter(work))}
 
 

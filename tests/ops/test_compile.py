@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +245,18 @@ def compiled(
     return made
 
 
-@compiled_here
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.capability)
-@pytest.mark.parametrize(
-    ("kernel", "arguments", "constants", "warps"),
-    CASES,
-    ids=[f"{c[0].__name__}{i}" for i, c in enumerate(CASES)],
-)
+def on_every_card(cases: list[tuple[Any, dict[str, str], dict[str, Any], int]]) -> Callable[..., Any]:
+    """A test of each card with each of these: kernel, its arguments, its constants, warps."""
+    card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.capability)
+    case = pytest.mark.parametrize(
+        ("kernel", "arguments", "constants", "warps"),
+        cases,
+        ids=[f"{c[0].__name__}{i}" for i, c in enumerate(cases)],
+    )
+    return lambda test: compiled_here(card(case(test)))
+
+
+@on_every_card(CASES)
 def test_a_kernel_compiles(
     card: Card, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], warps: int
 ) -> None:

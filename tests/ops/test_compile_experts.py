@@ -16,6 +16,7 @@ from test_compile import (
     compiled,
     compiled_here,
     compiler,
+    on_every_card,
 )
 
 from nla_engine.ops import expert_order, expert_products, rotary, routing
@@ -59,13 +60,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
 ]
 
 
-@compiled_here
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.capability)
-@pytest.mark.parametrize(
-    ("kernel", "arguments", "constants", "warps"),
-    CASES,
-    ids=[f"{c[0].__name__}{i}" for i, c in enumerate(CASES)],
-)
+@on_every_card(CASES)
 def test_a_kernel_compiles(
     card: Card, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], warps: int
 ) -> None:
